@@ -42,7 +42,9 @@ class QuerySet:
             if not isinstance(question, str) or not question.strip():
                 raise InputError(f"queries: every question must be a non-empty string, not {question!r}")
         if len(self.questions) > MAX_QUERIES:
-            raise InputError(f"queries: {len(self.questions)} questions, at most {MAX_QUERIES} are allowed (goal included)")
+            raise InputError(
+                f"queries: {len(self.questions)} questions, at most {MAX_QUERIES} are allowed (goal included)"
+            )
 
     @property
     def questions(self) -> tuple[str, ...]:

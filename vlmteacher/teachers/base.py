@@ -1,0 +1,71 @@
+"""The contract of a Teacher, and how a checkpoint finds its family."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vlmteacher.errors import InputError
+from vlmteacher.queries import QuerySet
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MODEL_TYPES = ("qwen3_vl",)
+
+
+class Teacher(ABC):
+    """A frozen vision-language model. P(Yes) of a question is `exp(-loss)`."""
+
+    @abstractmethod
+    def write_queries(self, prompt: str, image: Image | None = None) -> QuerySet:
+        """Write the goal and process questions for a task, from its text and its first frame if there is one.
+
+        Raises InputError when the model's answer is not a valid set of queries, also at the second try.
+        """
+
+    @abstractmethod
+    def losses(self, frames: Tensor, frame_indices: Sequence[int], fps: float, queries: QuerySet) -> Tensor:
+        """-log P("Yes" | frames, question), natural logarithm, for every question in the order of `queries.questions`.
+
+        frames: (K, 3, H, W), RGB in [0, 1]; frame_indices: their K places in the video, which runs at `fps` frames a
+        second (they become the timestamps in the prompt). Returns (1+M,) float32, differentiable to the frames.
+        Raises InputError on frames of another shape, an index count other than K, or fps <= 0.
+        """
+
+    @abstractmethod
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Teacher:
+        """Move the model; returns self."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device: ...
+
+
+def load_teacher(
+    path_or_id: str | os.PathLike[str], dtype: torch.dtype = torch.float32, local_files_only: bool = False
+) -> Teacher:
+    """Load a Teacher from a local directory or a hub id, in evaluation mode and frozen.
+
+    Raises InputError when there is no such checkpoint (or no network to fetch it), when its `model_type` is of no known
+    family, or when a part (weights, tokenizer, chat template) is missing.
+    """
+    from transformers import PretrainedConfig
+
+    name = os.fspath(path_or_id)
+    try:
+        config, _ = PretrainedConfig.get_config_dict(name, local_files_only=local_files_only)
+    except (OSError, ValueError) as error:
+        where = "has no readable config.json" if os.path.isdir(name) else "is no local directory and cannot be fetched"
+        raise InputError(f"teacher {name!r} {where}: give the path of a directory that holds the checkpoint") from error
+    if config.get("model_type") not in MODEL_TYPES:
+        known = ", ".join(MODEL_TYPES)
+        raise InputError(f"teacher {name!r} is of the model type {config.get('model_type')!r}; known types: {known}")
+    from vlmteacher.teachers.qwen_vl import QwenVLTeacher
+
+    return QwenVLTeacher.from_pretrained(name, dtype=dtype, local_files_only=local_files_only)

@@ -1,0 +1,149 @@
+"""Differentiable preprocessing for Qwen3-VL, equal to transformers' `Qwen3VLVideoProcessor` on float input."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmteacher.errors import InputError
+from vlmteacher.ops.patchify import patchify
+
+
+@dataclass(frozen=True)
+class VisionSettings:
+    """What a checkpoint's processor does to a video.
+
+    patch_size is in pixels, merge_size in patches, temporal_patch_size in frames. min_pixels, max_pixels: limits on
+    frames x height x width (of an image: height x width). cap_pixels_per_frame: also hold each frame to
+    `max_video_tokens` merged patches. image_mean, image_std: for RGB in [0, 1]. The defaults are those of the Qwen3-VL
+    checkpoints, which differ from the defaults of transformers' class.
+    """
+
+    patch_size: int = 16
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    min_pixels: int = 4096
+    max_pixels: int = 25_165_824
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    cap_pixels_per_frame: bool = False
+    max_video_tokens: int = 768
+
+    @property
+    def factor(self) -> int:
+        """The height and width of resized frames are multiples of this many pixels."""
+        return self.patch_size * self.merge_size
+
+    def updated(self, config: Mapping[str, Any]) -> VisionSettings:
+        """These settings with the values of a processor's config file put in, patch sizes excepted."""
+        size = config.get("size") or {}
+        return replace(
+            self,
+            min_pixels=size.get("shortest_edge") or config.get("min_pixels") or self.min_pixels,
+            max_pixels=size.get("longest_edge") or config.get("max_pixels") or self.max_pixels,
+            image_mean=tuple(config.get("image_mean") or self.image_mean),
+            image_std=tuple(config.get("image_std") or self.image_std),
+            cap_pixels_per_frame=bool(config.get("cap_pixels_per_frame")),
+            max_video_tokens=config.get("max_video_tokens") or self.max_video_tokens,
+        )
+
+
+def read_settings(
+    path_or_id: str, vision_config: Any, local_files_only: bool = False
+) -> tuple[VisionSettings, VisionSettings]:
+    """The settings of a checkpoint for (videos, images); what its files leave out keeps the defaults.
+
+    Patch sizes come from the model's own `vision_config`. Without an image processor's file, images get the limits of
+    videos.
+    """
+    from transformers.utils import cached_file
+
+    def read(name: str) -> dict[str, Any]:
+        try:
+            file = cached_file(path_or_id, name, local_files_only=local_files_only)
+            with open(file, encoding="utf-8") as stream:
+                return json.load(stream)
+        except OSError:
+            return {}
+        except ValueError as error:
+            raise InputError(f"teacher {path_or_id!r}: {name} is not JSON ({error})") from error
+
+    both = read("processor_config.json")  # newer checkpoints keep both processors in this one file
+    video = VisionSettings(
+        patch_size=vision_config.patch_size,
+        temporal_patch_size=vision_config.temporal_patch_size,
+        merge_size=vision_config.spatial_merge_size,
+    ).updated(read("video_preprocessor_config.json") or both.get("video_processor", {}))
+    image = video.updated(read("preprocessor_config.json") or both.get("image_processor", {}))
+    return video, image
+
+
+def smart_resize(
+    num_frames: int, height: int, width: int, temporal_factor: int, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """Multiples of `factor` near height and width, with frames x height x width within the limits.
+
+    Raises InputError when one side is more than 200 times the other. Source: transformers' `smart_resize` for Qwen3-VL.
+    """
+    if height < factor or width < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    if max(height, width) > 200 * min(height, width):
+        raise InputError(f"frames of {height}x{width} are too narrow: one side may be at most 200 times the other")
+    frames = round(num_frames / temporal_factor) * temporal_factor
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    if frames * new_height * new_width > max_pixels:
+        shrink = math.sqrt(num_frames * height * width / max_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif frames * new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (num_frames * height * width))
+        new_height, new_width = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return new_height, new_width
+
+
+def _resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(frames.shape[-2:]) == size:
+        return frames
+    return F.interpolate(frames, size=size, mode="bicubic", align_corners=False, antialias=True)
+
+
+def _grid(num_frames: int, size: tuple[int, int], settings: VisionSettings) -> Tensor:
+    pairs = -(-num_frames // settings.temporal_patch_size)
+    return torch.tensor([[pairs, size[0] // settings.patch_size, size[1] // settings.patch_size]])
+
+
+def _patch_rows(frames: Tensor, settings: VisionSettings) -> Tensor:
+    sizes = settings.patch_size, settings.temporal_patch_size, settings.merge_size
+    return patchify(frames, *sizes, settings.image_mean, settings.image_std)
+
+
+def preprocess_video(frames: Tensor, settings: VisionSettings) -> tuple[Tensor, Tensor]:
+    """Resize where the limits ask for it, normalise, cut into patches; the last frame is repeated to fill a patch.
+
+    frames: (K, 3, H, W), RGB in [0, 1]. Returns `pixel_values_videos` (patches, 3 * temporal * patch * patch) float32,
+    differentiable to the frames, and `video_grid_thw` (1, 3) on the CPU.
+    Equal to `Qwen3VLVideoProcessor` given the frames as float 0..255, which refuses K = 1: here it is two equal frames.
+    """
+    num_frames = max(len(frames), settings.temporal_patch_size)
+    max_pixels = settings.max_pixels
+    if settings.cap_pixels_per_frame:
+        per_frame = min(settings.max_video_tokens * settings.factor**2, settings.max_pixels // num_frames)
+        max_pixels = max(per_frame, int(settings.min_pixels * 1.05)) * num_frames
+    height, width = frames.shape[-2:]
+    limits = settings.factor, settings.min_pixels, max_pixels
+    size = smart_resize(num_frames, height, width, settings.temporal_patch_size, *limits)
+    return _patch_rows(_resize(frames.float(), size), settings), _grid(len(frames), size, settings)
+
+
+def preprocess_image(image: Tensor, settings: VisionSettings) -> tuple[Tensor, Tensor]:
+    """The same for one image (3, H, W), RGB in [0, 1]: `pixel_values` and `image_grid_thw` (1, 3)."""
+    size = smart_resize(1, *image.shape[-2:], 1, settings.factor, settings.min_pixels, settings.max_pixels)
+    return _patch_rows(_resize(image[None].float(), size), settings), _grid(1, size, settings)
