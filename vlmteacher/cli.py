@@ -1,0 +1,346 @@
+"""The command line. Exit status: 0 done, 2 bad input (one line on stderr), 130 interrupted (`--resume` goes on)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from vlmteacher import __version__
+from vlmteacher.errors import InputError, MissingExtra
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vlmteacher.pipeline import TeacherPipeline, TeacherPipelineOutput
+
+# Heavy imports stand inside the commands: `vlmteacher --help` must answer at once.
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage that argparse prints before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        arguments = parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        arguments.command(arguments)
+    except (InputError, MissingExtra) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except ArithmeticError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        out = getattr(arguments, "out", None)
+        begun = out is not None and (Path(out) / "run.json").exists()
+        print(f"interrupted{f'; --resume --out {out} goes on' if begun else ''}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = Parser(
+        prog="vlmteacher", description="Test-time optimisation of video generation by a vision-language model."
+    )
+    top.add_argument("--version", action="version", version=f"vlmteacher {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+
+    def add(name: str, command: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        return sub
+
+    sub = add("demo", demo, "solve one packaged example with the packaged pair of models")
+    sub.add_argument(
+        "--out", metavar="DIR", help="run folder to write (default: the first free one of runs/demo, runs/demo-2, ...)"
+    )
+
+    sub = add("solve", solve, "answer one prompt with a video, improved by the Teacher")
+    _add_instance(sub)
+    sub.add_argument("--queries", metavar="FILE.json", help="the Teacher's queries (default: it writes them)")
+    sub.add_argument("--reasoner", metavar="ID", help="video model: hub id or directory (default: the packaged one)")
+    sub.add_argument("--decoder", metavar="FILE", help="surrogate decoder: checkpoint file (default: the packaged one)")
+    sub.add_argument("--num-frames", type=int, metavar="F", help="frames of the video")
+    sub.add_argument("--height", type=int, metavar="H", help="pixels")
+    sub.add_argument("--width", type=int, metavar="W", help="pixels")
+    sub.add_argument("--max-steps", type=int, metavar="N", help="updates at most")
+    sub.add_argument("--threshold", type=float, metavar="X", help="stop when the loss is not above it")
+    sub.add_argument("--frames", type=int, metavar="K", help="frames that the Teacher sees")
+    sub.add_argument("--rank", type=int, metavar="R", help="rank of the LoRA")
+    sub.add_argument("--lr", type=float, metavar="X", help="learning rate")
+    sub.add_argument("--goal-weight", type=float, metavar="X", help="weight of the goal query, 0 to 1")
+    sub.add_argument("--keep", choices=("last", "best"), help="which LoRA to use after N updates")
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the noise (default: 0)")
+    sub.add_argument("--out", required=True, metavar="DIR", help="run folder to write")
+    sub.add_argument("--resume", action="store_true", help="take up the interrupted run in --out")
+
+    sub = add("queries", queries, "only write the Teacher's queries, to read and edit them")
+    _add_instance(sub)
+    sub.add_argument("-o", "--output", metavar="FILE.json", help="where to (default: standard output)")
+
+    sub = add("bench", bench, "a sweep over the instances of a benchmark")
+    sub.add_argument("benchmark", choices=("microworld", "vbvr", "ruler"))
+    sub.add_argument("--method", required=True, metavar="NAME", help="base, teacher, pass@N")
+    sub.add_argument("--limit", type=int, default=100, metavar="N", help="instances (default: 100)")
+    sub.add_argument("--seed", type=int, default=1, metavar="N", help="of the held-out split (default: 1)")
+    sub.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
+    sub.add_argument("--out", required=True, metavar="DIR", help="where results.json goes")
+    sub.add_argument("--resume", action="store_true", help="keep the instances that --out already has")
+
+    sub = add("train-microworld", train_microworld, "train a part of the packaged pair from scratch")
+    sub.add_argument("--stage", required=True, choices=("vae", "decoder", "reasoner", "teacher"))
+    sub.add_argument(
+        "--out", required=True, metavar="DIR", help="where the weights go; earlier stages are read from it"
+    )
+
+    sub = add("env", env, "devices, compiled backends and versions; why a backend is missing")
+    sub.add_argument("--json", action="store_true", help="machine-readable")
+    return top
+
+
+def _add_instance(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--prompt", required=True, metavar="TEXT", help="the task")
+    sub.add_argument("--image", metavar="FILE", help="the first frame")
+    sub.add_argument(
+        "--teacher", metavar="ID", help="vision-language model: hub id or directory (default: the packaged one)"
+    )
+    sub.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    sub.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default: float32)"
+    )
+
+
+# ---------------------------------------------------------------- commands
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    from vlmteacher.run_folder import RunFolder
+
+    out = Path(arguments.out) if arguments.out else _first_free("runs/demo")
+    arguments.out = out
+    RunFolder(out)  # a folder that cannot be used shows before any model is loaded
+    _quiet()
+    import torch
+    from PIL import Image
+
+    from vlmteacher.microworld.scorer import score
+    from vlmteacher.microworld.world import Scene, render
+    from vlmteacher.pipeline import TeacherPipeline, TeacherPipelineOutput, read_pair
+
+    example = read_pair()[1]["example"]
+    scene = Scene.from_json(example["scene"])
+    image = Image.fromarray(TeacherPipelineOutput.uint8(render(scene)[:1])[0])
+    pipe = TeacherPipeline.from_pretrained()
+    print(f"Task: {example['prompt']}", flush=True)
+    output = pipe(
+        example["prompt"],
+        image,
+        generator=torch.Generator().manual_seed(example["seed"]),
+        output_type="np",
+        run_dir=out,
+    )
+    _print_result(output)
+    for name, frames in (("before", output.frames_before), ("after", output.frames)):
+        verdict = score(frames, scene)
+        parts = ", ".join(f"{part} {value:.2f}" for part, value in verdict.subscores.items())
+        print(f"Rule scorer {name}: {'success' if verdict.success else 'failure'}, score {verdict.score:.2f} ({parts})")
+    _print_folder(out)
+
+
+def solve(arguments: argparse.Namespace) -> None:
+    image = _open_image(arguments.image)
+    _check_instance(arguments)
+    from vlmteacher.queries import QuerySet
+    from vlmteacher.run_folder import RunFolder
+
+    RunFolder(arguments.out, arguments.resume)
+    query_set = None if arguments.queries is None else QuerySet.load(arguments.queries)
+    _quiet()
+    import torch
+
+    from vlmteacher.optimization import Settings
+
+    names = {
+        "max_steps": arguments.max_steps,
+        "threshold": arguments.threshold,
+        "teacher_frames": arguments.frames,
+        "rank": arguments.rank,
+        "learning_rate": arguments.lr,
+        "goal_weight": arguments.goal_weight,
+        "keep": arguments.keep,
+    }
+    settings = {name: value for name, value in names.items() if value is not None}
+    Settings(**settings)  # bad values show before any model is loaded
+    output = _pipeline(arguments)(
+        arguments.prompt,
+        image,
+        num_frames=arguments.num_frames,
+        height=arguments.height,
+        width=arguments.width,
+        generator=torch.Generator().manual_seed(arguments.seed),
+        queries=query_set,
+        run_dir=arguments.out,
+        resume=arguments.resume,
+        **settings,
+    )
+    _print_result(output)
+    _print_folder(Path(arguments.out))
+
+
+def queries(arguments: argparse.Namespace) -> None:
+    image = _open_image(arguments.image)
+    _check_instance(arguments)
+    if arguments.output and not (parent := Path(arguments.output).absolute().parent).is_dir():
+        raise InputError(f"queries file {arguments.output}: the directory {parent} does not exist")
+    _quiet()
+    import torch
+
+    from vlmteacher.pipeline import read_pair
+    from vlmteacher.teachers import load_teacher
+
+    if arguments.teacher is None:
+        directory, pair = read_pair()
+        arguments.teacher = str(directory / pair["teacher"])
+    _check_device(arguments.device)
+    teacher = load_teacher(arguments.teacher, dtype=getattr(torch, arguments.dtype))
+    teacher.to(arguments.device)
+    written = teacher.write_queries(arguments.prompt, image)
+    if arguments.output:
+        written.save(arguments.output)
+    else:
+        print(written.to_json())
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    if arguments.benchmark != "microworld":
+        raise InputError(f"bench {arguments.benchmark} is not there yet: only microworld is")
+    for name, least in (("limit", 1), ("workers", 1), ("seed", 0)):
+        if getattr(arguments, name) < least:
+            raise InputError(f"--{name} must be at least {least}, not {getattr(arguments, name)}")
+    _quiet()
+    from vlmteacher.evaluation.microworld import run_benchmark
+
+    results = run_benchmark(
+        method=arguments.method,
+        limit=arguments.limit,
+        seed=arguments.seed,
+        out=Path(arguments.out),
+        workers=arguments.workers,
+        resume=arguments.resume,
+    )
+    print(f"{results['benchmark']}, method {results['method']}")
+    print(f"{'split':8} {'n':>5} {'success':>8} {'score':>6}")
+    for name, row in {**results.get("splits", {}), "all": results}.items():
+        if row["n"]:
+            print(f"{name:8} {row['n']:5} {row['success_rate']:8.2f} {row['score']:6.3f}")
+    print(f"{results['updates_mean']:.1f} updates and {results['seconds_mean']:.1f} s per instance")
+    print(f"Results: {Path(arguments.out) / 'results.json'}")
+
+
+def train_microworld(arguments: argparse.Namespace) -> None:
+    from importlib import import_module
+
+    import_module(f"vlmteacher.microworld.train_{arguments.stage}").main(Path(arguments.out))
+
+
+def env(arguments: argparse.Namespace) -> None:
+    from vlmteacher.environment import format_report, report
+
+    facts = report()
+    print(json.dumps(facts, indent=2) if arguments.json else format_report(facts))
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def _quiet() -> None:
+    """Keep the libraries' warnings and loading bars off the terminal; our own progress bar and errors stay."""
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def _open_image(path: str | None) -> Image.Image | None:
+    if path is None:
+        return None
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise InputError(f"image {path} does not exist") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"image {path} cannot be read ({error}): give a PNG, JPEG or WebP file") from error
+
+
+def _check_instance(arguments: argparse.Namespace) -> None:
+    if not arguments.prompt.strip():
+        raise InputError("--prompt is empty: say what the video must show")
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"--device {device} cannot be used here ({reason}); `vlmteacher env` lists the devices"
+        ) from error
+
+
+def _pipeline(arguments: argparse.Namespace) -> TeacherPipeline:
+    import torch
+
+    from vlmteacher.pipeline import TeacherPipeline
+
+    _check_device(arguments.device)
+    return TeacherPipeline.from_pretrained(
+        arguments.reasoner, arguments.teacher, arguments.decoder, dtype=getattr(torch, arguments.dtype)
+    ).to(arguments.device)
+
+
+def _first_free(path: str) -> Path:
+    number = 1
+    while (candidate := Path(path if number == 1 else f"{path}-{number}")).exists():
+        number += 1
+    return candidate
+
+
+def _print_result(output: TeacherPipelineOutput) -> None:
+    reason = "the threshold was reached" if output.stopped == "threshold" else "no step was left"
+    print(
+        f"{output.updates} updates in {output.seconds['steps']:.1f} s ({reason}); {output.seconds['total']:.1f} s in all"
+    )
+    print("P(Yes) before -> after")
+    for question, before, after in zip(output.queries.questions, output.p_yes_before, output.p_yes_after, strict=True):
+        print(f"  {before:.2f} -> {after:.2f}  {question}")
+
+
+def _print_folder(path: Path) -> None:
+    files = " ".join(sorted(file.name for file in path.iterdir() if file.suffix != ".pt"))
+    print(f"Run folder {path}: {files}")

@@ -1,0 +1,386 @@
+"""TeacherPipeline: a frozen vision-language model teaches a video generation model one instance, at test time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from vlmteacher.errors import InputError
+from vlmteacher.lora import add_lora, export_lora, remove_lora
+from vlmteacher.optimization import NonFiniteError, Optimization, Settings, teacher_frame_indices
+from vlmteacher.queries import QuerySet
+from vlmteacher.reward import vqa_objective
+from vlmteacher.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from vlmteacher.decoders.taehv import TinyVideoDecoder
+    from vlmteacher.reasoners.base import Reasoner
+    from vlmteacher.teachers.base import Teacher
+
+PACKAGED_PAIR = Path(__file__).parent / "microworld" / "models"
+ASPECT_TOLERANCE = 0.05
+
+Frames = list[Image.Image] | np.ndarray | Tensor
+"""A video: list of F images ("pil"), array (F, H, W, 3) ("np") or tensor (F, 3, H, W) ("pt"), floats in [0, 1]."""
+
+
+@dataclass
+class TeacherPipelineOutput:
+    """What one call gives.
+
+    frames, frames_before: the final video with and without the LoRA, of the same noise. history: one row per step (see
+    `Optimization`). stopped: "threshold" or "max_steps". p_yes_before, p_yes_after: the Teacher's P(Yes) for each
+    query, goal first, on the two final videos; loss_before, loss_after: the objective there. lora: the bytes of
+    lora.safetensors. seconds: wall time of each part.
+    """
+
+    frames: Frames
+    frames_before: Frames
+    prompt: str
+    queries: QuerySet
+    history: list[dict[str, Any]]
+    stopped: Literal["threshold", "max_steps"]
+    updates: int
+    p_yes_before: list[float]
+    p_yes_after: list[float]
+    loss_before: float
+    loss_after: float
+    seconds: dict[str, float]
+    config: dict[str, Any]
+    models: dict[str, str]
+    fps: float
+    lora: bytes = field(repr=False)
+
+    def record(self) -> dict[str, Any]:
+        """The content of run.json, but for the version."""
+        return {
+            "prompt": self.prompt,
+            "config": self.config,
+            "queries": self.queries.to_dict(),
+            "steps": self.history,
+            "stopped": self.stopped,
+            "updates": self.updates,
+            "p_yes_before": self.p_yes_before,
+            "p_yes_after": self.p_yes_after,
+            "loss_before": self.loss_before,
+            "loss_after": self.loss_after,
+            "seconds": self.seconds,
+            "models": self.models,
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a run folder: before.mp4, after.mp4, lora.safetensors, queries.json, run.json, report.html.
+
+        Raises InputError when `path` cannot be written to or already holds a run.
+        """
+        folder = RunFolder(path)
+        folder.begin(self.record())
+        folder.finish(self)
+
+    @staticmethod
+    def uint8(frames: Frames) -> np.ndarray:
+        """A video of any output type as (F, H, W, 3) uint8."""
+        if isinstance(frames, Tensor):
+            frames = frames.permute(0, 2, 3, 1).float().cpu().numpy()
+        if isinstance(frames, np.ndarray):
+            return (frames * 255).round().clip(0, 255).astype(np.uint8)
+        return np.stack([np.asarray(frame) for frame in frames])
+
+
+class TeacherPipeline:
+    """A Reasoner (video generation model), a Teacher (vision-language model) and a surrogate decoder between them.
+
+    All three stay frozen: a call trains a LoRA for its one instance and takes it off again.
+
+    defaults: settings of a call where they differ from the paper's. models: names for the record, under "reasoner",
+    "teacher" and "decoder".
+    """
+
+    def __init__(
+        self,
+        reasoner: Reasoner,
+        teacher: Teacher,
+        decoder: TinyVideoDecoder,
+        defaults: dict[str, Any] | None = None,
+        models: dict[str, str] | None = None,
+    ) -> None:
+        self.reasoner, self.teacher, self.decoder = reasoner, teacher, decoder
+        self.defaults = Settings(**(defaults or {}))
+        self.models = models or {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        reasoner: str | os.PathLike[str] | None = None,
+        teacher: str | os.PathLike[str] | None = None,
+        decoder: str | os.PathLike[str] | None = None,
+        *,
+        pair: str | os.PathLike[str] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> TeacherPipeline:
+        """Load the models: hub ids or local directories for `reasoner` and `teacher`, a checkpoint file for `decoder`.
+
+        Those left out come from `pair`, a directory with a pair.json; by default the packaged tiny pair. The pair's
+        own default settings hold as long as the Reasoner is the pair's.
+        Raises InputError: no such model, an unknown family, models that do not fit together.
+        """
+        from vlmteacher.decoders.taehv import load_decoder
+        from vlmteacher.reasoners import load_reasoner
+        from vlmteacher.teachers import load_teacher
+
+        given = {"reasoner": reasoner, "teacher": teacher, "decoder": decoder}
+        models = {name: os.fspath(path) for name, path in given.items() if path is not None}
+        defaults = {}
+        if len(models) < 3:
+            directory, description = read_pair(pair)
+            label = "packaged" if pair is None else os.fspath(pair)
+            paths = {name: str(directory / description[name]) for name in given} | models
+            models = {name: f"{label}/{description[name]}" for name in given} | models
+            defaults = description.get("defaults", {}) if reasoner is None else {}
+        else:
+            paths = models
+        the_reasoner = load_reasoner(paths["reasoner"], dtype=dtype)
+        the_decoder = load_decoder(
+            paths["decoder"], the_reasoner, dtype=dtype
+        )  # a misfit shows before the Teacher loads
+        return cls(the_reasoner, load_teacher(paths["teacher"], dtype=dtype), the_decoder, defaults, models)
+
+    def to(self, device: str | torch.device) -> TeacherPipeline:
+        """Move all models."""
+        self.reasoner.to(device)
+        self.teacher.to(device)
+        self.decoder.to(device)
+        return self
+
+    def __call__(
+        self,
+        prompt: str,
+        image: Image.Image | None = None,
+        *,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | None = None,
+        queries: QuerySet | None = None,
+        max_steps: int | None = None,
+        threshold: float | None = None,
+        goal_weight: float | None = None,
+        teacher_frames: int | None = None,
+        rank: int | None = None,
+        learning_rate: float | None = None,
+        keep: Literal["last", "best"] | None = None,
+        target: Literal["first_step"] = "first_step",
+        output_type: Literal["pil", "np", "pt"] = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[TeacherPipeline, int, dict[str, Any]], Any] | None = None,
+        progress: bool = True,
+        run_dir: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+    ) -> TeacherPipelineOutput | tuple[Frames]:
+        """Answer one instance (prompt, first frame) by test-time optimisation: Algorithm 1 of arXiv 2606.02564.
+
+        Args:
+            prompt: the task. image: the first frame, or None for a text-only instance; an image of another size but
+                the same shape is resized.
+            num_frames, height, width: of the video; None is the Reasoner's own size.
+            generator: the source of the instance's noise and of the LoRA's start; None draws a new seed.
+            queries: None lets the Teacher write them.
+            max_steps, threshold, goal_weight, teacher_frames, rank, learning_rate, keep: see `Settings`; None is the pair's
+                default, where it has one, or else the paper's.
+            target: which prediction the Teacher looks at; only "first_step", the paper's, is there.
+            output_type: what the videos come as (see `Frames`). return_dict: False returns `(frames,)`.
+            callback_on_step_end: called as `callback(pipe, step, row)` after each step.
+            run_dir: a folder to write the run to while it goes on; an interrupted one (KeyboardInterrupt, kill, power)
+                is taken up by the same call with `resume=True`, and ends in the same LoRA as if nothing had happened.
+
+        Raises InputError for what cannot be used, NonFiniteError when the optimisation breaks down.
+        """
+        start = time.perf_counter()
+        reasoner, teacher, decoder = self.reasoner, self.teacher, self.decoder
+        overrides = {
+            "max_steps": max_steps,
+            "threshold": threshold,
+            "goal_weight": goal_weight,
+            "teacher_frames": teacher_frames,
+            "rank": rank,
+            "learning_rate": learning_rate,
+            "keep": keep,
+        }
+        settings = Settings(**self.defaults.to_dict() | {k: v for k, v in overrides.items() if v is not None})
+        size = num_frames or reasoner.num_frames, height or reasoner.height, width or reasoner.width
+        check_prompt(prompt)
+        check_choice("target", target, ("first_step",))
+        check_choice("output_type", output_type, ("pil", "np", "pt"))
+        reasoner.check(*size)
+        frame_indices = teacher_frame_indices(size[0], settings.teacher_frames)
+        image = fit_image(image, *size[1:])
+        run = None if run_dir is None else RunFolder(run_dir, resume)
+        if run and run.record:
+            queries = queries or QuerySet.from_dict(run.record.get("queries"))
+        if generator is None:
+            generator = torch.Generator()
+            recorded = run.record["config"].get("seed") if run and run.record else None
+            generator.manual_seed(generator.seed() if recorded is None else recorded)
+        config = {
+            **settings.to_dict(),
+            "target": target,
+            **dict(zip(("num_frames", "height", "width"), size, strict=True)),
+            "seed": generator.initial_seed(),
+            "generator": digest(generator.get_state().numpy()),
+            "image": None if image is None else digest(np.asarray(image)),
+            "dtype": str(reasoner.dtype).removeprefix("torch."),
+        }
+        seconds: dict[str, float] = {}
+
+        # 1. The Teacher writes one goal query and M process queries.
+        with timed(seconds, "queries"):
+            queries = queries or teacher.write_queries(prompt, image)
+
+        # 2. One noise for the whole instance, and a LoRA that changes nothing yet.
+        with timed(seconds, "before"):
+            condition = reasoner.encode(prompt, image, *size)
+            noise = reasoner.noise(condition, generator)
+            record = {"prompt": prompt, "config": config, "models": self.models, "queries": queries.to_dict()}
+            state = run.begin(record) if run else None
+            video_before = reasoner.decode(reasoner.sample(condition, noise))
+            losses_before = self._losses(video_before, frame_indices, queries)
+        add_lora(reasoner.transformer, settings.rank, seed=generator.initial_seed())
+        try:
+            # 3. Look at the one-step prediction; stop if the Teacher is content, else update; at most N times.
+            loop = Optimization(reasoner, decoder, teacher, condition, noise, queries, settings)
+            if state is not None:
+                loop.load_state_dict(state)
+            try:
+                with tqdm(total=settings.max_steps, initial=len(loop.history), disable=not progress) as bar:
+                    for row in loop:
+                        p_yes = " ".join(f"{p:.2f}" for p in row["p_yes"])
+                        bar.set_postfix_str(f"loss {row['loss']:.3f}, P(Yes) {p_yes}", refresh=False)
+                        bar.update()
+                        if run:
+                            run.save_state(loop.state_dict(), force=loop.stopped is not None)
+                        if callback_on_step_end:
+                            callback_on_step_end(self, row["step"], row)
+            except (KeyboardInterrupt, NonFiniteError) as error:
+                if run:
+                    if isinstance(error, NonFiniteError):  # raised before anything was changed
+                        run.save_state(loop.state_dict(), force=True)
+                    rest = {"stopped": "interrupted", "updates": loop.updates, "seconds": seconds}
+                    run.write_record({**record, "steps": loop.history, **rest})
+                raise
+            loop.finish()
+
+            # 4. The few-step video of the adapted Reasoner from the same noise.
+            with timed(seconds, "after"):
+                video = reasoner.decode(reasoner.sample(condition, noise)) if loop.updates else video_before
+                losses = self._losses(video, frame_indices, queries)
+                lora = lora_file(reasoner.transformer)
+        finally:
+            remove_lora(reasoner.transformer)
+
+        assert loop.stopped is not None
+        seconds["steps"] = sum(row["seconds"] for row in loop.history)
+        seconds["total"] = time.perf_counter() - start
+        output = TeacherPipelineOutput(
+            frames=convert(video, output_type),
+            frames_before=convert(video_before, output_type),
+            queries=queries,
+            history=loop.history,
+            stopped=loop.stopped,
+            updates=loop.updates,
+            p_yes_before=losses_before.neg().exp().tolist(),
+            p_yes_after=losses.neg().exp().tolist(),
+            loss_before=vqa_objective(losses_before, settings.goal_weight).item(),
+            loss_after=vqa_objective(losses, settings.goal_weight).item(),
+            seconds=seconds,
+            prompt=prompt,
+            config=config,
+            models=self.models,
+            fps=reasoner.fps,
+            lora=lora,
+        )
+        if run:
+            run.finish(output)
+        return output if return_dict else (output.frames,)
+
+    @torch.no_grad()
+    def _losses(self, video: Tensor, frame_indices: Sequence[int], queries: QuerySet) -> Tensor:
+        """-log P(Yes) (1+M,) of each query on a decoded video (F, 3, H, W)."""
+        return self.teacher.losses(video[list(frame_indices)], frame_indices, self.reasoner.fps, queries)
+
+
+def read_pair(path: str | os.PathLike[str] | None = None) -> tuple[Path, dict[str, Any]]:
+    """The directory and the pair.json of a pair of models, by default of the packaged one. Raises InputError."""
+    directory = PACKAGED_PAIR if path is None else Path(path)
+    try:
+        description = json.loads((directory / "pair.json").read_text(encoding="utf-8"))
+        missing = [name for name in ("reasoner", "teacher", "decoder") if name not in description]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{directory} is no pair of models: its pair.json cannot be read ({error})") from error
+    if missing:
+        raise InputError(f"{directory / 'pair.json'} does not name its {' and '.join(missing)}")
+    return directory, description
+
+
+def check_prompt(prompt: str) -> None:
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError("the prompt is empty: say what the video must show")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} {value!r} is not there: it can be {' or '.join(map(repr, choices))}")
+
+
+def fit_image(image: Image.Image | None, height: int, width: int) -> Image.Image | None:
+    """The first frame in the video's size. Raises InputError when its shape is another."""
+    if image is None:
+        return None
+    if abs(image.width / image.height / (width / height) - 1) > ASPECT_TOLERANCE:
+        raise InputError(
+            f"the image is {image.width}x{image.height} pixels, the video {width}x{height}: crop it to that shape, or give "
+            "another width and height"
+        )
+    image = image.convert("RGB")
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def convert(video: Tensor, output_type: Literal["pil", "np", "pt"]) -> Frames:
+    """A video (F, 3, H, W) in [0, 1] as the output type."""
+    if output_type == "pt":
+        return video
+    if output_type == "np":
+        return video.permute(0, 2, 3, 1).float().cpu().numpy()
+    return [Image.fromarray(frame) for frame in TeacherPipelineOutput.uint8(video)]
+
+
+def lora_file(transformer: torch.nn.Module) -> bytes:
+    """The bytes of lora.safetensors for the adapter on `transformer`."""
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "lora.safetensors"
+        export_lora(transformer, path)
+        return path.read_bytes()
+
+
+def digest(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()[:16]
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
