@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmteacher.errors import InputError
+from vlmteacher.ops.backends import backend
 
 
 def patchify_reference(
@@ -23,12 +25,71 @@ def patchify_reference(
     return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 3 * temporal_patch * patch * patch)
 
 
-def _check(frames: Tensor, patch: int, temporal_patch: int, merge: int) -> None:
+def patchify_backward_reference(
+    grad: Tensor, num_frames: int, height: int, width: int, patch: int, temporal_patch: int, merge: int,
+    std: Sequence[float],
+) -> Tensor:  # fmt: skip
+    """The gradient of `patchify_reference` with respect to its frames, (num_frames, 3, height, width)."""
+    grid_h, grid_w = height // patch // merge, width // patch // merge
+    x = grad.reshape(-1, grid_h, grid_w, merge, merge, 3, temporal_patch, patch, patch)
+    x = x.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(-1, 3, height, width)
+    last = x[num_frames - 1 :].sum(0, keepdim=True)  # with the slots that the last frame was repeated into
+    return torch.cat([x[: num_frames - 1], last]) / grad.new_tensor(std).view(3, 1, 1)
+
+
+@torch.library.custom_op("vlmteacher::patchify", mutates_args=())
+def _patchify(
+    frames: Tensor, patch: int, temporal_patch: int, merge: int, mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
+    fast = backend(frames, "patchify")
+    return (fast.patchify if fast else patchify_reference)(frames, patch, temporal_patch, merge, mean, std)
+
+
+@torch.library.custom_op("vlmteacher::patchify_backward", mutates_args=())
+def _patchify_backward(
+    grad: Tensor, num_frames: int, height: int, width: int, patch: int, temporal_patch: int, merge: int,
+    std: Sequence[float],
+) -> Tensor:  # fmt: skip
+    fast = backend(grad, "patchify")
+    run = fast.patchify_backward if fast else patchify_backward_reference
+    return run(grad, num_frames, height, width, patch, temporal_patch, merge, std)
+
+
+@_patchify.register_fake
+def _(frames: Tensor, patch: int, temporal_patch: int, merge: int, mean: Any, std: Any) -> Tensor:
+    t, _, h, w = frames.shape
+    rows = -(-t // temporal_patch) * (h // patch) * (w // patch)
+    return frames.new_empty(rows, 3 * temporal_patch * patch * patch)
+
+
+@_patchify_backward.register_fake
+def _(grad: Tensor, num_frames: int, height: int, width: int, *_: Any) -> Tensor:
+    return grad.new_empty(num_frames, 3, height, width)
+
+
+def _save_sizes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    frames, patch, temporal_patch, merge, _, std = inputs
+    num_frames, _, height, width = frames.shape
+    ctx.sizes = (num_frames, height, width, patch, temporal_patch, merge, std)
+
+
+_patchify.register_autograd(
+    lambda ctx, grad: (_patchify_backward(grad, *ctx.sizes), *[None] * 5), setup_context=_save_sizes
+)
+# The operator is affine in the frames: the gradient of its gradient is itself without the mean.
+_patchify_backward.register_autograd(
+    lambda ctx, grad: (_patchify(grad, *ctx.sizes[:3], [0.0] * 3, ctx.sizes[3]), *[None] * 7),
+    setup_context=lambda ctx, inputs, output: setattr(ctx, "sizes", inputs[4:]),
+)
+
+
+def _check(frames: Tensor, patch: int, merge: int) -> None:
     if frames.dim() != 4 or frames.shape[1] != 3 or not len(frames) or not frames.is_floating_point():
         raise InputError(f"patchify takes floating-point frames (T, 3, H, W), got {frames.dtype} {tuple(frames.shape)}")
-    if frames.shape[2] % (patch * merge) or frames.shape[3] % (patch * merge):
-        h, w = frames.shape[2:]
-        raise InputError(f"frames of {h}x{w} do not split into blocks of {patch * merge}x{patch * merge} pixels: resize")
+    height, width = frames.shape[2:]
+    if height % (patch * merge) or width % (patch * merge):
+        size = patch * merge
+        raise InputError(f"frames of {height}x{width} do not split into blocks of {size}x{size} pixels: resize them")
 
 
 def patchify(
@@ -46,12 +107,12 @@ def patchify(
     Returns:
         (N, 3 * temporal_patch * patch * patch) in the dtype of frames; N = ceil(T / temporal_patch) * H/patch * W/patch.
         Rows run over (t, H block, W block, row in block, column in block), columns over (channel, t, y, x).
-        Differentiable with respect to frames.
+        Differentiable with respect to frames, twice.
 
     Raises:
         InputError: wrong rank, channel count or dtype, or a size that the blocks do not divide.
 
-    Source: Qwen2VLVideoProcessor / Qwen3VLVideoProcessor `_preprocess` of transformers.
+    Source: `_preprocess` of transformers' Qwen2VLVideoProcessor and Qwen3VLVideoProcessor.
     """
-    _check(frames, patch, temporal_patch, merge)
-    return patchify_reference(frames, patch, temporal_patch, merge, mean, std)
+    _check(frames, patch, merge)
+    return _patchify(frames, patch, temporal_patch, merge, list(mean), list(std))
