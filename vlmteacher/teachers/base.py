@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmteacher.errors import InputError
+from vlmteacher.hub import only_local
 from vlmteacher.queries import QuerySet
 
 if TYPE_CHECKING:
@@ -48,16 +49,19 @@ class Teacher(ABC):
 
 
 def load_teacher(
-    path_or_id: str | os.PathLike[str], dtype: torch.dtype = torch.float32, local_files_only: bool = False
+    path_or_id: str | os.PathLike[str], dtype: torch.dtype = torch.float32, local_files_only: bool | None = None
 ) -> Teacher:
     """Load a Teacher from a local directory or a hub id, in evaluation mode and frozen.
 
+    local_files_only: never ask the network; by default it is asked when it is needed and can be reached.
     Raises InputError when there is no such checkpoint (or no network to fetch it), when its `model_type` is of no known
     family, or when a part (weights, tokenizer, chat template) is missing.
     """
     from transformers import PretrainedConfig
 
     name = os.fspath(path_or_id)
+    if local_files_only is None:
+        local_files_only = only_local(name)
     try:
         config, _ = PretrainedConfig.get_config_dict(name, local_files_only=local_files_only)
     except (OSError, ValueError) as error:

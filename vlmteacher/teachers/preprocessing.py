@@ -145,5 +145,6 @@ def preprocess_video(frames: Tensor, settings: VisionSettings) -> tuple[Tensor, 
 
 def preprocess_image(image: Tensor, settings: VisionSettings) -> tuple[Tensor, Tensor]:
     """The same for one image (3, H, W), RGB in [0, 1]: `pixel_values` and `image_grid_thw` (1, 3)."""
-    size = smart_resize(1, *image.shape[-2:], 1, settings.factor, settings.min_pixels, settings.max_pixels)
+    height, width = image.shape[-2:]
+    size = smart_resize(1, height, width, 1, settings.factor, settings.min_pixels, settings.max_pixels)
     return _patch_rows(_resize(image[None].float(), size), settings), _grid(1, size, settings)
