@@ -1,4 +1,4 @@
-"""The Teacher's questions about one instance: asking for them, parsing, checking, editing as JSON (method: query synthesis)."""
+"""The Teacher's questions about one instance (query synthesis): asking for them, parsing, checking, editing as JSON."""
 
 from __future__ import annotations
 

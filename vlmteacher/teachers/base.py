@@ -64,12 +64,13 @@ def load_teacher(
         local_files_only = only_local(name)
     try:
         config, _ = PretrainedConfig.get_config_dict(name, local_files_only=local_files_only)
-    except (OSError, ValueError) as error:
-        where = "has no readable config.json" if os.path.isdir(name) else "is no local directory and cannot be fetched"
+        model_type = config["model_type"]
+    except (OSError, ValueError, KeyError) as error:
+        where = "has no usable config.json" if os.path.isdir(name) else "is no local directory and cannot be fetched"
         raise InputError(f"teacher {name!r} {where}: give the path of a directory that holds the checkpoint") from error
-    if config.get("model_type") not in MODEL_TYPES:
+    if model_type not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)
-        raise InputError(f"teacher {name!r} is of the model type {config.get('model_type')!r}; known types: {known}")
+        raise InputError(f"teacher {name!r} is of the model type {model_type!r}; known types: {known}")
     from vlmteacher.teachers.qwen_vl import QwenVLTeacher
 
     return QwenVLTeacher.from_pretrained(name, dtype=dtype, local_files_only=local_files_only)
