@@ -86,7 +86,9 @@ def format_report(facts: dict[str, Any]) -> str:
     for name, status in facts["backends"].items():
         build = status.get("build")
         made = f"built by {build['compiler']} against torch {build['torch']}" if build else ""
-        lines.append(f"  {name:<14} {'available' if status['available'] else 'missing'}: {status['why'] or made}".rstrip(": "))
+        lines.append(
+            f"  {name:<14} {'available' if status['available'] else 'missing'}: {status['why'] or made}".rstrip(": ")
+        )
     lines.append("versions")
     for name, number in facts["versions"].items():
         lines.append(f"  {name:<14} {number or 'not installed'}")

@@ -23,7 +23,11 @@ def cpp_status() -> tuple[bool, str]:
         importlib.import_module("vlmteacher._C")
     except ImportError as error:
         facts = Path(__file__).parent.parent / "_build.json"
-        built = json.loads(facts.read_text()) if facts.exists() else {"why": "the package was never installed: pip install -e ."}
+        built = (
+            json.loads(facts.read_text())
+            if facts.exists()
+            else {"why": "the package was never installed: pip install -e ."}
+        )
         return False, built["why"] or f"the library does not load: {error}"
     return True, ""
 

@@ -1,0 +1,45 @@
+# make demo | test | lint | clean. Everything lives in .venv; the tested torch is pinned in pyproject.toml.
+PYTHON ?= python3
+TORCH := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+BUILD := pyproject.toml setup.py CMakeLists.txt $(wildcard build_backend/*.py csrc/*.cpp csrc/*/*)
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: .venv/installed
+	$(BIN)/vlmteacher demo
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest --cov=vlmteacher --cov-report=term --cov-fail-under=85
+
+lint: .venv/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build *.egg-info vlmteacher/_C.*.so vlmteacher/_build.json
+
+# Torch first: the plain name is a CUDA build of several gigabytes on most machines. Without an NVIDIA GPU the CPU build
+# is asked for by its full version, so that no other can come; only where there is none to be had, the plain one does.
+.venv/torch:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	if nvidia-smi >/dev/null 2>&1; then \
+	  $(PIP) install -q $(TORCH); \
+	else \
+	  $(PIP) install -q --no-deps --retries 1 --timeout 30 --extra-index-url $(CPU_INDEX) $(TORCH)+cpu \
+	  || $(PIP) install -q $(TORCH); \
+	fi
+	touch $@
+
+.venv/installed: .venv/torch $(BUILD)
+	$(PIP) install -q -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(PIP) install -q -e '.[dev]'
+	touch $@

@@ -1,0 +1,74 @@
+"""Ours against stock, in one process and in alternation, so that a busy machine slows both alike."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+def _seconds(function: Callable[[], object], synchronize: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def compare(
+    case: str, ours: Callable[[], object], stock: Callable[[], object], pairs: int = 15, device: str = "cpu"
+) -> dict[str, Any]:
+    """One row: medians in ms, speedup = stock/ours as the median over alternating pairs, with its quartiles."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for function in (ours, stock, ours, stock):  # caches, allocator, compilation
+        _seconds(function, synchronize)
+    times = []
+    for pair in range(pairs):
+        first, second = (ours, stock) if pair % 2 == 0 else (stock, ours)
+        a, b = _seconds(first, synchronize), _seconds(second, synchronize)
+        times.append((a, b) if pair % 2 == 0 else (b, a))
+    ratios = [b / a for a, b in times]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {
+        "case": case,
+        "ours_ms": 1e3 * statistics.median(a for a, _ in times),
+        "stock_ms": 1e3 * statistics.median(b for _, b in times),
+        "speedup": middle,
+        "speedup_low": low,
+        "speedup_high": high,
+    }
+
+
+def arguments(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--pairs", type=int, default=15, help="alternating measurements per case")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
+    settings = parser.parse_args()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    return settings
+
+
+def publish(name: str, settings: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
+    """Prints the table and, with --json, the contract's object as the last line."""
+    summary = {"speedup": math.exp(statistics.fmean(math.log(row["speedup"]) for row in rows))}
+    if all(row.get("memory_ratio") is not None for row in rows):
+        summary["memory_ratio"] = statistics.fmean(row["memory_ratio"] for row in rows)
+    print(f"{name} on {settings.device}, {settings.dtype}, {torch.get_num_threads()} of {os.cpu_count()} threads")
+    for row in rows:
+        print(
+            f"  {row['case']:<44} ours {row['ours_ms']:9.3f} ms  stock {row['stock_ms']:9.3f} ms  "
+            f"x{row['speedup']:.2f} [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
+        )
+    if settings.json:
+        facts = {"benchmark": name, "device": settings.device, "dtype": settings.dtype}
+        print(json.dumps(facts | {"rows": list(rows), "summary": summary}))
