@@ -12,8 +12,7 @@ def only_local(path_or_id: str) -> bool:
     """
     if os.path.isdir(path_or_id):
         return True
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
