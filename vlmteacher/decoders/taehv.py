@@ -144,7 +144,7 @@ class TinyVideoDecoder(nn.Module):
         return frames.clamp(0, 1) if clamp else frames
 
     def decode(self, latents: Tensor, frame_indices: Sequence[int] | None = None) -> Tensor:
-        """Decode one clip: latents (1, C, T, h, w) -> frames (K, 3, H, W) in [0, 1], those of `frame_indices` or all."""
+        """Decode one clip: latents (1, C, T, h, w) -> frames (K, 3, H, W) in [0, 1], `frame_indices` or all."""
         frames = self.decode_batch(latents)[0]
         return frames if frame_indices is None else frames[list(frame_indices)]
 
