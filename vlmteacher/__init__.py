@@ -1,4 +1,4 @@
-"""Test-time optimisation of video generation models by a vision-language model that can only look (arXiv 2606.02564)."""
+"""Test-time optimisation of video generation models by a vision-language model that only looks (arXiv 2606.02564)."""
 
 from __future__ import annotations
 

@@ -53,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = Parser(
-        prog="vlmteacher", description="Test-time optimisation of video generation by a vision-language model."
-    )
+    top = Parser(prog="vlmteacher", description="A vision-language model teaches a video generator, at test time.")
     top.add_argument("--version", action="version", version=f"vlmteacher {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
@@ -65,9 +63,7 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     sub = add("demo", demo, "solve one packaged example with the packaged pair of models")
-    sub.add_argument(
-        "--out", metavar="DIR", help="run folder to write (default: the first free one of runs/demo, runs/demo-2, ...)"
-    )
+    sub.add_argument("--out", metavar="DIR", help="run folder to write (default: runs/demo, runs/demo-2, ...)")
 
     sub = add("solve", solve, "answer one prompt with a video, improved by the Teacher")
     _add_instance(sub)
@@ -103,9 +99,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = add("train-microworld", train_microworld, "train a part of the packaged pair from scratch")
     sub.add_argument("--stage", required=True, choices=("vae", "decoder", "reasoner", "teacher"))
-    sub.add_argument(
-        "--out", required=True, metavar="DIR", help="where the weights go; earlier stages are read from it"
-    )
+    sub.add_argument("--out", required=True, metavar="DIR", help="for the weights; earlier stages are read from it")
 
     sub = add("env", env, "devices, compiled backends and versions; why a backend is missing")
     sub.add_argument("--json", action="store_true", help="machine-readable")
@@ -115,13 +109,9 @@ def parser() -> argparse.ArgumentParser:
 def _add_instance(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--prompt", required=True, metavar="TEXT", help="the task")
     sub.add_argument("--image", metavar="FILE", help="the first frame")
-    sub.add_argument(
-        "--teacher", metavar="ID", help="vision-language model: hub id or directory (default: the packaged one)"
-    )
+    sub.add_argument("--teacher", metavar="ID", help="VLM: hub id or directory (default: the packaged one)")
     sub.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    sub.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default: float32)"
-    )
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
 
 
 # ---------------------------------------------------------------- commands
@@ -308,9 +298,7 @@ def _check_device(device: str) -> None:
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"--device {device} cannot be used here ({reason}); `vlmteacher env` lists the devices"
-        ) from error
+        raise InputError(f"--device {device} cannot be used here ({reason}): see `vlmteacher env`") from error
 
 
 def _pipeline(arguments: argparse.Namespace) -> TeacherPipeline:
@@ -333,9 +321,8 @@ def _first_free(path: str) -> Path:
 
 def _print_result(output: TeacherPipelineOutput) -> None:
     reason = "the threshold was reached" if output.stopped == "threshold" else "no step was left"
-    print(
-        f"{output.updates} updates in {output.seconds['steps']:.1f} s ({reason}); {output.seconds['total']:.1f} s in all"
-    )
+    steps, total = output.seconds["steps"], output.seconds["total"]
+    print(f"{output.updates} updates in {steps:.1f} s ({reason}), {total:.1f} s in all")
     print("P(Yes) before -> after")
     for question, before, after in zip(output.queries.questions, output.p_yes_before, output.p_yes_after, strict=True):
         print(f"  {before:.2f} -> {after:.2f}  {question}")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vlmteacher.teachers.base import Teacher
 
 GRADIENT_CLIP = 1.0
+REMEDY = "try a lower learning rate or another dtype"
 
 
 class NonFiniteError(ArithmeticError):
@@ -70,9 +71,7 @@ def teacher_frame_indices(num_frames: int, count: int) -> list[int]:
     Raises InputError when there are fewer frames than asked for.
     """
     if not 1 <= count <= num_frames:
-        raise InputError(
-            f"the Teacher cannot be shown {count} frames of a video of {num_frames}: give 1 to {num_frames}"
-        )
+        raise InputError(f"the Teacher cannot see {count} frames of a video of {num_frames}: give 1 to {num_frames}")
     return [round(k * (num_frames - 1) / max(count - 1, 1)) for k in range(count)]
 
 
@@ -104,18 +103,17 @@ def frame_guards(frames: Tensor) -> dict[str, float]:
             jumps.max() if len(jumps) else luma.new_zeros(()),
         ]
     ).tolist()
-    return dict(
-        zip(("brightness", "dark_fraction", "edge_density", "colour_entropy", "temporal_jump"), values, strict=True)
-    )
+    names = ("brightness", "dark_fraction", "edge_density", "colour_entropy", "temporal_jump")
+    return dict(zip(names, values, strict=True))
 
 
 class Optimization:
     """Test-time optimisation of the LoRA on `reasoner.transformer` for one instance (method, Algorithm 1, step 3).
 
     Iterating yields the history row of each step until `stopped` is set; `step()` does one. A row is
-    `{"step", "loss", "p_yes": [1+M floats], "grad_norm": float | None, "guards": {...}, "seconds"}`; loss and P(Yes) are
-    measured before the step's update, and grad_norm is None where no update followed. Nothing in a step is drawn at random,
-    so that `state_dict()` / `load_state_dict()` between any two steps change no bit of the result.
+    `{"step", "loss", "p_yes": [1+M floats], "grad_norm": float | None, "guards": {...}, "seconds"}`; loss and P(Yes)
+    are measured before the step's update, and grad_norm is None where no update followed. Nothing in a step is drawn
+    at random, so that `state_dict()` / `load_state_dict()` between any two steps change no bit of the result.
     """
 
     def __init__(
@@ -164,7 +162,7 @@ class Optimization:
 
         best = self.best
         if self.settings.keep == "best" and (best is None or row["loss"] < best[0]):
-            best = row["loss"], {name: value.detach().clone() for name, value in self._lora().items()}
+            best = row["loss"], lora_state_dict(self.reasoner.transformer)
         stop = row["loss"] <= self.settings.threshold
         row["grad_norm"] = None if stop else self._update(loss, row["step"])
 
@@ -195,14 +193,11 @@ class Optimization:
         if self.settings.keep == "best" and self.best is not None:
             load_lora_state(self.reasoner.transformer, self.best[1])
 
-    def _lora(self) -> dict[str, Tensor]:
-        return lora_state_dict(self.reasoner.transformer)
-
     def state_dict(self) -> dict[str, Any]:
         """Everything that the coming steps depend on; `torch.load(weights_only=True)` takes it."""
         return {
-            "lora": {name: value.detach().clone() for name, value in self._lora().items()},
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "lora": lora_state_dict(self.reasoner.transformer),
+            "optimizer": None if self.stopped else copy.deepcopy(self.optimizer.state_dict()),
             "history": copy.deepcopy(self.history),
             "best": self.best,
             "stopped": self.stopped,
@@ -211,6 +206,7 @@ class Optimization:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a run of the same instance and settings where `state_dict()` left it."""
         load_lora_state(self.reasoner.transformer, state["lora"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if state["optimizer"] is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
         self.history = copy.deepcopy(state["history"])
         self.best, self.stopped = state["best"], state["stopped"]

@@ -144,6 +144,7 @@ class TeacherPipeline:
 
         given = {"reasoner": reasoner, "teacher": teacher, "decoder": decoder}
         models = {name: os.fspath(path) for name, path in given.items() if path is not None}
+        models = {name: os.path.abspath(path) if os.path.exists(path) else path for name, path in models.items()}
         defaults = {}
         if len(models) < 3:
             directory, description = read_pair(pair)
@@ -199,8 +200,8 @@ class TeacherPipeline:
             num_frames, height, width: of the video; None is the Reasoner's own size.
             generator: the source of the instance's noise and of the LoRA's start; None draws a new seed.
             queries: None lets the Teacher write them.
-            max_steps, threshold, goal_weight, teacher_frames, rank, learning_rate, keep: see `Settings`; None is the pair's
-                default, where it has one, or else the paper's.
+            max_steps, threshold, goal_weight, teacher_frames, rank, learning_rate, keep: see `Settings`; None is the
+                pair's default, where it has one, or else the paper's.
             target: which prediction the Teacher looks at; only "first_step", the paper's, is there.
             output_type: what the videos come as (see `Frames`). return_dict: False returns `(frames,)`.
             callback_on_step_end: called as `callback(pipe, step, row)` after each step.
@@ -221,66 +222,53 @@ class TeacherPipeline:
             "keep": keep,
         }
         settings = Settings(**self.defaults.to_dict() | {k: v for k, v in overrides.items() if v is not None})
-        size = num_frames or reasoner.num_frames, height or reasoner.height, width or reasoner.width
+        given = {"num_frames": num_frames, "height": height, "width": width}
+        size = {name: getattr(reasoner, name) if value is None else value for name, value in given.items()}
         check_prompt(prompt)
         check_choice("target", target, ("first_step",))
         check_choice("output_type", output_type, ("pil", "np", "pt"))
-        reasoner.check(*size)
-        frame_indices = teacher_frame_indices(size[0], settings.teacher_frames)
-        image = fit_image(image, *size[1:])
+        reasoner.check(**size)
+        frame_indices = teacher_frame_indices(size["num_frames"], settings.teacher_frames)
+        image = fit_image(image, size["height"], size["width"])
         run = None if run_dir is None else RunFolder(run_dir, resume)
-        if run and run.record:
-            queries = queries or QuerySet.from_dict(run.record.get("queries"))
+        recorded = run.record if run else None
         if generator is None:
             generator = torch.Generator()
-            recorded = run.record["config"].get("seed") if run and run.record else None
-            generator.manual_seed(generator.seed() if recorded is None else recorded)
+            generator.manual_seed(recorded["config"]["seed"] if recorded else generator.seed())
+        seed = generator.initial_seed()
         config = {
             **settings.to_dict(),
             "target": target,
-            **dict(zip(("num_frames", "height", "width"), size, strict=True)),
-            "seed": generator.initial_seed(),
-            "generator": digest(generator.get_state().numpy()),
+            **size,
+            "seed": seed,
+            "generator": digest(generator.get_state().numpy()),  # one that was used before has the same seed
             "image": None if image is None else digest(np.asarray(image)),
             "dtype": str(reasoner.dtype).removeprefix("torch."),
         }
+        if run and recorded:
+            queries = queries or QuerySet.from_dict(recorded["queries"])
+            run.check_same({"prompt": prompt, "config": config, "models": self.models, "queries": queries.to_dict()})
         seconds: dict[str, float] = {}
+        condition = reasoner.encode(prompt, image, **size)
 
         # 1. The Teacher writes one goal query and M process queries.
         with timed(seconds, "queries"):
             queries = queries or teacher.write_queries(prompt, image)
 
         # 2. One noise for the whole instance, and a LoRA that changes nothing yet.
+        noise = reasoner.noise(condition, generator)
         with timed(seconds, "before"):
-            condition = reasoner.encode(prompt, image, *size)
-            noise = reasoner.noise(condition, generator)
-            record = {"prompt": prompt, "config": config, "models": self.models, "queries": queries.to_dict()}
-            state = run.begin(record) if run else None
             video_before = reasoner.decode(reasoner.sample(condition, noise))
             losses_before = self._losses(video_before, frame_indices, queries)
-        add_lora(reasoner.transformer, settings.rank, seed=generator.initial_seed())
+        if run and not recorded:
+            run.begin({"prompt": prompt, "config": config, "models": self.models, "queries": queries.to_dict()})
+        add_lora(reasoner.transformer, settings.rank, seed=seed)
+        loop = Optimization(reasoner, decoder, teacher, condition, noise, queries, settings)
         try:
             # 3. Look at the one-step prediction; stop if the Teacher is content, else update; at most N times.
-            loop = Optimization(reasoner, decoder, teacher, condition, noise, queries, settings)
-            if state is not None:
-                loop.load_state_dict(state)
-            try:
-                with tqdm(total=settings.max_steps, initial=len(loop.history), disable=not progress) as bar:
-                    for row in loop:
-                        p_yes = " ".join(f"{p:.2f}" for p in row["p_yes"])
-                        bar.set_postfix_str(f"loss {row['loss']:.3f}, P(Yes) {p_yes}", refresh=False)
-                        bar.update()
-                        if run:
-                            run.save_state(loop.state_dict(), force=loop.stopped is not None)
-                        if callback_on_step_end:
-                            callback_on_step_end(self, row["step"], row)
-            except (KeyboardInterrupt, NonFiniteError) as error:
-                if run:
-                    if isinstance(error, NonFiniteError):  # raised before anything was changed
-                        run.save_state(loop.state_dict(), force=True)
-                    rest = {"stopped": "interrupted", "updates": loop.updates, "seconds": seconds}
-                    run.write_record({**record, "steps": loop.history, **rest})
-                raise
+            for row in watch(loop, run, progress):
+                if callback_on_step_end:
+                    callback_on_step_end(self, row["step"], row)
             loop.finish()
 
             # 4. The few-step video of the adapted Reasoner from the same noise.
@@ -288,15 +276,20 @@ class TeacherPipeline:
                 video = reasoner.decode(reasoner.sample(condition, noise)) if loop.updates else video_before
                 losses = self._losses(video, frame_indices, queries)
                 lora = lora_file(reasoner.transformer)
+        except (KeyboardInterrupt, NonFiniteError):
+            if run:
+                run.interrupt(loop.history)
+            raise
         finally:
             remove_lora(reasoner.transformer)
 
-        assert loop.stopped is not None
+        assert loop.stopped is not None  # the loop above ends in no other way
         seconds["steps"] = sum(row["seconds"] for row in loop.history)
         seconds["total"] = time.perf_counter() - start
         output = TeacherPipelineOutput(
             frames=convert(video, output_type),
             frames_before=convert(video_before, output_type),
+            prompt=prompt,
             queries=queries,
             history=loop.history,
             stopped=loop.stopped,
@@ -306,7 +299,6 @@ class TeacherPipeline:
             loss_before=vqa_objective(losses_before, settings.goal_weight).item(),
             loss_after=vqa_objective(losses, settings.goal_weight).item(),
             seconds=seconds,
-            prompt=prompt,
             config=config,
             models=self.models,
             fps=reasoner.fps,
@@ -320,6 +312,25 @@ class TeacherPipeline:
     def _losses(self, video: Tensor, frame_indices: Sequence[int], queries: QuerySet) -> Tensor:
         """-log P(Yes) (1+M,) of each query on a decoded video (F, 3, H, W)."""
         return self.teacher.losses(video[list(frame_indices)], frame_indices, self.reasoner.fps, queries)
+
+
+def watch(loop: Optimization, run: RunFolder | None, progress: bool) -> Iterator[dict[str, Any]]:
+    """The steps of `loop`, with a progress bar, from and to the state that `run` keeps on disk."""
+    if run and (state := run.load_state()):
+        loop.load_state_dict(state)
+    with tqdm(total=loop.settings.max_steps, initial=len(loop.history), disable=not progress) as bar:
+        try:
+            for row in loop:
+                p_yes = " ".join(f"{p:.2f}" for p in row["p_yes"])
+                bar.set_postfix_str(f"loss {row['loss']:.3f}, P(Yes) {p_yes}", refresh=False)
+                bar.update()
+                if run:
+                    run.save_state(loop.state_dict, force=loop.stopped is not None)
+                yield row
+        except NonFiniteError:  # raised before the step changed anything
+            if run:
+                run.save_state(loop.state_dict, force=True)
+            raise
 
 
 def read_pair(path: str | os.PathLike[str] | None = None) -> tuple[Path, dict[str, Any]]:
@@ -351,8 +362,8 @@ def fit_image(image: Image.Image | None, height: int, width: int) -> Image.Image
         return None
     if abs(image.width / image.height / (width / height) - 1) > ASPECT_TOLERANCE:
         raise InputError(
-            f"the image is {image.width}x{image.height} pixels, the video {width}x{height}: crop it to that shape, or give "
-            "another width and height"
+            f"the image is {image.width}x{image.height} pixels, the video {width}x{height}: crop it to that shape, or "
+            "give another width and height"
         )
     image = image.convert("RGB")
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)

@@ -1,12 +1,13 @@
-"""A run on disk: videos, LoRA, queries, run.json, a page to look at, and the state that a killed run is taken up from."""
+"""A run on disk: videos, LoRA, queries, run.json, a page to look at, and the state to resume from."""
 
 from __future__ import annotations
 
 import html
 import json
 import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,8 +67,8 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
 class RunFolder:
     """The folder of one run. Opening it only checks; `begin` is what first writes.
 
-    Raises InputError: the path is a file or cannot be written to; it holds a run and `resume` is not set; with `resume`,
-    what it holds cannot be read.
+    Raises InputError: the path is a file or cannot be written to; it holds a run and `resume` is not set; with
+    `resume`, what it holds cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str], resume: bool = False) -> None:
@@ -87,50 +88,60 @@ class RunFolder:
             )
         try:
             self.record = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-            assert isinstance(self.record, dict)
-        except (OSError, ValueError, AssertionError) as error:
+            assert self.record is not None
+            _ = self.record["config"]["seed"], self.record["queries"]
+        except (OSError, ValueError, AssertionError, KeyError, TypeError) as error:
             raise InputError(
                 f"output directory {self.path} holds no run.json that can be read: nothing to resume"
             ) from error
 
-    def begin(self, record: dict[str, Any]) -> dict[str, Any] | None:
-        """Start the run that `record` describes, or take up the one that is there.
+    def check_same(self, record: dict[str, Any]) -> None:
+        """Raise InputError unless the run here was as `record` (prompt, config, ...) says; it names what differs."""
+        assert self.record is not None
+        different = [
+            f"{name} ({json.dumps(old, ensure_ascii=False)}, now {json.dumps(new, ensure_ascii=False)})"
+            for name, old, new in _differences(self.record, json.loads(json.dumps(record)))
+        ]
+        if different:
+            raise InputError(f"{self.path} holds a run with another {', another '.join(different)}")
 
-        record: `prompt`, `config`, `models` and `queries` of run.json. Returns the state to go on from, if there is one.
-        Raises InputError: the folder cannot be made; the run in it was made with other settings (names them).
+    def begin(self, record: dict[str, Any]) -> None:
+        """Make the folder and write what is known of the run: `prompt`, `config`, `models`, `queries` of run.json.
+
+        Raises InputError when that cannot be written.
         """
-        if self.record is not None:
-            different = [
-                f"{name} ({json.dumps(old, ensure_ascii=False)}, now {json.dumps(new, ensure_ascii=False)})"
-                for name, old, new in _differences(self.record, json.loads(json.dumps(record)))
-            ]
-            if different:
-                raise InputError(
-                    f"output directory {self.path} holds a run with another {', another '.join(different)}"
-                )
-            return self.load_state()
+        new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self.record = record
             write_json(self.path / "queries.json", record["queries"])
-            self.write_record({**record, "steps": [], "stopped": "interrupted", "updates": 0, "seconds": {}})
+            self.interrupt([])  # which is what it is for whoever finds it before it has ended
         except OSError as error:
-            raise InputError(f"output directory {self.path}: cannot be written ({error.strerror})") from error
-        return None
+            if new:
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise InputError(f"output directory {self.path} cannot be written ({error.strerror})") from error
+
+    def interrupt(self, history: list[dict[str, Any]]) -> None:
+        """Write a run.json that says how far the run has come."""
+        assert self.record is not None
+        updates = sum(row["grad_norm"] is not None for row in history)
+        rest = {"steps": history, "stopped": "interrupted", "updates": updates, "seconds": {}}
+        self.write_record({**self.record, **rest})
 
     def write_record(self, record: dict[str, Any]) -> None:
         from vlmteacher import __version__
 
-        write_json(self.path / "run.json", {"version": __version__, **record})
+        write_json(self.path / "run.json", {**record, "version": __version__})
 
-    def save_state(self, state: dict[str, Any], force: bool = False) -> None:
-        """Write the loop's state, unless writing already takes more than its share of the time."""
+    def save_state(self, state: Callable[[], dict[str, Any]], force: bool = False) -> None:
+        """Write the loop's `state()`, unless writing already takes more than its share of the time."""
         import torch
 
         start = time.monotonic()
         if start < self._next_write and not force:
             return
         with replacing(self.path / "state.pt") as temporary:
-            torch.save(state, temporary)
+            torch.save(state(), temporary)
         end = time.monotonic()
         self._next_write = end + (end - start) / WRITING_SHARE
 
@@ -176,8 +187,10 @@ def report(record: dict[str, Any]) -> str:
 <html lang="en"><meta charset="utf-8"><title>vlmteacher: {html.escape(record["prompt"][:60])}</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-figure {{ display: inline-block; margin: 0 1rem 1rem 0 }} video {{ width: 20rem; max-width: 100%; image-rendering: pixelated }}
-table {{ border-collapse: collapse; margin: 1rem 0 }} td, th {{ padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: left }}
+figure {{ display: inline-block; margin: 0 1rem 1rem 0 }}
+video {{ width: 20rem; max-width: 100%; image-rendering: pixelated }}
+table {{ border-collapse: collapse; margin: 1rem 0 }}
+td, th {{ padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: left }}
 svg {{ width: 100%; max-width: 40rem }}
 </style>
 <h1>{html.escape(record["prompt"])}</h1>
@@ -209,7 +222,8 @@ def loss_curve(losses: list[float], threshold: float) -> str:
         f'<path d="M{margin},{margin}V{height - margin}H{width - margin}" fill="none" stroke="#999"/>'
         f'<line x1="{margin}" x2="{width - margin}" y1="{y(threshold):.1f}" y2="{y(threshold):.1f}" '
         f'stroke="#c33" stroke-dasharray="4"/>'
-        f'<text x="{width - margin}" y="{y(threshold) - 4:.1f}" text-anchor="end" fill="#c33">threshold {threshold:g}</text>'
+        f'<text x="{width - margin}" y="{y(threshold) - 4:.1f}" text-anchor="end" fill="#c33">'
+        f"threshold {threshold:g}</text>"
         f'<polyline points="{points}" fill="none" stroke="#36c" stroke-width="2"/><g fill="#36c">{dots}</g>'
         f'<text x="{margin - 4}" y="{margin}" text-anchor="end">{top:.2f}</text>'
         f'<text x="{margin - 4}" y="{height - margin}" text-anchor="end">0</text>'
