@@ -23,7 +23,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
     with torch.profiler.profile(profile_memory=True) as profile:
         function()
     level = peak = 0
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profile.profiler.kineto_results.events()
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         level += event.nbytes()
         peak = max(peak, level)

@@ -63,7 +63,8 @@ def test_kernels_is_no_package_to_diffusers_and_transformers(directory, tmp_path
     """Both probe for PyPI's `kernels`. From the repository's root the folder is seen, and must not be taken for it."""
     where = pytestconfig.rootpath if directory == "repository" else tmp_path
     code = (
-        "from transformers.utils import is_kernels_available as t; from diffusers.utils import is_kernels_available as d;"
+        "from transformers.utils import is_kernels_available as t;"
+        "from diffusers.utils import is_kernels_available as d;"
         "import importlib.metadata as m; has = any(x.name == 'kernels' for x in m.distributions());"
         "assert t() == has and d() == has, (t(), d(), has)"
     )

@@ -1,1 +1,1 @@
-"""Operators on tensors. Each module holds a reference in plain torch, its autograd and the dispatch to fast backends."""
+"""Operators on tensors. A module holds a reference in plain torch, its autograd and the dispatch to backends."""

@@ -105,7 +105,7 @@ def patchify(
         mean, std: one value per colour channel.
 
     Returns:
-        (N, 3 * temporal_patch * patch * patch) in the dtype of frames; N = ceil(T / temporal_patch) * H/patch * W/patch.
+        (N, 3 * temporal_patch * patch**2) in the dtype of frames; N = ceil(T / temporal_patch) * H / patch * W / patch.
         Rows run over (t, H block, W block, row in block, column in block), columns over (channel, t, y, x).
         Differentiable with respect to frames, twice.
 
