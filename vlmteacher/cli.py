@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--lr", type=float, metavar="X", help="learning rate")
     sub.add_argument("--goal-weight", type=float, metavar="X", help="weight of the goal query, 0 to 1")
     sub.add_argument("--keep", choices=("last", "best"), help="which LoRA to use after N updates")
-    sub.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the noise (default: 0)")
+    sub.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the noise (default: 0)")
     sub.add_argument("--out", required=True, metavar="DIR", help="run folder to write")
     sub.add_argument("--resume", action="store_true", help="take up the interrupted run in --out")
 
@@ -270,6 +270,12 @@ def _quiet() -> None:
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2**63 - 1, not {text}")
+    return int(text)
 
 
 def _open_image(path: str | None) -> Image.Image | None:

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.tiny_pair import PROMPT, QUERIES, tiny_decoder
+from vlmteacher.cli import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in this process: exit status, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        status = main([str(argument) for argument in arguments])
+        return status, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def solve(models: dict[str, str], queries_file: Path) -> Callable[..., list[str]]:
+    """Arguments of a small `solve`; a keyword changes one of them, None leaves it out."""
+
+    def solve(**changed: Any) -> list[str]:
+        values: dict[str, Any] = {
+            **models,
+            "prompt": PROMPT,
+            "queries": queries_file,
+            "max_steps": 3,
+            "rank": 2,
+            "frames": 4,
+            "lr": 0.03,
+            **changed,
+        }
+        flags = ((f"--{name.replace('_', '-')}", value) for name, value in values.items() if value is not None)
+        return ["solve", *(str(part) for flag in flags for part in flag)]
+
+    return solve
+
+
+def test_help_comes_at_once() -> None:
+    start = time.perf_counter()
+    command = [sys.executable, "-X", "importtime", "-m", "vlmteacher", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "solve" in result.stdout and "demo" in result.stdout
+    imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
+    assert not imported & {"torch", "numpy", "transformers", "diffusers", "peft", "PIL"}
+    assert time.perf_counter() - start < 5  # loosely: the machine may be busy, and what takes time is not imported
+
+
+def test_version_and_usage_errors(run: Run) -> None:
+    status, out, _ = run("--version")
+    assert status == 0 and re.fullmatch(r"vlmteacher \d+\.\d+\.\d+\n", out)
+    for arguments in ([], ["nothing"], ["solve", "--out", "x"], ["bench", "chess", "--method", "base", "--out", "x"]):
+        status, out, err = run(*arguments)
+        assert (status, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_solve_writes_a_run(run: Run, solve: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (96, 64), "red").save(tmp_path / "first.png")
+    status, out, err = run(*solve(out=tmp_path / "run", image=tmp_path / "first.png", seed=3, goal_weight=0.25))
+    assert status == 0
+    for text in (*QUERIES["process"], QUERIES["goal"], "3 updates", "lora.safetensors", "->"):
+        assert text in out
+    assert "loss" in err and "P(Yes)" in err and "Warning" not in err and "shards" not in err
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    config = record["config"]
+    assert (config["seed"], config["goal_weight"], config["teacher_frames"]) == (3, 0.25, 4)
+    assert config["image"] and record["queries"] == QUERIES and len(record["steps"]) == 3
+
+
+def bad_inputs(tmp_path: Path) -> dict[str, tuple[dict[str, Any], str]]:
+    text = tmp_path / "text.png"
+    text.write_text("no image")
+    square = tmp_path / "square.png"
+    Image.new("RGB", (64, 64)).save(square)
+    files = {
+        "not_json": "{",
+        "no_goal": '{"process": ["Is it?"]}',
+        "too_many": json.dumps({"goal": "Is it?", "process": ["Is it?"] * 8}),
+        "number": '{"goal": "Is it?", "process": [3]}',
+        "empty": '{"goal": " "}',
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(content)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "run.json").write_text("{}")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "text" / "config.json").write_text('{"model_type": "bert"}')
+    wrong = tiny_decoder(tmp_path / "wrong.safetensors", latent_channels=16)
+    return {
+        "missing image": ({"image": tmp_path / "none.png"}, "none.png does not exist"),
+        "unreadable image": ({"image": text}, "text.png cannot be read"),
+        "image is a directory": ({"image": tmp_path}, "cannot be read"),
+        "image of another shape": ({"image": square}, "64x64 pixels, the video 48x32"),
+        "height": ({"height": 40}, "32 and 48"),
+        "frames of the video": ({"num_frames": 6}, "5 and 9"),
+        "empty prompt": ({"prompt": ""}, "--prompt is empty"),
+        "queries missing": ({"queries": tmp_path / "none.json"}, "none.json"),
+        "queries not JSON": ({"queries": tmp_path / "not_json.json"}, "not JSON"),
+        "queries without goal": ({"queries": tmp_path / "no_goal.json"}, "no goal"),
+        "too many queries": ({"queries": tmp_path / "too_many.json"}, "9 questions, at most 8"),
+        "query is a number": ({"queries": tmp_path / "number.json"}, "not 3"),
+        "empty query": ({"queries": tmp_path / "empty.json"}, "non-empty"),
+        "reasoner unknown": ({"reasoner": "no-such/model"}, "local directory"),
+        "reasoner empty": ({"reasoner": tmp_path / "empty"}, "model_index.json"),
+        "reasoner of another family": ({"reasoner": tmp_path / "text"}, "FluxPipeline"),
+        "teacher unknown": ({"teacher": "no-such/model"}, "director"),
+        "teacher of another family": ({"teacher": tmp_path / "text"}, "bert"),
+        "decoder missing": ({"decoder": tmp_path / "none.safetensors"}, "none.safetensors"),
+        "decoder is no decoder": ({"decoder": text}, "text.png"),
+        "decoder of another family": ({"decoder": wrong}, "16 channels, but the Reasoner's have 8"),
+        "K too large": ({"frames": 6}, "6 frames of a video of 5"),
+        "N": ({"max_steps": -1}, "not -1"),
+        "threshold": ({"threshold": 0}, "not 0"),
+        "rank": ({"rank": 0}, "not 0"),
+        "learning rate": ({"lr": 0}, "not 0"),
+        "goal weight": ({"goal_weight": 2}, "not 2"),
+        "N is no number": ({"max_steps": "many"}, "'many'"),
+        "dtype": ({"dtype": "int8"}, "'int8'"),
+        "device": ({"device": "abacus"}, "--device abacus"),
+        "seed": ({"seed": 2**63}, "argument --seed: must be a whole number"),
+        "out is a file": ({"out": text}, "not a directory"),
+        "out under a file": ({"out": text / "run"}, "not a directory"),
+        "out cannot be made": ({"out": "/proc/run"}, "/proc/run"),
+        "out holds a run": ({"out": tmp_path / "held"}, "already holds a run"),
+    }
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(
+    run: Run, solve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subtests: Any
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    cases = bad_inputs(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for name, (changed, message) in cases.items():
+        with subtests.test(name):
+            status, out, err = run(*solve(**{"out": tmp_path / "run", **changed}))
+            assert status == 2 and message in err
+            assert err.startswith("error: ") and err.count("\n") == 1 and out == ""
+            assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_queries(run: Run, models: dict[str, str], tmp_path: Path) -> None:
+    """A random Teacher writes no queries: it says so, and leaves no file."""
+    out = tmp_path / "queries.json"
+    status, _, err = run("queries", "--prompt", PROMPT, "--teacher", models["teacher"], "-o", out)
+    assert status == 2 and "no usable queries" in err and err.count("\n") == 1 and not out.exists()
+    status, _, err = run("queries", "--prompt", " ", "--teacher", models["teacher"], "-o", out)
+    assert status == 2 and "empty" in err
+    status, _, err = run("queries", "--prompt", PROMPT, "-o", tmp_path / "none" / "queries.json")
+    assert status == 2 and "does not exist" in err
+
+
+def test_bench_of_what_is_not_there(run: Run, tmp_path: Path) -> None:
+    for benchmark in ("vbvr", "ruler"):
+        status, _, err = run("bench", benchmark, "--method", "base", "--out", tmp_path / "a")
+        assert status == 2 and "not there yet" in err
+    status, _, err = run("bench", "microworld", "--method", "base", "--limit", 0, "--out", tmp_path / "a")
+    assert status == 2 and "--limit" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_env(run: Run) -> None:
+    status, out, _ = run("env", "--json")
+    assert status == 0 and {"cpu", "triton", "cuda"} <= set(json.loads(out)["backends"])
+    status, out, _ = run("env")
+    assert status == 0 and "torch" in out
+
+
+def test_killed_and_resumed_gives_the_same_lora(run: Run, solve: Any, tmp_path: Path) -> None:
+    steps = 25
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(*solve(out=whole, max_steps=steps))[0] == 0
+
+    arguments = solve(out=killed, max_steps=steps)
+    process = subprocess.Popen([sys.executable, "-m", "vlmteacher", *arguments], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (killed / "state.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and f"interrupted; --resume --out {killed} goes on" in err
+    record = json.loads((killed / "run.json").read_text())
+    assert record["stopped"] == "interrupted" and len(record["steps"]) < steps
+
+    status, _, err = run(*solve(out=killed, max_steps=steps, lr=0.5), "--resume")
+    assert status == 2 and "another learning_rate (0.03, now 0.5)" in err
+    status, _, err = run(*solve(out=killed, max_steps=steps))
+    assert status == 2 and "already holds a run" in err
+    status, _, _ = run(*solve(out=killed, max_steps=steps, queries=None), "--resume")
+    assert status == 0
+    assert (killed / "lora.safetensors").read_bytes() == (whole / "lora.safetensors").read_bytes()
+    first, second = (json.loads((folder / "run.json").read_text()) for folder in (whole, killed))
+    assert [row["loss"] for row in first["steps"]] == [row["loss"] for row in second["steps"]]
+    assert second["stopped"] == "max_steps" and not list(killed.glob(".*"))
