@@ -16,6 +16,7 @@ from PIL import Image
 
 from tests.tiny_pair import PROMPT, QUERIES, tiny_decoder
 from vlmteacher.cli import main
+from vlmteacher.pipeline import PACKAGED_PAIR
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -197,7 +198,7 @@ def test_killed_and_resumed_gives_the_same_lora(run: Run, solve: Any, tmp_path: 
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and f"interrupted; --resume --out {killed} goes on" in err
+    assert process.returncode == 130 and "interrupted; the same with --resume goes on" in err
     record = json.loads((killed / "run.json").read_text())
     assert record["stopped"] == "interrupted" and len(record["steps"]) < steps
 
@@ -211,3 +212,42 @@ def test_killed_and_resumed_gives_the_same_lora(run: Run, solve: Any, tmp_path: 
     first, second = (json.loads((folder / "run.json").read_text()) for folder in (whole, killed))
     assert [row["loss"] for row in first["steps"]] == [row["loss"] for row in second["steps"]]
     assert second["stopped"] == "max_steps" and not list(killed.glob(".*"))
+
+
+packaged = pytest.mark.skipif(not (PACKAGED_PAIR / "pair.json").exists(), reason="no packaged pair in this checkout")
+
+
+@packaged
+def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/demo", "runs/demo-2"):
+        start = time.monotonic()
+        status, out, err = run("demo")
+        assert status == 0 and time.monotonic() - start < 60
+        assert "Warning" not in err
+        record = json.loads((tmp_path / folder / "run.json").read_text())
+        for question in (record["queries"]["goal"], *record["queries"]["process"]):
+            assert question in out
+        assert "Rule scorer before: " in out and "Rule scorer after: " in out
+        for name in ("before.mp4", "after.mp4", "lora.safetensors", "queries.json", "run.json"):
+            assert name in out and (tmp_path / folder / name).stat().st_size > 0
+        assert record["models"]["reasoner"] == "packaged/reasoner"
+        assert record["loss_after"] < record["loss_before"]
+    assert run("demo", "--out", "runs/demo")[0] == 2
+
+
+@packaged
+def test_queries_to_edit_and_give_back(run: Run, tmp_path: Path) -> None:
+    from vlmteacher.microworld.world import instance, render
+
+    scene, prompt = instance(0, 7)
+    Image.fromarray((render(scene)[0] * 255).round().astype("uint8")).save(tmp_path / "first.png")
+    instance_flags = ["--prompt", prompt, "--image", tmp_path / "first.png"]
+    status, out, _ = run("queries", *instance_flags)
+    assert status == 0 and 1 <= len(json.loads(out)["process"]) <= 3
+    assert run("queries", *instance_flags, "-o", tmp_path / "q.json")[0] == 0
+    edited = {**json.loads((tmp_path / "q.json").read_text()), "process": ["Do the boxes stay as they are?"]}
+    (tmp_path / "q.json").write_text(json.dumps(edited))
+    flags = [*instance_flags, "--queries", tmp_path / "q.json", "--max-steps", 1, "--out", tmp_path / "run"]
+    assert run("solve", *flags)[0] == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["queries"] == edited

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from vlmteacher.pipeline import TeacherPipeline, TeacherPipelineOutput
 
+RESUMABLE = ("run.json", "results.json")  # of a run, of a sweep
+
 # Heavy imports stand inside the commands: `vlmteacher --help` must answer at once.
 
 
@@ -43,9 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        out = getattr(arguments, "out", None)
-        begun = out is not None and (Path(out) / "run.json").exists()
-        print(f"interrupted{f'; --resume --out {out} goes on' if begun else ''}", file=sys.stderr)
+        can_resume = "resume" in arguments and any((Path(arguments.out) / name).exists() for name in RESUMABLE)
+        print(f"interrupted{'; the same with --resume goes on' if can_resume else ''}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -124,6 +125,7 @@ def demo(arguments: argparse.Namespace) -> None:
     arguments.out = out
     RunFolder(out)  # a folder that cannot be used shows before any model is loaded
     _quiet()
+    import numpy as np
     import torch
     from PIL import Image
 
@@ -145,7 +147,7 @@ def demo(arguments: argparse.Namespace) -> None:
     )
     _print_result(output)
     for name, frames in (("before", output.frames_before), ("after", output.frames)):
-        verdict = score(frames, scene)
+        verdict = score(np.asarray(frames), scene)
         parts = ", ".join(f"{part} {value:.2f}" for part, value in verdict.subscores.items())
         print(f"Rule scorer {name}: {'success' if verdict.success else 'failure'}, score {verdict.score:.2f} ({parts})")
     _print_folder(out)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 PACKAGED_PAIR = Path(__file__).parent / "microworld" / "models"
 ASPECT_TOLERANCE = 0.05
 
-Frames = list[Image.Image] | np.ndarray | Tensor
+Frames: TypeAlias = list[Image.Image] | np.ndarray | Tensor
 """A video: list of F images ("pil"), array (F, H, W, 3) ("np") or tensor (F, 3, H, W) ("pt"), floats in [0, 1]."""
 
 
@@ -145,7 +145,7 @@ class TeacherPipeline:
         given = {"reasoner": reasoner, "teacher": teacher, "decoder": decoder}
         models = {name: os.fspath(path) for name, path in given.items() if path is not None}
         models = {name: os.path.abspath(path) if os.path.exists(path) else path for name, path in models.items()}
-        defaults = {}
+        defaults: dict[str, Any] = {}
         if len(models) < 3:
             directory, description = read_pair(pair)
             label = "packaged" if pair is None else os.fspath(pair)
@@ -191,7 +191,7 @@ class TeacherPipeline:
         progress: bool = True,
         run_dir: str | os.PathLike[str] | None = None,
         resume: bool = False,
-    ) -> TeacherPipelineOutput | tuple[Frames]:
+    ) -> TeacherPipelineOutput:
         """Answer one instance (prompt, first frame) by test-time optimisation: Algorithm 1 of arXiv 2606.02564.
 
         Args:
@@ -306,7 +306,9 @@ class TeacherPipeline:
         )
         if run:
             run.finish(output)
-        return output if return_dict else (output.frames,)
+        if not return_dict:
+            return (output.frames,)  # type: ignore[return-value]  # diffusers' other form, for those who ask for it
+        return output
 
     @torch.no_grad()
     def _losses(self, video: Tensor, frame_indices: Sequence[int], queries: QuerySet) -> Tensor:
