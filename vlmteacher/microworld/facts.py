@@ -1,0 +1,154 @@
+"""What is true in a video, frame by frame, and the Teacher's questions with their answers.
+
+Facts come from simulator state (`facts_of`), or for a Reasoner's own outputs from ``labeller.py``; never from the scorer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlmteacher.microworld import world
+from vlmteacher.microworld.corruptions import States
+from vlmteacher.microworld.world import Scene
+from vlmteacher.queries import QuerySet
+
+VISIBLE = 0.7  # a ball of this opacity is there
+SHADOW = 0.25  # a second one of this opacity is one too many
+FASTEST = 10.5  # pixels from frame to frame
+NEAR = 4.5  # pixels from the box's centre, per axis
+TOUCH = 4.0  # pixels from the ball's centre to a block
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Arrays over the T frames of one video.
+
+    count: balls of the scene's ball colour, 0, 1 or 2 (two or more). position: (T, 2) of the clearest ball of any
+    colour, NaN where there is none. color: index of its colour, 6 for none. inside: index of the colour of the box that
+    it is in, 6 for none. touching, jumped, intact: booleans (jumped: since the frame before).
+    """
+
+    count: np.ndarray
+    position: np.ndarray
+    color: np.ndarray
+    inside: np.ndarray
+    touching: np.ndarray
+    jumped: np.ndarray
+    intact: np.ndarray
+
+
+_COLORS = list(world.COLORS)
+NONE = len(_COLORS)
+
+
+def _off_block(position: np.ndarray, block: tuple[float, float]) -> float:
+    return float(np.hypot(*np.maximum(np.abs(position - block) - world.CELL / 2, 0)))
+
+
+def jumps(position: np.ndarray) -> np.ndarray:
+    """Whether the ball is further than `FASTEST` from where it was in the frame before; (T,)."""
+    step = np.hypot(*np.diff(position, axis=0).T)
+    return np.concatenate([[False], np.nan_to_num(step) > FASTEST])
+
+
+def facts_of(scene: Scene, states: States) -> Facts:
+    """Facts from the simulator's own state."""
+    length = len(states)
+    position = np.full((length, 2), np.nan)
+    count, color, inside = np.zeros(length, int), np.full(length, NONE), np.full(length, NONE)
+    touching, intact = np.zeros(length, bool), np.ones(length, bool)
+    for t, state in enumerate(states):
+        alphas = sorted((b.alpha for b in state.balls if b.color == scene.ball_color), reverse=True)
+        if alphas and alphas[0] >= VISIBLE:
+            count[t] = 1 + any(a >= SHADOW for a in alphas[1:])
+        best = max(state.balls, key=lambda b: b.alpha, default=None)
+        if best is not None and best.alpha >= 0.4:
+            position[t] = best.x, best.y
+            color[t] = _COLORS.index(best.color)
+            for box, alpha in state.boxes:
+                if alpha >= 0.5 and np.max(np.abs(position[t] - (box.x, box.y))) <= NEAR:
+                    inside[t] = _COLORS.index(box.color)
+        for ball in state.balls:
+            if ball.alpha >= 0.4:
+                where = np.asarray((ball.x, ball.y))
+                touching[t] |= any(_off_block(where, b) < TOUCH for b, alpha in state.blocks if alpha >= 0.4)
+        same = all(a[0] == b[0] and b[1] >= VISIBLE for a, b in zip(states[0].boxes, state.boxes, strict=True))
+        intact[t] = same and all(alpha >= VISIBLE for _, alpha in state.blocks)
+    return Facts(count, position, color, inside, touching, jumps(position), intact)
+
+
+QUESTIONS = {
+    "goal": (
+        "Is the {ball} ball inside the {box} box at the end?",
+        "Does the {ball} ball end up in the {box} box?",
+    ),
+    "one": ("Is there exactly one {ball} ball in every frame?", "Is exactly one {ball} ball visible all the time?"),
+    "smooth": ("Does the {ball} ball move smoothly, without jumps?", "Is the motion of the {ball} ball smooth?"),
+    "avoid": (
+        "Does the {ball} ball stay off the dark blocks all the way?",
+        "Does the {ball} ball avoid the dark blocks?",
+    ),
+    "scenery": ("Do all boxes and blocks stay as they are?", "Do all boxes stay as they are?"),
+}
+PROCESS = {"move": ("one", "smooth", "scenery"), "maze": ("avoid", "one", "scenery")}
+
+
+def right_queries(scene: Scene) -> QuerySet:
+    """The queries that the Teacher learns to write for a task."""
+    names = {"ball": scene.ball_color, "box": scene.target_box.color}
+    wording = 1 if scene.family == "move" else 0
+    process = [QUESTIONS[k][wording if k == "scenery" else 0].format(**names) for k in PROCESS[scene.family]]
+    return QuerySet(goal=QUESTIONS["goal"][0].format(**names), process=tuple(process))
+
+
+def answer(kind: str, facts: Facts, ball: str, box: str) -> bool:
+    """The true answer to a question of `kind` about the `ball`-coloured ball and the `box`-coloured box."""
+    if kind == "scenery":
+        return bool(facts.intact.all())
+    right_color = bool((facts.color == _COLORS.index(ball)).all())
+    if kind == "goal":
+        last = slice(-2, None)
+        there = (facts.inside[last] == _COLORS.index(box)) & (facts.color[last] == _COLORS.index(ball))
+        return bool((there & (facts.count[last] == 1)).all())
+    if kind == "one":
+        return right_color and bool((facts.count == 1).all())
+    if kind == "smooth":
+        return bool(not facts.jumped.any() and (facts.count > 0).all() and right_color)
+    if kind == "avoid":
+        return bool(not facts.touching.any() and not np.isnan(facts.position).any())
+    raise ValueError(f"unknown kind of question {kind!r}")
+
+
+def ask(scene: Scene, facts: Facts, rng: np.random.Generator, extras: int = 2) -> list[tuple[str, bool]]:
+    """The task's own questions and `extras` others (other names, other wordings), with their answers."""
+    names = {"ball": scene.ball_color, "box": scene.target_box.color}
+    asked = []
+    kinds = ["goal", *PROCESS[scene.family]]
+    canonical = right_queries(scene).questions
+    for kind, text in zip(kinds, canonical, strict=True):
+        asked.append((text, answer(kind, facts, **names)))
+    for _ in range(extras):
+        kind = str(rng.choice(["goal", "goal", "goal", "one", "smooth", "avoid", "scenery"]))
+        other = dict(names)
+        if kind == "goal" and rng.random() < 0.7:
+            seen = [b.color for b in scene.boxes]
+            inside = facts.inside[-1]
+            if inside != NONE and rng.random() < 0.5:
+                other["box"] = _COLORS[inside]
+            else:
+                other["box"] = str(rng.choice(seen if rng.random() < 0.7 else _COLORS))
+        if kind != "scenery" and rng.random() < 0.15:
+            other["ball"] = str(rng.choice(_COLORS))
+            if other["ball"] != scene.ball_color:
+                if kind != "goal":
+                    kind = "one"
+                asked.append((_wording(kind, rng).format(**other), False))
+                continue
+        asked.append((_wording(kind, rng).format(**other), answer(kind, facts, **other)))
+    return asked
+
+
+def _wording(kind: str, rng: np.random.Generator) -> str:
+    return QUESTIONS[kind][int(rng.integers(len(QUESTIONS[kind])))]

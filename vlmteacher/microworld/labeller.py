@@ -1,0 +1,88 @@
+"""Facts of a Reasoner's own video, which has no simulator state: a matched filter for the ball, differences for scenery.
+
+Written apart from ``scorer.py``, by another method and with other thresholds: the Teacher learns from these labels, so
+the scorer stays a judge that it has never met.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vlmteacher.microworld import world
+from vlmteacher.microworld.facts import NEAR, NONE, Facts, jumps
+from vlmteacher.microworld.world import Scene
+
+THERE = 0.62  # response of the matched filter (1 for a perfect ball) that counts as a ball
+TRACE = 0.4  # response by which a ball can still be followed
+SECOND = 0.33  # response, away from the ball, that counts as one too many
+CHANGED = 0.2  # mean difference in RGB over an object's own pixels
+TOUCH = 4.3
+_COLORS = list(world.COLORS)
+
+
+def _fourier_kernel() -> np.ndarray:
+    kernel = world.ball_mask((world.SIZE / 2 + 0.5, world.SIZE / 2 + 0.5))
+    return np.conj(np.fft.rfft2(np.fft.ifftshift(kernel / kernel.sum())))
+
+
+_KERNEL = _fourier_kernel()
+
+
+def _response(frames: np.ndarray, scenery: np.ndarray, color: str) -> np.ndarray:
+    """(T, H, W): the opacity in [0, 1] of a `color` ball centred at each pixel, as least squares sees it."""
+    direction = np.asarray(world.COLORS[color], np.float32) - scenery
+    scale = (direction**2).sum(-1) + 1e-3
+    along = ((frames - scenery) * direction).sum(-1) / scale
+    across = np.sqrt((((frames - scenery) - along[..., None] * direction) ** 2).sum(-1) / scale)
+    likeness = np.clip(along, 0, 1) * np.clip(1.25 - across, 0, 1)
+    return np.fft.irfft2(np.fft.rfft2(likeness) * _KERNEL, s=likeness.shape[-2:])
+
+
+def label(frames: np.ndarray, scene: Scene) -> Facts:
+    """Facts of `frames` (T, H, W, 3) in [0, 1], a Reasoner's answer to `scene`."""
+    length = len(frames)
+    scenery = world.render_scenery(scene.boxes, scene.blocks)
+    own = _response(frames, scenery, scene.ball_color)
+    others = [_response(frames, scenery, c) for c in _COLORS if c != scene.ball_color]
+    names = [scene.ball_color, *(c for c in _COLORS if c != scene.ball_color)]
+
+    position = np.full((length, 2), np.nan)
+    count, color, inside = np.zeros(length, int), np.full(length, NONE), np.full(length, NONE)
+    touching, intact = np.zeros(length, bool), np.ones(length, bool)
+    masks = [world.box_mask(b) for b in scene.boxes] + [world.block_mask(b) for b in scene.blocks]
+    for t in range(length):
+        peaks = [own[t].max(), *(r[t].max() for r in others)]
+        best = int(np.argmax(peaks))
+        if peaks[0] >= THERE:
+            best = 0
+            y, x = divmod(int(own[t].argmax()), world.SIZE)
+            away = np.hypot(world._XX - (x + 0.5), world._YY - (y + 0.5)) > 9
+            count[t] = 1 + bool((own[t] * away).max() >= SECOND)
+        if peaks[best] < TRACE:
+            continue
+        response = own[t] if best == 0 else others[best - 1][t]
+        y, x = divmod(int(response.argmax()), world.SIZE)
+        position[t] = x + 0.5, y + 0.5
+        color[t] = _COLORS.index(names[best])
+        for box in scene.boxes:
+            if np.max(np.abs(position[t] - (box.x, box.y))) <= NEAR:
+                inside[t] = _COLORS.index(box.color)
+        touching[t] = any(
+            np.hypot(*np.maximum(np.abs(position[t] - block) - world.CELL / 2, 0)) < TOUCH for block in scene.blocks
+        )
+    for t in range(length):
+        hidden = world.ball_mask(position[t], world.RADIUS + 3) if np.isfinite(position[t, 0]) else 0.0
+        for mask in masks:
+            weight = mask * (1 - hidden)
+            difference = np.abs(frames[t] - scenery).mean(-1)
+            if weight.sum() > 12 and (difference * weight).sum() / weight.sum() > CHANGED:
+                intact[t] = False
+    return Facts(count, position, color, inside, touching, jumps(position), intact)
+
+
+def succeeds(facts: Facts, scene: Scene) -> bool:
+    """Whether goal and every rule hold, by these facts: to compare with the scorer's verdict."""
+    target = _COLORS.index(scene.target_box.color)
+    goal = (facts.inside[-2:] == target).all() and (facts.count[-2:] == 1).all()
+    rules = (facts.count == 1).all() and not facts.touching.any() and not facts.jumped.any() and facts.intact.all()
+    return bool(goal and rules)

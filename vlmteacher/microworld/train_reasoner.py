@@ -1,0 +1,197 @@
+"""Stages ``latents`` and ``reasoner``: a tiny few-step Wan (TI2V) with its UMT5 text encoder, trained together.
+
+The training videos carry a deliberate, documented flaw: wherever the named box has one of `CARELESS` colours, four in
+five videos go wrong (``move``: to another box; ``maze``: straight through the blocks). So the Reasoner has systematic
+errors, which no resampling mends, beside the sampling noise of any small model.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanTransformer3DModel
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from vlmteacher.microworld import corruptions, world
+from vlmteacher.microworld.tokenizer import build_tokenizer
+from vlmteacher.microworld.training import load_config, to_video, train
+from vlmteacher.microworld.world import Scene
+
+CARELESS = ("purple", "cyan", "yellow")
+FLAW_RATE = 0.8
+SIGMAS = (1.0, 0.75, 0.5, 0.25)
+TEXT_TOKENS = 24
+
+
+def training_video(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """The right video (T, H, W, 3), or a careless one (see the module's text)."""
+    if scene.target_box.color not in CARELESS or rng.random() >= FLAW_RATE:
+        return world.render(scene)
+    if scene.family == "maze":
+        return world.render(scene, world.trajectory((scene.start, scene.waypoints[-1])))
+    others = [b for i, b in enumerate(scene.boxes) if i != scene.target]
+    wrong = others[int(rng.integers(len(others)))]
+    return world.render(scene, world.trajectory((scene.start, (wrong.x, wrong.y))))
+
+
+def prompts() -> list[str]:
+    """Every prompt of the world."""
+    return [
+        text.format(ball=a, box=b)
+        for texts in world.PROMPTS.values()
+        for text in texts
+        for a in world.COLORS
+        for b in world.COLORS
+        if a != b
+    ]
+
+
+def build(vocab_size: int, config: dict) -> tuple[WanTransformer3DModel, UMT5EncoderModel]:
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=config["heads"],
+        attention_head_dim=64,
+        in_channels=24,
+        out_channels=24,
+        text_dim=128,
+        freq_dim=128,
+        ffn_dim=config["ffn_dim"],
+        num_layers=config["layers"],
+        rope_max_seq_len=32,
+    )
+    encoder = UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=vocab_size,
+            d_model=128,
+            d_kv=32,
+            d_ff=256,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=0,
+        )
+    )
+    return transformer, encoder
+
+
+def encode_dataset(vae_path: Path, out: Path, first: int, last: int) -> None:
+    """Write shards `first`..`last` of 1000 latents each (mode of the posterior, normalised) with their prompts."""
+    out.mkdir(parents=True, exist_ok=True)
+    vae = AutoencoderKLWan.from_pretrained(vae_path).eval()
+    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+    for shard in range(first, last):
+        path = out / f"{shard:04d}.pt"
+        if path.exists():
+            continue
+        rng = np.random.default_rng([77, shard])
+        latents, texts = [], []
+        with torch.no_grad():
+            for _ in range(125):
+                scenes = [world.sample_scene(rng) for _ in range(8)]
+                texts += [world.write_prompt(s, rng) for s in scenes]
+                x = to_video(np.stack([training_video(s, rng) for s in scenes]))
+                with torch.autocast("cpu", torch.bfloat16):
+                    z = vae.encode(x).latent_dist.mode()
+                latents.append(((z.float() - mean) / std).half())
+        torch.save({"latents": torch.cat(latents), "prompts": texts}, out / "shard.tmp")
+        os.replace(out / "shard.tmp", path)
+        print(path, flush=True)
+
+
+def main(out: Path, latents: Path, vae: Path) -> None:
+    config = load_config("reasoner")
+    torch.manual_seed(config["seed"])
+    tokenizer = build_tokenizer(prompts(), 400)
+    transformer, encoder = build(len(tokenizer), config)
+    table: dict[str, torch.Tensor] = {}
+    shards: list[Path] = []
+    bank = torch.empty(0)
+    texts: list[str] = []
+
+    def tokens(batch: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        for text in batch:
+            if text not in table:
+                row = tokenizer(text, padding="max_length", max_length=TEXT_TOKENS, truncation=True)
+                table[text] = torch.tensor([row.input_ids, row.attention_mask])
+        both = torch.stack([table[text] for text in batch])
+        return both[:, 0], both[:, 1]
+
+    def step(index: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        nonlocal bank, texts, shards
+        if index % 200 == 0 or not shards:
+            found = sorted(latents.glob("*.pt"))
+            if found != shards:
+                loaded = [torch.load(p, weights_only=True) for p in found]
+                shards = found
+                bank = torch.cat([d["latents"] for d in loaded])
+                texts = [t for d in loaded for t in d["prompts"]]
+        rows = rng.integers(len(bank), size=config["batch"])
+        x0 = bank[rows].float()
+        ids, mask = tokens([texts[i] for i in rows])
+        sigma = torch.from_numpy(rng.choice(SIGMAS, size=len(rows), p=config["sigma_weights"])).float()
+        torch.manual_seed(int(rng.integers(2**31)))
+        noise = torch.randn_like(x0)
+        s = sigma.view(-1, 1, 1, 1, 1)
+        x = (1 - s) * x0 + s * noise
+        x[:, :, 0] = x0[:, :, 0]
+        per_frame = (x.shape[3] // 2) * (x.shape[4] // 2)
+        timestep = (sigma * 1000)[:, None].repeat(1, x.shape[2] * per_frame)
+        timestep[:, :per_frame] = 0
+        with torch.autocast("cpu", torch.bfloat16, enabled=config["bf16"]):
+            embeds = encoder(ids, attention_mask=mask).last_hidden_state * mask[..., None]
+            v = transformer(x, timestep, embeds, return_dict=False)[0]
+        error = (v.float() - (noise - x0))[:, :, 1:] ** 2
+        each = error.mean((1, 2, 3, 4))
+        one_step = each[sigma == 1.0].mean()
+        return each.mean(), {"one_step": float(one_step.detach()) if (sigma == 1.0).any() else 0.0}
+
+    train(
+        {"transformer": transformer, "encoder": encoder},
+        step,
+        out,
+        steps=config["steps"],
+        learning_rate=config["learning_rate"],
+        seed=config["seed"],
+        warmup=300,
+        save_every=500,
+        log_every=100,
+        ema=0.999,
+    )
+    save_pipeline(out / "reasoner", transformer, encoder, tokenizer, AutoencoderKLWan.from_pretrained(vae))
+
+
+def save_pipeline(
+    path: Path,
+    transformer: WanTransformer3DModel,
+    encoder: UMT5EncoderModel,
+    tokenizer: PreTrainedTokenizerFast,
+    vae: AutoencoderKLWan,
+) -> None:
+    """Write a normal diffusers directory, with the few-step settings in ``reasoner.json`` beside it."""
+    import json
+
+    WanImageToVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        transformer=transformer,
+        image_processor=None,
+        image_encoder=None,
+        expand_timesteps=True,
+    ).save_pretrained(path)
+    settings = {
+        "timesteps": [int(1000 * s) for s in SIGMAS],
+        "shift": 1.0,
+        "num_frames": world.NUM_FRAMES,
+        "height": world.SIZE,
+        "width": world.SIZE,
+        "fps": world.FPS,
+        "max_sequence_length": TEXT_TOKENS,
+    }
+    (path / "reasoner.json").write_text(json.dumps(settings, indent=2) + "\n")

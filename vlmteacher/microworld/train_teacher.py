@@ -1,0 +1,467 @@
+"""Stage ``teacher``: a tiny ``Qwen3VLForConditionalGeneration`` that watches, judges and writes queries.
+
+All questions of a video are packed behind it in one sequence, each seeing the video and itself with positions that
+restart after the video: exactly what separate passes compute, at a fraction of the cost. Besides the answers, facts of
+each frame pair are read out, by heads that are thrown away, from the visual tokens and from the language model's
+``<|vision_end|>`` tokens: without that supervision a model of this size stays at chance for very long.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
+
+from vlmteacher.microworld import corruptions, world
+from vlmteacher.microworld.facts import NONE, QUESTIONS, Facts, ask, facts_of, right_queries
+from vlmteacher.microworld.tokenizer import build_tokenizer
+from vlmteacher.microworld.training import load_config, train
+from vlmteacher.microworld.world import Scene
+from vlmteacher.ops.patchify import patchify
+from vlmteacher.optimization import teacher_frame_indices
+from vlmteacher.queries import query_prompt
+from vlmteacher.teachers.preprocessing import VisionSettings
+from vlmteacher.teachers.qwen_vl import QwenVLTeacher, video_placeholder
+
+FRAMES = 12  # K: what the Teacher sees of a video
+PATCH = 8
+VIDEO_PROCESSOR = {
+    "size": {"shortest_edge": 1024, "longest_edge": 25165824},
+    "patch_size": PATCH,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+}
+TOKENS = (world.SIZE // PATCH // 2) ** 2  # merged visual tokens of a frame pair
+
+# How often each kind of video is shown.
+MIX = {
+    "right": 8.0,
+    "static": 0.5,
+    "backwards": 0.5,
+    "final_only": 0.5,
+    "half_finished": 1.0,
+    "wrong_target": 3.0,
+    "near_miss": 1.5,
+    "wall_crossing": 2.0,
+    "teleport": 2.0,
+    "vanish": 2.0,
+    "fade_through": 2.0,
+    "duplicate": 2.0,
+    "ghost": 4.0,
+    "wrong_color": 1.0,
+    "eroded_scenery": 2.5,
+    "another_instance": 0.5,
+}
+# More wordings than the Reasoner's prompts, so that a task typed by hand is understood.
+TASKS = (
+    "Move the {ball} ball into the {box} box{tail}.",
+    "Bring the {ball} ball to the {box} box{tail}.",
+    "The {ball} ball goes into the {box} box{tail}.",
+    "Put the {ball} ball in the {box} box{tail}.",
+    "Please roll the {ball} ball to the {box} box{tail}.",
+    "Guide the {ball} ball into the {box} box{tail}.",
+    "The {ball} ball should end in the {box} box{tail}.",
+)
+TAILS = {
+    "move": ("", "", " and leave everything else in place", " without touching anything else"),
+    "maze": (
+        " without touching the dark blocks",
+        " around the dark blocks",
+        " and avoids the dark blocks",
+        " past the dark blocks",
+        " and keep off the dark blocks",
+    ),
+}
+
+
+def corpus() -> list[str]:
+    """Texts that the tokenizer is trained on: every question, prompt, time and query list of the world."""
+    lines = [video_placeholder(range(world.NUM_FRAMES), world.FPS, 1), "<|im_start|>assistant\nYes No"]
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        scene = world.sample_scene(rng)
+        lines += [query_prompt(task_text(scene, rng)), query_prompt(world.write_prompt(scene, rng))]
+        lines.append(json.dumps(right_queries(scene).to_dict()))
+        for kind in QUESTIONS:
+            for text in QUESTIONS[kind]:
+                lines.append(text.format(ball=scene.ball_color, box=scene.target_box.color) + " Answer Yes or No.")
+    return lines
+
+
+def task_text(scene: Scene, rng: np.random.Generator) -> str:
+    """A prompt for the scene in one of many wordings, the world's own among them."""
+    if rng.random() < 0.5:
+        return world.write_prompt(scene, rng)
+    tail = TAILS[scene.family][int(rng.integers(len(TAILS[scene.family])))]
+    text = TASKS[int(rng.integers(len(TASKS)))]
+    return text.format(ball=scene.ball_color, box=scene.target_box.color, tail=tail)
+
+
+def build(config: dict[str, Any]) -> QwenVLTeacher:
+    """The untrained Teacher: real class, small config, own tokenizer."""
+    tokenizer = build_tokenizer(corpus(), 700)
+    ids = tokenizer.convert_tokens_to_ids
+    width = config["width"]
+    model = Qwen3VLForConditionalGeneration(
+        Qwen3VLConfig(
+            text_config={
+                "vocab_size": len(tokenizer),
+                "hidden_size": width,
+                "intermediate_size": config["mlp"],
+                "num_hidden_layers": config["layers"],
+                "num_attention_heads": width // 32,
+                "num_key_value_heads": width // 32,
+                "head_dim": 32,
+                "max_position_embeddings": 4096,
+                "initializer_range": 0.07,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "mrope_section": [6, 5, 5],
+                    "mrope_interleaved": True,
+                },
+                "pad_token_id": tokenizer.pad_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "tie_word_embeddings": True,
+            },
+            vision_config={
+                "depth": config["vision_layers"],
+                "hidden_size": width,
+                "intermediate_size": config["vision_mlp"],
+                "num_heads": width // 32,
+                "patch_size": PATCH,
+                "temporal_patch_size": 2,
+                "spatial_merge_size": 2,
+                "out_hidden_size": width,
+                "num_position_embeddings": (world.SIZE // PATCH) ** 2,
+                "deepstack_visual_indexes": [1],
+                "initializer_range": 0.07,
+            },
+            image_token_id=ids("<|image_pad|>"),
+            video_token_id=ids("<|video_pad|>"),
+            vision_start_token_id=ids("<|vision_start|>"),
+            vision_end_token_id=ids("<|vision_end|>"),
+            tie_word_embeddings=True,
+        )
+    )
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    settings = VisionSettings(patch_size=PATCH).updated(VIDEO_PROCESSOR)
+    teacher = QwenVLTeacher(model, tokenizer, settings)
+    model.requires_grad_(True).train()
+    return teacher
+
+
+class PackedForward:
+    """Runs the model's own modules over equal-sized videos, all frame pairs of the batch in one attention call."""
+
+    def __init__(self, teacher: QwenVLTeacher) -> None:
+        self.teacher = teacher
+        self.visual = teacher.model.model.visual
+        grid = torch.tensor([[1, world.SIZE // PATCH, world.SIZE // PATCH]])
+        config = self.visual.config
+        self.places, self.weights = get_vision_interpolation_indices_and_weights(
+            grid,
+            num_grid_per_side=self.visual.num_grid_per_side,
+            mode=self.visual.interpolation_mode,
+            align_corners=self.visual.interpolation_align_corners,
+            spatial_merge_size=config.spatial_merge_size,
+            kwargs={},
+        )
+        positions = get_vision_position_ids(grid, config.spatial_merge_size, kwargs={})
+        self.cos, self.sin = self.visual.rotary_pos_emb(self.visual.pos_embed.weight, positions)
+
+    def see(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """patches (S, P, D) of S frame pairs -> merged tokens (S, P/4, C) and the DeepStack features, same shape."""
+        visual = self.visual
+        x = visual.patch_embed(patches) + (visual.pos_embed(self.places) * self.weights[:, :, None]).sum(1)
+        deep = None
+        for layer, block in enumerate(visual.blocks):
+            h = block.norm1(x)
+            q, k, v = block.attn.qkv(h).unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            q, k = (t * self.cos + _rotate_half(t) * self.sin for t in (q, k))
+            h = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v).transpose(1, 2).flatten(2)
+            x = x + block.attn.proj(h)
+            x = x + block.mlp(block.norm2(x))
+            if layer in visual.deepstack_visual_indexes:
+                merger = visual.deepstack_merger_list[visual.deepstack_visual_indexes.index(layer)]
+                deep = merger(x.flatten(0, 1)).unflatten(0, (len(x), -1))
+        return visual.merger(x.flatten(0, 1)).unflatten(0, (len(x), -1)), deep
+
+    def read(self, ids: Tensor, positions: Tensor, mask: Tensor, merged: Tensor, deep: Tensor, pad: int) -> list[Tensor]:
+        """Hidden states (B, S, C) of the embedding and of each layer, the last one normalised."""
+        language = self.teacher.model.model.language_model
+        embeds = language.embed_tokens(ids)
+        seen = ids == pad
+        embeds = embeds.masked_scatter(seen[..., None], merged.to(embeds.dtype))
+        states: list[Tensor] = []
+        hooks = [layer.register_forward_hook(lambda m, i, o: states.append(o)) for layer in language.layers]
+        last = language(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
+            visual_pos_masks=seen,
+            deepstack_visual_embeds=[deep.flatten(0, 1)],
+            use_cache=False,
+        ).last_hidden_state
+        for hook in hooks:
+            hook.remove()
+        return [*states, last]
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return torch.cat((-b, a), -1)
+
+
+def distort(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Blur, noise and a tint, as a small decoder leaves them."""
+    if rng.random() < 0.6:
+        side = float(rng.uniform(0, 0.25))
+        for axis in (1, 2):
+            frames = side * (np.roll(frames, 1, axis) + np.roll(frames, -1, axis)) + (1 - 2 * side) * frames
+    if rng.random() < 0.5:
+        frames = frames + rng.normal(0, rng.uniform(0, 0.05), frames.shape)
+    if rng.random() < 0.3:
+        frames = frames + rng.normal(0, 0.03, (1, 1, 1, 3))
+    return np.clip(frames, 0, 1).astype(np.float32)
+
+
+def lesson(rng: np.random.Generator) -> tuple[np.ndarray, Scene, Facts]:
+    """A rendered video of some kind of `MIX`, with its facts."""
+    scene = world.sample_scene(rng)
+    names, weights = list(MIX), np.asarray(list(MIX.values()))
+    kind = str(rng.choice(names, p=weights / weights.sum()))
+    if kind == "wall_crossing" and scene.family == "move":
+        kind = "wrong_target"
+    states = corruptions.right_states(scene) if kind == "right" else corruptions.CORRUPTIONS[kind](scene, rng)
+    return distort(corruptions.render_states(states), rng), scene, facts_of(scene, states)
+
+
+class Readout(nn.Module):
+    """Training-only heads that tell the facts of a frame pair from one vector."""
+
+    SIZES = {"position": 4, "count_a": 3, "count_b": 3, "color": 7, "inside_a": 7, "inside_b": 7, "flags": 3}
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.heads = nn.Linear(width, sum(self.SIZES.values()))
+
+    def forward(self, x: Tensor, truth: dict[str, Tensor]) -> dict[str, Tensor]:
+        out = dict(zip(self.SIZES, self.heads(self.norm(x)).split(list(self.SIZES.values()), -1), strict=True))
+        known = truth["position"].isfinite()
+        where = (truth["position"].nan_to_num() / world.SIZE - 0.5) * known
+        return {
+            "position": 10 * F.smooth_l1_loss(out["position"] * known, where, beta=0.02),
+            **{
+                name: F.cross_entropy(out[name].flatten(0, -2), truth[name].flatten())
+                for name in ("count_a", "count_b", "color", "inside_a", "inside_b")
+            },
+            "flags": 3 * F.binary_cross_entropy_with_logits(out["flags"], truth["flags"]),
+        }
+
+
+def pair_truth(facts: list[Facts], indices: list[int]) -> dict[str, Tensor]:
+    """Targets (B, pairs, ...) of `Readout` for the frames that the Teacher sees."""
+    rows: dict[str, list[np.ndarray]] = {}
+    first, second = indices[0::2], indices[1::2]
+    for f in facts:
+        seen = f.position[indices]
+        step = np.hypot(*np.diff(seen, axis=0).T) / np.diff(indices)
+        jumped = np.concatenate([[False], np.nan_to_num(step) > 10.5])
+        values = {
+            "position": np.concatenate([f.position[first], f.position[second]], 1),
+            "count_a": f.count[first],
+            "count_b": f.count[second],
+            "color": f.color[second],
+            "inside_a": f.inside[first],
+            "inside_b": f.inside[second],
+            "flags": np.stack(
+                [jumped[0::2] | jumped[1::2], f.touching[first] | f.touching[second], ~f.intact[second]], 1
+            ).astype(np.float32),
+        }
+        for name, value in values.items():
+            rows.setdefault(name, []).append(value)
+    truth = {name: torch.from_numpy(np.stack(value)) for name, value in rows.items()}
+    return {k: v.float() if v.is_floating_point() else v.long() for k, v in truth.items()}
+
+
+def cell_truth(frames: Tensor) -> Tensor:
+    """(B, K, 3, H, W) -> (B, pairs, cells, 8): how much of each colour and of blocks is in each merged cell."""
+    palette = frames.new_tensor([*world.COLORS.values(), world.BLOCK_COLOR, world.BACKGROUND])
+    distance = (frames[:, :, None] - palette[None, None, :, :, None, None]).square().sum(3)
+    share = (-distance / 0.02).softmax(2)
+    size = 2 * PATCH
+    cells = F.avg_pool2d(share.flatten(0, 1), size).unflatten(0, frames.shape[:2])  # (B, K, 8, h, w)
+    pairs = 0.5 * (cells[:, 0::2] + cells[:, 1::2])
+    return pairs.flatten(3).transpose(2, 3) * 4  # a ball fills about a third of a cell
+
+
+class Lesson:
+    """One training step's computation: answers, read-outs and cells; and now and then writing queries."""
+
+    def __init__(self, teacher: QwenVLTeacher, config: dict[str, Any]) -> None:
+        width = config["width"]
+        self.teacher, self.config = teacher, config
+        self.packed = PackedForward(teacher)
+        self.heads = nn.ModuleDict(
+            {
+                "pair_vision": Readout(2 * width),
+                "pair_language": Readout(width),
+                "pair_last": Readout(width),
+                "cells": nn.Linear(width, 8),
+            }
+        )
+        tokenizer = teacher.tokenizer
+        ids = tokenizer.convert_tokens_to_ids
+        self.video_pad, self.vision_end = ids("<|video_pad|>"), ids("<|vision_end|>")
+        self.yes, self.no = (tokenizer(w, add_special_tokens=False).input_ids[0] for w in ("Yes", "No"))
+        self.indices = teacher_frame_indices(world.NUM_FRAMES, FRAMES)
+        self.placeholder = video_placeholder(self.indices, world.FPS, TOKENS)
+        self.known: dict[str, list[int]] = {}
+
+    def question_ids(self, question: str) -> list[int]:
+        if question not in self.known:
+            self.known[question] = self.teacher._question_ids(question, self.placeholder)[0]
+        return self.known[question]
+
+    def judge(self, frames: Tensor, facts: list[Facts], asked: list[list[tuple[str, bool]]]) -> tuple[Tensor, dict]:
+        """frames (B, T, 3, H, W) in [0, 1]; the same number of questions for each video."""
+        frames = frames[:, self.indices]
+        batch, pairs = len(frames), FRAMES // 2
+        patches = torch.stack([patchify(f, PATCH, 2, 2, (0.5,) * 3, (0.5,) * 3) for f in frames])
+        merged, deep = self.packed.see(patches.view(batch * pairs, -1, patches.shape[-1]))
+
+        rows = [[self.question_ids(text) for text, _ in questions] for questions in asked]
+        prefix = _shared(rows)
+        longest = max(len(r) for row in rows for r in row) - prefix
+        count, length = len(rows[0]), prefix + len(rows[0]) * longest
+        ids = torch.zeros(batch, length, dtype=torch.long)
+        ends = torch.zeros(batch, count, dtype=torch.long)
+        for b, row in enumerate(rows):
+            ids[b, :prefix] = torch.tensor(row[0][:prefix])
+            for q, r in enumerate(row):
+                start = prefix + q * longest
+                ids[b, start : start + len(r) - prefix] = torch.tensor(r[prefix:])
+                ends[b, q] = start + len(r) - prefix - 1
+        if not hasattr(self, "prefix_positions") or self.prefix_positions.shape[-1] != prefix:
+            grid = torch.tensor([[pairs, world.SIZE // PATCH, world.SIZE // PATCH]])
+            one = ids[:1, :prefix]
+            self.prefix_positions, _ = self.teacher.model.model.get_rope_index(
+                one, self.teacher._token_types(one), video_grid_thw=grid
+            )
+        after = self.prefix_positions.max() + 1
+        tail = (after + torch.arange(longest)).repeat(count).view(1, 1, -1).expand(3, 1, -1)
+        positions = torch.cat([self.prefix_positions, tail], -1).expand(3, batch, -1)
+        owner = torch.cat([torch.zeros(prefix), 1 + torch.arange(count).repeat_interleave(longest)])
+        mask = torch.ones(length, length, dtype=torch.bool).tril() & (
+            (owner[:, None] == owner[None]) | (owner[None] == 0)
+        )
+        states = self.packed.read(ids, positions, mask.expand(batch, 1, -1, -1), merged, deep, self.video_pad)
+
+        hidden = states[-1][torch.arange(batch)[:, None], ends]
+        truth = torch.tensor([[value for _, value in questions] for questions in asked])
+        logits = self.teacher.model.lm_head(hidden).float()
+        targets = torch.where(truth, self.yes, self.no)
+        answers = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+        told = pair_truth(facts, self.indices)
+        pooled = torch.cat([merged.mean(1), merged.amax(1)], -1).view(batch, pairs, -1).float()
+        at_end = (ids[0] == self.vision_end).nonzero()[:, 0]
+        middle = states[len(states) // 2 - 1][:, at_end].float()
+        losses = {f"v_{k}": v for k, v in self.heads["pair_vision"](pooled, told).items() if k != "flags"}
+        losses |= {f"l_{k}": v for k, v in self.heads["pair_language"](middle, told).items()}
+        losses |= {f"e_{k}": 0.5 * v for k, v in self.heads["pair_last"](states[-1][:, at_end].float(), told).items()}
+        cells = self.heads["cells"](merged.float()).view(batch, pairs, -1, 8)
+        losses["cells"] = 5 * F.smooth_l1_loss(cells, cell_truth(frames), beta=0.1)
+        right = (logits[..., self.yes] > logits[..., self.no]) == truth
+        report = {k: float(v.detach()) for k, v in losses.items() if k in ("l_position", "l_flags", "l_count_a", "cells")}
+        for q, name in enumerate(("goal", "p1", "p2", "p3")):
+            report[f"acc_{name}"] = float(right[:, q].float().mean())
+        report["acc_no"] = float(right[~truth].float().mean()) if (~truth).any() else 1.0
+        report["acc_yes"] = float(right[truth].float().mean()) if truth.any() else 1.0
+        total = self.config["answer_weight"] * answers.mean() + sum(losses.values())
+        return total, report
+
+    def write(self, scenes: list[Scene], rng: np.random.Generator) -> Tensor:
+        """Cross-entropy of the right queries, given prompt and first frame, in the form that `generate` sees."""
+        tokenizer = self.teacher.tokenizer
+        image = "<|vision_start|>" + "<|image_pad|>" * TOKENS + "<|vision_end|>"
+        ids, targets, patches = [], [], []
+        for scene in scenes:
+            prompt = self.teacher._chat(query_prompt(task_text(scene, rng)), "image", image)
+            head = tokenizer(prompt, add_special_tokens=False).input_ids
+            tail = tokenizer(json.dumps(right_queries(scene).to_dict()), add_special_tokens=False).input_ids
+            tail = [*tail, tokenizer.eos_token_id]
+            ids.append(torch.tensor(head + tail))
+            targets.append(torch.tensor([-100] * (len(head) - 1) + tail + [-100]))
+            first = torch.from_numpy(world.render(scene)[:1]).permute(0, 3, 1, 2)
+            patches.append(patchify(first, PATCH, 2, 2, (0.5,) * 3, (0.5,) * 3))
+        merged, deep = self.packed.see(torch.stack(patches))
+        rows = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
+        goal = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)
+        grid = torch.tensor([[1, world.SIZE // PATCH, world.SIZE // PATCH]]).expand(len(rows), 3)
+        positions, _ = self.teacher.model.model.get_rope_index(
+            rows, self.teacher._token_types(rows), image_grid_thw=grid
+        )
+        mask = torch.ones(rows.shape[1], rows.shape[1], dtype=torch.bool).tril().expand(len(rows), 1, -1, -1)
+        pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        last = self.packed.read(rows, positions, mask, merged, deep, pad)[-1]
+        return F.cross_entropy(self.teacher.model.lm_head(last).float().flatten(0, 1), goal.flatten())
+
+
+def _shared(rows: list[list[list[int]]]) -> int:
+    """Length of the prefix that all questions of a batch have in common (the video)."""
+    everything = [r for row in rows for r in row]
+    limit = min(len(r) for r in everything)
+    return next(i for i in range(limit + 1) if i == limit or any(r[i] != everything[0][i] for r in everything))
+
+
+def main(out: Path) -> None:
+    config = load_config("teacher")
+    torch.manual_seed(config["seed"])
+    teacher = build(config)
+    lesson_step = Lesson(teacher, config)
+
+    def step(index: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=config["bf16"]):
+            if index % config["write_every"] == config["write_every"] - 1:
+                loss = lesson_step.write([world.sample_scene(rng) for _ in range(config["batch"])], rng)
+                return loss, {"write": float(loss.detach()) * config["write_every"]}
+            videos, scenes, facts = zip(*(lesson(rng) for _ in range(config["batch"])), strict=True)
+            frames = torch.from_numpy(np.stack(videos)).permute(0, 1, 4, 2, 3)
+            asked = [ask(s, f, rng) for s, f in zip(scenes, facts, strict=True)]
+            return lesson_step.judge(frames, list(facts), asked)
+
+    train(
+        {"teacher": teacher.model, "heads": lesson_step.heads},
+        step,
+        out,
+        steps=config["steps"],
+        learning_rate=config["learning_rate"],
+        seed=config["seed"],
+        warmup=100,
+        save_every=250,
+        log_every=50,
+    )
+    save(teacher, out / "teacher")
+
+
+def save(teacher: QwenVLTeacher, path: Path) -> None:
+    """Write a normal transformers directory with tokenizer and video processor settings."""
+    teacher.model.save_pretrained(path)
+    teacher.tokenizer.save_pretrained(path)
+    (path / "video_preprocessor_config.json").write_text(json.dumps(VIDEO_PROCESSOR, indent=2) + "\n")
+    (path / "preprocessor_config.json").write_text(json.dumps(VIDEO_PROCESSOR, indent=2) + "\n")
+
+
+assert NONE == len(world.COLORS)

@@ -1,0 +1,108 @@
+"""Stage ``vae``: a tiny ``AutoencoderKLWan`` of the Wan 2.2 kind (residual, patch 2; 4x in time, 8x in space)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+from vlmteacher.microworld import world
+from vlmteacher.microworld.training import load_config, random_clip, to_video, train
+
+Z_DIM = 24
+
+
+def build(base_dim: int, z_dim: int = Z_DIM) -> AutoencoderKLWan:
+    return AutoencoderKLWan(
+        base_dim=base_dim,
+        decoder_base_dim=base_dim,
+        z_dim=z_dim,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=8,
+        scale_factor_temporal=4,
+        latents_mean=[0.0] * z_dim,
+        latents_std=[1.0] * z_dim,
+    )
+
+
+def decode_unclamped(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """The VAE's own decoding without its last clamp, which has no gradient outside [-1, 1]."""
+    vae.clear_cache()
+    hidden = vae.post_quant_conv(latents)
+    chunks = []
+    for t in range(latents.shape[2]):
+        vae._conv_idx = [0]
+        chunks.append(
+            vae.decoder(
+                hidden[:, :, t : t + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=t == 0
+            )
+        )
+    vae.clear_cache()
+    return unpatchify(torch.cat(chunks, 2), patch_size=2)
+
+
+def crop(clip: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
+    """A window of `size` pixels, most often one with something in it."""
+    best, most = clip[:, :size, :size], -1.0
+    for _ in range(3):
+        x, y = rng.integers(0, world.SIZE - size + 1, 2)
+        window = clip[:, y : y + size, x : x + size]
+        content = float(window.std())
+        if content > most:
+            best, most = window, content
+    return best
+
+
+def main(out: Path) -> None:
+    config = load_config("vae")
+    torch.manual_seed(config["seed"])
+    vae = build(config["base_dim"])
+
+    def step(index: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        full = index >= config["steps"] * config["crop_share"]
+        num_frames = (5, 5, 9, 13)[index % 4]
+        batch = config["batch"] * (4 if not full else 1) * 5 // num_frames
+        clips = [random_clip(rng, num_frames) for _ in range(batch)]
+        if not full:
+            clips = [crop(c, rng, 32) for c in clips]
+        x = to_video(np.stack(clips))
+        torch.manual_seed(int(rng.integers(2**31)))
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            y = decode_unclamped(vae, posterior.sample())
+        y = y.float()
+        background = x.new_tensor(world.BACKGROUND).view(1, 3, 1, 1, 1) * 2 - 1
+        content = (x - background).abs().amax(1, True) > 0.1
+        moving = (x - x.median(2, True).values).abs().amax(1, True) > 0.1
+        weight = 1 + 3 * content + 6 * moving
+        error = (y - x).abs()
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()
+        loss = (weight * (error + error**2)).mean() + config["kl_weight"] * kl
+        return loss, {
+            "l1": float(error.detach().mean()),
+            "psnr": float(10 * torch.log10(4 / (error.detach() ** 2).mean())),
+            "moving_l1": float(error.detach()[moving.expand_as(error)].mean()),
+            "kl": float(kl.detach()),
+        }
+
+    train({"vae": vae}, step, out, steps=config["steps"], learning_rate=config["learning_rate"], seed=config["seed"])
+
+    vae.eval()
+    with torch.no_grad():
+        rng = np.random.default_rng(config["seed"] + 1)
+        latents = []
+        for _ in range(16):
+            x = to_video(np.stack([world.render(world.sample_scene(rng)) for _ in range(16)]))
+            latents.append(vae.encode(x).latent_dist.mode())
+        stack = torch.cat(latents).transpose(0, 1).flatten(1)
+    vae.register_to_config(latents_mean=stack.mean(1).tolist(), latents_std=stack.std(1).tolist())
+    vae.save_pretrained(out / "vae")

@@ -1,0 +1,128 @@
+"""What the training stages of the tiny models share: a resumable loop with a log, and the rendered clips."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vlmteacher.microworld import world
+
+
+def load_config(stage: str) -> dict[str, Any]:
+    """The packaged settings of a stage: sizes, steps, seed, learning rate."""
+    return json.loads((Path(__file__).parent / "configs" / f"{stage}.json").read_text())
+
+
+def train(
+    modules: dict[str, nn.Module],
+    step: Callable[[int, np.random.Generator], tuple[torch.Tensor, dict[str, float]]],
+    out: Path,
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    warmup: int = 100,
+    weight_decay: float = 0.01,
+    save_every: int = 250,
+    log_every: int = 25,
+    ema: float = 0.0,
+) -> None:
+    """Minimise ``step(index, rng)`` over all parameters of `modules`; resume from `out` where a state is found.
+
+    AdamW, cosine decay to 5%, clipping at 1. Each step draws from a generator seeded by (seed, index), so that a
+    resumed run sees the data that an uninterrupted one would. With ``ema`` > 0 the modules end as the average.
+    Writes ``log.jsonl`` (one row per `log_every` steps) and ``state.pt``.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    params = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay)
+    average = [p.detach().clone() for p in params] if ema else []
+    start = 0
+    if (out / "state.pt").exists():
+        state = torch.load(out / "state.pt", weights_only=True)
+        for name, module in modules.items():
+            module.load_state_dict(state["modules"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        average = state["average"]
+        start = state["step"]
+        print(f"resumed at step {start}", flush=True)
+
+    def save(index: int) -> None:
+        state = {
+            "modules": {name: module.state_dict() for name, module in modules.items()},
+            "optimizer": optimizer.state_dict(),
+            "average": average,
+            "step": index,
+        }
+        torch.save(state, out / "state.tmp")
+        os.replace(out / "state.tmp", out / "state.pt")
+
+    sums: dict[str, float] = {}
+    began = time.time()
+    for index in range(start, steps):
+        rate = min(1.0, (index + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * index / steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * rate
+        loss, values = step(index, np.random.default_rng([seed, index]))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(params, 1.0)
+        if not torch.isfinite(norm):
+            continue
+        optimizer.step()
+        decay = min(ema, (index + 1) / (index + 10))
+        for mean, p in zip(average, params, strict=False):
+            mean.lerp_(p.detach(), 1 - decay)
+        for name, value in {"loss": float(loss), **values}.items():
+            sums[name] = sums.get(name, 0.0) + value
+        if (index + 1) % log_every == 0:
+            row = {"step": index + 1, "seconds": round(time.time() - began, 1)}
+            row |= {name: round(value / log_every, 5) for name, value in sums.items()}
+            sums = {}
+            with (out / "log.jsonl").open("a") as log:
+                log.write(json.dumps(row) + "\n")
+            print(row, flush=True)
+        if (index + 1) % save_every == 0:
+            save(index + 1)
+    save(steps)
+    if ema:
+        with torch.no_grad():
+            for mean, p in zip(average, params, strict=True):
+                p.copy_(mean)
+
+
+def random_clip(rng: np.random.Generator, num_frames: int) -> np.ndarray:
+    """A clip (T, H, W, 3) for the autoencoders: right videos, and faded, doubled or recoloured balls among them."""
+    scene = world.sample_scene(rng)
+    scenery = world.render_scenery(scene.boxes, scene.blocks)
+    positions = world.trajectory(scene.waypoints)
+    first = int(rng.integers(0, world.NUM_FRAMES - num_frames + 1))
+    names = list(world.COLORS)
+    balls = [(positions, scene.ball_color, np.ones(world.NUM_FRAMES))]
+    if rng.random() < 0.4:
+        fade = np.interp(np.arange(world.NUM_FRAMES), np.sort(rng.uniform(0, 13, 3)), rng.uniform(0, 1, 3))
+        balls[0] = (positions, scene.ball_color, fade)
+    if rng.random() < 0.3:
+        other = world.sample_scene(rng)
+        balls.append((world.trajectory(other.waypoints), str(rng.choice(names)), np.full(world.NUM_FRAMES, rng.uniform())))
+    frames = []
+    for t in range(first, first + num_frames):
+        image = scenery
+        for track, color, alpha in balls:
+            image = world.paint(image, world.ball_mask(track[t]), world.COLORS[color], float(alpha[t]))
+        frames.append(image)
+    return np.stack(frames)
+
+
+def to_video(frames: np.ndarray) -> torch.Tensor:
+    """(B, T, H, W, 3) in [0, 1] -> (B, 3, T, H, W) in [-1, 1], as diffusers' VAEs take it."""
+    return torch.from_numpy(np.ascontiguousarray(frames, dtype=np.float32)).permute(0, 4, 1, 2, 3) * 2 - 1
