@@ -160,7 +160,7 @@ def main(out: Path, latents: Path, vae: Path) -> None:
         warmup=300,
         save_every=500,
         log_every=100,
-        ema=0.999,
+        ema=0.998,
     )
     save_pipeline(out / "reasoner", transformer, encoder, tokenizer, AutoencoderKLWan.from_pretrained(vae))
 

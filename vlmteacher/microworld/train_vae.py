@@ -62,6 +62,42 @@ def crop(clip: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
     return best
 
 
+def refine(vae_path: Path, out: Path) -> None:
+    """Stage ``vae-decoder``: train the VAE's decoder on while its encoder, and so the latents, stay as they are."""
+    config = load_config("vae_decoder")
+    torch.manual_seed(config["seed"])
+    vae = AutoencoderKLWan.from_pretrained(vae_path).requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+    vae.post_quant_conv.requires_grad_(True)
+
+    def step(index: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        x = to_video(np.stack([random_clip(rng, world.NUM_FRAMES) for _ in range(config["batch"])]))
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                latents = vae.encode(x).latent_dist.mode()
+            y = decode_unclamped(vae, latents)
+        return reconstruction_loss(x, y.float())
+
+    modules = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
+    train(modules, step, out, steps=config["steps"], learning_rate=config["learning_rate"], seed=config["seed"], ema=0.99)
+    vae.save_pretrained(out / "vae")
+
+
+def reconstruction_loss(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+    """Weighted error of `y` against `x` (B, 3, T, H, W) in [-1, 1]: objects count more than ground, the ball most."""
+    background = x.new_tensor(world.BACKGROUND).view(1, 3, 1, 1, 1) * 2 - 1
+    content = (x - background).abs().amax(1, True) > 0.1
+    moving = (x - x.median(2, True).values).abs().amax(1, True) > 0.1
+    weight = 1 + 3 * content + 6 * moving
+    error = (y - x).abs()
+    seen = error.detach()
+    return (weight * (error + error**2)).mean(), {
+        "l1": float(seen.mean()),
+        "psnr": float(10 * torch.log10(4 / (seen**2).mean())),
+        "moving_l1": float(seen[moving.expand_as(seen)].mean()),
+    }
+
+
 def main(out: Path) -> None:
     config = load_config("vae")
     torch.manual_seed(config["seed"])
@@ -79,20 +115,9 @@ def main(out: Path) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(x).latent_dist
             y = decode_unclamped(vae, posterior.sample())
-        y = y.float()
-        background = x.new_tensor(world.BACKGROUND).view(1, 3, 1, 1, 1) * 2 - 1
-        content = (x - background).abs().amax(1, True) > 0.1
-        moving = (x - x.median(2, True).values).abs().amax(1, True) > 0.1
-        weight = 1 + 3 * content + 6 * moving
-        error = (y - x).abs()
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()
-        loss = (weight * (error + error**2)).mean() + config["kl_weight"] * kl
-        return loss, {
-            "l1": float(error.detach().mean()),
-            "psnr": float(10 * torch.log10(4 / (error.detach() ** 2).mean())),
-            "moving_l1": float(error.detach()[moving.expand_as(error)].mean()),
-            "kl": float(kl.detach()),
-        }
+        loss, report = reconstruction_loss(x, y.float())
+        return loss + config["kl_weight"] * kl, report | {"kl": float(kl.detach())}
 
     train({"vae": vae}, step, out, steps=config["steps"], learning_rate=config["learning_rate"], seed=config["seed"])
 

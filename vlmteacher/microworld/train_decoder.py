@@ -1,0 +1,44 @@
+"""Stage ``decoder``: the surrogate decoder, a narrow TAEHV, from the VAE's latents to pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+
+from vlmteacher.decoders.taehv import TinyVideoDecoder
+from vlmteacher.microworld import world
+from vlmteacher.microworld.train_vae import reconstruction_loss
+from vlmteacher.microworld.training import load_config, random_clip, to_video, train
+
+
+def main(out: Path, vae_path: Path) -> None:
+    config = load_config("decoder")
+    torch.manual_seed(config["seed"])
+    vae = AutoencoderKLWan.from_pretrained(vae_path).eval().requires_grad_(False)
+    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+    decoder = TinyVideoDecoder(
+        latent_channels=vae.config.z_dim, widths=config["widths"], patch=2, space_upscale=(True, True, False)
+    )
+
+    def step(index: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        x = to_video(np.stack([random_clip(rng, world.NUM_FRAMES) for _ in range(config["batch"])]))
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                latents = (vae.encode(x).latent_dist.mode().float() - mean) / std
+            y = decoder.decode_batch(latents, clamp=False)
+        return reconstruction_loss(x, y.float().transpose(1, 2) * 2 - 1)
+
+    train(
+        {"decoder": decoder},
+        step,
+        out,
+        steps=config["steps"],
+        learning_rate=config["learning_rate"],
+        seed=config["seed"],
+        ema=0.99,
+    )
+    decoder.save(out / "decoder.safetensors")
