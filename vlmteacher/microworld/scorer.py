@@ -44,8 +44,8 @@ class Verdict:
 
 def _classify(frames: np.ndarray) -> np.ndarray:
     """Index into `_NAMES` of each pixel's colour, -1 for none: (T, H, W)."""
-    distance = np.linalg.norm(frames[..., None, :] - _PALETTE, axis=-1)
-    return np.where(distance.min(-1) < NEAREST, distance.argmin(-1), -1)
+    squared = (frames**2).sum(-1, keepdims=True) - 2 * frames @ _PALETTE.T + (_PALETTE**2).sum(-1)
+    return np.where(squared.min(-1) < NEAREST**2, squared.argmin(-1), -1)
 
 
 def _regions(mask: np.ndarray) -> list[np.ndarray]:

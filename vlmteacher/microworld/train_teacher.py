@@ -20,7 +20,8 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from vlmteacher.microworld import corruptions, world
-from vlmteacher.microworld.facts import NONE, QUESTIONS, Facts, ask, facts_of, right_queries
+from vlmteacher.microworld.collect import load
+from vlmteacher.microworld.facts import QUESTIONS, Facts, ask, facts_of, right_queries
 from vlmteacher.microworld.tokenizer import build_tokenizer
 from vlmteacher.microworld.training import load_config, train
 from vlmteacher.microworld.world import Scene
@@ -235,14 +236,19 @@ def distort(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(frames, 0, 1).astype(np.float32)
 
 
-def lesson(rng: np.random.Generator) -> tuple[np.ndarray, Scene, Facts]:
-    """A rendered video of some kind of `MIX`, with its facts."""
+def draw_states(rng: np.random.Generator) -> tuple[Scene, corruptions.States]:
+    """A training scene and a video of it, of some kind of `MIX`, as states."""
     scene = world.sample_scene(rng)
     names, weights = list(MIX), np.asarray(list(MIX.values()))
     kind = str(rng.choice(names, p=weights / weights.sum()))
     if kind == "wall_crossing" and scene.family == "move":
         kind = "wrong_target"
-    states = corruptions.right_states(scene) if kind == "right" else corruptions.CORRUPTIONS[kind](scene, rng)
+    return scene, corruptions.right_states(scene) if kind == "right" else corruptions.CORRUPTIONS[kind](scene, rng)
+
+
+def lesson(rng: np.random.Generator) -> tuple[np.ndarray, Scene, Facts]:
+    """A rendered video (T, H, W, 3) with its facts."""
+    scene, states = draw_states(rng)
     return distort(corruptions.render_states(states), rng), scene, facts_of(scene, states)
 
 
@@ -456,6 +462,47 @@ def main(out: Path) -> None:
     save(teacher, out / "teacher")
 
 
+def finetune(start: Path, collected: Path, out: Path) -> None:
+    """Stage ``teacher-finetune``: go on from `start` with half of each batch from the collected videos."""
+    config = load_config("teacher") | load_config("teacher_finetune")
+    torch.manual_seed(config["seed"])
+    teacher = build(config)
+    lesson_step = Lesson(teacher, config)
+    modules = torch.load(start, weights_only=True)["modules"]
+    teacher.model.load_state_dict(modules["teacher"])
+    lesson_step.heads.load_state_dict(modules["heads"])
+    groups = [load(sorted(collected.glob(f"{kind}-*.pt"))) for kind in ("lessons", "predictions", "optimised")]
+    groups = [group for group in groups if group]
+
+    def step(index: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=config["bf16"]):
+            if index % config["write_every"] == config["write_every"] - 1:
+                loss = lesson_step.write([world.sample_scene(rng) for _ in range(config["batch"])], rng)
+                return loss, {"write": float(loss.detach()) * config["write_every"]}
+            rows = [lesson(rng) for _ in range(config["fresh"])]
+            for k in range(config["batch"] - config["fresh"]):
+                group = groups[k % len(groups)]
+                video, scene, facts = group[int(rng.integers(len(group)))]
+                rows.append((video.astype(np.float32) / 255, scene, facts))
+            videos, scenes, facts = zip(*rows, strict=True)
+            frames = torch.from_numpy(np.stack(videos)).permute(0, 1, 4, 2, 3)
+            asked = [ask(s, f, rng) for s, f in zip(scenes, facts, strict=True)]
+            return lesson_step.judge(frames, list(facts), asked)
+
+    train(
+        {"teacher": teacher.model, "heads": lesson_step.heads},
+        step,
+        out,
+        steps=config["steps"],
+        learning_rate=config["learning_rate"],
+        seed=config["seed"],
+        warmup=50,
+        save_every=250,
+        log_every=50,
+    )
+    save(teacher, out / "teacher")
+
+
 def save(teacher: QwenVLTeacher, path: Path) -> None:
     """Write a normal transformers directory with tokenizer and video processor settings."""
     teacher.model.save_pretrained(path)
@@ -463,5 +510,3 @@ def save(teacher: QwenVLTeacher, path: Path) -> None:
     (path / "video_preprocessor_config.json").write_text(json.dumps(VIDEO_PROCESSOR, indent=2) + "\n")
     (path / "preprocessor_config.json").write_text(json.dumps(VIDEO_PROCESSOR, indent=2) + "\n")
 
-
-assert NONE == len(world.COLORS)

@@ -1,0 +1,43 @@
+"""Pass@N: draw N videos and keep the one that the Teacher likes best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlmteacher.optimization import teacher_frame_indices
+from vlmteacher.pipeline import TeacherPipeline
+from vlmteacher.queries import QuerySet
+from vlmteacher.reward import vqa_objective
+
+
+@dataclass(frozen=True)
+class BestOfN:
+    """videos: N tensors (F, 3, H, W) in [0, 1]. losses: the Teacher's objective on each. best: index of the lowest."""
+
+    videos: list[Tensor]
+    losses: list[float]
+    best: int
+
+
+@torch.no_grad()
+def best_of_n(
+    pipe: TeacherPipeline, prompt: str, image: Image.Image | None, seeds: list[int], queries: QuerySet | None = None
+) -> BestOfN:
+    """Sample one video for each of `seeds` in the Reasoner's own size, and judge each by the Teacher's objective."""
+    reasoner, settings = pipe.reasoner, pipe.defaults
+    size = {"num_frames": reasoner.num_frames, "height": reasoner.height, "width": reasoner.width}
+    indices = teacher_frame_indices(size["num_frames"], settings.teacher_frames)
+    queries = queries or pipe.teacher.write_queries(prompt, image)
+    condition = reasoner.encode(prompt, image, **size)
+    videos, losses = [], []
+    for seed in seeds:
+        noise = reasoner.noise(condition, torch.Generator().manual_seed(seed))
+        video = reasoner.decode(reasoner.sample(condition, noise))
+        judged = pipe.teacher.losses(video[indices], indices, reasoner.fps, queries)
+        videos.append(video)
+        losses.append(vqa_objective(judged, settings.goal_weight).item())
+    return BestOfN(videos, losses, min(range(len(losses)), key=losses.__getitem__))

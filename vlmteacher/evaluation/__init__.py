@@ -1,0 +1,1 @@
+"""Sweeps over the instances of a benchmark."""

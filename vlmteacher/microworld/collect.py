@@ -1,0 +1,156 @@
+"""Stage ``collect``: what the Teacher will be shown, in pixels, with facts.
+
+Three kinds of videos, all of training scenes: lessons with simulator state sent through VAE and surrogate decoder; the
+Reasoner's one-step predictions and few-step videos; and predictions in the course of optimisation by an earlier Teacher
+(hard negatives). The last two are labelled by ``labeller.py``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmteacher.microworld import corruptions, labeller, world
+from vlmteacher.microworld.facts import Facts, facts_of
+from vlmteacher.microworld.training import to_video
+from vlmteacher.microworld.world import Scene
+from vlmteacher.optimization import Optimization, Settings
+from vlmteacher.reasoners.wan import WanReasoner
+
+FIELDS = ("count", "position", "color", "inside", "touching", "jumped", "intact")
+
+
+class Shard:
+    """Videos as (N, T, H, W, 3) uint8, facts as arrays, scenes as JSON: plain tensors in one file."""
+
+    def __init__(self) -> None:
+        self.videos: list[np.ndarray] = []
+        self.facts: list[Facts] = []
+        self.scenes: list[Scene] = []
+
+    def add(self, frames: np.ndarray, scene: Scene, facts: Facts | None = None) -> None:
+        """frames (T, H, W, 3) in [0, 1]; without facts the labeller finds them."""
+        self.videos.append((frames.clip(0, 1) * 255).round().astype(np.uint8))
+        self.facts.append(facts or labeller.label(frames, scene))
+        self.scenes.append(scene)
+
+    def save(self, path: Path) -> None:
+        content: dict[str, Any] = {"videos": torch.from_numpy(np.stack(self.videos))}
+        for name in FIELDS:
+            content[name] = torch.from_numpy(np.stack([getattr(f, name) for f in self.facts]))
+        content["scenes"] = [s.to_json() for s in self.scenes]
+        torch.save(content, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+
+def load(paths: list[Path]) -> list[tuple[np.ndarray, Scene, Facts]]:
+    """(video uint8 (T, H, W, 3), scene, facts) of every row of `paths`."""
+    rows = []
+    for path in paths:
+        content = torch.load(path, weights_only=True)
+        for i, scene in enumerate(content["scenes"]):
+            facts = Facts(**{name: content[name][i].numpy() for name in FIELDS})
+            rows.append((content["videos"][i].numpy(), Scene.from_json(scene), facts))
+    return rows
+
+
+def _pixels(frames: Tensor) -> np.ndarray:
+    """(B, F, 3, H, W) in [0, 1] -> (B, F, H, W, 3)."""
+    return frames.detach().float().permute(0, 1, 3, 4, 2).numpy()
+
+
+@torch.no_grad()
+def lessons(shard: Shard, count: int, rng: np.random.Generator, reasoner: WanReasoner, decoder: Any) -> None:
+    """Rendered videos of every kind, sent through the VAE's encoder and the surrogate decoder."""
+    from vlmteacher.microworld.train_teacher import draw_states
+
+    for _ in range(count // 8):
+        drawn = [draw_states(rng) for _ in range(8)]
+        x = to_video(np.stack([corruptions.render_states(states) for _, states in drawn]))
+        z = (reasoner.vae.encode(x).latent_dist.mode() - reasoner.latents_mean) / reasoner.latents_std
+        for frames, (scene, states) in zip(_pixels(decoder.decode_batch(z)), drawn, strict=True):
+            shard.add(frames, scene, facts_of(scene, states))
+
+
+@torch.no_grad()
+def predictions(shard: Shard, count: int, rng: np.random.Generator, reasoner: WanReasoner, decoder: Any) -> None:
+    """The Reasoner's one-step predictions (through the surrogate) and few-step videos (through both decoders)."""
+    for index in range(count):
+        scene = world.sample_scene(rng)
+        condition, noise = start(reasoner, scene, rng)
+        if index % 3 == 0:
+            frames = decoder.decode_batch(reasoner.predict_clean(condition, noise))
+        elif index % 3 == 1:
+            frames = decoder.decode_batch(reasoner.sample(condition, noise))
+        else:
+            frames = reasoner.decode(reasoner.sample(condition, noise))[None]
+        shard.add(_pixels(frames)[0], scene)
+
+
+def optimised(shard: Shard, count: int, rng: np.random.Generator, reasoner: WanReasoner, decoder: Any, teacher: Any, settings: Settings) -> None:
+    """Predictions while a Teacher optimises: two moments of the one-step prediction, and the final video."""
+    from vlmteacher.lora import add_lora, remove_lora
+    from vlmteacher.microworld.facts import right_queries
+
+    for _ in range(count // 4):
+        scene = world.sample_scene(rng)
+        condition, noise = start(reasoner, scene, rng)
+        add_lora(reasoner.transformer, settings.rank, seed=int(rng.integers(2**31)))
+        loop = Optimization(reasoner, decoder, teacher, condition, noise, right_queries(scene), settings)
+        moments = set(rng.integers(2, 24, 2).tolist())
+        for row in loop:
+            if row["step"] in moments:
+                with torch.no_grad():
+                    shard.add(_pixels(decoder.decode_batch(reasoner.predict_clean(condition, noise)))[0], scene)
+        with torch.no_grad():
+            shard.add(_pixels(decoder.decode_batch(reasoner.predict_clean(condition, noise)))[0], scene)
+            shard.add(_pixels(reasoner.decode(reasoner.sample(condition, noise))[None])[0], scene)
+        remove_lora(reasoner.transformer)
+
+
+def start(reasoner: WanReasoner, scene: Scene, rng: np.random.Generator) -> tuple[Any, Any]:
+    """Condition and noise of a training scene, as the pipeline makes them."""
+    from vlmteacher.evaluation.microworld import first_frame
+
+    size = {"num_frames": world.NUM_FRAMES, "height": world.SIZE, "width": world.SIZE}
+    condition = reasoner.encode(world.write_prompt(scene, rng), first_frame(scene), **size)
+    return condition, reasoner.noise(condition, torch.Generator().manual_seed(int(rng.integers(2**31))))
+
+
+def main(out: Path, optimise: bool) -> None:
+    """Write the shards of stage ``collect`` (or of ``optimise``) to ``out/collect``; those that are there are kept."""
+    from vlmteacher.decoders.taehv import load_decoder
+    from vlmteacher.microworld.training import load_config
+    from vlmteacher.reasoners import load_reasoner
+    from vlmteacher.teachers import load_teacher
+
+    config = load_config("collect")
+    reasoner = load_reasoner(str(out / "reasoner/reasoner"), torch.float32)
+    if (out / "vae_decoder/vae").exists():
+        reasoner.vae = type(reasoner.vae).from_pretrained(out / "vae_decoder/vae").eval().requires_grad_(False)
+    decoder = load_decoder(out / "decoder/decoder.safetensors", reasoner, torch.float32)
+    (out / "collect").mkdir(exist_ok=True)
+    if optimise:
+        teacher = load_teacher(str(out / "finetune/teacher"), torch.float32)
+        settings = Settings(**config["settings"])
+    for kind in ("optimised",) if optimise else ("lessons", "predictions"):
+        for index in range(config[kind]["shards"]):
+            path = out / "collect" / f"{kind}-{index:03d}.pt"
+            if path.exists():
+                continue
+            rng = np.random.default_rng([config["seed"], index, len(kind)])
+            shard, count = Shard(), config[kind]["videos"]
+            if kind == "lessons":
+                lessons(shard, count, rng, reasoner, decoder)
+            elif kind == "predictions":
+                predictions(shard, count, rng, reasoner, decoder)
+            else:
+                optimised(shard, count, rng, reasoner, decoder, teacher, settings)
+            shard.save(path)
+            right = np.mean([labeller.succeeds(f, s) for f, s in zip(shard.facts, shard.scenes, strict=True)])
+            print(f"{path}: {len(shard.videos)} videos, {right:.2f} right", flush=True)

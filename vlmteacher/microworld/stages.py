@@ -1,0 +1,117 @@
+"""How the packaged models are made, stage by stage; each resumes where it was stopped.
+
+vae -> vae-decoder, decoder, latents -> reasoner -> (teacher) -> collect -> teacher-finetune -> optimise ->
+teacher-finetune -> package. Every stage reads its predecessors from the same folder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from vlmteacher.errors import InputError
+
+STAGES = (
+    "vae",
+    "vae-decoder",
+    "decoder",
+    "latents",
+    "reasoner",
+    "teacher",
+    "collect",
+    "teacher-finetune",
+    "optimise",
+    "package",
+)
+NEEDS = {
+    "vae-decoder": ("vae/vae",),
+    "decoder": ("vae/vae",),
+    "latents": ("vae/vae",),
+    "reasoner": ("vae/vae", "latents"),
+    "collect": ("reasoner/reasoner", "decoder/decoder.safetensors"),
+    "teacher-finetune": ("teacher/state.pt", "collect"),
+    "optimise": ("reasoner/reasoner", "decoder/decoder.safetensors", "finetune/teacher"),
+    "package": ("reasoner/reasoner", "vae_decoder/vae", "decoder/decoder.safetensors", "finetune/teacher"),
+}
+DEFAULTS = {"max_steps": 40, "threshold": 0.22, "learning_rate": 1e-3, "rank": 16, "teacher_frames": 12}
+
+
+def run(stage: str, out: Path) -> None:
+    """Run one stage in the folder `out`. Raises InputError when an earlier stage's result is not there."""
+    for need in NEEDS.get(stage, ()):
+        if not (out / need).exists():
+            raise InputError(f"stage {stage} needs {out / need}: run the stage that makes it first")
+    if stage == "vae":
+        from vlmteacher.microworld import train_vae
+
+        train_vae.main(out / "vae")
+    elif stage == "vae-decoder":
+        from vlmteacher.microworld import train_vae
+
+        train_vae.refine(out / "vae/vae", out / "vae_decoder")
+    elif stage == "decoder":
+        from vlmteacher.microworld import train_decoder
+
+        train_decoder.main(out / "decoder", out / "vae/vae")
+    elif stage == "latents":
+        from vlmteacher.microworld import train_reasoner
+
+        train_reasoner.encode_dataset(out / "vae/vae", out / "latents", 0, 14)
+    elif stage == "reasoner":
+        from vlmteacher.microworld import train_reasoner
+
+        train_reasoner.main(out / "reasoner", out / "latents", out / "vae/vae")
+    elif stage == "teacher":
+        from vlmteacher.microworld import train_teacher
+
+        train_teacher.main(out / "teacher")
+    elif stage in ("collect", "optimise"):
+        from vlmteacher.microworld import collect
+
+        collect.main(out, optimise=stage == "optimise")
+    elif stage == "teacher-finetune":
+        from vlmteacher.microworld import train_teacher
+
+        train_teacher.finetune(out / "teacher/state.pt", out / "collect", out / "finetune")
+    elif stage == "package":
+        package(out, out / "pair")
+    else:
+        raise InputError(f"stage {stage!r} is not there: it can be {', '.join(STAGES)}")
+
+
+def package(trained: Path, pair: Path) -> None:
+    """Write the pair's directory in half precision: the Reasoner with its refined VAE, the decoder, the Teacher."""
+    import torch
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration, UMT5EncoderModel
+
+    from vlmteacher.decoders.taehv import TinyVideoDecoder
+    from vlmteacher.microworld import train_reasoner, world
+
+    half = torch.float16
+    pair.mkdir(parents=True, exist_ok=True)
+    source = trained / "reasoner/reasoner"
+    train_reasoner.save_pipeline(
+        pair / "reasoner",
+        WanTransformer3DModel.from_pretrained(source / "transformer").to(half),
+        UMT5EncoderModel.from_pretrained(source / "text_encoder").to(half),
+        AutoTokenizer.from_pretrained(source / "tokenizer"),
+        AutoencoderKLWan.from_pretrained(trained / "vae_decoder/vae").to(half),
+    )
+    TinyVideoDecoder.from_checkpoint(trained / "decoder/decoder.safetensors").to(half).save(pair / "decoder.safetensors")
+    teacher = trained / "finetune/teacher"
+    shutil.copytree(teacher, pair / "teacher", dirs_exist_ok=True)
+    Qwen3VLForConditionalGeneration.from_pretrained(teacher, dtype=half).save_pretrained(pair / "teacher")
+    scene, prompt = world.instance(EXAMPLE, seed=0)
+    description = {
+        "reasoner": "reasoner",
+        "teacher": "teacher",
+        "decoder": "decoder.safetensors",
+        "defaults": DEFAULTS,
+        "example": {"prompt": prompt, "scene": scene.to_json(), "seed": 0},
+    }
+    (pair / "pair.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+EXAMPLE = 0  # index of the demo's instance in the held-out split 0
