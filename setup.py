@@ -45,9 +45,11 @@ def run(*command: str) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout)
     if done.returncode:
-        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-        first = next((line for line in lines if re.search(r"error", line, re.IGNORECASE)), lines[-1] if lines else "")
-        raise NotBuilt(f"{Path(command[0]).name} failed: {first}")
+        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()] or ["it said nothing"]
+        at = next((i for i, line in enumerate(lines) if re.search("error", line, re.IGNORECASE)), len(lines) - 1)
+        # CMake writes where before what, and breaks the sentence
+        text = " ".join(lines[at + 1 : at + 4] if lines[at].startswith("CMake Error") else lines[at:][:1])
+        raise NotBuilt(f"{Path(command[0]).name} failed: {text[:300]}")
 
 
 class CMakeBuild(build_ext):
