@@ -124,7 +124,7 @@ def demo(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out) if arguments.out else _first_free("runs/demo")
     arguments.out = out
     RunFolder(out)  # a folder that cannot be used shows before any model is loaded
-    _quiet()
+    quiet()
     import numpy as np
     import torch
     from PIL import Image
@@ -161,7 +161,7 @@ def solve(arguments: argparse.Namespace) -> None:
 
     RunFolder(arguments.out, arguments.resume)
     query_set = None if arguments.queries is None else QuerySet.load(arguments.queries)
-    _quiet()
+    quiet()
     import torch
 
     from vlmteacher.optimization import Settings
@@ -198,7 +198,7 @@ def queries(arguments: argparse.Namespace) -> None:
     _check_instance(arguments)
     if arguments.output and not (parent := Path(arguments.output).absolute().parent).is_dir():
         raise InputError(f"queries file {arguments.output}: the directory {parent} does not exist")
-    _quiet()
+    quiet()
     import torch
 
     from vlmteacher.pipeline import read_pair
@@ -223,7 +223,7 @@ def bench(arguments: argparse.Namespace) -> None:
     for name, least in (("limit", 1), ("workers", 1), ("seed", 0)):
         if getattr(arguments, name) < least:
             raise InputError(f"--{name} must be at least {least}, not {getattr(arguments, name)}")
-    _quiet()
+    quiet()
     from vlmteacher.evaluation.microworld import run_benchmark
 
     results = run_benchmark(
@@ -259,7 +259,7 @@ def env(arguments: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- helpers
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep the libraries' warnings and loading bars off the terminal; our own progress bar and errors stay."""
     import warnings
 
