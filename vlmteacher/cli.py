@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from vlmteacher import __version__
 from vlmteacher.errors import InputError, MissingExtra
+from vlmteacher.microworld.stages import STAGES
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -99,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--resume", action="store_true", help="keep the instances that --out already has")
 
     sub = add("train-microworld", train_microworld, "train a part of the packaged pair from scratch")
-    sub.add_argument("--stage", required=True, choices=("vae", "decoder", "reasoner", "teacher"))
+    sub.add_argument("--stage", required=True, choices=STAGES)
     sub.add_argument("--out", required=True, metavar="DIR", help="for the weights; earlier stages are read from it")
 
     sub = add("env", env, "devices, compiled backends and versions; why a backend is missing")
@@ -124,6 +125,8 @@ def demo(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out) if arguments.out else _first_free("runs/demo")
     arguments.out = out
     RunFolder(out)  # a folder that cannot be used shows before any model is loaded
+    from vlmteacher.quiet import quiet
+
     quiet()
     import numpy as np
     import torch
@@ -161,6 +164,8 @@ def solve(arguments: argparse.Namespace) -> None:
 
     RunFolder(arguments.out, arguments.resume)
     query_set = None if arguments.queries is None else QuerySet.load(arguments.queries)
+    from vlmteacher.quiet import quiet
+
     quiet()
     import torch
 
@@ -198,6 +203,8 @@ def queries(arguments: argparse.Namespace) -> None:
     _check_instance(arguments)
     if arguments.output and not (parent := Path(arguments.output).absolute().parent).is_dir():
         raise InputError(f"queries file {arguments.output}: the directory {parent} does not exist")
+    from vlmteacher.quiet import quiet
+
     quiet()
     import torch
 
@@ -223,6 +230,8 @@ def bench(arguments: argparse.Namespace) -> None:
     for name, least in (("limit", 1), ("workers", 1), ("seed", 0)):
         if getattr(arguments, name) < least:
             raise InputError(f"--{name} must be at least {least}, not {getattr(arguments, name)}")
+    from vlmteacher.quiet import quiet
+
     quiet()
     from vlmteacher.evaluation.microworld import run_benchmark
 
@@ -244,9 +253,11 @@ def bench(arguments: argparse.Namespace) -> None:
 
 
 def train_microworld(arguments: argparse.Namespace) -> None:
-    from importlib import import_module
+    from vlmteacher.microworld.stages import run
+    from vlmteacher.quiet import quiet
 
-    import_module(f"vlmteacher.microworld.train_{arguments.stage}").main(Path(arguments.out))
+    quiet()
+    run(arguments.stage, Path(arguments.out))
 
 
 def env(arguments: argparse.Namespace) -> None:
@@ -257,21 +268,6 @@ def env(arguments: argparse.Namespace) -> None:
 
 
 # ---------------------------------------------------------------- helpers
-
-
-def quiet() -> None:
-    """Keep the libraries' warnings and loading bars off the terminal; our own progress bar and errors stay."""
-    import warnings
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore")
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
 
 
 def _seed(text: str) -> int:

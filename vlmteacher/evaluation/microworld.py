@@ -117,8 +117,8 @@ _pipe: Any = None  # each worker process loads the models once
 
 def _load(pair: str | None, threads: int | None = None) -> None:
     global _pipe
-    from vlmteacher.cli import quiet
     from vlmteacher.pipeline import TeacherPipeline
+    from vlmteacher.quiet import quiet
 
     quiet()
     if threads:

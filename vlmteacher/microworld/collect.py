@@ -92,7 +92,15 @@ def predictions(shard: Shard, count: int, rng: np.random.Generator, reasoner: Wa
         shard.add(_pixels(frames)[0], scene)
 
 
-def optimised(shard: Shard, count: int, rng: np.random.Generator, reasoner: WanReasoner, decoder: Any, teacher: Any, settings: Settings) -> None:
+def optimised(
+    shard: Shard,
+    count: int,
+    rng: np.random.Generator,
+    reasoner: WanReasoner,
+    decoder: Any,
+    teacher: Any,
+    settings: Settings,
+) -> None:
     """Predictions while a Teacher optimises: two moments of the one-step prediction, and the final video."""
     from vlmteacher.lora import add_lora, remove_lora
     from vlmteacher.microworld.facts import right_queries

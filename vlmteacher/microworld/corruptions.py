@@ -163,7 +163,9 @@ def vanish(scene: Scene, rng: np.random.Generator) -> States:
 def fade_through(scene: Scene, rng: np.random.Generator) -> States:
     """Fades out at the start and in at the target, or goes with changing opacity on the way."""
     states = right_states(scene)
-    alphas = np.interp(np.arange(world.NUM_FRAMES), [0, *np.sort(rng.uniform(1, 12, 3)), 12], [1, *rng.uniform(0, 1, 3), 1])
+    alphas = np.interp(
+        np.arange(world.NUM_FRAMES), [0, *np.sort(rng.uniform(1, 12, 3)), 12], [1, *rng.uniform(0, 1, 3), 1]
+    )
     if rng.random() < 0.5:
         there = np.clip(np.arange(world.NUM_FRAMES) / rng.uniform(4, 11), 0, 1)
         a, b = states[0].balls[0], states[-1].balls[0]

@@ -27,7 +27,8 @@ class Facts:
 
     count: balls of the scene's ball colour, 0, 1 or 2 (two or more). position: (T, 2) of the clearest ball of any
     colour, NaN where there is none. color: index of its colour, 6 for none. inside: index of the colour of the box that
-    it is in, 6 for none. touching, jumped, intact: booleans (jumped: since the frame before).
+    it is in, 6 for none. touching, jumped, intact: booleans (jumped: since the frame before). changed: (T, cells), where
+    the scenery is not what it was at first; only simulator state tells it.
     """
 
     count: np.ndarray
@@ -37,6 +38,7 @@ class Facts:
     touching: np.ndarray
     jumped: np.ndarray
     intact: np.ndarray
+    changed: np.ndarray | None = None
 
 
 _COLORS = list(world.COLORS)
@@ -51,6 +53,26 @@ def jumps(position: np.ndarray) -> np.ndarray:
     """Whether the ball is further than `FASTEST` from where it was in the frame before; (T,)."""
     step = np.hypot(*np.diff(position, axis=0).T)
     return np.concatenate([[False], np.nan_to_num(step) > FASTEST])
+
+
+def _cells(mask: np.ndarray) -> np.ndarray:
+    """Which of the 16-pixel cells, row by row, a mask (H, W) covers by a fiftieth or more."""
+    side = world.SIZE // world.CELL
+    return mask.reshape(side, world.CELL, side, world.CELL).mean((1, 3)).ravel() > 0.02
+
+
+def _changes(states: States) -> np.ndarray:
+    """(T, cells): where a box or a block fades, moves, changes colour."""
+    changed = np.zeros((len(states), (world.SIZE // world.CELL) ** 2), bool)
+    first = states[0]
+    for t, state in enumerate(states):
+        for (box, alpha), (was, _) in zip(state.boxes, first.boxes, strict=True):
+            if box != was or alpha < VISIBLE:
+                changed[t] |= _cells(world.box_mask(was)) | (_cells(world.box_mask(box)) & (box != was))
+        for block, alpha in state.blocks:
+            if alpha < VISIBLE:
+                changed[t] |= _cells(world.block_mask(block))
+    return changed
 
 
 def facts_of(scene: Scene, states: States) -> Facts:
@@ -76,7 +98,7 @@ def facts_of(scene: Scene, states: States) -> Facts:
                 touching[t] |= any(_off_block(where, b) < TOUCH for b, alpha in state.blocks if alpha >= 0.4)
         same = all(a[0] == b[0] and b[1] >= VISIBLE for a, b in zip(states[0].boxes, state.boxes, strict=True))
         intact[t] = same and all(alpha >= VISIBLE for _, alpha in state.blocks)
-    return Facts(count, position, color, inside, touching, jumps(position), intact)
+    return Facts(count, position, color, inside, touching, jumps(position), intact, _changes(states))
 
 
 QUESTIONS = {

@@ -29,10 +29,9 @@ INTACT = 0.6  # share of an object's visible pixels that must keep its colour
 DEBRIS = 40  # pixels that are neither scenery nor ball nor background
 
 
-
 @dataclass(frozen=True)
 class Verdict:
-    """`success`: goal and every rule hold in every frame. 
+    """`success`: goal and every rule hold in every frame.
 
     `score` in [0, 1]: (0.3 + 0.7 goal) times, for each rule that is broken, half the share of frames that keep it.
     """

@@ -99,7 +99,9 @@ def package(trained: Path, pair: Path) -> None:
         AutoTokenizer.from_pretrained(source / "tokenizer"),
         AutoencoderKLWan.from_pretrained(trained / "vae_decoder/vae").to(half),
     )
-    TinyVideoDecoder.from_checkpoint(trained / "decoder/decoder.safetensors").to(half).save(pair / "decoder.safetensors")
+    TinyVideoDecoder.from_checkpoint(trained / "decoder/decoder.safetensors").to(half).save(
+        pair / "decoder.safetensors"
+    )
     teacher = trained / "finetune/teacher"
     shutil.copytree(teacher, pair / "teacher", dirs_exist_ok=True)
     Qwen3VLForConditionalGeneration.from_pretrained(teacher, dtype=half).save_pretrained(pair / "teacher")

@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanTransformer3DModel
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from vlmteacher.microworld import corruptions, world
+from vlmteacher.microworld import world
 from vlmteacher.microworld.tokenizer import build_tokenizer
 from vlmteacher.microworld.training import load_config, to_video, train
 from vlmteacher.microworld.world import Scene

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ MIX = {
     "duplicate": 2.0,
     "ghost": 4.0,
     "wrong_color": 1.0,
-    "eroded_scenery": 2.5,
+    "eroded_scenery": 5.0,
     "another_instance": 0.5,
 }
 # More wordings than the Reasoner's prompts, so that a task typed by hand is understood.
@@ -197,7 +197,9 @@ class PackedForward:
                 deep = merger(x.flatten(0, 1)).unflatten(0, (len(x), -1))
         return visual.merger(x.flatten(0, 1)).unflatten(0, (len(x), -1)), deep
 
-    def read(self, ids: Tensor, positions: Tensor, mask: Tensor, merged: Tensor, deep: Tensor, pad: int) -> list[Tensor]:
+    def read(
+        self, ids: Tensor, positions: Tensor, mask: Tensor, merged: Tensor, deep: Tensor, pad: int
+    ) -> list[Tensor]:
         """Hidden states (B, S, C) of the embedding and of each layer, the last one normalised."""
         language = self.teacher.model.model.language_model
         embeds = language.embed_tokens(ids)
@@ -255,7 +257,7 @@ def lesson(rng: np.random.Generator) -> tuple[np.ndarray, Scene, Facts]:
 class Readout(nn.Module):
     """Training-only heads that tell the facts of a frame pair from one vector."""
 
-    SIZES = {"position": 4, "count_a": 3, "count_b": 3, "color": 7, "inside_a": 7, "inside_b": 7, "flags": 3}
+    SIZES: ClassVar = {"position": 4, "count_a": 3, "count_b": 3, "color": 7, "inside_a": 7, "inside_b": 7, "flags": 3}
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -312,6 +314,9 @@ def cell_truth(frames: Tensor) -> Tensor:
     return pairs.flatten(3).transpose(2, 3) * 4  # a ball fills about a third of a cell
 
 
+REPORTED = ("l_position", "l_flags", "l_count_a", "l_inside_a", "cells", "changed")
+
+
 class Lesson:
     """One training step's computation: answers, read-outs and cells; and now and then writing queries."""
 
@@ -325,6 +330,7 @@ class Lesson:
                 "pair_language": Readout(width),
                 "pair_last": Readout(width),
                 "cells": nn.Linear(width, 8),
+                "changed": nn.Linear(width, 1),
             }
         )
         tokenizer = teacher.tokenizer
@@ -389,8 +395,18 @@ class Lesson:
         losses |= {f"e_{k}": 0.5 * v for k, v in self.heads["pair_last"](states[-1][:, at_end].float(), told).items()}
         cells = self.heads["cells"](merged.float()).view(batch, pairs, -1, 8)
         losses["cells"] = 5 * F.smooth_l1_loss(cells, cell_truth(frames), beta=0.1)
+        known = [b for b, f in enumerate(facts) if f.changed is not None]
+        if known:
+            changed = np.stack([facts[b].changed[self.indices[1::2]] for b in known])  # type: ignore[index]
+            at_video = (ids[0] == self.video_pad).nonzero()[:, 0]
+            seen = self.heads["changed"](states[len(states) // 2 - 1][known][:, at_video].float()).view(
+                len(known), pairs, -1
+            )
+            target = torch.from_numpy(changed).float()
+            weight = 1 + 9 * target
+            losses["changed"] = 2 * F.binary_cross_entropy_with_logits(seen, target, weight)
         right = (logits[..., self.yes] > logits[..., self.no]) == truth
-        report = {k: float(v.detach()) for k, v in losses.items() if k in ("l_position", "l_flags", "l_count_a", "cells")}
+        report = {k: float(v.detach()) for k, v in losses.items() if k in REPORTED}
         for q, name in enumerate(("goal", "p1", "p2", "p3")):
             report[f"acc_{name}"] = float(right[:, q].float().mean())
         report["acc_no"] = float(right[~truth].float().mean()) if (~truth).any() else 1.0
@@ -509,4 +525,3 @@ def save(teacher: QwenVLTeacher, path: Path) -> None:
     teacher.tokenizer.save_pretrained(path)
     (path / "video_preprocessor_config.json").write_text(json.dumps(VIDEO_PROCESSOR, indent=2) + "\n")
     (path / "preprocessor_config.json").write_text(json.dumps(VIDEO_PROCESSOR, indent=2) + "\n")
-

@@ -42,9 +42,7 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tens
     for t in range(latents.shape[2]):
         vae._conv_idx = [0]
         chunks.append(
-            vae.decoder(
-                hidden[:, :, t : t + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=t == 0
-            )
+            vae.decoder(hidden[:, :, t : t + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=t == 0)
         )
     vae.clear_cache()
     return unpatchify(torch.cat(chunks, 2), patch_size=2)
@@ -79,7 +77,9 @@ def refine(vae_path: Path, out: Path) -> None:
         return reconstruction_loss(x, y.float())
 
     modules = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
-    train(modules, step, out, steps=config["steps"], learning_rate=config["learning_rate"], seed=config["seed"], ema=0.99)
+    train(
+        modules, step, out, steps=config["steps"], learning_rate=config["learning_rate"], seed=config["seed"], ema=0.99
+    )
     vae.save_pretrained(out / "vae")
 
 

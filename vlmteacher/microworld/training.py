@@ -113,7 +113,9 @@ def random_clip(rng: np.random.Generator, num_frames: int) -> np.ndarray:
         balls[0] = (positions, scene.ball_color, fade)
     if rng.random() < 0.3:
         other = world.sample_scene(rng)
-        balls.append((world.trajectory(other.waypoints), str(rng.choice(names)), np.full(world.NUM_FRAMES, rng.uniform())))
+        balls.append(
+            (world.trajectory(other.waypoints), str(rng.choice(names)), np.full(world.NUM_FRAMES, rng.uniform()))
+        )
     frames = []
     for t in range(first, first + num_frames):
         image = scenery

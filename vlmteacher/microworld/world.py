@@ -146,7 +146,9 @@ def render(scene: Scene, positions: np.ndarray | None = None) -> np.ndarray:
     return np.stack([paint(scenery, ball_mask(p), COLORS[scene.ball_color]) for p in positions])
 
 
-def trajectory(waypoints: Sequence[Sequence[float]], num_frames: int = NUM_FRAMES, arrival: int = ARRIVAL) -> np.ndarray:
+def trajectory(
+    waypoints: Sequence[Sequence[float]], num_frames: int = NUM_FRAMES, arrival: int = ARRIVAL
+) -> np.ndarray:
     """Positions (T, 2) along the polyline `waypoints` at constant speed, at rest from frame `arrival` on."""
     points = np.asarray(waypoints, np.float64)
     lengths = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(points, axis=0).T))])
