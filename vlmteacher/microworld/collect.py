@@ -139,6 +139,7 @@ def main(out: Path, optimise: bool) -> None:
 
     config = load_config("collect")
     reasoner = load_reasoner(str(out / "reasoner/reasoner"), torch.float32)
+    assert isinstance(reasoner, WanReasoner)
     if (out / "vae_decoder/vae").exists():
         reasoner.vae = type(reasoner.vae).from_pretrained(out / "vae_decoder/vae").eval().requires_grad_(False)
     decoder = load_decoder(out / "decoder/decoder.safetensors", reasoner, torch.float32)

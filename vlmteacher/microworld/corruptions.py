@@ -66,8 +66,8 @@ def right_states(scene: Scene) -> States:
     return states_of(scene, world.trajectory(scene.waypoints))
 
 
-def _straight(scene: Scene, end: Sequence[float]) -> np.ndarray:
-    return world.trajectory((scene.start, end))
+def _straight(scene: Scene, end: Sequence[float] | np.ndarray) -> np.ndarray:
+    return world.trajectory((scene.start, (float(end[0]), float(end[1]))))
 
 
 def _free_point(scene: Scene, rng: np.random.Generator, away: float) -> tuple[float, float]:
@@ -126,7 +126,7 @@ def wall_crossing(scene: Scene, rng: np.random.Generator) -> States:
     """Straight to the target, over a block (in a scene without blocks: over one that is put there)."""
     a, b = np.asarray(scene.start), np.asarray(scene.waypoints[-1])
     if not scene.blocks:
-        scene = replace(scene, blocks=(tuple(float(v) for v in (a + b) / 2),))
+        scene = replace(scene, blocks=((float(a[0] + b[0]) / 2, float(a[1] + b[1]) / 2),))
     return states_of(scene, _straight(scene, b))
 
 
@@ -189,7 +189,9 @@ def duplicate(scene: Scene, rng: np.random.Generator) -> States:
         first, last = max(first, 4), max(last, 7)
     alpha = float(rng.uniform(0.6, 1.0))
     return [
-        replace(s, balls=(*s.balls, Ball(*map(float, second[t]), scene.ball_color, alpha))) if first <= t < last else s
+        replace(s, balls=(*s.balls, Ball(float(second[t][0]), float(second[t][1]), scene.ball_color, alpha)))
+        if first <= t < last
+        else s
         for t, s in enumerate(states)
     ]
 
@@ -206,7 +208,7 @@ def ghost(scene: Scene, rng: np.random.Generator) -> States:
         wrong = _straight(scene, _free_point(scene, rng, 16))
     states = right_states(scene)
     balls = [
-        (replace(s.balls[0], alpha=share), Ball(*map(float, wrong[t]), scene.ball_color, 1 - share))
+        (replace(s.balls[0], alpha=share), Ball(float(wrong[t][0]), float(wrong[t][1]), scene.ball_color, 1 - share))
         for t, s in enumerate(states)
     ]
     return [s if t == 0 else replace(s, balls=balls[t]) for t, s in enumerate(states)]

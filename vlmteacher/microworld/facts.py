@@ -1,6 +1,7 @@
 """What is true in a video, frame by frame, and the Teacher's questions with their answers.
 
-Facts come from simulator state (`facts_of`), or for a Reasoner's own outputs from ``labeller.py``; never from the scorer.
+Facts come from simulator state (`facts_of`), or for a Reasoner's own outputs from ``labeller.py``; never from the
+scorer.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ class Facts:
     """Arrays over the T frames of one video.
 
     count: balls of the scene's ball colour, 0, 1 or 2 (two or more). position: (T, 2) of the clearest ball of any
-    colour, NaN where there is none. color: index of its colour, 6 for none. inside: index of the colour of the box that
-    it is in, 6 for none. touching, jumped, intact: booleans (jumped: since the frame before). changed: (T, cells), where
-    the scenery is not what it was at first; only simulator state tells it.
+    colour, NaN where there is none. color: index of its colour, 6 for none. inside: index of the colour of the box
+    that it is in, 6 for none. touching, jumped, intact: booleans (jumped: since the frame before). changed: (T, cells),
+    where the scenery is not what it was at first; only simulator state tells it.
     """
 
     count: np.ndarray

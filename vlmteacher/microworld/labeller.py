@@ -1,4 +1,4 @@
-"""Facts of a Reasoner's own video, which has no simulator state: a matched filter for the ball, differences for scenery.
+"""Facts of a Reasoner's own video, which has no state: a matched filter for the ball, differences for scenery.
 
 Written apart from ``scorer.py``, by another method and with other thresholds: the Teacher learns from these labels, so
 the scorer stays a judge that it has never met.

@@ -340,6 +340,7 @@ class Lesson:
         self.indices = teacher_frame_indices(world.NUM_FRAMES, FRAMES)
         self.placeholder = video_placeholder(self.indices, world.FPS, TOKENS)
         self.known: dict[str, list[int]] = {}
+        self.prefix_positions: Tensor | None = None
 
     def question_ids(self, question: str) -> list[int]:
         if question not in self.known:
@@ -365,7 +366,7 @@ class Lesson:
                 start = prefix + q * longest
                 ids[b, start : start + len(r) - prefix] = torch.tensor(r[prefix:])
                 ends[b, q] = start + len(r) - prefix - 1
-        if not hasattr(self, "prefix_positions") or self.prefix_positions.shape[-1] != prefix:
+        if self.prefix_positions is None or self.prefix_positions.shape[-1] != prefix:
             grid = torch.tensor([[pairs, world.SIZE // PATCH, world.SIZE // PATCH]])
             one = ids[:1, :prefix]
             self.prefix_positions, _ = self.teacher.model.model.get_rope_index(

@@ -117,7 +117,7 @@ def block_mask(block: tuple[float, float]) -> np.ndarray:
     return _square(block[0], block[1], CELL / 2)
 
 
-def ball_mask(position: Sequence[float], radius: float = RADIUS) -> np.ndarray:
+def ball_mask(position: Sequence[float] | np.ndarray, radius: float = RADIUS) -> np.ndarray:
     """Coverage (H, W) in [0, 1] of a ball."""
     return _disc(position[0], position[1], radius)
 
@@ -190,7 +190,8 @@ def _sample_move(rng: np.random.Generator) -> Scene | None:
 
 def _shortest_paths(start: int, goal: int, blocked: set[int]) -> list[list[int]]:
     """All shortest paths over the free cells of the 4x4 grid (cells are numbered row by row)."""
-    paths, frontier = [], [[start]]
+    paths: list[list[int]] = []
+    frontier = [[start]]
     while frontier and not paths:
         longer = []
         for path in frontier:
