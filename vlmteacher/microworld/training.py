@@ -82,7 +82,7 @@ def train(
         decay = min(ema, (index + 1) / (index + 10))
         for mean, p in zip(average, params, strict=False):
             mean.lerp_(p.detach(), 1 - decay)
-        for name, value in {"loss": float(loss), **values}.items():
+        for name, value in {"loss": float(loss.detach()), **values}.items():
             sums[name] = sums.get(name, 0.0) + value
         if (index + 1) % log_every == 0:
             row = {"step": index + 1, "seconds": round(time.time() - began, 1)}
