@@ -57,7 +57,7 @@ def run(stage: str, out: Path) -> None:
     elif stage == "latents":
         from vlmteacher.microworld import train_reasoner
 
-        train_reasoner.encode_dataset(out / "vae/vae", out / "latents", 0, 14)
+        train_reasoner.encode_dataset(out / "vae/vae", out / "latents")
     elif stage == "reasoner":
         from vlmteacher.microworld import train_reasoner
 

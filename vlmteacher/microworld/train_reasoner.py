@@ -78,20 +78,21 @@ def build(vocab_size: int, config: dict) -> tuple[WanTransformer3DModel, UMT5Enc
     return transformer, encoder
 
 
-def encode_dataset(vae_path: Path, out: Path, first: int, last: int) -> None:
-    """Write shards `first`..`last` of 1000 latents each (mode of the posterior, normalised) with their prompts."""
+def encode_dataset(vae_path: Path, out: Path) -> None:
+    """Stage ``latents``: shards of latents (mode of the posterior, normalised) with their prompts."""
+    config = load_config("latents")
     out.mkdir(parents=True, exist_ok=True)
     vae = AutoencoderKLWan.from_pretrained(vae_path).eval()
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
-    for shard in range(first, last):
+    for shard in range(config["shards"]):
         path = out / f"{shard:04d}.pt"
         if path.exists():
             continue
-        rng = np.random.default_rng([77, shard])
+        rng = np.random.default_rng([config["seed"], shard])
         latents, texts = [], []
         with torch.no_grad():
-            for _ in range(125):
+            for _ in range(config["videos"] // 8):
                 scenes = [world.sample_scene(rng) for _ in range(8)]
                 texts += [world.write_prompt(s, rng) for s in scenes]
                 x = to_video(np.stack([training_video(s, rng) for s in scenes]))

@@ -16,10 +16,12 @@ from torch import nn
 
 from vlmteacher.microworld import world
 
+CONFIGS = Path(__file__).parent / "configs"
+
 
 def load_config(stage: str) -> dict[str, Any]:
     """The packaged settings of a stage: sizes, steps, seed, learning rate."""
-    return json.loads((Path(__file__).parent / "configs" / f"{stage}.json").read_text())
+    return json.loads((CONFIGS / f"{stage}.json").read_text())
 
 
 def train(

@@ -1,0 +1,86 @@
+"""All training stages in their order, with next to no steps, on the real classes; the last writes a pair that loads."""
+
+import json
+
+import pytest
+import torch
+
+from vlmteacher.errors import InputError
+from vlmteacher.evaluation.microworld import first_frame, run_benchmark
+from vlmteacher.microworld import stages, training, world
+from vlmteacher.pipeline import TeacherPipeline
+from vlmteacher.queries import QuerySet
+
+SMALL = {
+    "vae": {"base_dim": 8, "batch": 3, "steps": 4},
+    "vae_decoder": {"batch": 1, "steps": 1},
+    "decoder": {"widths": [16, 8, 8, 8], "batch": 1, "steps": 1},
+    "latents": {"shards": 1, "videos": 16},
+    "reasoner": {"layers": 1, "heads": 1, "ffn_dim": 64, "batch": 2, "steps": 2},
+    "teacher": {"width": 32, "layers": 2, "mlp": 48, "vision_layers": 2, "vision_mlp": 48, "batch": 1, "steps": 2},
+    "teacher_finetune": {"steps": 2, "fresh": 0},
+    "collect": {
+        "lessons": {"shards": 1, "videos": 8},
+        "predictions": {"shards": 1, "videos": 3},
+        "optimised": {"shards": 1, "videos": 4},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    configs = tmp_path_factory.mktemp("configs")
+    for name, changes in SMALL.items():
+        config = training.load_config(name) | changes
+        if name == "teacher":
+            config["write_every"] = 2
+        if name == "collect":
+            config["settings"]["max_steps"] = 3
+        (configs / f"{name}.json").write_text(json.dumps(config))
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "CONFIGS", configs)
+        for stage in stages.STAGES:
+            stages.run(stage, out)
+    torch.set_num_threads(threads)
+    return out / "pair"
+
+
+def test_the_packaged_pair_loads_and_optimises(pair):
+    pipe = TeacherPipeline.from_pretrained(pair=pair)
+    scene, prompt = world.instance(0, seed=0)
+    out = pipe(
+        prompt,
+        generator=torch.Generator().manual_seed(0),
+        image=first_frame(scene),
+        queries=QuerySet("Is the ball inside the box at the end?"),
+        max_steps=2,
+        threshold=1e-6,
+        output_type="pt",
+        progress=False,
+    )
+    assert out.frames.shape == (world.NUM_FRAMES, 3, world.SIZE, world.SIZE)
+    assert out.updates == 2
+
+
+def test_bench_resumes_and_refuses_other_results(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "vlmteacher.teachers.qwen_vl.QwenVLTeacher.write_queries",
+        lambda self, prompt, image=None: QuerySet("Is the ball inside the box at the end?"),
+    )  # two training steps teach nobody to write
+    first = run_benchmark("pass@2", 1, 1, tmp_path / "out", pair=str(pair))
+    again = run_benchmark("pass@2", 2, 1, tmp_path / "out", resume=True, pair=str(pair))
+    assert again["instances"][0] == first["instances"][0]
+    assert again["n"] == 2 and set(again["tasks"]) == set(world.FAMILIES)
+    for row in again["instances"]:
+        assert row["oracle_success"] >= row["success"] and len(row["samples"]) == 2
+    for method in ("base", "teacher"):
+        results = run_benchmark(method, 1, 1, tmp_path / method, pair=str(pair))
+        assert results["instances"][0]["updates"] == (0 if method == "base" else 40)
+    with pytest.raises(InputError, match="already holds results"):
+        run_benchmark("pass@2", 2, 1, tmp_path / "out", pair=str(pair))
+    with pytest.raises(InputError, match="holds other results"):
+        run_benchmark("base", 2, 1, tmp_path / "out", resume=True, pair=str(pair))
+    with pytest.raises(InputError, match="not there"):
+        run_benchmark("pass@0", 2, 1, tmp_path / "new", pair=str(pair))
