@@ -18,15 +18,18 @@ _NAMES = ("background", "block", *world.COLORS)
 _PALETTE = np.asarray([world.BACKGROUND, world.BLOCK_COLOR, *world.COLORS.values()], np.float32)
 _BALL_AREA = float(np.pi * world.RADIUS**2)
 
+# Set on ground truths and corruptions alone, rendered and sent through the packaged VAE, before any method was run.
 NEAREST = 0.35  # a pixel further than this from every colour of the world belongs to none
-AREA = (0.55, 1.6)  # of the ball's true area
-STRAY = 14  # pixels of the ball's colour outside the ball
+AREA = (0.4, 1.9)  # of the ball's true area
+SPREAD = 18  # pixels, the longer side of the ball's bounding box
+STRAY = 20  # pixels of the ball's colour outside the ball
 JUMP = 11.0  # pixels from frame to frame; the fastest right video makes 8
 AT_GOAL = 4.0  # pixels from the box's centre, per axis
 AT_START = 4.0
 CLEARANCE = 4.0  # pixels from the ball's centre to a block; the right path keeps 8
 INTACT = 0.6  # share of an object's visible pixels that must keep its colour
-DEBRIS = 40  # pixels that are neither scenery nor ball nor background
+DEBRIS = 50  # pixels that are neither scenery nor ball nor background
+GRACE = 1  # frames in which codec blur may spoil the ball, the scenery or the ground
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def score(frames: np.ndarray, scene: Scene) -> Verdict:
             centre = regions[0].mean(0)[::-1] + 0.5
         centres.append(centre)
         spread = max(np.ptp(regions[0], axis=0) + 1) if areas else 0
-        whole = bool(areas) and AREA[0] <= areas[0] / _BALL_AREA <= AREA[1] and spread <= 4 * world.RADIUS * 0.8
+        whole = bool(areas) and AREA[0] <= areas[0] / _BALL_AREA <= AREA[1] and spread <= SPREAD
         one.append(whole and sum(areas[1:]) <= STRAY)
         free = world.ball_mask(centre, world.RADIUS + 2.5) == 0
         intact.append(all(_kept(kind, mask & free, wanted) for mask, wanted in objects))
@@ -105,22 +108,27 @@ def score(frames: np.ndarray, scene: Scene) -> Verdict:
     way = np.asarray(centres)
     target = scene.target_box
     at_goal = [bool(np.max(np.abs(p - (target.x, target.y))) <= AT_GOAL) for p in way[-2:]]
-    found_last = one[-1] and one[-2]
+    found_last = one[-1] or one[-2]
     jumps = np.hypot(*np.diff(way, axis=0).T)
     subscores = {
         "goal": float(np.mean(at_goal)) if found_last else 0.0,
         "start": float(np.max(np.abs(way[0] - scene.start)) <= AT_START),
-        "one": float(np.mean(one)),
+        "one": _graced(one),
         "smooth": float(np.mean(jumps <= JUMP)),
         "avoid": float(np.mean([all(_distance_to_block(p, b) >= CLEARANCE for b in scene.blocks) for p in way])),
-        "scenery": float(np.mean(intact)),
-        "clean": float(np.mean(clean)),
+        "scenery": _graced(intact),
+        "clean": _graced(clean),
     }
     return Verdict(
         success=all(value == 1.0 for value in subscores.values()),
         score=_total(subscores),
         subscores=subscores,
     )
+
+
+def _graced(kept: list[bool]) -> float:
+    """Share of frames that keep a rule; 1 when no more than `GRACE` frames break it."""
+    return 1.0 if kept.count(False) <= GRACE else float(np.mean(kept))
 
 
 def _total(subscores: dict[str, float]) -> float:
