@@ -152,8 +152,9 @@ def ask(scene: Scene, facts: Facts, rng: np.random.Generator, extras: int = 2) -
     canonical = right_queries(scene).questions
     for kind, text in zip(kinds, canonical, strict=True):
         asked.append((text, answer(kind, facts, **names)))
-    for _ in range(extras):
+    for extra in range(extras):
         kind = str(rng.choice(["goal", "goal", "goal", "one", "smooth", "avoid", "scenery"]))
+        kind = "goal" if extra < extras // 2 else kind  # which box it is, is what is hardest to learn
         other = dict(names)
         if kind == "goal" and rng.random() < 0.7:
             seen = [b.color for b in scene.boxes]

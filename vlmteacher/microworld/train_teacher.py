@@ -503,7 +503,7 @@ def finetune(start: Path, collected: Path, out: Path) -> None:
                 rows.append((video.astype(np.float32) / 255, scene, facts))
             videos, scenes, facts = zip(*rows, strict=True)
             frames = torch.from_numpy(np.stack(videos)).permute(0, 1, 4, 2, 3)
-            asked = [ask(s, f, rng) for s, f in zip(scenes, facts, strict=True)]
+            asked = [ask(s, f, rng, config["extras"]) for s, f in zip(scenes, facts, strict=True)]
             return lesson_step.judge(frames, list(facts), asked)
 
     train(
