@@ -58,7 +58,7 @@ def test_packed_questions_equal_the_teachers_own_losses(lesson):
     loss, report = lesson.judge(frames, [d[2] for d in drawn], asked)
     hook.remove()
     loss.backward()
-    assert {"changed", "cells", "l_position"} <= report.keys()
+    assert {"changed", "l_position", "box_word"} <= report.keys()
     packed = -logits[0].float().log_softmax(-1)[..., lesson.yes]
     for row, questions, expected in zip(frames, asked, packed, strict=True):
         texts = [text for text, _ in questions]

@@ -314,7 +314,7 @@ def cell_truth(frames: Tensor) -> Tensor:
     return pairs.flatten(3).transpose(2, 3) * 4  # a ball fills about a third of a cell
 
 
-REPORTED = ("l_position", "l_flags", "l_count_a", "l_inside_a", "cells", "changed")
+REPORTED = ("l_position", "l_count_a", "l_inside_a", "changed", "ball_word", "box_word")
 
 
 class Lesson:
@@ -331,11 +331,15 @@ class Lesson:
                 "pair_last": Readout(width),
                 "cells": nn.Linear(width, 8),
                 "changed": nn.Linear(width, 1),
+                "ball_word": nn.Linear(width, FRAMES // 2),
+                "box_word": nn.Linear(width, FRAMES // 2),
             }
         )
         tokenizer = teacher.tokenizer
         ids = tokenizer.convert_tokens_to_ids
         self.video_pad, self.vision_end = ids("<|video_pad|>"), ids("<|vision_end|>")
+        colors = [tokenizer(f" {c}", add_special_tokens=False).input_ids for c in world.COLORS]
+        self.color_ids = torch.tensor([row[0] for row in colors if len(row) == 1])
         self.yes, self.no = (tokenizer(w, add_special_tokens=False).input_ids[0] for w in ("Yes", "No"))
         self.indices = teacher_frame_indices(world.NUM_FRAMES, FRAMES)
         self.placeholder = video_placeholder(self.indices, world.FPS, TOKENS)
@@ -406,6 +410,7 @@ class Lesson:
             target = torch.from_numpy(changed).float()
             weight = 1 + 9 * target
             losses["changed"] = 2 * F.binary_cross_entropy_with_logits(seen, target, weight)
+        losses |= self.words(states[-3].float(), ids, told, prefix, longest)
         right = (logits[..., self.yes] > logits[..., self.no]) == truth
         report = {k: float(v.detach()) for k, v in losses.items() if k in REPORTED}
         for q, name in enumerate(("goal", "p1", "p2", "p3")):
@@ -414,6 +419,31 @@ class Lesson:
         report["acc_yes"] = float(right[truth].float().mean()) if truth.any() else 1.0
         total = self.config["answer_weight"] * answers.mean() + sum(losses.values())
         return total, report
+
+    def words(
+        self, states: Tensor, ids: Tensor, told: dict[str, Tensor], prefix: int, longest: int
+    ) -> dict[str, Tensor]:
+        """At the words that name them, for each frame pair: is that ball there once, and is the ball in that box?
+
+        The first colour of a question is a ball's, the second a box's. States (B, S, C) of the layer before the last.
+        """
+        suffix = ids[:, prefix:].unflatten(1, (-1, longest))
+        match = suffix[..., None] == self.color_ids  # (B, Q, L, colours)
+        order = match.any(-1).cumsum(-1)
+        named = match.float().argmax(-1)
+        once = (told["count_a"] == 1) & (told["count_b"] == 1)  # (B, pairs)
+        hidden = states[:, prefix:].unflatten(1, (-1, longest))
+        losses = {}
+        for place, head in ((1, "ball_word"), (2, "box_word")):
+            b, q, at = (match.any(-1) & (order == place)).nonzero(as_tuple=True)
+            color = named[b, q, at][:, None]
+            if place == 1:
+                target = once[b] & (told["color"][b] == color)
+            else:
+                target = told["inside_b"][b] == color
+            said = self.heads[head](hidden[b, q, at])
+            losses[head] = 3 * F.binary_cross_entropy_with_logits(said, target.float())
+        return losses
 
     def write(self, scenes: list[Scene], rng: np.random.Generator) -> Tensor:
         """Cross-entropy of the right queries, given prompt and first frame, in the form that `generate` sees."""
@@ -487,7 +517,7 @@ def finetune(start: Path, collected: Path, out: Path) -> None:
     lesson_step = Lesson(teacher, config)
     modules = torch.load(start, weights_only=True)["modules"]
     teacher.model.load_state_dict(modules["teacher"])
-    lesson_step.heads.load_state_dict(modules["heads"])
+    lesson_step.heads.load_state_dict(modules["heads"], strict=False)  # a head added since starts afresh
     groups = [load(sorted(collected.glob(f"{kind}-*.pt"))) for kind in ("lessons", "predictions", "optimised")]
     groups = [group for group in groups if group]
 
