@@ -52,6 +52,27 @@ def without_seconds(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
 
 
+def test_check_final_goes_on_until_the_few_step_video_is_good_enough_too(make: Any) -> None:
+    first = make(max_steps=1).step()["loss"]
+    loop = make(threshold=first + 1e-4, check_final=True)
+    rows = list(loop)
+    assert all("final_loss" in row for row in rows if row["loss"] <= loop.settings.threshold)
+    for row in rows[:-1]:
+        assert row["grad_norm"] is not None
+        assert row["loss"] > loop.settings.threshold or row["final_loss"] > loop.settings.threshold
+    if loop.stopped == "threshold":
+        assert rows[-1]["final_loss"] <= loop.settings.threshold
+    assert rows[0]["final_loss"] == pytest.approx(loop_final(make()), rel=1e-5)
+
+
+def loop_final(loop: Optimization) -> float:
+    """The objective on the few-step video of an untouched Reasoner, computed apart."""
+    with torch.no_grad():
+        video = loop.reasoner.decode(loop.reasoner.sample(loop.condition, loop.noise))[loop.frame_indices]
+        losses = loop.teacher.losses(video, loop.frame_indices, loop.reasoner.fps, loop.queries)
+    return vqa_objective(losses, 0.5).item()
+
+
 def test_frame_indices_are_uniform_with_both_ends() -> None:
     assert teacher_frame_indices(13, 12) == [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12]
     assert teacher_frame_indices(9, 5) == [0, 2, 4, 6, 8]

@@ -81,6 +81,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--rank", type=int, metavar="R", help="rank of the LoRA")
     sub.add_argument("--lr", type=float, metavar="X", help="learning rate")
     sub.add_argument("--goal-weight", type=float, metavar="X", help="weight of the goal query, 0 to 1")
+    sub.add_argument(
+        "--check-final",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="stop only when the few-step video is good enough too (default: the pair's)",
+    )
     sub.add_argument("--keep", choices=("last", "best"), help="which LoRA to use after N updates")
     sub.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the noise (default: 0)")
     sub.add_argument("--out", required=True, metavar="DIR", help="run folder to write")
@@ -179,6 +185,7 @@ def solve(arguments: argparse.Namespace) -> None:
         "learning_rate": arguments.lr,
         "goal_weight": arguments.goal_weight,
         "keep": arguments.keep,
+        "check_final": arguments.check_final,
     }
     settings = {name: value for name, value in names.items() if value is not None}
     Settings(**settings)  # bad values show before any model is loaded
