@@ -437,10 +437,7 @@ class Lesson:
         for place, head in ((1, "ball_word"), (2, "box_word")):
             b, q, at = (match.any(-1) & (order == place)).nonzero(as_tuple=True)
             color = named[b, q, at][:, None]
-            if place == 1:
-                target = once[b] & (told["color"][b] == color)
-            else:
-                target = told["inside_b"][b] == color
+            target = once[b] & (told["color"][b] == color) if place == 1 else told["inside_b"][b] == color
             said = self.heads[head](hidden[b, q, at])
             losses[head] = 3 * F.binary_cross_entropy_with_logits(said, target.float())
         return losses
