@@ -105,6 +105,10 @@ def package(trained: Path, pair: Path) -> None:
     teacher = trained / "finetune/teacher"
     shutil.copytree(teacher, pair / "teacher", dirs_exist_ok=True)
     Qwen3VLForConditionalGeneration.from_pretrained(teacher, dtype=half).save_pretrained(pair / "teacher")
+    for config in pair.rglob("config.json"):  # diffusers writes down where a part was loaded from
+        content = json.loads(config.read_text())
+        if content.pop("_name_or_path", None):
+            config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     scene, prompt = world.instance(EXAMPLE, seed=0)
     description = {
         "reasoner": "reasoner",
