@@ -46,10 +46,6 @@ _COLORS = list(world.COLORS)
 NONE = len(_COLORS)
 
 
-def _off_block(position: np.ndarray, block: tuple[float, float]) -> float:
-    return float(np.hypot(*np.maximum(np.abs(position - block) - world.CELL / 2, 0)))
-
-
 def jumps(position: np.ndarray) -> np.ndarray:
     """Whether the ball is further than `FASTEST` from where it was in the frame before; (T,)."""
     step = np.hypot(*np.diff(position, axis=0).T)
@@ -96,7 +92,9 @@ def facts_of(scene: Scene, states: States) -> Facts:
         for ball in state.balls:
             if ball.alpha >= 0.4:
                 where = np.asarray((ball.x, ball.y))
-                touching[t] |= any(_off_block(where, b) < TOUCH for b, alpha in state.blocks if alpha >= 0.4)
+                touching[t] |= any(
+                    world.distance_to_block(where, b) < TOUCH for b, alpha in state.blocks if alpha >= 0.4
+                )
         same = all(a[0] == b[0] and b[1] >= VISIBLE for a, b in zip(states[0].boxes, state.boxes, strict=True))
         intact[t] = same and all(alpha >= VISIBLE for _, alpha in state.blocks)
     return Facts(count, position, color, inside, touching, jumps(position), intact, _changes(states))

@@ -67,9 +67,7 @@ def label(frames: np.ndarray, scene: Scene) -> Facts:
         for box in scene.boxes:
             if np.max(np.abs(position[t] - (box.x, box.y))) <= NEAR:
                 inside[t] = _COLORS.index(box.color)
-        touching[t] = any(
-            np.hypot(*np.maximum(np.abs(position[t] - block) - world.CELL / 2, 0)) < TOUCH for block in scene.blocks
-        )
+        touching[t] = any(world.distance_to_block(position[t], block) < TOUCH for block in scene.blocks)
     for t in range(length):
         hidden = world.ball_mask(position[t], world.RADIUS + 3) if np.isfinite(position[t, 0]) else 0.0
         for mask in masks:

@@ -70,11 +70,6 @@ def _regions(mask: np.ndarray) -> list[np.ndarray]:
     return sorted(regions, key=len, reverse=True)
 
 
-def _distance_to_block(centre: np.ndarray, block: tuple[float, float]) -> float:
-    beyond = np.maximum(np.abs(centre - block) - world.CELL / 2, 0)
-    return float(np.hypot(*beyond))
-
-
 def score(frames: np.ndarray, scene: Scene) -> Verdict:
     """Judge `frames` (T, H, W, 3), float in [0, 1], as an answer to `scene`.
 
@@ -115,7 +110,7 @@ def score(frames: np.ndarray, scene: Scene) -> Verdict:
         "start": float(np.max(np.abs(way[0] - scene.start)) <= AT_START),
         "one": _graced(one),
         "smooth": float(np.mean(jumps <= JUMP)),
-        "avoid": float(np.mean([all(_distance_to_block(p, b) >= CLEARANCE for b in scene.blocks) for p in way])),
+        "avoid": float(np.mean([all(world.distance_to_block(p, b) >= CLEARANCE for b in scene.blocks) for p in way])),
         "scenery": _graced(intact),
         "clean": _graced(clean),
     }

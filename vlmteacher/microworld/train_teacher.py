@@ -9,6 +9,7 @@ each frame pair are read out, by heads that are thrown away, from the visual tok
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -476,71 +477,62 @@ def _shared(rows: list[list[list[int]]]) -> int:
     return next(i for i in range(limit + 1) if i == limit or any(r[i] != everything[0][i] for r in everything))
 
 
+Row = tuple[np.ndarray, Scene, Facts]
+
+
 def main(out: Path) -> None:
     config = load_config("teacher")
     torch.manual_seed(config["seed"])
-    teacher = build(config)
-    lesson_step = Lesson(teacher, config)
-
-    def step(index: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=config["bf16"]):
-            if index % config["write_every"] == config["write_every"] - 1:
-                loss = lesson_step.write([world.sample_scene(rng) for _ in range(config["batch"])], rng)
-                return loss, {"write": float(loss.detach()) * config["write_every"]}
-            videos, scenes, facts = zip(*(lesson(rng) for _ in range(config["batch"])), strict=True)
-            frames = torch.from_numpy(np.stack(videos)).permute(0, 1, 4, 2, 3)
-            asked = [ask(s, f, rng) for s, f in zip(scenes, facts, strict=True)]
-            return lesson_step.judge(frames, list(facts), asked)
-
-    train(
-        {"teacher": teacher.model, "heads": lesson_step.heads},
-        step,
-        out,
-        steps=config["steps"],
-        learning_rate=config["learning_rate"],
-        seed=config["seed"],
-        warmup=100,
-        save_every=250,
-        log_every=50,
-    )
-    save(teacher, out / "teacher")
+    lessons = Lesson(build(config), config)
+    fit(lessons, lambda rng: [lesson(rng) for _ in range(config["batch"])], out, extras=2, warmup=100)
 
 
 def finetune(start: Path, collected: Path, out: Path) -> None:
-    """Stage ``teacher-finetune``: go on from `start` with half of each batch from the collected videos."""
+    """Stage ``teacher-finetune``: go on from `start`; all but `fresh` rows of a batch are collected videos."""
     config = load_config("teacher") | load_config("teacher_finetune")
     torch.manual_seed(config["seed"])
-    teacher = build(config)
-    lesson_step = Lesson(teacher, config)
+    lessons = Lesson(build(config), config)
     modules = torch.load(start, weights_only=True)["modules"]
-    teacher.model.load_state_dict(modules["teacher"])
-    lesson_step.heads.load_state_dict(modules["heads"], strict=False)  # a head added since starts afresh
+    lessons.teacher.model.load_state_dict(modules["teacher"])
+    lessons.heads.load_state_dict(modules["heads"], strict=False)  # a head added since starts afresh
     groups = [load(sorted(collected.glob(f"{kind}-*.pt"))) for kind in ("lessons", "predictions", "optimised")]
     groups = [group for group in groups if group]
+
+    def draw(rng: np.random.Generator) -> list[Row]:
+        rows = [lesson(rng) for _ in range(config["fresh"])]
+        for k in range(config["batch"] - config["fresh"]):
+            group = groups[k % len(groups)]
+            video, scene, facts = group[int(rng.integers(len(group)))]
+            rows.append((video.astype(np.float32) / 255, scene, facts))
+        return rows
+
+    fit(lessons, draw, out, extras=config["extras"], warmup=50)
+
+
+def fit(
+    lessons: Lesson, draw: Callable[[np.random.Generator], list[Row]], out: Path, *, extras: int, warmup: int
+) -> None:
+    """Train on the rows that `draw` gives, writing queries now and then; save the Teacher to ``out/teacher``."""
+    config, teacher = lessons.config, lessons.teacher
 
     def step(index: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         with torch.autocast("cpu", torch.bfloat16, enabled=config["bf16"]):
             if index % config["write_every"] == config["write_every"] - 1:
-                loss = lesson_step.write([world.sample_scene(rng) for _ in range(config["batch"])], rng)
+                loss = lessons.write([world.sample_scene(rng) for _ in range(config["batch"])], rng)
                 return loss, {"write": float(loss.detach()) * config["write_every"]}
-            rows = [lesson(rng) for _ in range(config["fresh"])]
-            for k in range(config["batch"] - config["fresh"]):
-                group = groups[k % len(groups)]
-                video, scene, facts = group[int(rng.integers(len(group)))]
-                rows.append((video.astype(np.float32) / 255, scene, facts))
-            videos, scenes, facts = zip(*rows, strict=True)
+            videos, scenes, facts = zip(*draw(rng), strict=True)
             frames = torch.from_numpy(np.stack(videos)).permute(0, 1, 4, 2, 3)
-            asked = [ask(s, f, rng, config["extras"]) for s, f in zip(scenes, facts, strict=True)]
-            return lesson_step.judge(frames, list(facts), asked)
+            asked = [ask(s, f, rng, extras) for s, f in zip(scenes, facts, strict=True)]
+            return lessons.judge(frames, list(facts), asked)
 
     train(
-        {"teacher": teacher.model, "heads": lesson_step.heads},
+        {"teacher": teacher.model, "heads": lessons.heads},
         step,
         out,
         steps=config["steps"],
         learning_rate=config["learning_rate"],
         seed=config["seed"],
-        warmup=50,
+        warmup=warmup,
         save_every=250,
         log_every=50,
     )

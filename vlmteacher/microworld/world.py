@@ -159,6 +159,11 @@ def trajectory(
 # ---------------------------------------------------------------- generators
 
 
+def distance_to_block(point: np.ndarray, block: tuple[float, float]) -> float:
+    """Pixels from `point` (2,) to the nearest edge of a block; 0 inside it."""
+    return float(np.hypot(*np.maximum(np.abs(point - block) - CELL / 2, 0)))
+
+
 def _distance_to_segment(point: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
     t = np.clip(np.dot(point - a, b - a) / max(np.dot(b - a, b - a), 1e-9), 0.0, 1.0)
     return float(np.hypot(*(point - (a + t * (b - a)))))
