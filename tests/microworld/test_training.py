@@ -55,7 +55,7 @@ def test_packed_questions_equal_the_teachers_own_losses(lesson):
     asked = [ask(scene, facts, rng) for _, scene, facts in drawn]
     logits = []
     hook = lesson.teacher.model.lm_head.register_forward_hook(lambda module, args, output: logits.append(output))
-    loss, report = lesson.judge(frames, [d[2] for d in drawn], asked)
+    loss, report = lesson.judge(frames, [d[1] for d in drawn], [d[2] for d in drawn], asked)
     hook.remove()
     loss.backward()
     assert {"changed", "l_position", "box_word"} <= report.keys()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vlmteacher.microworld import corruptions, labeller, world
 from vlmteacher.microworld.facts import Facts, facts_of
+from vlmteacher.microworld.train_reasoner import CARELESS
 from vlmteacher.microworld.training import to_video
 from vlmteacher.microworld.world import Scene
 from vlmteacher.optimization import Optimization, Settings
@@ -107,6 +108,8 @@ def optimised(
 
     for _ in range(count // 4):
         scene = world.sample_scene(rng)
+        while scene.target_box.color not in CARELESS and rng.random() < 0.7:  # elsewhere there is little to optimise
+            scene = world.sample_scene(rng)
         condition, noise = start(reasoner, scene, rng)
         add_lora(reasoner.transformer, settings.rank, seed=int(rng.integers(2**31)))
         loop = Optimization(reasoner, decoder, teacher, condition, noise, right_queries(scene), settings)

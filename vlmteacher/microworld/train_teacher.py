@@ -23,6 +23,7 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 from vlmteacher.microworld import corruptions, world
 from vlmteacher.microworld.collect import load
 from vlmteacher.microworld.facts import QUESTIONS, Facts, ask, facts_of, right_queries
+from vlmteacher.microworld.grounding import Grounding, Look, box_centres, find_words
 from vlmteacher.microworld.tokenizer import build_tokenizer
 from vlmteacher.microworld.training import load_config, train
 from vlmteacher.microworld.world import Scene
@@ -315,7 +316,10 @@ def cell_truth(frames: Tensor) -> Tensor:
     return pairs.flatten(3).transpose(2, 3) * 4  # a ball fills about a third of a cell
 
 
-REPORTED = ("l_position", "l_count_a", "l_inside_a", "changed", "ball_word", "box_word")
+REPORTED = (
+    *("l_position", "l_count_a", "l_inside_a", "changed"),
+    *("ball_look", "ball_place", "ball_word", "box_look", "box_place", "box_word"),
+)
 
 
 class Lesson:
@@ -325,6 +329,7 @@ class Lesson:
         width = config["width"]
         self.teacher, self.config = teacher, config
         self.packed = PackedForward(teacher)
+        self.look = Look(teacher.model.model.language_model)
         self.heads = nn.ModuleDict(
             {
                 "pair_vision": Readout(2 * width),
@@ -332,8 +337,7 @@ class Lesson:
                 "pair_last": Readout(width),
                 "cells": nn.Linear(width, 8),
                 "changed": nn.Linear(width, 1),
-                "ball_word": nn.Linear(width, FRAMES // 2),
-                "box_word": nn.Linear(width, FRAMES // 2),
+                "grounding": Grounding(width, FRAMES // 2),
             }
         )
         tokenizer = teacher.tokenizer
@@ -352,7 +356,9 @@ class Lesson:
             self.known[question] = self.teacher._question_ids(question, self.placeholder)[0]
         return self.known[question]
 
-    def judge(self, frames: Tensor, facts: list[Facts], asked: list[list[tuple[str, bool]]]) -> tuple[Tensor, dict]:
+    def judge(
+        self, frames: Tensor, scenes: list[Scene], facts: list[Facts], asked: list[list[tuple[str, bool]]]
+    ) -> tuple[Tensor, dict]:
         """frames (B, T, 3, H, W) in [0, 1]; the same number of questions for each video."""
         frames = frames[:, self.indices]
         batch, pairs = len(frames), FRAMES // 2
@@ -401,17 +407,18 @@ class Lesson:
         losses |= {f"e_{k}": 0.5 * v for k, v in self.heads["pair_last"](states[-1][:, at_end].float(), told).items()}
         cells = self.heads["cells"](merged.float()).view(batch, pairs, -1, 8)
         losses["cells"] = 5 * F.smooth_l1_loss(cells, cell_truth(frames), beta=0.1)
+        visual = (ids[0, :prefix] == self.video_pad).nonzero()[:, 0]
         known = [b for b, f in enumerate(facts) if f.changed is not None]
         if known:
             changed = np.stack([facts[b].changed[self.indices[1::2]] for b in known])  # type: ignore[index]
-            at_video = (ids[0] == self.video_pad).nonzero()[:, 0]
-            seen = self.heads["changed"](states[len(states) // 2 - 1][known][:, at_video].float()).view(
+            seen = self.heads["changed"](states[len(states) // 2 - 1][known][:, visual].float()).view(
                 len(known), pairs, -1
             )
             target = torch.from_numpy(changed).float()
             weight = 1 + 9 * target
             losses["changed"] = 2 * F.binary_cross_entropy_with_logits(seen, target, weight)
-        losses |= self.words(states[-3].float(), ids, told, prefix, longest)
+        words = find_words(ids[:, prefix:].unflatten(1, (-1, longest)), self.color_ids, prefix)
+        losses |= self.heads["grounding"](self.look, states, visual, words, told, box_centres(scenes), prefix)
         right = (logits[..., self.yes] > logits[..., self.no]) == truth
         report = {k: float(v.detach()) for k, v in losses.items() if k in REPORTED}
         for q, name in enumerate(("goal", "p1", "p2", "p3")):
@@ -420,28 +427,6 @@ class Lesson:
         report["acc_yes"] = float(right[truth].float().mean()) if truth.any() else 1.0
         total = self.config["answer_weight"] * answers.mean() + sum(losses.values())
         return total, report
-
-    def words(
-        self, states: Tensor, ids: Tensor, told: dict[str, Tensor], prefix: int, longest: int
-    ) -> dict[str, Tensor]:
-        """At the words that name them, for each frame pair: is that ball there once, and is the ball in that box?
-
-        The first colour of a question is a ball's, the second a box's. States (B, S, C) of the layer before the last.
-        """
-        suffix = ids[:, prefix:].unflatten(1, (-1, longest))
-        match = suffix[..., None] == self.color_ids  # (B, Q, L, colours)
-        order = match.any(-1).cumsum(-1)
-        named = match.float().argmax(-1)
-        once = (told["count_a"] == 1) & (told["count_b"] == 1)  # (B, pairs)
-        hidden = states[:, prefix:].unflatten(1, (-1, longest))
-        losses = {}
-        for place, head in ((1, "ball_word"), (2, "box_word")):
-            b, q, at = (match.any(-1) & (order == place)).nonzero(as_tuple=True)
-            color = named[b, q, at][:, None]
-            target = once[b] & (told["color"][b] == color) if place == 1 else told["inside_b"][b] == color
-            said = self.heads[head](hidden[b, q, at])
-            losses[head] = 3 * F.binary_cross_entropy_with_logits(said, target.float())
-        return losses
 
     def write(self, scenes: list[Scene], rng: np.random.Generator) -> Tensor:
         """Cross-entropy of the right queries, given prompt and first frame, in the form that `generate` sees."""
@@ -523,7 +508,7 @@ def fit(
             videos, scenes, facts = zip(*draw(rng), strict=True)
             frames = torch.from_numpy(np.stack(videos)).permute(0, 1, 4, 2, 3)
             asked = [ask(s, f, rng, extras) for s, f in zip(scenes, facts, strict=True)]
-            return lessons.judge(frames, list(facts), asked)
+            return lessons.judge(frames, list(scenes), list(facts), asked)
 
     train(
         {"teacher": teacher.model, "heads": lessons.heads},
