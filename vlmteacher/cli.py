@@ -109,6 +109,19 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--stage", required=True, choices=STAGES)
     sub.add_argument("--out", required=True, metavar="DIR", help="for the weights; earlier stages are read from it")
 
+    sub = add("distill", distill, "make a few-step Reasoner from a many-step one")
+    sub.add_argument("what", choices=("reasoner",))
+    sub.add_argument("--config", required=True, metavar="FILE.yaml", help="settings; the flags below override them")
+    sub.add_argument("--method", metavar="NAME", help="dmd2, consistency or few-timesteps")
+    sub.add_argument("--reasoner", metavar="ID", help="the many-step video model: hub id or directory")
+    sub.add_argument("--data", metavar="DIR", help="instances in VBVR's layout")
+    sub.add_argument("--out", metavar="DIR", help="folder to write; the result is its folder `pipeline`")
+    sub.add_argument("--steps", type=int, metavar="N", help="updates of the student")
+    sub.add_argument("--batch-size", type=int, metavar="N", help="videos per update")
+    sub.add_argument("--lr", type=float, metavar="X", help="learning rate of the student")
+    sub.add_argument("--seed", type=_seed, metavar="N", help="of all that is drawn")
+    sub.add_argument("--resume", action="store_true", help="take up the interrupted run in --out")
+
     sub = add("env", env, "devices, compiled backends and versions; why a backend is missing")
     sub.add_argument("--json", action="store_true", help="machine-readable")
     return top
@@ -265,6 +278,21 @@ def train_microworld(arguments: argparse.Namespace) -> None:
 
     quiet()
     run(arguments.stage, Path(arguments.out))
+
+
+def distill(arguments: argparse.Namespace) -> None:
+    from vlmteacher.quiet import quiet
+
+    quiet()
+    from vlmteacher.distillation.distill import load_settings, run
+
+    names = {"learning_rate": "lr"} | {
+        name: name for name in ("method", "reasoner", "data", "out", "steps", "batch_size", "seed")
+    }
+    flags = {name: getattr(arguments, flag) for name, flag in names.items()}
+    settings = load_settings(Path(arguments.config), {k: v for k, v in flags.items() if v is not None})
+    arguments.out = settings.out  # where an interrupted run can be taken up
+    print(f"Reasoner of {len(settings.timesteps)} steps: {run(settings, arguments.resume)}")
 
 
 def env(arguments: argparse.Namespace) -> None:

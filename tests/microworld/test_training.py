@@ -82,7 +82,7 @@ def test_answers_follow_from_state():
         names = {"ball": scene.ball_color, "box": scene.target_box.color}
         right = facts_of(scene, corruptions.right_states(scene))
         assert all(answer(kind, right, **names) for kind in ("goal", "one", "smooth", "avoid", "scenery"))
-        assert right.changed is not None and not right.changed.any()
+        assert not right.changed.any()
         for kind, question in wrong.items():
             facts = facts_of(scene, corruptions.CORRUPTIONS[kind](scene, rng))
             broken = {q for q in ("goal", "one", "smooth", "avoid", "scenery") if not answer(q, facts, **names)}
@@ -102,7 +102,9 @@ def test_collected_shard_comes_back(tmp_path):
     assert again == scene and video.shape == frames.shape
     np.testing.assert_allclose(video / 255, frames, atol=0.003)
     np.testing.assert_array_equal(facts.count, facts_of(scene, states).count)
-    assert labelled.changed is None
+    for found in (facts, labelled):
+        assert found.changed.shape == (world.NUM_FRAMES, 16)
+        assert found.changed.any() == (not found.intact.all())
 
 
 def test_careless_training_videos_are_as_many_as_said():

@@ -55,8 +55,10 @@ def load(paths: list[Path]) -> list[tuple[np.ndarray, Scene, Facts]]:
     for path in paths:
         content = torch.load(path, weights_only=True)
         for i, scene in enumerate(content["scenes"]):
-            facts = Facts(**{name: content[name][i].numpy() for name in FIELDS})
-            rows.append((content["videos"][i].numpy(), Scene.from_json(scene), facts))
+            video, truth = content["videos"][i].numpy(), Scene.from_json(scene)
+            stored = {name: content[name][i].numpy() for name in FIELDS}
+            changed = labeller.changes(video.astype(np.float32) / 255, truth, stored["position"])
+            rows.append((video, truth, Facts(**stored, changed=changed)))
     return rows
 
 
@@ -102,20 +104,19 @@ def optimised(
     teacher: Any,
     settings: Settings,
 ) -> None:
-    """Predictions while a Teacher optimises: two moments of the one-step prediction, and the final video."""
+    """Predictions while a Teacher optimises: the one-step prediction every third step, and the final video."""
     from vlmteacher.lora import add_lora, remove_lora
     from vlmteacher.microworld.facts import right_queries
 
-    for _ in range(count // 4):
+    for _ in range(count // 8):
         scene = world.sample_scene(rng)
         while scene.target_box.color not in CARELESS and rng.random() < 0.7:  # elsewhere there is little to optimise
             scene = world.sample_scene(rng)
         condition, noise = start(reasoner, scene, rng)
         add_lora(reasoner.transformer, settings.rank, seed=int(rng.integers(2**31)))
         loop = Optimization(reasoner, decoder, teacher, condition, noise, right_queries(scene), settings)
-        moments = set(rng.integers(2, 24, 2).tolist())
         for row in loop:
-            if row["step"] in moments:
+            if row["step"] % 3 == 2:
                 with torch.no_grad():
                     shard.add(_pixels(decoder.decode_batch(reasoner.predict_clean(condition, noise)))[0], scene)
         with torch.no_grad():

@@ -25,11 +25,12 @@ class Ball:
 
 @dataclass(frozen=True)
 class FrameState:
-    """What stands in one frame; opacities in [0, 1]."""
+    """What stands in one frame; opacities in [0, 1]. `tints` lie over boxes and blocks, under the balls."""
 
     balls: tuple[Ball, ...]
     boxes: tuple[tuple[Box, float], ...]
     blocks: tuple[tuple[tuple[float, float], float], ...]
+    tints: tuple[tuple[Box, float], ...] = ()
 
 
 States = list[FrameState]
@@ -40,12 +41,12 @@ def render_states(states: Sequence[FrameState]) -> np.ndarray:
     frames = []
     known: dict[tuple, np.ndarray] = {}
     for state in states:
-        key = (state.boxes, state.blocks)
+        key = (state.boxes, state.blocks, state.tints)
         if key not in known:
             image = world.render_scenery((), ())
             for block, alpha in state.blocks:
                 image = world.paint(image, world.block_mask(block), world.BLOCK_COLOR, alpha)
-            for box, alpha in state.boxes:
+            for box, alpha in (*state.boxes, *state.tints):
                 image = world.paint(image, world.box_mask(box), world.COLORS[box.color], alpha)
             known[key] = image
         image = known[key]
@@ -247,6 +248,31 @@ def eroded_scenery(scene: Scene, rng: np.random.Generator) -> States:
     return [replace(s, boxes=boxes) if t >= first else s for t, s in enumerate(states)]
 
 
+def disguise(scene: Scene, rng: np.random.Generator) -> States:
+    """Goes wrong, and the scenery is bent to fit: the wrong box takes the named colour, the crossed blocks fade."""
+    others = [b for i, b in enumerate(scene.boxes) if i != scene.target]
+    end = others[int(rng.integers(len(others)))] if others else scene.target_box
+    states = states_of(scene, _straight(scene, (end.x, end.y)))
+    growth = np.clip(np.linspace(-float(rng.uniform(0, 1)), 1, world.NUM_FRAMES), 0, 1) * float(rng.uniform(0.3, 1.0))
+    if others:
+        fade = float(rng.uniform(0, 1)) if rng.random() < 0.5 else 0.0  # of the right box, at the same time
+        named = replace(end, color=scene.target_box.color)
+        return [
+            replace(
+                s,
+                tints=((named, float(g)),),
+                boxes=tuple((b, 1 - fade * float(g) if i == scene.target else 1.0) for i, b in enumerate(scene.boxes)),
+            )
+            for s, g in zip(states, growth, strict=True)
+        ]
+    way = [np.asarray((s.balls[0].x, s.balls[0].y)) for s in states]
+    crossed = {b for b in scene.blocks if min(world.distance_to_block(p, b) for p in way) < world.RADIUS}
+    return [
+        replace(s, blocks=tuple((b, 1 - float(g) if b in crossed else 1.0) for b in scene.blocks))
+        for s, g in zip(states, growth, strict=True)
+    ]
+
+
 def another_instance(scene: Scene, rng: np.random.Generator) -> States:
     return right_states(world.sample_scene(rng, scene.family))
 
@@ -268,6 +294,7 @@ CORRUPTIONS: dict[str, Callable[[Scene, np.random.Generator], States]] = {
         ghost,
         wrong_color,
         eroded_scenery,
+        disguise,
         another_instance,
     )
 }

@@ -24,12 +24,12 @@ TOUCH = 4.0  # pixels from the ball's centre to a block
 
 @dataclass(frozen=True)
 class Facts:
-    """Arrays over the T frames of one video.
+    """Arrays over the T frames of one video. Boxes and blocks are those of the first frame, whatever becomes of them.
 
     count: balls of the scene's ball colour, 0, 1 or 2 (two or more). position: (T, 2) of the clearest ball of any
     colour, NaN where there is none. color: index of its colour, 6 for none. inside: index of the colour of the box
     that it is in, 6 for none. touching, jumped, intact: booleans (jumped: since the frame before). changed: (T, cells),
-    where the scenery is not what it was at first; only simulator state tells it.
+    where the scenery is not what it was at first.
     """
 
     count: np.ndarray
@@ -39,7 +39,7 @@ class Facts:
     touching: np.ndarray
     jumped: np.ndarray
     intact: np.ndarray
-    changed: np.ndarray | None = None
+    changed: np.ndarray
 
 
 _COLORS = list(world.COLORS)
@@ -52,7 +52,7 @@ def jumps(position: np.ndarray) -> np.ndarray:
     return np.concatenate([[False], np.nan_to_num(step) > FASTEST])
 
 
-def _cells(mask: np.ndarray) -> np.ndarray:
+def cells(mask: np.ndarray) -> np.ndarray:
     """Which of the 16-pixel cells, row by row, a mask (H, W) covers by a fiftieth or more."""
     side = world.SIZE // world.CELL
     return mask.reshape(side, world.CELL, side, world.CELL).mean((1, 3)).ravel() > 0.02
@@ -65,10 +65,13 @@ def _changes(states: States) -> np.ndarray:
     for t, state in enumerate(states):
         for (box, alpha), (was, _) in zip(state.boxes, first.boxes, strict=True):
             if box != was or alpha < VISIBLE:
-                changed[t] |= _cells(world.box_mask(was)) | (_cells(world.box_mask(box)) & (box != was))
+                changed[t] |= cells(world.box_mask(was)) | (cells(world.box_mask(box)) & (box != was))
         for block, alpha in state.blocks:
             if alpha < VISIBLE:
-                changed[t] |= _cells(world.block_mask(block))
+                changed[t] |= cells(world.block_mask(block))
+        for box, alpha in state.tints:
+            if alpha > 1 - VISIBLE:
+                changed[t] |= cells(world.box_mask(box))
     return changed
 
 
@@ -86,16 +89,15 @@ def facts_of(scene: Scene, states: States) -> Facts:
         if best is not None and best.alpha >= 0.4:
             position[t] = best.x, best.y
             color[t] = _COLORS.index(best.color)
-            for box, alpha in state.boxes:
+            for (box, alpha), (was, _) in zip(state.boxes, states[0].boxes, strict=True):
                 if alpha >= 0.5 and np.max(np.abs(position[t] - (box.x, box.y))) <= NEAR:
-                    inside[t] = _COLORS.index(box.color)
+                    inside[t] = _COLORS.index(was.color)
         for ball in state.balls:
             if ball.alpha >= 0.4:
                 where = np.asarray((ball.x, ball.y))
-                touching[t] |= any(
-                    world.distance_to_block(where, b) < TOUCH for b, alpha in state.blocks if alpha >= 0.4
-                )
+                touching[t] |= any(world.distance_to_block(where, b) < TOUCH for b, _ in states[0].blocks)
         same = all(a[0] == b[0] and b[1] >= VISIBLE for a, b in zip(states[0].boxes, state.boxes, strict=True))
+        same &= all(alpha <= 1 - VISIBLE for _, alpha in state.tints)
         intact[t] = same and all(alpha >= VISIBLE for _, alpha in state.blocks)
     return Facts(count, position, color, inside, touching, jumps(position), intact, _changes(states))
 

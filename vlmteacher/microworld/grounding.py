@@ -1,8 +1,9 @@
 """Training-only supervision of the tiny Teacher at the words of a question that name the ball and the box.
 
-What decides whether so small a model learns to ground words: one layer's heads, one for each frame pair, look from the
-word to the cells that the thing named covers (to the first token where it is not there); after that layer the word's
-own state tells where it is, and one layer later whether the ball is in that box. The heads are thrown away.
+What decides whether so small a model learns to ground words: one layer's heads look from the word to the cells that the
+thing named covers, the ball's in each frame pair (one head for each), the box's in the first pair, whose first frame is
+given and cannot be optimised (to the first token where it is not there); after that layer the word's own state tells
+where it is, and one layer later whether the ball is in that box. The readouts are thrown away.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from vlmteacher.microworld import world
 from vlmteacher.microworld.world import Scene
 
+FIXED = 3  # heads that look from the box's word to the first pair; the others are free
+BACK = 5  # the head that looks from a cell back to what it was at first, to see whether it has changed
 LAYER = 1  # of the language model; DeepStack's features have been added to the visual tokens by then
 SIDE = world.SIZE // world.CELL
 
@@ -83,6 +86,19 @@ class Look:
         logits = torch.einsum("nhd,nphd->nhp", q.float(), k.float()[words.b]) * attention.scaling
         return logits.log_softmax(-1)
 
+    def back(self, visual: Tensor) -> Tensor:
+        """Cross-entropy of head `BACK`'s attention, among the visual tokens, from each to the same cell's first."""
+        attention, cells = self.attention, SIDE**2
+        shape = (-1, attention.head_dim)
+        hidden, cos, sin = (x[:, visual] for x in (self.hidden, self.cos, self.sin))
+        q = _rotate(attention.q_norm(attention.q_proj(hidden).unflatten(-1, shape)), cos, sin)[:, cells:, BACK]
+        k = _rotate(attention.k_norm(attention.k_proj(hidden).unflatten(-1, shape)), cos, sin)[:, :, BACK]
+        logits = q.float() @ k.float().transpose(1, 2) * attention.scaling  # (B, later tokens, tokens)
+        now = torch.arange(len(visual))
+        logits = logits.masked_fill(now[cells:, None] < now, -torch.inf)
+        target = (now[cells:] % cells).expand(len(logits), -1)
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x (..., heads, d) by cos and sin (..., d)."""
@@ -123,31 +139,36 @@ class Grounding(nn.Module):
         said = self.ball_place(placed[ball.b, ball.at].float()).unflatten(-1, (self.pairs, 4))
         once = there & (told["count_a"][ball.b] == 1) & (told["count_b"][ball.b] == 1)
         losses = {
-            "ball_look": self._looking(look, ball, visual, cells, there, prefix),
+            "ball_look": _looking(self._own(look, ball, visual, prefix), cells, there),
             "ball_place": 10 * F.smooth_l1_loss(said * there[..., None], at * there[..., None], beta=0.02),
             "ball_word": 3 * _bce(self.ball_there(related[ball.b, ball.at].float()), once),
         }
 
         centre = centres[box.b, box.color]  # (n, 2)
         stands = centre.isfinite().all(-1)
-        cells = coverage(centre.nan_to_num(), world.BOX_HALF)[:, None].expand(-1, self.pairs, -1)
+        cells = coverage(centre.nan_to_num(), world.BOX_HALF)[:, None].expand(-1, FIXED, -1)
         at = (centre.nan_to_num() / world.SIZE - 0.5) * stands[:, None]
         said = self.box_place(placed[box.b, box.at].float()) * stands[:, None]
         inside = told["inside_b"][box.b] == box.color[:, None]
-        stands = stands[:, None].expand(-1, self.pairs)
+        first = look.log_weights(box, prefix)[:, :FIXED]
+        first = first[..., torch.cat([visual[: SIDE**2], torch.zeros(1, dtype=torch.long)])]
         losses |= {
-            "box_look": self._looking(look, box, visual, cells, stands, prefix),
+            "box_look": _looking(first, cells, stands[:, None].expand(-1, FIXED)),
             "box_place": 10 * F.smooth_l1_loss(said, at, beta=0.02),
             "box_word": 3 * _bce(self.ball_inside(related[box.b, box.at].float()), inside),
         }
-        return losses
+        return losses | {"look_back": look.back(visual)}
 
-    def _looking(self, look: Look, words: Words, visual: Tensor, cells: Tensor, there: Tensor, prefix: int) -> Tensor:
-        """Cross-entropy of head p's attention against the `cells` (n, pairs, cells) of frame pair p."""
-        weights = look.log_weights(words, prefix)[:, : self.pairs]  # one head for each pair
+    def _own(self, look: Look, words: Words, visual: Tensor, prefix: int) -> Tensor:
+        """(n, pairs, cells + 1): log attention of head p to the cells of pair p, and to the first token."""
+        weights = look.log_weights(words, prefix)[:, : self.pairs]
         own = weights[..., visual].unflatten(-1, (self.pairs, -1)).diagonal(dim1=1, dim2=2).transpose(1, 2)
-        seen = torch.where(there, -(cells * own).sum(-1), -weights[..., 0])
-        return 0.5 * seen.mean()
+        return torch.cat([own, weights[..., :1]], -1)
+
+
+def _looking(weights: Tensor, cells: Tensor, there: Tensor) -> Tensor:
+    """Cross-entropy of attention (n, heads, cells + 1) against `cells`, or against the last where not `there`."""
+    return 0.5 * torch.where(there, -(cells * weights[..., :-1]).sum(-1), -weights[..., -1]).mean()
 
 
 def _bce(logits: Tensor, truth: Tensor) -> Tensor:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import numpy as np
 
 from vlmteacher.microworld import world
-from vlmteacher.microworld.facts import NEAR, NONE, Facts, jumps
+from vlmteacher.microworld.facts import NEAR, NONE, Facts, cells, jumps
 from vlmteacher.microworld.world import Scene
 
 THERE = 0.62  # response of the matched filter (1 for a perfect ball) that counts as a ball
 TRACE = 0.4  # response by which a ball can still be followed
 SECOND = 0.33  # response, away from the ball, that counts as one too many
-CHANGED = 0.2  # mean difference in RGB over an object's own pixels
+CHANGED = 0.16  # mean difference in RGB over an object's own pixels; untouched scenery comes out below it
 TOUCH = 4.3
 _COLORS = list(world.COLORS)
 
@@ -48,8 +48,7 @@ def label(frames: np.ndarray, scene: Scene) -> Facts:
 
     position = np.full((length, 2), np.nan)
     count, color, inside = np.zeros(length, int), np.full(length, NONE), np.full(length, NONE)
-    touching, intact = np.zeros(length, bool), np.ones(length, bool)
-    masks = [world.box_mask(b) for b in scene.boxes] + [world.block_mask(b) for b in scene.blocks]
+    touching = np.zeros(length, bool)
     for t in range(length):
         peaks = [own[t].max(), *(r[t].max() for r in others)]
         best = int(np.argmax(peaks))
@@ -68,14 +67,22 @@ def label(frames: np.ndarray, scene: Scene) -> Facts:
             if np.max(np.abs(position[t] - (box.x, box.y))) <= NEAR:
                 inside[t] = _COLORS.index(box.color)
         touching[t] = any(world.distance_to_block(position[t], block) < TOUCH for block in scene.blocks)
-    for t in range(length):
-        hidden = world.ball_mask(position[t], world.RADIUS + 3) if np.isfinite(position[t, 0]) else 0.0
+    changed = changes(frames, scene, position)
+    return Facts(count, position, color, inside, touching, jumps(position), np.logical_not(changed.any(-1)), changed)
+
+
+def changes(frames: np.ndarray, scene: Scene, position: np.ndarray) -> np.ndarray:
+    """(T, cells): where a box or a block looks otherwise than it should, away from the ball at `position` (T, 2)."""
+    difference = np.abs(frames - world.render_scenery(scene.boxes, scene.blocks)).mean(-1)
+    masks = [world.box_mask(b) for b in scene.boxes] + [world.block_mask(b) for b in scene.blocks]
+    changed = np.zeros((len(frames), (world.SIZE // world.CELL) ** 2), bool)
+    for t, at in enumerate(position):
+        hidden = world.ball_mask(at, world.RADIUS + 3) if np.isfinite(at[0]) else 0.0
         for mask in masks:
             weight = mask * (1 - hidden)
-            difference = np.abs(frames[t] - scenery).mean(-1)
-            if weight.sum() > 12 and (difference * weight).sum() / weight.sum() > CHANGED:
-                intact[t] = False
-    return Facts(count, position, color, inside, touching, jumps(position), intact)
+            if weight.sum() > 12 and (difference[t] * weight).sum() / weight.sum() > CHANGED:
+                changed[t] |= cells(mask)
+    return changed
 
 
 def succeeds(facts: Facts, scene: Scene) -> bool:

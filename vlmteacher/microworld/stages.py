@@ -34,7 +34,7 @@ NEEDS = {
     "optimise": ("reasoner/reasoner", "decoder/decoder.safetensors", "finetune/teacher"),
     "package": ("reasoner/reasoner", "vae_decoder/vae", "decoder/decoder.safetensors", "finetune/teacher"),
 }
-DEFAULTS = {"max_steps": 40, "threshold": 0.22, "learning_rate": 1e-3, "rank": 16, "teacher_frames": 12}
+DEFAULTS = {"max_steps": 60, "threshold": 0.22, "learning_rate": 6e-4, "rank": 16, "teacher_frames": 12}
 
 
 def run(stage: str, out: Path) -> None:

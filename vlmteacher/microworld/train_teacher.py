@@ -62,6 +62,7 @@ MIX = {
     "ghost": 4.0,
     "wrong_color": 1.0,
     "eroded_scenery": 5.0,
+    "disguise": 5.0,
     "another_instance": 0.5,
 }
 # More wordings than the Reasoner's prompts, so that a task typed by hand is understood.
@@ -318,7 +319,7 @@ def cell_truth(frames: Tensor) -> Tensor:
 
 REPORTED = (
     *("l_position", "l_count_a", "l_inside_a", "changed"),
-    *("ball_look", "ball_place", "ball_word", "box_look", "box_place", "box_word"),
+    *("ball_look", "ball_place", "ball_word", "box_look", "box_place", "box_word", "look_back"),
 )
 
 
@@ -408,15 +409,10 @@ class Lesson:
         cells = self.heads["cells"](merged.float()).view(batch, pairs, -1, 8)
         losses["cells"] = 5 * F.smooth_l1_loss(cells, cell_truth(frames), beta=0.1)
         visual = (ids[0, :prefix] == self.video_pad).nonzero()[:, 0]
-        known = [b for b, f in enumerate(facts) if f.changed is not None]
-        if known:
-            changed = np.stack([facts[b].changed[self.indices[1::2]] for b in known])  # type: ignore[index]
-            seen = self.heads["changed"](states[len(states) // 2 - 1][known][:, visual].float()).view(
-                len(known), pairs, -1
-            )
-            target = torch.from_numpy(changed).float()
-            weight = 1 + 9 * target
-            losses["changed"] = 2 * F.binary_cross_entropy_with_logits(seen, target, weight)
+        changed = np.stack([f.changed[self.indices[1::2]] for f in facts])
+        seen = self.heads["changed"](states[len(states) // 2 - 1][:, visual].float()).view(changed.shape)
+        target = torch.from_numpy(changed).float()
+        losses["changed"] = 4 * F.binary_cross_entropy_with_logits(seen, target, 1 + 9 * target)
         words = find_words(ids[:, prefix:].unflatten(1, (-1, longest)), self.color_ids, prefix)
         losses |= self.heads["grounding"](self.look, states, visual, words, told, box_centres(scenes), prefix)
         right = (logits[..., self.yes] > logits[..., self.no]) == truth
@@ -473,20 +469,19 @@ def main(out: Path) -> None:
 
 
 def finetune(start: Path, collected: Path, out: Path) -> None:
-    """Stage ``teacher-finetune``: go on from `start`; all but `fresh` rows of a batch are collected videos."""
+    """Stage ``teacher-finetune``: go on from `start`; `collected` rows of each batch are of these kinds."""
     config = load_config("teacher") | load_config("teacher_finetune")
     torch.manual_seed(config["seed"])
     lessons = Lesson(build(config), config)
     modules = torch.load(start, weights_only=True)["modules"]
     lessons.teacher.model.load_state_dict(modules["teacher"])
     lessons.heads.load_state_dict(modules["heads"], strict=False)  # a head added since starts afresh
-    groups = [load(sorted(collected.glob(f"{kind}-*.pt"))) for kind in ("lessons", "predictions", "optimised")]
-    groups = [group for group in groups if group]
+    groups = {kind: load(sorted(collected.glob(f"{kind}-*.pt"))) for kind in config["collected"]}
 
     def draw(rng: np.random.Generator) -> list[Row]:
-        rows = [lesson(rng) for _ in range(config["fresh"])]
-        for k in range(config["batch"] - config["fresh"]):
-            group = groups[k % len(groups)]
+        chosen = [groups[kind] for kind, count in config["collected"].items() if groups[kind] for _ in range(count)]
+        rows = [lesson(rng) for _ in range(config["batch"] - len(chosen))]
+        for group in chosen:
             video, scene, facts = group[int(rng.integers(len(group)))]
             rows.append((video.astype(np.float32) / 255, scene, facts))
         return rows

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
+from vlmteacher.reasoners import few_step
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,8 +26,8 @@ class Condition:
     """What the video must answer, encoded once for the instance.
 
     Attributes:
-        prompt_embeds: (1, L, D), zero beyond the prompt's own tokens.
-        first_frame: (1, C, 1, h, w) normalised latents of the given image, or None (text only).
+        prompt_embeds: (B, L, D), zero beyond the prompt's own tokens; B = 1 but in training.
+        first_frame: (B, C, 1, h, w) normalised latents of the given image, or None (text only).
         num_frames, height, width: size of the video in frames and pixels.
     """
 
@@ -34,13 +37,17 @@ class Condition:
     height: int
     width: int
 
+    @property
+    def size(self) -> tuple[int, int, int]:
+        return self.num_frames, self.height, self.width
+
 
 @dataclass(frozen=True)
 class Noise:
     """Every random draw of an instance, so that "the same noise" holds for the whole sampler.
 
     Attributes:
-        z1: (1, C, T, h, w) float32, the latents at t = 1.
+        z1: (B, C, T, h, w) float32, the latents at t = 1.
         steps: one draw like `z1` for each later sampler step, which puts noise back on the clean prediction.
     """
 
@@ -144,7 +151,8 @@ class Reasoner(ABC):
 
     def noise(self, condition: Condition, generator: torch.Generator | None = None) -> Noise:
         """Draw z1 and every later sampler draw, in this order, in float32 on the generator's device."""
-        shape = self.latent_shape(condition.num_frames, condition.height, condition.width)
+        one = self.latent_shape(condition.num_frames, condition.height, condition.width)
+        shape = (len(condition.prompt_embeds), *one[1:])
         where = generator.device if generator is not None else torch.device("cpu")
         z1, *steps = (
             torch.randn(shape, generator=generator, device=where).to(self.device) for _ in self.settings.timesteps
@@ -156,13 +164,21 @@ class Reasoner(ABC):
         """Encode the instance once, without gradient. Raises InputError for what the model cannot take."""
 
     @abstractmethod
-    def velocity(self, condition: Condition, latents: Tensor, sigma: float) -> Tensor:
-        """The model's v (1, C, T, h, w) float32 at noise level `sigma` for noisy `latents`."""
+    def velocity(
+        self, condition: Condition, latents: Tensor, sigma: float | Tensor, *, transformer: nn.Module | None = None
+    ) -> Tensor:
+        """The model's v (B, C, T, h, w) float32 at noise level `sigma`, a number or (B,), for noisy `latents`.
 
-    def predict_clean_at(self, condition: Condition, latents: Tensor, sigma: float) -> Tensor:
+        transformer: other weights of the same class, to be run in the place of the Reasoner's own.
+        """
+
+    def predict_clean_at(
+        self, condition: Condition, latents: Tensor, sigma: float | Tensor, *, transformer: nn.Module | None = None
+    ) -> Tensor:
         """x0 = x - sigma v, with the known first latent frame put back."""
-        x0 = latents - sigma * self.velocity(condition, latents, sigma)
-        return with_first_frame(x0, condition.first_frame)
+        velocity = self.velocity(condition, latents, sigma, transformer=transformer)
+        scale = sigma.view(-1, 1, 1, 1, 1) if isinstance(sigma, Tensor) else sigma
+        return with_first_frame(latents - scale * velocity, condition.first_frame)
 
     def predict_clean(self, condition: Condition, noise: Noise) -> Tensor:
         """One-step clean latents z0 = z1 - u(z1, t = 1, c): one differentiable call (method, step 3)."""
@@ -170,12 +186,8 @@ class Reasoner(ABC):
 
     @torch.no_grad()
     def sample(self, condition: Condition, noise: Noise) -> Tensor:
-        """The few-step sampler from the same noise: predict x0, put noise back for the next level, predict again."""
-        first, *later = self.settings.sigmas
-        x0 = self.predict_clean_at(condition, noise.z1, first)
-        for sigma, draw in zip(later, noise.steps, strict=True):
-            x0 = self.predict_clean_at(condition, (1 - sigma) * x0 + sigma * draw, sigma)
-        return x0
+        """The few-step sampler from the same noise (see ``few_step.py``)."""
+        return few_step.sample(partial(self.predict_clean_at, condition), self.settings.sigmas, noise)
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
@@ -189,3 +201,13 @@ class Reasoner(ABC):
 def with_first_frame(latents: Tensor, first_frame: Tensor | None) -> Tensor:
     """(1 - m) first_frame + m latents, where the mask m is 0 on the first latent frame only."""
     return latents if first_frame is None else torch.cat([first_frame, latents[:, :, 1:]], 2)
+
+
+def collate(conditions: Sequence[Condition]) -> Condition:
+    """One condition of a batch, of videos of one size, all with a first frame or all without."""
+    first = conditions[0]
+    known = [c.first_frame for c in conditions if c.first_frame is not None]
+    if len(known) not in (0, len(conditions)) or any(c.size != first.size for c in conditions):
+        raise ValueError("conditions of several sizes, or some with and some without a first frame, are no batch")
+    embeds = torch.cat([c.prompt_embeds for c in conditions])
+    return replace(first, prompt_embeds=embeds, first_frame=torch.cat(known) if known else None)

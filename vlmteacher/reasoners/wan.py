@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners.base import Condition, Reasoner, Settings, with_first_frame
@@ -71,9 +71,11 @@ class WanReasoner(Reasoner):
         if image is not None and not self.image_conditioning:
             raise InputError("this Reasoner takes no image (its pipeline has no expand_timesteps): give only a prompt")
         first_frame = None if image is None else self._encode_image(image, height, width)
-        return Condition(self._encode_prompt(prompt), first_frame, num_frames, height, width)
+        return Condition(self.encode_prompt(prompt), first_frame, num_frames, height, width)
 
-    def _encode_prompt(self, prompt: str) -> Tensor:
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """(1, L, D) embeddings; the empty prompt, which guidance looks at, is taken too."""
         tokens = self.tokenizer(
             clean_prompt(prompt),
             padding="max_length",
@@ -92,25 +94,29 @@ class WanReasoner(Reasoner):
         image = image.convert("RGB")
         if image.size != (width, height):
             image = image.resize((width, height), PILImage.Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)[None, :, None] / 127.5 - 1
+        return self.encode_video(np.array(image)[None])
+
+    @torch.no_grad()
+    def encode_video(self, frames: np.ndarray) -> Tensor:
+        """Frames (F, H, W, 3) uint8 -> normalised latents (1, C, T, h, w) float32, the mode of the VAE's posterior."""
+        pixels = torch.from_numpy(frames.astype(np.float32)).permute(3, 0, 1, 2)[None] / 127.5 - 1
         latents = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.mode().float()
         return (latents - self.latents_mean) / self.latents_std
 
-    def velocity(self, condition: Condition, latents: Tensor, sigma: float) -> Tensor:
+    def velocity(
+        self, condition: Condition, latents: Tensor, sigma: float | Tensor, *, transformer: nn.Module | None = None
+    ) -> Tensor:
         """See `Reasoner.velocity`; with a first frame its tokens are clean and have timestep 0."""
-        if condition.first_frame is None:
-            # WanPipeline repeats the timestep for each token here; one for all gives the same and costs far less.
-            timestep = torch.full((1,), 1000 * sigma, device=self.device)
-        else:
+        # WanPipeline repeats the timestep for each token of a text-only video; one for all gives the same at less cost.
+        timestep = torch.as_tensor(1000 * sigma, dtype=torch.float32, device=self.device).expand(len(latents))
+        if condition.first_frame is not None:
             latents = with_first_frame(latents, condition.first_frame)
-            frames, rows, columns = (
-                latents.shape[2],
-                latents.shape[3] // self.patch[0],
-                latents.shape[4] // self.patch[1],
-            )
-            timestep = torch.full((1, frames * rows * columns), 1000 * sigma, device=self.device)
-            timestep[:, : rows * columns] = 0
-        return self.transformer(
+            frames, height, width = latents.shape[2:]
+            per_frame = (height // self.patch[0]) * (width // self.patch[1])
+            timestep = timestep[:, None].repeat(1, frames * per_frame)
+            timestep[:, :per_frame] = 0
+        network: Any = self.transformer if transformer is None else transformer
+        return network(
             hidden_states=latents.to(self.dtype),
             timestep=timestep,
             encoder_hidden_states=condition.prompt_embeds,

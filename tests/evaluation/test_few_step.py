@@ -1,0 +1,66 @@
+"""Agreement of one step and few, and the measurements on the microworld, on tiny and on packaged models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.tiny_pair import PROMPT
+from vlmteacher.errors import InputError
+from vlmteacher.evaluation.few_step import agreement, measure, relative_rms
+from vlmteacher.pipeline import PACKAGED_PAIR
+from vlmteacher.queries import QuerySet
+from vlmteacher.reasoners import load_reasoner
+from vlmteacher.reasoners.many_step import ode_step, sample_many
+from vlmteacher.teachers import load_teacher
+
+
+def test_relative_rms_leaves_the_known_frame_out():
+    few = torch.ones(1, 2, 3, 4, 4)
+    one = few.clone()
+    one[:, :, 0], one[:, :, 1:] = 100, 1.5
+    assert relative_rms(one, few, few[:, :, :1]) == pytest.approx(0.5)
+    assert relative_rms(one, few, None) > 50
+
+
+def test_agreement_of_a_tiny_pair(models):
+    reasoner, teacher = load_reasoner(models["reasoner"]), load_teacher(models["teacher"])
+    condition = reasoner.encode(PROMPT, None, 5, 32, 48)
+    noise = reasoner.noise(condition, torch.Generator().manual_seed(0))
+    found = agreement(reasoner, condition, noise, teacher, QuerySet("Is the ball on the square?"), teacher_frames=2)
+    assert set(found) == {"relative_rms", "loss_one_step", "loss_few_step"}
+    assert 0 < found["relative_rms"] < 10 and found["loss_one_step"] > 0 and found["loss_few_step"] > 0
+
+
+def test_many_steps_follow_the_guided_field(models):
+    """One Euler step over the whole way is z1 - v, and guidance mixes the two fields linearly."""
+    reasoner = load_reasoner(models["reasoner"])
+    condition, empty = reasoner.encode(PROMPT, None, 5, 32, 48), reasoner.encode("box", None, 5, 32, 48).prompt_embeds
+    noise = reasoner.noise(condition, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        v = reasoner.velocity(condition, noise.z1, 1.0)
+    one = sample_many(reasoner, condition, None, noise, steps=1, guidance=1.0)
+    torch.testing.assert_close(one, noise.z1 - v)
+    without = sample_many(reasoner, condition, empty, noise, steps=1, guidance=0.0)
+    double = sample_many(reasoner, condition, empty, noise, steps=1, guidance=2.0)
+    torch.testing.assert_close(double - without, 2 * (one - without), rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        s = torch.tensor([1.0])
+        halves = ode_step(reasoner, condition, None, noise.z1, s, s * 0, guidance=1.0, substeps=2)
+    torch.testing.assert_close(sample_many(reasoner, condition, None, noise, steps=2, guidance=1.0), halves)
+    with pytest.raises(InputError, match="needs the embeddings of the empty prompt"):
+        sample_many(reasoner, condition, None, noise, steps=1, guidance=3.0)
+    with pytest.raises(InputError, match="at least 1 step, not 0"):
+        sample_many(reasoner, condition, None, noise, steps=0, guidance=1.0)
+
+
+def test_measure_on_the_microworld():
+    reasoner = load_reasoner(PACKAGED_PAIR / "reasoner")
+    found = measure(reasoner, load_teacher(PACKAGED_PAIR / "teacher"), 2, 1)
+    assert found["n"] == len(found["instances"]) == 2
+    for name in ("score", "score_one_step", "relative_rms", "loss_one_step", "loss_gap", "video_distance", "seconds"):
+        assert found[name] >= 0, name
+    many = measure(reasoner, None, 2, 1, many_steps=2)
+    assert "loss_gap" not in many and many["relative_rms"] != found["relative_rms"]
+    with pytest.raises(InputError, match="at least 2 instances, not 1"):
+        measure(reasoner, None, 1, 1)

@@ -1,0 +1,160 @@
+"""Training instances in VBVR's layout, encoded once: ``first_frame.png``, ``prompt.txt``, ``ground_truth.mp4``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from vlmteacher.errors import InputError
+from vlmteacher.reasoners.base import Condition, Reasoner, collate
+from vlmteacher.reasoners.wan import WanReasoner
+
+FILES = ("first_frame.png", "prompt.txt", "ground_truth.mp4")
+Size = tuple[int, int, int]  # frames, height, width
+
+
+class LatentDataset:
+    """Encoded instances on the disk, read batch by batch; `prepare` makes one.
+
+    Attributes:
+        empty_prompt: (1, L, D) embeddings of the empty prompt.
+    """
+
+    def __init__(self, files: Sequence[Path], size: Size, empty_prompt: Tensor, device: torch.device) -> None:
+        self.files, self.size, self.empty_prompt, self.device = files, size, empty_prompt, device
+
+    @classmethod
+    def prepare(
+        cls, folder: Path, cache: Path, reasoner: Reasoner, num_frames: int, height: int, width: int
+    ) -> LatentDataset:
+        """Encode every instance in `folder`, at any depth, into `cache`; what is there already is kept.
+
+        A cached file is named by the digest of the instance's files, the size and the encoders' weights: none is
+        ever stale. Videos are cut to their first `num_frames` frames and resized to `width` x `height`.
+
+        Raises:
+            InputError: no instance; one that lacks a file, cannot be read, is too short or of another size than the
+                others (it is named); a Reasoner of a family that cannot be trained.
+        """
+        if not isinstance(reasoner, WanReasoner):
+            raise InputError(f"a {type(reasoner).__name__} cannot be trained: only the Wan family can")
+        reasoner.check(num_frames, height, width)
+        size = (num_frames, height, width)
+        instances = find_instances(folder)
+        cache.mkdir(parents=True, exist_ok=True)
+        encoders, files = _fingerprint(reasoner), []
+        seen: dict[str, Path] = {}
+        for instance in tqdm(instances, desc="encode"):
+            digest = hashlib.sha256(f"{encoders} {size}".encode())
+            for name in FILES:
+                digest.update(hashlib.sha256((instance / name).read_bytes()).digest())
+            path = cache / f"{digest.hexdigest()[:32]}.safetensors"
+            if not _whole(path):
+                _save(_encode(instance, reasoner, size), path)
+            with safe_open(path, "pt") as content:
+                seen.setdefault(content.metadata()["size"], instance)
+            if len(seen) > 1:
+                (a, first), (b, second) = seen.items()
+                raise InputError(f"videos of mixed sizes: {a} in {first}, {b} in {second}: give those of one size")
+            files.append(path)
+        return cls(files, size, reasoner.encode_prompt(""), reasoner.device)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """latents (C, T, h, w), prompt_embeds (L, D) and, for image models, first_frame (C, 1, h, w)."""
+        return load_file(self.files[index])
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Condition]:
+        """Latents (B, C, T, h, w) float32 and the condition of these instances, on the Reasoner's device."""
+        rows = [{name: value[None].to(self.device) for name, value in self[index].items()} for index in indices]
+        conditions = [Condition(row["prompt_embeds"], row.get("first_frame"), *self.size) for row in rows]
+        return torch.cat([row["latents"] for row in rows]), collate(conditions)
+
+
+def find_instances(folder: Path) -> list[Path]:
+    """The directories in `folder` that hold the three files, sorted. Raises InputError (see `prepare`)."""
+    if not folder.is_dir():
+        raise InputError(f"data folder {folder} does not exist")
+    found = sorted({path.parent for name in FILES for path in folder.rglob(name)})
+    for instance in found:
+        lacking = [name for name in FILES if not (instance / name).is_file()]
+        if lacking:
+            raise InputError(f"instance {instance} lacks {', '.join(lacking)}: add it or take the instance away")
+    if not found:
+        raise InputError(f"data folder {folder} holds no instance: one is a directory with {', '.join(FILES)}")
+    return found
+
+
+def read_video(path: Path) -> np.ndarray:
+    """Frames (F, H, W, 3) uint8. Raises InputError."""
+    import imageio.v3 as iio
+
+    try:
+        return np.stack(list(iio.imiter(path, plugin="FFMPEG")))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"video {path} cannot be read ({reason})") from error
+
+
+def _encode(instance: Path, reasoner: WanReasoner, size: Size) -> tuple[dict[str, Tensor], dict[str, str]]:
+    num_frames, height, width = size
+    video = read_video(instance / "ground_truth.mp4")
+    if len(video) < num_frames:
+        raise InputError(f"video {instance / 'ground_truth.mp4'} is too short: {len(video)} frames of {num_frames}")
+    own = f"{video.shape[2]}x{video.shape[1]}"
+    video = video[:num_frames]
+    if video.shape[1:3] != (height, width):
+        video = np.stack(
+            [np.asarray(Image.fromarray(f).resize((width, height), Image.Resampling.LANCZOS)) for f in video]
+        )
+    try:
+        prompt = (instance / "prompt.txt").read_text(encoding="utf-8")
+        with Image.open(instance / "first_frame.png") as file:
+            image = file.convert("RGB") if reasoner.image_conditioning else None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"instance {instance} cannot be read: {error}") from error
+    condition = reasoner.encode(prompt, image, *size)
+    tensors = {"latents": reasoner.encode_video(video)[0], "prompt_embeds": condition.prompt_embeds[0]}
+    if condition.first_frame is not None:
+        tensors["first_frame"] = condition.first_frame[0]
+    return {name: value.cpu().contiguous() for name, value in tensors.items()}, {"size": own}
+
+
+def _save(content: tuple[dict[str, Tensor], dict[str, str]], path: Path) -> None:
+    partial = path.with_suffix(f".partial-{os.getpid()}")  # several processes may encode at once
+    try:
+        save_file(content[0], partial, metadata=content[1])
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"{path.parent} cannot be written to ({error}): what is encoded stays") from error
+
+
+def _whole(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def _fingerprint(reasoner: WanReasoner) -> str:
+    """Of the weights that the encoding depends on: VAE and text encoder."""
+    digest = hashlib.sha256(json.dumps(reasoner.settings.max_sequence_length).encode())
+    for part in (reasoner.vae, reasoner.text_encoder):
+        for name, value in part.state_dict().items():
+            digest.update(f"{name} {tuple(value.shape)} {value.double().sum().item()!r}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,235 @@
+"""What the trainings of a Reasoner share: a resumable loop with a log, an average of the weights, and safe states."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from vlmteacher.errors import InputError
+from vlmteacher.optimization import NonFiniteError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+AVERAGED = "student"  # the module whose average is kept, and which is the result
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What every training may be told; raises InputError.
+
+    Attributes:
+        steps: updates; a resumed run may have more than before.
+        batch_size: videos per update, times `gradient_accumulation`.
+        learning_rate: of AdamW, after `warmup` steps of rising to it; constant then.
+        max_grad_norm: where the gradient is clipped.
+        ema: decay of the average of the weights that is saved in the end, below 1; 0 keeps the last weights.
+        dtype: "bfloat16" runs the networks in mixed precision.
+        save_every, log_every, validate_every: in steps; 0 never validates.
+        full: train all weights; else a LoRA of `rank`.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    learning_rate: float = 1e-4
+    gradient_accumulation: int = 1
+    warmup: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    ema: float = 0.0
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    save_every: int = 100
+    log_every: int = 10
+    validate_every: int = 0
+    full: bool = False
+    rank: int = 32
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "batch_size": 1, "gradient_accumulation": 1, "save_every": 1, "log_every": 1, "rank": 1}
+        for name, low in (least | {"warmup": 0, "validate_every": 0, "seed": 0}).items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise InputError(f"{name} must be a whole number of at least {low}, not {value}")
+        for name in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and value > 0 and math.isfinite(value)):
+                raise InputError(f"{name} must be greater than 0, not {value}")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"ema must lie between 0 and 1, not {self.ema}")
+        if self.weight_decay < 0:
+            raise InputError(f"weight_decay must not be negative, not {self.weight_decay}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise InputError(f"dtype must be float32 or bfloat16, not {self.dtype!r}")
+
+
+class Trainer:
+    """Runs a training in the folder `out` so that it can be stopped anywhere and taken up again with the same result.
+
+    ``state/state.pt`` holds all that changes; it is replaced only by a whole new one. ``log.jsonl`` and
+    ``validation.jsonl`` hold a row each time.
+
+    Args:
+        out: folder to write to.
+        modules: what changes, by name; with an `ema`, that of the module ``student`` is kept.
+        optimizers: of these modules.
+        settings: what a resumed run must share, JSON values by name, those of `TrainSettings` among them.
+        accelerator: only its main process writes.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        modules: dict[str, nn.Module],
+        optimizers: dict[str, torch.optim.Optimizer],
+        settings: dict[str, Any],
+        accelerator: Accelerator,
+    ) -> None:
+        self.out, self.modules, self.optimizers, self.accelerator = out, modules, optimizers, accelerator
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.step = 0
+        self.saved: int | None = None  # the step of the state on the disk
+        self.rates = [(group, group["lr"]) for optimizer in optimizers.values() for group in optimizer.param_groups]
+        self.average: list[Tensor] = [p.detach().clone() for p in self._averaged()] if self.settings["ema"] else []
+
+    @property
+    def state_file(self) -> Path:
+        return self.out / "state" / "state.pt"
+
+    def _averaged(self) -> list[nn.Parameter]:
+        return list(self.modules[AVERAGED].parameters())
+
+    def resume(self) -> None:
+        """Take up the run in `out`. Raises InputError: there is none, or its settings (those that differ are named)."""
+        if not self.state_file.exists():
+            raise InputError(f"{self.out} holds no training to resume: leave --resume out")
+        state = torch.load(self.state_file, weights_only=True, map_location="cpu")
+        before = json.loads(state["settings"])
+        names = [n for n in sorted(before | self.settings) if n != "steps" and before.get(n) != self.settings.get(n)]
+        if names:
+            listed = ", ".join(f"{n} ({before.get(n)}, now {self.settings.get(n)})" for n in names)
+            raise InputError(f"{self.out} was trained with other settings: {listed}; set them back or give another out")
+        for name, module in self.modules.items():
+            module.load_state_dict(state["modules"][name])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        for mean, value in zip(self.average, state["average"], strict=True):
+            mean.copy_(value)
+        self.step = self.saved = state["step"]
+        if self.accelerator.is_main_process:
+            for name in ("log.jsonl", "validation.jsonl"):
+                _cut(self.out / name, self.step)
+
+    def run(
+        self,
+        step: Callable[[int, torch.Generator], dict[str, float]],
+        steps: int,
+        validate: Callable[[int], dict[str, float]] | None = None,
+    ) -> None:
+        """Call ``step(index, generator)``, which makes the update and tells what to log, until `steps` are done.
+
+        The generator is seeded by the seed and the index alone. The student ends as the average, where one is kept.
+
+        Raises:
+            InputError: `out` holds another training, or cannot be written to; the state that is there stays usable.
+            NonFiniteError: from `step`; the last state stays.
+        """
+        if self.saved is None and self.state_file.exists():
+            raise InputError(f"{self.out} already holds a training: give another out, or --resume to go on")
+        main, settings = self.accelerator.is_main_process, self.settings
+        bar = tqdm(total=steps, initial=self.step, disable=not main, desc="train")
+        sums: dict[str, float] = {}
+        began, since = time.perf_counter(), self.step
+        while self.step < steps:
+            for group, rate in self.rates:
+                group["lr"] = rate * min(1.0, (self.step + 1) / max(settings["warmup"], 1))
+            try:
+                values = step(self.step, torch.Generator().manual_seed(settings["seed"] * 1_000_003 + self.step))
+            except NonFiniteError as error:
+                kept = "nothing was saved yet" if self.saved is None else f"the state of step {self.saved} stays"
+                raise NonFiniteError(f"{error}; {kept} in {self.out}: lower the learning rate") from error
+            self.step += 1
+            decay = min(settings["ema"], self.step / (self.step + 10))
+            for mean, p in zip(self.average, self._averaged() if self.average else [], strict=True):
+                mean.lerp_(p.detach(), 1 - decay)
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value
+            bar.update()
+            if self.step % settings["log_every"] == 0 or self.step == steps:
+                count, seconds = self.step - since, time.perf_counter() - began
+                row = {name: value / count for name, value in sums.items()} | self._speed(seconds / count)
+                bar.set_postfix({name: f"{value:.3g}" for name, value in list(row.items())[:3]})
+                self._write("log.jsonl", row)
+                sums, began, since = {}, time.perf_counter(), self.step
+            if validate and settings["validate_every"] and self.step % settings["validate_every"] == 0:
+                self._write("validation.jsonl", validate(self.step))
+            if self.step % settings["save_every"] == 0 or self.step == steps:
+                self.save()
+        bar.close()
+        with torch.no_grad():
+            for mean, p in zip(self.average, self._averaged() if self.average else [], strict=True):
+                p.copy_(mean)
+
+    def save(self) -> None:
+        """Write the state beside the old one and put it in its place. Raises InputError when there is no room."""
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "modules": {name: module.state_dict() for name, module in self.modules.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "average": self.average,
+            "step": self.step,
+            "settings": json.dumps(self.settings),
+        }
+        partial = self.state_file.with_suffix(".partial")
+        try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, partial)
+            os.replace(partial, self.state_file)
+        except (OSError, RuntimeError) as error:  # torch's own writer raises the latter on a full disk
+            partial.unlink(missing_ok=True)
+            kept = "nothing was saved before" if self.saved is None else f"the state of step {self.saved} stays"
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"{partial.parent} cannot be written to ({reason}), {kept}: make room, then --resume"
+            ) from error
+        self.saved = self.step
+
+    def _speed(self, seconds: float) -> dict[str, float]:
+        batch = self.settings["batch_size"] * self.settings["gradient_accumulation"] * self.accelerator.num_processes
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {
+            "seconds_per_step": seconds,
+            "samples_per_second": batch / seconds,
+            "peak_gigabytes": peak / 1e9,
+            "learning_rate": self.rates[0][0]["lr"],
+        }
+
+    def _write(self, name: str, row: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with (self.out / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step, **row}) + "\n")
+
+
+def _cut(path: Path, step: int) -> None:
+    """Leave out the rows after `step`: they will be written again."""
+    if path.exists():
+        rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        kept = [row for row in rows if json.loads(row)["step"] <= step]
+        path.write_text("".join(f"{row}\n" for row in kept), encoding="utf-8")

@@ -1,0 +1,134 @@
+"""How good few steps are: rule score, distance to real videos, and how far the one-step prediction is to be trusted.
+
+The method optimises a Reasoner's one-step prediction and then samples in a few steps, so what the two share is what
+survives of the optimisation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from vlmteacher.errors import InputError
+from vlmteacher.evaluation.microworld import first_frame, judge
+from vlmteacher.evaluation.video_distance import video_distance
+from vlmteacher.microworld import world
+from vlmteacher.microworld.facts import right_queries
+from vlmteacher.optimization import teacher_frame_indices
+from vlmteacher.queries import QuerySet
+from vlmteacher.reasoners.base import Condition, Noise, Reasoner
+from vlmteacher.reasoners.many_step import sample_many
+from vlmteacher.reward import vqa_objective
+from vlmteacher.teachers.base import Teacher
+
+TEACHER_FRAMES = 12
+GOAL_WEIGHT = 0.5
+
+
+def relative_rms(one: Tensor, few: Tensor, known: Tensor | None) -> float:
+    """RMS of the difference of two clean latents (1, C, T, h, w) over the RMS of `few`.
+
+    0 where the one-step prediction is the few-step result; about 1.4 between unrelated latents. The known first latent
+    frame, equal in both, is not counted.
+    """
+    first = 0 if known is None else 1
+    difference, size = ((x[:, :, first:].float().square().mean().sqrt()) for x in (one - few, few))
+    return float(difference / size)
+
+
+@torch.no_grad()
+def agreement(
+    reasoner: Reasoner,
+    condition: Condition,
+    noise: Noise,
+    teacher: Teacher,
+    queries: QuerySet,
+    teacher_frames: int = TEACHER_FRAMES,
+) -> dict[str, float]:
+    """One-step prediction and few-step video of the same noise, both decoded by the standard VAE.
+
+    Returns `relative_rms` (see there), and the Teacher's objective on each: `loss_one_step`, `loss_few_step`.
+    """
+    one, few = reasoner.predict_clean(condition, noise), reasoner.sample(condition, noise)
+    losses = (teacher_loss(reasoner, teacher, reasoner.decode(x), queries, teacher_frames) for x in (one, few))
+    names = ("loss_one_step", "loss_few_step")
+    return {"relative_rms": relative_rms(one, few, condition.first_frame), **dict(zip(names, losses, strict=True))}
+
+
+@torch.no_grad()
+def teacher_loss(
+    reasoner: Reasoner, teacher: Teacher, video: Tensor, queries: QuerySet, teacher_frames: int = TEACHER_FRAMES
+) -> float:
+    """The Teacher's objective on a video (F, 3, H, W) in [0, 1], as the optimisation weighs it."""
+    indices = teacher_frame_indices(len(video), teacher_frames)
+    return vqa_objective(teacher.losses(video[indices], indices, reasoner.fps, queries), GOAL_WEIGHT).item()
+
+
+@torch.no_grad()
+def measure(
+    reasoner: Reasoner,
+    teacher: Teacher | None,
+    limit: int,
+    seed: int,
+    many_steps: int = 0,
+    guidance: float = 1.0,
+    empty: Tensor | None = None,
+) -> dict[str, Any]:
+    """A microworld Reasoner on the first `limit` (2 or more) instances of the held-out split `seed`.
+
+    Scene, prompt and noise of an instance are those of the benchmark, so that Reasoners compare pair by pair. The
+    videos come from the few-step sampler, or with `many_steps` from that many steps of the ODE with `guidance` (and
+    `empty`, the embeddings of the empty prompt). The Teacher is asked the right questions, not its own.
+
+    Returns rule `score` and `success_rate` of the videos, `score_one_step` of the one-step predictions,
+    `relative_rms` between the two, `video_distance` from the right videos, `seconds` per video, with a Teacher
+    `loss_one_step`, `loss_few_step` and `loss_gap` (the mean of the absolute differences), and the `instances`.
+    """
+    if limit < 2:
+        raise InputError(f"few-step quality is measured on at least 2 instances, not {limit}")
+    rows, videos, real = [], [], []
+    for index in tqdm(range(limit), desc="measure"):
+        scene, prompt = world.instance(index, seed)
+        condition = reasoner.encode(
+            prompt, first_frame(scene), num_frames=world.NUM_FRAMES, height=world.SIZE, width=world.SIZE
+        )
+        noise = reasoner.noise(condition, torch.Generator().manual_seed(100_000 * seed + 100 * index))
+        began = time.perf_counter()
+        if many_steps:
+            latents = sample_many(reasoner, condition, empty, noise, steps=many_steps, guidance=guidance)
+        else:
+            latents = reasoner.sample(condition, noise)
+        seconds = time.perf_counter() - began
+        one = reasoner.predict_clean(condition, noise)
+        video, early = reasoner.decode(latents), reasoner.decode(one)
+        verdict = judge(video, scene)
+        row = {
+            "index": index,
+            "task": scene.family,
+            "success": verdict.success,
+            "score": verdict.score,
+            "score_one_step": judge(early, scene).score,
+            "relative_rms": relative_rms(one, latents, condition.first_frame),
+            "seconds": seconds,
+        }
+        if teacher is not None:
+            queries = right_queries(scene)
+            row["loss_one_step"] = teacher_loss(reasoner, teacher, early, queries)
+            row["loss_few_step"] = teacher_loss(reasoner, teacher, video, queries)
+            row["loss_gap"] = abs(row["loss_one_step"] - row["loss_few_step"])
+        rows.append(row)
+        videos.append(video.cpu())
+        real.append(torch.from_numpy(world.render(scene)).permute(0, 3, 1, 2))
+    return {**_means(rows), "video_distance": video_distance(videos, real), "instances": rows}
+
+
+def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    names = [name for name in rows[0] if name not in ("index", "task", "success")]
+    means = {name: fmean(row[name] for row in rows) for name in names}
+    return {"n": len(rows), "success_rate": fmean(row["success"] for row in rows), **means}

@@ -1,0 +1,109 @@
+"""Stage ``encoder``: the features of the video distance, learnt by telling the facts of rendered videos.
+
+The videos are the Teacher's lessons: right ones and every kind of corruption, softened and noisy to a degree that is to
+be told as well, so that the features see how clean a picture is and not only what happens in it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlmteacher.evaluation.video_distance import FEATURES, VideoEncoder
+from vlmteacher.microworld import corruptions, world
+from vlmteacher.microworld.facts import NONE, Facts, facts_of
+from vlmteacher.microworld.train_teacher import draw_states
+from vlmteacher.microworld.training import load_config, train
+
+NOISE = 0.1  # standard deviation of the strongest
+
+
+class Heads(nn.Module):
+    """Training only: the facts of every frame, linear in the features."""
+
+    CHOICES: ClassVar = {"count": 3, "color": NONE + 1, "inside": NONE + 1}
+    FLAGS: ClassVar = ("touching", "jumped", "intact")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = {"position": 2, "flags": len(self.FLAGS), **self.CHOICES}
+        self.facts = nn.Linear(FEATURES, world.NUM_FRAMES * sum(self.sizes.values()))
+        self.harm = nn.Linear(FEATURES, 2)
+
+    def losses(self, features: Tensor, facts: list[Facts], harm: Tensor) -> dict[str, Tensor]:
+        """One loss for each fact; `harm` (B, 2) in [0, 1]: how soft and how noisy the video was made."""
+        told = self.facts(features).unflatten(1, (world.NUM_FRAMES, -1)).split(list(self.sizes.values()), -1)
+        by_name = dict(zip(self.sizes, told, strict=True))
+        where = _stack(facts, "position") / (world.SIZE / 2) - 1
+        seen = ~where.isnan()
+        flags = torch.stack([_stack(facts, name) for name in self.FLAGS], -1)
+        losses = {
+            "position": (by_name["position"] - where)[seen].square().mean() * 4,
+            "flags": F.binary_cross_entropy_with_logits(by_name["flags"], flags),
+            "harm": (self.harm(features) - harm).square().mean(),
+        }
+        for name in self.CHOICES:
+            truth = _stack(facts, name).long()
+            losses[name] = F.cross_entropy(by_name[name].flatten(0, 1), truth.flatten())
+        return losses
+
+
+def _stack(facts: list[Facts], name: str) -> Tensor:
+    return torch.from_numpy(np.stack([getattr(f, name) for f in facts])).float()
+
+
+def lesson(rng: np.random.Generator) -> tuple[Tensor, Facts, Tensor]:
+    """A video (F, 3, H, W) in [0, 1], its facts, and how soft and how noisy it is (2,)."""
+    scene, states = draw_states(rng)
+    video = torch.from_numpy(corruptions.render_states(states)).float().permute(0, 3, 1, 2)
+    harm = rng.uniform(size=2) * (rng.random(2) < 0.5)
+    soft = F.avg_pool2d(video, 5, 1, 2, count_include_pad=False)
+    noise = torch.from_numpy(rng.normal(scale=NOISE, size=video.shape)).float()
+    video = (video.lerp(soft, float(harm[0])) + float(harm[1]) * noise).clamp(0, 1)
+    return video, facts_of(scene, states), torch.from_numpy(harm).float()
+
+
+def main(out: Path) -> None:
+    """Train, and write ``encoder.safetensors`` (half precision)."""
+    config = load_config("encoder")
+    torch.manual_seed(config["seed"])
+    encoder, heads = VideoEncoder(), Heads()
+
+    def draw(rng: np.random.Generator) -> tuple[Tensor, list[Facts], Tensor]:
+        videos, facts, harm = zip(*(lesson(rng) for _ in range(config["batch"])), strict=True)
+        return torch.stack(videos), list(facts), torch.stack(harm)
+
+    def step(index: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        videos, facts, harm = draw(rng)
+        losses = heads.losses(encoder(videos), facts, harm)
+        return torch.stack(list(losses.values())).sum(), {name: float(x.detach()) for name, x in losses.items()}
+
+    train(
+        {"encoder": encoder, "heads": heads},
+        step,
+        out,
+        steps=config["steps"],
+        learning_rate=config["learning_rate"],
+        seed=config["seed"],
+        ema=0.99,
+    )
+    calibrate(encoder, [draw(np.random.default_rng([config["seed"], 0, k]))[0] for k in range(8)])
+    state = {name: x.half() if x.is_floating_point() else x for name, x in encoder.state_dict().items()}
+    save_file(state, out / "encoder.safetensors")
+
+
+@torch.no_grad()
+def calibrate(encoder: VideoEncoder, batches: list[Tensor]) -> None:
+    """Measure mean and spread of the features anew: those of the training were of other weights than the average."""
+    encoder.standard.reset_running_stats()
+    encoder.standard.momentum = None  # all batches count the same
+    encoder.train()
+    for videos in batches:
+        encoder(videos)
+    encoder.eval()

@@ -1,0 +1,30 @@
+"""The sampler of few-step models: predict x0, put noise back for the next level, predict again.
+
+Every draw is given beforehand (`Noise`), so that the same noise means the same video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vlmteacher.reasoners.base import Noise
+
+Predict = Callable[[Tensor, float], Tensor]  # noisy latents and their noise level -> x0, both (B, C, T, h, w)
+
+
+def sample(predict: Predict, sigmas: Sequence[float], noise: Noise) -> Tensor:
+    """x0 after a prediction at each of the falling levels `sigmas`, the first of which is 1."""
+    last = len(sigmas) - 1
+    return predict(trajectory(predict, sigmas, noise, last), sigmas[last])
+
+
+def trajectory(predict: Predict, sigmas: Sequence[float], noise: Noise, stop: int) -> Tensor:
+    """The noisy latents that enter prediction number `stop` (from 0), as sampling comes to them."""
+    latents = noise.z1
+    for level, following, draw in zip(sigmas[:stop], sigmas[1:], noise.steps, strict=False):
+        latents = (1 - following) * predict(latents, level) + following * draw
+    return latents

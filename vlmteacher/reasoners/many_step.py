@@ -1,0 +1,76 @@
+"""The many-step way through a Reasoner: the probability-flow ODE with classifier-free guidance."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from vlmteacher.errors import InputError
+from vlmteacher.reasoners.base import Condition, Noise, Reasoner, with_first_frame
+
+
+def guided_velocity(
+    reasoner: Reasoner,
+    condition: Condition,
+    empty: Tensor | None,
+    latents: Tensor,
+    sigma: float | Tensor,
+    guidance: float,
+    transformer: nn.Module | None = None,
+) -> Tensor:
+    """v_empty + guidance (v - v_empty) (B, C, T, h, w) at the noise level `sigma`, a number or (B,).
+
+    empty: (1 or B, L, D) embeddings of the empty prompt; with a guidance of 1 it is not looked at.
+    transformer: other weights of the same class. Raises InputError for another guidance without `empty`.
+    """
+    velocity = reasoner.velocity(condition, latents, sigma, transformer=transformer)
+    if guidance == 1:
+        return velocity
+    if empty is None:
+        raise InputError(f"a guidance of {guidance} needs the embeddings of the empty prompt")
+    unprompted = replace(condition, prompt_embeds=empty.expand(len(condition.prompt_embeds), -1, -1))
+    without = reasoner.velocity(unprompted, latents, sigma, transformer=transformer)
+    return without.lerp(velocity, guidance)
+
+
+def ode_step(
+    reasoner: Reasoner,
+    condition: Condition,
+    empty: Tensor | None,
+    latents: Tensor,
+    sigma: Tensor,
+    until: Tensor,
+    *,
+    guidance: float,
+    substeps: int,
+    transformer: nn.Module | None = None,
+) -> Tensor:
+    """Follow dx / dsigma = v from `sigma` (B,) to `until` (B,), each sample on its own, in `substeps` Euler steps.
+
+    The known first latent frame is put back.
+    """
+    for k in range(substeps):
+        here, there = (sigma.lerp(until, (k + j) / substeps) for j in (0, 1))
+        velocity = guided_velocity(reasoner, condition, empty, latents, here, guidance, transformer)
+        latents = latents + (there - here).view(-1, 1, 1, 1, 1) * velocity
+    return with_first_frame(latents, condition.first_frame)
+
+
+@torch.no_grad()
+def sample_many(
+    reasoner: Reasoner, condition: Condition, empty: Tensor | None, noise: Noise, *, steps: int, guidance: float
+) -> Tensor:
+    """The many-step video of `noise.z1`, in latents: the ODE over `steps` timesteps, evenly spaced before the shift."""
+    if steps < 1:
+        raise InputError(f"the many-step sampler takes at least 1 step, not {steps}")
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    shift = reasoner.settings.shift
+    sigmas = (shift * t / (1 + (shift - 1) * t)).float().to(noise.z1.device)
+    latents = noise.z1
+    for sigma, until in pairwise(sigmas):
+        each = (value.expand(len(latents)) for value in (sigma, until))
+        latents = ode_step(reasoner, condition, empty, latents, *each, guidance=guidance, substeps=1)
+    return latents
