@@ -20,7 +20,7 @@ from vlmteacher.microworld import world
 from vlmteacher.microworld.world import Scene
 
 FIXED = 3  # heads that look from the box's word to the first pair; the others are free
-BACK = 5  # the head that looks from a cell back to what it was at first, to see whether it has changed
+BACK = -1  # the head that looks from a cell back to what it was at first, to see whether it has changed
 LAYER = 1  # of the language model; DeepStack's features have been added to the visual tokens by then
 SIDE = world.SIZE // world.CELL
 
