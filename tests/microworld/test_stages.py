@@ -18,11 +18,11 @@ SMALL = {
     "latents": {"shards": 1, "videos": 16},
     "reasoner": {"layers": 1, "heads": 1, "ffn_dim": 64, "batch": 2, "steps": 2},
     "teacher": {"width": 32, "layers": 2, "mlp": 48, "vision_layers": 2, "vision_mlp": 48, "batch": 1, "steps": 2},
-    "teacher_finetune": {"steps": 2, "fresh": 0},
+    "teacher_finetune": {"steps": 2, "collected": {"lessons": 1, "optimised": 1}},
     "collect": {
         "lessons": {"shards": 1, "videos": 8},
         "predictions": {"shards": 1, "videos": 3},
-        "optimised": {"shards": 1, "videos": 4},
+        "optimised": {"shards": 1, "videos": 8},
     },
 }
 
@@ -77,7 +77,7 @@ def test_bench_resumes_and_refuses_other_results(pair, tmp_path, monkeypatch):
         assert row["oracle_success"] >= row["success"] and len(row["samples"]) == 2
     for method in ("base", "teacher"):
         results = run_benchmark(method, 1, 1, tmp_path / method, pair=str(pair))
-        assert results["instances"][0]["updates"] == (0 if method == "base" else 40)
+        assert results["instances"][0]["updates"] == (0 if method == "base" else stages.DEFAULTS["max_steps"])
     with pytest.raises(InputError, match="already holds results"):
         run_benchmark("pass@2", 2, 1, tmp_path / "out", pair=str(pair))
     with pytest.raises(InputError, match="holds other results"):
