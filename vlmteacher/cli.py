@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from vlmteacher.pipeline import TeacherPipeline, TeacherPipelineOutput
 
-RESUMABLE = ("run.json", "results.json")  # of a run, of a sweep
+RESUMABLE = ("run.json", "results.json", "state/state.pt")  # of a run, of a sweep, of a training
 
 # Heavy imports stand inside the commands: `vlmteacher --help` must answer at once.
 
@@ -109,18 +109,22 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--stage", required=True, choices=STAGES)
     sub.add_argument("--out", required=True, metavar="DIR", help="for the weights; earlier stages are read from it")
 
+    sub = add("microworld", microworld, "write instances of the built-in world as files")
+    sub.add_argument("what", choices=("export",))
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder to write, in VBVR's layout")
+    sub.add_argument("--count", type=int, default=100, metavar="N", help="instances (default: 100)")
+    sub.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the instances (default: 0)")
+    sub.add_argument("--split", default="train", metavar="NAME", help="train (default) or held-out")
+    sub.add_argument("--flawed", action="store_true", help="videos with the packaged Reasoner's documented flaw")
+
+    sub = add("train", train, "fine-tune a Reasoner on the videos of a domain")
+    sub.add_argument("what", choices=("sft",))
+    _add_training(sub, "video model to start from: hub id or directory")
+
     sub = add("distill", distill, "make a few-step Reasoner from a many-step one")
     sub.add_argument("what", choices=("reasoner",))
-    sub.add_argument("--config", required=True, metavar="FILE.yaml", help="settings; the flags below override them")
     sub.add_argument("--method", metavar="NAME", help="dmd2, consistency or few-timesteps")
-    sub.add_argument("--reasoner", metavar="ID", help="the many-step video model: hub id or directory")
-    sub.add_argument("--data", metavar="DIR", help="instances in VBVR's layout")
-    sub.add_argument("--out", metavar="DIR", help="folder to write; the result is its folder `pipeline`")
-    sub.add_argument("--steps", type=int, metavar="N", help="updates of the student")
-    sub.add_argument("--batch-size", type=int, metavar="N", help="videos per update")
-    sub.add_argument("--lr", type=float, metavar="X", help="learning rate of the student")
-    sub.add_argument("--seed", type=_seed, metavar="N", help="of all that is drawn")
-    sub.add_argument("--resume", action="store_true", help="take up the interrupted run in --out")
+    _add_training(sub, "the many-step video model: hub id or directory")
 
     sub = add("env", env, "devices, compiled backends and versions; why a backend is missing")
     sub.add_argument("--json", action="store_true", help="machine-readable")
@@ -280,18 +284,35 @@ def train_microworld(arguments: argparse.Namespace) -> None:
     run(arguments.stage, Path(arguments.out))
 
 
+def microworld(arguments: argparse.Namespace) -> None:
+    from vlmteacher.quiet import quiet
+
+    quiet()
+    from vlmteacher.microworld.export import export
+
+    export(Path(arguments.out), arguments.count, arguments.seed, arguments.split, arguments.flawed)
+    print(f"{arguments.count} instances in VBVR's layout: {arguments.out}")
+
+
+def train(arguments: argparse.Namespace) -> None:
+    from vlmteacher.quiet import quiet
+
+    quiet()
+    from vlmteacher.distillation.sft import load_settings, run
+
+    settings = load_settings(Path(arguments.config), _overrides(arguments, TRAINING))
+    arguments.out = settings.out  # where an interrupted run can be taken up
+    print(f"Fine-tuned Reasoner: {run(settings, arguments.resume)}")
+
+
 def distill(arguments: argparse.Namespace) -> None:
     from vlmteacher.quiet import quiet
 
     quiet()
     from vlmteacher.distillation.distill import load_settings, run
 
-    names = {"learning_rate": "lr"} | {
-        name: name for name in ("method", "reasoner", "data", "out", "steps", "batch_size", "seed")
-    }
-    flags = {name: getattr(arguments, flag) for name, flag in names.items()}
-    settings = load_settings(Path(arguments.config), {k: v for k, v in flags.items() if v is not None})
-    arguments.out = settings.out  # where an interrupted run can be taken up
+    settings = load_settings(Path(arguments.config), _overrides(arguments, (*TRAINING, "method")))
+    arguments.out = settings.out
     print(f"Reasoner of {len(settings.timesteps)} steps: {run(settings, arguments.resume)}")
 
 
@@ -303,6 +324,26 @@ def env(arguments: argparse.Namespace) -> None:
 
 
 # ---------------------------------------------------------------- helpers
+
+
+TRAINING = ("reasoner", "data", "out", "steps", "batch_size", "learning_rate", "seed")
+
+
+def _add_training(sub: argparse.ArgumentParser, reasoner: str) -> None:
+    """The flags of `TRAINING`, which override the entries of the same names in --config."""
+    sub.add_argument("--config", required=True, metavar="FILE.yaml", help="settings; the flags below override them")
+    sub.add_argument("--reasoner", metavar="ID", help=reasoner)
+    sub.add_argument("--data", metavar="DIR", help="instances in VBVR's layout")
+    sub.add_argument("--out", metavar="DIR", help="folder to write; the result is its folder `pipeline`")
+    sub.add_argument("--steps", type=int, metavar="N", help="updates of the result")
+    sub.add_argument("--batch-size", type=int, metavar="N", help="videos per update")
+    sub.add_argument("--lr", type=float, metavar="X", dest="learning_rate", help="learning rate of the result")
+    sub.add_argument("--seed", type=_seed, metavar="N", help="of all that is drawn")
+    sub.add_argument("--resume", action="store_true", help="take up the interrupted run in --out")
+
+
+def _overrides(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
 def _seed(text: str) -> int:

@@ -70,6 +70,15 @@ class LatentDataset:
             files.append(path)
         return cls(files, size, reasoner.encode_prompt(""), reasoner.device)
 
+    def split(self, count: int) -> tuple[LatentDataset, LatentDataset]:
+        """All but `count` instances, and these, spread over the whole. Raises InputError when too few are there."""
+        if not 0 < count < len(self):
+            raise InputError(f"{count} of {len(self)} instances cannot be held out: leave some to train on")
+        held = {k * len(self) // count for k in range(count)}
+        parts = ([f for i, f in enumerate(self.files) if (i in held) == taken] for taken in (False, True))
+        rest, held_out = (LatentDataset(files, self.size, self.empty_prompt, self.device) for files in parts)
+        return rest, held_out
+
     def __len__(self) -> int:
         return len(self.files)
 

@@ -7,10 +7,7 @@ matching on the videos at the few timesteps alone, which distils nothing and is 
 from __future__ import annotations
 
 import math
-import os
-import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,21 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from vlmteacher.distillation import consistency, dmd2
-from vlmteacher.distillation.adapters import Networks, Role, SeparateNetworks, SharedBackbone
+from vlmteacher.distillation.adapters import Role
 from vlmteacher.distillation.dataset import LatentDataset
-from vlmteacher.distillation.trainer import Trainer, TrainSettings
+from vlmteacher.distillation.trainer import TrainSettings
+from vlmteacher.distillation.training import Training, begin, build_settings, finish, read_settings
 from vlmteacher.errors import InputError
 from vlmteacher.evaluation.few_step import relative_rms
-from vlmteacher.optimization import NonFiniteError
-from vlmteacher.reasoners import load_reasoner
 from vlmteacher.reasoners.base import Condition, Reasoner
-from vlmteacher.run_folder import write_json, write_video
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 METHODS = ("dmd2", "consistency", "few-timesteps")
-Loss = Callable[[Condition, Tensor, torch.Generator], tuple[Tensor, dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -83,102 +77,44 @@ class Settings:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
         """From the entries of a YAML file; those of `TrainSettings` stand beside the others."""
-        values = dict(values)
-        train = {f.name: values.pop(f.name) for f in fields(TrainSettings) if f.name in values}
-        try:
-            for name, part in (("dmd2", dmd2.Settings), ("consistency", consistency.Settings)):
-                if name in values:
-                    values[name] = part(**(values[name] or {}))
-            if "timesteps" in values:
-                values["timesteps"] = tuple(float(t) for t in values["timesteps"])
-            return cls(**values, train=TrainSettings(**train))
-        except TypeError as error:  # what is unknown or missing is named in it
-            raise InputError(f"the configuration cannot be used: {str(error).split('__init__() ')[-1]}") from error
+        return build_settings(values, cls._build)
+
+    @classmethod
+    def _build(cls, values: dict[str, Any]) -> Settings:
+        for name, part in (("dmd2", dmd2.Settings), ("consistency", consistency.Settings)):
+            if name in values:
+                values[name] = part(**(values[name] or {}))
+        if "timesteps" in values:
+            values["timesteps"] = tuple(float(t) for t in values["timesteps"])
+        return cls(**values)
 
 
 def load_settings(path: Path, overrides: dict[str, Any]) -> Settings:
     """Read a YAML file of `Settings`; `overrides` replace its entries. Raises InputError."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"configuration {path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"configuration {path} is no list of `name: value`")
-    return Settings.from_dict(values | overrides)
+    return read_settings(path, overrides, Settings._build)
 
 
-class Distillation:
-    """Networks, optimizers and one step of a method on the data; the trainer's loop calls `step`.
-
-    `modules` and `optimizers` are all that changes while it runs.
-    """
+class Distillation(Training):
+    """The networks and the losses of the method; a step is one update of the student, after those of the fake score."""
 
     def __init__(self, settings: Settings, reasoner: Reasoner, data: LatentDataset, accelerator: Accelerator) -> None:
-        self.settings, self.reasoner, self.data, self.accelerator = settings, reasoner, data, accelerator
         train = settings.train
         roles: tuple[Role, ...] = ("student", "fake") if settings.method == "dmd2" else ("student",)
-        self.networks: Networks = (
-            SeparateNetworks(reasoner.transformer, roles, settings.offload)
-            if train.full
-            else SharedBackbone(reasoner.transformer, roles, train.rank, train.seed)
-        )
-        self.modules: dict[str, nn.Module] = {role: nn.ParameterList(self.networks.parameters(role)) for role in roles}
+        super().__init__(reasoner, data, accelerator, train, roles, settings.offload)
         empty = data.empty_prompt.to(reasoner.device)
-        self.losses: dict[Role, Loss]
+        rates: dict[Role, float] = {"student": train.learning_rate}
         if settings.method == "dmd2":
             method = dmd2.DMD2(reasoner, self.networks, empty, settings.dmd2, train.seed)
             if method.critic is not None:
                 self.modules["fake"] = nn.ModuleList([self.modules["fake"], method.critic])
             self.losses = {"fake": method.fake_loss, "student": lambda c, real, g: method.student_loss(c, g)}
+            self.times["fake"], rates["fake"] = settings.dmd2.fake_updates, settings.dmd2.fake_learning_rate
         elif settings.method == "consistency":
             follower = consistency.Consistency(reasoner, self.networks, empty, settings.consistency)
             self.losses = {"student": follower.student_loss}
         else:
             self.losses = {"student": self._few_timesteps_loss}
-        rates = {"student": train.learning_rate, "fake": settings.dmd2.fake_learning_rate}
-        self.optimizers: dict[str, torch.optim.Optimizer] = {
-            role: torch.optim.AdamW(
-                self.modules[role].parameters(), lr=rates[role], betas=(0.9, 0.99), weight_decay=train.weight_decay
-            )
-            for role in roles
-        }
-
-    def step(self, index: int, generator: torch.Generator) -> dict[str, float]:
-        """One update of the student, after those of the fake score; the terms of the losses, means over updates."""
-        seeds = torch.randint(2**62, (self.accelerator.num_processes,), generator=generator)
-        generator = torch.Generator().manual_seed(int(seeds[self.accelerator.process_index]))  # each draws its own
-        values: dict[str, float] = {}
-        for role in self.losses:
-            times = self.settings.dmd2.fake_updates if role == "fake" else 1
-            rows = [self.update(role, index, generator) for _ in range(times)]
-            values |= {name: sum(row[name] for row in rows) / times for name in rows[0]}
-        return values
-
-    def update(self, role: Role, index: int, generator: torch.Generator) -> dict[str, float]:
-        """One update of a role over `gradient_accumulation` batches. Raises NonFiniteError before it would be made."""
-        train, optimizer = self.settings.train, self.optimizers[role]
-        parameters = list(self.modules[role].parameters())
-        values: dict[str, float] = {}
-        with self.networks.active(role):
-            for _ in range(train.gradient_accumulation):
-                rows = torch.randint(len(self.data), (train.batch_size,), generator=generator)
-                real, condition = self.data.batch(rows.tolist())
-                with self.accelerator.autocast():
-                    loss, terms = self.losses[role](condition, real, generator)
-                self.accelerator.backward(loss / train.gradient_accumulation)
-                for name, value in terms.items():
-                    values[name] = values.get(name, 0.0) + value / train.gradient_accumulation
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-            norm = nn.utils.clip_grad_norm_(parameters, train.max_grad_norm).item()
-            if not all(map(math.isfinite, (norm, *values.values()))):
-                raise NonFiniteError(f"the {role}'s loss or gradient of step {index} is not finite")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return {**values, f"{role}_grad_norm": norm}
+        self.add_optimizers(rates)
 
     def _few_timesteps_loss(
         self, condition: Condition, real: Tensor, generator: torch.Generator
@@ -199,16 +135,10 @@ class Distillation:
         for index in range(min(count, len(self.data))):
             _, condition = self.data.batch([index])
             noise = self.reasoner.noise(condition, torch.Generator().manual_seed(index))
-            with self.networks.active("student") as network:
-                plain, self.reasoner.transformer = self.reasoner.transformer, network
-                try:
-                    one, few = self.reasoner.predict_clean(condition, noise), self.reasoner.sample(condition, noise)
-                finally:
-                    self.reasoner.transformer = plain
+            with self.student():
+                one, few = self.reasoner.predict_clean(condition, noise), self.reasoner.sample(condition, noise)
             found.append(relative_rms(one, few, condition.first_frame))
-            frames = (self.reasoner.decode(few).permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
-            (out / "samples").mkdir(parents=True, exist_ok=True)
-            write_video(out / "samples" / f"step-{step:06d}-{index}.mp4", frames, self.reasoner.fps)
+            self.write_sample(out / "samples" / f"step-{step:06d}-{index}.mp4", few)
         return {"relative_rms": sum(found) / len(found)}
 
 
@@ -217,39 +147,10 @@ def run(settings: Settings, resume: bool = False) -> Path:
 
     Raises InputError for what cannot be used, NonFiniteError when the training breaks down (the last good state stays).
     """
-    from accelerate import Accelerator
-
-    train = settings.train
-    accelerator = Accelerator(mixed_precision="bf16" if train.dtype == "bfloat16" else "no")
-    reasoner = load_reasoner(settings.reasoner)
-    reasoner.settings = replace(reasoner.settings, timesteps=settings.timesteps, shift=settings.shift)
-    reasoner.to(accelerator.device)
     out = Path(settings.out)
-    size = {name: getattr(reasoner, name) for name in ("num_frames", "height", "width")}
-    data = LatentDataset.prepare(Path(settings.data), out / "cache", reasoner, **size)
+    accelerator, reasoner, data = begin(settings.reasoner, settings.data, out, settings.train, resume)
+    reasoner.settings = replace(reasoner.settings, timesteps=settings.timesteps, shift=settings.shift)
     distillation = Distillation(settings, reasoner, data, accelerator)
-    trainer = Trainer(out, distillation.modules, distillation.optimizers, settings.to_dict(), accelerator)
-    if resume:
-        trainer.resume()
-    trainer.run(distillation.step, train.steps, lambda step: distillation.validate(step, out))
-    if accelerator.is_main_process:
-        write_pipeline(settings.reasoner, reasoner, distillation.networks.student_weights(), out / "pipeline")
-    return out / "pipeline"
-
-
-def write_pipeline(source: str, reasoner: Reasoner, weights: dict[str, Tensor], out: Path) -> None:
-    """A diffusers pipeline directory: that of `source` with other `weights` and the Reasoner's settings."""
-    transformer: Any = type(reasoner.transformer).from_config(reasoner.transformer.config)
-    transformer.load_state_dict(weights)
-    directory = Path(source)
-    if not directory.is_dir():
-        from huggingface_hub import snapshot_download
-
-        directory = Path(snapshot_download(source, local_files_only=True))  # it was loaded from there
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(directory, partial, ignore=lambda at, names: names if Path(at).name == "transformer" else [])
-    transformer.save_pretrained(partial / "transformer")
-    write_json(partial / "reasoner.json", asdict(reasoner.settings))
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(partial, out)
+    return finish(
+        distillation, settings.to_dict(), settings.reasoner, out, resume, lambda step: distillation.validate(step, out)
+    )

@@ -8,7 +8,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +24,7 @@ from vlmteacher.optimization import NonFiniteError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+STATE = Path("state") / "state.pt"
 AVERAGED = "student"  # the module whose average is kept, and which is the result
 
 
@@ -38,6 +40,7 @@ class TrainSettings:
         ema: decay of the average of the weights that is saved in the end, below 1; 0 keeps the last weights.
         dtype: "bfloat16" runs the networks in mixed precision.
         save_every, log_every, validate_every: in steps; 0 never validates.
+        gradient_checkpointing: compute the blocks' activations again in the backward pass instead of keeping them.
         full: train all weights; else a LoRA of `rank`.
     """
 
@@ -54,6 +57,7 @@ class TrainSettings:
     save_every: int = 100
     log_every: int = 10
     validate_every: int = 0
+    gradient_checkpointing: bool = False
     full: bool = False
     rank: int = 32
 
@@ -73,6 +77,15 @@ class TrainSettings:
             raise InputError(f"weight_decay must not be negative, not {self.weight_decay}")
         if self.dtype not in ("float32", "bfloat16"):
             raise InputError(f"dtype must be float32 or bfloat16, not {self.dtype!r}")
+
+
+def check_out(out: Path, resume: bool) -> None:
+    """Raise InputError when `out` holds a training that is not to be resumed, or none that could be."""
+    there = (out / STATE).exists()
+    if resume and not there:
+        raise InputError(f"{out} holds no training to resume: leave --resume out")
+    if there and not resume:
+        raise InputError(f"{out} already holds a training: give another out, or --resume to go on")
 
 
 class Trainer:
@@ -99,22 +112,18 @@ class Trainer:
     ) -> None:
         self.out, self.modules, self.optimizers, self.accelerator = out, modules, optimizers, accelerator
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.state_file = out / STATE
         self.step = 0
         self.saved: int | None = None  # the step of the state on the disk
         self.rates = [(group, group["lr"]) for optimizer in optimizers.values() for group in optimizer.param_groups]
         self.average: list[Tensor] = [p.detach().clone() for p in self._averaged()] if self.settings["ema"] else []
-
-    @property
-    def state_file(self) -> Path:
-        return self.out / "state" / "state.pt"
 
     def _averaged(self) -> list[nn.Parameter]:
         return list(self.modules[AVERAGED].parameters())
 
     def resume(self) -> None:
         """Take up the run in `out`. Raises InputError: there is none, or its settings (those that differ are named)."""
-        if not self.state_file.exists():
-            raise InputError(f"{self.out} holds no training to resume: leave --resume out")
+        check_out(self.out, resume=True)
         state = torch.load(self.state_file, weights_only=True, map_location="cpu")
         before = json.loads(state["settings"])
         names = [n for n in sorted(before | self.settings) if n != "steps" and before.get(n) != self.settings.get(n)]
@@ -143,11 +152,9 @@ class Trainer:
         The generator is seeded by the seed and the index alone. The student ends as the average, where one is kept.
 
         Raises:
-            InputError: `out` holds another training, or cannot be written to; the state that is there stays usable.
+            InputError: `out` cannot be written to; the state that is there stays usable.
             NonFiniteError: from `step`; the last state stays.
         """
-        if self.saved is None and self.state_file.exists():
-            raise InputError(f"{self.out} already holds a training: give another out, or --resume to go on")
         main, settings = self.accelerator.is_main_process, self.settings
         bar = tqdm(total=steps, initial=self.step, disable=not main, desc="train")
         sums: dict[str, float] = {}
@@ -174,13 +181,25 @@ class Trainer:
                 self._write("log.jsonl", row)
                 sums, began, since = {}, time.perf_counter(), self.step
             if validate and settings["validate_every"] and self.step % settings["validate_every"] == 0:
-                self._write("validation.jsonl", validate(self.step))
+                with self.averaged():
+                    self._write("validation.jsonl", validate(self.step))
             if self.step % settings["save_every"] == 0 or self.step == steps:
                 self.save()
         bar.close()
         with torch.no_grad():
             for mean, p in zip(self.average, self._averaged() if self.average else [], strict=True):
                 p.copy_(mean)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The student is the average, where one is kept, inside the block."""
+        parameters = self._averaged() if self.average else []
+        last = [p.detach().clone() for p in parameters]
+        for p, mean in zip(parameters, self.average, strict=True):
+            p.data.copy_(mean)
+        yield
+        for p, value in zip(parameters, last, strict=True):
+            p.data.copy_(value)
 
     def save(self) -> None:
         """Write the state beside the old one and put it in its place. Raises InputError when there is no room."""

@@ -1,0 +1,165 @@
+"""`vlmteacher train sft`: supervised fine-tuning of a many-step Reasoner on the videos of a domain.
+
+Flow matching: the network learns noise - x0 at x = (1 - sigma) x0 + sigma noise, with the first latent frame known and
+not counted. In a share of the draws the prompt is left out, so that guidance has something to guide away from.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from vlmteacher.distillation.dataset import LatentDataset
+from vlmteacher.distillation.dmd2 import flow_matching_loss, noised
+from vlmteacher.distillation.trainer import TrainSettings
+from vlmteacher.distillation.training import Training, begin, build_settings, finish, read_settings
+from vlmteacher.errors import InputError
+from vlmteacher.reasoners.base import Condition, Reasoner
+from vlmteacher.reasoners.many_step import sample_many
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+LEVELS = 8  # of noise, at which every held-out video is looked at
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a fine-tuning may be told; the entries of its YAML file. Raises InputError.
+
+    Attributes:
+        reasoner: where to start from: a directory or a hub id.
+        data: folder in VBVR's layout.
+        out: folder to write to.
+        noise_levels: how sigma is drawn before the shift: uniformly, or as the logistic of a normal draw.
+        logit_mean, logit_std: of that normal draw.
+        shift: s in sigma = s t / (1 + (s - 1) t), as in the Reasoner's settings.
+        caption_dropout: share of the draws without the prompt, below 1.
+        held_out: instances, spread over the data, that are not trained on: they make the validation curve.
+        samples: held-out instances whose videos are written at each validation, by `sample_steps` Euler steps with
+            `guidance`.
+        train: steps, batch size, learning rate, LoRA or full weights, ...
+    """
+
+    reasoner: str
+    data: str
+    out: str
+    noise_levels: Literal["uniform", "logit-normal"] = "logit-normal"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    shift: float = 1.0
+    caption_dropout: float = 0.1
+    held_out: int = 8
+    samples: int = 2
+    sample_steps: int = 30
+    guidance: float = 3.0
+    train: TrainSettings = field(default_factory=TrainSettings)
+
+    def __post_init__(self) -> None:
+        if self.noise_levels not in ("uniform", "logit-normal"):
+            raise InputError(f"noise_levels must be uniform or logit-normal, not {self.noise_levels!r}")
+        for name in ("logit_std", "shift"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and value > 0 and math.isfinite(value)):
+                raise InputError(f"{name} must be greater than 0, not {value}")
+        if not math.isfinite(self.logit_mean):
+            raise InputError(f"logit_mean must be a number, not {self.logit_mean}")
+        if not 0 <= self.caption_dropout < 1:
+            raise InputError(f"caption_dropout must lie between 0 and 1, not {self.caption_dropout}")
+        if not (self.guidance >= 0 and math.isfinite(self.guidance)):
+            raise InputError(f"guidance must be 0 or greater, not {self.guidance}")
+        for name, low in {"held_out": 1, "samples": 0, "sample_steps": 1}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise InputError(f"{name} must be a whole number of at least {low}, not {value}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a resumed run must agree with, by its name in the YAML file."""
+        values = asdict(self)
+        return {**values.pop("train"), **{name: value for name, value in values.items() if name != "out"}}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Settings:
+        """From the entries of a YAML file; those of `TrainSettings` stand beside the others."""
+        return build_settings(values, lambda entries: cls(**entries))
+
+
+def load_settings(path: Path, overrides: dict[str, Any]) -> Settings:
+    """Read a YAML file of `Settings`; `overrides` replace its entries. Raises InputError."""
+    return read_settings(path, overrides, lambda entries: Settings(**entries))
+
+
+class FineTuning(Training):
+    """The loss, and what is looked at on the way."""
+
+    def __init__(self, settings: Settings, reasoner: Reasoner, data: LatentDataset, accelerator: Accelerator) -> None:
+        rest, self.held_out = data.split(settings.held_out)
+        super().__init__(reasoner, rest, accelerator, settings.train)
+        self.settings, self.empty = settings, data.empty_prompt.to(reasoner.device)
+        self.losses = {"student": self.loss}
+        self.add_optimizers({"student": settings.train.learning_rate})
+
+    def draw_sigmas(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count,) noise levels in (0, 1) on the CPU."""
+        settings = self.settings
+        if settings.noise_levels == "uniform":
+            t = torch.rand(count, generator=generator)
+        else:
+            t = torch.sigmoid(settings.logit_mean + settings.logit_std * torch.randn(count, generator=generator))
+        return settings.shift * t / (1 + (settings.shift - 1) * t)
+
+    def loss(self, condition: Condition, real: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """Flow matching on real latents (B, C, T, h, w) at drawn levels. Inside ``networks.active("student")``."""
+        dropped = torch.rand(len(real), generator=generator) < self.settings.caption_dropout
+        embeds = torch.where(dropped[:, None, None].to(real.device), self.empty, condition.prompt_embeds)
+        sigma = self.draw_sigmas(len(real), generator).to(real.device)
+        loss = self._flow(replace(condition, prompt_embeds=embeds), real, sigma, generator)
+        return loss, {"flow": float(loss.detach())}
+
+    def _flow(self, condition: Condition, real: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(real.shape, generator=generator).to(real.device)
+        with self.networks.active("student") as network:
+            velocity = self.reasoner.velocity(condition, noised(real, noise, sigma), sigma, transformer=network)
+        return flow_matching_loss(velocity, real, noise, condition.first_frame)
+
+    @torch.no_grad()
+    def validate(self, step: int, out: Path) -> dict[str, float]:
+        """The loss on the held-out videos, at the same levels and with the same noise each time; samples."""
+        settings, total = self.settings, 0.0
+        for index in range(len(self.held_out)):
+            generator = torch.Generator().manual_seed(index)
+            real, condition = self.held_out.batch([index])
+            for level in range(LEVELS):
+                sigma = torch.full((1,), (level + 0.5) / LEVELS, device=real.device)
+                with self.accelerator.autocast():
+                    total += float(self._flow(condition, real, sigma, generator))
+            if index < settings.samples and self.accelerator.is_main_process:
+                noise = self.reasoner.noise(condition, generator)
+                with self.student(), self.accelerator.autocast():
+                    latents = sample_many(
+                        self.reasoner,
+                        condition,
+                        self.empty,
+                        noise,
+                        steps=settings.sample_steps,
+                        guidance=settings.guidance,
+                    )
+                self.write_sample(out / "samples" / f"step-{step:06d}-{index}.mp4", latents)
+        return {"flow": total / (LEVELS * len(self.held_out))}
+
+
+def run(settings: Settings, resume: bool = False) -> Path:
+    """Fine-tune; returns the pipeline directory that `load_reasoner` opens, ``pipeline`` in `settings.out`.
+
+    Raises InputError for what cannot be used, NonFiniteError when the training breaks down (the last good state stays).
+    """
+    out = Path(settings.out)
+    accelerator, reasoner, data = begin(settings.reasoner, settings.data, out, settings.train, resume)
+    reasoner.settings = replace(reasoner.settings, shift=settings.shift)
+    tuning = FineTuning(settings, reasoner, data, accelerator)
+    return finish(tuning, settings.to_dict(), settings.reasoner, out, resume, lambda step: tuning.validate(step, out))

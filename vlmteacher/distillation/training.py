@@ -1,0 +1,209 @@
+"""What a training of a Reasoner is made of, whatever its loss: networks, optimizers, updates, samples, the result."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vlmteacher.distillation.adapters import Networks, Role, SeparateNetworks, SharedBackbone
+from vlmteacher.distillation.dataset import LatentDataset
+from vlmteacher.distillation.trainer import Trainer, TrainSettings, check_out
+from vlmteacher.errors import InputError
+from vlmteacher.optimization import NonFiniteError
+from vlmteacher.reasoners import load_reasoner
+from vlmteacher.reasoners.base import Condition, Reasoner
+from vlmteacher.run_folder import write_json, write_video
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Loss = Callable[[Condition, Tensor, torch.Generator], tuple[Tensor, dict[str, float]]]
+T = TypeVar("T")
+
+# ---------------------------------------------------------------- settings
+
+
+def read_settings(path: Path, overrides: dict[str, Any], build: Callable[[dict[str, Any]], T]) -> T:
+    """`build` from the entries of a YAML file, some of them replaced by `overrides`. Raises InputError."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"configuration {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"configuration {path} is no list of `name: value`")
+    return build_settings(values | overrides, build)
+
+
+def build_settings(values: dict[str, Any], build: Callable[[dict[str, Any]], T]) -> T:
+    """``build(values)`` with the entries of `TrainSettings`, which stand beside the others, put together as ``train``.
+
+    Raises InputError for an entry that is unknown, lacks or is of the wrong kind.
+    """
+    values = dict(values)
+    train = {f.name: values.pop(f.name) for f in fields(TrainSettings) if f.name in values}
+    try:
+        return build({**values, "train": TrainSettings(**train)})
+    except TypeError as error:  # what is unknown or missing is named in it
+        raise InputError(f"the configuration cannot be used: {str(error).split('__init__() ')[-1]}") from error
+
+
+# ---------------------------------------------------------------- training
+
+
+class Training:
+    """One step of a training on encoded videos; `Trainer` calls `step`.
+
+    A subclass fills `losses`, and `times` where a role has several updates a step; then it calls `add_optimizers`.
+    `modules` and `optimizers` are all that changes while it runs.
+    """
+
+    def __init__(
+        self,
+        reasoner: Reasoner,
+        data: LatentDataset,
+        accelerator: Accelerator,
+        train: TrainSettings,
+        roles: Sequence[Role] = ("student",),
+        offload: bool = False,
+    ) -> None:
+        self.reasoner, self.data, self.accelerator, self.train = reasoner, data, accelerator, train
+        if train.gradient_checkpointing:
+            transformer: Any = reasoner.transformer
+            transformer.enable_gradient_checkpointing()
+        self.networks: Networks = (
+            SeparateNetworks(reasoner.transformer, roles, offload)
+            if train.full
+            else SharedBackbone(reasoner.transformer, roles, train.rank, train.seed)
+        )
+        self.modules: dict[str, nn.Module] = {role: nn.ParameterList(self.networks.parameters(role)) for role in roles}
+        self.losses: dict[Role, Loss] = {}
+        self.times: dict[Role, int] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+
+    def add_optimizers(self, rates: dict[Role, float]) -> None:
+        """AdamW for each role, with its learning rate."""
+        for role, rate in rates.items():
+            parameters = self.modules[role].parameters()
+            self.optimizers[role] = torch.optim.AdamW(
+                parameters, lr=rate, betas=(0.9, 0.99), weight_decay=self.train.weight_decay
+            )
+
+    def step(self, index: int, generator: torch.Generator) -> dict[str, float]:
+        """The updates of every role in turn; the terms of the losses, means over updates."""
+        seeds = torch.randint(2**62, (self.accelerator.num_processes,), generator=generator)
+        generator = torch.Generator().manual_seed(int(seeds[self.accelerator.process_index]))  # each draws its own
+        values: dict[str, float] = {}
+        for role in self.losses:
+            times = self.times.get(role, 1)
+            rows = [self.update(role, index, generator) for _ in range(times)]
+            values |= {name: sum(row[name] for row in rows) / times for name in rows[0]}
+        return values
+
+    def update(self, role: Role, index: int, generator: torch.Generator) -> dict[str, float]:
+        """One update of a role over `gradient_accumulation` batches. Raises NonFiniteError before it would be made."""
+        train, optimizer = self.train, self.optimizers[role]
+        parameters = list(self.modules[role].parameters())
+        values: dict[str, float] = {}
+        with self.networks.active(role):
+            for _ in range(train.gradient_accumulation):
+                rows = torch.randint(len(self.data), (train.batch_size,), generator=generator)
+                real, condition = self.data.batch(rows.tolist())
+                with self.accelerator.autocast():
+                    loss, terms = self.losses[role](condition, real, generator)
+                self.accelerator.backward(loss / train.gradient_accumulation)
+                for name, value in terms.items():
+                    values[name] = values.get(name, 0.0) + value / train.gradient_accumulation
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+            norm = nn.utils.clip_grad_norm_(parameters, train.max_grad_norm).item()
+            if not all(map(math.isfinite, (norm, *values.values()))):
+                raise NonFiniteError(f"the {role}'s loss or gradient of step {index} is not finite")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return {**values, f"{role}_grad_norm": norm}
+
+    @contextmanager
+    def student(self) -> Iterator[nn.Module]:
+        """The student takes the place of the Reasoner's own transformer inside the block."""
+        plain = self.reasoner.transformer
+        with self.networks.active("student") as network:
+            self.reasoner.transformer = network
+            try:
+                yield network
+            finally:
+                self.reasoner.transformer = plain
+
+    def write_sample(self, path: Path, latents: Tensor) -> None:
+        """The video of `latents` (1, C, T, h, w)."""
+        frames = (self.reasoner.decode(latents).permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_video(path, frames, self.reasoner.fps)
+
+
+def begin(
+    reasoner: str, data: str, out: Path, train: TrainSettings, resume: bool
+) -> tuple[Accelerator, Reasoner, LatentDataset]:
+    """What a training in `out` starts from; the instances in `data` are encoded in the Reasoner's own size.
+
+    The Reasoner's weights are in float32 unless they stay frozen and bfloat16 is asked for. Raises InputError.
+    """
+    from accelerate import Accelerator
+
+    check_out(out, resume)
+    low = train.dtype == "bfloat16"
+    accelerator = Accelerator(mixed_precision="bf16" if low else "no")
+    model = load_reasoner(reasoner, torch.bfloat16 if low and not train.full else torch.float32)
+    model.to(accelerator.device)
+    size = model.num_frames, model.height, model.width
+    return accelerator, model, LatentDataset.prepare(Path(data), out / "cache", model, *size)
+
+
+def finish(
+    training: Training,
+    settings: dict[str, Any],
+    source: str,
+    out: Path,
+    resume: bool,
+    validate: Callable[[int], dict[str, float]],
+) -> Path:
+    """Run `training` to its end in `out` and write the result; returns the pipeline directory, ``out/pipeline``.
+
+    settings: what a resumed run must agree with. source: where the Reasoner came from.
+    """
+    trainer = Trainer(out, training.modules, training.optimizers, settings, training.accelerator)
+    if resume:
+        trainer.resume()
+    trainer.run(training.step, training.train.steps, validate)
+    if training.accelerator.is_main_process:
+        write_pipeline(source, training.reasoner, training.networks.student_weights(), out / "pipeline")
+    return out / "pipeline"
+
+
+def write_pipeline(source: str, reasoner: Reasoner, weights: dict[str, Tensor], out: Path) -> None:
+    """A diffusers pipeline directory: that of `source` with other `weights` and the Reasoner's settings."""
+    transformer: Any = type(reasoner.transformer).from_config(reasoner.transformer.config)
+    transformer.to(reasoner.dtype).load_state_dict(weights)
+    directory = Path(source)
+    if not directory.is_dir():
+        from huggingface_hub import snapshot_download
+
+        directory = Path(snapshot_download(source, local_files_only=True))  # it was loaded from there
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(directory, partial, ignore=lambda at, names: names if Path(at).name == "transformer" else [])
+    transformer.save_pretrained(partial / "transformer")
+    write_json(partial / "reasoner.json", asdict(reasoner.settings))
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(partial, out)

@@ -1,0 +1,72 @@
+"""Instances of the microworld as files, in VBVR's layout, which the trainings of a Reasoner read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from vlmteacher.errors import InputError
+from vlmteacher.microworld import world
+from vlmteacher.microworld.train_reasoner import training_video
+from vlmteacher.run_folder import write_video
+
+SPLITS = ("train", "held-out")
+
+
+def export(out: Path, count: int, seed: int, split: str = "train", flawed: bool = False) -> None:
+    """Write `count` instances to ``out/<family>_task/<index>``; whole ones that are there already are kept.
+
+    Each holds first_frame.png, prompt.txt, ground_truth.mp4 and metadata.json, the symbolic state. An index and a seed
+    always mean the same instance. `flawed` gives the videos the packaged Reasoner's documented flaw: those of careless
+    colours often go wrong, and the metadata says which.
+
+    Raises InputError: a count below 1, an unknown split, a folder that cannot be written to.
+    """
+    if count < 1:
+        raise InputError(f"--count must be at least 1, not {count}")
+    if split not in SPLITS:
+        raise InputError(f"split {split!r} is not there: it can be {', '.join(SPLITS)}")
+    try:
+        for index in tqdm(range(count), desc="export"):
+            scene, prompt = world.instance(index, seed, split == "held-out")
+            instance = out / f"{scene.family}_task" / f"{index:06d}"
+            description = {
+                "index": index,
+                "seed": seed,
+                "split": split,
+                "flawed": flawed,
+                "scene": scene.to_json(),
+            }
+            if instance.exists():
+                _check_same(instance, description)
+                continue
+            right = world.render(scene)
+            frames = training_video(scene, np.random.default_rng([seed, index, 1])) if flawed else right
+            description |= {"right": bool(np.array_equal(frames, right)), "fps": world.FPS}
+            pixels = (frames * 255).round().astype(np.uint8)
+            partial = instance.with_name(f"{instance.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            Image.fromarray(pixels[0]).save(partial / "first_frame.png")
+            (partial / "prompt.txt").write_text(prompt + "\n", encoding="utf-8")
+            write_video(partial / "ground_truth.mp4", pixels, world.FPS)
+            (partial / "metadata.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+            os.replace(partial, instance)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written to ({error}): what is whole stays") from error
+
+
+def _check_same(instance: Path, description: dict) -> None:
+    try:
+        there = json.loads((instance / "metadata.json").read_text(encoding="utf-8"))
+        same = all(there.get(name) == json.loads(json.dumps(value)) for name, value in description.items())
+    except (OSError, ValueError, AttributeError):
+        same = False
+    if not same:
+        raise InputError(f"{instance} holds another instance: give another --out, or take that folder away")
