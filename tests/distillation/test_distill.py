@@ -12,40 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.tiny_models import tiny_wan_pipeline
 from vlmteacher.cli import main
 from vlmteacher.distillation.distill import Settings, load_settings, run
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners import load_reasoner
-from vlmteacher.run_folder import write_video
 
 TRAIN = {"steps": 3, "batch_size": 2, "learning_rate": 1e-3, "rank": 2, "save_every": 1, "log_every": 1, "seed": 0}
 DMD2 = {"fake_updates": 2, "guidance": 2.0, "gan_weight": 0.01}
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory) -> Path:
-    return tiny_wan_pipeline(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for k in range(3):
-        instance = folder / "task" / f"{k:03d}"
-        instance.mkdir(parents=True)
-        frames = np.random.default_rng(k).integers(0, 255, (5, 32, 48, 3)).astype(np.uint8)
-        write_video(instance / "ground_truth.mp4", frames, 8.0)
-        Image.fromarray(frames[0]).save(instance / "first_frame.png")
-        (instance / "prompt.txt").write_text(f"move the {('red', 'green', 'ball')[k]} box")
-    return folder
 
 
 @pytest.fixture

@@ -136,11 +136,11 @@ class FineTuning(Training):
             real, condition = self.held_out.batch([index])
             for level in range(LEVELS):
                 sigma = torch.full((1,), (level + 0.5) / LEVELS, device=real.device)
-                with self.accelerator.autocast():
+                with self.autocast():
                     total += float(self._flow(condition, real, sigma, generator))
             if index < settings.samples and self.accelerator.is_main_process:
                 noise = self.reasoner.noise(condition, generator)
-                with self.student(), self.accelerator.autocast():
+                with self.student(), self.autocast():
                     latents = sample_many(
                         self.reasoner,
                         condition,

@@ -156,36 +156,37 @@ class Trainer:
             NonFiniteError: from `step`; the last state stays.
         """
         main, settings = self.accelerator.is_main_process, self.settings
-        bar = tqdm(total=steps, initial=self.step, disable=not main, desc="train")
         sums: dict[str, float] = {}
-        began, since = time.perf_counter(), self.step
-        while self.step < steps:
-            for group, rate in self.rates:
-                group["lr"] = rate * min(1.0, (self.step + 1) / max(settings["warmup"], 1))
-            try:
-                values = step(self.step, torch.Generator().manual_seed(settings["seed"] * 1_000_003 + self.step))
-            except NonFiniteError as error:
-                kept = "nothing was saved yet" if self.saved is None else f"the state of step {self.saved} stays"
-                raise NonFiniteError(f"{error}; {kept} in {self.out}: lower the learning rate") from error
-            self.step += 1
-            decay = min(settings["ema"], self.step / (self.step + 10))
-            for mean, p in zip(self.average, self._averaged() if self.average else [], strict=True):
-                mean.lerp_(p.detach(), 1 - decay)
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + value
-            bar.update()
-            if self.step % settings["log_every"] == 0 or self.step == steps:
-                count, seconds = self.step - since, time.perf_counter() - began
-                row = {name: value / count for name, value in sums.items()} | self._speed(seconds / count)
-                bar.set_postfix({name: f"{value:.3g}" for name, value in list(row.items())[:3]})
-                self._write("log.jsonl", row)
-                sums, began, since = {}, time.perf_counter(), self.step
-            if validate and settings["validate_every"] and self.step % settings["validate_every"] == 0:
-                with self.averaged():
-                    self._write("validation.jsonl", validate(self.step))
-            if self.step % settings["save_every"] == 0 or self.step == steps:
-                self.save()
-        bar.close()
+        seconds, since = 0.0, self.step
+        with tqdm(total=steps, initial=self.step, disable=not main, desc="train") as bar:
+            while self.step < steps:
+                for group, rate in self.rates:
+                    group["lr"] = rate * min(1.0, (self.step + 1) / max(settings["warmup"], 1))
+                began = time.perf_counter()
+                try:
+                    values = step(self.step, torch.Generator().manual_seed(settings["seed"] * 1_000_003 + self.step))
+                except NonFiniteError as error:
+                    kept = "nothing was saved yet" if self.saved is None else f"the state of step {self.saved} stays"
+                    raise NonFiniteError(f"{error}; {kept} in {self.out}: lower the learning rate") from error
+                seconds += time.perf_counter() - began
+                self.step += 1
+                decay = min(settings["ema"], self.step / (self.step + 10))
+                for mean, p in zip(self.average, self._averaged() if self.average else [], strict=True):
+                    mean.lerp_(p.detach(), 1 - decay)
+                for name, value in values.items():
+                    sums[name] = sums.get(name, 0.0) + value
+                bar.update()
+                if self.step % settings["log_every"] == 0 or self.step == steps:
+                    count = self.step - since
+                    row = {name: value / count for name, value in sums.items()} | self._speed(seconds / count)
+                    bar.set_postfix({name: f"{value:.3g}" for name, value in list(row.items())[:3]})
+                    self._write("log.jsonl", row)
+                    sums, seconds, since = {}, 0.0, self.step
+                if validate and settings["validate_every"] and self.step % settings["validate_every"] == 0:
+                    with self.averaged():
+                        self._write("validation.jsonl", validate(self.step))
+                if self.step % settings["save_every"] == 0 or self.step == steps:
+                    self.save()
         with torch.no_grad():
             for mean, p in zip(self.average, self._averaged() if self.average else [], strict=True):
                 p.copy_(mean)

@@ -119,7 +119,7 @@ class Training:
             for _ in range(train.gradient_accumulation):
                 rows = torch.randint(len(self.data), (train.batch_size,), generator=generator)
                 real, condition = self.data.batch(rows.tolist())
-                with self.accelerator.autocast():
+                with self.autocast():
                     loss, terms = self.losses[role](condition, real, generator)
                 self.accelerator.backward(loss / train.gradient_accumulation)
                 for name, value in terms.items():
@@ -133,6 +133,11 @@ class Training:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return {**values, f"{role}_grad_norm": norm}
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision, where it is asked for; bfloat16 needs no scaling of the loss."""
+        low = self.train.dtype == "bfloat16"
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=low)
 
     @contextmanager
     def student(self) -> Iterator[nn.Module]:
@@ -162,9 +167,9 @@ def begin(
     from accelerate import Accelerator
 
     check_out(out, resume)
-    low = train.dtype == "bfloat16"
-    accelerator = Accelerator(mixed_precision="bf16" if low else "no")
-    model = load_reasoner(reasoner, torch.bfloat16 if low and not train.full else torch.float32)
+    accelerator = Accelerator()
+    frozen_low = train.dtype == "bfloat16" and not train.full
+    model = load_reasoner(reasoner, torch.bfloat16 if frozen_low else torch.float32)
     model.to(accelerator.device)
     size = model.num_frames, model.height, model.width
     return accelerator, model, LatentDataset.prepare(Path(data), out / "cache", model, *size)

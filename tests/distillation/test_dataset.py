@@ -1,0 +1,96 @@
+"""Encoded once, found again, and what a folder of instances can lack."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from tests.distillation.conftest import write_instance
+from vlmteacher.distillation.dataset import LatentDataset, read_video
+from vlmteacher.errors import InputError
+from vlmteacher.reasoners import load_reasoner
+
+SIZE = (5, 32, 48)
+
+
+@pytest.fixture(scope="module")
+def reasoner(teacher):
+    return load_reasoner(teacher)
+
+
+def test_a_batch_is_what_the_reasoner_encodes(reasoner, data, tmp_path):
+    found = LatentDataset.prepare(data, tmp_path, reasoner, *SIZE)
+    latents, condition = found.batch([2, 0])
+    assert len(found) == 3 and condition.size == SIZE
+    for row, k in enumerate((2, 0)):
+        instance = data / "task" / f"{k:03d}"
+        video = read_video(instance / "ground_truth.mp4")
+        torch.testing.assert_close(latents[row : row + 1], reasoner.encode_video(video))
+        embeds = reasoner.encode_prompt((instance / "prompt.txt").read_text())
+        torch.testing.assert_close(condition.prompt_embeds[row : row + 1], embeds)
+    assert condition.first_frame.shape == (2, *latents.shape[1:2], 1, *latents.shape[3:])
+
+
+def test_what_is_encoded_is_kept_and_a_changed_instance_is_not(reasoner, data, tmp_path):
+    own = shutil.copytree(data, tmp_path / "data")
+    before = LatentDataset.prepare(own, tmp_path / "cache", reasoner, *SIZE)
+    times = [file.stat().st_mtime_ns for file in before.files]
+    (own / "task" / "001" / "prompt.txt").write_text("something else")
+    after = LatentDataset.prepare(own, tmp_path / "cache", reasoner, *SIZE)
+    assert [a == b for a, b in zip(before.files, after.files, strict=True)] == [True, False, True]
+    assert [file.stat().st_mtime_ns for file in before.files] == times
+
+
+def test_a_broken_cache_file_is_made_again(reasoner, data, tmp_path):
+    file = LatentDataset.prepare(data, tmp_path, reasoner, *SIZE).files[1]
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    assert LatentDataset.prepare(data, tmp_path, reasoner, *SIZE).files[1].read_bytes() == whole
+
+
+def test_held_out_instances_are_not_trained_on(reasoner, data, tmp_path):
+    whole = LatentDataset.prepare(data, tmp_path, reasoner, *SIZE)
+    rest, held_out = whole.split(1)
+    assert len(rest) == 2 and len(held_out) == 1 and {*rest.files, *held_out.files} == {*whole.files}
+    for count in (0, 3):
+        with pytest.raises(InputError, match=f"{count} of 3 instances cannot be held out"):
+            whole.split(count)
+
+
+@pytest.mark.parametrize("name", ["first_frame.png", "prompt.txt", "ground_truth.mp4"])
+def test_a_file_that_lacks_is_named(reasoner, data, tmp_path, name):
+    own = shutil.copytree(data, tmp_path / "data")
+    (own / "task" / "001" / name).unlink()
+    with pytest.raises(InputError, match=rf"001 lacks {name}"):
+        LatentDataset.prepare(own, tmp_path / "cache", reasoner, *SIZE)
+
+
+@pytest.mark.parametrize(
+    ("frames", "size", "message"),
+    [
+        (4, (32, 48), r"odd/ground_truth\.mp4 is too short: 4 frames of 5"),
+        (5, (48, 32), r"mixed sizes: 48x32 in .*000, 32x48 in .*odd"),
+    ],
+)
+def test_a_video_of_another_size_or_too_short_is_named(reasoner, data, tmp_path, frames, size, message):
+    own = shutil.copytree(data, tmp_path / "data")
+    write_instance(own / "task" / "odd", "move the box", frames=frames, size=size)
+    with pytest.raises(InputError, match=message):
+        LatentDataset.prepare(own, tmp_path / "cache", reasoner, *SIZE)
+
+
+@pytest.mark.parametrize("name", ["first_frame.png", "ground_truth.mp4"])
+def test_a_file_that_cannot_be_read_is_named(reasoner, data, tmp_path, name):
+    own = shutil.copytree(data, tmp_path / "data")
+    (own / "task" / "002" / name).write_bytes(b"nothing that one could see")
+    with pytest.raises(InputError, match=r"002.* cannot be read"):
+        LatentDataset.prepare(own, tmp_path / "cache", reasoner, *SIZE)
+
+
+def test_a_folder_without_instances_is_named(reasoner, tmp_path):
+    with pytest.raises(InputError, match="holds no instance"):
+        LatentDataset.prepare(tmp_path, tmp_path / "cache", reasoner, *SIZE)
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        LatentDataset.prepare(tmp_path / "nowhere", tmp_path / "cache", reasoner, *SIZE)

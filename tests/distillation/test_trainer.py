@@ -1,0 +1,128 @@
+"""The loop by itself, on a real optimizer: the log, the average, and a disk that is full."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from vlmteacher.distillation.trainer import Trainer, TrainSettings, check_out
+from vlmteacher.errors import InputError
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    from accelerate import Accelerator
+
+    def trainer(**settings):
+        values = {"ema": 0.0, "save_every": 1, "log_every": 1, "validate_every": 0, "warmup": 0, "seed": 3}
+        values |= {"batch_size": 2, "gradient_accumulation": 1} | settings
+        model = nn.Linear(256, 256)
+        nn.init.zeros_(model.weight)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        return Trainer(tmp_path / "run", {"student": model}, {"student": optimizer}, values, Accelerator())
+
+    return trainer
+
+
+def stepping(trainer):
+    """Every step raises each weight by the learning rate of its optimizer, so that the sum tells what happened."""
+
+    def step(index: int, generator: torch.Generator) -> dict[str, float]:
+        with torch.no_grad():
+            trainer.modules["student"].weight += trainer.optimizers["student"].param_groups[0]["lr"]
+        return {"drawn": float(torch.rand(1, generator=generator))}
+
+    return step
+
+
+def rows(trainer, name="log.jsonl"):
+    return [json.loads(line) for line in (trainer.out / name).read_text().splitlines()]
+
+
+def test_draws_depend_on_seed_and_step_alone(trainer):
+    whole = trainer()
+    whole.run(stepping(whole), 4)
+    drawn = [row["drawn"] for row in rows(whole)]
+    assert len(set(drawn)) == 4
+    (whole.out / "state" / "state.pt").unlink()
+    (whole.out / "log.jsonl").unlink()
+    first = trainer()
+    first.run(stepping(first), 2)
+    second = trainer()
+    second.resume()
+    second.run(stepping(second), 4)
+    assert [row["drawn"] for row in rows(second)] == drawn
+    assert torch.equal(second.modules["student"].weight, whole.modules["student"].weight)
+
+
+def test_the_learning_rate_warms_up(trainer):
+    warm = trainer(warmup=4)
+    warm.run(stepping(warm), 6)
+    assert [row["learning_rate"] for row in rows(warm)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_the_average_is_validated_and_is_the_result(trainer):
+    averaging, seen = trainer(ema=0.5, validate_every=1), []
+    weight = averaging.modules["student"].weight
+
+    def validate(step: int) -> dict[str, float]:
+        seen.append(float(weight.detach()[0, 0]))
+        return {"value": seen[-1]}
+
+    averaging.run(stepping(averaging), 3, validate)
+    expected, mean = [], 0.0
+    for k in range(1, 4):
+        decay = min(0.5, k / (k + 10))
+        mean = decay * mean + (1 - decay) * k
+        expected.append(mean)
+    assert seen == pytest.approx(expected) and float(weight.detach()[0, 0]) == pytest.approx(mean)
+    assert [row["value"] for row in rows(averaging, "validation.jsonl")] == seen
+
+
+def test_a_full_disk_leaves_the_state_before(trainer):
+    """A limit on the size of files makes the system refuse to write, as a full disk does."""
+    first = trainer()
+    first.run(stepping(first), 2)
+    kept = first.state_file.read_bytes()
+    second = trainer()
+    second.resume()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # it would end the process; what is left is EFBIG
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(InputError, match=r"cannot be written to .* the state of step 2 stays: make room"):
+            second.run(stepping(second), 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert first.state_file.read_bytes() == kept and [p.name for p in first.state_file.parent.iterdir()] == ["state.pt"]
+    third = trainer()
+    third.resume()
+    third.run(stepping(third), 4)
+    assert float(third.modules["student"].weight.detach()[0, 0]) == 4
+    assert [row["step"] for row in rows(third)] == [1, 2, 3, 4]
+
+
+def test_a_folder_is_resumed_only_when_it_can_be(trainer, tmp_path):
+    with pytest.raises(InputError, match="holds no training to resume"):
+        check_out(tmp_path / "run", resume=True)
+    once = trainer()
+    once.run(stepping(once), 1)
+    with pytest.raises(InputError, match="already holds a training"):
+        check_out(tmp_path / "run", resume=False)
+    with pytest.raises(InputError, match=r"seed \(3, now 4\)"):
+        trainer(seed=4).resume()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("steps", 0), ("batch_size", 1.5), ("learning_rate", 0), ("ema", 1.0), ("weight_decay", -1), ("dtype", "int8")],
+)
+def test_settings_that_mean_nothing_are_named(name, value):
+    with pytest.raises(InputError, match=f"{name} must .* not '?{value}"):
+        TrainSettings(**{name: value})

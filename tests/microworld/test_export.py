@@ -1,0 +1,76 @@
+"""The world as files: right videos still are, the flaw is where it is told, nothing is written over."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from vlmteacher.cli import main
+from vlmteacher.distillation.dataset import find_instances, read_video
+from vlmteacher.microworld import scorer, world
+from vlmteacher.microworld.train_reasoner import CARELESS
+from vlmteacher.microworld.world import Scene
+
+
+def export(out, *flags: object) -> int:
+    return main(["microworld", "export", "--out", str(out), *map(str, flags)])
+
+
+def read(out):
+    """(metadata, scene, verdict on the file's video) of every instance."""
+    for instance in find_instances(out):
+        metadata = json.loads((instance / "metadata.json").read_text())
+        scene = Scene.from_json(metadata["scene"])
+        frames = read_video(instance / "ground_truth.mp4").astype(np.float32) / 255
+        yield metadata, scene, scorer.score(frames, scene)
+
+
+def test_right_videos_succeed_after_compression(tmp_path):
+    assert export(tmp_path, "--count", 8, "--seed", 2, "--split", "held-out") == 0
+    found = list(read(tmp_path))
+    assert len(found) == 8 and {path.name for path in tmp_path.iterdir()} == {"move_task", "maze_task"}
+    assert all(verdict.success and scene.held_out and metadata["right"] for metadata, scene, verdict in found)
+
+
+def test_the_flaw_is_told_and_judged(tmp_path):
+    assert export(tmp_path, "--count", 16, "--flawed") == 0
+    found = list(read(tmp_path))
+    assert not any(scene.held_out for _, scene, _ in found)
+    wrong = [scene for metadata, scene, _ in found if not metadata["right"]]
+    assert wrong and all(scene.target_box.color in CARELESS for scene in wrong)
+    assert all(verdict.success == metadata["right"] for metadata, _, verdict in found)
+
+
+def test_it_goes_on_and_writes_over_nothing(tmp_path, capfd):
+    assert export(tmp_path, "--count", 2) == 0
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.mp4")}
+    assert export(tmp_path, "--count", 3) == 0
+    assert all(path.stat().st_mtime_ns == at for path, at in times.items())
+    assert len(find_instances(tmp_path)) == 3
+    assert export(tmp_path, "--count", 3, "--seed", 1) == 2
+    assert "holds another instance" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(("--count", 0), "--count must be at least 1"), (("--split", "exam"), "split 'exam' is not there")],
+)
+def test_bad_flags_exit_with_2(tmp_path, capfd, flags, message):
+    assert export(tmp_path / "out", *flags) == 2
+    assert message in capfd.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    assert export(tmp_path / "file", "--count", 1) == 2
+    assert "cannot be written to" in capfd.readouterr().err
+
+
+def test_an_index_is_the_same_instance_for_the_benchmark(tmp_path):
+    assert export(tmp_path, "--count", 1, "--seed", 1, "--split", "held-out") == 0
+    scene, prompt = world.instance(0, seed=1)
+    (instance,) = find_instances(tmp_path)
+    assert (instance / "prompt.txt").read_text().strip() == prompt
+    assert json.loads((instance / "metadata.json").read_text())["scene"] == json.loads(json.dumps(scene.to_json()))
