@@ -109,13 +109,24 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--stage", required=True, choices=STAGES)
     sub.add_argument("--out", required=True, metavar="DIR", help="for the weights; earlier stages are read from it")
 
-    sub = add("microworld", microworld, "write instances of the built-in world as files")
-    sub.add_argument("what", choices=("export",))
-    sub.add_argument("--out", required=True, metavar="DIR", help="folder to write, in VBVR's layout")
-    sub.add_argument("--count", type=int, default=100, metavar="N", help="instances (default: 100)")
-    sub.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the instances (default: 0)")
-    sub.add_argument("--split", default="train", metavar="NAME", help="train (default) or held-out")
-    sub.add_argument("--flawed", action="store_true", help="videos with the packaged Reasoner's documented flaw")
+    sub = add("microworld", microworld, "instances of the built-in world as files; how good a Reasoner's few steps are")
+    kinds = sub.add_subparsers(required=True, metavar="WHAT", parser_class=Parser, dest="what")
+    kind = kinds.add_parser("export", help="write instances in VBVR's layout")
+    kind.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    kind.add_argument("--count", type=int, default=100, metavar="N", help="instances (default: 100)")
+    kind.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the instances (default: 0)")
+    kind.add_argument("--split", default="train", metavar="NAME", help="train (default) or held-out")
+    kind.add_argument("--flawed", action="store_true", help="videos with the packaged Reasoner's documented flaw")
+    kind = kinds.add_parser("measure", help="rule score, distance and one-step agreement on held-out instances")
+    kind.add_argument("--reasoner", metavar="ID", help="hub id or directory (default: the packaged one)")
+    kind.add_argument("--teacher", metavar="ID", help="judge of both videos (default: the packaged one)")
+    kind.add_argument("--limit", type=int, default=100, metavar="N", help="instances (default: 100)")
+    kind.add_argument("--seed", type=_seed, default=1, metavar="N", help="of the held-out split (default: 1)")
+    kind.add_argument(
+        "--many-steps", type=int, default=0, metavar="N", help="sample by N Euler steps, not by few steps"
+    )
+    kind.add_argument("--guidance", type=float, default=1.0, metavar="X", help="of these steps (default: 1, none)")
+    kind.add_argument("--out", required=True, metavar="DIR", help="for results.json and frames.png")
 
     sub = add("train", train, "fine-tune a Reasoner on the videos of a domain")
     sub.add_argument("what", choices=("sft",))
@@ -288,10 +299,29 @@ def microworld(arguments: argparse.Namespace) -> None:
     from vlmteacher.quiet import quiet
 
     quiet()
-    from vlmteacher.microworld.export import export
+    out = Path(arguments.out)
+    if arguments.what == "export":
+        from vlmteacher.microworld.export import export
 
-    export(Path(arguments.out), arguments.count, arguments.seed, arguments.split, arguments.flawed)
-    print(f"{arguments.count} instances in VBVR's layout: {arguments.out}")
+        export(out, arguments.count, arguments.seed, arguments.split, arguments.flawed)
+        print(f"{arguments.count} instances in VBVR's layout: {out}")
+        return
+    from vlmteacher.evaluation.few_step import report
+    from vlmteacher.pipeline import PACKAGED_PAIR
+
+    found = report(
+        arguments.reasoner or str(PACKAGED_PAIR / "reasoner"),
+        arguments.teacher or str(PACKAGED_PAIR / "teacher"),
+        arguments.limit,
+        arguments.seed,
+        out,
+        arguments.many_steps,
+        arguments.guidance,
+    )
+    for name, value in found.items():
+        if isinstance(value, float):
+            print(f"{name:16} {value:.3f}")
+    print(f"Results: {out / 'results.json'}, {out / 'frames.png'}")
 
 
 def train(arguments: argparse.Namespace) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from PIL import Image
 
 from tests.tiny_pair import PROMPT
+from vlmteacher.cli import main
 from vlmteacher.errors import InputError
 from vlmteacher.evaluation.few_step import agreement, measure, relative_rms
+from vlmteacher.microworld import world
 from vlmteacher.pipeline import PACKAGED_PAIR
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners import load_reasoner
@@ -64,3 +69,24 @@ def test_measure_on_the_microworld():
     assert "loss_gap" not in many and many["relative_rms"] != found["relative_rms"]
     with pytest.raises(InputError, match="at least 2 instances, not 1"):
         measure(reasoner, None, 1, 1)
+
+
+def test_a_report_holds_the_numbers_and_a_picture(tmp_path, capfd):
+    flags = ["microworld", "measure", "--limit", "2", "--seed", "7", "--many-steps", "2", "--guidance", "1.5"]
+    assert main([*flags, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["n"] == 2 and found["many_steps"] == 2 and 0 < found["loss_gap"] < 20
+    assert f"loss_gap         {found['loss_gap']:.3f}" in capfd.readouterr().out
+    with Image.open(tmp_path / "frames.png") as sheet:
+        assert sheet.size == (2 * 2 * 5 * world.SIZE, 2 * 2 * world.SIZE)
+    assert main([*flags, "--out", str(tmp_path)]) == 2
+    assert "already holds results" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [("--limit", "1", "at least 2 instances"), ("--many-steps", "-1", "--many-steps must not be negative")],
+)
+def test_bad_flags_of_a_report_exit_with_2(tmp_path, capfd, flag, value, message):
+    assert main(["microworld", "measure", flag, value, "--out", str(tmp_path / "out")]) == 2
+    assert message in capfd.readouterr().err and not (tmp_path / "out").exists()

@@ -7,11 +7,14 @@ survives of the optimisation.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -22,13 +25,18 @@ from vlmteacher.microworld import world
 from vlmteacher.microworld.facts import right_queries
 from vlmteacher.optimization import teacher_frame_indices
 from vlmteacher.queries import QuerySet
+from vlmteacher.reasoners import load_reasoner
 from vlmteacher.reasoners.base import Condition, Noise, Reasoner
 from vlmteacher.reasoners.many_step import sample_many
+from vlmteacher.reasoners.wan import WanReasoner
 from vlmteacher.reward import vqa_objective
+from vlmteacher.run_folder import write_json
+from vlmteacher.teachers import load_teacher
 from vlmteacher.teachers.base import Teacher
 
 TEACHER_FRAMES = 12
 GOAL_WEIGHT = 0.5
+PICTURED = 6
 
 
 def relative_rms(one: Tensor, few: Tensor, known: Tensor | None) -> float:
@@ -79,12 +87,14 @@ def measure(
     many_steps: int = 0,
     guidance: float = 1.0,
     empty: Tensor | None = None,
+    watch: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> dict[str, Any]:
     """A microworld Reasoner on the first `limit` (2 or more) instances of the held-out split `seed`.
 
     Scene, prompt and noise of an instance are those of the benchmark, so that Reasoners compare pair by pair. The
     videos come from the few-step sampler, or with `many_steps` from that many steps of the ODE with `guidance` (and
-    `empty`, the embeddings of the empty prompt). The Teacher is asked the right questions, not its own.
+    `empty`, the embeddings of the empty prompt). The Teacher is asked the right questions, not its own. `watch` is
+    called with each index, the one-step prediction and the video, both (F, 3, H, W) in [0, 1].
 
     Returns rule `score` and `success_rate` of the videos, `score_one_step` of the one-step predictions,
     `relative_rms` between the two, `video_distance` from the right videos, `seconds` per video, with a Teacher
@@ -123,9 +133,45 @@ def measure(
             row["loss_few_step"] = teacher_loss(reasoner, teacher, video, queries)
             row["loss_gap"] = abs(row["loss_one_step"] - row["loss_few_step"])
         rows.append(row)
+        if watch is not None:
+            watch(index, early, video)
         videos.append(video.cpu())
         real.append(torch.from_numpy(world.render(scene)).permute(0, 3, 1, 2))
     return {**_means(rows), "video_distance": video_distance(videos, real), "instances": rows}
+
+
+def report(
+    reasoner: str, teacher: str | None, limit: int, seed: int, out: Path, many_steps: int = 0, guidance: float = 1.0
+) -> dict[str, Any]:
+    """`measure` the Reasoner in a directory or on the hub; results.json and frames.png in `out`. Raises InputError.
+
+    The picture shows the first six instances, for each the one-step prediction above the video.
+    """
+    if (out / "results.json").exists():
+        raise InputError(f"{out} already holds results: give another --out")
+    if many_steps < 0:
+        raise InputError(f"--many-steps must not be negative, not {many_steps}")
+    model = load_reasoner(reasoner)
+    if not isinstance(model, WanReasoner):
+        raise InputError(f"a {type(model).__name__} knows no microworld: only the Wan family can be measured")
+    rows: list[np.ndarray] = []
+
+    def watch(index: int, one: Tensor, few: Tensor) -> None:
+        for video in (one, few) if index < PICTURED else ():
+            frames = (video[[0, 3, 6, 9, 12]].cpu().permute(0, 2, 3, 1) * 255).round().byte().numpy()
+            rows.append(np.concatenate(list(frames), 1))
+
+    judge_by = load_teacher(teacher) if teacher else None
+    found = measure(model, judge_by, limit, seed, many_steps, guidance, model.encode_prompt(""), watch)
+    found = {"reasoner": reasoner, "seed": seed, "many_steps": many_steps, "guidance": guidance, **found}
+    out.mkdir(parents=True, exist_ok=True)
+    pairs = [np.concatenate(rows[i : i + 2]) for i in range(0, len(rows), 2)]
+    columns = [np.concatenate(pairs[i::2]) for i in range(2) if pairs[i::2]]
+    height = min(len(column) for column in columns)
+    sheet = Image.fromarray(np.concatenate([column[:height] for column in columns], 1))
+    sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST).save(out / "frames.png")
+    write_json(out / "results.json", found)
+    return found
 
 
 def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
