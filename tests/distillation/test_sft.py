@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,3 +138,23 @@ def test_a_pipeline_of_another_family_is_refused(config, tmp_path, capfd):
     (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     assert tune(config(), "--reasoner", tmp_path / "other") == 2
     assert "StableDiffusionPipeline" in capfd.readouterr().err
+
+
+def test_two_processes_make_one_result(config, teacher, tmp_path):
+    """Each process draws its own batches, and both make the same update.
+
+    `accelerate launch` starts one process on a CPU unless there is MPI; torch's launcher sets what it sets elsewhere.
+    """
+    path = config(full=True, steps=2, validate_every=2, gradient_accumulation=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "vlmteacher", "train", "sft", "--config", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+    row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert row["samples_per_second"] * row["seconds_per_step"] == pytest.approx(2 * 2 * 2)
+    before = load_file(teacher / "transformer" / "diffusion_pytorch_model.safetensors")
+    both = weights(tmp_path / "run")
+    assert tune(config("alone", full=True, steps=2, gradient_accumulation=2)) == 0
+    alone = weights(tmp_path / "alone")
+    assert any(not torch.equal(before[name], both[name]) for name in before)
+    assert any(not torch.equal(alone[name], both[name]) for name in before)

@@ -12,6 +12,7 @@ from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import QuerySet
 
 SMALL = {
+    "encoder": {"batch": 2, "steps": 2},
     "vae": {"base_dim": 8, "batch": 3, "steps": 4},
     "vae_decoder": {"batch": 1, "steps": 1},
     "decoder": {"widths": [16, 8, 8, 8], "batch": 1, "steps": 1},

@@ -1,7 +1,8 @@
 """How the packaged models are made, stage by stage; each resumes where it was stopped.
 
 vae -> vae-decoder, decoder, latents -> reasoner -> (teacher) -> collect -> teacher-finetune -> optimise ->
-teacher-finetune -> package. Every stage reads its predecessors from the same folder.
+teacher-finetune -> package. The encoder of the video distance stands by itself. Every stage reads its predecessors from
+the same folder.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ STAGES = (
     "teacher-finetune",
     "optimise",
     "package",
+    "encoder",
 )
 NEEDS = {
     "vae-decoder": ("vae/vae",),
@@ -76,6 +78,10 @@ def run(stage: str, out: Path) -> None:
         train_teacher.finetune(out / "teacher/state.pt", out / "collect", out / "finetune")
     elif stage == "package":
         package(out, out / "pair")
+    elif stage == "encoder":
+        from vlmteacher.microworld import train_encoder
+
+        train_encoder.main(out / "encoder")
     else:
         raise InputError(f"stage {stage!r} is not there: it can be {', '.join(STAGES)}")
 
