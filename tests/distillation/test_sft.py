@@ -65,9 +65,12 @@ def test_the_loss_on_the_training_videos_falls(config, tmp_path):
 
 
 def test_taken_up_again_it_ends_the_same(config, tmp_path):
-    assert tune(config("whole")) == 0
-    assert tune(config("cut"), "--steps", 2) == 0
-    assert tune(config("cut"), "--resume") == 0
+    cache = str(tmp_path / "cache")
+    assert tune(config("whole", cache=cache)) == 0
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    assert tune(config("cut", cache=cache), "--steps", 2) == 0
+    assert tune(config("cut", cache=cache), "--resume") == 0
+    assert len(times) == 3 and all(path.stat().st_mtime_ns == at for path, at in times.items())
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
@@ -78,7 +81,7 @@ def test_accumulated_batches_are_one_batch(config, tmp_path):
     def gradient(**changed: Any) -> list[torch.Tensor]:
         settings = load_settings(config(full=True, caption_dropout=0.0, **changed), {"out": str(tmp_path / "none")})
         accelerator, reasoner, data = begin(
-            settings.reasoner, settings.data, tmp_path / "none", settings.train, resume=False
+            settings.reasoner, settings.data, None, tmp_path / "none", settings.train, resume=False
         )
         tuning = FineTuning(settings, reasoner, data, accelerator)
         generator = torch.Generator().manual_seed(0)

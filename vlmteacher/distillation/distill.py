@@ -38,6 +38,7 @@ class Settings:
         reasoner: the many-step Reasoner: a directory or a hub id.
         data: folder in VBVR's layout: first frames and prompts, and videos for those methods that look at them.
         out: folder to write to.
+        cache: where the encoded instances are kept, in `out` by default; trainings on the same data can share it.
         method: one of `METHODS`.
         timesteps, shift: of the few-step sampler (see the Reasoner's settings).
         offload: with full weights, keep idle networks in the main memory.
@@ -48,6 +49,7 @@ class Settings:
     reasoner: str
     data: str
     out: str
+    cache: str | None = None
     method: str = "dmd2"
     timesteps: tuple[float, ...] = (1000, 750, 500, 250)
     shift: float = 1.0
@@ -72,7 +74,10 @@ class Settings:
             own = values.pop(name)
             if name == self.method:
                 values |= {f"{name}.{entry}": value for entry, value in own.items()}
-        return {**values.pop("train"), **{name: value for name, value in values.items() if name != "out"}}
+        return {
+            **values.pop("train"),
+            **{name: value for name, value in values.items() if name not in ("out", "cache")},
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
@@ -148,7 +153,7 @@ def run(settings: Settings, resume: bool = False) -> Path:
     Raises InputError for what cannot be used, NonFiniteError when the training breaks down (the last good state stays).
     """
     out = Path(settings.out)
-    accelerator, reasoner, data = begin(settings.reasoner, settings.data, out, settings.train, resume)
+    accelerator, reasoner, data = begin(settings.reasoner, settings.data, settings.cache, out, settings.train, resume)
     reasoner.settings = replace(reasoner.settings, timesteps=settings.timesteps, shift=settings.shift)
     distillation = Distillation(settings, reasoner, data, accelerator)
     return finish(

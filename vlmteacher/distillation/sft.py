@@ -36,6 +36,7 @@ class Settings:
         reasoner: where to start from: a directory or a hub id.
         data: folder in VBVR's layout.
         out: folder to write to.
+        cache: where the encoded instances are kept, in `out` by default; trainings on the same data can share it.
         noise_levels: how sigma is drawn before the shift: uniformly, or as the logistic of a normal draw.
         logit_mean, logit_std: of that normal draw.
         shift: s in sigma = s t / (1 + (s - 1) t), as in the Reasoner's settings.
@@ -49,6 +50,7 @@ class Settings:
     reasoner: str
     data: str
     out: str
+    cache: str | None = None
     noise_levels: Literal["uniform", "logit-normal"] = "logit-normal"
     logit_mean: float = 0.0
     logit_std: float = 1.0
@@ -81,7 +83,10 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """What a resumed run must agree with, by its name in the YAML file."""
         values = asdict(self)
-        return {**values.pop("train"), **{name: value for name, value in values.items() if name != "out"}}
+        return {
+            **values.pop("train"),
+            **{name: value for name, value in values.items() if name not in ("out", "cache")},
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
@@ -159,7 +164,7 @@ def run(settings: Settings, resume: bool = False) -> Path:
     Raises InputError for what cannot be used, NonFiniteError when the training breaks down (the last good state stays).
     """
     out = Path(settings.out)
-    accelerator, reasoner, data = begin(settings.reasoner, settings.data, out, settings.train, resume)
+    accelerator, reasoner, data = begin(settings.reasoner, settings.data, settings.cache, out, settings.train, resume)
     reasoner.settings = replace(reasoner.settings, shift=settings.shift)
     tuning = FineTuning(settings, reasoner, data, accelerator)
     return finish(tuning, settings.to_dict(), settings.reasoner, out, resume, lambda step: tuning.validate(step, out))

@@ -158,11 +158,12 @@ class Training:
 
 
 def begin(
-    reasoner: str, data: str, out: Path, train: TrainSettings, resume: bool
+    reasoner: str, data: str, cache: str | None, out: Path, train: TrainSettings, resume: bool
 ) -> tuple[Accelerator, Reasoner, LatentDataset]:
-    """What a training in `out` starts from; the instances in `data` are encoded in the Reasoner's own size.
+    """What a training in `out` starts from.
 
-    The Reasoner's weights are in float32 unless they stay frozen and bfloat16 is asked for. Raises InputError.
+    The instances in `data` are encoded in the Reasoner's own size; `cache` keeps them, ``out/cache`` by default. The
+    Reasoner's weights are in float32 unless they stay frozen and bfloat16 is asked for. Raises InputError.
     """
     from accelerate import Accelerator
 
@@ -172,7 +173,7 @@ def begin(
     model = load_reasoner(reasoner, torch.bfloat16 if frozen_low else torch.float32)
     model.to(accelerator.device)
     size = model.num_frames, model.height, model.width
-    return accelerator, model, LatentDataset.prepare(Path(data), out / "cache", model, *size)
+    return accelerator, model, LatentDataset.prepare(Path(data), Path(cache or out / "cache"), model, *size)
 
 
 def finish(
@@ -199,7 +200,7 @@ def finish(
 def write_pipeline(source: str, reasoner: Reasoner, weights: dict[str, Tensor], out: Path) -> None:
     """A diffusers pipeline directory: that of `source` with other `weights` and the Reasoner's settings."""
     transformer: Any = type(reasoner.transformer).from_config(reasoner.transformer.config)
-    transformer.to(reasoner.dtype).load_state_dict(weights)
+    transformer.load_state_dict(weights, assign=True)  # in the precision that each of them has
     directory = Path(source)
     if not directory.is_dir():
         from huggingface_hub import snapshot_download
