@@ -1,4 +1,4 @@
-"""Draw the curves of docs/distillation.md from the logs beside it: ``python docs/figures.py`` (needs the [docs] extra)."""
+"""Draw the curves of docs/distillation.md from the logs beside it: ``python docs/figures.py`` ([docs] extra)."""
 
 from __future__ import annotations
 
@@ -21,13 +21,18 @@ def curve(axis: plt.Axes, name: str, entry: str, label: str, window: int = 5) ->
     """The entry against the step, and its running mean over `window` rows."""
     found = [(row["step"], row[entry]) for row in rows(name) if entry in row]
     steps, values = [step for step, _ in found], [value for _, value in found]
-    smooth = [sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
+    smooth = [
+        sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1])
+        for i in range(len(values))
+    ]
     (line,) = axis.plot(steps, smooth, label=label)
     axis.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.8)
 
 
 def main() -> None:
-    plt.rcParams.update({"svg.hashsalt": "vlmteacher", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update(
+        {"svg.hashsalt": "vlmteacher", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    )
     figure, axes = plt.subplots(1, 4, figsize=(13, 2.9), layout="constrained")
     curve(axes[0], "sft", "flow", "training")
     curve(axes[0], "sft-validation", "flow", "held out", window=1)

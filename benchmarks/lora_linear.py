@@ -1,0 +1,102 @@
+"""Frozen linear layers with a LoRA, forward and backward, against PEFT's layers and against the frozen layers alone.
+
+python -m benchmarks.lora_linear [--json] [--dtype bfloat16]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.timing import arguments, compare, publish
+from vlmteacher.ops.lora_linear import lora_linear_group
+
+RANK = 16
+# (case, tokens, K, N of each layer that shares x): the packaged Reasoner, one in between, Wan 5B with fewer tokens.
+SHAPES = [
+    ("microworld q, k, v", 256, 256, (256, 256, 256)),
+    ("microworld ffn up", 256, 256, (768,)),
+    ("microworld ffn down", 256, 768, (256,)),
+    ("mid q, k, v", 1024, 1024, (1024, 1024, 1024)),
+    ("mid ffn up", 1024, 1024, (4096,)),
+    ("mid ffn down", 1024, 4096, (1024,)),
+    ("Wan 5B q, k, v", 512, 3072, (3072, 3072, 3072)),
+    ("Wan 5B ffn up", 512, 3072, (14336,)),
+    ("Wan 5B ffn down", 512, 14336, (3072,)),
+]
+
+
+def layers(k: int, sizes: Sequence[int], dtype: torch.dtype, device: str) -> list[nn.Module]:
+    """PEFT's layers, as the optimisation makes them: the base frozen in `dtype`, the adapter in float32."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    base = nn.ModuleList(nn.Linear(k, n, dtype=dtype, device=device) for n in sizes).requires_grad_(False)
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=[str(i) for i in range(len(sizes))])
+    model = inject_adapter_in_model(config, base)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = torch.randn_like(parameter, dtype=torch.float32) / k**0.5
+    return list(model)
+
+
+def saved_bytes(function: Callable[[], Sequence[Tensor]], weights: Sequence[Tensor]) -> int:
+    """Of what autograd keeps for the backward pass, weights not counted."""
+    own = {w.untyped_storage().data_ptr() for w in weights}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        ys = function()
+    del ys
+    return sum(kept.values())
+
+
+def main() -> None:
+    settings = arguments(__doc__ or "")
+    dtype = getattr(torch, settings.dtype)
+    rows = []
+    for case, m, k, sizes in SHAPES:
+        stock = layers(k, sizes, dtype, settings.device)
+        x = torch.randn(m, k, dtype=dtype, device=settings.device, requires_grad=True)
+        grads = [torch.randn(m, n, dtype=dtype, device=settings.device) for n in sizes]
+        weights = [layer.base_layer.weight for layer in stock]
+        biases = [layer.base_layer.bias for layer in stock]
+        a = [layer.lora_A["default"].weight for layer in stock]
+        b = [layer.lora_B["default"].weight for layer in stock]
+
+        def ours(
+            x: Tensor = x, w: list[Tensor] = weights, c: list[Tensor] = biases, a: list[Tensor] = a, b: list[Tensor] = b
+        ) -> list[Tensor]:
+            return lora_linear_group(x, w, c, a, b, [1.0] * len(w))
+
+        def theirs(x: Tensor = x, stock: list[nn.Module] = stock) -> list[Tensor]:
+            return [layer(x) for layer in stock]
+
+        def frozen(x: Tensor = x, stock: list[nn.Module] = stock) -> list[Tensor]:
+            return [layer.base_layer(x) for layer in stock]
+
+        def both(
+            forward: Callable[[], list[Tensor]], wanted: list[Tensor], grads: list[Tensor] = grads
+        ) -> Callable[[], object]:
+            return lambda: torch.autograd.grad(forward(), wanted, grads)
+
+        trained = [x, *a, *b]
+        row = compare(case, both(ours, trained), both(theirs, trained), settings.pairs, settings.device)
+        alone = compare(case, both(ours, trained), both(frozen, [x]), settings.pairs, settings.device)
+        row["vs_frozen_linear"] = 1 / alone["speedup"]
+        parameters = [*weights, *biases, *a, *b]
+        row["memory_ratio"] = saved_bytes(ours, parameters) / saved_bytes(theirs, parameters)
+        rows.append(row)
+        print(f"  {case:<24} {row['vs_frozen_linear']:.2f} of the frozen layers' time, saves {row['memory_ratio']:.2f}")
+    publish("lora_linear", settings, rows)
+
+
+if __name__ == "__main__":
+    main()
