@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tests.tiny_models import tiny_wan_pipeline
 from vlmteacher.distillation.adapters import SharedBackbone
-from vlmteacher.distillation.consistency import Consistency, Settings, grid_levels
+from vlmteacher.distillation.consistency import Consistency, Settings
+from vlmteacher.distillation.flow_matching import grid_levels
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners import load_reasoner
 from vlmteacher.reasoners.base import Condition, collate

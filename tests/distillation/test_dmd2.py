@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tests.tiny_models import tiny_wan_pipeline
 from vlmteacher.distillation.adapters import Networks, Role, SeparateNetworks, SharedBackbone
-from vlmteacher.distillation.dmd2 import DMD2, Settings, draw_sigmas, flow_matching_loss, matching_gradient, noised
+from vlmteacher.distillation.dmd2 import DMD2, Settings, draw_sigmas, matching_gradient
+from vlmteacher.distillation.flow_matching import flow_matching_loss, noised
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners import load_reasoner
 from vlmteacher.reasoners.base import Condition, collate

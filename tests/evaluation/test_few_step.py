@@ -11,11 +11,12 @@ from PIL import Image
 from tests.tiny_pair import PROMPT
 from vlmteacher.cli import main
 from vlmteacher.errors import InputError
-from vlmteacher.evaluation.few_step import agreement, measure, relative_rms
+from vlmteacher.evaluation.few_step import agreement, measure
 from vlmteacher.microworld import world
 from vlmteacher.pipeline import PACKAGED_PAIR
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners import load_reasoner
+from vlmteacher.reasoners.few_step import relative_rms
 from vlmteacher.reasoners.many_step import ode_step, sample_many
 from vlmteacher.teachers import load_teacher
 

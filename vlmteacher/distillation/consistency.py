@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vlmteacher.distillation.adapters import Networks
-from vlmteacher.distillation.dmd2 import counted, noised
+from vlmteacher.distillation.flow_matching import counted, grid_levels, noised
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners.base import Condition, Reasoner
 from vlmteacher.reasoners.many_step import ode_step
@@ -37,13 +37,6 @@ class Settings:
             raise InputError(f"substeps must be a whole number of at least 1, not {self.substeps}")
         if not (self.guidance >= 0 and math.isfinite(self.guidance)):
             raise InputError(f"guidance must be 0 or greater, not {self.guidance}")
-
-
-def grid_levels(sigmas: tuple[float, ...], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Levels (count,) of the grid drawn evenly, and the level after each: the next of the grid, or 0 after its last."""
-    levels = torch.tensor((*sigmas, 0.0))
-    index = torch.randint(len(sigmas), (count,), generator=generator)
-    return levels[index], levels[index + 1]
 
 
 class Consistency:

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from vlmteacher.distillation import consistency, dmd2
 from vlmteacher.distillation.adapters import Role
 from vlmteacher.distillation.dataset import LatentDataset
+from vlmteacher.distillation.flow_matching import flow_matching_loss, grid_levels, noised
 from vlmteacher.distillation.trainer import TrainSettings
 from vlmteacher.distillation.training import Training, begin, build_settings, finish, read_settings
 from vlmteacher.errors import InputError
-from vlmteacher.evaluation.few_step import relative_rms
 from vlmteacher.reasoners.base import Condition, Reasoner
+from vlmteacher.reasoners.few_step import relative_rms
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -125,12 +126,12 @@ class Distillation(Training):
         self, condition: Condition, real: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
         """Flow matching on real latents (B, C, T, h, w) at levels of the few-step grid alone."""
-        sigma, _ = consistency.grid_levels(self.reasoner.settings.sigmas, len(real), generator)
+        sigma, _ = grid_levels(self.reasoner.settings.sigmas, len(real), generator)
         noise, sigma = torch.randn(real.shape, generator=generator).to(real.device), sigma.to(real.device)
         with self.networks.active("student") as network:
-            x = dmd2.noised(real, noise, sigma)
+            x = noised(real, noise, sigma)
             velocity = self.reasoner.velocity(condition, x, sigma, transformer=network)
-        loss = dmd2.flow_matching_loss(velocity, real, noise, condition.first_frame)
+        loss = flow_matching_loss(velocity, real, noise, condition.first_frame)
         return loss, {"flow": float(loss.detach())}
 
     @torch.no_grad()

@@ -19,23 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmteacher.distillation.adapters import Networks, Role
+from vlmteacher.distillation.flow_matching import counted, flow_matching_loss, noised
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners.base import Condition, Reasoner, with_first_frame
 from vlmteacher.reasoners.few_step import trajectory
 from vlmteacher.reasoners.many_step import guided_velocity
 
 # ---------------------------------------------------------------- mathematics
-
-
-def noised(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """(1 - sigma) x0 + sigma noise with one `sigma` for each sample: x0 (B, ...), sigma (B,)."""
-    sigma = sigma.view(-1, *[1] * (x0.ndim - 1))
-    return (1 - sigma) * x0 + sigma * noise
-
-
-def counted(latents: Tensor, first_frame: Tensor | None) -> Tensor:
-    """The latents that a loss may count: all but the known first latent frame."""
-    return latents if first_frame is None else latents[:, :, 1:]
 
 
 def draw_sigmas(count: int, low: float, high: float, shift: float, generator: torch.Generator) -> Tensor:
@@ -52,11 +42,6 @@ def matching_gradient(x0: Tensor, fake: Tensor, real: Tensor) -> Tensor:
     """
     scale = (x0 - real).abs().flatten(1).mean(1).clamp_min(1e-6)
     return (fake - real) / scale.view(-1, *[1] * (x0.ndim - 1))
-
-
-def flow_matching_loss(velocity: Tensor, x0: Tensor, noise: Tensor, first_frame: Tensor | None) -> Tensor:
-    """Mean square of v - (noise - x0) over what counts."""
-    return counted(velocity - (noise - x0), first_frame).square().mean()
 
 
 class Critic(nn.Module):

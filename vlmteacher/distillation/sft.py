@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vlmteacher.distillation.dataset import LatentDataset
-from vlmteacher.distillation.dmd2 import flow_matching_loss, noised
+from vlmteacher.distillation.flow_matching import flow_matching_loss, noised
 from vlmteacher.distillation.trainer import TrainSettings
 from vlmteacher.distillation.training import Training, begin, build_settings, finish, read_settings
 from vlmteacher.errors import InputError

@@ -27,6 +27,7 @@ from vlmteacher.optimization import teacher_frame_indices
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners import load_reasoner
 from vlmteacher.reasoners.base import Condition, Noise, Reasoner
+from vlmteacher.reasoners.few_step import relative_rms
 from vlmteacher.reasoners.many_step import sample_many
 from vlmteacher.reasoners.wan import WanReasoner
 from vlmteacher.reward import vqa_objective
@@ -37,17 +38,6 @@ from vlmteacher.teachers.base import Teacher
 TEACHER_FRAMES = 12
 GOAL_WEIGHT = 0.5
 PICTURED = 6
-
-
-def relative_rms(one: Tensor, few: Tensor, known: Tensor | None) -> float:
-    """RMS of the difference of two clean latents (1, C, T, h, w) over the RMS of `few`.
-
-    0 where the one-step prediction is the few-step result; about 1.4 between unrelated latents. The known first latent
-    frame, equal in both, is not counted.
-    """
-    first = 0 if known is None else 1
-    difference, size = ((x[:, :, first:].float().square().mean().sqrt()) for x in (one - few, few))
-    return float(difference / size)
 
 
 @torch.no_grad()
