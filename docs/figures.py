@@ -33,19 +33,16 @@ def main() -> None:
     plt.rcParams.update(
         {"svg.hashsalt": "vlmteacher", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     )
-    figure, axes = plt.subplots(1, 4, figsize=(13, 2.9), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(10.5, 2.9), layout="constrained")
     curve(axes[0], "sft", "flow", "training")
     curve(axes[0], "sft-validation", "flow", "held out", window=1)
     axes[0].set(title="many-step: flow-matching loss", ylim=(0.1, 0.25))
     curve(axes[1], "dmd2", "fake", "fake score's loss")
     curve(axes[1], "dmd2", "error", "student - real score, RMS")
     axes[1].set(title="DMD2")
-    curve(axes[2], "dmd2", "critic", "critic's loss")
-    curve(axes[2], "dmd2", "persuasion", "persuasion loss")
-    axes[2].set(title="DMD2: the GAN head")
     for name, label in (("dmd2", "DMD2"), ("consistency", "consistency"), ("few-timesteps", "few timesteps")):
-        curve(axes[3], f"{name}-validation", "relative_rms", label, window=1)
-    axes[3].set(title="one step against four, relative RMS", ylim=(0, None))
+        curve(axes[2], f"{name}-validation", "relative_rms", label, window=1)
+    axes[2].set(title="one step against four, relative RMS", ylim=(0, None))
     for axis in axes:
         axis.set_xlabel("step")
         axis.legend(frameon=False)

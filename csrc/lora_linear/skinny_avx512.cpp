@@ -18,7 +18,7 @@ constexpr int64_t kLanes = 16, kRows = 8,
 // A word is what one lane holds: two bfloat16 that follow each other along k,
 // or one float32.
 struct BFloat16 {
-  static constexpr int64_t kDepth = 2, kBytes = 2;
+  static constexpr int64_t kDepth = 2, kBytes = 2, kRun = 256;
   static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
   }
@@ -38,7 +38,7 @@ struct BFloat16 {
 };
 
 struct Float32 {
-  static constexpr int64_t kDepth = 1, kBytes = 4;
+  static constexpr int64_t kDepth = 1, kBytes = 4, kRun = 32;
   static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
   }
@@ -86,19 +86,27 @@ struct Tile {
 
 template <class T, int ROWS, int VECTORS>
 void run(const Tile& t) {
-  __m512 sum[ROWS][VECTORS];
-  for (auto& row : sum)
+  __m512 total[ROWS][VECTORS];
+  for (auto& row : total)
     for (auto& vector : row) vector = _mm512_setzero_ps();
   const char *left = t.left, *panel = t.panel;
-  for (int64_t word = 0; word < t.words; ++word, left += t.word_step, panel += 64 * VECTORS) {
-    __m512i right[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) right[v] = _mm512_loadu_si512(panel + 64 * v);
-    for (int i = 0; i < ROWS; ++i) {
-      int32_t value;
-      std::memcpy(&value, left + i * t.row_step, 4);
-      const __m512i broadcast = _mm512_set1_epi32(value);
-      for (int v = 0; v < VECTORS; ++v) sum[i][v] = T::multiply_add(sum[i][v], broadcast, right[v]);
+  for (int64_t begin = 0; begin < t.words; begin += T::kRun) {
+    const int64_t end = begin + T::kRun < t.words ? begin + T::kRun : t.words;
+    __m512 sum[ROWS][VECTORS];
+    for (auto& row : sum)
+      for (auto& vector : row) vector = _mm512_setzero_ps();
+    for (int64_t word = begin; word < end; ++word, left += t.word_step, panel += 64 * VECTORS) {
+      __m512i right[VECTORS];
+      for (int v = 0; v < VECTORS; ++v) right[v] = _mm512_loadu_si512(panel + 64 * v);
+      for (int i = 0; i < ROWS; ++i) {
+        int32_t value;
+        std::memcpy(&value, left + i * t.row_step, 4);
+        const __m512i broadcast = _mm512_set1_epi32(value);
+        for (int v = 0; v < VECTORS; ++v) sum[i][v] = T::multiply_add(sum[i][v], broadcast, right[v]);
+      }
     }
+    for (int i = 0; i < ROWS; ++i)
+      for (int v = 0; v < VECTORS; ++v) total[i][v] = _mm512_add_ps(total[i][v], sum[i][v]);
   }
   const __m512 alpha = _mm512_set1_ps(t.alpha);
   for (int i = 0; i < ROWS; ++i)
@@ -106,7 +114,7 @@ void run(const Tile& t) {
       char* to = t.out + i * t.out_step + v * kLanes * T::kBytes;
       const __mmask16 mask = v + 1 == VECTORS ? t.last : __mmask16(0xffff);
       const __m512 before = t.accumulate ? T::load(to, mask) : _mm512_setzero_ps();
-      T::store(to, mask, _mm512_fmadd_ps(alpha, sum[i][v], before));
+      T::store(to, mask, _mm512_fmadd_ps(alpha, total[i][v], before));
     }
 }
 

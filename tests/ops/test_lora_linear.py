@@ -168,9 +168,12 @@ def test_checkpointing_compiling_and_no_grad_change_nothing():
 
 def test_the_operators_are_registered_as_torch_asks():
     layer = draw(5, 8, 6, 2, dtype=torch.float32)
-    trained = [layer[name].requires_grad_() for name in ("x", "lora_a", "lora_b")]
-    args = (trained[0], [layer["weight"]], [layer["bias"]], [trained[1]], [trained[2]], [0.5])
+    x, s, layers = layer["x"], torch.randn(5, 2), [[layer[name]] for name in ("weight", "lora_a", "lora_b")]
+    args = (x, layers[0], [layer["bias"]], *layers[1:], [0.5])
     torch.library.opcheck(torch.ops.vlmteacher.lora_linear.default, args)
+    for needs in itertools.product((True, False), repeat=3):
+        args = ([torch.randn(5, 6)], x, s, *layers, [0.5], *needs)
+        torch.library.opcheck(torch.ops.vlmteacher.lora_linear_backward.default, args)
 
 
 @pytest.mark.parametrize(
@@ -183,8 +186,9 @@ def test_the_operators_are_registered_as_torch_asks():
         ({"lora_a": torch.zeros(2, 9)}, r"lora_a \(2, 9\)"),
         ({"lora_b": torch.zeros(6, 3)}, r"lora_b \(6, 3\)"),
         ({"lora_a": torch.zeros(0, 8), "lora_b": torch.zeros(6, 0)}, "rank must be at least 1"),
-        ({"lora_a": torch.zeros(2, 8, device="meta")}, "several devices"),
+        ({"lora_a": torch.zeros(2, 8, device="meta")}, "on one device: .*lora_a on meta"),
         ({"weight": torch.zeros(6, 8, dtype=torch.int8)}, "floating-point weights"),
+        ({"weight": torch.zeros(6, 8, dtype=torch.bfloat16)}, r"x torch.float32, weight torch.bfloat16"),
         ({"weight": torch.zeros(6, 8, requires_grad=True)}, "is frozen"),
     ],
 )

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from vlmteacher.errors import InputError
+from vlmteacher.ops.backends import backend
 
 
 def lora_linear_reference(
@@ -24,8 +26,7 @@ def lora_linear_reference(
     return F.linear(x, weight, bias) + scaling * F.linear(F.linear(x, lora_a), lora_b)
 
 
-@torch.library.custom_op("vlmteacher::lora_linear", mutates_args=())
-def _lora_linear(
+def lora_linear_group_reference(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
@@ -33,8 +34,11 @@ def _lora_linear(
     lora_b: Sequence[Tensor],
     scaling: Sequence[float],
 ) -> list[Tensor]:
-    """x (M, K) -> each layer's y (M, N), then S (M, sum of the ranks). `biases`: one for each layer, or none at all."""
-    s = x @ torch.cat(list(lora_a)).T if len(lora_a) > 1 else x @ lora_a[0].T
+    """What a backend computes: x (M, K) -> each layer's y (M, N), then S (M, sum of the ranks).
+
+    All of one dtype; `biases` has one for each layer, or none at all.
+    """
+    s = x @ (torch.cat(list(lora_a)) if len(lora_a) > 1 else lora_a[0]).T
     found, start = [], 0
     for i, (weight, b) in enumerate(zip(weights, lora_b, strict=True)):
         y = torch.addmm(biases[i], x, weight.T) if biases else x @ weight.T
@@ -43,8 +47,7 @@ def _lora_linear(
     return [*found, s]
 
 
-@torch.library.custom_op("vlmteacher::lora_linear_backward", mutates_args=())
-def _lora_linear_backward(
+def lora_linear_group_backward_reference(
     grads: Sequence[Tensor],
     x: Tensor,
     s: Tensor,
@@ -56,70 +59,117 @@ def _lora_linear_backward(
     need_a: bool,
     need_b: bool,
 ) -> list[Tensor]:
-    """dx where it is needed, then every dA, then every dB, where they are needed."""
+    """What a backend computes: dx, then every dA, then every dB, each where it is needed."""
     ranks = [b.shape[1] for b in lora_b]
     starts = [sum(ranks[:i]) for i in range(len(ranks))]
     found: list[Tensor] = []
-    ds = x.new_empty(s.shape) if need_x or need_a else None
-    if ds is not None:
-        for grad, b, factor, start in zip(grads, lora_b, scaling, starts, strict=True):
-            part = ds[:, start : start + b.shape[1]]
-            torch.addmm(part, grad, b, beta=0, alpha=factor, out=part)
-    if need_x:
-        assert ds is not None
-        dx = grads[0] @ weights[0]
-        for grad, weight in zip(grads[1:], weights[1:], strict=True):
-            dx.addmm_(grad, weight)
-        found.append(dx.addmm_(ds, torch.cat(list(lora_a))))
-    if need_a:
-        assert ds is not None
-        found += [part.clone() for part in (ds.T @ x).split(ranks)]
+    if need_x or need_a:
+        ds = torch.cat([(grad @ b).mul_(factor) for grad, b, factor in zip(grads, lora_b, scaling, strict=True)], 1)
+        if need_x:
+            dx = grads[0] @ weights[0]
+            for grad, weight in zip(grads[1:], weights[1:], strict=True):
+                dx.addmm_(grad, weight)
+            found.append(dx.addmm_(ds, torch.cat(list(lora_a))))
+        if need_a:
+            found += [part.clone() for part in (ds.T @ x).split(ranks)]
     if need_b:
         for grad, factor, start, rank in zip(grads, scaling, starts, ranks, strict=True):
             found.append((grad.T @ s[:, start : start + rank]).mul_(factor))
     return found
 
 
-@_lora_linear.register_fake
+def _forward(x: Tensor, *rest: Any) -> list[Tensor]:
+    fast = backend(x, "lora_linear")
+    return (fast.lora_linear if fast else lora_linear_group_reference)(x, *rest)
+
+
+def _backward(grads: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+    fast = backend(grads[0], "lora_linear")
+    return (fast.lora_linear_backward if fast else lora_linear_group_backward_reference)(grads, *rest)
+
+
+# The same as operators, for whoever must see through them (torch.compile, fake tensors). Everybody else calls the two
+# functions above: the registration costs more than a small layer's arithmetic.
+@torch.library.custom_op("vlmteacher::lora_linear", mutates_args=())
+def _forward_operator(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float],
+) -> list[Tensor]:
+    return _forward(x, weights, biases, lora_a, lora_b, scaling)
+
+
+@torch.library.custom_op("vlmteacher::lora_linear_backward", mutates_args=())
+def _backward_operator(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    s: Tensor,
+    weights: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float],
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> list[Tensor]:
+    return _backward(grads, x, s, weights, lora_a, lora_b, scaling, need_x, need_a, need_b)
+
+
+@_forward_operator.register_fake
 def _(x: Tensor, weights: Any, biases: Any, lora_a: Any, lora_b: Any, scaling: Any) -> list[Tensor]:
     return [*(x.new_empty(len(x), len(w)) for w in weights), x.new_empty(len(x), sum(len(a) for a in lora_a))]
 
 
-@_lora_linear_backward.register_fake
+@_backward_operator.register_fake
 def _(
     grads: Any, x: Tensor, s: Tensor, weights: Any, lora_a: Any, lora_b: Any, scaling: Any,
     need_x: bool, need_a: bool, need_b: bool,
 ) -> list[Tensor]:  # fmt: skip
-    like = ([x] if need_x else []) + (list(lora_a) if need_a else []) + (list(lora_b) if need_b else [])
-    return [x.new_empty(tensor.shape) for tensor in like]
+    dx = [grads[0].new_empty(len(grads[0]), weights[0].shape[1])] if need_x else []
+    return dx + [t.new_empty(t.shape) for t in (*(lora_a if need_a else ()), *(lora_b if need_b else ()))]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, biases, lora_a, lora_b, ctx.scaling = inputs
-    ctx.layers, ctx.biased = len(weights), len(biases) > 0
-    ctx.save_for_backward(x, output[-1], *weights, *lora_a, *lora_b)
+def _plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
-def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    x, s, *rest = ctx.saved_tensors
-    n = ctx.layers
-    weights, lora_a, lora_b = rest[:n], rest[n : 2 * n], rest[2 * n :]
-    grads = [grad.contiguous() for grad in grads[:n]]  # the last is that of S, which nobody is given
-    need_x, _, need_bias, need_a, need_b, _ = ctx.needs_input_grad
-    needs = (bool(need_x), _any(need_a), _any(need_b))
-    found = _lora_linear_backward(grads, x, s, weights, lora_a, lora_b, ctx.scaling, *needs)
-    dx = found.pop(0) if needs[0] else None
-    da = found[:n] if needs[1] else [None] * n
-    db = found[-n:] if needs[2] else [None] * n
-    dbias = ([grad.sum(0) for grad in grads] if _any(need_bias) else [None] * n) if ctx.biased else []
-    return dx, [None] * n, dbias, da, db, None
+class _LoRALinear(torch.autograd.Function):
+    """x (..., K) and, layer by layer, weights, biases (or none), A and B -> each layer's y (..., N)."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: int, scaling: list[float], *tensors: Tensor) -> tuple[Tensor, ...]:
+        *start, lora_a, lora_b = (tensors[i : i + layers] for i in range(0, len(tensors), layers))
+        dtype = x.dtype
+        weights, biases = ([t.to(dtype) for t in start[i]] if i < len(start) else [] for i in (0, 1))
+        a, b = ([t.to(dtype) for t in each] for each in (lora_a, lora_b))
+        rows = x.reshape(-1, x.shape[-1])
+        *ys, s = (_forward if _plain(x) else _forward_operator)(rows, weights, biases, a, b, scaling)
+        need_a, need_b = (any(ctx.needs_input_grad[3 + len(tensors) - i * layers :][:layers]) for i in (2, 1))
+        ctx.layers, ctx.scaling, ctx.shape, ctx.needs = layers, scaling, x.shape, (need_a, need_b)
+        ctx.dtypes = [t.dtype for t in tensors]
+        nothing = x.new_empty(0, 0)
+        ctx.save_for_backward(rows if need_a else nothing, s if need_b else nothing, *weights, *a, *b)
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
-def _any(needs: Any) -> bool:
-    return any(needs) if isinstance(needs, list | tuple) else bool(needs)
-
-
-_lora_linear.register_autograd(_differentiate, setup_context=_save)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        rows, s, *tensors = ctx.saved_tensors
+        n = ctx.layers
+        weights, a, b = (tensors[i : i + n] for i in range(0, 3 * n, n))
+        flat = [grad.reshape(-1, grad.shape[-1]).contiguous() for grad in grads]
+        need_x, (need_a, need_b) = ctx.needs_input_grad[0], ctx.needs
+        run = _backward if _plain(flat[0]) else _backward_operator
+        found = run(flat, rows, s, weights, a, b, ctx.scaling, need_x, need_a, need_b)
+        dx, found = (found[0].view(ctx.shape), found[1:]) if need_x else (None, found)
+        da = [d.to(t) for d, t in zip(found[:n], ctx.dtypes[-2 * n :], strict=False)] if need_a else [None] * n
+        db = [d.to(t) for d, t in zip(found[-n:], ctx.dtypes[-n:], strict=True)] if need_b else [None] * n
+        biases = ctx.needs_input_grad[3 + n : -2 * n]
+        dbias = [g.sum(0) if need else None for g, need in zip(flat, biases, strict=False)]
+        return (dx, None, None, *[None] * n, *dbias[: len(biases)], *da, *db)
 
 
 def lora_linear(
@@ -158,13 +208,8 @@ def lora_linear_group(
     _check(x, weights, biases, lora_a, lora_b, scaling)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    dtype, leading = x.dtype, x.shape[:-1]
-    weights, lora_a, lora_b = ([t.to(dtype) for t in tensors] for tensors in (weights, lora_a, lora_b))
-    biases = [bias.to(dtype) for bias in biases or ()]
-    *found, _ = _lora_linear(
-        x.reshape(-1, x.shape[-1]), weights, biases, lora_a, lora_b, [float(factor) for factor in scaling]
-    )
-    return [y.view(*leading, y.shape[-1]) for y in found]
+    factors = [float(factor) for factor in scaling]
+    return list(_LoRALinear.apply(x, len(weights), factors, *weights, *(biases or ()), *lora_a, *lora_b))
 
 
 def _check(
@@ -181,22 +226,29 @@ def _check(
     if not x.dim() or not x.is_floating_point():
         raise InputError(f"lora_linear takes a floating-point x (..., K), got {x.dtype} {tuple(x.shape)}")
     for i, (weight, a, b) in enumerate(zip(weights, lora_a, lora_b, strict=True)):
-        bias = None if biases is None else biases[i]
-        shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, lora_a {tuple(a.shape)}, lora_b {tuple(b.shape)}"
-        if bias is not None:
-            shapes += f", bias {tuple(bias.shape)}"
-        fits = weight.dim() == 2 and weight.shape[1] == x.shape[-1] and a.dim() == 2 and b.dim() == 2
-        fits = fits and a.shape[1] == weight.shape[1] and b.shape == (weight.shape[0], a.shape[0])
-        if not fits or (bias is not None and bias.shape != weight.shape[:1]):
-            raise InputError(f"shapes do not fit (..., K), (N, K), (r, K), (N, r), (N,): {shapes}")
-        if not len(a):
-            raise InputError(f"the LoRA rank must be at least 1: {shapes}")
-        tensors = [weight, a, b] if bias is None else [weight, a, b, bias]
-        if any(t.device != x.device for t in tensors):
-            raise InputError(
-                f"tensors on several devices: x on {x.device}, the layer on {[str(t.device) for t in tensors]}"
-            )
-        if not all(t.is_floating_point() for t in tensors):
-            raise InputError(f"lora_linear takes floating-point weights, got {[str(t.dtype) for t in tensors]}")
-        if weight.requires_grad:
-            raise InputError("the weight of a lora_linear is frozen: call weight.requires_grad_(False)")
+        _check_layer(x, {"weight": weight, "lora_a": a, "lora_b": b} | ({"bias": biases[i]} if biases else {}))
+
+
+def _check_layer(x: Tensor, layer: dict[str, Tensor]) -> None:
+    weight, a, b = layer["weight"], layer["lora_a"], layer["lora_b"]
+
+    def shapes() -> str:
+        return ", ".join(f"{name} {tuple(t.shape)}" for name, t in ({"x": x} | layer).items())
+
+    fits = weight.dim() == 2 and weight.shape[1] == x.shape[-1] and a.dim() == 2 and b.dim() == 2
+    fits = fits and a.shape[1] == weight.shape[1] and b.shape == (weight.shape[0], a.shape[0])
+    if not fits or ("bias" in layer and layer["bias"].shape != weight.shape[:1]):
+        raise InputError(f"shapes do not fit (..., K), (N, K), (r, K), (N, r), (N,): {shapes()}")
+    if not a.shape[0]:
+        raise InputError(f"the LoRA rank must be at least 1: {shapes()}")
+    if any(t.device != x.device for t in layer.values()):
+        devices = ", ".join(f"{name} on {t.device}" for name, t in ({"x": x} | layer).items())
+        raise InputError(f"a lora_linear wants its tensors on one device: {devices}")
+    if not all(t.is_floating_point() for t in layer.values()):
+        raise InputError(f"lora_linear takes floating-point weights, got {[str(t.dtype) for t in layer.values()]}")
+    frozen = {name: t.dtype for name, t in layer.items() if name in ("weight", "bias")}
+    if any(dtype != x.dtype for dtype in frozen.values()) and not torch.is_autocast_enabled(x.device.type):
+        dtypes = ", ".join(f"{name} {dtype}" for name, dtype in ({"x": x.dtype} | frozen).items())
+        raise InputError(f"a lora_linear wants x, weight and bias of one dtype (or autocast): {dtypes}")
+    if weight.requires_grad:
+        raise InputError("the weight of a lora_linear is frozen: call weight.requires_grad_(False)")
