@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = add("demo", demo, "solve one packaged example with the packaged pair of models")
     sub.add_argument("--out", metavar="DIR", help="run folder to write (default: runs/demo, runs/demo-2, ...)")
+    _add_fused(sub)
 
     sub = add("solve", solve, "answer one prompt with a video, improved by the Teacher")
     _add_instance(sub)
@@ -87,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
         default=None,
         help="stop only when the few-step video is good enough too (default: the pair's)",
     )
+    _add_fused(sub)
     sub.add_argument("--keep", choices=("last", "best"), help="which LoRA to use after N updates")
     sub.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the noise (default: 0)")
     sub.add_argument("--out", required=True, metavar="DIR", help="run folder to write")
@@ -142,6 +144,15 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _add_fused(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--fused-lora",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compute the LoRA layers by our operator (default) or by PEFT's expression",
+    )
+
+
 def _add_instance(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--prompt", required=True, metavar="TEXT", help="the task")
     sub.add_argument("--image", metavar="FILE", help="the first frame")
@@ -180,6 +191,7 @@ def demo(arguments: argparse.Namespace) -> None:
         image,
         generator=torch.Generator().manual_seed(example["seed"]),
         output_type="np",
+        fused_lora=arguments.fused_lora,
         run_dir=out,
     )
     _print_result(output)
@@ -214,6 +226,7 @@ def solve(arguments: argparse.Namespace) -> None:
         "goal_weight": arguments.goal_weight,
         "keep": arguments.keep,
         "check_final": arguments.check_final,
+        "fused_lora": arguments.fused_lora,
     }
     settings = {name: value for name, value in names.items() if value is not None}
     Settings(**settings)  # bad values show before any model is loaded

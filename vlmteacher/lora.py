@@ -25,6 +25,7 @@ def add_lora(
     alpha: float | None = None,
     seed: int | None = None,
     target_modules: Sequence[str] | None = None,
+    fused: bool = True,
 ) -> None:
     """Put a fresh LoRA, y = W x + (alpha / rank) B A x with B = 0, on `transformer`; a previous one is removed.
 
@@ -34,6 +35,7 @@ def add_lora(
         alpha: `rank` by default, so that the scale is 1.
         seed: fixes the draw of A whatever was drawn before; None uses torch's global generator.
         target_modules: ends of the names of the layers to adapt, by default those of Wan.
+        fused: compute the layers by our operator (`LoRALinear`) instead of PEFT's expression.
 
     The weights are float32 whatever the transformer's dtype: updates of 3e-5 are lost in bfloat16.
     """
@@ -58,6 +60,10 @@ def add_lora(
             if "lora_A" in name and generator is not None:
                 draw = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=math.sqrt(5), generator=generator)
                 parameter.data.copy_(draw)
+    if fused:
+        from vlmteacher.lora_linear import fuse_lora
+
+        fuse_lora(transformer)
 
 
 def remove_lora(transformer: Any) -> None:

@@ -37,7 +37,8 @@ class Settings:
     max_steps N >= 0; threshold tau > 0 on the loss (0.22 = -ln 0.8); goal_weight lambda in [0, 1]; teacher_frames
     K >= 1, frames that the Teacher sees; rank >= 1 of the LoRA; learning_rate > 0 of AdamW; keep: after N updates
     the "last" LoRA, or the "best" one, which had the lowest loss seen. check_final: where the one-step prediction is
-    good enough, look at the few-step video too, and go on while that is not (the paper does not). Raises InputError.
+    good enough, look at the few-step video too, and go on while that is not (the paper does not). fused_lora: compute
+    the LoRA layers by our operator, not by PEFT's expression; the results agree to rounding. Raises InputError.
     """
 
     max_steps: int = 40
@@ -48,6 +49,7 @@ class Settings:
     learning_rate: float = 5e-5
     keep: Literal["last", "best"] = "last"
     check_final: bool = False
+    fused_lora: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (("max_steps", 0), ("teacher_frames", 1), ("rank", 1)):

@@ -185,6 +185,7 @@ class TeacherPipeline:
         learning_rate: float | None = None,
         keep: Literal["last", "best"] | None = None,
         check_final: bool | None = None,
+        fused_lora: bool | None = None,
         target: Literal["first_step"] = "first_step",
         output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
@@ -201,8 +202,8 @@ class TeacherPipeline:
             num_frames, height, width: of the video; None is the Reasoner's own size.
             generator: the source of the instance's noise and of the LoRA's start; None draws a new seed.
             queries: None lets the Teacher write them.
-            max_steps, threshold, goal_weight, teacher_frames, rank, learning_rate, keep, check_final: see `Settings`;
-                None is the pair's default, where it has one, or else the paper's.
+            max_steps, threshold, goal_weight, teacher_frames, rank, learning_rate, keep, check_final, fused_lora: see
+                `Settings`; None is the pair's default, where it has one, or else the paper's.
             target: which prediction the Teacher looks at; only "first_step", the paper's, is there.
             output_type: what the videos come as (see `Frames`). return_dict: False returns `(frames,)`.
             callback_on_step_end: called as `callback(pipe, step, row)` after each step.
@@ -222,6 +223,7 @@ class TeacherPipeline:
             "learning_rate": learning_rate,
             "keep": keep,
             "check_final": check_final,
+            "fused_lora": fused_lora,
         }
         settings = Settings(**self.defaults.to_dict() | {k: v for k, v in overrides.items() if v is not None})
         given = {"num_frames": num_frames, "height": height, "width": width}
@@ -264,7 +266,7 @@ class TeacherPipeline:
             losses_before = self._losses(video_before, frame_indices, queries)
         if run and not recorded:
             run.begin({"prompt": prompt, "config": config, "models": self.models, "queries": queries.to_dict()})
-        add_lora(reasoner.transformer, settings.rank, seed=seed)
+        add_lora(reasoner.transformer, settings.rank, seed=seed, fused=settings.fused_lora)
         loop = Optimization(reasoner, decoder, teacher, condition, noise, queries, settings)
         try:
             # 3. Look at the one-step prediction; stop if the Teacher is content, else update; at most N times.

@@ -1,0 +1,138 @@
+"""PEFT's LoRA layer with the fused operator as its forward; all else about it stays PEFT's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear as PeftLinear
+from torch import Tensor, nn
+
+from vlmteacher.errors import InputError
+from vlmteacher.ops.lora_linear import lora_linear
+
+# Largest relative RMS between the fused layer and PEFT's own, which rounds in other places.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+class LoRALinear(PeftLinear):
+    """A frozen linear layer with LoRA adapters, x (..., K) -> (..., N): `peft.tuners.lora.Linear`, computed by
+    `vlmteacher.ops.lora_linear`.
+
+    Parameters, their names, adapters, scaling, merging, saving and unloading are PEFT's. Where the operator does not
+    apply (merged or disabled adapters, dropout while training, DoRA and its like, a base layer that is no plain frozen
+    linear layer, mixed batches), PEFT's own forward runs.
+    """
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, rank: int = 16, alpha: float | None = None, adapter_name: str = "default"
+    ) -> LoRALinear:
+        """Wrap `linear`, which is frozen by it, with a fresh adapter in float32 (B = 0); `alpha` is `rank` by default.
+
+        Raises InputError: a rank below 1, or results that differ from PEFT's.
+        """
+        if rank < 1:
+            raise InputError(f"the LoRA rank must be at least 1, not {rank}")
+        config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha)
+        layer = cls(
+            linear.requires_grad_(False),
+            adapter_name,
+            config,
+            r=rank,
+            lora_alpha=config.lora_alpha,
+        )
+        for part in (layer.lora_A, layer.lora_B):
+            part.float()
+        layer.prove()
+        return layer
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapters = [name for name in self.active_adapters if name in self.lora_A]
+        if args or kwargs or not adapters or not self._applies(x, adapters):
+            return super().forward(x, *args, **kwargs)
+        a, b = ([part[name].weight for name in adapters] for part in (self.lora_A, self.lora_B))
+        scaling = [self.scaling[name] for name in adapters]
+        if len(adapters) > 1:  # side by side they are one adapter of the sum of the ranks
+            a, scaled = [torch.cat(a)], [each * factor for each, factor in zip(b, scaling, strict=True)]
+            b, scaling = [torch.cat(scaled, dim=1)], [1.0]
+        return lora_linear(x, self.base_layer.weight, self.base_layer.bias, a[0], b[0], scaling[0])
+
+    def _applies(self, x: Tensor, adapters: list[str]) -> bool:
+        base = self.base_layer
+        return (
+            type(base) is nn.Linear
+            and not base._forward_hooks
+            and not base._forward_pre_hooks
+            and not base.weight.requires_grad
+            and x.is_floating_point()
+            and not (self.disable_adapters or self.merged or self.fan_in_fan_out)
+            and all(self._is_plain(name) for name in adapters)
+        )
+
+    def _is_plain(self, adapter: str) -> bool:
+        dropout = self.lora_dropout[adapter]
+        return (
+            (isinstance(dropout, nn.Identity) or not dropout.training)
+            and adapter not in self.lora_variant
+            and self.lora_B[adapter].bias is None
+        )
+
+    def prove(self, name: str = "the layer") -> None:
+        """One forward and backward of three random rows against PEFT's, with a random B. Raises InputError."""
+        generator = torch.Generator().manual_seed(0)
+        weight = self.base_layer.weight
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(weight.device)
+
+        adapters = [each for each in self.active_adapters if each in self.lora_A]
+        if not self._applies(draw(1), adapters):
+            return  # PEFT's own forward runs
+        trained = [part[each].weight for part in (self.lora_A, self.lora_B) for each in adapters]
+        before = [b.data for b in trained[len(adapters) :]]
+        x = draw(3, weight.shape[1]).to(weight.dtype).requires_grad_()
+        grad = draw(3, weight.shape[0]).to(weight.dtype)
+        try:
+            for b in trained[len(adapters) :]:
+                b.data = draw(*b.shape).to(b.dtype)
+            wanted = [x, *(each for each in trained if each.requires_grad)]
+            with torch.enable_grad():
+                (ours, theirs) = (
+                    (y.detach(), *torch.autograd.grad(y, wanted, grad)) for y in (self(x), super().forward(x))
+                )
+        finally:
+            for b, data in zip(trained[len(adapters) :], before, strict=True):
+                b.data = data
+        for what, mine, peft in zip(("output", "dx", *["LoRA gradient"] * len(trained)), ours, theirs, strict=False):
+            difference = float((mine - peft).float().square().mean().sqrt() / peft.float().square().mean().sqrt())
+            if not difference <= TOLERANCE[weight.dtype]:
+                raise InputError(
+                    f"{name}: the fused LoRA's {what} differs from PEFT's by {difference:.1e} (allowed "
+                    f"{TOLERANCE[weight.dtype]:.0e}, {weight.dtype}): use PEFT's layers (fused_lora=False)"
+                )
+
+
+def fuse_lora(model: nn.Module) -> list[str]:
+    """Make PEFT's LoRA layers over plain linear layers in `model` `LoRALinear`s, in place; their names are returned.
+
+    One layer of each shape and dtype is proved against PEFT's forward and backward first. Raises InputError where
+    they differ; the layers are then as they were.
+    """
+    found = {name: module for name, module in model.named_modules() if type(module) is PeftLinear}
+    proved: set[tuple[Any, ...]] = set()
+    try:
+        for name, layer in found.items():
+            layer.__class__ = LoRALinear  # keeps hooks and references; the layers differ in their forward alone
+            base = layer.base_layer
+            ranks = tuple(layer.lora_A[each].weight.shape[0] for each in layer.lora_A)
+            kind = (tuple(base.weight.shape), base.weight.dtype, base.weight.device, base.bias is None, ranks)
+            if kind not in proved and base.weight.dtype in TOLERANCE and not base.weight.is_meta:
+                layer.prove(name)
+                proved.add(kind)
+    except InputError:
+        for layer in found.values():
+            layer.__class__ = PeftLinear
+        raise
+    return list(found)
