@@ -1,0 +1,171 @@
+// The LoRA linear on NVIDIA GPUs: torch's tensors for plan.cuh. Stable ABI; built by nvcc against any torch, a CPU one
+// too, where the library loads but nothing calls it.
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <limits>
+
+#include "plan.cuh"
+
+// weak: a torch without CUDA has no such symbol
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "lora_linear: ", cudaGetErrorString(error)); }
+
+class Device {  // plan.cuh's: x's GPU and torch's current stream there
+ public:
+  explicit Device(const Tensor& x) : x_(x), guard_(x.get_device_index()) {
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(x.get_device_index(), reinterpret_cast<void**>(&stream_)));
+  }
+
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, const Arguments&... arguments) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    kernel<<<grid, threads, shared_bytes, stream_>>>(arguments...);
+    check(cudaGetLastError());
+  }
+
+  template <class T>
+  T* scratch(int64_t count) {
+    const auto bytes = static_cast<int64_t>(count * sizeof(T));
+    scratch_.push_back(torch::stable::new_empty(x_, {bytes}, ScalarType::Byte));
+    return static_cast<T*>(scratch_.back().mutable_data_ptr());
+  }
+
+  template <class T>
+  void copy(T* to, const T* from, int64_t count) {
+    check(cudaMemcpyAsync(to, from, count * sizeof(T), cudaMemcpyDeviceToDevice, stream_));
+  }
+
+ private:
+  const Tensor& x_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+  Tensors scratch_;  // given back on the host's return: torch gives it out again only behind what this stream does
+};
+
+template <class F>
+void with_type(const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return f.template operator()<float>();
+    case ScalarType::Half:
+      return f.template operator()<__half>();
+    case ScalarType::BFloat16:
+      return f.template operator()<__nv_bfloat16>();
+    default:
+      STD_TORCH_CHECK(false, "lora_linear on a GPU takes float32, float16 and bfloat16");
+  }
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+int size(const Tensor& t, int64_t axis) {
+  STD_TORCH_CHECK(t.size(axis) <= std::numeric_limits<int>::max(), "lora_linear: ", t.size(axis), " rows or columns");
+  return static_cast<int>(t.size(axis));
+}
+
+// What the kernels may assume: contiguous rows, one dtype, one GPU.
+void prepare(const Tensor& x, std::initializer_list<Tensors*> groups, size_t layers) {
+  STD_TORCH_CHECK(layers < lora_linear::MostProducts, "lora_linear: too many layers in a group: ", layers);
+  for (Tensors* group : groups)
+    for (Tensor& t : *group) {
+      STD_TORCH_CHECK(t.scalar_type() == x.scalar_type() && t.get_device() == x.get_device(),
+                      "lora_linear: tensors of several dtypes or devices");
+      t = torch::stable::contiguous(t);
+    }
+}
+
+Tensors lora_linear_forward(const Tensor& x_any, Tensors weights, Tensors biases, Tensors lora_a, Tensors lora_b,
+                            std::vector<double> scaling) {
+  const Tensor x = torch::stable::contiguous(x_any);
+  prepare(x, {&weights, &biases, &lora_a, &lora_b}, weights.size());
+  Tensors found;
+  int64_t ranks = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    found.push_back(torch::stable::new_empty(x, {x.size(0), weights[i].size(0)}));
+    ranks += lora_a[i].size(0);
+  }
+  found.push_back(torch::stable::new_empty(x, {x.size(0), ranks}));
+  with_type(x, [&]<class T>() {
+    std::vector<lora_linear::Layer<T>> layers;
+    for (size_t i = 0; i < weights.size(); ++i)
+      layers.push_back({.weight = data<T>(weights[i]),
+                        .bias = biases.empty() ? nullptr : data<T>(biases[i]),
+                        .lora_a = data<T>(lora_a[i]),
+                        .lora_b = data<T>(lora_b[i]),
+                        .y = data<T>(found[i]),
+                        .n = size(weights[i], 0),
+                        .rank = size(lora_a[i], 0),
+                        .scaling = static_cast<float>(scaling[i])});
+    Device device(x);
+    lora_linear::forward(device, data<T>(x), size(x, 0), size(x, 1), layers, data<T>(found.back()));
+  });
+  return found;
+}
+
+Tensors lora_linear_backward(Tensors grads, const Tensor& x_any, const Tensor& s_any, Tensors weights, Tensors lora_a,
+                             Tensors lora_b, std::vector<double> scaling, bool need_x, bool need_a, bool need_b) {
+  const Tensor x = torch::stable::contiguous(x_any), s = torch::stable::contiguous(s_any);
+  prepare(x, {&grads, &weights, &lora_a, &lora_b}, weights.size());
+  Tensors found;
+  const auto add_like = [&](const Tensor& t) {
+    found.push_back(torch::stable::new_empty(t, t.sizes()));
+    return found.back();
+  };
+  Tensors dx, da, db;
+  if (need_x) dx.push_back(add_like(x));
+  if (need_a)
+    for (const Tensor& a : lora_a) da.push_back(add_like(a));
+  if (need_b)
+    for (const Tensor& b : lora_b) db.push_back(add_like(b));
+  with_type(x, [&]<class T>() {
+    std::vector<lora_linear::Layer<T>> layers;
+    for (size_t i = 0; i < weights.size(); ++i)
+      layers.push_back({.weight = data<T>(weights[i]),
+                        .lora_a = data<T>(lora_a[i]),
+                        .lora_b = data<T>(lora_b[i]),
+                        .grad = data<T>(grads[i]),
+                        .da = need_a ? data<T>(da[i]) : nullptr,
+                        .db = need_b ? data<T>(db[i]) : nullptr,
+                        .n = size(weights[i], 0),
+                        .rank = size(lora_a[i], 0),
+                        .scaling = static_cast<float>(scaling[i])});
+    Device device(x);
+    lora_linear::backward(device, data<T>(x), data<T>(s), size(x, 0), size(x, 1), layers,
+                          need_x ? data<T>(dx[0]) : nullptr, need_a, need_b);
+  });
+  return found;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vlmteacher_cuda, m) {
+  m.def(
+      "lora_linear(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] lora_a, Tensor[] lora_b, float[] scaling) -> "
+      "Tensor[]");
+  m.def(
+      "lora_linear_backward(Tensor[] grads, Tensor x, Tensor s, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, "
+      "float[] scaling, bool need_x, bool need_a, bool need_b) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vlmteacher_cuda, CUDA, m) {
+  m.impl("lora_linear", TORCH_BOX(&lora_linear_forward));
+  m.impl("lora_linear_backward", TORCH_BOX(&lora_linear_backward));
+}

@@ -1,0 +1,126 @@
+"""The CUDA source of lora_linear, executed on the CPU: its plan and kernels against float64."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels import simt
+from tests.ops.test_lora_linear import rms
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.fixture(scope="module")
+def library():
+    return simt.build("lora_linear.cpp")
+
+
+def draw(m: int, k: int, layers: list[tuple[int, int]], biased: bool, dtype: torch.dtype) -> dict[str, list[Tensor]]:
+    """x and, of each (n, rank), the layer's tensors and the gradient of its output."""
+    generator = torch.Generator().manual_seed(m + k)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    drawn = {"x": [randn(m, k)], "grads": [randn(m, n) for n, _ in layers]}
+    drawn["weights"] = [randn(n, k) / max(k, 1) ** 0.5 for n, _ in layers]
+    drawn["biases"] = [randn(n) if biased else None for n, _ in layers]
+    drawn["lora_a"] = [randn(r, k) / max(k, 1) ** 0.5 for _, r in layers]
+    return drawn | {"lora_b": [randn(n, r) / r**0.5 for n, r in layers]}
+
+
+def expected(drawn: dict[str, list[Tensor]], scaling: list[float], dtype: torch.dtype) -> dict[str, list[Tensor]]:
+    """The definition, in `dtype`."""
+    layers = zip(drawn["weights"], drawn["biases"], drawn["lora_a"], drawn["lora_b"], scaling, strict=True)
+    layers = [[None if t is None else t.to(dtype) for t in tensors] + [factor] for *tensors, factor in layers]
+    x = drawn["x"][0].to(dtype).requires_grad_()
+    trained = [layer[2].requires_grad_() for layer in layers] + [layer[3].requires_grad_() for layer in layers]
+    linear = torch.nn.functional.linear
+    s = torch.cat([linear(x, layer[2]) for layer in layers], 1)
+    y = [linear(x, w, bias) + factor * linear(linear(x, a), b) for w, bias, a, b, factor in layers]
+    dx, *rest = torch.autograd.grad(y, [x, *trained], [grad.to(dtype) for grad in drawn["grads"]])
+    n = len(layers)
+    return {"y": [t.detach() for t in y], "s": [s.detach()], "dx": [dx], "da": rest[:n], "db": rest[n:]}
+
+
+def execute(
+    library: ctypes.CDLL, drawn: dict[str, list[Tensor]], scaling: list[float], needs: str = "xab"
+) -> dict[str, list[Tensor]]:
+    with simt.Memory(library) as memory:
+        held = {name: [None if t is None else memory.put(t) for t in tensors] for name, tensors in drawn.items()}
+        x, dtype = held["x"][0], held["x"][0].dtype
+        (m, k), sizes = x.shape, [b.shape for b in held["lora_b"]]
+        out = {"y": [memory.empty(m, n, dtype=dtype) for n, _ in sizes]}
+        out["s"] = [memory.empty(m, sum(r for _, r in sizes), dtype=dtype)]
+        out["dx"] = [memory.empty(m, k, dtype=dtype)] if "x" in needs else []
+        out["da"] = [memory.empty(r, k, dtype=dtype) for _, r in sizes] if "a" in needs else []
+        out["db"] = [memory.empty(n, r, dtype=dtype) for n, r in sizes] if "b" in needs else []
+        kind = (dtype.itemsize, dtype == torch.bfloat16)
+        lists = [[ctypes.c_float(factor) for factor in scaling], *(list(column) for column in zip(*sizes, strict=True))]
+        simt.call(
+            library.run_forward, *kind, x, m, k, len(sizes), held["weights"], held["biases"], held["lora_a"],
+            held["lora_b"], *lists, out["y"], out["s"][0],
+        )  # fmt: skip
+        simt.call(
+            library.run_backward, *kind, held["grads"], x, out["s"][0], m, k, len(sizes), held["weights"],
+            held["lora_a"], held["lora_b"], *lists, *(out["dx"] or [None]), out["da"] or None, out["db"] or None,
+        )  # fmt: skip
+        return {name: [t.clone() for t in tensors] for name, tensors in out.items()}
+
+
+def compare(library: ctypes.CDLL, m: int, k: int, layers: list[tuple[int, int]], biased: bool, dtype: torch.dtype):
+    drawn, scaling = draw(m, k, layers, biased, dtype), [0.7, 2.0, 1.3][: len(layers)]
+    exact, plain = expected(drawn, scaling, torch.float64), expected(drawn, scaling, dtype)
+    ours = execute(library, drawn, scaling)
+    for name, values in exact.items():
+        for i, value in enumerate(values):
+            error, usual = (rms(found[name][i].double() - value) for found in (ours, plain))
+            allowed = 1.5 * usual + 0.1 * torch.finfo(dtype).eps * rms(value)
+            assert error <= allowed, f"{name}[{i}]: {error:.3g}, allowed {allowed:.3g}"  # a NaN is not
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("m", "k", "layers", "biased"),
+    [
+        (1, 64, [(64, 4)], True),
+        (63, 200, [(136, 16)], False),
+        (130, 63, [(63, 7)], True),  # nothing is aligned
+        (33, 328, [(24, 128)], True),  # more rank than output
+        (600, 72, [(40, 64)], False),  # the sums over rows are in parts
+        (47, 96, [(160, 16), (32, 8), (31, 4)], True),
+        (40, 64, [(64, 16), (64, 16)], False),
+        (0, 64, [(64, 4), (8, 4)], True),
+    ],
+)
+def test_no_further_from_float64_than_the_plain_expression(library, m, k, layers, biased, dtype):
+    library.simt_seed(m)
+    compare(library, m, k, layers, biased, dtype)
+
+
+def test_many_block_rows_and_columns_and_steps(library):
+    compare(library, 1100, 80, [(150, 8)], True, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_order_of_the_warps_gives_the_same_bits(library, dtype):
+    drawn = draw(300, 72, [(72, 16), (40, 8)], True, dtype)
+    found = []
+    for seed in range(2):
+        library.simt_seed(seed)
+        found.append(execute(library, drawn, [0.7, 2.0]))
+    assert all(torch.equal(a, b) for name in found[0] for a, b in zip(found[0][name], found[1][name], strict=True))
+
+
+@pytest.mark.parametrize("needs", ["".join(c) for n in range(4) for c in itertools.combinations("xab", n)])
+def test_any_of_the_gradients_alone(library, needs):
+    drawn = draw(20, 32, [(24, 4), (16, 8)], False, torch.float32)
+    everything, some = (execute(library, drawn, [0.7, 2.0], which) for which in ("xab", needs))
+    for name in ("dx", "da", "db"):
+        assert len(some[name]) == (len(everything[name]) if name[1] in needs else 0)
+        assert all(torch.equal(a, b) for a, b in zip(some[name], everything[name], strict=False))
