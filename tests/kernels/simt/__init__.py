@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).parent
-FLAGS = [
-    "-std=c++20", "-O2", "-march=native", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+FLAGS = (
+    *("-std=c++20", "-O2", "-march=native", "-shared", "-fPIC"),
     "-U_FORTIFY_SOURCE",  # a fortified longjmp does not leave a fiber
-    "-fsanitize=bounds", "-fsanitize-undefined-trap-on-error",
-]  # fmt: skip
+    *("-fsanitize=bounds", "-fsanitize-undefined-trap-on-error"),
+)
 
 
 class Fault(RuntimeError):
