@@ -1,6 +1,6 @@
 """Frozen linear layers with a LoRA, forward and backward, against PEFT's layers and against the frozen layers alone.
 
-python -m benchmarks.lora_linear [--json] [--dtype bfloat16]
+python -m benchmarks.lora_linear [--json] [--dtype float32]
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def saved_bytes(function: Callable[[], Sequence[Tensor]], weights: Sequence[Tens
 
 
 def main() -> None:
-    settings = arguments(__doc__ or "")
+    settings = arguments(__doc__ or "", "bfloat16")
     dtype = getattr(torch, settings.dtype)
     rows = []
     for case, m, k, sizes in SHAPES:

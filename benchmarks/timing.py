@@ -45,11 +45,11 @@ def compare(
     }
 
 
-def arguments(description: str) -> argparse.Namespace:
+def arguments(description: str, dtype: str = "float32") -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", default=dtype, choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--pairs", type=int, default=15, help="alternating measurements per case")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
     settings = parser.parse_args()
@@ -63,12 +63,15 @@ def publish(name: str, settings: argparse.Namespace, rows: Sequence[dict[str, An
     summary = {"speedup": math.exp(statistics.fmean(math.log(row["speedup"]) for row in rows))}
     if all(row.get("memory_ratio") is not None for row in rows):
         summary["memory_ratio"] = statistics.fmean(row["memory_ratio"] for row in rows)
+    if all("vs_frozen_linear" in row for row in rows):
+        summary["vs_frozen_linear"] = statistics.geometric_mean(row["vs_frozen_linear"] for row in rows)
     print(f"{name} on {settings.device}, {settings.dtype}, {torch.get_num_threads()} of {os.cpu_count()} threads")
     for row in rows:
         print(
             f"  {row['case']:<44} ours {row['ours_ms']:9.3f} ms  stock {row['stock_ms']:9.3f} ms  "
             f"x{row['speedup']:.2f} [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
         )
+    print("  mean: " + ", ".join(f"{name} {value:.2f}" for name, value in summary.items()))
     if settings.json:
         facts = {"benchmark": name, "device": settings.device, "dtype": settings.dtype}
         print(json.dumps(facts | {"rows": list(rows), "summary": summary}))

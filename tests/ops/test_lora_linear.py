@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vlmteacher.errors import InputError
+from vlmteacher.ops import lora_linear as operator
+from vlmteacher.ops.backends import cpp_status
 from vlmteacher.ops.lora_linear import lora_linear, lora_linear_group, lora_linear_reference
 
 NAMES = ("x", "weight", "bias", "lora_a", "lora_b")
@@ -46,13 +48,32 @@ def rms(t: Tensor) -> float:
     return float(t.square().mean().sqrt()) if t.numel() else 0.0
 
 
+SHAPES = [  # m, k, n, r: every size that a kernel may have trouble with, in some company
+    (0, 64, 64, 4),
+    (1, 64, 3072, 4),
+    (63, 320, 1000, 16),
+    (63, 65, 33, 3),
+    (63, 3072, 64, 64),
+    (257, 1000, 320, 64),
+    (257, 320, 3072, 128),
+    (1000, 64, 320, 128),
+    (1000, 1000, 1000, 16),
+    (4096, 320, 64, 4),
+]
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def each_backend(request, monkeypatch):
+    if request.param == "reference":
+        monkeypatch.setattr(operator, "backend", lambda x, name: None)
+    elif not cpp_status()[0]:
+        pytest.skip(cpp_status()[1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(
-    ("m", "k", "n", "r"),
-    [(1, 64, 64, 4), (63, 320, 1000, 16), (257, 1000, 320, 64), (1000, 64, 320, 128), (0, 64, 64, 4)],
-)
-def test_no_further_from_float64_than_the_plain_expression(m, k, n, r, bias, dtype):
+@pytest.mark.parametrize(("m", "k", "n", "r"), SHAPES)
+def test_no_further_from_float64_than_the_plain_expression(m, k, n, r, bias, dtype, each_backend):
     tensors = draw(m, k, n, r, bias, dtype)
     grad = torch.randn(m, n, generator=torch.Generator().manual_seed(0)).to(dtype).double()
     exact = run(lora_linear_reference, tensors, grad, torch.float64)
@@ -80,7 +101,7 @@ def test_gradients_by_finite_differences():
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_layers_that_share_x_are_each_as_by_themselves_and_save_it_once(biased):
+def test_layers_that_share_x_are_each_as_by_themselves_and_save_it_once(biased, each_backend):
     layers = [draw(7, 8, n, r) for n, r in ((6, 2), (4, 3), (6, 1))]
     x, grads = layers[0]["x"].requires_grad_(), [torch.randn(7, n, dtype=torch.float64) for n in (6, 4, 6)]
     trained = [layer[name].requires_grad_() for layer in layers for name in ("lora_a", "lora_b")]

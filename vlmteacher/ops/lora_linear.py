@@ -141,18 +141,18 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: int, scaling: list[float], *tensors: Tensor) -> tuple[Tensor, ...]:
-        *start, lora_a, lora_b = (tensors[i : i + layers] for i in range(0, len(tensors), layers))
         dtype = x.dtype
-        weights, biases = ([t.to(dtype) for t in start[i]] if i < len(start) else [] for i in (0, 1))
-        a, b = ([t.to(dtype) for t in each] for each in (lora_a, lora_b))
-        rows = x.reshape(-1, x.shape[-1])
+        cast = [t if t.dtype == dtype else t.to(dtype) for t in tensors]
+        weights, biases, a, b = cast[:layers], cast[layers : -2 * layers], cast[-2 * layers : -layers], cast[-layers:]
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         *ys, s = (_forward if _plain(x) else _forward_operator)(rows, weights, biases, a, b, scaling)
-        need_a, need_b = (any(ctx.needs_input_grad[3 + len(tensors) - i * layers :][:layers]) for i in (2, 1))
+        needs = ctx.needs_input_grad
+        need_a, need_b = any(needs[-2 * layers : -layers]), any(needs[-layers:])
         ctx.layers, ctx.scaling, ctx.shape, ctx.needs = layers, scaling, x.shape, (need_a, need_b)
-        ctx.dtypes = [t.dtype for t in tensors]
-        nothing = x.new_empty(0, 0)
-        ctx.save_for_backward(rows if need_a else nothing, s if need_b else nothing, *weights, *a, *b)
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+        ctx.dtypes = [t.dtype for t in tensors[-2 * layers :]]
+        # a backward that does not need x or S is given another tensor in its place
+        ctx.save_for_backward(rows if need_a else weights[0], s if need_b else weights[0], *weights, *a, *b)
+        return tuple(ys) if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
     @staticmethod
     @once_differentiable
@@ -160,16 +160,16 @@ class _LoRALinear(torch.autograd.Function):
         rows, s, *tensors = ctx.saved_tensors
         n = ctx.layers
         weights, a, b = (tensors[i : i + n] for i in range(0, 3 * n, n))
-        flat = [grad.reshape(-1, grad.shape[-1]).contiguous() for grad in grads]
+        flat = [(g if g.dim() == 2 else g.reshape(-1, g.shape[-1])).contiguous() for g in grads]
         need_x, (need_a, need_b) = ctx.needs_input_grad[0], ctx.needs
         run = _backward if _plain(flat[0]) else _backward_operator
         found = run(flat, rows, s, weights, a, b, ctx.scaling, need_x, need_a, need_b)
         dx, found = (found[0].view(ctx.shape), found[1:]) if need_x else (None, found)
-        da = [d.to(t) for d, t in zip(found[:n], ctx.dtypes[-2 * n :], strict=False)] if need_a else [None] * n
-        db = [d.to(t) for d, t in zip(found[-n:], ctx.dtypes[-n:], strict=True)] if need_b else [None] * n
+        da, db = found[:n] if need_a else [None] * n, found[-n:] if need_b else [None] * n
+        adapters = [d if d is None else d.to(dtype) for d, dtype in zip([*da, *db], ctx.dtypes, strict=True)]
         biases = ctx.needs_input_grad[3 + n : -2 * n]
         dbias = [g.sum(0) if need else None for g, need in zip(flat, biases, strict=False)]
-        return (dx, None, None, *[None] * n, *dbias[: len(biases)], *da, *db)
+        return (dx, None, None, *[None] * n, *dbias[: len(biases)], *adapters)
 
 
 def lora_linear(
