@@ -100,6 +100,16 @@ def test_diffusers_makes_the_same_video_with_the_lora_file(
     assert torch.allclose(video, out.frames, atol=1e-5) and not torch.allclose(video, out.frames_before, atol=1e-3)
 
 
+def test_the_fused_lora_optimises_as_pefts_own_layers_do(pipe: TeacherPipeline) -> None:
+    ours, peft = (
+        call(pipe, max_steps=4, threshold=1e-6, learning_rate=1e-2, fused_lora=fused, generator=seed()).history
+        for fused in (True, False)
+    )
+    assert len(ours) == len(peft) and len({row["loss"] for row in ours}) > 3
+    for a, b in zip(ours, peft, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+
+
 def test_a_run_folder_holds_the_contract(pipe: TeacherPipeline, image: Image.Image, tmp_path: Path) -> None:
     import imageio.v3 as iio
 
