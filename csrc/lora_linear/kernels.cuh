@@ -84,7 +84,8 @@ struct Operand {
 };
 
 // A block's accumulators in the registers of its threads. add() takes a tile of both operands from shared memory;
-// for_each_pair() visits (row, column, value, value of the next column).
+// for_each_pair() calls visit(column, rows) for each pair of columns, where rows(f) calls f(row, value, value of the
+// next column) for each of the thread's rows.
 template <class T, class Tile, class Left, class Right>
 struct Accumulators {
   static constexpr int Rows = Tile::M / Tile::WarpsM / 16, Columns = Tile::N / Tile::WarpsN / 8;
@@ -130,11 +131,11 @@ struct Accumulators {
   __device__ void for_each_pair(const Visit& visit) const {
 #pragma unroll
     for (int j = 0; j < Columns; ++j)
+      visit(column + 8 * j + lane % 4 * 2, [&](const auto& each) {
 #pragma unroll
-      for (int i = 0; i < 2 * Rows; ++i) {
-        const float* pair = value[i / 2][j] + i % 2 * 2;
-        visit(row + 8 * i + lane / 4, column + 8 * j + lane % 4 * 2, pair[0], pair[1]);
-      }
+        for (int i = 0; i < 2 * Rows; ++i)
+          each(row + 8 * i + lane / 4, value[i / 2][j][i % 2 * 2], value[i / 2][j][i % 2 * 2 + 1]);
+      });
   }
 };
 
@@ -176,9 +177,11 @@ struct Accumulators<float, Tile, Left, Right> {
   template <class Visit>
   __device__ void for_each_pair(const Visit& visit) const {
 #pragma unroll
-    for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < 4; j += 2)
+      visit(column + offset(j), [&](const auto& each) {
 #pragma unroll
-      for (int j = 0; j < 4; j += 2) visit(row + i * Down, column + offset(j), value[i][j], value[i][j + 1]);
+        for (int i = 0; i < Rows; ++i) each(row + i * Down, value[i][j], value[i][j + 1]);
+      });
   }
 };
 
@@ -237,18 +240,23 @@ __global__ void __launch_bounds__(Tile::Threads) gemm(const __grid_constant__ Ge
   };
   Out* const out = g.out + blockIdx.y * g.split_stride;
   const bool aligned = g.out_stride % 2 == 0 && reinterpret_cast<uintptr_t>(out) % sizeof(Pair) == 0;
-  sum.for_each_pair([&](int i, int j, float first, float second) {
-    i += row, j += column;
-    if (i >= g.m || j >= g.n) return;
+  sum.for_each_pair([&](int j, const auto& rows) {
+    j += column;
+    if (j >= g.n) return;
     const bool both = j + 1 < g.n;
-    if (g.bias) first += static_cast<float>(g.bias[j]), second += both ? static_cast<float>(g.bias[j + 1]) : 0.f;
-    Out* to = out + i * g.out_stride + j;
-    if (both && aligned) {
-      *reinterpret_cast<Pair*>(to) = {Out(first), Out(second)};
-    } else {
-      to[0] = Out(first);
-      if (both) to[1] = Out(second);
-    }
+    const float first_bias = g.bias ? static_cast<float>(g.bias[j]) : 0.f;
+    const float second_bias = g.bias && both ? static_cast<float>(g.bias[j + 1]) : 0.f;
+    rows([&](int i, float first, float second) {
+      i += row;
+      if (i >= g.m) return;
+      Out* to = out + i * g.out_stride + j;
+      if (both && aligned) {
+        *reinterpret_cast<Pair*>(to) = {Out(first + first_bias), Out(second + second_bias)};
+      } else {
+        to[0] = Out(first + first_bias);
+        if (both) to[1] = Out(second + second_bias);
+      }
+    });
   });
 }
 

@@ -24,6 +24,7 @@ MISTAKES = {  # in the order of the enum in examples.cpp
     "a shuffle from outside of the mask": r"reads from lane 20, which is not in mask 0000ffff",
     "a read beyond a buffer": r"an access 64 bytes from the start of a buffer of 64 bytes",
     "a write before a buffer": r"written just outside of a buffer",
+    "an unaligned write": r"an address that is not aligned",
     "a null pointer": r"no memory of this program",
 }
 

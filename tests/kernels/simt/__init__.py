@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 FLAGS = (
     *("-std=c++20", "-O2", "-march=native", "-shared", "-fPIC"),
     "-U_FORTIFY_SOURCE",  # a fortified longjmp does not leave a fiber
-    *("-fsanitize=bounds", "-fsanitize-undefined-trap-on-error"),
+    *("-fsanitize=bounds,alignment", "-fsanitize-undefined-trap-on-error"),
 )
 
 

@@ -78,7 +78,7 @@ __global__ void static_poison(T* out) {
 enum Mistake {
   TwoBarriers, ExitBeforeBarrier, SharedBeyond, SharedBefore, LdmatrixBeyond, LdmatrixUnaligned, CopyBeyond,
   StaticBeyond, NotInMask, AnotherMask, ExitBeforeCollective, BarrierInsteadOfCollective, FromOutsideOfTheMask,
-  BufferBeyondRead, BufferBeyondWrite, NullPointer, NoFault,
+  BufferBeyondRead, BufferBeyondWrite, Unaligned, NullPointer, NoFault,
 };
 // clang-format on
 
@@ -138,6 +138,9 @@ __global__ void mistaken(Mistake mistake, float* buffer, int size) {
       break;
     case BufferBeyondWrite:
       buffer[-1] = 1;
+      break;
+    case Unaligned:
+      *reinterpret_cast<double*>(buffer + 1) = 1;
       break;
     case NullPointer:
       *static_cast<volatile float*>(nullptr) = 1;

@@ -169,7 +169,7 @@ void resume(Fiber& fiber) {
 }
 
 void on_signal(int signal, siginfo_t* info, void*) {
-  if (signal == SIGILL) fault("an index outside of an array");  // the trap of -fsanitize=bounds
+  if (signal == SIGILL) fault("an index outside of an array or an address that is not aligned");  // -fsanitize's
   const auto* address = static_cast<unsigned char*>(info->si_addr);
   for (const auto& [begin, fence] : fences)
     if (fence.pages <= address && address < fence.pages + fence.length)

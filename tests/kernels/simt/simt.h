@@ -1,9 +1,9 @@
 // CUDA's words for a host compiler: device code that includes csrc/ptx.cuh is compiled by g++ as it stands and executed
 // on the CPU, a fiber to a thread, a block after the other (simt.cpp). What the hardware leaves undefined is a Fault
 // here: barriers and collectives that not everybody reaches, accesses outside of shared memory and of guarded buffers
-// (see `allocate`). Shared memory is full of NaN when a block starts; a cp.async arrives when it is waited for, no
-// sooner. Not found: races between threads that a different order of warps does not bring to light, and indices out of
-// an array that stay inside the same memory.
+// (see `allocate`), or not aligned. Shared memory is full of NaN when a block starts; a cp.async arrives when it is
+// waited for, no sooner. Not found: races between threads that a different order of warps does not bring to light, and
+// indices out of an array that stay inside the same memory.
 #pragma once
 
 #include <algorithm>
