@@ -85,28 +85,36 @@ struct Tile {
 };
 
 template <class T, int ROWS, int VECTORS>
-void run(const Tile& t) {
-  __m512 total[ROWS][VECTORS];
-  for (auto& row : total)
-    for (auto& vector : row) vector = _mm512_setzero_ps();
-  const char *left = t.left, *panel = t.panel;
-  for (int64_t begin = 0; begin < t.words; begin += T::kRun) {
-    const int64_t end = begin + T::kRun < t.words ? begin + T::kRun : t.words;
-    __m512 sum[ROWS][VECTORS];
-    for (auto& row : sum)
+struct Sums {
+  __m512 value[ROWS][VECTORS];
+
+  // The sums over the next `words`, from zero.
+  void of(const Tile& t, int64_t words, const char*& left, const char*& panel) {
+    for (auto& row : value)
       for (auto& vector : row) vector = _mm512_setzero_ps();
-    for (int64_t word = begin; word < end; ++word, left += t.word_step, panel += 64 * VECTORS) {
+    for (; words > 0; --words, left += t.word_step, panel += 64 * VECTORS) {
       __m512i right[VECTORS];
       for (int v = 0; v < VECTORS; ++v) right[v] = _mm512_loadu_si512(panel + 64 * v);
       for (int i = 0; i < ROWS; ++i) {
-        int32_t value;
-        std::memcpy(&value, left + i * t.row_step, 4);
-        const __m512i broadcast = _mm512_set1_epi32(value);
-        for (int v = 0; v < VECTORS; ++v) sum[i][v] = T::multiply_add(sum[i][v], broadcast, right[v]);
+        int32_t word;
+        std::memcpy(&word, left + i * t.row_step, 4);
+        const __m512i broadcast = _mm512_set1_epi32(word);
+        for (int v = 0; v < VECTORS; ++v) value[i][v] = T::multiply_add(value[i][v], broadcast, right[v]);
       }
     }
+  }
+};
+
+template <class T, int ROWS, int VECTORS>
+void run(const Tile& t) {
+  const char *left = t.left, *panel = t.panel;
+  Sums<T, ROWS, VECTORS> total;
+  total.of(t, t.words < T::kRun ? t.words : T::kRun, left, panel);
+  for (int64_t begin = T::kRun; begin < t.words; begin += T::kRun) {
+    Sums<T, ROWS, VECTORS> next;
+    next.of(t, t.words - begin < T::kRun ? t.words - begin : T::kRun, left, panel);
     for (int i = 0; i < ROWS; ++i)
-      for (int v = 0; v < VECTORS; ++v) total[i][v] = _mm512_add_ps(total[i][v], sum[i][v]);
+      for (int v = 0; v < VECTORS; ++v) total.value[i][v] = _mm512_add_ps(total.value[i][v], next.value[i][v]);
   }
   const __m512 alpha = _mm512_set1_ps(t.alpha);
   for (int i = 0; i < ROWS; ++i)
@@ -114,14 +122,13 @@ void run(const Tile& t) {
       char* to = t.out + i * t.out_step + v * kLanes * T::kBytes;
       const __mmask16 mask = v + 1 == VECTORS ? t.last : __mmask16(0xffff);
       const __m512 before = t.accumulate ? T::load(to, mask) : _mm512_setzero_ps();
-      T::store(to, mask, _mm512_fmadd_ps(alpha, total[i][v], before));
+      T::store(to, mask, _mm512_fmadd_ps(alpha, total.value[i][v], before));
     }
 }
 
-template <class T, int VECTORS>
+template <class T, int ROWS, int VECTORS>
 void run_rows(Tile t, int64_t rows) {
-  for (; rows >= kRows; rows -= kRows, t.left += kRows * t.row_step, t.out += kRows * t.out_step)
-    run<T, kRows, VECTORS>(t);
+  for (; rows >= ROWS; rows -= ROWS, t.left += ROWS * t.row_step, t.out += ROWS * t.out_step) run<T, ROWS, VECTORS>(t);
   for (; rows > 0; --rows, t.left += t.row_step, t.out += t.out_step) run<T, 1, VECTORS>(t);
 }
 
@@ -164,9 +171,11 @@ void product_of(int64_t m, int64_t n, int64_t k, float alpha, const Matrix& left
       pack_rows<T>(from + column * T::kBytes, stride, k, columns, vectors, panel);
     t.out = static_cast<char*>(out) + column * T::kBytes;
     t.last = mask_of(columns - (vectors - 1) * kLanes);
-    if (vectors == 3) run_rows<T, 3>(t, m);
-    if (vectors == 2) run_rows<T, 2>(t, m);
-    if (vectors == 1) run_rows<T, 1>(t, m);
+    // as many rows as leave registers for the right operand and the broadcast
+    if (vectors == 4) run_rows<T, 6, 4>(t, m);
+    if (vectors == 3) run_rows<T, 8, 3>(t, m);
+    if (vectors == 2) run_rows<T, 12, 2>(t, m);
+    if (vectors == 1) run_rows<T, 12, 1>(t, m);
   }
   std::free(pairs);
   std::free(panel);
