@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
 from vlmteacher import environment
 from vlmteacher.ops import backends
@@ -37,6 +41,69 @@ def test_missing_library_names_the_recorded_reason(monkeypatch, tmp_path):
     assert not available and "does not load" in why
     (tmp_path / "_build.json").unlink()
     assert "pip install" in backends.cpp_status.__wrapped__()[1]
+
+
+def test_missing_cuda_library_names_the_recorded_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr(backends, "__file__", str(tmp_path / "ops/backends.py"))
+
+    def status(facts: dict) -> tuple[bool, str]:
+        (tmp_path / "_build.json").write_text(json.dumps({"built": True, "why": ""} | facts))
+        return backends.cuda_status.__wrapped__()
+
+    assert status({"cuda": {"built": False, "why": "nvcc was not found"}}) == (False, "nvcc was not found")
+    assert "pip install" in status({})[1]  # by a version that had none
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert re.fullmatch(r"built, but torch .* sees no GPU", status({"cuda": {"built": True, "why": ""}})[1])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "Ampere and newer, but the GPU is a GPU" in status({"cuda": {"built": True, "why": ""}})[1]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert "the library does not load" in status({"cuda": {"built": True, "why": ""}})[1]
+
+
+@pytest.mark.parametrize(
+    ("wish", "nvcc", "torch_cuda", "expected"),
+    [
+        ("auto", True, "'13.0'", "nvcc"),
+        ("auto", True, "None", "no CUDA build"),
+        ("auto", False, "'13.0'", "nvcc was not found"),
+        ("on", True, "None", "nvcc"),
+        ("on", False, "None", "nvcc was not found"),
+        ("off", True, "'13.0'", "VLMTEACHER_CUDA=off"),
+        ("yes", True, "'13.0'", "none of auto, on and off"),
+    ],
+)
+def test_when_the_cuda_library_is_built(wish, nvcc, torch_cuda, expected, monkeypatch, tmp_path, pytestconfig):
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    build = runpy.run_path(str(pytestconfig.rootpath / "setup.py"))
+    (tmp_path / "version.py").write_text(f"__version__ = '2.13.0'\ncuda: Optional[str] = {torch_cuda}\n")
+    if nvcc:
+        (tmp_path / "nvcc").touch(mode=0o755)
+    for name, value in {"PATH": str(tmp_path), "CUDACXX": "", "VLMTEACHER_CUDA": wish}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        found = Path(build["cuda_compiler"](tmp_path)).name
+    except build["NotBuilt"] as error:
+        found = str(error)
+    assert found == expected or (expected != "nvcc" and expected in found)
+
+
+def test_a_gpu_prefers_cuda_then_triton_then_the_reference(monkeypatch):
+    class OnGPU:
+        device, dtype = torch.device("cuda"), torch.bfloat16
+
+    available = {"cuda_status": True, "triton_status": True}
+    for name in available:
+        monkeypatch.setattr(backends, name, lambda name=name: (available[name], ""))
+    monkeypatch.setattr(backends.importlib, "import_module", lambda name: name)
+    assert backends.backend(OnGPU(), "lora_linear") is torch.ops.vlmteacher_cuda
+    assert backends.backend(OnGPU(), "patchify") == "vlmteacher.kernels.patchify"
+    available["cuda_status"] = False
+    assert backends.backend(OnGPU(), "lora_linear") == "vlmteacher.kernels.lora_linear"
+    available["triton_status"] = False
+    assert backends.backend(OnGPU(), "lora_linear") is None
 
 
 def test_report_without_torch(monkeypatch):

@@ -24,18 +24,13 @@ def version(package: str) -> str | None:
         return None
 
 
-def _cuda_status() -> dict[str, Any]:
-    why = "this version has no operators in CUDA C++: GPU tensors run on Triton or, without it, on plain torch"
-    return {"available": False, "why": why}
-
-
 def report() -> dict[str, Any]:
     """Everything that `vlmteacher env` shows, as JSON-ready values; it never raises for what is missing.
 
     Returns:
-        backends: {"cpu" | "triton" | "cuda": {"available": bool, "why": str}}; `cpu` are the compiled C++ operators
-            (with "build": compiler, flags and torch that made them), `triton` the GPU kernels. `why` is empty for what
-            is available, else one line that says what is missing.
+        backends: {"cpu" | "triton" | "cuda": {"available": bool, "why": str}}; `cpu` are the compiled C++ operators,
+            `cuda` those for GPUs (both with "build": compiler and torch that made them), `triton` the GPU kernels.
+            `why` is empty for what is available, else one line that says what is missing.
         versions: package -> version, None when not installed.
         devices: torch devices, [{"name", "kind", "memory_bytes"}].
         cpu_features: instruction set -> bool; empty without the C++ library.
@@ -49,11 +44,12 @@ def report() -> dict[str, Any]:
     else:
         import torch
 
-        from vlmteacher.ops.backends import cpp_status, triton_status
+        from vlmteacher.ops.backends import build_facts, cpp_status, cuda_status, triton_status
 
-        for name, (available, why) in {"cpu": cpp_status(), "triton": triton_status()}.items():
-            backends[name] = {"available": available, "why": why}
-        backends["cuda"] = _cuda_status()
+        for name, status in {"cpu": cpp_status, "triton": triton_status, "cuda": cuda_status}.items():
+            backends[name] = dict(zip(("available", "why"), status(), strict=True))
+        if (facts := build_facts()["cuda"])["built"]:
+            backends["cuda"]["build"] = {"compiler": facts["compiler"], "torch": facts["torch"]}
         if backends["cpu"]["available"]:
             from vlmteacher import _C
 

@@ -1,4 +1,4 @@
-"""Which backend a tensor's operator runs on: the C++ operators on the CPU, Triton on a GPU, plain torch otherwise."""
+"""Which backend a tensor's operator runs on: C++ on the CPU, CUDA C++ or Triton on a GPU, plain torch otherwise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 _CPP_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_CUDA_OPERATORS = ("lora_linear",)  # Triton has every one
+
+
+def build_facts() -> dict[str, Any]:
+    """What setup.py recorded: {"built", "why"} of the C++ operators, and of those for GPUs under "cuda"."""
+    file = Path(__file__).parent.parent / "_build.json"
+    missing = {"built": False, "why": "the package was never installed: pip install -e ."}
+    return {"cuda": missing} | (json.loads(file.read_text()) if file.exists() else missing)
 
 
 @functools.cache
@@ -22,13 +30,28 @@ def cpp_status() -> tuple[bool, str]:
     try:
         importlib.import_module("vlmteacher._C")
     except ImportError as error:
-        facts = Path(__file__).parent.parent / "_build.json"
-        built = (
-            json.loads(facts.read_text())
-            if facts.exists()
-            else {"why": "the package was never installed: pip install -e ."}
-        )
-        return False, built["why"] or f"the library does not load: {error}"
+        return False, build_facts()["why"] or f"the library does not load: {error}"
+    return True, ""
+
+
+def _no_gpu() -> str:
+    kind = f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "CPU"
+    return f"torch {torch.__version__} ({kind} build) sees no GPU"
+
+
+@functools.cache
+def cuda_status() -> tuple[bool, str]:
+    """(whether the operators in CUDA C++ are loaded, why not). Loads them where there is a GPU for them."""
+    if not (facts := build_facts()["cuda"])["built"]:
+        return False, facts["why"]
+    if not torch.cuda.is_available():
+        return False, f"built, but {_no_gpu()}"
+    if torch.version.cuda is None or torch.cuda.get_device_capability() < (8, 0):
+        return False, f"built for NVIDIA's Ampere and newer, but the GPU is {torch.cuda.get_device_name()}"
+    try:
+        torch.ops.load_library(Path(__file__).parent.parent / "_cuda.so")
+    except OSError as error:
+        return False, f"the library does not load: {error}"
     return True, ""
 
 
@@ -38,8 +61,7 @@ def triton_status() -> tuple[bool, str]:
     if importlib.util.find_spec("triton") is None:
         return False, "triton is not installed: pip install 'vlmteacher[triton]'"
     if not torch.cuda.is_available():
-        kind = f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "CPU"
-        return False, f"triton is installed, but torch {torch.__version__} ({kind} build) sees no GPU"
+        return False, f"triton is installed, but {_no_gpu()}"
     return True, ""
 
 
@@ -50,6 +72,9 @@ def backend(x: Tensor, operator: str) -> Any:
     """
     if x.device.type == "cpu" and x.dtype in _CPP_DTYPES and cpp_status()[0]:
         return torch.ops.vlmteacher_cpp
-    if x.device.type == "cuda" and x.dtype in _TRITON_DTYPES and triton_status()[0]:
-        return importlib.import_module(f"vlmteacher.kernels.{operator}")
+    if x.device.type == "cuda" and x.dtype in _GPU_DTYPES:
+        if operator in _CUDA_OPERATORS and cuda_status()[0]:
+            return torch.ops.vlmteacher_cuda
+        if triton_status()[0]:
+            return importlib.import_module(f"vlmteacher.kernels.{operator}")
     return None
