@@ -4,7 +4,7 @@ TORCH := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-BUILD := pyproject.toml setup.py CMakeLists.txt $(wildcard build_backend/*.py csrc/*.cpp csrc/*/*)
+BUILD := pyproject.toml setup.py CMakeLists.txt $(wildcard build_backend/*.py csrc/*.* csrc/*/*)
 
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:
@@ -21,7 +21,7 @@ lint: .venv/installed-dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build *.egg-info vlmteacher/_C.*.so vlmteacher/_build.json
+	rm -rf .venv build *.egg-info vlmteacher/_C.*.so vlmteacher/_cuda.so vlmteacher/_build.json
 
 # Torch first: the plain name is a CUDA build of several gigabytes on most machines. Without an NVIDIA GPU the CPU build
 # is asked for by its full version, so that no other can come; only where there is none to be had, the plain one does.

@@ -1,6 +1,5 @@
-// Matrix products with a short side (the LoRA's rank) for processors with
-// AVX-512 BF16. Vendor libraries run these at a third of the speed of the big
-// product, and their calls cost more than the work at small sizes.
+// Matrix products with a short side (the LoRA's rank) for processors with AVX-512 BF16. Vendor libraries run these at a
+// third of the speed of the big product, and their calls cost more than the work at small sizes.
 #pragma once
 
 #include <cstdint>
@@ -16,15 +15,13 @@ struct Matrix {
 // Whether this processor, and this build, has the instructions.
 bool available();
 
-// Whether `product` takes bfloat16 operands of such a depth: elements go in
-// pairs along it.
+// Whether `product` takes bfloat16 operands of such a depth: elements go in pairs along it.
 inline bool takes_bfloat16(const Matrix& left, const Matrix& right, int64_t k) {
   return k % 2 == 0 || (left.transposed && !right.transposed);
 }
 
-// out (m, n) = alpha left (m, k) right (k, n) + (accumulate ? out : 0), sums in
-// float32, rounded once. Rows of `out` are contiguous. `half` means bfloat16,
-// else float32. One thread; the scratch memory is of the size of the shorter
+// out (m, n) = alpha left (m, k) right (k, n) + (accumulate ? out : 0), sums in float32, rounded once. Rows of `out`
+// are contiguous. `half` means bfloat16, else float32. One thread; the scratch memory is of the size of the shorter
 // operand.
 void product(bool half, int64_t m, int64_t n, int64_t k, float alpha, const Matrix& left, const Matrix& right,
              bool accumulate, void* out, int64_t out_stride);

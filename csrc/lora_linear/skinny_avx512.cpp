@@ -1,6 +1,5 @@
-// Compiled with AVX-512 flags and called only where they hold: keep library
-// templates out of it, which the linker could share with code that runs
-// anywhere.
+// Compiled with AVX-512 flags and called only where they hold: keep library templates out of it, which the linker could
+// share with code that runs anywhere.
 #include "skinny.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -15,8 +14,7 @@ namespace {
 constexpr int64_t kLanes = 16, kRows = 8,
                   kVectors = 3;  // 8 x 3 accumulators of 32 registers
 
-// A word is what one lane holds: two bfloat16 that follow each other along k,
-// or one float32.
+// A word is what one lane holds: two bfloat16 that follow each other along k, or one float32.
 struct BFloat16 {
   static constexpr int64_t kDepth = 2, kBytes = 2, kRun = 256;
   static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
@@ -28,8 +26,7 @@ struct BFloat16 {
   static void store(char* to, __mmask16 mask, __m512 value) {
     _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(value));
   }
-  // The words of 16 columns from rows `first` and `second` (null: zeros) of a
-  // matrix.
+  // The words of 16 columns from rows `first` and `second` (null: zeros) of a matrix.
   static __m512i words(const char* first, const char* second, __mmask16 mask) {
     const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, first));
     if (!second) return low;
@@ -49,8 +46,7 @@ struct Float32 {
 
 __mmask16 mask_of(int64_t columns) { return columns >= kLanes ? __mmask16(0xffff) : __mmask16((1u << columns) - 1); }
 
-// Words of `columns` columns of the stored (k, columns) matrix:
-// to[word][vector][lane], zeros in the unused lanes.
+// Words of `columns` columns of the stored (k, columns) matrix: to[word][vector][lane], zeros in the unused lanes.
 template <class T>
 void pack_rows(const char* from, int64_t stride, int64_t k, int64_t columns, int64_t vectors, char* to) {
   for (int64_t row = 0; row < k; row += T::kDepth)
@@ -61,8 +57,7 @@ void pack_rows(const char* from, int64_t stride, int64_t k, int64_t columns, int
     }
 }
 
-// The same of a matrix that is stored transposed, (columns, k): words stand
-// together already.
+// The same of a matrix that is stored transposed, (columns, k): words stand together already.
 void pack_columns(const char* from, int64_t stride, int64_t words, int64_t columns, int64_t vectors, char* to) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i offset = _mm512_mullo_epi32(lane, _mm512_set1_epi32(int(stride)));
@@ -138,44 +133,41 @@ template <class T>
 void product_of(int64_t m, int64_t n, int64_t k, float alpha, const Matrix& left, const Matrix& right, bool accumulate,
                 void* out, int64_t out_stride) {
   const int64_t words = (k + T::kDepth - 1) / T::kDepth;
-  char* panel = scratch(words * 64 * kVectors);
-  char* pairs = nullptr;  // the transposed left operand, its words together
-  Tile t{words,
-         static_cast<const char*>(left.data),
-         left.stride * T::kBytes,
-         4,
-         panel,
-         alpha,
-         accumulate,
-         nullptr,
-         out_stride * T::kBytes,
-         0};
-  if (left.transposed) {
-    t.row_step = 4;
-    t.word_step = left.stride * T::kBytes;
-    if (T::kDepth == 2) {
-      const int64_t vectors = (m + kLanes - 1) / kLanes;
-      t.left = pairs = scratch(words * 64 * vectors);
-      t.word_step = 64 * vectors;
-      pack_rows<T>(static_cast<const char*>(left.data), left.stride * T::kBytes, k, m, vectors, pairs);
+  const bool pack_left = left.transposed && T::kDepth == 2;  // words of a transposed operand do not stand together
+  const int64_t block = pack_left && m > 96 ? 96 : m;  // rows at a time, so that the packed ones stay in the cache
+  const int64_t left_vectors = (block + kLanes - 1) / kLanes;
+  const int64_t right_vectors = (n + kLanes - 1) / kLanes;
+  char* panel = scratch(words * 64 * (right_vectors < kVectors ? right_vectors : kVectors));
+  char* pairs = pack_left ? scratch(words * 64 * left_vectors) : nullptr;
+  const int64_t left_step = left.stride * T::kBytes, right_step = right.stride * T::kBytes;
+  for (int64_t row = 0; row < m; row += block) {
+    const int64_t rows = m - row < block ? m - row : block;
+    const char* from = static_cast<const char*>(left.data) + row * (left.transposed ? T::kBytes : left_step);
+    Tile t{words, from, left_step, 4, panel, alpha, accumulate, nullptr, out_stride * T::kBytes, 0};
+    if (left.transposed) {
+      t.row_step = 4;
+      t.word_step = pack_left ? 64 * left_vectors : left_step;
     }
-  }
-  for (int64_t column = 0; column < n; column += kVectors * kLanes) {
-    const int64_t columns = n - column < kVectors * kLanes ? n - column : kVectors * kLanes;
-    const int64_t vectors = (columns + kLanes - 1) / kLanes;
-    const char* from = static_cast<const char*>(right.data);
-    const int64_t stride = right.stride * T::kBytes;
-    if (right.transposed)
-      pack_columns(from + column * stride, stride, words, columns, vectors, panel);
-    else
-      pack_rows<T>(from + column * T::kBytes, stride, k, columns, vectors, panel);
-    t.out = static_cast<char*>(out) + column * T::kBytes;
-    t.last = mask_of(columns - (vectors - 1) * kLanes);
-    // as many rows as leave registers for the right operand and the broadcast
-    if (vectors == 4) run_rows<T, 6, 4>(t, m);
-    if (vectors == 3) run_rows<T, 8, 3>(t, m);
-    if (vectors == 2) run_rows<T, 12, 2>(t, m);
-    if (vectors == 1) run_rows<T, 12, 1>(t, m);
+    if (pack_left) {
+      t.left = pairs;
+      pack_rows<T>(from, left_step, k, rows, left_vectors, pairs);
+    }
+    for (int64_t column = 0; column < n; column += kVectors * kLanes) {
+      const int64_t columns = n - column < kVectors * kLanes ? n - column : kVectors * kLanes;
+      const int64_t vectors = (columns + kLanes - 1) / kLanes;
+      const char* source = static_cast<const char*>(right.data);
+      if (right.transposed)
+        pack_columns(source + column * right_step, right_step, words, columns, vectors, panel);
+      else
+        pack_rows<T>(source + column * T::kBytes, right_step, k, columns, vectors, panel);
+      t.out = static_cast<char*>(out) + (row * out_stride + column) * T::kBytes;
+      t.last = mask_of(columns - (vectors - 1) * kLanes);
+      // as many rows as leave registers for the right operand and the broadcast
+      if (vectors == 4) run_rows<T, 6, 4>(t, rows);
+      if (vectors == 3) run_rows<T, 8, 3>(t, rows);
+      if (vectors == 2) run_rows<T, 12, 2>(t, rows);
+      if (vectors == 1) run_rows<T, 12, 1>(t, rows);
+    }
   }
   std::free(pairs);
   std::free(panel);
