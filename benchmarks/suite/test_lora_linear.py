@@ -1,7 +1,7 @@
 """pytest benchmarks/suite: forward + backward of one group of layers at a time, by pytest-benchmark.
 
-For watching one machine over time (--benchmark-save, --benchmark-compare). Ratios, which a busy machine bends less, come
-from `python -m benchmarks.lora_linear`.
+For watching one machine over time (--benchmark-save, --benchmark-compare). Ratios, which a busy machine bends less,
+come from `python -m benchmarks.lora_linear`.
 """
 
 from __future__ import annotations

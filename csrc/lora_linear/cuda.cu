@@ -27,6 +27,7 @@ void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "lora_line
 class Device {  // plan.cuh's: x's GPU and torch's current stream there
  public:
   explicit Device(const Tensor& x) : x_(x), guard_(x.get_device_index()) {
+    check(cudaSetDevice(x.get_device_index()));  // the guard speaks to torch's CUDA runtime, which may be another one
     TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(x.get_device_index(), reinterpret_cast<void**>(&stream_)));
   }
