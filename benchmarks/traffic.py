@@ -64,8 +64,8 @@ def schemes(m: int, k: int, sizes: Sequence[int], rank: int) -> dict[str, float]
     ours += 3 * factors
     # K-augmentation: x is copied beside S, S and dS are columns of the wide operands
     augmented = ours + 2 * x + 2 * y
-    # LoRAFusion's, as its paper describes them: S by a pass of its own; y = x W^T + S B^T fused, layer by layer; dS and dB in one pass over dy, then
-    # dx = dy W + dS A, dA; nothing is shared between layers of one x
+    # LoRAFusion's scheme: S by a pass of its own, y = x W^T + S B^T fused, layer by layer; dS and dB in one pass over
+    # dy, then dx = dy W + dS A, and dA; layers of one x share nothing
     fusion = group * x + s + group * x + weights + factors + y + s + (y + s) + s + (y + weights + s)
     fusion += x + 2 * (group - 1) * x + (s + group * x) + 3 * factors
     return {"ours": WIDE * ours, "K-augmentation": WIDE * augmented, "LoRAFusion": WIDE * fusion, "floor": WIDE * floor}
