@@ -16,9 +16,7 @@ from vlmteacher.teachers.preprocessing import (
     video_size,
 )
 from vlmteacher.teachers.visual_checkpoint import LinearPatchEmbed, attend, rotate
-from vlmteacher.teachers.vlm import MAX_NEW_TOKENS, Clip, VLMTeacher, freeze_patch_embed, question_text
-
-__all__ = ["MAX_NEW_TOKENS", "LinearPatchEmbed", "QwenVLTeacher", "question_text", "video_placeholder"]
+from vlmteacher.teachers.vlm import Clip, VLMTeacher, freeze_patch_embed
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -128,7 +126,7 @@ class QwenVLTeacher(QwenTokens):
         visual = self.visual
         key = (size, self.device, visual.pos_embed.weight.dtype)
         if key not in self._tables:
-            grid = torch.tensor([[1, *(side // self.video.patch_size for side in size)]], device=self.device)
+            grid = torch.tensor([[1, *(side // self.video.patch_size for side in size)]])
             merge = visual.config.spatial_merge_size
             places, weights = get_vision_interpolation_indices_and_weights(
                 grid,
@@ -137,8 +135,9 @@ class QwenVLTeacher(QwenTokens):
                 align_corners=visual.interpolation_align_corners,
                 spatial_merge_size=merge,
             )
-            embeds = (visual.pos_embed(places) * weights[:, :, None]).sum(1)
-            self._tables[key] = embeds, *half_angles(visual.rotary_pos_emb(embeds, get_vision_position_ids(grid, merge)))
+            embeds = visual.pos_embed(places.to(self.device)) * weights.to(self.device)[:, :, None]
+            positions = get_vision_position_ids(grid, merge).to(self.device)
+            self._tables[key] = embeds.sum(1), *half_angles(visual.rotary_pos_emb(embeds, positions))
         return self._tables[key]
 
 

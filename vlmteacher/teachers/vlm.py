@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vlmteacher.errors import InputError
+from vlmteacher.errors import InputError, NonFiniteFrames
 from vlmteacher.queries import ANSWER_INSTRUCTION, QuerySet, parse_queries, query_prompt
 from vlmteacher.teachers.base import Teacher
 from vlmteacher.teachers.shared_prefix import Layout, answer_losses, check_language, lay_out
@@ -30,6 +31,21 @@ LAYOUTS_KEPT = 4
 def question_text(question: str) -> str:
     """What follows the video in the prompt of one question."""
     return question.strip() + ANSWER_INSTRUCTION
+
+
+def check_frames(frames: Tensor, frame_indices: Sequence[int], fps: float) -> None:
+    """Raises InputError, and NonFiniteFrames, when `Teacher.losses` cannot take these."""
+    if frames.dim() != 4 or frames.shape[1] != 3 or len(frames) == 0:
+        raise InputError(f"frames must be (K, 3, H, W) with K >= 1, not {tuple(frames.shape)}")
+    if len(frame_indices) != len(frames):
+        raise InputError(f"{len(frame_indices)} frame indices for {len(frames)} frames")
+    if not (fps > 0 and math.isfinite(fps)):
+        raise InputError(f"fps must be positive, not {fps}")
+    low, high = (value.item() for value in frames.detach().aminmax())
+    if not math.isfinite(low + high):
+        raise NonFiniteFrames("the frames hold NaN or infinite values: try a lower learning rate or another dtype")
+    if low < -RANGE_SLACK or high > 1 + RANGE_SLACK:
+        raise InputError(f"frames must be RGB in [0, 1], these span [{low:.4g}, {high:.4g}]: clamp or rescale them")
 
 
 @dataclass(frozen=True)
@@ -152,28 +168,22 @@ class VLMTeacher(Teacher):
     @torch.compiler.disable
     def losses(self, frames: Tensor, frame_indices: Sequence[int], fps: float, queries: QuerySet) -> Tensor:
         """See `Teacher.losses`. The video is encoded and read once, whatever the number of questions."""
-        if frames.dim() != 4 or frames.shape[1] != 3 or len(frames) == 0:
-            raise InputError(f"frames must be (K, 3, H, W) with K >= 1, not {tuple(frames.shape)}")
-        if len(frame_indices) != len(frames):
-            raise InputError(f"{len(frame_indices)} frame indices for {len(frames)} frames")
-        if not fps > 0:
-            raise InputError(f"fps must be positive, not {fps}")
-        low, high = (value.item() for value in frames.detach().aminmax())
-        if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
-            raise InputError(f"frames must be RGB in [0, 1], these span [{low:.4g}, {high:.4g}]: clamp or rescale them")
+        check_frames(frames, frame_indices, fps)
         size = self.resized(len(frames), *frames.shape[-2:])
         layout = self._layout(Clip(tuple(int(i) for i in frame_indices), float(fps), size), queries)
+        return self.packed_losses(frames.to(self.device), layout, size)
+
+    def packed_losses(self, frames: Tensor, layout: Layout, size: tuple[int, int]) -> Tensor:
+        """`losses` without looking at values: frames (K, 3, H, W) are on the device, `layout` is of these questions."""
         budget = self.chunk_patches or CHUNK_PATCHES.get(self.device.type, CHUNK_PATCHES["cuda"])
         step = max(1, budget // self.patches_per_frame(size)) * self.frames_per_patch
         offload: Any = contextlib.nullcontext()
         if self.offload and self.device.type == "cuda":
             offload = torch.autograd.graph.save_on_cpu(pin_memory=True)
         with offload:
-            features = stream(lambda chunk: self.encode(chunk, size), frames.to(self.device), step)
+            video, *deepstack = stream(lambda chunk: self.encode(chunk, size), frames, step)
             head = self.model.get_output_embeddings()
-            return answer_losses(
-                self.language, head, layout, features[0], features[1:], activation_bytes=self.activation_bytes
-            )
+            return answer_losses(self.language, head, layout, video, deepstack, self.activation_bytes)
 
     def _layout(self, clip: Clip, queries: QuerySet) -> Layout:
         """The packed prompts; the same for every step of an optimisation, so it is kept."""
