@@ -83,10 +83,10 @@ class WanReasoner(Reasoner):
             truncation=True,
             return_attention_mask=True,
             return_tensors="pt",
-        ).to(self.device)
+        ).to(self.text_encoder.device)  # it may stay on the CPU: it runs once an instance
         hidden = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         # The transformer attends to all positions without a mask and was trained with zeros beyond the prompt.
-        return (hidden * tokens.attention_mask[..., None]).to(self.dtype)
+        return (hidden * tokens.attention_mask[..., None]).to(self.device, self.dtype)
 
     def _encode_image(self, image: Image, height: int, width: int) -> Tensor:
         from PIL import Image as PILImage
