@@ -139,6 +139,23 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--method", metavar="NAME", help="dmd2, consistency or few-timesteps")
     _add_training(sub, "the many-step video model: hub id or directory")
 
+    sub = add("plan", plan, "FLOPs and peak memory of one optimisation step, ours and stock, at any size; needs no GPU")
+    sub.add_argument("--reasoner", required=True, metavar="ID", help="known video model, packaged, or local directory")
+    sub.add_argument("--teacher", required=True, metavar="ID", help="known VLM, packaged, or local directory")
+    sub.add_argument("--decoder", metavar="ID", help="taew2_1, taew2_2 or a checkpoint file (default: the Reasoner's)")
+    sub.add_argument("--num-frames", type=int, metavar="F", help="frames of the video (default: the Reasoner's)")
+    sub.add_argument("--height", type=int, metavar="H", help="pixels")
+    sub.add_argument("--width", type=int, metavar="W", help="pixels")
+    sub.add_argument("--questions", type=int, default=4, metavar="N", help="goal and process questions (default: 4)")
+    sub.add_argument("--teacher-frames", type=int, metavar="K", help="frames that the Teacher sees (default: 24)")
+    sub.add_argument("--rank", type=int, default=16, metavar="R", help="rank of the LoRA (default: 16)")
+    sub.add_argument("--memory", type=float, default=48, metavar="GB", help="of the device, 10^9 bytes (default: 48)")
+    sub.add_argument(
+        "--text-encoder", choices=("device", "cpu"), default="device", help="where it waits during the steps"
+    )
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    sub.add_argument("--json", action="store_true", help="machine-readable")
+
     sub = add("env", env, "devices, compiled backends and versions; why a backend is missing")
     sub.add_argument("--json", action="store_true", help="machine-readable")
     return top
@@ -357,6 +374,33 @@ def distill(arguments: argparse.Namespace) -> None:
     settings = load_settings(Path(arguments.config), _overrides(arguments, (*TRAINING, "method")))
     arguments.out = settings.out
     print(f"Reasoner of {len(settings.timesteps)} steps: {run(settings, arguments.resume)}")
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    if not arguments.memory > 0:
+        raise InputError(f"--memory must be a number of GB above 0, not {arguments.memory:g}")
+    from vlmteacher.quiet import quiet
+
+    quiet()
+    import torch
+
+    from vlmteacher.planning import format_plan, make_plan
+
+    found = make_plan(
+        arguments.reasoner,
+        arguments.teacher,
+        arguments.num_frames,
+        arguments.height,
+        arguments.width,
+        decoder=arguments.decoder,
+        questions=arguments.questions,
+        teacher_frames=arguments.teacher_frames,
+        rank=arguments.rank,
+        memory=arguments.memory,
+        text_encoder=arguments.text_encoder,
+        dtype=getattr(torch, arguments.dtype),
+    )
+    print(json.dumps(found) if arguments.json else format_plan(found))
 
 
 def env(arguments: argparse.Namespace) -> None:
