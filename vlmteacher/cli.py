@@ -90,6 +90,11 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_fused(sub)
     sub.add_argument("--keep", choices=("last", "best"), help="which LoRA to use after N updates")
+    sub.add_argument(
+        "--activations",
+        metavar="LEVELS",
+        help="what the Reasoner's blocks keep for the backward, as `vlmteacher plan` says it (default: everything)",
+    )
     sub.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the noise (default: 0)")
     sub.add_argument("--out", required=True, metavar="DIR", help="run folder to write")
     sub.add_argument("--resume", action="store_true", help="take up the interrupted run in --out")
@@ -247,7 +252,13 @@ def solve(arguments: argparse.Namespace) -> None:
     }
     settings = {name: value for name, value in names.items() if value is not None}
     Settings(**settings)  # bad values show before any model is loaded
-    output = _pipeline(arguments)(
+    pipe = _pipeline(arguments)
+    if arguments.activations is not None:
+        from vlmteacher.reasoners.checkpointing import keep_activations, parse_levels
+
+        transformer = pipe.reasoner.transformer
+        keep_activations(transformer, parse_levels(arguments.activations, len(transformer.blocks)))
+    output = pipe(
         arguments.prompt,
         image,
         num_frames=arguments.num_frames,

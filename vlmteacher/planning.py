@@ -1,8 +1,9 @@
 """FLOPs and peak memory of one optimisation step, at any size, without weights, GPU or network.
 
-The models are built from their configs on the meta device and the step itself, the same classes and functions that run on
-real tensors, is traced there: every product and attention is counted, and every storage from its birth to its death, as an
-allocator without losses would see it. Only the fused surrogate decoder goes by formulas (`decoder_cost`).
+The models are built from their configs on the meta device and the step itself, the same classes and functions that run
+on real tensors, is traced there: every product and attention is counted, and every storage from its birth to its death,
+as an allocator without losses would see it. Layers that are alike are traced once or twice and added up (`per_layer`).
+Only the fused surrogate decoder goes by formulas (`decoder_cost`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from vlmteacher.errors import InputError
 from vlmteacher.lora import add_lora, lora_parameters
 from vlmteacher.optimization import teacher_frame_indices
 from vlmteacher.queries import QuerySet
-from vlmteacher.reasoners.base import Condition, Noise, Reasoner, Settings
+from vlmteacher.reasoners.base import Condition, Noise, Settings
 from vlmteacher.reasoners.checkpointing import Keep, format_levels, keep_activations
 from vlmteacher.reasoners.wan import WanReasoner
 from vlmteacher.teachers import shared_prefix
@@ -51,7 +52,7 @@ GB = 10**9
 
 
 def attention_flops(query: Sequence[int], key: Sequence[int], causal: bool) -> int:
-    """Of one forward, (B, H, N, d) by (B, h, M, d): two products, of which causal attention does half. Backward: x 2.5."""
+    """Of one forward, (B, H, N, d) by (B, h, M, d): two products, halved where it is causal. The backward has five."""
     batch, heads, n, d = query
     return 4 * batch * heads * n * key[-2] * d // (2 if causal else 1)
 
@@ -59,7 +60,7 @@ def attention_flops(query: Sequence[int], key: Sequence[int], causal: bool) -> i
 class Trace(TorchDispatchMode):
     """Counts FLOPs and live bytes under the name of the stage that runs.
 
-    FLOPs: of products, convolutions and attention, 2 for a multiplication and an addition; element-wise work is left out.
+    FLOPs: of products, convolutions and attention, 2 for a multiplication and an addition; not of element-wise work.
     peak: the most bytes alive in each stage, weights (`resident`) included.
     """
 
@@ -139,7 +140,9 @@ class Trace(TorchDispatchMode):
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int | None:
     name = func._schema.name
     if name == "aten::_scaled_dot_product_flash_attention_for_cpu":
-        return attention_flops(args[0].shape, args[1].shape, (args[4] if len(args) > 4 else kwargs.get("is_causal", False)))
+        return attention_flops(
+            args[0].shape, args[1].shape, (args[4] if len(args) > 4 else kwargs.get("is_causal", False))
+        )
     if name == "aten::_scaled_dot_product_flash_attention_for_cpu_backward":
         return attention_flops(args[1].shape, args[2].shape, args[7]) * 5 // 2
     if name == "vlmteacher::lora_linear":
@@ -164,8 +167,10 @@ def _flash(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Attention as one operator that keeps its inputs, its output and a logarithm per row, as it is on GPUs: meta tensors
-    would get the plain expression, whose N x M matrix nobody makes."""
+    """Attention as one operator that keeps its inputs, its output and a logarithm per row, as it is on GPUs.
+
+    Meta tensors would get the plain expression, whose N x M matrix nobody makes.
+    """
     operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return operator(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
@@ -209,7 +214,16 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be used ({error}): a config.json of the model is needed there") from error
 
 
-def build_reasoner(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Reasoner, str | None]:
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """A diffusers model in `dtype`, but for what its `from_pretrained` keeps in float32."""
+    keep = model._keep_in_fp32_modules or ()
+    for name, parameter in model.named_parameters():
+        if not any(part in keep for part in name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def build_reasoner(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[WanReasoner, str | None]:
     """(the Reasoner on the meta device, the name of its family's decoder, if known). Raises InputError."""
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
@@ -230,7 +244,7 @@ def build_reasoner(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Reas
         decoder = facts["decoder"]
     try:
         with META:
-            transformer = WanTransformer3DModel.from_config(facts["transformer"]).to(dtype)
+            transformer = cast(WanTransformer3DModel.from_config(facts["transformer"]), dtype)
             vae = AutoencoderKLWan.from_config(facts["vae"])
             text_encoder = UMT5EncoderModel(UMT5Config(**facts["text_encoder"])).to(dtype)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -260,7 +274,9 @@ def build_teacher(name: str, dtype: torch.dtype = torch.bfloat16) -> QwenVLTeach
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
         raise InputError(f"--teacher {name!r}: its config makes no model ({str(error).splitlines()[0]})") from error
     if directory.is_dir():
-        return QwenVLTeacher(model, tokenizer, *read_settings(str(directory), full.vision_config, local_files_only=True))
+        return QwenVLTeacher(
+            model, tokenizer, *read_settings(str(directory), full.vision_config, local_files_only=True)
+        )
     return QwenVLTeacher(model, tokenizer, VisionSettings(patch_size=full.vision_config.patch_size))
 
 
@@ -316,7 +332,7 @@ def reasoner_cost(reasoner: Any, size: tuple[int, int, int], level: Keep, depth:
     network.blocks = blocks[:depth]
     try:
         keep_activations(network, level)
-        _, channels, t, h, w = shape = reasoner.latent_shape(*size)
+        _, channels, _, h, w = shape = reasoner.latent_shape(*size)
         with META:
             text = torch.empty(1, reasoner.settings.max_sequence_length, network.config.text_dim, dtype=reasoner.dtype)
             first = torch.empty(1, channels, 1, h, w) if reasoner.image_conditioning else None
@@ -342,7 +358,7 @@ def per_layer(at_depth: Callable[[int], Cost], depth: int) -> tuple[Cost, Cost]:
 
 
 def stack(parts: Sequence[tuple[Cost, Cost]], free: Sequence[tuple[Cost, Cost]]) -> Cost:
-    """The cost of a stack of layers: `parts` has (base, layer) of each layer's level, `free` the same without recomputation."""
+    """The cost of a stack of layers: (base, layer) of each one's level, and the same where nothing is recomputed."""
 
     def add(name: str, parts: Sequence[tuple[Cost, Cost]]) -> int:
         return getattr(parts[0][0], name) + sum(getattr(layer, name) for _, layer in parts)
@@ -367,7 +383,10 @@ class ReasonerCosts:
 
     @classmethod
     def of(cls, reasoner: Any, size: tuple[int, int, int], levels: Sequence[Keep] = tuple(Keep)) -> ReasonerCosts:
-        found = {k: per_layer(lambda depth, k=k: reasoner_cost(reasoner, size, k, depth), 1) for k in {Keep.ALL, *levels}}
+        found = {
+            level: per_layer(functools.partial(reasoner_cost, reasoner, size, level), 1)
+            for level in {Keep.ALL, *levels}
+        }
         return cls(found, reasoner.transformer.config.num_layers)
 
     def total(self, levels: Sequence[Keep]) -> Cost:
@@ -423,7 +442,9 @@ def decoder_cost(decoder: TinyVideoDecoder, frames: Sequence[int], height: int, 
             else:
                 kept += count * cells * channels * itemsize
         # a growing 1x1 convolution makes several frames of one: per frame that is needed, the weights of that frame
-        flops += sum(2 * count * cells * c.weight[: channels if name == "TGrow" else None].numel() for c in convolutions)
+        flops += sum(
+            2 * count * cells * c.weight[: channels if name == "TGrow" else None].numel() for c in convolutions
+        )
         now = count * cells * channels * itemsize
         most = max(most, before + now * (2 if name == "MemBlock" else 1))
         before = now
@@ -469,7 +490,7 @@ def vision_costs(teacher: QwenVLTeacher, video: Video, steps: Sequence[int]) -> 
             found[step] = whole
             continue
         piece = frames[:step].detach().requires_grad_()
-        chunk = measure(lambda piece=piece: list(teacher.encode(piece, size)), [teacher.model], [piece])
+        chunk = measure(functools.partial(teacher.encode, piece, size), [teacher.model], [piece])
         with torch.no_grad(), tracing() as trace:
             trace.weights("weights", teacher.model, count=False)
             trace.inputs(piece)
@@ -478,9 +499,7 @@ def vision_costs(teacher: QwenVLTeacher, video: Video, steps: Sequence[int]) -> 
         backward = 2 * features + chunk.backward_bytes + frames.nbytes
         # pieces of the features, then the features made of them
         forward = max(2 * features, features + trace.peak[""])
-        found[step] = Cost(
-            whole.forward, whole.backward + whole.forward, whole.forward, features, forward, backward
-        )
+        found[step] = Cost(whole.forward, whole.backward + whole.forward, whole.forward, features, forward, backward)
     return found
 
 
@@ -517,7 +536,9 @@ def language_costs(teacher: QwenVLTeacher, video: Video, count: int) -> dict[sha
         with cut(teacher.language, depth):
             budget = activation_budget(teacher, len(layout.ids), keep)
             return measure(
-                lambda: [shared_prefix.answer_losses(teacher.language, head, layout, features[0], features[1:], budget)],
+                lambda: [
+                    shared_prefix.answer_losses(teacher.language, head, layout, features[0], features[1:], budget)
+                ],
                 [teacher.model],
                 features,
             )
@@ -769,7 +790,11 @@ def make_plan(
         if fits
         else min(candidates, key=lambda c: (c[3].peak_bytes, c[3].flops))
     )
-    tokens = len(the_teacher._layout(Clip(video.indices, video.fps, the_teacher.resized(teacher_frames, *shape[1:])), _queries(questions)).ids)
+    tokens = len(
+        the_teacher._layout(
+            Clip(video.indices, video.fps, the_teacher.resized(teacher_frames, *shape[1:])), _queries(questions)
+        ).ids
+    )
     best.settings.update(
         activations=format_levels(levels),
         teacher_activation_bytes=activation_budget(the_teacher, tokens, keep),
@@ -819,7 +844,11 @@ def advice(step: Step, budget: int, text_encoder: str) -> list[str]:
         enough = "enough" if saved >= over else "not enough alone"
         found.append(f"--text-encoder cpu saves {saved / GB:.1f} GB ({enough})")
     largest = max(step.stages, key=lambda name: step.stages[name]["peak_bytes"])
-    what = "--teacher-frames or a smaller --teacher" if largest.startswith("teacher") else "--num-frames, --height, --width"
+    what = (
+        "--teacher-frames or a smaller --teacher"
+        if largest.startswith("teacher")
+        else "--num-frames, --height, --width"
+    )
     found.append(f"the peak is in {largest}: reduce {what}")
     if (total := sum(step.weights.values())) > budget:
         found.append(f"the weights alone take {total / GB:.1f} GB: take smaller models")
@@ -830,9 +859,9 @@ def format_plan(plan: dict[str, Any]) -> str:
     """The plan as a table for people."""
     ours, stock = plan["ours"], plan["stock"]
     lines = [
-        f"{plan['reasoner']} + {plan['teacher']} + {plan['decoder']}: {plan['num_frames']} frames {plan['height']}x{plan['width']}"
-        f" ({plan['reasoner_tokens']} tokens), {plan['teacher_frames']} frames and {plan['questions']} questions for the Teacher"
-        f" ({plan['teacher_tokens']} tokens)",
+        f"{plan['reasoner']} + {plan['teacher']} + {plan['decoder']}",
+        f"{plan['num_frames']} frames {plan['height']}x{plan['width']}, {plan['reasoner_tokens']} tokens; "
+        f"the Teacher sees {plan['teacher_frames']}, {plan['questions']} questions, {plan['teacher_tokens']} tokens",
         "",
         f"{'':28}{'TFLOP':>22}{'peak GB':>22}",
         f"{'stage':28}{'ours':>11}{'stock':>11}{'ours':>11}{'stock':>11}",
@@ -844,7 +873,9 @@ def format_plan(plan: dict[str, Any]) -> str:
 
     def cells(key: str, unit: float, name: str | None) -> str:
         found = [(part if name is None else part["stages"].get(name, {})).get(key) for part in (ours, stock)]
-        return "".join(f"{'-' if value is None else format(value / unit, '.4g' if unit == 1e12 else '.1f'):>11}" for value in found)
+        return "".join(
+            f"{'-' if value is None else format(value / unit, '.4g' if unit == 1e12 else '.1f'):>11}" for value in found
+        )
 
     lines += [f"{name:28}{cells('flops', 1e12, name)}{cells('peak_bytes', GB, name)}" for name in names]
     lines += [f"{'step':28}{cells('flops', 1e12, None)}{cells('peak_bytes', GB, None)}", ""]

@@ -1,7 +1,7 @@
 """What the blocks of a Reasoner's transformer keep for the backward: memory against recomputation, block by block.
 
-Kept bytes are worth different amounts of work: a product with an inner dimension K saves K FLOPs per kept byte of bfloat16,
-self-attention twice the number of tokens. So a level is a threshold on that number, and the levels nest.
+Kept bytes are worth different amounts of work: of a product with an inner dimension K one kept byte of bfloat16 saves
+K FLOPs, of self-attention twice the number of tokens. So a level is a threshold on that number, and the levels nest.
 """
 
 from __future__ import annotations
