@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -195,13 +194,14 @@ def known_models(kind: str) -> list[str]:
 
 
 def _known(name: str, kind: str) -> dict[str, Any]:
-    file = KNOWN / f"{name}.json"
-    facts = json.loads(file.read_text()) if os.path.basename(name) == name and file.is_file() else {}
-    if facts.get("kind") != kind:
-        names = [*known_models(kind), *([] if kind == "decoder" else ["packaged"])]
-        also = "" if kind == "decoder" else ", or a local directory with its config files"
-        raise InputError(f"--{kind} {name!r} is unknown: known are {', '.join(names)}{also}")
-    return facts
+    """The shipped facts of a model, by its name here or on the hub. Raises InputError, which lists the known ones."""
+    for file in KNOWN.glob("*.json"):
+        facts = json.loads(file.read_text())
+        if facts["kind"] == kind and name in (file.stem, facts["source"]):
+            return facts
+    names = [*known_models(kind), *([] if kind == "decoder" else ["packaged"])]
+    also = "a checkpoint file" if kind == "decoder" else "a local directory with its config files"
+    raise InputError(f"--{kind} {name!r} is unknown: known are {', '.join(names)}, or {also}")
 
 
 def _read(path: Path) -> dict[str, Any]:
