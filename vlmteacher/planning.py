@@ -801,6 +801,7 @@ def make_plan(
         teacher_keeps=keep.name.lower(),
         teacher_chunk_patches=chunk // pair * patches,
         text_encoder=text_encoder,
+        decoder="fused",
         rank=rank,
     )
 
