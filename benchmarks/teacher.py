@@ -2,9 +2,9 @@
 
 python -m benchmarks.teacher [--json] [--preset tiny|mid] [--flops]
 
-Stock is transformers' own forward and backward of `Qwen3VLForConditionalGeneration`, question by question, logits where the
-answer stands only, its Conv3d patch embedding replaced by the equal linear layer; with gradient checkpointing as its
-documentation teaches it or without, whichever is faster. Random weights.
+Stock is transformers' own forward and backward of `Qwen3VLForConditionalGeneration`, question by question, logits
+where the answer stands only, its Conv3d patch embedding replaced by the equal linear layer; with gradient
+checkpointing as its documentation teaches it or without, whichever is faster. Random weights.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ QUERIES = QuerySet(
     ),
 )
 FPS = 8.0
-# vision (depth, width, MLP), language (depth, width, MLP, heads, key heads, head dimension), patch, frames, height, width
+# vision (depth, width, MLP), language (depth, width, MLP, heads, key heads, head dimension), patch, frames, height,
+# width
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "vision": (4, 192, 768, 3),
@@ -168,8 +169,8 @@ def saved_bytes(function: Callable[[], Any], parameters: Sequence[Tensor]) -> tu
 
 
 def memory(teacher: QwenVLTeacher, frames: Tensor, layout: Any, size: tuple[int, int]) -> dict[str, float]:
-    """Saved bytes, ours over stock: the visual encoder's between forward and backward, with the graph of the chunk that the
-    backward works on, and those of a whole pass (stock: one question)."""
+    """Saved bytes, ours over stock: the visual encoder's between forward and backward, with the graph of the chunk
+    that the backward works on, and those of a whole pass (stock: one question)."""
     from vlmteacher.teachers.vlm import CHUNK_PATCHES
 
     weights = list(teacher.model.parameters())
@@ -254,8 +255,9 @@ def timing(name: str, dtype: torch.dtype, pairs: int) -> dict[str, Any]:
 
 
 class Flops(TorchDispatchMode):
-    """Sums torch's own formulas over every operator that runs; unlike FlopCounterMode also inside of our backward passes,
-    where its module hooks do not work. CPU flash attention, which torch gives no formula, gets that of the others."""
+    """Sums torch's own formulas over every operator that runs; unlike FlopCounterMode also inside of our backward
+    passes, where its module hooks do not work. CPU flash attention, which torch gives no formula, gets that of the
+    others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,7 +279,8 @@ class Flops(TorchDispatchMode):
 def flops() -> dict[str, float]:
     """FLOPs at the paper's scale: three questions to Qwen3-VL-4B about 24 frames of 704x1280, counted on meta tensors.
 
-    Stock here is three passes without recomputation, logits at the answer only. Attention counts in full, causal or not.
+    Stock here is three passes without recomputation, logits at the answer only. Attention counts in full, causal or
+    not.
     """
     from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
@@ -359,7 +362,10 @@ def main() -> None:
         )
     if not settings.no_flops:
         summary["flops_4b"] = flops()
-        print("  4B, 24 frames 704x1280, 3 questions: " + ", ".join(f"{k} {v:.3f}" for k, v in summary["flops_4b"].items()))
+        print(
+            "  4B, 24 frames 704x1280, 3 questions: "
+            + ", ".join(f"{k} {v:.3f}" for k, v in summary["flops_4b"].items())
+        )
     if settings.json:
         facts = {"benchmark": "teacher", "device": "cpu", "dtype": settings.dtype}
         print(json.dumps(facts | {"rows": rows, "summary": summary}))

@@ -58,8 +58,8 @@ def tiny_qwen3_vl(
 ) -> Path:
     """Write the checkpoint (config, weights, tokenizer with chat template, video processor) to `path`; returns it.
 
-    A corpus without the word "Yes" gives a tokenizer that spells it in several tokens. text, vision: entries of the config
-    to be changed.
+    A corpus without the word "Yes" gives a tokenizer that spells it in several tokens. text, vision: entries of the
+    config to be changed.
     """
     path = Path(path)
     tokenizer = build_tokenizer(list(corpus) * 2, vocab_size=420)

@@ -14,7 +14,7 @@ from vlmteacher.teachers.vlm import Clip, VLMTeacher
 
 
 class InternVLTeacher(VLMTeacher):
-    """A frozen InternVL. Every frame is an image of its own, of one fixed size, on a line of its own: `Frame1: <img>...`.
+    """A frozen InternVL. Every frame is an image of one fixed size, on a line of its own: `Frame1: <img>...`.
 
     Images for the query synthesis are one tile of that size, where the stock processor may cut them into several.
     """
@@ -38,7 +38,9 @@ class InternVLTeacher(VLMTeacher):
     def _token(tokenizer: Any, name: str) -> str:
         token = getattr(tokenizer, name, None)
         if not token:
-            raise InputError(f"the teacher's tokenizer names no {name}: take a checkpoint of the transformers format (-hf)")
+            raise InputError(
+                f"the teacher's tokenizer names no {name}: take a checkpoint of the transformers format (-hf)"
+            )
         return token
 
     @classmethod

@@ -15,7 +15,6 @@ from torch import Tensor
 from vlmteacher.errors import InputError
 from vlmteacher.ops.patchify import patchify
 
-
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -26,8 +25,8 @@ class VisionSettings:
 
     patch_size is in pixels, merge_size in patches, temporal_patch_size in frames. min_pixels, max_pixels: limits on
     frames x height x width (of an image: height x width). cap_pixels_per_frame: also hold each frame to
-    `max_video_tokens` merged patches. fixed_size: (H, W) whatever the limits say. image_mean, image_std: for RGB in [0, 1]. The defaults are those of the Qwen3-VL
-    checkpoints, which differ from the defaults of transformers' class.
+    `max_video_tokens` merged patches. fixed_size: (H, W) whatever the limits say. image_mean, image_std: for RGB in
+    [0, 1]. The defaults are those of the Qwen3-VL checkpoints, which differ from the defaults of transformers' class.
     """
 
     patch_size: int = 16
@@ -162,7 +161,8 @@ def preprocess_video(frames: Tensor, settings: VisionSettings) -> tuple[Tensor, 
     differentiable to the frames, and `video_grid_thw` (1, 3) on the CPU.
     Equal to `Qwen3VLVideoProcessor` given the frames as float 0..255, which refuses K = 1: here it is two equal frames.
     """
-    size = video_size(len(frames), *frames.shape[-2:], settings)
+    height, width = frames.shape[-2:]
+    size = video_size(len(frames), height, width, settings)
     return resized_rows(frames, size, settings), _grid(len(frames), size, settings)
 
 

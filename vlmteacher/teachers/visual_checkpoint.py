@@ -1,7 +1,8 @@
 """The visual encoder of a frozen VLM, streamed: its memory is that of one chunk, its gradients are exact.
 
-A frame pair (of other families: a frame) attends to itself only, so chunks of them are independent. The forward keeps the
-pixels and the encoder's outputs; the backward encodes one chunk again, with a graph, and goes straight to its pixels.
+A frame pair (of other families: a frame) attends to itself only, so chunks of them are independent. The forward keeps
+the pixels and the encoder's outputs; the backward encodes one chunk again, with a graph, and goes
+straight to its pixels.
 """
 
 from __future__ import annotations
@@ -44,15 +45,15 @@ def stream(encode: Encode, frames: Tensor, step: int) -> tuple[Tensor, ...]:
     """`encode(frames)`, computed and differentiated `step` frames at a time.
 
     Args:
-        encode: from (k, 3, H, W) to tensors (k * rows, C), each with the same number of rows for every `step` frames and
-            independent between such chunks; differentiable, and the same whenever it is called.
+        encode: from (k, 3, H, W) to tensors (k * rows, C), each with the same number of rows for every `step` frames
+            and independent between such chunks; differentiable, and the same whenever it is called.
         frames: (K, 3, H, W).
         step: frames of one chunk.
 
     Returns:
-        What `encode` returns. Between forward and backward only the frames and the outputs are alive, in the backward also
-        the graph of one chunk; the price is one more forward. A video of one chunk keeps its graph instead: the peak is
-        the same.
+        What `encode` returns. Between forward and backward only the frames and the outputs are alive, in the backward
+        also the graph of one chunk; the price is one more forward. A video of one chunk keeps its graph instead: the
+        peak is the same.
     """
     if len(frames) <= step or not (torch.is_grad_enabled() and frames.requires_grad):
         if len(frames) <= step:
@@ -94,7 +95,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding, `x cos + rotate_half(x) sin`, in float32, in the dtype of x.
 
-    x: (..., d); cos, sin: broadcastable to (..., d / 2), float32: the angles of the first half, which the second repeats.
+    x: (..., d); cos, sin: broadcastable to (..., d / 2), float32: the first half, which the second repeats.
     """
     return _Rotate.apply(x, cos, sin)
 
@@ -127,7 +128,7 @@ def attend_segments(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> 
 class LinearPatchEmbed(nn.Module):
     """A vision tower's patch embedding as the matrix product that it is: its convolution's stride equals its kernel.
 
-    Conv3d is slow, on the CPU above all. Keeps the stock parameter names. patches: (N, channels * extent of the kernel).
+    Conv3d is slow, on the CPU above all. Keeps the stock parameter names. patches: (N, channels * kernel).
     """
 
     def __init__(self, stock: nn.Module) -> None:
