@@ -8,36 +8,97 @@ straight to its pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend
+
+# Attention outputs kept for each byte of float32 pixels. At Qwen3-VL's shapes the encoder then keeps an eighth of stock's.
+KEPT_PER_PIXEL = 1.17
 
 Encode = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+class _Kept:
+    """Attention outputs of one chunk: kept by its forward within a budget of bytes, used again by its recomputation.
+
+    Only on the CPU, where attention is slow; on a GPU it is cheap beside the products.
+    """
+
+    def __init__(self, budget: float, outputs: Sequence[Tensor] = ()) -> None:
+        self.budget = budget
+        self.outputs = list(outputs)  # output, log-sum-exp, output, ...
+        self.replays = bool(outputs)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.replays and self.outputs:
+            return _Replay.apply(q, k, v, self.outputs.pop(0), self.outputs.pop(0))
+        self.budget -= q.nbytes + 4 * q[..., 0].numel()
+        if self.budget < 0 or torch._fused_sdp_choice(q, k, v) != SDPBackend.FLASH_ATTENTION.value:
+            self.budget = -1  # the later ones, too: a replay goes in order
+            return F.scaled_dot_product_attention(q, k, v)
+        output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        self.outputs += [output, log_sum]
+        return output
+
+
+_kept: ContextVar[_Kept | None] = ContextVar("kept", default=None)
+
+
+def _encoded(encode: Encode, frames: Tensor, kept: _Kept) -> tuple[Tensor, ...]:
+    token = _kept.set(kept if frames.device.type == "cpu" else None)
+    try:
+        return encode(frames)
+    finally:
+        _kept.reset(token)
+
+
+class _Replay(torch.autograd.Function):
+    """Attention whose output is known; the backward is torch's."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, output: Tensor, log_sum: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v, output, log_sum)
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return *backward(grad, *ctx.saved_tensors, 0.0, False), None, None
 
 
 class _Stream(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, frames: Tensor, encode: Encode, step: int) -> tuple[Tensor, ...]:
-        chunks = [encode(frames[start : start + step]) for start in range(0, len(frames), step)]
-        ctx.save_for_backward(frames)
+        chunks, ctx.kept, flat = [], [], []
+        for start in range(0, len(frames), step):
+            piece = frames[start : start + step]
+            kept = _Kept(KEPT_PER_PIXEL * piece.nbytes)
+            chunks.append(_encoded(encode, piece, kept))
+            ctx.kept.append(len(kept.outputs))
+            flat += kept.outputs
+        ctx.save_for_backward(frames, *flat)
         ctx.encode, ctx.step = encode, step
         return tuple(torch.cat(outputs) for outputs in zip(*chunks, strict=True))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (frames,) = ctx.saved_tensors
+        frames, *flat = ctx.saved_tensors
         pieces, place = [], 0
-        for start in range(0, len(frames), ctx.step):
+        for start, count in zip(range(0, len(frames), ctx.step), ctx.kept, strict=True):
+            outputs, flat = flat[:count], flat[count:]
             with torch.enable_grad():
                 piece = frames[start : start + ctx.step].detach().requires_grad_()
-                outputs = ctx.encode(piece)
-            rows = slice(place, place := place + len(outputs[0]))
-            pieces += torch.autograd.grad(outputs, piece, [grad[rows] for grad in grads])
-            del outputs
+                features = _encoded(ctx.encode, piece, _Kept(0, outputs))
+            rows = slice(place, place := place + len(features[0]))
+            pieces += torch.autograd.grad(features, piece, [grad[rows] for grad in grads])
+            del features, outputs
         return torch.cat(pieces), None, None
 
 
@@ -51,21 +112,16 @@ def stream(encode: Encode, frames: Tensor, step: int) -> tuple[Tensor, ...]:
         step: frames of one chunk.
 
     Returns:
-        What `encode` returns. Between forward and backward only the frames and the outputs are alive, in the backward
-        also the graph of one chunk; the price is one more forward. A video of one chunk keeps its graph instead: the
-        peak is the same.
+        What `encode` returns. Between forward and backward only the frames and the outputs are alive (and on the CPU
+        attention outputs, in bytes `KEPT_PER_PIXEL` times the frames), in the backward also the graph of one chunk;
+        the price is one more forward. A video of one chunk keeps its graph instead: the peak is the same.
     """
-    if len(frames) <= step or not (torch.is_grad_enabled() and frames.requires_grad):
-        if len(frames) <= step:
-            return encode(frames)
-        return _Stream.forward(_Nothing(), frames, encode, step)
-    return _Stream.apply(frames, encode, step)
-
-
-class _Nothing:
-    """A context for a forward that nobody will differentiate."""
-
-    def save_for_backward(self, *_: Tensor) -> None: ...
+    if len(frames) <= step:
+        return encode(frames)
+    if torch.is_grad_enabled() and frames.requires_grad:
+        return _Stream.apply(frames, encode, step)
+    chunks = [encode(frames[start : start + step]) for start in range(0, len(frames), step)]
+    return tuple(torch.cat(outputs) for outputs in zip(*chunks, strict=True))
 
 
 class _Rotate(torch.autograd.Function):
@@ -100,10 +156,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _Rotate.apply(x, cos, sin)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of (B, N, H, d) tensors, all segments B in one call; returns (B, N, H * d)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2)
+    kept = _kept.get()
+    output = kept.attend(q, k, v) if kept else F.scaled_dot_product_attention(q, k, v)
+    return output.transpose(1, 2).flatten(2)
 
 
 def attend_segments(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
