@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # transformers' model_type -> the module of the family and its class
 FAMILIES = {
     "qwen3_vl": ("qwen_vl", "QwenVLTeacher"),
+    "qwen2_5_vl": ("qwen25_vl", "Qwen25VLTeacher"),
+    "internvl": ("internvl", "InternVLTeacher"),
 }
 
 

@@ -15,6 +15,9 @@ from torch import Tensor
 from vlmteacher.errors import InputError
 from vlmteacher.ops.patchify import patchify
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 @dataclass(frozen=True)
 class VisionSettings:
@@ -22,8 +25,8 @@ class VisionSettings:
 
     patch_size is in pixels, merge_size in patches, temporal_patch_size in frames. min_pixels, max_pixels: limits on
     frames x height x width (of an image: height x width). cap_pixels_per_frame: also hold each frame to
-    `max_video_tokens` merged patches. image_mean, image_std: for RGB in [0, 1]. The defaults are those of the Qwen3-VL
-    checkpoints, which differ from the defaults of transformers' class.
+    `max_video_tokens` merged patches. fixed_size: (H, W) whatever the limits say. image_mean, image_std: for RGB in
+    [0, 1]. The defaults are those of the Qwen3-VL checkpoints, which differ from the defaults of transformers' class.
     """
 
     patch_size: int = 16
@@ -35,6 +38,7 @@ class VisionSettings:
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     cap_pixels_per_frame: bool = False
     max_video_tokens: int = 768
+    fixed_size: tuple[int, int] | None = None
 
     @property
     def factor(self) -> int:
@@ -52,16 +56,29 @@ class VisionSettings:
             image_std=tuple(config.get("image_std") or self.image_std),
             cap_pixels_per_frame=bool(config.get("cap_pixels_per_frame")),
             max_video_tokens=config.get("max_video_tokens") or self.max_video_tokens,
+            fixed_size=(size["height"], size["width"]) if "height" in size and "width" in size else self.fixed_size,
         )
 
 
 def read_settings(
     path_or_id: str, vision_config: Any, local_files_only: bool = False
 ) -> tuple[VisionSettings, VisionSettings]:
-    """The settings of a checkpoint for (videos, images); what its files leave out keeps the defaults.
+    """`processor_settings` of a Qwen3-VL checkpoint; patch sizes come from the model's own `vision_config`."""
+    base = VisionSettings(
+        patch_size=vision_config.patch_size,
+        temporal_patch_size=vision_config.temporal_patch_size,
+        merge_size=vision_config.spatial_merge_size,
+    )
+    return processor_settings(path_or_id, base, local_files_only)
 
-    Patch sizes come from the model's own `vision_config`. Without an image processor's file, images get the limits of
-    videos.
+
+def processor_settings(
+    path_or_id: str, base: VisionSettings, local_files_only: bool = False
+) -> tuple[VisionSettings, VisionSettings]:
+    """The settings of a checkpoint's processors for (videos, images); what its files leave out is that of `base`.
+
+    Without a video processor's file videos get the image processor's, as in transformers; without an image processor's
+    file images get the settings of videos.
     """
     from transformers.utils import cached_file
 
@@ -76,13 +93,9 @@ def read_settings(
             raise InputError(f"teacher {path_or_id!r}: {name} is not JSON ({error})") from error
 
     both = read("processor_config.json")  # newer checkpoints keep both processors in this one file
-    video = VisionSettings(
-        patch_size=vision_config.patch_size,
-        temporal_patch_size=vision_config.temporal_patch_size,
-        merge_size=vision_config.spatial_merge_size,
-    ).updated(read("video_preprocessor_config.json") or both.get("video_processor", {}))
-    image = video.updated(read("preprocessor_config.json") or both.get("image_processor", {}))
-    return video, image
+    images = read("preprocessor_config.json") or both.get("image_processor", {})
+    video = base.updated(read("video_preprocessor_config.json") or both.get("video_processor", {}) or images)
+    return video, video.updated(images)
 
 
 def smart_resize(
@@ -148,7 +161,8 @@ def preprocess_video(frames: Tensor, settings: VisionSettings) -> tuple[Tensor, 
     differentiable to the frames, and `video_grid_thw` (1, 3) on the CPU.
     Equal to `Qwen3VLVideoProcessor` given the frames as float 0..255, which refuses K = 1: here it is two equal frames.
     """
-    size = video_size(len(frames), *frames.shape[-2:], settings)
+    height, width = frames.shape[-2:]
+    size = video_size(len(frames), height, width, settings)
     return resized_rows(frames, size, settings), _grid(len(frames), size, settings)
 
 

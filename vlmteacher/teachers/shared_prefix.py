@@ -1,8 +1,8 @@
 """All questions about one video in one pass of the language model: [shared prefix | question 0 | question 1 | ...].
 
-The chats of the questions begin with the same tokens, the video among them. Those are read once; every question sees them
-and itself, and its positions go on where they end. It equals one pass per question. The decoder layers are the checkpoint's
-own modules, run by functions that know the weights to be frozen and save little for the backward.
+The chats of the questions begin with the same tokens, the video among them. Those are read once; every question sees
+them and itself, and its positions go on where they end. It equals one pass per question. The decoder layers are the
+checkpoint's own modules, run by functions that know the weights to be frozen and save little for the backward.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ ACTIVATION_BYTES = 4 * 2**30  # where nobody says and no GPU tells
 class Layout:
     """Where everything stands in the packed sequence of N tokens; all tensors on the model's device.
 
-    ids (N,): token ids. prefix: how many of them are shared. cos, sin (N, 1, d / 2): rotary angles, float32. video: indices
-    of the visual tokens. answers (A,): the positions whose next token is one of an answer's; targets (A,): that token;
+    ids (N,): token ids. prefix: how many of them are shared. cos, sin (N, 1, d / 2): rotary angles, float32. video:
+    indices of the visual tokens. answers (A,): the positions whose next token is one of an answer's; targets (A,):
+    that token;
     owners (A,): its question. suffix_mask (N - prefix, N), answer_mask (A, N): True where a query may look.
     """
 
@@ -46,7 +47,7 @@ class Layout:
     answer_mask: Tensor
 
 
-def shared_length(rows: Sequence[Sequence[int]]) -> int:
+def shared_length(rows: Sequence[list[int]]) -> int:
     """How many tokens all rows begin with."""
     first = min(rows)
     last = max(rows)  # lexicographic extremes differ wherever any two rows do
@@ -61,13 +62,15 @@ def lay_out(
 ) -> Layout:
     """Pack the chats of 1+M questions.
 
-    chats: (token ids of the prompt, token ids of the answer) of each; every prompt holds the video. angles: rotary (cos,
-    sin), each (n, d), float32, of a whole chat (1, n).
+    chats: (token ids of the prompt, token ids of the answer) of each; every prompt holds the video. angles: rotary
+    (cos, sin), each (n, d), float32, of a whole chat (1, n).
     """
     rows = [[*prompt, *answer[:-1]] for prompt, answer in chats]  # the last token of an answer is only a target
     # The position before an answer belongs to its question, also where two chats are the same.
     prefix = len(rows[0]) if len(rows) == 1 else min(shared_length(rows), *(len(prompt) - 1 for prompt, _ in chats))
-    ids, owner, cos, sin, answers, targets, owners = [], [], [], [], [], [], []
+    ids: list[int] = []
+    targets: list[int] = []
+    owner, cos, sin, answers, owners = [], [], [], [], []
     for question, (row, (prompt, answer)) in enumerate(zip(rows, chats, strict=True)):
         start = 0 if question == 0 else prefix
         shift = len(ids) - start
@@ -250,8 +253,9 @@ def _layer(x: Tensor, layer: Any, layout: Layout, last: bool, keep: Keep) -> Ten
 
 def check_language(language: Any, name: str) -> None:
     """Raises InputError when the decoder layers are not of the Llama form, which is the one that is known here."""
-    parts = ("input_layernorm.variance_epsilon", "post_attention_layernorm.variance_epsilon", "self_attn.q_proj")
-    parts += ("self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    norms = ("input_layernorm", "post_attention_layernorm")
+    parts = [f"{norm}.variance_epsilon" for norm in norms]
+    parts += [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
     for part in parts:
         value: Any = language.layers[0]
         for step in part.split("."):

@@ -86,9 +86,9 @@ class VLMTeacher(Teacher):
     """
 
     architecture: ClassVar[str]
-    video_mark: ClassVar[str]  # what the chat template writes for a video, and for an image
-    image_mark: ClassVar[str]
-    visual_pads: ClassVar[tuple[str, ...]]  # tokens that stand for visual features
+    video_mark: str  # what the chat template writes for a video, and for an image
+    image_mark: str
+    visual_pads: tuple[str, ...]  # tokens that stand for visual features
     frames_per_patch: int
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -273,7 +273,7 @@ class VLMTeacher(Teacher):
         mark = self.video_mark if modality == "video" else self.image_mark
         if mark not in chat:
             raise InputError(
-                f"the teacher's chat template has no place for a {modality} ({mark}): take a checkpoint that sees videos"
+                f"the teacher's chat template has no place for a {modality} ({mark}): take one that sees videos"
             )
         return chat.replace(mark, placeholder, 1)
 
