@@ -23,6 +23,7 @@ from vlmteacher.reasoners import checkpointing, load_reasoner
 from vlmteacher.reasoners.base import Condition, Noise
 from vlmteacher.reasoners.checkpointing import Keep, format_levels, keep_activations, parse_levels
 from vlmteacher.teachers import load_teacher, shared_prefix
+from vlmteacher.teachers.visual_checkpoint import stream
 from vlmteacher.teachers.vlm import Clip
 
 SIZE = (9, 64, 96)
@@ -246,6 +247,12 @@ def test_teacher_costs_are_those_of_the_real_teacher() -> None:
     assert saved <= whole[8].kept <= 1.1 * saved + sum(t.nbytes for t in outputs)
     assert whole[2].repeated == forward and whole[2].backward == whole[8].backward + forward
     assert whole[2].backward_bytes < whole[8].backward_bytes
+    leaf = video.frames(torch.float32)
+    streamed = planning.measure(lambda: list(stream(lambda x: meta.encode(x, size), leaf, 2)), [meta.model], [leaf])
+    assert (whole[2].forward, whole[2].backward) == (streamed.forward, streamed.backward)
+    assert whole[2].kept == pytest.approx(streamed.kept, rel=0.01)
+    assert streamed.backward_bytes <= whole[2].backward_bytes <= 1.2 * streamed.backward_bytes
+    assert streamed.forward_bytes <= whole[2].forward_bytes <= 1.2 * streamed.forward_bytes
 
     costs = planning.language_costs(meta, video, 3)
     clip = Clip(video.indices, video.fps, size)
@@ -311,6 +318,43 @@ def test_saved_bytes_at_the_benchmarks_mid_size(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- the plan
+
+
+@pytest.mark.parametrize("level", [Keep.ALL, Keep.ATTENTION])
+def test_parts_add_up_to_a_whole_step(level: Keep, narrow: None) -> None:
+    """Reasoner, plain decoder and Teacher traced in one go, as `Optimization` runs them."""
+    reasoner, _ = planning.build_reasoner("packaged")
+    teacher, decoder = planning.build_teacher("packaged"), planning.build_decoder("packaged")
+    shape, indices = (13, 64, 64), list(range(0, 13, 2))
+    video = Video(tuple(indices), 8.0, 64, 64)
+    add_lora(reasoner.transformer)
+    latents = reasoner.latent_shape(*shape)
+    planned = planning.Step(
+        ReasonerCosts.of(reasoner, shape).total([level] * 5),
+        planning.stock_decoder_cost(decoder, latents, indices),
+        planning.preprocessing_cost(teacher, video),
+        planning.vision_costs(teacher, video, [2])[2],
+        planning.language_costs(teacher, video, 3)[shared_prefix.Keep.INPUT],
+        weights={},
+        frames=video.frames(torch.bfloat16).nbytes,
+    )
+
+    keep_activations(reasoner.transformer, level)
+    teacher.activation_bytes, teacher.chunk_patches = 0, 64
+    size = teacher.resized(len(indices), 64, 64)
+    layout = teacher._layout(Clip(video.indices, 8.0, size), planning._queries(3))
+    with planning.META:
+        text = torch.empty(1, 24, 128, dtype=torch.bfloat16)
+        first, noise = torch.empty(1, latents[1], 1, *latents[3:]), Noise(torch.empty(latents), ())
+    with planning.tracing() as trace:
+        trace.weights("all", reasoner.transformer, decoder, teacher.model, count=False)
+        trace.inputs(text, first, noise.z1)
+        trace.live = 0
+        z0 = reasoner.predict_clean(Condition(text, first, *shape), noise)
+        losses = teacher.packed_losses(decoder.decode(z0, indices), layout, size)
+        torch.autograd.backward(losses.sum())
+    assert planned.flops == sum(trace.flops.values())
+    assert trace.peak[""] <= planned.peak_bytes <= 1.1 * trace.peak[""]
 
 
 def test_plan_of_the_packaged_pair(run: Run) -> None:  # noqa: F811
