@@ -347,9 +347,8 @@ def test_parts_add_up_to_a_whole_step(level: Keep, narrow: None) -> None:
         text = torch.empty(1, 24, 128, dtype=torch.bfloat16)
         first, noise = torch.empty(1, latents[1], 1, *latents[3:]), Noise(torch.empty(latents), ())
     with planning.tracing() as trace:
-        trace.weights("all", reasoner.transformer, decoder, teacher.model, count=False)
+        trace.weights(reasoner.transformer, decoder, teacher.model)
         trace.inputs(text, first, noise.z1)
-        trace.live = 0
         z0 = reasoner.predict_clean(Condition(text, first, *shape), noise)
         losses = teacher.packed_losses(decoder.decode(z0, indices), layout, size)
         torch.autograd.backward(losses.sum())

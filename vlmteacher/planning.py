@@ -60,33 +60,28 @@ class Trace(TorchDispatchMode):
     """Counts FLOPs and live bytes under the name of the stage that runs.
 
     FLOPs: of products, convolutions and attention, 2 for a multiplication and an addition; not of element-wise work.
-    peak: the most bytes alive in each stage, weights (`resident`) included.
+    peak: the most bytes alive in each stage, without the weights and inputs that were noted before.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.flops: Counter[str] = Counter()
         self.peak: dict[str, int] = {}
-        self.resident: dict[str, int] = {}
         self.live = 0
         self.stage = ""
         self._storages: dict[int, Any] = {}
 
-    def weights(self, name: str, *modules: nn.Module, count: bool = True) -> None:
-        """Note modules' parameters and buffers: views of them are no new memory. count: they are resident."""
-        size = 0
+    def weights(self, *modules: nn.Module) -> None:
+        """Note modules' parameters and buffers: views of them are no new memory."""
         for tensor in (t for m in modules for t in (*m.parameters(), *m.buffers())):
             storage = tensor.untyped_storage()
-            if storage._cdata not in self._storages:
-                self._storages[storage._cdata] = storage  # held, so that the address stays theirs
-                size += storage.nbytes()
-        if count:
-            self.resident[name] = self.resident.get(name, 0) + size
+            self._storages[storage._cdata] = storage  # held, so that the address stays theirs
 
     def inputs(self, *tensors: Tensor) -> None:
-        """Note tensors made before the trace that stay alive all along."""
+        """The same for tensors that were made before the trace and outlive it."""
         for tensor in tensors:
-            self._see(tensor)
+            storage = tensor.untyped_storage()
+            self._storages[storage._cdata] = storage
 
     @contextmanager
     def at(self, stage: str) -> Iterator[None]:
@@ -97,20 +92,8 @@ class Trace(TorchDispatchMode):
         finally:
             self.stage = before
 
-    def transient(self, nbytes: int) -> None:
-        """Bytes that live for a moment and no tensor here stands for."""
-        self.live += nbytes
-        self._note()
-        self.live -= nbytes
-
-    @property
-    def weight_bytes(self) -> int:
-        return sum(self.resident.values())
-
     def _note(self) -> None:
-        now = self.live + self.weight_bytes
-        if now > self.peak.get(self.stage, 0):
-            self.peak[self.stage] = now
+        self.peak[self.stage] = max(self.live, self.peak.get(self.stage, 0))
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -309,9 +292,8 @@ class Cost:
 def measure(run: Callable[[], Sequence[Tensor]], weights: Sequence[nn.Module], leaves: Sequence[Tensor]) -> Cost:
     """Trace `run`, which returns what depends on `leaves`, and its backward."""
     with tracing() as trace:
-        trace.weights("weights", *weights, count=False)
+        trace.weights(*weights)
         trace.inputs(*leaves)
-        trace.live = 0
         with trace.at("forward"):
             outputs = list(run())
         kept = trace.live
@@ -492,9 +474,8 @@ def vision_costs(teacher: QwenVLTeacher, video: Video, steps: Sequence[int]) -> 
         piece = frames[:step].detach().requires_grad_()
         chunk = measure(functools.partial(teacher.encode, piece, size), [teacher.model], [piece])
         with torch.no_grad(), tracing() as trace:
-            trace.weights("weights", teacher.model, count=False)
+            trace.weights(teacher.model)
             trace.inputs(piece)
-            trace.live = 0
             teacher.encode(piece, size)
         backward = 2 * features + chunk.backward_bytes + frames.nbytes
         # pieces of the features, then the features made of them
@@ -764,7 +745,8 @@ def make_plan(
     trimmed = the_decoder.temporal_stride - 1
     costs = ReasonerCosts.of(the_reasoner, shape)
     pair = the_teacher.frames_per_patch
-    patches = the_teacher.patches_per_frame(the_teacher.resized(teacher_frames, *shape[1:]))
+    resized = the_teacher.resized(teacher_frames, *shape[1:])
+    patches = the_teacher.patches_per_frame(resized)
     default = max(1, CHUNK_PATCHES["cuda"] // patches) * pair
     visions = vision_costs(the_teacher, video, sorted({pair, default, len(indices)}))
     languages = language_costs(the_teacher, video, questions)
@@ -790,16 +772,12 @@ def make_plan(
         if fits
         else min(candidates, key=lambda c: (c[3].peak_bytes, c[3].flops))
     )
-    tokens = len(
-        the_teacher._layout(
-            Clip(video.indices, video.fps, the_teacher.resized(teacher_frames, *shape[1:])), _queries(questions)
-        ).ids
-    )
+    tokens = len(the_teacher._layout(Clip(video.indices, video.fps, resized), _queries(questions)).ids)
     best.settings.update(
         activations=format_levels(levels),
         teacher_activation_bytes=activation_budget(the_teacher, tokens, keep),
         teacher_keeps=keep.name.lower(),
-        teacher_chunk_patches=chunk // pair * patches,
+        teacher_chunk_patches=-(-chunk // pair) * patches,
         text_encoder=text_encoder,
         decoder="fused",
         rank=rank,
