@@ -1,4 +1,4 @@
-// Resizing a plane on the CPU: Y X X'^T with two banded matrices. The definition is vlmteacher/ops/patchify.py.
+// Resizing a plane on the CPU: Y X Z^T with two banded matrices. The definition is vlmteacher/ops/patchify.py.
 //
 // The vertical map adds up whole rows. The horizontal one first turns a few rows into columns, so that it adds up
 // vectors too: rows lie in the lanes. Included by cpu.cpp and by resize_avx512.cpp, which compile it for different

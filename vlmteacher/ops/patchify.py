@@ -1,8 +1,8 @@
 """Resize and normalise video frames and cut them into the patch rows that a vision tower reads, in one operator.
 
-Resizing is a linear map of each axis: X -> Y X X'^T with two banded matrices (`Band`) that depend on the sizes alone. Its
-gradient is the same map with the transposed bands, so that one kernel serves both directions and every element is
-written by whoever owns it.
+Resizing is a linear map of each axis, X -> Y X Z^T, whose two banded matrices (`Band`) depend on the sizes alone. Its
+gradient is the same map with the transposed bands: one kernel serves both directions, and every element is written by
+whoever owns it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vlmteacher.ops.backends import backend
 class Band(NamedTuple):
     """The rows of a banded matrix: row i has `weight[i]` at columns start[i], start[i] + 1, ..., zeros elsewhere.
 
-    start: (rows) int32; weight: (rows, taps). start[i] + taps is never more than the matrix has columns.
+    start: (rows) int32, ascending; weight: (rows, taps). start[i] + taps is never more than the matrix has columns.
     """
 
     start: Tensor
@@ -31,11 +31,12 @@ class Band(NamedTuple):
     @classmethod
     def of(cls, matrix: Tensor) -> Band:
         """Those of a dense matrix."""
-        rows, columns = matrix.shape
+        columns = matrix.shape[1]
         present = matrix != 0
-        first = present.int().argmax(1)
+        first = present.int().argmax(1).where(present.any(1), columns - 1)
         last = columns - 1 - present.flip(1).int().argmax(1)
-        last = torch.where(present.any(1), last, first)
+        last = last.where(present.any(1), 0)
+        first, last = first.flip(0).cummin(0).values.flip(0), last.cummax(0).values  # a weight within may be zero
         taps = int((last - first).max()) + 1
         start = first.clamp(max=columns - taps)
         return cls(start.int(), matrix.gather(1, start[:, None] + torch.arange(taps)))
@@ -178,10 +179,12 @@ def _check(frames: Tensor, patch: int, merge: int, size: Sequence[int], dtype: t
         raise InputError(f"patchify takes floating-point frames (T, 3, H, W), got {frames.dtype} {tuple(frames.shape)}")
     if not dtype.is_floating_point or (dtype == torch.float64) != (frames.dtype == torch.float64):
         raise InputError(
-            f"patchify does not make {dtype} of {frames.dtype}: ask for float32, float16 or bfloat16 (float64 of float64)"
+            f"patchify makes no {dtype} of {frames.dtype}: ask for float32, float16 or bfloat16 (float64 of float64)"
         )
     if not frames.numel() or len(size) != 2 or min(size) < 1:
-        raise InputError(f"frames of {tuple(frames.shape)} cannot be resized to {tuple(size)}: give (height, width) >= 1")
+        raise InputError(
+            f"frames of {tuple(frames.shape)} cannot be resized to {tuple(size)}: give (height, width) >= 1"
+        )
     block = patch * merge
     if size[0] % block or size[1] % block:
         raise InputError(
