@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024
+BLOCK, RESIZED_BLOCK = 1024, 512  # elements a program; a resize holds more of each in registers
 COLUMNS = 512  # of a row, in the kernel that adds up rows
 
 
@@ -152,10 +152,11 @@ def patchify(
         num_frames = len(frames)
         rows = triton.cdiv(num_frames, temporal_patch) * (height // patch) * (width // patch)
         out = torch.empty(rows, 3 * temporal_patch * patch * patch, dtype=dtype, device=frames.device)
-        patchify_kernel[(triton.cdiv(out.numel(), BLOCK),)](
+        block = RESIZED_BLOCK if bands else BLOCK
+        patchify_kernel[(triton.cdiv(out.numel(), block),)](
             frames, out, start, weight, 0 if weight is None else weight.shape[1], out.numel(), num_frames,
             height // (patch * merge), width // (patch * merge), *frames.stride(), *mean, *std,
-            PATCH=patch, TEMPORAL=temporal_patch, MERGE=merge, BLOCK=BLOCK,
+            PATCH=patch, TEMPORAL=temporal_patch, MERGE=merge, BLOCK=block,
         )  # fmt: skip
     return out
 
@@ -170,9 +171,10 @@ def patchify_backward(
         out = torch.empty(
             num_frames, 3, resized_height, width, dtype=torch.float32 if bands else dtype, device=grad.device
         )
-        patchify_backward_kernel[(triton.cdiv(out.numel(), BLOCK),)](
+        block = RESIZED_BLOCK if bands else BLOCK
+        patchify_backward_kernel[(triton.cdiv(out.numel(), block),)](
             grad.contiguous(), out, start, weight, 0 if weight is None else weight.shape[1], out.numel(), num_frames,
             resized_height, resized_width, width, *std,
-            PATCH=patch, TEMPORAL=temporal_patch, MERGE=merge, BLOCK=BLOCK,
+            PATCH=patch, TEMPORAL=temporal_patch, MERGE=merge, BLOCK=block,
         )  # fmt: skip
         return _resize_rows(out, start_y, weight_y, dtype) if bands else out

@@ -3,6 +3,7 @@ against the definition in float64; and what the GPU compilers make of them."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import os
@@ -16,7 +17,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.static.tool import rows as compiled_rows
-from vlmteacher.ops.patchify import patchify_reference
+from tests.kernels import simt
+from vlmteacher.ops.patchify import (
+    Band,
+    patchify_backward_reference,
+    patchify_reference,
+    resize_bands,
+    resize_matrix,
+)
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.6, 0.7]
 DTYPES = [(d, d) for d in (torch.float32, torch.float16, torch.bfloat16)]
@@ -46,6 +54,93 @@ def draw(case: tuple, dtype: torch.dtype, out: torch.dtype) -> tuple[Tensor, Ten
     return frames, torch.randn(shape, generator=generator).to(out), tuple(args), list(size)
 
 
+@pytest.fixture(scope="module")
+def library():
+    return simt.build("patchify.cpp")
+
+
+def execute(
+    library: ctypes.CDLL, frames: Tensor, grad: Tensor, args: tuple[int, int, int], size: list[int]
+) -> tuple[Tensor, Tensor]:
+    """The rows in the dtype of their gradient, and the frames' gradient in the dtype of the frames."""
+    kinds = [(x.dtype.itemsize, x.dtype == torch.bfloat16) for x in (frames, grad)]
+    shape, sizes = list(frames.shape[2:]), [len(frames), *size, *args]
+    mean, std = ([ctypes.c_double(v) for v in values] for values in (MEAN, STD))
+    with simt.Memory(library) as memory:
+
+        def bands(backward: bool) -> list[object]:
+            found: list[object] = []
+            for i, table in enumerate(resize_bands(frames, shape, size, backward)):
+                found += [memory.put(table)] if i % 2 == 0 else [memory.put(table), table.shape[1]]
+            return found or [None, None, 0] * 2
+
+        stored = memory.put(frames.transpose(2, 3))  # as `draw` made them
+        stride = [stored.stride(i) for i in (0, 1, 3, 2)]
+        out, out_grad = memory.empty(*grad.shape, dtype=grad.dtype), memory.empty(*frames.shape, dtype=frames.dtype)
+        simt.call(
+            library.run_forward, *kinds[0], *kinds[1], stored, stride, sizes, *shape, *bands(False), mean, std, out
+        )
+        simt.call(
+            library.run_backward, *kinds[1], *kinds[0], memory.put(grad), sizes, *shape, *bands(True), std, out_grad
+        )
+        return out.clone(), out_grad.clone()
+
+
+@pytest.mark.parametrize(("dtype", "out_dtype"), DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cuda(library, case, dtype, out_dtype):
+    library.simt_seed(case[1])
+    frames, grad, args, size = draw(case, dtype, out_dtype)
+    back = (len(frames), *frames.shape[2:], *args, STD, size)
+    for ours, plain, exact in zip(
+        execute(library, frames, grad, args, size),
+        (
+            patchify_reference(frames, *args, MEAN, STD, size, out_dtype),
+            patchify_backward_reference(grad, *back, dtype),
+        ),
+        (
+            patchify_reference(frames.double(), *args, MEAN, STD, size),
+            patchify_backward_reference(grad.double(), *back),
+        ),
+        strict=True,
+    ):
+        error, usual = ((x.double() - exact).abs().max() for x in (ours, plain))
+        assert error <= 1.5 * usual + torch.finfo(ours.dtype).eps * exact.abs().max()  # a NaN is not
+
+
+def test_every_order_of_the_warps_gives_the_same_bits(library):
+    found = []
+    for seed in range(2):
+        library.simt_seed(seed)
+        found.append(execute(library, *draw(CASES[-1], torch.float32, torch.float32)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_long_rows_get_smaller_tiles_and_longer_ones_are_refused(library):
+    """From 4,000 and 200,000 pixels to two: 48 KiB of shared memory hold the columns of a smaller tile, then of none."""
+    for width, refused in ((4_000, False), (200_000, True)):
+        args, size = (1, 1, 1), [1, 2]
+        frames = torch.rand(1, 3, width, 1).transpose(2, 3)
+        grad = torch.rand(2, 3)
+        if refused:
+            with pytest.raises(simt.Fault, match="a row of 200000 pixels is too long to become 2"):
+                execute(library, frames, grad, args, size)
+        else:
+            exact = patchify_reference(frames.double(), *args, MEAN, STD, size)
+            torch.testing.assert_close(execute(library, frames, grad, args, size)[0].double(), exact)
+
+
+def test_the_plan_allots_what_a_tile_reads(library):
+    sizes = [1, 2, 3, 5, 13, 16, 29, 64, 97, 128, 384, 641, 1280]
+    for size_in, size_out in [(a, b) for a in sizes for b in sizes if a != b]:
+        matrix = resize_matrix(size_in, size_out)
+        for start, weight in (Band.of(matrix), Band.of(matrix.T)):
+            columns, all_rows, taps = size_in + size_out - len(start), len(start), weight.shape[1]
+            for rows in (1, 2, 16, 64):
+                read = taps + max(int(start[min(i + rows, all_rows) - 1] - start[i]) for i in range(0, all_rows, rows))
+                assert read <= library.most_columns(columns, taps, all_rows, rows) <= columns
+
+
 triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'vlmteacher[triton]'"
 )
@@ -68,7 +163,7 @@ def test_triton_in_its_interpreter(tmp_path):
     ("backend", "kernels"),
     [
         pytest.param("triton", 5, marks=triton),
-        pytest.param("cuda", 1, marks=pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")),
+        pytest.param("cuda", 36, marks=pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")),
     ],
 )
 def test_compiles_for_ampere_and_hopper_without_spills(backend, kernels):

@@ -1,4 +1,4 @@
-"""Differentiable preprocessing, equal to transformers' `Qwen3VLVideoProcessor` and `InternVLVideoProcessor` on floats."""
+"""Differentiable preprocessing, equal to transformers' `Qwen3VLVideoProcessor` (and InternVL's) on float input."""
 
 from __future__ import annotations
 
@@ -113,7 +113,24 @@ def _grid(num_frames: int, size: tuple[int, int], settings: VisionSettings) -> T
     return torch.tensor([[pairs, size[0] // settings.patch_size, size[1] // settings.patch_size]])
 
 
-def _patch_rows(frames: Tensor, size: tuple[int, int], settings: VisionSettings, dtype: torch.dtype) -> Tensor:
+def video_size(num_frames: int, height: int, width: int, settings: VisionSettings) -> tuple[int, int]:
+    """The size (H, W) that the settings resize a video of `num_frames` frames to."""
+    num_frames = max(num_frames, settings.temporal_patch_size)
+    max_pixels = settings.max_pixels
+    if settings.cap_pixels_per_frame:
+        per_frame = min(settings.max_video_tokens * settings.factor**2, settings.max_pixels // num_frames)
+        max_pixels = max(per_frame, int(settings.min_pixels * 1.05)) * num_frames
+    limits = settings.factor, settings.min_pixels, max_pixels
+    return smart_resize(num_frames, height, width, settings.temporal_patch_size, *limits)
+
+
+def resized_rows(
+    frames: Tensor, size: tuple[int, int], settings: VisionSettings, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Frames (K, 3, H, W), RGB in [0, 1], resized to `size`, normalised and cut into patch rows of `dtype`.
+
+    One operator, differentiable, that saves nothing; 16-bit frames are read as they are.
+    """
     frames = frames if frames.dtype in (torch.float16, torch.bfloat16) else frames.float()
     sizes = settings.patch_size, settings.temporal_patch_size, settings.merge_size
     return patchify(frames, *sizes, settings.image_mean, settings.image_std, size, dtype)
@@ -125,18 +142,11 @@ def preprocess_video(
     """Resize where the limits ask for it, normalise, cut into patches; the last frame is repeated to fill a patch.
 
     frames: (K, 3, H, W), RGB in [0, 1]. Returns `pixel_values_videos` (patches, 3 * temporal * patch * patch) of
-    `dtype`, differentiable to the frames, and `video_grid_thw` (1, 3) on the CPU. Arithmetic is in float32 at least.
+    `dtype`, differentiable to the frames, and `video_grid_thw` (1, 3) on the CPU.
     Equal to `Qwen3VLVideoProcessor` given the frames as float 0..255, which refuses K = 1: here it is two equal frames.
     """
-    num_frames = max(len(frames), settings.temporal_patch_size)
-    max_pixels = settings.max_pixels
-    if settings.cap_pixels_per_frame:
-        per_frame = min(settings.max_video_tokens * settings.factor**2, settings.max_pixels // num_frames)
-        max_pixels = max(per_frame, int(settings.min_pixels * 1.05)) * num_frames
-    height, width = frames.shape[-2:]
-    limits = settings.factor, settings.min_pixels, max_pixels
-    size = smart_resize(num_frames, height, width, settings.temporal_patch_size, *limits)
-    return _patch_rows(frames, size, settings, dtype), _grid(len(frames), size, settings)
+    size = video_size(len(frames), *frames.shape[-2:], settings)
+    return resized_rows(frames, size, settings, dtype), _grid(len(frames), size, settings)
 
 
 def preprocess_image(
@@ -145,7 +155,7 @@ def preprocess_image(
     """The same for one image (3, H, W), RGB in [0, 1]: `pixel_values` and `image_grid_thw` (1, 3)."""
     height, width = image.shape[-2:]
     size = smart_resize(1, height, width, 1, settings.factor, settings.min_pixels, settings.max_pixels)
-    return _patch_rows(image[None], size, settings, dtype), _grid(1, size, settings)
+    return resized_rows(image[None], size, settings, dtype), _grid(1, size, settings)
 
 
 def preprocess_frames(
@@ -155,5 +165,5 @@ def preprocess_frames(
 
     What `InternVLVideoProcessor` makes of float frames 0..255: the patch rows of one patch per frame.
     """
-    one_patch = VisionSettings(side, 1, 1, image_mean=tuple(mean), image_std=tuple(std))
-    return _patch_rows(frames, (side, side), one_patch, dtype).view(-1, 3, side, side)
+    whole = VisionSettings(side, 1, 1, image_mean=tuple(mean), image_std=tuple(std))
+    return resized_rows(frames, (side, side), whole, dtype).view(-1, 3, side, side)
