@@ -35,13 +35,13 @@ CASES = [  # frames, height, width, patch, temporal patch, merge, and the size t
     (1, 28, 14, 14, 2, 1, (28, 14)),
     (7, 12, 24, 2, 4, 3, (12, 24)),
     (3, 16, 32, 8, 1, 2, (16, 32)),
-    (3, 33, 47, 4, 2, 2, (16, 24)),  # smaller, odd
-    (5, 16, 8, 2, 2, 2, (36, 20)),  # larger
-    (2, 9, 200, 8, 2, 2, (64, 16)),
+    (3, 33, 47, 4, 2, 1, (16, 24)),  # smaller, odd
+    (3, 10, 8, 2, 2, 2, (20, 12)),  # larger
+    (2, 9, 100, 4, 2, 2, (16, 8)),
     (1, 1, 1, 2, 2, 2, (4, 8)),
     (2, 13, 21, 1, 1, 1, (1, 2)),
-    (3, 40, 72, 28, 1, 1, (28, 28)),  # the patch is the frame
-    (1, 45, 600, 5, 1, 1, (40, 70)),  # more than one block of a kernel in every direction
+    (2, 20, 36, 14, 1, 1, (14, 14)),  # the patch is the frame
+    (1, 30, 600, 5, 1, 1, (20, 70)),  # more than one block of a kernel in every direction
 ]
 
 
@@ -116,18 +116,17 @@ def test_every_order_of_the_warps_gives_the_same_bits(library):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_long_rows_get_smaller_tiles_and_longer_ones_are_refused(library):
-    """From 4,000 and 200,000 pixels to two: 48 KiB of shared memory hold the columns of a smaller tile, then of none."""
-    for width, refused in ((4_000, False), (200_000, True)):
-        args, size = (1, 1, 1), [1, 2]
-        frames = torch.rand(1, 3, width, 1).transpose(2, 3)
-        grad = torch.rand(2, 3)
-        if refused:
-            with pytest.raises(simt.Fault, match="a row of 200000 pixels is too long to become 2"):
-                execute(library, frames, grad, args, size)
-        else:
-            exact = patchify_reference(frames.double(), *args, MEAN, STD, size)
-            torch.testing.assert_close(execute(library, frames, grad, args, size)[0].double(), exact)
+@pytest.mark.parametrize("width", [4_000, 200_000])
+def test_long_rows_get_smaller_tiles_and_longer_ones_are_refused(library, width):
+    """To two pixels: 48 KiB of shared memory hold the columns of a smaller tile, then of none."""
+    frames, args, size = torch.rand(1, 3, width, 1).transpose(2, 3), (1, 1, 1), [1, 2]
+    if width > 100_000:
+        with pytest.raises(simt.Fault, match="a row of 200000 pixels is too long to become 2"):
+            execute(library, frames, torch.rand(2, 3), args, size)
+        return
+    exact = patchify_reference(frames.double(), *args, MEAN, STD, size)
+    out, _ = execute(library, frames, torch.rand(2, 3), args, size)
+    torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=0)
 
 
 def test_the_plan_allots_what_a_tile_reads(library):
@@ -154,7 +153,7 @@ def test_triton_in_its_interpreter(tmp_path):
     done = subprocess.run(command, env=variables, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(done.stdout.splitlines()[-1])
-    assert len(rows) == 2 * len(CASES) * len(DTYPES)
+    assert len(rows) == 4 * len(CASES)
     # written so that a NaN, left by an element that no program wrote, fails too
     assert not [row for row in rows if not row["error"] <= row["allowed"]]
 
