@@ -54,6 +54,25 @@ def test_on_the_cpu(m, k, n, r, bias, dtype, each_backend):  # noqa: F811
         assert rms(ours[name] - value) <= 1.5 * rms(plain[name] - value) + 0.1 * floor, name
 
 
+@pytest.mark.parametrize(("m", "k", "n", "r"), [(63, 65, 33, 3), (63, 320, 1000, 16), (257, 1000, 320, 64)])
+def test_float32_factors_beside_bfloat16(m, k, n, r, each_backend):  # noqa: F811
+    """As PEFT keeps them; their gradients come in float32."""
+    drawn = cpu.draw(m, k, n, r)
+    half = {name: t.bfloat16() if name in ("x", "weight", "bias") else t.float() for name, t in drawn.items()}
+    grad = torch.randn(m, n, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = cpu.run(lora_linear_reference, half, grad, torch.float64)
+    plain = cpu.run(lora_linear_reference, half, grad, torch.bfloat16)
+    for t in (half["x"], half["bias"], half["lora_a"], half["lora_b"]):
+        t.requires_grad_()
+    y = lora_linear(*(half[name] for name in cpu.NAMES), 0.7)
+    y.backward(grad)
+    assert half["lora_a"].grad.dtype == half["lora_b"].grad.dtype == torch.float32
+    ours = {"y": y.detach()} | {name: half[name].grad for name in exact if name != "y"}
+    for name, value in exact.items():
+        floor = torch.finfo(torch.bfloat16).eps * rms(value)
+        assert rms(ours[name] - value) <= 1.5 * rms(plain[name] - value) + 0.1 * floor, name
+
+
 @pytest.fixture(scope="module")
 def library():
     return simt.build("lora_linear.cpp")
