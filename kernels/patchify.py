@@ -30,7 +30,7 @@ def _channel(c, r, g, b):
 def resize_rows_kernel(
     x, out, start, weight, taps, height, width, segments, stride_t, stride_c, stride_y, stride_x, COLUMNS: tl.constexpr
 ):
-    """out (T, 3, height, width), contiguous: each row the weighted sum of `taps` rows of x. A segment of one a program."""
+    """out (T, 3, height, width), contiguous: rows are weighted sums of `taps` rows of x. A segment of one a program."""
     program = tl.program_id(0)
     column = program % segments * COLUMNS + tl.arange(0, COLUMNS)
     y, plane = program // segments % height, (program // segments // height).to(tl.int64)

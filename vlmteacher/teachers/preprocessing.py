@@ -145,7 +145,8 @@ def preprocess_video(
     `dtype`, differentiable to the frames, and `video_grid_thw` (1, 3) on the CPU.
     Equal to `Qwen3VLVideoProcessor` given the frames as float 0..255, which refuses K = 1: here it is two equal frames.
     """
-    size = video_size(len(frames), *frames.shape[-2:], settings)
+    height, width = frames.shape[-2:]
+    size = video_size(len(frames), height, width, settings)
     return resized_rows(frames, size, settings, dtype), _grid(len(frames), size, settings)
 
 
