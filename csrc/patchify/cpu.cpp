@@ -113,6 +113,19 @@ int64_t slots_of(int64_t frame, int64_t num_frames, const Grid& g) {
   return frame + 1 == num_frames ? g.temporal_patch - frame % g.temporal_patch : 1;
 }
 
+template <class A>
+resize::Resample<A>* best_resample() {
+  if constexpr (std::is_same_v<A, float>) {
+    static const auto best = [] {
+      const auto avx512 = resize::resample_avx512(), avx2 = resize::resample_avx2();
+      return avx512 ? avx512 : avx2 ? avx2 : resize::resample<float>;
+    }();
+    return best;
+  } else {
+    return resize::resample<A>;
+  }
+}
+
 // Both directions of a resize, plane by plane in parts of some rows. read(frame, channel, row, buffer) gives a pointer
 // to an input row, in the buffer where it must; write(frame, channel, row, values) takes an output row; of(channel) is
 // what becomes of a value.
@@ -120,7 +133,7 @@ template <class A, class Read, class Write, class Of>
 void resample_planes(int64_t num_frames, const resize::Band<A>& y, const resize::Band<A>& x, const Read& read,
                      const Write& write, const Of& of) {
   constexpr int64_t kRows = 32;
-  static const bool avx512 = resize::has_avx512();
+  resize::Resample<A>* const resample = best_resample<A>();
   const int64_t parts = (y.rows + kRows - 1) / kRows;
   torch::stable::parallel_for(0, num_frames * 3 * parts, 1, [&](int64_t begin, int64_t end) {
     std::vector<A> scratch, values(kRows * x.rows), buffer;
@@ -135,11 +148,7 @@ void resample_planes(int64_t num_frames, const resize::Band<A>& y, const resize:
       if (const size_t size = resize::scratch_size(y, x, part); scratch.size() < size) scratch.resize(size);
       for (int64_t r = 0; r < count; ++r)
         rows[r] = read(frame, channel, y.start[first] + r, buffer.data() + r * x.columns);
-      if constexpr (std::is_same_v<A, float>)
-        (avx512 ? resize::resample_avx512 : resize::resample<A>)(rows.data(), y, x, part, scratch.data(),
-                                                                 values.data());
-      else
-        resize::resample(rows.data(), y, x, part, scratch.data(), values.data());
+      resample(rows.data(), y, x, part, scratch.data(), values.data());
       for (int64_t r = part.begin; r < part.end; ++r)
         write(frame, channel, r, values.data() + (r - part.begin) * x.rows);
     }

@@ -36,7 +36,7 @@ RESIZES = [
     (2, 9, 200, 8, 2, 2, (64, 16)),  # larger and much smaller
     (1, 300, 7, 2, 2, 1, (6, 34)),
     (1, 1, 1, 2, 2, 2, (4, 8)),  # one pixel
-    (2, 13, 21, 1, 1, 1, (1, 2)),  # to almost none
+    (16, 13, 21, 1, 1, 1, (1, 2)),  # to almost none
     (5, 20, 20, 2, 4, 3, (42, 12)),  # more than a part of rows
     (3, 40, 72, 28, 1, 1, (28, 28)),  # the patch is the frame: InternVL's layout
 ]
