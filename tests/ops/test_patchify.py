@@ -166,7 +166,9 @@ def test_error_against_float64(size, dtype, out):
     ]:
         assert ours.dtype == to and ours.shape == truth.shape
         error, allowed = (ours.double() - truth).abs().max(), (plain.double() - truth).abs().max()
-        assert error <= 1.5 * allowed + roundings * torch.finfo(to).eps * truth.abs().max()
+        # a row may be small only because the mean was subtracted: what was rounded is near one
+        magnitude = truth.abs().max().clamp(min=1 if truth is exact else 0)
+        assert error <= 1.5 * allowed + roundings * torch.finfo(to).eps * magnitude
 
 
 def test_the_frames_own_size_is_no_resize():
