@@ -9,16 +9,18 @@ using namespace vlmteacher;
 // Of the bands that tables hold (vertical start and weight, horizontal start and weight); none, if there are none.
 patchify::Band band(const Tensors& tables, size_t i, int64_t columns) {
   if (tables.empty()) return {};
-  return {static_cast<const int*>(tables[i].const_data_ptr()), static_cast<const float*>(tables[i + 1].const_data_ptr()),
-          static_cast<int>(tables[i + 1].size(1)), static_cast<int>(columns)};
+  return {static_cast<const int*>(tables[i].const_data_ptr()),
+          static_cast<const float*>(tables[i + 1].const_data_ptr()), static_cast<int>(tables[i + 1].size(1)),
+          static_cast<int>(columns)};
 }
 
 Tensor forward(const Tensor& frames, int64_t patch, int64_t temporal_patch, int64_t merge, std::vector<double> mean,
                std::vector<double> std, ScalarType dtype, Tensors tables) {
   const int64_t height = tables.empty() ? frames.size(2) : tables[0].size(0);
   const int64_t width = tables.empty() ? frames.size(3) : tables[2].size(0);
-  const patchify::Sizes sizes{static_cast<int>(frames.size(0)), static_cast<int>(height),         static_cast<int>(width),
-                              static_cast<int>(patch),          static_cast<int>(temporal_patch), static_cast<int>(merge)};
+  const patchify::Sizes sizes{static_cast<int>(frames.size(0)), static_cast<int>(height),
+                              static_cast<int>(width),          static_cast<int>(patch),
+                              static_cast<int>(temporal_patch), static_cast<int>(merge)};
   const int64_t temporal_patches = (frames.size(0) + temporal_patch - 1) / temporal_patch;
   Tensor out = torch::stable::new_empty(
       frames, {temporal_patches * (height / patch) * (width / patch), 3 * temporal_patch * patch * patch}, dtype);

@@ -8,17 +8,17 @@ namespace patchify {
 // launch copy< 256 0
 // launch resize< 256 8704
 
-#define KERNELS(FROM, TO)                                              \
+#define KERNELS(FROM, TO)                                                     \
   template __global__ void copy(const __grid_constant__ Work<FROM, TO>, int); \
   template __global__ void resize(const __grid_constant__ Work<FROM, TO>, int, int)
 
-#define TYPES(T, OUT)                     \
-  KERNELS(Pixels<const T>, Rows<OUT>);    \
+#define TYPES(T, OUT)                  \
+  KERNELS(Pixels<const T>, Rows<OUT>); \
   KERNELS(Rows<const T>, Pixels<OUT>)
 
-#define FROM(T)            \
-  TYPES(T, float);         \
-  TYPES(T, __half);        \
+#define FROM(T)     \
+  TYPES(T, float);  \
+  TYPES(T, __half); \
   TYPES(T, __nv_bfloat16)
 
 FROM(float);

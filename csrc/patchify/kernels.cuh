@@ -3,8 +3,8 @@
 //
 // A video is read and written through a layout, Pixels or Rows (the patch rows), so that one kernel serves both
 // directions: `resize` adds up rows into shared memory and columns out of it, `copy` is what is left where nothing is
-// resized. Every output is written by one thread. No torch here: nvcc compiles this file alone, and the tests execute it
-// on the CPU.
+// resized. Every output is written by one thread. No torch here: nvcc compiles this file alone, and the tests execute
+// it on the CPU. It has never run on a GPU.
 #pragma once
 
 #include "../ptx.cuh"
@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(Threads) copy(const __grid_constant__ Work<Fro
 
 // A warp's lanes stand side by side in a row, where they read and write neighbours and share the row's weights.
 template <class From, class To>
-__global__ void __launch_bounds__(Threads) resize(const __grid_constant__ Work<From, To> work, int tiles_y,
-                                                  int tiles_x) {
+__global__ void __launch_bounds__(Threads)
+    resize(const __grid_constant__ Work<From, To> work, int tiles_y, int tiles_x) {
   float* const between = reinterpret_cast<float*>(ptx::dynamic_shared());  // (tile_y, pitch)
   const int tile_x = blockIdx.x % tiles_x, tile_y = blockIdx.x / tiles_x % tiles_y;
   const int plane = blockIdx.x / tiles_x / tiles_y, frame = plane / 3, channel = plane % 3;

@@ -1,8 +1,8 @@
 // Resizing a plane on the CPU: Y X Z^T with two banded matrices. The definition is vlmteacher/ops/patchify.py.
 //
-// The vertical map adds up whole rows. The horizontal one first turns some rows into columns, so that it adds up vectors
-// too: rows lie in the lanes. cpu.cpp, resize_avx2.cpp and resize_avx512.cpp include this and compile it for different
-// processors: hence the unnamed namespace, and no library code, which the linker could share between them.
+// The vertical map adds up whole rows. The horizontal one first turns some rows into columns, so that it adds up
+// vectors too: rows lie in the lanes. cpu.cpp, resize_avx2.cpp and resize_avx512.cpp include this and compile it for
+// different processors: hence the unnamed namespace, and no library code, which the linker could share between them.
 #pragma once
 
 #include <cstdint>
