@@ -39,7 +39,7 @@ class Band(NamedTuple):
         first, last = first.flip(0).cummin(0).values.flip(0), last.cummax(0).values  # a weight within may be zero
         taps = int((last - first).max()) + 1
         start = first.clamp(max=columns - taps)
-        return cls(start.int(), matrix.gather(1, start[:, None] + torch.arange(taps)))
+        return cls(start.int(), matrix.gather(1, start[:, None] + torch.arange(taps, device=matrix.device)))
 
 
 def resize_matrix(size_in: int, size_out: int) -> Tensor:
@@ -51,8 +51,8 @@ def resize_matrix(size_in: int, size_out: int) -> Tensor:
     """
     scale = size_in / size_out
     stretch = max(scale, 1.0)
-    center = scale * (torch.arange(size_out, dtype=torch.float64)[:, None] + 0.5)
-    x = (torch.arange(size_in, dtype=torch.float64) + 0.5 - center).abs() / stretch
+    to, of = (torch.arange(n, dtype=torch.float64, device="cpu") + 0.5 for n in (size_out, size_in))
+    x = (of - scale * to[:, None]).abs() / stretch
     weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, -0.5 * (((x - 5) * x + 8) * x - 4)).where(x < 2, 0.0)
     return weight / weight.sum(1, keepdim=True)
 
