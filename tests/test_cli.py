@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -252,3 +253,19 @@ def test_queries_to_edit_and_give_back(run: Run, tmp_path: Path) -> None:
     flags = [*instance_flags, "--queries", tmp_path / "q.json", "--max-steps", 1, "--out", tmp_path / "run"]
     assert run("solve", *flags)[0] == 0
     assert json.loads((tmp_path / "run" / "run.json").read_text())["queries"] == edited
+
+
+@packaged
+def test_the_documented_commands_for_queries(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlmteacher.microworld.world import Scene, render
+
+    docs = (Path(__file__).parents[1] / "docs" / "queries.md").read_text()
+    commands = [shlex.split(line)[1:] for line in docs.splitlines() if line.startswith("    vlmteacher ")]
+    assert [command[0] for command in commands] == ["queries", "solve"]
+    monkeypatch.chdir(tmp_path)
+    example = json.loads((PACKAGED_PAIR / "pair.json").read_text())["example"]
+    frame = (render(Scene.from_json(example["scene"]))[0] * 255).round().astype("uint8")
+    Image.fromarray(frame).save("first.png")
+    assert run(*commands[0])[0] == 0
+    assert run(*commands[1], "--max-steps", 0)[0] == 0
+    assert json.loads(Path("runs/edited/run.json").read_text())["queries"] == json.loads(Path("q.json").read_text())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlmteacher.errors import InputError
 from vlmteacher.hub import only_local
-from vlmteacher.queries import QuerySet
+from vlmteacher.queries import QuerySet, QueryStyle
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -74,3 +74,14 @@ def load_teacher(
     from vlmteacher.teachers.qwen_vl import QwenVLTeacher
 
     return QwenVLTeacher.from_pretrained(name, dtype=dtype, local_files_only=local_files_only)
+
+
+def read_style(path_or_id: str, local_files_only: bool = False) -> QueryStyle:
+    """How a checkpoint wants to be asked for queries: its `teacher.json`, or the way for any VLM where it has none."""
+    from transformers.utils import cached_file
+
+    try:
+        file = cached_file(path_or_id, "teacher.json", local_files_only=local_files_only)
+    except OSError:
+        return QueryStyle()
+    return QueryStyle.load(file)

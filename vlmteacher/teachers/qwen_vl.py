@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
-from vlmteacher.queries import ANSWER_INSTRUCTION, QuerySet, parse_queries, query_prompt
-from vlmteacher.teachers.base import Teacher
+from vlmteacher.queries import ANSWER_INSTRUCTION, QuerySet, QueryStyle, ask_for_queries, query_prompt
+from vlmteacher.teachers.base import Teacher, read_style
 from vlmteacher.teachers.preprocessing import VisionSettings, preprocess_image, preprocess_video, read_settings
 
 if TYPE_CHECKING:
@@ -66,11 +67,19 @@ class QwenVLTeacher(Teacher):
         model: `Qwen3VLForConditionalGeneration`; it is frozen, set to evaluation mode and given `LinearPatchEmbed`.
         tokenizer: its tokenizer, with a chat template.
         video, image: settings of the preprocessing.
+        style: how it is asked for queries.
 
     Raises InputError when the tokenizer has no chat template.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, video: VisionSettings, image: VisionSettings | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        video: VisionSettings,
+        image: VisionSettings | None = None,
+        style: QueryStyle | None = None,
+    ) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise InputError("the teacher's tokenizer has no chat template: take an instruction-tuned checkpoint")
         self.model = model.requires_grad_(False).eval()
@@ -80,6 +89,7 @@ class QwenVLTeacher(Teacher):
         self.tokenizer = tokenizer
         self.video = video
         self.image = image or video
+        self.style = style or QueryStyle()
 
     @classmethod
     def from_pretrained(
@@ -97,7 +107,7 @@ class QwenVLTeacher(Teacher):
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"teacher {path_or_id!r} cannot be loaded: {reason}") from error
         settings = read_settings(path_or_id, model.config.vision_config, local_files_only)
-        return cls(model, tokenizer, *settings)
+        return cls(model, tokenizer, *settings, read_style(path_or_id, local_files_only))
 
     @property
     def device(self) -> torch.device:
@@ -151,20 +161,12 @@ class QwenVLTeacher(Teacher):
         """See `Teacher.write_queries`. Greedy first; the one retry is sampled, with a seed of its own."""
         if not prompt.strip():
             raise InputError("the prompt is empty: say what the video must show")
-        inputs = self._query_inputs(prompt, image)
-        answer = ""
-        for retry in (False, True):
-            answer = self._generate(inputs, sample=retry)
-            try:
-                return parse_queries(answer)
-            except InputError as error:
-                reason = str(error)
-        shown = " ".join(answer.split())[:120]
-        raise InputError(
-            f"the teacher wrote no usable queries, twice ({reason}); give your own. It answered: {shown!r}"
+        return ask_for_queries(
+            self.style, lambda later, sample: self._generate(self._query_inputs(prompt, image, later), sample)
         )
 
-    def _query_inputs(self, prompt: str, image: Image | None) -> dict[str, Tensor]:
+    def _query_inputs(self, prompt: str, image: Image | None, later: Sequence[str] = ()) -> dict[str, Tensor]:
+        """What `generate` takes to write the queries of a task, or to mend them after `later` turns."""
         vision: dict[str, Tensor] = {}
         placeholder = ""
         if image is not None:
@@ -173,7 +175,8 @@ class QwenVLTeacher(Teacher):
             values, grid = preprocess_image(pixels.permute(2, 0, 1) / 255, self.image)
             placeholder = VISION_START + IMAGE_PAD * (int(grid.prod()) // self.image.merge_size**2) + VISION_END
             vision = {"pixel_values": values, "image_grid_thw": grid}
-        ids = torch.tensor([self._encode(self._chat(query_prompt(prompt), "image", placeholder), placeholder)])
+        text = query_prompt(prompt, self.style.query_instruction)
+        ids = torch.tensor([self._encode(self._chat(text, "image", placeholder, later), placeholder)])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": self._token_types(ids)}
         return {name: value.to(self.device) for name, value in (inputs | vision).items()}
 
@@ -197,12 +200,14 @@ class QwenVLTeacher(Teacher):
             )
         return self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
-    def _chat(self, text: str, modality: str, placeholder: str) -> str:
-        """One user turn, in the checkpoint's own template, with its vision token spelled out."""
+    def _chat(self, text: str, modality: str, placeholder: str, later: Sequence[str] = ()) -> str:
+        """One user turn and `later` ones, in the checkpoint's own template, with its vision token spelled out."""
         content = [{"type": "text", "text": text}]
         if placeholder:
             content.insert(0, {"type": modality})
         messages = [{"role": "user", "content": content}]
+        for turn, role in zip(later, cycle(("assistant", "user")), strict=False):
+            messages.append({"role": role, "content": [{"type": "text", "text": turn}]})
         chat = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         pad = {"image": IMAGE_PAD, "video": VIDEO_PAD}[modality]
         return chat.replace(VISION_START + pad + VISION_END, placeholder, 1) if placeholder else chat
