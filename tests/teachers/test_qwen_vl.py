@@ -250,7 +250,8 @@ def test_real_answers_are_held_to_the_rules_and_the_packaged_teachers_are_not(te
         "<|im_start|>user\n<|vision_start|><|vision_end|>A video must carry out this task: "
         f"{prompt}\nWrite questions to check the video. Each is answered yes or no by watching the video, and Yes "
         "means satisfied. Write one goal question about the final result and one to three process questions about "
-        'rules that must hold all the way. Answer only with JSON: {"goal": "...", "process": ["...", "..."]}<|im_end|>\n'
+        'rules that must hold all the way. Answer only with JSON: {"goal": "...", "process": ["...", "..."]}'
+        "<|im_end|>\n"
         "<|im_start|>assistant\n"
     ]
     monkeypatch.setattr(QwenVLTeacher, "_generate", lambda *args: written.to_json())
