@@ -1,7 +1,7 @@
 """A second device on a machine that has only one: its tensors hold real values, and mix with the CPU's as a GPU's do.
 
-Torch knows the device "meta", and autograd runs on it without a driver. `other_device()` makes it compute: its tensors are
-`There`, wrappers around CPU tensors, and an operator that gets tensors of both devices raises as on a GPU.
+Torch knows the device "meta", and autograd runs on it without a driver. `other_device()` makes it compute: its tensors
+are `There`, wrappers around CPU tensors, and an operator that gets tensors of both devices raises as on a GPU.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if there and func not in CROSSING:
         # As on a GPU: numbers of the CPU may take part, and index tensors.
         mixed = [t for t in tensors if not isinstance(t, There) and t.dim()]
-        if mixed and not (func in CPU_INDICES and isinstance(args[0], There) and all(t.dtype == torch.long for t in mixed)):
+        if mixed and not (
+            func in CPU_INDICES and isinstance(args[0], There) and all(t.dtype == torch.long for t in mixed)
+        ):
             raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found meta and cpu")
     device = kwargs.get("device")
     if device is not None:

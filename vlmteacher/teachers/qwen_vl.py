@@ -14,6 +14,7 @@ from vlmteacher.errors import InputError
 from vlmteacher.queries import ANSWER_INSTRUCTION, QuerySet, QueryStyle, ask_for_queries, query_prompt
 from vlmteacher.teachers.base import Teacher, read_style
 from vlmteacher.teachers.preprocessing import VisionSettings, preprocess_image, preprocess_video, read_settings
+from vlmteacher.teachers.quantization import Quantize, check_stays, is_quantized, load_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -86,6 +87,7 @@ class QwenVLTeacher(Teacher):
         visual = self.model.model.visual
         if not isinstance(visual.patch_embed, LinearPatchEmbed):
             visual.patch_embed = LinearPatchEmbed(visual.patch_embed)
+        self.quantized = is_quantized(model)
         self.tokenizer = tokenizer
         self.video = video
         self.image = image or video
@@ -93,15 +95,25 @@ class QwenVLTeacher(Teacher):
 
     @classmethod
     def from_pretrained(
-        cls, path_or_id: str, dtype: torch.dtype = torch.float32, local_files_only: bool = False
+        cls,
+        path_or_id: str,
+        dtype: torch.dtype = torch.float32,
+        local_files_only: bool = False,
+        quantize: Quantize | None = None,
+        device: torch.device | None = None,
     ) -> QwenVLTeacher:
         """Load model, tokenizer and processor settings from a local directory or a hub id."""
         from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(path_or_id, local_files_only=local_files_only)
-            model = Qwen3VLForConditionalGeneration.from_pretrained(
-                path_or_id, dtype=dtype, local_files_only=local_files_only
+            model = load_model(
+                Qwen3VLForConditionalGeneration,
+                path_or_id,
+                dtype,
+                quantize,
+                device,
+                local_files_only=local_files_only,
             )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
@@ -114,6 +126,9 @@ class QwenVLTeacher(Teacher):
         return self.model.device
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> QwenVLTeacher:
+        if self.quantized:
+            check_stays(self.model, device, dtype)
+            return self
         self.model.to(device=device or self.device, dtype=dtype or self.model.dtype)
         return self
 
