@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import pytest
 from PIL import Image
 
 from tests.tiny_pair import PROMPT, QUERIES, tiny_decoder
-from vlmteacher.cli import main
+from vlmteacher.cli import main, parser
 from vlmteacher.pipeline import PACKAGED_PAIR
+from vlmteacher.placement import parse_device_map
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -138,7 +140,13 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "goal weight": ({"goal_weight": 2}, "not 2"),
         "N is no number": ({"max_steps": "many"}, "'many'"),
         "dtype": ({"dtype": "int8"}, "'int8'"),
-        "device": ({"device": "abacus"}, "--device abacus"),
+        "device": ({"device": "abacus"}, "--device abacus cannot be used here"),
+        "device of a part": ({"device_map": "reasoner=cpu,teacher=abacus"}, "--device-map: teacher=abacus cannot be"),
+        "device of an unknown part": ({"device_map": "vae=cpu"}, "--device-map: unknown part 'vae': the parts are"),
+        "device for one part": ({"device_map": "teacher=cpu"}, "--device-map: no device for the reasoner"),
+        "devices of another form": ({"device_map": "cpu,cpu"}, "'cpu,cpu' is not of the form reasoner=cuda:0,teacher"),
+        "two ways to say it": ({"device": "cpu", "device_map": "reasoner=cpu,teacher=cpu"}, "exclude each other"),
+        "quantize": ({"quantize": "2bit"}, "'2bit'"),
         "seed": ({"seed": 2**63}, "argument --seed: must be a whole number"),
         "out is a file": ({"out": text}, "not a directory"),
         "out under a file": ({"out": text / "run"}, "not a directory"),
@@ -159,6 +167,35 @@ def test_bad_input_is_one_line_and_leaves_nothing(
             assert status == 2 and message in err
             assert err.startswith("error: ") and err.count("\n") == 1 and out == ""
             assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_placement(run: Run, solve: Any, tmp_path: Path) -> None:
+    """What can be said where there is no second device."""
+    status, _, err = run(*solve(out=tmp_path / "run"), "--offload")
+    assert status == 2 and "--offload keeps in main memory what a GPU does not need" in err
+    assert list(tmp_path.iterdir()) == []
+    flags = {"device_map": "reasoner=cpu, teacher=cpu", "max_steps": 1}
+    assert run(*solve(out=tmp_path / "run", **flags))[0] == 0
+    assert run(*solve(out=tmp_path / "same", max_steps=1))[0] == 0
+    first, second = ((tmp_path / name / "lora.safetensors").read_bytes() for name in ("run", "same"))
+    assert first == second
+
+
+def test_the_documented_commands_for_placement() -> None:
+    docs = (Path(__file__).parents[1] / "docs" / "placement.md").read_text()
+    commands = [shlex.split(line)[1:] for line in docs.splitlines() if line.startswith("    vlmteacher ")]
+    one, two, small = (parser().parse_args(command) for command in commands)
+    assert (one.device, one.device_map, one.offload, one.quantize) == ("cuda", None, False, None)
+    assert parse_device_map(two.device_map) == {"reasoner": "cuda:0", "teacher": "cuda:1"} and two.device is None
+    assert (small.device, small.offload, small.quantize) == ("cuda", True, "4bit")
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_the_extra_for_quantised_teachers_is_named(run: Run, solve: Any, tmp_path: Path) -> None:
+    for command in (["queries", "--prompt", PROMPT], solve(out=tmp_path / "run")):
+        status, out, err = run(*command, "--quantize", "4bit")
+        assert (status, out) == (2, "") and "pip install 'vlmteacher[quantized]'" in err and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_queries(run: Run, models: dict[str, str], tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Frozen Teachers in 4 or 8 bits: bitsandbytes keeps the weights, the product is ours.
 
 bitsandbytes' own layers do not fit what a Teacher is for. On a CPU with AVX512-BF16 its 4-bit layer repacks the weights
-at the first product without a gradient, and has none from then on. Its 8-bit layer rounds the activations too, for
-which it gives a straight-through gradient (5% off that of the dequantised model, on a random tiny Qwen3-VL).
+at the first product without a gradient, and passes none from then on. Its 8-bit layer rounds the activations too, for
+which it gives a straight-through gradient. Seen in bitsandbytes 0.50; never run on a GPU.
 """
 
 from __future__ import annotations
