@@ -205,8 +205,35 @@ def test_queries(run: Run, models: dict[str, str], tmp_path: Path) -> None:
     assert status == 2 and "no usable queries" in err and err.count("\n") == 1 and not out.exists()
     status, _, err = run("queries", "--prompt", " ", "--teacher", models["teacher"], "-o", out)
     assert status == 2 and "empty" in err
-    status, _, err = run("queries", "--prompt", PROMPT, "-o", tmp_path / "none" / "queries.json")
-    assert status == 2 and "does not exist" in err
+
+
+def test_bad_arguments_of_queries(
+    run: Run, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subtests: Any
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "text.png").write_text("no image")
+    before = sorted(tmp_path.rglob("*"))
+    cases: dict[str, tuple[list[object], str]] = {
+        "no prompt": ([], "--prompt"),
+        "empty prompt": (["--prompt", " "], "--prompt is empty"),
+        "prompt with the model's token": (["--prompt", "move <|image_pad|>"], "must not hold the model's own token"),
+        "output in no directory": (["--prompt", PROMPT, "-o", tmp_path / "none" / "q.json"], "does not exist"),
+        "output is a directory": (["--prompt", PROMPT, "-o", tmp_path], "is a directory"),
+        "missing image": (["--prompt", PROMPT, "--image", tmp_path / "none.png"], "none.png does not exist"),
+        "no image": (["--prompt", PROMPT, "--image", tmp_path / "text.png"], "text.png cannot be read"),
+        "unknown teacher": (["--prompt", PROMPT, "--teacher", "no-such/model"], "'no-such/model'"),
+        "device": (["--prompt", PROMPT, "--device", "abacus"], "--device abacus cannot be used here"),
+        "number without device": (["--prompt", PROMPT, "--device", "cuda:77"], "--device cuda:77 cannot be used here"),
+        "quantize": (["--prompt", PROMPT, "--quantize", "2bit"], "'2bit'"),
+        "device map": (["--prompt", PROMPT, "--device-map", "teacher=cpu"], "--device-map"),  # there is one model
+    }
+    for name, (flags, message) in cases.items():
+        with subtests.test(name):
+            teacher = [] if "--teacher" in flags else ["--teacher", models["teacher"]]
+            status, out, err = run("queries", *teacher, *flags)
+            assert status == 2 and message in err and out == ""
+            assert err.startswith("error: ") and err.count("\n") == 1
+            assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_bench_of_what_is_not_there(run: Run, tmp_path: Path) -> None:
@@ -284,7 +311,11 @@ def test_queries_to_edit_and_give_back(run: Run, tmp_path: Path) -> None:
     instance_flags = ["--prompt", prompt, "--image", tmp_path / "first.png"]
     status, out, _ = run("queries", *instance_flags)
     assert status == 0 and 1 <= len(json.loads(out)["process"]) <= 3
-    assert run("queries", *instance_flags, "-o", tmp_path / "q.json")[0] == 0
+    status, told, _ = run("queries", *instance_flags, "-o", tmp_path / "q.json")
+    assert status == 0 and (tmp_path / "q.json").read_text() == out
+    goal, *process, hint = told.splitlines()
+    assert goal.split(maxsplit=1) == ["goal", json.loads(out)["goal"]] and "vlmteacher solve --queries" in hint
+    assert [line.split(maxsplit=1) for line in process] == [["process", q] for q in json.loads(out)["process"]]
     edited = {**json.loads((tmp_path / "q.json").read_text()), "process": ["Do the boxes stay as they are?"]}
     (tmp_path / "q.json").write_text(json.dumps(edited))
     flags = [*instance_flags, "--queries", tmp_path / "q.json", "--max-steps", 1, "--out", tmp_path / "run"]

@@ -255,6 +255,8 @@ def queries(arguments: argparse.Namespace) -> None:
     _check_instance(arguments)
     if arguments.output and not (parent := Path(arguments.output).absolute().parent).is_dir():
         raise InputError(f"queries file {arguments.output}: the directory {parent} does not exist")
+    if arguments.output and Path(arguments.output).is_dir():
+        raise InputError(f"queries file {arguments.output} is a directory: give the name of a file in it")
     from vlmteacher.quiet import quiet
 
     quiet()
@@ -273,6 +275,9 @@ def queries(arguments: argparse.Namespace) -> None:
     written = teacher.write_queries(arguments.prompt, image)
     if arguments.output:
         written.save(arguments.output)
+        for kind, question in zip(("goal", *["process"] * len(written.process)), written.questions, strict=True):
+            print(f"{kind:8} {question}")
+        print(f"Edit {arguments.output} if you like, then: vlmteacher solve --queries {arguments.output} ...")
     else:
         print(written.to_json())
 
