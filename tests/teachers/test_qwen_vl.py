@@ -197,6 +197,9 @@ def test_garbage_is_retried_once_then_refused(teacher, monkeypatch):
         teacher.write_queries("Move the red ball.", Image.new("RGB", (40, 32), "red"))
     assert len(answers) == 2 and answers[0] != answers[1]
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    with pytest.raises(InputError) as again:
+        teacher.write_queries("Move the red ball.", Image.new("RGB", (40, 32), "red"))
+    assert str(again.value) == str(error.value) and answers[:2] == answers[2:]
 
 
 def test_the_retry_can_succeed_and_is_the_same_each_time(teacher, monkeypatch):
