@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,6 +106,18 @@ def test_a_quantised_teacher_stays_where_it_is(models: dict[str, str]) -> None:
     fixed: dict[str, Any] = {"rank": 2, "teacher_frames": 4, "learning_rate": 0.03, "max_steps": 2, "progress": False}
     out = pipe("move the ball", queries=QUERIES, generator=torch.Generator().manual_seed(0), **fixed)
     assert out.updates == 2 and out.history[0]["grad_norm"] > 0
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_the_packaged_teacher_writes_the_same_queries(tmp_path: Path, quantize: str) -> None:
+    command = [sys.executable, "-m", "vlmteacher", "queries", "--prompt", "Move the yellow ball into the purple box."]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    plain, ours = (
+        subprocess.run([*command, *flags], capture_output=True, text=True, check=True, cwd=tmp_path, env=env)
+        for flags in ([], ["--quantize", quantize])
+    )
+    assert ours.stdout == plain.stdout and "yellow ball" in ours.stdout and ours.stderr == ""
 
 
 def test_bad_values(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
