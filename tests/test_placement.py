@@ -109,7 +109,7 @@ def test_what_is_not_needed_waits_in_main_memory(models: dict[str, str], check_f
         return QuerySet.from_dict(QUERIES)
 
     monkeypatch.setattr(QwenVLTeacher, "write_queries", write)
-    monkeypatch.setattr("vlmteacher.teachers.qwen_vl.MAX_NEW_TOKENS", 2)
+    monkeypatch.setattr(f"{QwenVLTeacher._generate.__module__}.MAX_NEW_TOKENS", 2)
     pipe = TeacherPipeline.from_pretrained(**models, offload=True)
     with other_device():
         pipe.to("meta")

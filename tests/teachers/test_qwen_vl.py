@@ -10,9 +10,11 @@ from tests.tiny_teacher import CORPUS, tiny_qwen3_vl
 from vlmteacher.errors import InputError
 from vlmteacher.pipeline import PACKAGED_PAIR
 from vlmteacher.queries import QuerySet
-from vlmteacher.teachers import load_teacher, qwen_vl
+from vlmteacher.teachers import load_teacher, vlm
 from vlmteacher.teachers.preprocessing import preprocess_image, preprocess_video
-from vlmteacher.teachers.qwen_vl import QwenVLTeacher, question_text, video_placeholder
+from vlmteacher.teachers.qwen_vl import QwenVLTeacher, video_placeholder
+from vlmteacher.teachers.visual_checkpoint import LinearPatchEmbed
+from vlmteacher.teachers.vlm import question_text
 
 QUESTIONS = ("Is the red ball on the square?", "Is it?", "Does the ball go around all of the blocked cells?", "Red?")
 
@@ -149,7 +151,7 @@ def test_the_prompt_is_exactly_the_agreed_text(teacher):
 
 def test_the_video_is_encoded_once_whatever_the_number_of_questions(teacher):
     calls = []
-    handle = teacher.model.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    handle = teacher.model.model.visual.merger.register_forward_hook(lambda *_: calls.append(1))
     try:
         teacher.losses(frames_of(4), range(4), 8.0, QuerySet(QUESTIONS[0], QUESTIONS[1:]))
     finally:
@@ -161,7 +163,7 @@ def test_the_linear_patch_embedding_equals_the_convolution(path, teacher):
     stock = Qwen3VLForConditionalGeneration.from_pretrained(path)
     rows = torch.randn(50, 3 * 2 * 8 * 8)
     ours = teacher.model.model.visual.patch_embed
-    assert isinstance(ours, qwen_vl.LinearPatchEmbed)
+    assert isinstance(ours, LinearPatchEmbed)
     torch.testing.assert_close(ours(rows), stock.model.visual.patch_embed(rows), atol=1e-6, rtol=1e-5)
     assert stock.state_dict().keys() == teacher.model.state_dict().keys()
 
@@ -276,7 +278,7 @@ def test_a_checkpoint_brings_its_way_of_asking(tmp_path, path):
 
 @pytest.mark.parametrize("with_image", [True, False])
 def test_generation_equals_a_stepwise_stock_greedy_search(path, teacher, monkeypatch, with_image):
-    monkeypatch.setattr(qwen_vl, "MAX_NEW_TOKENS", 6)
+    monkeypatch.setattr(vlm, "MAX_NEW_TOKENS", 6)
     image = Image.new("RGB", (32, 48), (200, 30, 90)) if with_image else None
     text = teacher._generate(teacher._query_inputs("Move it.", image), sample=False)
 
@@ -288,7 +290,7 @@ def test_generation_equals_a_stepwise_stock_greedy_search(path, teacher, monkeyp
         values, grid = preprocess_image(pixels, teacher.image)
         vision = {"pixel_values": values, "image_grid_thw": grid}
         placeholder = "<|vision_start|>" + "<|image_pad|>" * 6 + "<|vision_end|>"
-    question = qwen_vl.query_prompt("Move it.")
+    question = vlm.query_prompt("Move it.")
     prompt = f"<|im_start|>user\n{placeholder}{question}<|im_end|>\n<|im_start|>assistant\n"
     ids = teacher.tokenizer(prompt, return_tensors="pt")["input_ids"]
     start = ids.shape[1]

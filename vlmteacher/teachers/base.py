@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,7 +19,10 @@ from vlmteacher.teachers.quantization import Quantize, check_quantize
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MODEL_TYPES = ("qwen3_vl",)
+# transformers' model_type -> the module of the family and its class
+FAMILIES = {
+    "qwen3_vl": ("qwen_vl", "QwenVLTeacher"),
+}
 
 
 class Teacher(ABC):
@@ -81,12 +85,12 @@ def load_teacher(
     except (OSError, ValueError, KeyError) as error:
         where = "has no usable config.json" if os.path.isdir(name) else "is no local directory and cannot be fetched"
         raise InputError(f"teacher {name!r} {where}: give the path of a directory that holds the checkpoint") from error
-    if model_type not in MODEL_TYPES:
-        known = ", ".join(MODEL_TYPES)
+    if model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
         raise InputError(f"teacher {name!r} is of the model type {model_type!r}; known types: {known}")
-    from vlmteacher.teachers.qwen_vl import QwenVLTeacher
-
-    return QwenVLTeacher.from_pretrained(name, dtype, local_files_only, quantize, device)
+    module, family = FAMILIES[model_type]
+    teacher = getattr(importlib.import_module(f"vlmteacher.teachers.{module}"), family)
+    return teacher.from_pretrained(name, dtype, local_files_only, quantize, device)
 
 
 def read_style(path_or_id: str, local_files_only: bool = False) -> QueryStyle:

@@ -125,6 +125,22 @@ def _patch_rows(frames: Tensor, settings: VisionSettings) -> Tensor:
     return patchify(frames, *sizes, settings.image_mean, settings.image_std)
 
 
+def video_size(num_frames: int, height: int, width: int, settings: VisionSettings) -> tuple[int, int]:
+    """The size (H, W) that the settings resize a video of `num_frames` frames to."""
+    num_frames = max(num_frames, settings.temporal_patch_size)
+    max_pixels = settings.max_pixels
+    if settings.cap_pixels_per_frame:
+        per_frame = min(settings.max_video_tokens * settings.factor**2, settings.max_pixels // num_frames)
+        max_pixels = max(per_frame, int(settings.min_pixels * 1.05)) * num_frames
+    limits = settings.factor, settings.min_pixels, max_pixels
+    return smart_resize(num_frames, height, width, settings.temporal_patch_size, *limits)
+
+
+def resized_rows(frames: Tensor, size: tuple[int, int], settings: VisionSettings) -> Tensor:
+    """Frames (K, 3, H, W), RGB in [0, 1], resized to `size`, normalised and cut into patch rows; differentiable."""
+    return _patch_rows(_resize(frames.float(), size), settings)
+
+
 def preprocess_video(frames: Tensor, settings: VisionSettings) -> tuple[Tensor, Tensor]:
     """Resize where the limits ask for it, normalise, cut into patches; the last frame is repeated to fill a patch.
 
@@ -132,15 +148,8 @@ def preprocess_video(frames: Tensor, settings: VisionSettings) -> tuple[Tensor, 
     differentiable to the frames, and `video_grid_thw` (1, 3) on the CPU.
     Equal to `Qwen3VLVideoProcessor` given the frames as float 0..255, which refuses K = 1: here it is two equal frames.
     """
-    num_frames = max(len(frames), settings.temporal_patch_size)
-    max_pixels = settings.max_pixels
-    if settings.cap_pixels_per_frame:
-        per_frame = min(settings.max_video_tokens * settings.factor**2, settings.max_pixels // num_frames)
-        max_pixels = max(per_frame, int(settings.min_pixels * 1.05)) * num_frames
-    height, width = frames.shape[-2:]
-    limits = settings.factor, settings.min_pixels, max_pixels
-    size = smart_resize(num_frames, height, width, settings.temporal_patch_size, *limits)
-    return _patch_rows(_resize(frames.float(), size), settings), _grid(len(frames), size, settings)
+    size = video_size(len(frames), *frames.shape[-2:], settings)
+    return resized_rows(frames, size, settings), _grid(len(frames), size, settings)
 
 
 def preprocess_image(image: Tensor, settings: VisionSettings) -> tuple[Tensor, Tensor]:
