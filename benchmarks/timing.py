@@ -45,17 +45,26 @@ def compare(
     }
 
 
-def arguments(description: str, dtype: str = "float32") -> argparse.Namespace:
+def argument_parser(description: str, dtype: str = "float32") -> argparse.ArgumentParser:
+    """What every benchmark understands; `parsed` reads it."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default=dtype, choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--pairs", type=int, default=15, help="alternating measurements per case")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     settings = parser.parse_args()
     if settings.threads:
         torch.set_num_threads(settings.threads)
     return settings
+
+
+def arguments(description: str, dtype: str = "float32") -> argparse.Namespace:
+    return parsed(argument_parser(description, dtype))
 
 
 def publish(name: str, settings: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
@@ -63,8 +72,9 @@ def publish(name: str, settings: argparse.Namespace, rows: Sequence[dict[str, An
     summary = {"speedup": math.exp(statistics.fmean(math.log(row["speedup"]) for row in rows))}
     if all(row.get("memory_ratio") is not None for row in rows):
         summary["memory_ratio"] = statistics.fmean(row["memory_ratio"] for row in rows)
-    if all("vs_frozen_linear" in row for row in rows):
-        summary["vs_frozen_linear"] = statistics.geometric_mean(row["vs_frozen_linear"] for row in rows)
+    for ratio in ("vs_frozen_linear", "ceiling"):
+        if all(ratio in row for row in rows):
+            summary[ratio] = statistics.geometric_mean(row[ratio] for row in rows)
     print(f"{name} on {settings.device}, {settings.dtype}, {torch.get_num_threads()} of {os.cpu_count()} threads")
     for row in rows:
         print(

@@ -50,19 +50,34 @@ void vendor(Tensor out, const Tensor& base, const Tensor& left, const Tensor& ri
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), base.get(), left.get(), right.get(), beta, alpha));
 }
 
-// out = alpha left right + (accumulate ? out : 0) where one of the sides is the rank; all have contiguous rows.
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// `t`, contiguous, in `dtype`.
+Tensor as(ScalarType dtype, const Tensor& t) {
+  return t.scalar_type() == dtype ? dense(t) : dense(torch::stable::to(t, dtype));
+}
+
+// out = alpha left right + (accumulate ? out : 0) where one of the sides is the rank; all have contiguous rows. The
+// gradient of a float32 factor may come from bfloat16 operands.
 void with_rank(const Operand& out, const Operand& left, const Operand& right, double alpha, bool accumulate) {
   static const bool available = skinny::available();
-  const bool half = out.of.scalar_type() == ScalarType::BFloat16;
+  const ScalarType dtype = left.of.scalar_type();
+  const bool half = dtype == ScalarType::BFloat16, wide = out.of.scalar_type() == ScalarType::Float;
   const int64_t m = out.rows(), n = out.columns(), k = left.columns();
   const skinny::Matrix l{left.data(), left.of.stride(0), left.turned},
       r{right.data(), right.of.stride(0), right.turned};
-  if (!available || !(half || out.of.scalar_type() == ScalarType::Float) ||
-      (half && !skinny::takes_bfloat16(l, r, k))) {
+  // A handful of float32 sums (one row of x) is no work to save: theirs then round as the plain expression's do.
+  const bool own = half ? skinny::takes_bfloat16(l, r, k) : dtype == ScalarType::Float && m * n >= 256;
+  if (!available || !own) {
     const Tensor to = out.tensor();
-    return vendor(to, to, left.tensor(), right.tensor(), alpha, accumulate ? 1 : 0);
+    if (dtype == to.scalar_type()) return vendor(to, to, left.tensor(), right.tensor(), alpha, accumulate ? 1 : 0);
+    const Tensor narrow = torch::stable::new_empty(to, {m, n}, dtype);
+    vendor(narrow, narrow, left.tensor(), right.tensor(), alpha, 0);
+    Tensor whole = to;
+    torch::stable::copy_(whole, narrow);
+    return;
   }
-  const int64_t bytes = half ? 2 : 4, stride = out.of.stride(0);
+  const int64_t bytes = half ? 2 : 4, out_bytes = wide ? 4 : 2, stride = out.of.stride(0);
   const bool by_rows = m >= n;  // the work is divided along the longer side
   torch::stable::parallel_for(0, by_rows ? m : n, 64, [&](int64_t begin, int64_t end) {
     skinny::Matrix some_l = l, some_r = r;
@@ -70,38 +85,40 @@ void with_rank(const Operand& out, const Operand& left, const Operand& right, do
     const bool strided = by_rows != some.transposed;  // elements of that side stand a row apart
     some.data = static_cast<const char*>(some.data) + begin * bytes * (strided ? some.stride : 1);
     skinny::product(half, by_rows ? end - begin : m, by_rows ? n : end - begin, k, static_cast<float>(alpha), some_l,
-                    some_r, accumulate, out.data() + begin * bytes * (by_rows ? stride : 1), stride);
+                    some_r, accumulate, out.data() + begin * out_bytes * (by_rows ? stride : 1), stride, wide);
   });
 }
 
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-// The tensors on top of one another, (sum of rows, columns); one alone is itself.
-Tensor stack(const std::vector<Tensor>& tensors) {
-  if (tensors.size() == 1) return dense(tensors[0]);
+// The tensors on top of one another, (sum of rows, columns), in x's dtype; one alone of that dtype is itself.
+Tensor stack(const Tensor& x, const std::vector<Tensor>& tensors) {
+  const ScalarType dtype = x.scalar_type();
+  if (tensors.size() == 1 && tensors[0].scalar_type() == dtype) return dense(tensors[0]);
+  static const bool available = skinny::available();
   int64_t rows = 0;
   for (const Tensor& t : tensors) rows += t.size(0);
-  Tensor all = torch::stable::new_empty(tensors[0], {rows, tensors[0].size(1)});
+  Tensor all = torch::stable::new_empty(x, {rows, tensors[0].size(1)});
   char* to = static_cast<char*>(all.mutable_data_ptr());
   for (const Tensor& t : tensors) {
-    const Tensor part = dense(t);
-    const size_t bytes = part.numel() * part.element_size();
-    std::memcpy(to, part.const_data_ptr(), bytes);
-    to += bytes;
+    const int64_t count = t.numel();
+    if (available && dtype == ScalarType::BFloat16 && t.scalar_type() == ScalarType::Float && t.is_contiguous())
+      skinny::round(static_cast<const float*>(t.const_data_ptr()), count, to);
+    else
+      std::memcpy(to, as(dtype, t).const_data_ptr(), count * all.element_size());
+    to += count * all.element_size();
   }
   return all;
 }
 
 std::vector<Tensor> lora_linear(const Tensor& any_x, std::vector<Tensor> weights, std::vector<Tensor> biases,
                                 std::vector<Tensor> lora_a, std::vector<Tensor> lora_b, std::vector<double> scaling) {
-  const Tensor x = dense(any_x), a = stack(lora_a);
+  const Tensor x = dense(any_x), a = stack(x, lora_a);
   const int64_t m = x.size(0);
   Tensor s = torch::stable::new_empty(x, {m, a.size(0)});
   with_rank(s, x, Operand(a).transpose(), 1, false);
   std::vector<Tensor> found;
   int64_t column = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
-    const Tensor b = dense(lora_b[i]);
+    const Tensor b = stack(x, {lora_b[i]});
     Tensor y = torch::stable::new_empty(x, {m, weights[i].size(0)});
     vendor(y, biases.empty() ? y : biases[i], x, transposed(weights[i]), 1, biases.empty() ? 0 : 1);
     with_rank(y, {s, column, b.size(1)}, Operand(b).transpose(), scaling[i], true);
@@ -121,11 +138,11 @@ std::vector<Tensor> lora_linear_backward(std::vector<Tensor> grads, const Tensor
   for (Tensor& grad : grads) grad = dense(grad);
   std::vector<Tensor> found;
   if (need_x || need_a) {
-    const Tensor a = stack(lora_a);
+    const Tensor a = stack(grads[0], lora_a);
     Tensor ds = torch::stable::new_empty(grads[0], {m, a.size(0)});
     int64_t column = 0;
     for (size_t i = 0; i < layers; ++i) {
-      const Tensor b = dense(lora_b[i]);
+      const Tensor b = stack(grads[0], {lora_b[i]});
       with_rank({ds, column, b.size(1)}, grads[i], b, scaling[i], false);
       column += b.size(1);
     }

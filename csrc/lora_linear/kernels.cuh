@@ -193,7 +193,7 @@ constexpr int shared_bytes() {
 
 // Grid: (tiles of `out`, parts of the sum). Dynamic shared memory: shared_bytes().
 template <class T, class Out, class Tile, Along LeftAxis, Along RightAxis>
-__global__ void __launch_bounds__(Tile::Threads) gemm(const __grid_constant__ Gemm<T, Out> g) {
+__global__ void __launch_bounds__(Tile::Threads, 2) gemm(const __grid_constant__ Gemm<T, Out> g) {
   using Left = Operand<T, LeftAxis, Tile::M, Tile::Depth>;
   using Right = Operand<T, RightAxis, Tile::N, Tile::Depth>;
   T* const shared = reinterpret_cast<T*>(ptx::dynamic_shared());

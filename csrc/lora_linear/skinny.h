@@ -21,9 +21,12 @@ inline bool takes_bfloat16(const Matrix& left, const Matrix& right, int64_t k) {
 }
 
 // out (m, n) = alpha left (m, k) right (k, n) + (accumulate ? out : 0), sums in float32, rounded once. Rows of `out`
-// are contiguous. `half` means bfloat16, else float32. One thread; the scratch memory is of the size of the shorter
-// operand.
+// are contiguous. `half` means operands of bfloat16, else of float32; so is `out`, or float32 where it is `wide`. One
+// thread; the scratch memory is of the size of the shorter operand.
 void product(bool half, int64_t m, int64_t n, int64_t k, float alpha, const Matrix& left, const Matrix& right,
-             bool accumulate, void* out, int64_t out_stride);
+             bool accumulate, void* out, int64_t out_stride, bool wide);
+
+// to (bfloat16) = from (float32), rounded to nearest.
+void round(const float* from, int64_t count, void* to);
 
 }  // namespace vlmteacher::skinny

@@ -11,8 +11,9 @@
 namespace vlmteacher::skinny {
 namespace {
 
-constexpr int64_t kLanes = 16, kRows = 8,
-                  kVectors = 3;  // 8 x 3 accumulators of 32 registers
+constexpr int64_t kLanes = 16, kVectors = 3;  // 8 x 3 accumulators of 32 registers
+constexpr __mmask16 kAll = 0xffff;
+constexpr int64_t kPanels = 256 << 10;  // bytes of packed panels that leave room in the second-level cache
 
 // A word is what one lane holds: two bfloat16 that follow each other along k, or one float32.
 struct BFloat16 {
@@ -20,11 +21,14 @@ struct BFloat16 {
   static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
   }
+  // All lanes in use is a case of its own: masked accesses of 16-bit elements are slow on some processors.
   static __m512 load(const char* from, __mmask16 mask) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
+    const __m256i half = mask == kAll ? _mm256_loadu_si256((const __m256i*)from) : _mm256_maskz_loadu_epi16(mask, from);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
   }
   static void store(char* to, __mmask16 mask, __m512 value) {
-    _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(value));
+    const __m256i half = (__m256i)_mm512_cvtneps_pbh(value);
+    mask == kAll ? _mm256_storeu_si256((__m256i*)to, half) : _mm256_mask_storeu_epi16(to, mask, half);
   }
   // The words of 16 columns from rows `first` and `second` (null: zeros) of a matrix.
   static __m512i words(const char* first, const char* second, __mmask16 mask) {
@@ -35,7 +39,7 @@ struct BFloat16 {
 };
 
 struct Float32 {
-  static constexpr int64_t kDepth = 1, kBytes = 4, kRun = 32;
+  static constexpr int64_t kDepth = 1, kBytes = 4, kRun = 16;
   static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
   }
@@ -73,11 +77,14 @@ struct Tile {
   int64_t row_step, word_step;  // bytes
   const char* panel;
   float alpha;
-  bool accumulate;
+  bool accumulate, wide;
   char* out;
   int64_t out_step;  // bytes
   __mmask16 last;    // the columns in use of the last vector
 };
+
+// Unrolled by force: with one index left to run time the accumulators would live in memory.
+#define UNROLL _Pragma("GCC unroll 16")
 
 template <class T, int ROWS, int VECTORS>
 struct Sums {
@@ -85,18 +92,37 @@ struct Sums {
 
   // The sums over the next `words`, from zero.
   void of(const Tile& t, int64_t words, const char*& left, const char*& panel) {
-    for (auto& row : value)
-      for (auto& vector : row) vector = _mm512_setzero_ps();
+    UNROLL for (auto& row : value) UNROLL for (auto& vector : row) vector = _mm512_setzero_ps();
     for (; words > 0; --words, left += t.word_step, panel += 64 * VECTORS) {
       __m512i right[VECTORS];
-      for (int v = 0; v < VECTORS; ++v) right[v] = _mm512_loadu_si512(panel + 64 * v);
-      for (int i = 0; i < ROWS; ++i) {
+      UNROLL for (int v = 0; v < VECTORS; ++v) right[v] = _mm512_loadu_si512(panel + 64 * v);
+      UNROLL for (int i = 0; i < ROWS; ++i) {
         int32_t word;
         std::memcpy(&word, left + i * t.row_step, 4);
         const __m512i broadcast = _mm512_set1_epi32(word);
-        for (int v = 0; v < VECTORS; ++v) value[i][v] = T::multiply_add(value[i][v], broadcast, right[v]);
+        UNROLL for (int v = 0; v < VECTORS; ++v) value[i][v] = T::multiply_add(value[i][v], broadcast, right[v]);
       }
     }
+  }
+
+  // To `out`, whose elements an Out loads and stores.
+  template <class Out, bool Accumulate, bool Full>
+  void store(const Tile& t) const {
+    const __m512 alpha = _mm512_set1_ps(t.alpha);
+    UNROLL for (int i = 0; i < ROWS; ++i) UNROLL for (int v = 0; v < VECTORS; ++v) {
+      char* to = t.out + i * t.out_step + v * kLanes * Out::kBytes;
+      const __mmask16 mask = Full || v + 1 < VECTORS ? kAll : t.last;
+      const __m512 before = Accumulate ? Out::load(to, mask) : _mm512_setzero_ps();
+      Out::store(to, mask, _mm512_fmadd_ps(alpha, value[i][v], before));
+    }
+  }
+
+  template <class Out>
+  void store(const Tile& t) const {
+    if (t.accumulate)
+      t.last == kAll ? store<Out, true, true>(t) : store<Out, true, false>(t);
+    else
+      t.last == kAll ? store<Out, false, true>(t) : store<Out, false, false>(t);
   }
 };
 
@@ -108,17 +134,10 @@ void run(const Tile& t) {
   for (int64_t begin = T::kRun; begin < t.words; begin += T::kRun) {
     Sums<T, ROWS, VECTORS> next;
     next.of(t, t.words - begin < T::kRun ? t.words - begin : T::kRun, left, panel);
-    for (int i = 0; i < ROWS; ++i)
-      for (int v = 0; v < VECTORS; ++v) total.value[i][v] = _mm512_add_ps(total.value[i][v], next.value[i][v]);
+    UNROLL for (int i = 0; i < ROWS; ++i) UNROLL for (int v = 0; v < VECTORS; ++v) total.value[i][v] =
+        _mm512_add_ps(total.value[i][v], next.value[i][v]);
   }
-  const __m512 alpha = _mm512_set1_ps(t.alpha);
-  for (int i = 0; i < ROWS; ++i)
-    for (int v = 0; v < VECTORS; ++v) {
-      char* to = t.out + i * t.out_step + v * kLanes * T::kBytes;
-      const __mmask16 mask = v + 1 == VECTORS ? t.last : __mmask16(0xffff);
-      const __m512 before = t.accumulate ? T::load(to, mask) : _mm512_setzero_ps();
-      T::store(to, mask, _mm512_fmadd_ps(alpha, total.value[i][v], before));
-    }
+  t.wide ? total.template store<Float32>(t) : total.template store<T>(t);
 }
 
 template <class T, int ROWS, int VECTORS>
@@ -127,23 +146,49 @@ void run_rows(Tile t, int64_t rows) {
   for (; rows > 0; --rows, t.left += t.row_step, t.out += t.out_step) run<T, 1, VECTORS>(t);
 }
 
+// As many rows at a time as leave registers for the right operand and the broadcast.
+template <class T>
+void run_panel(const Tile& t, int64_t vectors, int64_t rows) {
+  if (vectors == 4) run_rows<T, 6, 4>(t, rows);
+  if (vectors == 3) run_rows<T, 8, 3>(t, rows);
+  if (vectors == 2) run_rows<T, 12, 2>(t, rows);
+  if (vectors == 1) run_rows<T, 12, 1>(t, rows);
+}
+
 char* scratch(int64_t bytes) { return static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)); }
 
 template <class T>
 void product_of(int64_t m, int64_t n, int64_t k, float alpha, const Matrix& left, const Matrix& right, bool accumulate,
-                void* out, int64_t out_stride) {
+                void* out, int64_t out_stride, bool wide) {
+  const int64_t out_bytes = wide ? Float32::kBytes : T::kBytes;
   const int64_t words = (k + T::kDepth - 1) / T::kDepth;
   const bool pack_left = left.transposed && T::kDepth == 2;  // words of a transposed operand do not stand together
   const int64_t block = pack_left && m > 96 ? 96 : m;  // rows at a time, so that the packed ones stay in the cache
   const int64_t left_vectors = (block + kLanes - 1) / kLanes;
   const int64_t right_vectors = (n + kLanes - 1) / kLanes;
-  char* panel = scratch(words * 64 * (right_vectors < kVectors ? right_vectors : kVectors));
+  // Where the sums are short, reading and writing `out` is most of the work: whole rows of it then, and panels of two
+  // cache lines.
+  const bool wide_rows = right_vectors > kVectors && words * right_vectors * 64 <= kPanels;
+  const int64_t most = wide_rows ? 4 : kVectors, panel_bytes = words * 64 * most;
+  char* panels = scratch(wide_rows ? words * 64 * (right_vectors + most) : panel_bytes);
   char* pairs = pack_left ? scratch(words * 64 * left_vectors) : nullptr;
   const int64_t left_step = left.stride * T::kBytes, right_step = right.stride * T::kBytes;
+  const auto pack = [&](int64_t column, int64_t columns, char* to) {
+    const char* source = static_cast<const char*>(right.data);
+    const int64_t vectors = (columns + kLanes - 1) / kLanes;
+    if (right.transposed)
+      pack_columns(source + column * right_step, right_step, words, columns, vectors, to);
+    else
+      pack_rows<T>(source + column * T::kBytes, right_step, k, columns, vectors, to);
+  };
+  const auto columns_at = [&](int64_t column) { return n - column < most * kLanes ? n - column : most * kLanes; };
+  if (wide_rows)
+    for (int64_t column = 0; column < n; column += most * kLanes)
+      pack(column, columns_at(column), panels + column / (most * kLanes) * panel_bytes);
   for (int64_t row = 0; row < m; row += block) {
     const int64_t rows = m - row < block ? m - row : block;
     const char* from = static_cast<const char*>(left.data) + row * (left.transposed ? T::kBytes : left_step);
-    Tile t{words, from, left_step, 4, panel, alpha, accumulate, nullptr, out_stride * T::kBytes, 0};
+    Tile t{words, from, left_step, 4, panels, alpha, accumulate, wide, nullptr, out_stride * out_bytes, 0};
     if (left.transposed) {
       t.row_step = 4;
       t.word_step = pack_left ? 64 * left_vectors : left_step;
@@ -152,25 +197,21 @@ void product_of(int64_t m, int64_t n, int64_t k, float alpha, const Matrix& left
       t.left = pairs;
       pack_rows<T>(from, left_step, k, rows, left_vectors, pairs);
     }
-    for (int64_t column = 0; column < n; column += kVectors * kLanes) {
-      const int64_t columns = n - column < kVectors * kLanes ? n - column : kVectors * kLanes;
-      const int64_t vectors = (columns + kLanes - 1) / kLanes;
-      const char* source = static_cast<const char*>(right.data);
-      if (right.transposed)
-        pack_columns(source + column * right_step, right_step, words, columns, vectors, panel);
-      else
-        pack_rows<T>(source + column * T::kBytes, right_step, k, columns, vectors, panel);
-      t.out = static_cast<char*>(out) + (row * out_stride + column) * T::kBytes;
-      t.last = mask_of(columns - (vectors - 1) * kLanes);
-      // as many rows as leave registers for the right operand and the broadcast
-      if (vectors == 4) run_rows<T, 6, 4>(t, rows);
-      if (vectors == 3) run_rows<T, 8, 3>(t, rows);
-      if (vectors == 2) run_rows<T, 12, 2>(t, rows);
-      if (vectors == 1) run_rows<T, 12, 1>(t, rows);
-    }
+    const int64_t run_of_rows = wide_rows ? 6 : rows;
+    for (int64_t done = 0; done < rows; done += run_of_rows, t.left += run_of_rows * t.row_step)
+      for (int64_t column = 0; column < n; column += most * kLanes) {
+        const int64_t columns = columns_at(column), vectors = (columns + kLanes - 1) / kLanes;
+        if (wide_rows)
+          t.panel = panels + column / (most * kLanes) * panel_bytes;
+        else
+          pack(column, columns, panels);
+        t.out = static_cast<char*>(out) + ((row + done) * out_stride + column) * out_bytes;
+        t.last = mask_of(columns - (vectors - 1) * kLanes);
+        run_panel<T>(t, vectors, rows - done < run_of_rows ? rows - done : run_of_rows);
+      }
   }
   std::free(pairs);
-  std::free(panel);
+  std::free(panels);
 }
 
 }  // namespace
@@ -182,8 +223,13 @@ bool available() {
 }
 
 void product(bool half, int64_t m, int64_t n, int64_t k, float alpha, const Matrix& left, const Matrix& right,
-             bool accumulate, void* out, int64_t out_stride) {
-  (half ? product_of<BFloat16> : product_of<Float32>)(m, n, k, alpha, left, right, accumulate, out, out_stride);
+             bool accumulate, void* out, int64_t out_stride, bool wide) {
+  (half ? product_of<BFloat16> : product_of<Float32>)(m, n, k, alpha, left, right, accumulate, out, out_stride, wide);
+}
+
+void round(const float* from, int64_t count, void* to) {
+  for (; count > 0; count -= kLanes, from += kLanes, to = static_cast<char*>(to) + 2 * kLanes)
+    BFloat16::store(static_cast<char*>(to), mask_of(count), Float32::load(reinterpret_cast<const char*>(from), mask_of(count)));
 }
 
 }  // namespace vlmteacher::skinny
@@ -192,7 +238,8 @@ void product(bool half, int64_t m, int64_t n, int64_t k, float alpha, const Matr
 
 namespace vlmteacher::skinny {
 bool available() { return false; }
-void product(bool, int64_t, int64_t, int64_t, float, const Matrix&, const Matrix&, bool, void*, int64_t) {}
+void product(bool, int64_t, int64_t, int64_t, float, const Matrix&, const Matrix&, bool, void*, int64_t, bool) {}
+void round(const float*, int64_t, void*) {}
 }  // namespace vlmteacher::skinny
 
 #endif

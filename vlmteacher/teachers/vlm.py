@@ -7,14 +7,16 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError, NonFiniteFrames
-from vlmteacher.queries import ANSWER_INSTRUCTION, QuerySet, parse_queries, query_prompt
-from vlmteacher.teachers.base import Teacher
+from vlmteacher.queries import ANSWER_INSTRUCTION, QuerySet, QueryStyle, ask_for_queries, query_prompt
+from vlmteacher.teachers.base import Teacher, read_style
+from vlmteacher.teachers.quantization import Quantize, check_stays, is_quantized, load_model
 from vlmteacher.teachers.shared_prefix import Layout, answer_losses, check_language, lay_out
 from vlmteacher.teachers.visual_checkpoint import stream
 
@@ -78,6 +80,7 @@ class VLMTeacher(Teacher):
         tokenizer: its tokenizer, with a chat template.
 
     Attributes:
+        style: how it is asked for queries.
         activation_bytes: what the language model may keep for the backward; None: half of the GPU's free memory.
         chunk_patches: patches that the visual encoder works on at a time; None: by device.
         offload: keep what is saved for the backward in pinned host memory (GPUs only).
@@ -95,7 +98,9 @@ class VLMTeacher(Teacher):
         if not getattr(tokenizer, "chat_template", None):
             raise InputError("the teacher's tokenizer has no chat template: take an instruction-tuned checkpoint")
         self.model = model.requires_grad_(False).eval()
+        self.quantized = is_quantized(model)
         self.tokenizer = tokenizer
+        self.style = QueryStyle()
         self.activation_bytes: int | None = None
         self.chunk_patches: int | None = None
         self.offload = False
@@ -105,20 +110,26 @@ class VLMTeacher(Teacher):
 
     @classmethod
     def from_pretrained(
-        cls, path_or_id: str, dtype: torch.dtype = torch.float32, local_files_only: bool = False
+        cls,
+        path_or_id: str,
+        dtype: torch.dtype = torch.float32,
+        local_files_only: bool = False,
+        quantize: Quantize | None = None,
+        device: torch.device | None = None,
     ) -> VLMTeacher:
         """Load model, tokenizer and processor settings from a local directory or a hub id."""
         import transformers
 
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_id, local_files_only=local_files_only)
-            model = getattr(transformers, cls.architecture).from_pretrained(
-                path_or_id, dtype=dtype, local_files_only=local_files_only
-            )
+            architecture = getattr(transformers, cls.architecture)
+            model = load_model(architecture, path_or_id, dtype, quantize, device, local_files_only=local_files_only)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"teacher {path_or_id!r} cannot be loaded: {reason}") from error
-        return cls.from_parts(path_or_id, model, tokenizer, local_files_only)
+        teacher = cls.from_parts(path_or_id, model, tokenizer, local_files_only)
+        teacher.style = read_style(path_or_id, local_files_only)
+        return teacher
 
     @classmethod
     @abstractmethod
@@ -161,6 +172,9 @@ class VLMTeacher(Teacher):
         return self.model.device
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> VLMTeacher:
+        if self.quantized:
+            check_stays(self.model, device, dtype)
+            return self
         self.model.to(device=device or self.device, dtype=dtype or self.model.dtype)
         self._layouts.clear()
         return self
@@ -213,27 +227,20 @@ class VLMTeacher(Teacher):
         """See `Teacher.write_queries`. Greedy first; the one retry is sampled, with a seed of its own."""
         if not prompt.strip():
             raise InputError("the prompt is empty: say what the video must show")
-        inputs = self._query_inputs(prompt, image)
-        answer = ""
-        for retry in (False, True):
-            answer = self._generate(inputs, sample=retry)
-            try:
-                return parse_queries(answer)
-            except InputError as error:
-                reason = str(error)
-        shown = " ".join(answer.split())[:120]
-        raise InputError(
-            f"the teacher wrote no usable queries, twice ({reason}); give your own. It answered: {shown!r}"
+        return ask_for_queries(
+            self.style, lambda later, sample: self._generate(self._query_inputs(prompt, image, later), sample)
         )
 
-    def _query_inputs(self, prompt: str, image: Image | None) -> dict[str, Tensor]:
+    def _query_inputs(self, prompt: str, image: Image | None, later: Sequence[str] = ()) -> dict[str, Tensor]:
+        """What `generate` takes to write the queries of a task, or to mend them after `later` turns."""
         vision: dict[str, Tensor] = {}
         placeholder = None
         if image is not None:
             rgb = image.convert("RGB")
             pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3)
             placeholder, vision = self.image_inputs(pixels.permute(2, 0, 1) / 255)
-        ids = torch.tensor([self._encode(self._chat(query_prompt(prompt), "image", placeholder), placeholder or "")])
+        text = query_prompt(prompt, self.style.query_instruction)
+        ids = torch.tensor([self._encode(self._chat(text, "image", placeholder, later), placeholder or "")])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | vision | self.token_inputs(ids)
         return {name: value.to(self.device) for name, value in inputs.items()}
 
@@ -261,12 +268,17 @@ class VLMTeacher(Teacher):
             )
         return self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
-    def _chat(self, text: str, modality: str, placeholder: str | None) -> str:
-        """One user turn, in the checkpoint's own template, with its vision token spelled out; None: no vision."""
+    def _chat(self, text: str, modality: str, placeholder: str | None, later: Sequence[str] = ()) -> str:
+        """One user turn and `later` ones, in the checkpoint's own template, with its vision token spelled out.
+
+        placeholder: None is no vision.
+        """
         content = [{"type": "text", "text": text}]
         if placeholder is not None:
             content.insert(0, {"type": modality})
         messages = [{"role": "user", "content": content}]
+        for turn, role in zip(later, cycle(("assistant", "user")), strict=False):
+            messages.append({"role": role, "content": [{"type": "text", "text": turn}]})
         chat = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         if placeholder is None:
             return chat

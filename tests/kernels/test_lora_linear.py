@@ -1,18 +1,76 @@
-"""The CUDA source of lora_linear, executed on the CPU: its plan and kernels against float64."""
+"""Every backend of lora_linear against its definition in float64: plain torch and C++ on the CPU, the Triton kernels in
+their interpreter, the CUDA source executed on the CPU; and what the GPU compilers make of the last two."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.static.tool import rows as compiled_rows
 from tests.kernels import simt
-from tests.ops.test_lora_linear import rms
+from tests.ops import test_lora_linear as cpu
+from tests.ops.test_lora_linear import each_backend, rms  # noqa: F401 (a fixture)
+from vlmteacher.ops.lora_linear import lora_linear, lora_linear_reference
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+SHAPES = [  # m, k, n, r: every size that a kernel may have trouble with, in some company
+    (0, 64, 64, 4),
+    (1, 64, 3072, 4),
+    (63, 320, 1000, 16),
+    (63, 65, 33, 3),
+    (63, 3072, 64, 64),
+    (257, 1000, 320, 64),
+    (257, 320, 3072, 128),
+    (1000, 64, 320, 128),
+    (1000, 1000, 1000, 16),
+    (4096, 320, 64, 4),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("m", "k", "n", "r"), SHAPES)
+def test_on_the_cpu(m, k, n, r, bias, dtype, each_backend):  # noqa: F811
+    tensors = cpu.draw(m, k, n, r, bias, dtype)
+    grad = torch.randn(m, n, generator=torch.Generator().manual_seed(0)).to(dtype).double()
+    exact = cpu.run(lora_linear_reference, tensors, grad, torch.float64)
+    plain, ours = cpu.run(lora_linear_reference, tensors, grad, dtype), cpu.run(lora_linear, tensors, grad, dtype)
+    for name, value in exact.items():
+        floor = torch.finfo(dtype).eps * rms(value)
+        assert ours[name].shape == value.shape
+        assert rms(ours[name] - value) <= 1.5 * rms(plain[name] - value) + 0.1 * floor, name
+
+
+@pytest.mark.parametrize(("m", "k", "n", "r"), [(63, 65, 33, 3), (63, 320, 1000, 16), (257, 1000, 320, 64)])
+def test_float32_factors_beside_bfloat16(m, k, n, r, each_backend):  # noqa: F811
+    """As PEFT keeps them; their gradients come in float32."""
+    drawn = cpu.draw(m, k, n, r)
+    half = {name: t.bfloat16() if name in ("x", "weight", "bias") else t.float() for name, t in drawn.items()}
+    grad = torch.randn(m, n, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = cpu.run(lora_linear_reference, half, grad, torch.float64)
+    plain = cpu.run(lora_linear_reference, half, grad, torch.bfloat16)
+    for t in (half["x"], half["bias"], half["lora_a"], half["lora_b"]):
+        t.requires_grad_()
+    y = lora_linear(*(half[name] for name in cpu.NAMES), 0.7)
+    y.backward(grad)
+    assert half["lora_a"].grad.dtype == half["lora_b"].grad.dtype == torch.float32
+    ours = {"y": y.detach()} | {name: half[name].grad for name in exact if name != "y"}
+    for name, value in exact.items():
+        floor = torch.finfo(torch.bfloat16).eps * rms(value)
+        assert rms(ours[name] - value) <= 1.5 * rms(plain[name] - value) + 0.1 * floor, name
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +106,18 @@ def expected(drawn: dict[str, list[Tensor]], scaling: list[float], dtype: torch.
     return {"y": [t.detach() for t in y], "s": [s.detach()], "dx": [dx], "da": rest[:n], "db": rest[n:]}
 
 
+def errors(
+    ours: dict[str, list[Tensor]], exact: dict[str, list[Tensor]], plain: dict[str, list[Tensor]], floor: float
+) -> list[tuple[str, float, float]]:
+    """(what, RMS error, allowed) of each tensor: 1.5 times the plain expression's error and `floor` of its size."""
+    found = []
+    for name, values in exact.items():
+        for i, value in enumerate(values):
+            error, usual = (rms(each[name][i].double() - value) for each in (ours, plain))
+            found.append((f"{name}[{i}]", error, 1.5 * usual + floor * rms(value)))
+    return found
+
+
 def execute(
     library: ctypes.CDLL, drawn: dict[str, list[Tensor]], scaling: list[float], needs: str = "xab"
 ) -> dict[str, list[Tensor]]:
@@ -76,12 +146,8 @@ def execute(
 def compare(library: ctypes.CDLL, m: int, k: int, layers: list[tuple[int, int]], biased: bool, dtype: torch.dtype):
     drawn, scaling = draw(m, k, layers, biased, dtype), [0.7, 2.0, 1.3][: len(layers)]
     exact, plain = expected(drawn, scaling, torch.float64), expected(drawn, scaling, dtype)
-    ours = execute(library, drawn, scaling)
-    for name, values in exact.items():
-        for i, value in enumerate(values):
-            error, usual = (rms(found[name][i].double() - value) for found in (ours, plain))
-            allowed = 1.5 * usual + 0.1 * torch.finfo(dtype).eps * rms(value)
-            assert error <= allowed, f"{name}[{i}]: {error:.3g}, allowed {allowed:.3g}"  # a NaN is not
+    for what, error, allowed in errors(execute(library, drawn, scaling), exact, plain, 0.1 * torch.finfo(dtype).eps):
+        assert error <= allowed, f"{what}: {error:.3g}, allowed {allowed:.3g}"  # a NaN is not
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -98,7 +164,7 @@ def compare(library: ctypes.CDLL, m: int, k: int, layers: list[tuple[int, int]],
         (0, 64, [(64, 4), (8, 4)], True),
     ],
 )
-def test_no_further_from_float64_than_the_plain_expression(library, m, k, layers, biased, dtype):
+def test_cuda(library, m, k, layers, biased, dtype):
     library.simt_seed(m)
     compare(library, m, k, layers, biased, dtype)
 
@@ -124,3 +190,34 @@ def test_any_of_the_gradients_alone(library, needs):
     for name in ("dx", "da", "db"):
         assert len(some[name]) == (len(everything[name]) if name[1] in needs else 0)
         assert all(torch.equal(a, b) for a, b in zip(some[name], everything[name], strict=False))
+
+
+triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'vlmteacher[triton]'"
+)
+
+
+@triton
+def test_triton_in_its_interpreter(tmp_path):
+    root = Path(__file__).parents[2]
+    variables = os.environ | {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "tests.kernels.lora_linear_process"]
+    done = subprocess.run(command, env=variables, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert len(rows) == 147
+    assert not [row for row in rows if not row["error"] <= row["allowed"]]  # a NaN fails too
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("triton", marks=triton),
+        pytest.param("cuda", marks=pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")),
+    ],
+)
+def test_compiles_for_ampere_and_hopper_without_spills(backend):
+    rows = compiled_rows((backend,), "lora_linear")
+    assert {row.architecture for row in rows} == {80, 90} and len(rows) >= 32
+    assert not [row for row in rows if row.spills]
+    assert min(row.occupancy for row in rows) > 0  # a block fits

@@ -1,0 +1,3 @@
+from benchmarks.static.tool import main
+
+main()

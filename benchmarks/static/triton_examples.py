@@ -1,0 +1,129 @@
+"""Compiles the Triton kernels that each operator launches, for one architecture, without a GPU. A process of its own.
+
+python -m benchmarks.static.triton_examples 80|90 [OPERATOR]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def patchify() -> None:
+    """Frames as they are, and resized in every dtype."""
+    from vlmteacher.kernels import patchify as kernels
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for dtype, sizes in ((torch.bfloat16, (64, 96)), (torch.float16, (96,)), (torch.float32, (96,))):
+        for size in sizes:
+            # the taps of a band and of its transpose do not matter to what is compiled
+            bands = 2 * [empty(size, dtype=torch.int32), empty(size, 4)] if size != 64 else []
+            back = 2 * [empty(64, dtype=torch.int32), empty(64, 6)] if size != 64 else []
+            frames = empty(4, 3, 64, 64, dtype=dtype)
+            rows = kernels.patchify(frames, 16, 2, 2, [0.5] * 3, [0.5] * 3, dtype, bands)
+            kernels.patchify_backward(rows, 4, 64, 64, 16, 2, 2, [0.5] * 3, size, size, dtype, back)
+
+
+def lora_linear() -> None:
+    """The grouped and the single layer, large and small, and rows that are not aligned, in every dtype."""
+    from vlmteacher.kernels import lora_linear as kernels
+
+    shapes = [(4096, 3072, (3072,) * 3, 16), (4096, 3072, (3072,), 128), (257, 1001, (1003,), 5)]
+    for dtype, cases in ((torch.bfloat16, shapes), (torch.float16, shapes[:1]), (torch.float32, shapes)):
+        for m, k, sizes, rank in cases:
+
+            def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+                return torch.empty(shape, dtype=dtype, device="meta")
+
+            x, weights, biases = empty(m, k), [empty(n, k) for n in sizes], [empty(n) for n in sizes]
+            layers = ([empty(rank, k) for _ in sizes], [empty(n, rank) for n in sizes], [0.5] * len(sizes))
+            *ys, s = kernels.lora_linear(x, weights, biases, *layers)
+            kernels.lora_linear(x, weights, [], *layers)
+            kernels.lora_linear_backward(ys, x, s, weights, *layers, True, True, True)
+
+
+# Calls of each operator on tensors without data: every launch in them is compiled instead of run.
+EXAMPLES: dict[str, Callable[[], None]] = {"patchify": patchify, "lora_linear": lora_linear}
+
+
+class Driver:
+    """A GPU that is not there, as far as Triton's compiler asks for one."""
+
+    def __init__(self, architecture: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_instead(architecture: int) -> list[tuple[Any, str]]:
+    """From here on launches compile; the returned list gets every new kernel, with the assembler's words about it."""
+    from triton import knobs
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    driver.set_active(Driver(architecture))
+    knobs.nvidia.dump_ptxas_log = True
+    found: list[tuple[Any, str]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if log.getvalue():
+            found.append((kernel, log.getvalue()))
+        return kernel
+
+    JITFunction.run = compile_only
+    return found
+
+
+def describe(kernel: Any) -> str:
+    """The kernel's name with the dtype of its first pointer, its tile and its pipeline."""
+    pointers = re.findall(r"!tt\.ptr<(\w+)", kernel.asm["ttir"])
+    source = kernel.src
+    names = source.fn.arg_names
+    tile = [f"{names[i[0]].lower()}={v}" for i, v in source.constants.items() if names[i[0]].isupper() and len(i) == 1]
+    return f"{kernel.metadata.name}<{pointers[0]}; {', '.join(tile)}; stages={kernel.metadata.num_stages}>"
+
+
+def main() -> None:
+    architecture, only = int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else ""
+    found = compile_instead(architecture)
+    rows: dict[str, dict[str, Any]] = {}
+    for operator, example in EXAMPLES.items():
+        if only not in ("", operator):
+            continue
+        found.clear()
+        example()
+        for kernel, log in found:
+            (registers,) = re.findall(r"Used (\d+) registers", log)
+            spills = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
+            name, threads = describe(kernel), 32 * kernel.metadata.num_warps
+            facts = {"operator": operator, "backend": "triton", "kernel": name, "architecture": architecture}
+            # of launches that differ in strides and alignment alone, the table has the worst of each
+            worst = rows.setdefault(f"{operator} {name}", facts | {"threads": threads})
+            for key, value in {"registers": registers, "spills": spills, "shared": kernel.metadata.shared}.items():
+                worst[key] = max(int(value), worst.get(key, 0))
+    print(json.dumps(list(rows.values())))
+
+
+if __name__ == "__main__":
+    main()
