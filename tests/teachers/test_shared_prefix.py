@@ -71,9 +71,7 @@ def test_less_is_saved_level_by_level(teacher):
     tokens = len(teacher._layout(Clip((0, 1, 2, 3), 8.0, (32, 48)), queries).ids)
     for budget in (10**9, 2500 * tokens, 0):
         teacher.activation_bytes = budget
-        size, _ = saved_bytes(
-            lambda: teacher.losses(frames, range(4), 8.0, queries), list(teacher.model.parameters())
-        )
+        size, _ = saved_bytes(lambda: teacher.losses(frames, range(4), 8.0, queries), list(teacher.model.parameters()))
         sizes.append(size)
     teacher.activation_bytes = None
     assert sizes[0] > sizes[1] > sizes[2]
