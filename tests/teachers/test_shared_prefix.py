@@ -87,7 +87,7 @@ class Quantised(nn.Linear):
 def test_other_linear_layers_give_the_same_gradient(teacher, tmp_path):
     other = load_teacher(tiny_qwen3_vl(tmp_path))
     for module in other.model.model.language_model.modules():
-        for name, child in list(module.named_children()):
+        for child in list(module.children()):
             if type(child) is nn.Linear:
                 child.__class__ = Quantised
     frames = torch.rand(3, 3, 32, 48, requires_grad=True)
