@@ -106,6 +106,15 @@ def test_layouts_are_kept_but_not_all(teacher):
     assert teacher._layout(clip, queries) is teacher._layout(clip, queries)
 
 
+def test_rotary_frequencies_stay_in_float32(tmp_path):
+    moved = load_teacher(tiny_qwen3_vl(tmp_path))
+    before = {name: value.clone() for name, value in moved.model.named_buffers() if "inv_freq" in name}
+    moved.to(dtype=torch.bfloat16)
+    after = {name: value for name, value in moved.model.named_buffers() if "inv_freq" in name}
+    assert moved.model.dtype == torch.bfloat16 and before.keys() == after.keys() and before
+    assert all(torch.equal(before[name], after[name]) and after[name].dtype == torch.float32 for name in before)
+
+
 def test_other_language_models_are_refused(teacher):
     part = types.SimpleNamespace
     with pytest.raises(InputError, match=r"'other': its language model has no input_layernorm\.variance_epsilon"):

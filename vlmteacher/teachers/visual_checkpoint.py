@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend
 
-# Bytes of attention outputs kept for each byte of pixels: at `mid` of benchmarks/teacher.py all is an eighth of stock's.
+# Bytes of attention outputs kept for each byte of pixels: all is an eighth of stock's at benchmarks/teacher.py's `mid`.
 KEPT_PER_PIXEL = 1.17
 
 Encode = Callable[[Tensor], tuple[Tensor, ...]]
