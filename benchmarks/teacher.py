@@ -30,6 +30,9 @@ from vlmteacher.microworld.tokenizer import build_tokenizer
 from vlmteacher.queries import ANSWER_INSTRUCTION, QuerySet
 from vlmteacher.teachers.preprocessing import VisionSettings, preprocess_video
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher
+from vlmteacher.teachers.shared_prefix import Layout
+from vlmteacher.teachers.visual_checkpoint import stream
+from vlmteacher.teachers.vlm import CHUNK_PATCHES, Clip
 
 QUERIES = QuerySet(
     "Is the red ball on the green square at the end?",
@@ -124,7 +127,7 @@ def teacher_of(model: Any, tokenizer: Any, patch: int) -> QwenVLTeacher:
     return QwenVLTeacher(model, tokenizer, VisionSettings(patch_size=patch, min_pixels=1024))
 
 
-def prompts(teacher: QwenVLTeacher, clip: Any) -> list[tuple[Tensor, list[int]]]:
+def prompts(teacher: QwenVLTeacher, clip: Clip) -> list[tuple[Tensor, list[int]]]:
     """(token ids (1, n) of prompt and answer, answer) of every question."""
     placeholder = teacher.video_text(clip)
     pairs = [teacher._question_ids(question, placeholder) for question in QUERIES.questions]
@@ -167,11 +170,9 @@ def saved_bytes(function: Callable[[], Any], parameters: Sequence[Tensor]) -> tu
     return sum(size for size, _ in kept.values()), result
 
 
-def memory(teacher: QwenVLTeacher, frames: Tensor, layout: Any, size: tuple[int, int]) -> dict[str, float]:
+def memory(teacher: QwenVLTeacher, frames: Tensor, layout: Layout, size: tuple[int, int]) -> dict[str, float]:
     """Saved bytes, ours over stock: the visual encoder's between forward and backward, with the graph of the chunk
     that the backward works on, and those of a whole pass (stock: one question)."""
-    from vlmteacher.teachers.vlm import CHUNK_PATCHES
-
     weights = list(teacher.model.parameters())
     nbytes = lambda outputs: sum(t.nbytes for t in outputs)  # noqa: E731
     pixels, grid = preprocess_video(frames, teacher.video)
@@ -184,12 +185,10 @@ def memory(teacher: QwenVLTeacher, frames: Tensor, layout: Any, size: tuple[int,
     stock, outputs = saved_bytes(stock_visual, weights)
     stock += nbytes(outputs)
     step = max(1, CHUNK_PATCHES["cpu"] // teacher.patches_per_frame(size)) * teacher.frames_per_patch
-    from vlmteacher.teachers.visual_checkpoint import stream
-
     ours, outputs = saved_bytes(lambda: stream(lambda x: teacher.encode(x, size), frames, step), weights)
     ours += nbytes(outputs)
     chunk, _ = saved_bytes(lambda: teacher.encode(frames[:step], size), weights)
-    one = prompts_of(teacher, frames, size)[:1]
+    one = prompts(teacher, clip_of(len(frames), size))[:1]
     stock_all, _ = saved_bytes(stock_losses(teacher.model, frames, teacher.video, one)[0], weights)
     ours_all, _ = saved_bytes(lambda: teacher.packed_losses(frames, layout, size), weights)
     return {
@@ -200,18 +199,12 @@ def memory(teacher: QwenVLTeacher, frames: Tensor, layout: Any, size: tuple[int,
     }
 
 
-def prompts_of(teacher: QwenVLTeacher, frames: Tensor, size: tuple[int, int]) -> list[tuple[Tensor, list[int]]]:
-    return prompts(teacher, clip_of(len(frames), size))
-
-
-def clip_of(num_frames: int, size: tuple[int, int]) -> Any:
-    from vlmteacher.teachers.vlm import Clip
-
+def clip_of(num_frames: int, size: tuple[int, int]) -> Clip:
     return Clip(tuple(range(0, 2 * num_frames, 2)), FPS, size)
 
 
 def alternate(case: str, ours: Callable[[], Tensor], stock: Callable[[], Tensor], pairs: int) -> dict[str, Any]:
-    """As `timing.compare`, without its warming up (both have run, and stock takes a minute), with CPU seconds beside."""
+    """As `timing.compare`, with CPU seconds beside, and without warming up: both have run, and stock takes a minute."""
 
     def seconds(function: Callable[[], Tensor]) -> tuple[float, float]:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -247,7 +240,7 @@ def timing(name: str, dtype: torch.dtype, pairs: int) -> dict[str, Any]:
     frames = torch.rand(count, 3, height, width).requires_grad_()
     size = teacher.resized(count, height, width)
     layout = teacher._layout(clip_of(count, size), QUERIES)
-    losses = stock_losses(model, frames, teacher.video, prompts_of(teacher, frames, size))
+    losses = stock_losses(model, frames, teacher.video, prompts(teacher, clip_of(count, size)))
 
     def ours() -> Tensor:
         return torch.autograd.grad(teacher.losses(frames, clip_of(count, size).indices, FPS, QUERIES).sum(), frames)[0]

@@ -118,7 +118,8 @@ def test_it_works_under_compile(teacher):
     torch.testing.assert_close(*[gradient for _, gradient in results])
 
 
-def test_a_compiled_encoder_can_be_streamed(teacher):
+def test_a_compiled_encoder_can_be_streamed(tmp_path):
+    teacher = load_teacher(tiny_qwen3_vl(tmp_path))
     frames = torch.rand(4, 3, 32, 48)
     want = gradients(teacher, frames, 2, (32, 48))
     encode = torch.compile(lambda chunk: teacher.encode(chunk, (32, 48)), backend="aot_eager")
@@ -126,7 +127,7 @@ def test_a_compiled_encoder_can_be_streamed(teacher):
     outputs = stream(encode, x, 2)
     (gradient,) = torch.autograd.grad(outputs, x, [torch.ones_like(t) for t in outputs])
     for a, b in zip((*outputs, gradient), want, strict=True):
-        assert (a - b).norm() <= 0.02 * b.norm()
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_flops_are_counted_in_backward_passes_too():

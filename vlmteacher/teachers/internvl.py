@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmteacher.errors import InputError
-from vlmteacher.teachers.preprocessing import CLIP_MEAN, CLIP_STD, VisionSettings, processor_settings, resized_rows
+from vlmteacher.teachers.preprocessing import (
+    CLIP_MEAN,
+    CLIP_STD,
+    VisionSettings,
+    preprocess_frames,
+    processor_settings,
+    resized_rows,
+)
 from vlmteacher.teachers.vlm import Clip, VLMTeacher
 
 
@@ -27,6 +34,9 @@ class InternVLTeacher(VLMTeacher):
         if config.vision_feature_layer != -1:
             raise InputError(f"teacher: vision_feature_layer {config.vision_feature_layer} is not supported, only -1")
         self.video, self.image = video, image or video
+        sizes = {side for settings in (self.video, self.image) for side in settings.fixed_size or ()}
+        if len(sizes) != 1:
+            raise InputError(f"teacher: its processors resize to sides of {sorted(sizes)} pixels; one square is known")
         self.start, self.context, self.end = (
             self._token(tokenizer, name) for name in ("start_image_token", "context_image_token", "end_image_token")
         )
@@ -79,7 +89,7 @@ class InternVLTeacher(VLMTeacher):
         model = self.model.model
         tower, embeddings = model.vision_tower, model.vision_tower.embeddings
         conv = embeddings.patch_embeddings.projection  # its stride is its kernel: a product of the patch rows
-        rows = resized_rows(frames, size, self.video).to(conv.weight.dtype)
+        rows = resized_rows(frames, size, self.video, conv.weight.dtype)
         x = F.linear(rows, conv.weight.flatten(1), conv.bias).unflatten(0, (len(frames), -1))
         x = torch.cat([embeddings.cls_token.expand(len(x), -1, -1), x], 1)
         if embeddings.position_embeddings is not None:
@@ -94,8 +104,7 @@ class InternVLTeacher(VLMTeacher):
         return (model.multi_modal_projector(x.flatten(1, 2)).flatten(0, 1),)
 
     def image_inputs(self, pixels: Tensor) -> tuple[str, dict[str, Tensor]]:
-        settings = self.image
-        assert settings.fixed_size is not None
-        image = F.interpolate(pixels[None], settings.fixed_size, mode="bicubic", align_corners=False, antialias=True)
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.image_mean, settings.image_std))
-        return self._image_text(settings.fixed_size), {"pixel_values": (image - mean) / std}
+        size = self.image.fixed_size
+        assert size is not None
+        values = preprocess_frames(pixels[None], size[0], self.image.image_mean, self.image.image_std)
+        return self._image_text(size), {"pixel_values": values}

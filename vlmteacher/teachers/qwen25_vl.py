@@ -80,7 +80,7 @@ class Qwen25VLTeacher(QwenTokens):
         visual = self.visual
         order, windows, cos, sin = self._table(size)
         unit = self.video.merge_size**2
-        x = visual.patch_embed(resized_rows(frames, size, self.video))
+        x = visual.patch_embed(resized_rows(frames, size, self.video, visual.dtype))
         x = x.view(-1, len(order), unit, x.shape[-1])[:, order].flatten(1, 2)  # windows of equal size stand together
         for index, block in enumerate(visual.blocks):
             q, k, v = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(2)

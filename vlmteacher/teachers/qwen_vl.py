@@ -107,7 +107,7 @@ class QwenVLTeacher(QwenTokens):
         """See `VLMTeacher.encode`. All frame pairs go through every block as one batch."""
         visual = self.visual
         places, cos, sin = self._table(size)
-        x = visual.patch_embed(resized_rows(frames, size, self.video)).unflatten(0, (-1, len(places)))
+        x = visual.patch_embed(resized_rows(frames, size, self.video, visual.dtype)).unflatten(0, (-1, len(places)))
         x = x + places.to(x.dtype)
         deepstack = []
         for index, block in enumerate(visual.blocks):

@@ -175,7 +175,11 @@ class VLMTeacher(Teacher):
         if self.quantized:
             check_stays(self.model, device, dtype)
             return self
+        frequencies = {name: value for name, value in self.model.named_buffers() if name.endswith("inv_freq")}
         self.model.to(device=device or self.device, dtype=dtype or self.model.dtype)
+        for name, value in frequencies.items():  # in bfloat16 late positions would fall together
+            parent, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), leaf, value.to(self.device))
         self._layouts.clear()
         return self
 
