@@ -142,9 +142,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def _plain(tensor: Tensor) -> bool:
     # a dispatch mode (selective checkpointing, counters) wants to see one operator, whatever the backend launches
-    return (
-        type(tensor) in _PLAIN and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
-    )
+    return type(tensor) in _PLAIN and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
 
 
 class _LoRALinear(torch.autograd.Function):
