@@ -16,9 +16,10 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.presets import Instance
+from benchmarks.presets import PRESETS, Instance, build
+from benchmarks.timing import argument_parser, parsed
 from vlmteacher.lora import TARGET_MODULES
 from vlmteacher.optimization import GRADIENT_CLIP
 from vlmteacher.teachers.qwen_vl import LinearPatchEmbed, video_placeholder
@@ -84,7 +85,8 @@ class StockLoop:
         visual = self.vlm.model.visual
         if not isinstance(visual.patch_embed, LinearPatchEmbed):
             visual.patch_embed = LinearPatchEmbed(visual.patch_embed)
-        for model in (self.transformer, self.decoder, self.vlm):
+        self.modules: tuple[nn.Module, ...] = (self.transformer, self.decoder, self.vlm)
+        for model in self.modules:
             model.requires_grad_(False)
 
         targets = list(TARGET_MODULES)
@@ -129,8 +131,8 @@ class StockLoop:
         loss = mix * goal + (1 - mix) * process.mean() if len(process) else goal
         self.optimizer.zero_grad()
         loss.backward()
-        watch.mark("reasoner_backward")
         torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP)
+        watch.mark("reasoner_backward")
         self.optimizer.step()
         value = loss.item()
         watch.mark("update")
@@ -206,3 +208,23 @@ class StockLoop:
             target = torch.tensor(answer, device=device)
             questions.append({"input_ids": ids, "mm_token_type_ids": types, "answer": target})
         return questions
+
+
+def main() -> None:
+    parser = argument_parser(__doc__ or "")
+    parser.add_argument("--preset", default="tiny", choices=PRESETS)
+    parser.add_argument("--variant", default="checkpointed", choices=VARIANTS)
+    parser.set_defaults(dtype=None, pairs=5)
+    settings = parsed(parser)
+    dtype = getattr(torch, settings.dtype) if settings.dtype else None
+    loop = StockLoop(build(settings.preset, dtype, settings.device), settings.variant)
+    for step in range(settings.pairs):
+        watch = Watch(settings.device)
+        loss = loop.step(watch)
+        parts = watch.seconds()
+        print(f"step {step}: loss {loss:.6f}, {sum(parts.values()):.2f} s: ", end="")
+        print(", ".join(f"{part} {seconds:.2f}" for part, seconds in parts.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
