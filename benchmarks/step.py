@@ -4,8 +4,8 @@ python -m benchmarks.step [--preset tiny|mid|mid-long] [--json] [--pairs N] [--v
 
 Ours is `Optimization.step()` itself; stock is `benchmarks.stock`, from the same weights, LoRA, noise and questions.
 Both make real updates, and their losses over the first five steps must agree (relative 1e-5 in float32, 1e-3 in half
-precision), or the exit status is 1. `speedup` and `memory_ratio` are against the first variant,
-checkpointed unless told otherwise, `vs_best_stock` against the fastest one that was run. What the parts contain: docs/performance.md.
+precision), or the exit status is 1. `speedup` and `memory_ratio` are against the first variant (checkpointed unless
+told otherwise), `vs_best_stock` against the fastest one that was run. The parts: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import ctypes
 import gc
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -139,9 +140,13 @@ class Side:
         self.name, self.loop, self.device = name, loop, device
         self.losses: list[float] = []
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []  # of all threads; other programs' load hardly moves them
         self.parts: list[dict[str, float]] = []
         self.peaks: list[int | None] = []
         self.saved_bytes = 0
+
+    def _log(self, what: str) -> None:
+        print(f"{self.name}, {what}: loss {self.losses[-1]:.6f}", file=sys.stderr, flush=True)
 
     def warm_up(self) -> None:
         """The first step: compilation, caches, the optimiser's state. It counts the saved bytes."""
@@ -150,14 +155,17 @@ class Side:
         with saved.hooks:
             self.losses.append(self.loop.step(watch))
         self.saved_bytes = saved.total
+        self._log(f"warm-up, {self.saved_bytes / MIB:.1f} MiB saved")
 
     def timed_step(self) -> None:
         with PeakMemory(self.device) as memory:
-            watch = Watch(self.device)
+            before, watch = time.process_time(), Watch(self.device)
             self.losses.append(self.loop.step(watch))
+            self.cpu_seconds.append(time.process_time() - before)
         self.parts.append(watch.seconds())
         self.seconds.append(sum(self.parts[-1].values()))
         self.peaks.append(memory.bytes)
+        self._log(f"{self.seconds[-1]:.2f} s, {self.cpu_seconds[-1]:.2f} s of CPU time")
 
     @property
     def milliseconds(self) -> float:
@@ -173,6 +181,7 @@ class Side:
             "ms": self.milliseconds,
             "ms_low": 1e3 * min(self.seconds),
             "ms_high": 1e3 * max(self.seconds),
+            "cpu_ms": 1e3 * statistics.median(self.cpu_seconds),
             "parts_ms": {part: 1e3 * statistics.median(each[part] for each in self.parts) for part in PARTS},
             "peak_bytes": self.peak_bytes,
             "saved_bytes": self.saved_bytes,
@@ -260,6 +269,7 @@ def show(row: dict[str, Any]) -> None:
     for part in PARTS:
         print(f"  {part:<20}" + "".join(f"{each['parts_ms'][part]:>11.1f} ms" for each in sides.values()))
     print(f"  {'step':<20}" + "".join(f"{each['ms']:>11.1f} ms" for each in sides.values()))
+    print(f"  {'CPU time':<20}" + "".join(f"{each['cpu_ms']:>11.1f} ms" for each in sides.values()))
     for name in ("peak_bytes", "saved_bytes"):
         values = [each[name] for each in sides.values()]
         cells = (f"{'?':>14}" if value is None else f"{value / MIB:>10.1f} MiB" for value in values)

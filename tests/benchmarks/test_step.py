@@ -58,7 +58,8 @@ def test_stock_and_ours_take_the_same_steps(variant: Any, kind: str) -> None:
     for index in range(3):
         zeros = 0
         for a, b in zip(mine[index], theirs[index], strict=True):
-            assert (a - b).norm() <= 1e-5 * b.norm()
+            # Adam divides by the gradient's size: where that is near 0, later steps start from other weights.
+            assert (a - b).norm() <= (1e-5 if index == 0 else 1e-4) * b.norm()
             zeros += not b.any()
         assert zeros == (len(stock.parameters) // 2 if index == 0 else 0)
 
