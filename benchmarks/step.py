@@ -242,6 +242,7 @@ def measure(
         "sides": {side.name: side.report() for side in sides},
         "preprocessing_ms": {"ours": preprocessing["ours_ms"], "stock": preprocessing["stock_ms"]},
         "compared_steps": min(COMPARED_STEPS, rounds + 1),
+        "loss_change": ours.losses[min(COMPARED_STEPS, rounds + 1) - 1] / ours.losses[0] - 1,
         "loss_difference": differences,
         "loss_tolerance": tolerance,
         "same_losses": all(difference <= tolerance for difference in differences.values()),

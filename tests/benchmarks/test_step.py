@@ -48,20 +48,21 @@ def test_stock_and_ours_take_the_same_steps(variant: Any, kind: str) -> None:
         instance = text_only(instance)
     stock = StockLoop(instance, variant)
     ours = OurLoop(instance)
-    load_lora_state(stock.transformer, lora_state_dict(instance.reasoner.transformer))
     mine, theirs = gradients(ours.loop.optimizer), gradients(stock.optimizer)
-    losses = [(ours.step(), stock.step()) for _ in range(3)]
-    for a, b in losses:
-        assert a == pytest.approx(b, rel=1e-5)
-    assert losses[2][0] < losses[0][0]  # the updates do something
-    # B is 0 at first, so that A has a gradient from the second step on.
+    losses = []
     for index in range(3):
-        zeros = 0
+        # Adam turns gradients near 0 into updates of either sign: each step starts from equal weights.
+        load_lora_state(stock.transformer, lora_state_dict(instance.reasoner.transformer))
+        losses.append(ours.step())
+        assert losses[index] == pytest.approx(stock.step(), rel=1e-5)
         for a, b in zip(mine[index], theirs[index], strict=True):
-            # Adam divides by the gradient's size: where that is near 0, later steps start from other weights.
-            assert (a - b).norm() <= (1e-5 if index == 0 else 1e-4) * b.norm()
-            zeros += not b.any()
+            assert (a - b).norm() <= 1e-5 * b.norm()
+        for a, b in zip(ours.loop.parameters, stock.parameters, strict=True):
+            assert (a - b).norm() <= 1e-3 * b.norm()
+        # B is 0 at first, so that A has a gradient from the second step on.
+        zeros = sum(not gradient.any() for gradient in theirs[index])
         assert zeros == (len(stock.parameters) // 2 if index == 0 else 0)
+    assert losses[2] < 0.999 * losses[0]  # the updates do something
 
 
 def test_checkpointing_is_on_and_saves() -> None:
@@ -118,7 +119,7 @@ def test_loss_difference() -> None:
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["step", "--preset", "smoke", "--pairs", "2", "--variants", "plain", "--device", "cpu", "--json"]
+    arguments = ["step", "--preset", "smoke", "--pairs", "1", "--variants", "plain", "--device", "cpu", "--json"]
     monkeypatch.setattr("sys.argv", arguments)
     step.main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -126,8 +127,8 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert result["benchmark"] == "step" and result["dtype"] == "float32"
     assert row["speedup"] == pytest.approx(result["summary"]["speedup"])
     assert row["vs_best_stock"] == result["summary"]["vs_best_stock"] == row["speedup"]  # there is one variant
-    assert row["compared_steps"] == 3 and row["same_losses"]
-    assert [len(side["losses"]) for side in row["sides"].values()] == [3, 3]
+    assert row["compared_steps"] == 2 and row["same_losses"]
+    assert [len(side["losses"]) for side in row["sides"].values()] == [2, 2]
 
     original = StockLoop.predict_clean
     monkeypatch.setattr(StockLoop, "predict_clean", lambda loop: 1.01 * original(loop))
