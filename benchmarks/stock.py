@@ -70,7 +70,8 @@ class StockLoop:
     """Test-time optimisation of one instance, on copies of its models.
 
     variant: "checkpointed", with gradient checkpointing of transformer and VLM (the decoder's code offers none);
-    "plain", without; "compiled", without and under `torch.compile`.
+    "plain", without; "compiled", without and under `torch.compile`, block by block as diffusers advises
+    (`compile_repeated_blocks`): the whole Qwen3-VL breaks into dozens of graphs where it looks at token values.
     """
 
     def __init__(self, instance: Instance, variant: Variant = "checkpointed") -> None:
@@ -104,8 +105,9 @@ class StockLoop:
                 warnings.simplefilter("ignore", FutureWarning)
                 self.vlm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         elif variant == "compiled":
-            self.transformer.compile()
-            self.vlm.compile()
+            self.transformer.compile_repeated_blocks()
+            for block in (*visual.blocks, *self.vlm.model.language_model.layers):
+                block.compile()
             self.decode_batch = torch.compile(self.decode_batch)
 
         self.indices = torch.linspace(0, instance.condition.num_frames - 1, settings.teacher_frames).round().tolist()
