@@ -71,7 +71,8 @@ class StockLoop:
 
     variant: "checkpointed", with gradient checkpointing of transformer and VLM (the decoder's code offers none);
     "plain", without; "compiled", without and under `torch.compile`, block by block as diffusers advises
-    (`compile_repeated_blocks`): the whole Qwen3-VL breaks into dozens of graphs where it looks at token values.
+    (`compile_repeated_blocks`): the whole Qwen3-VL breaks into dozens of graphs where it looks at token values. The
+    decoder stays eager: torch 2.13's inductor gives a wrong gradient of it on the CPU (docs/performance.md).
     """
 
     def __init__(self, instance: Instance, variant: Variant = "checkpointed") -> None:
@@ -97,7 +98,6 @@ class StockLoop:
         cast_training_params(self.transformer, torch.float32)
         self.parameters = [each for each in self.transformer.parameters() if each.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, weight_decay=0.0)
-        self.decode_batch: Callable[[Tensor], Tensor] = self.decoder.decode_batch
         if variant == "checkpointed":
             self.transformer.enable_gradient_checkpointing()
             self.vlm.train()  # transformers checkpoints in training mode only; Qwen3-VL has no dropout
@@ -108,7 +108,6 @@ class StockLoop:
             self.transformer.compile_repeated_blocks()
             for block in (*visual.blocks, *self.vlm.model.language_model.layers):
                 block.compile()
-            self.decode_batch = torch.compile(self.decode_batch)
 
         self.indices = torch.linspace(0, instance.condition.num_frames - 1, settings.teacher_frames).round().tolist()
         self.indices = [int(index) for index in self.indices]
@@ -121,7 +120,7 @@ class StockLoop:
         watch.at_gradient(latents, "decode_backward")
         watch.mark("reasoner_forward")
 
-        frames = self.decode_batch(latents)[0][self.indices]
+        frames = self.decoder.decode_batch(latents)[0][self.indices]
         watch.at_gradient(frames, "teacher_backward")
         watch.mark("decode_forward")
 
