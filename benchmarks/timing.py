@@ -72,7 +72,7 @@ def publish(name: str, settings: argparse.Namespace, rows: Sequence[dict[str, An
     summary = {"speedup": math.exp(statistics.fmean(math.log(row["speedup"]) for row in rows))}
     if all(row.get("memory_ratio") is not None for row in rows):
         summary["memory_ratio"] = statistics.fmean(row["memory_ratio"] for row in rows)
-    for ratio in ("vs_frozen_linear", "ceiling"):
+    for ratio in ("vs_frozen_linear", "ceiling", "vs_best_stock"):
         if all(ratio in row for row in rows):
             summary[ratio] = statistics.geometric_mean(row[ratio] for row in rows)
     print(f"{name} on {settings.device}, {settings.dtype}, {torch.get_num_threads()} of {os.cpu_count()} threads")

@@ -1,0 +1,311 @@
+"""One step of test-time optimisation, ours against the stock loop, in one process and in alternation.
+
+python -m benchmarks.step [--preset tiny|mid|mid-long] [--json] [--pairs N] [--variants checkpointed plain compiled]
+
+Ours is `Optimization.step()` itself; stock is `benchmarks.stock`, from the same weights, LoRA, noise and questions.
+Both make real updates, and their losses over the first five steps must agree (relative 1e-5 in float32, 1e-3 in half
+precision), or the exit status is 1. `speedup` and `memory_ratio` are against the first variant (checkpointed unless
+told otherwise), `vs_best_stock` against the fastest one that was run. The parts: docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.presets import PRESETS, Instance, build
+from benchmarks.stock import PARTS, VARIANTS, StockLoop, Variant, Watch
+from benchmarks.timing import argument_parser, compare, parsed, publish
+from vlmteacher.lora import add_lora, load_lora_state, lora_state_dict
+from vlmteacher.optimization import Optimization
+from vlmteacher.teachers.preprocessing import preprocess_video
+
+COMPARED_STEPS = 5
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+MIB = 2**20
+
+
+class OurLoop:
+    """`Optimization` on the instance's own models, with a watch at the borders of its parts."""
+
+    def __init__(self, instance: Instance) -> None:
+        reasoner, decoder, teacher, settings = instance.reasoner, instance.decoder, instance.teacher, instance.settings
+        add_lora(reasoner.transformer, settings.rank, seed=instance.seed, fused=settings.fused_lora)
+        self.loop = Optimization(
+            reasoner, decoder, teacher, instance.condition, instance.noise, instance.queries, settings
+        )
+        self.modules: tuple[nn.Module, ...] = (reasoner.transformer, decoder, teacher.model)
+        self.watch = Watch()
+        for owner, name, part, gradient in (
+            (reasoner, "predict_clean", "reasoner_forward", "decode_backward"),
+            (decoder, "decode", "decode_forward", "teacher_backward"),
+            (teacher, "losses", "teacher_forward", None),
+        ):
+            setattr(owner, name, self._watched(getattr(owner, name), part, gradient))
+        self.loop.optimizer.register_step_pre_hook(lambda *_: self.watch.mark("reasoner_backward"))
+
+    def _watched(self, call: Callable[..., Tensor], part: str, gradient: str | None) -> Callable[..., Tensor]:
+        def watched(*args: Any, **kwargs: Any) -> Tensor:
+            result = call(*args, **kwargs)
+            if gradient:
+                self.watch.at_gradient(result, gradient)
+            self.watch.mark(part)
+            return result
+
+        return watched
+
+    def step(self, watch: Watch | None = None) -> float:
+        self.watch = watch or Watch()
+        loss = self.loop.step()["loss"]
+        self.watch.mark("update")
+        return loss
+
+
+class SavedBytes:
+    """Counts what autograd keeps for the backward pass, weights not counted, until `stop` is called.
+
+    With gradient checkpointing these are the inputs of the checkpointed layers; what the backward pass computes again,
+    and keeps for a while, shows in the peak memory only.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        weights = [each for module in modules for each in (*module.parameters(), *module.buffers())]
+        self._own = {weight.untyped_storage().data_ptr() for weight in weights}
+        self._kept: dict[int, int] = {}
+        self._counting = True
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if self._counting and storage.data_ptr() not in self._own:
+            self._kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def stop(self) -> None:
+        self._counting = False
+
+    @property
+    def total(self) -> int:
+        return sum(self._kept.values())
+
+
+class PeakMemory:
+    """The most memory that a block of code needs beyond what stood before it: `bytes`, None where nobody can say.
+
+    On the CPU it is the resident set's high-water mark, which Linux lets a process reset; on a GPU torch's own.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device.startswith("cuda")
+        self.bytes: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        try:
+            if self.cuda:
+                torch.cuda.reset_peak_memory_stats()
+                self._before: int | None = torch.cuda.memory_allocated()
+            else:
+                ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc keeps would hide what is used again
+                with open("/proc/self/clear_refs", "w") as file:
+                    file.write("5")
+                self._before = resident("VmRSS")
+        except (OSError, AttributeError):
+            self._before = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            self.bytes = (torch.cuda.max_memory_allocated() if self.cuda else resident("VmHWM")) - self._before
+
+
+def resident(name: str) -> int:
+    """A line of /proc/self/status in bytes."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name + ":"))
+
+
+class Side:
+    """One loop and what was measured of it."""
+
+    def __init__(self, name: str, loop: OurLoop | StockLoop, device: str) -> None:
+        self.name, self.loop, self.device = name, loop, device
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []  # of all threads; other programs' load hardly moves them
+        self.parts: list[dict[str, float]] = []
+        self.peaks: list[int | None] = []
+        self.saved_bytes = 0
+
+    def _log(self, what: str) -> None:
+        print(f"{self.name}, {what}: loss {self.losses[-1]:.6f}", file=sys.stderr, flush=True)
+
+    def warm_up(self) -> None:
+        """The first step: compilation, caches, the optimiser's state. It counts the saved bytes."""
+        saved = SavedBytes(self.loop.modules)
+        watch = Watch(self.device, lambda part: saved.stop() if part == "teacher_forward" else None)
+        with saved.hooks:
+            self.losses.append(self.loop.step(watch))
+        self.saved_bytes = saved.total
+        self._log(f"warm-up, {self.saved_bytes / MIB:.1f} MiB saved")
+
+    def timed_step(self) -> None:
+        with PeakMemory(self.device) as memory:
+            before, watch = time.process_time(), Watch(self.device)
+            self.losses.append(self.loop.step(watch))
+            self.cpu_seconds.append(time.process_time() - before)
+        self.parts.append(watch.seconds())
+        self.seconds.append(sum(self.parts[-1].values()))
+        self.peaks.append(memory.bytes)
+        self._log(f"{self.seconds[-1]:.2f} s, {self.cpu_seconds[-1]:.2f} s of CPU time")
+
+    @property
+    def milliseconds(self) -> float:
+        return 1e3 * statistics.median(self.seconds)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        known = [peak for peak in self.peaks if peak is not None]
+        return max(known) if known else None
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "ms": self.milliseconds,
+            "ms_low": 1e3 * min(self.seconds),
+            "ms_high": 1e3 * max(self.seconds),
+            "cpu_ms": 1e3 * statistics.median(self.cpu_seconds),
+            "parts_ms": {part: 1e3 * statistics.median(each[part] for each in self.parts) for part in PARTS},
+            "peak_bytes": self.peak_bytes,
+            "saved_bytes": self.saved_bytes,
+            "losses": self.losses,
+        }
+
+
+def ratios(ours: Sequence[float], other: Sequence[float]) -> list[float]:
+    """How many times faster ours is, round by round."""
+    return [theirs / mine for mine, theirs in zip(ours, other, strict=True)]
+
+
+def loss_difference(ours: Sequence[float], stock: Sequence[float]) -> float:
+    """The largest relative difference over the first `COMPARED_STEPS`, infinite when a loss is no number."""
+    pairs = list(zip(ours, stock, strict=True))[:COMPARED_STEPS]
+    differences = [abs(a - b) / abs(b) if b else abs(a - b) for a, b in pairs]
+    return max(each if each == each else float("inf") for each in differences)
+
+
+def measure(
+    preset: str, instance: Instance, variants: Sequence[Variant], rounds: int, device: str = "cpu"
+) -> dict[str, Any]:
+    """The row of one instance: a warm-up step of each side, then `rounds` steps of each in alternation."""
+    loops = {variant: StockLoop(instance, variant) for variant in variants}  # copies the models while they are bare
+    preprocessing = measure_preprocessing(instance, loops[variants[0]], device)
+    ours = Side("ours", OurLoop(instance), device)
+    start = lora_state_dict(instance.reasoner.transformer)
+    for loop in loops.values():
+        load_lora_state(loop.transformer, start)
+    stock = [Side(variant, loop, device) for variant, loop in loops.items()]
+    sides = [ours, *stock]
+    for side in sides:
+        side.warm_up()
+    for turn in range(rounds):
+        for side in sides[turn % len(sides) :] + sides[: turn % len(sides)]:
+            side.timed_step()
+
+    reference, best = stock[0], min(stock, key=lambda side: side.milliseconds)
+    against = ratios(ours.seconds, reference.seconds)
+    low, middle, high = statistics.quantiles(against, n=4, method="inclusive") if rounds > 1 else against * 3
+    tolerance = TOLERANCE[instance.reasoner.dtype]
+    differences = {side.name: loss_difference(ours.losses, side.losses) for side in stock}
+    memory = None
+    if ours.peak_bytes is not None and reference.peak_bytes:
+        memory = ours.peak_bytes / reference.peak_bytes
+    return {
+        "case": f"{preset}, {reference.name}",
+        "ours_ms": ours.milliseconds,
+        "stock_ms": reference.milliseconds,
+        "speedup": middle,
+        "speedup_low": low,
+        "speedup_high": high,
+        "memory_ratio": memory,
+        "saved_ratio": ours.saved_bytes / max(reference.saved_bytes, 1),
+        "vs_best_stock": statistics.median(ratios(ours.seconds, best.seconds)),
+        "best_stock": best.name,
+        "cpu_speedup": statistics.median(ratios(ours.cpu_seconds, reference.cpu_seconds)),
+        "sides": {side.name: side.report() for side in sides},
+        "preprocessing_ms": {"ours": preprocessing["ours_ms"], "stock": preprocessing["stock_ms"]},
+        "compared_steps": min(COMPARED_STEPS, rounds + 1),
+        "loss_change": ours.losses[min(COMPARED_STEPS, rounds + 1) - 1] / ours.losses[0] - 1,
+        "loss_difference": differences,
+        "loss_tolerance": tolerance,
+        "same_losses": all(difference <= tolerance for difference in differences.values()),
+    }
+
+
+def measure_preprocessing(instance: Instance, stock: StockLoop, device: str) -> dict[str, Any]:
+    """Frames to patch rows and back, by itself: inside of the step it cannot be told from the Teacher."""
+    with torch.no_grad():
+        frames = stock.decoder.decode_batch(stock.predict_clean())[0][stock.indices]
+    frames.requires_grad_()
+    grad = torch.randn_like(stock.pixels(frames)[0])
+    video = instance.teacher.video
+    return compare(
+        "preprocessing",
+        lambda: torch.autograd.grad(preprocess_video(frames, video)[0], frames, grad),
+        lambda: torch.autograd.grad(stock.pixels(frames)[0], frames, grad),
+        pairs=5,
+        device=device,
+    )
+
+
+def show(row: dict[str, Any]) -> None:
+    sides = row["sides"]
+    print(" " * 22 + "".join(f"{name:>14}" for name in sides))
+    for part in PARTS:
+        print(f"  {part:<20}" + "".join(f"{each['parts_ms'][part]:>11.1f} ms" for each in sides.values()))
+    print(f"  {'step':<20}" + "".join(f"{each['ms']:>11.1f} ms" for each in sides.values()))
+    print(f"  {'CPU time':<20}" + "".join(f"{each['cpu_ms']:>11.1f} ms" for each in sides.values()))
+    for name in ("peak_bytes", "saved_bytes"):
+        values = [each[name] for each in sides.values()]
+        cells = (f"{'?':>14}" if value is None else f"{value / MIB:>10.1f} MiB" for value in values)
+        print(f"  {name:<20}" + "".join(cells))
+    for step in range(row["compared_steps"]):
+        print(f"  {f'loss of step {step}':<20}" + "".join(f"{each['losses'][step]:>14.6f}" for each in sides.values()))
+    ours, stock = row["preprocessing_ms"]["ours"], row["preprocessing_ms"]["stock"]
+    print(f"  preprocessing by itself, both ways: ours {ours:.1f} ms, stock {stock:.1f} ms")
+    print(f"  x{row['vs_best_stock']:.2f} against the fastest stock variant, {row['best_stock']}")
+
+
+def main() -> None:
+    parser = argument_parser(__doc__ or "")
+    parser.add_argument("--preset", default="tiny", choices=PRESETS)
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=list(VARIANTS[:2]),
+        choices=VARIANTS,
+        help="stock loops; ratios are against the first. compiled spends minutes on its first step",
+    )
+    parser.set_defaults(dtype=None, pairs=None)
+    settings = parsed(parser)
+    rounds = settings.pairs or (4 if settings.preset.startswith("mid") else 9)
+    dtype = getattr(torch, settings.dtype) if settings.dtype else None
+    instance = build(settings.preset, dtype, settings.device)
+    settings.dtype = str(instance.reasoner.dtype).removeprefix("torch.")
+    row = measure(settings.preset, instance, settings.variants, rounds, settings.device)
+    show(row)
+    publish("step", settings, [row])
+    if not row["same_losses"]:
+        differences = ", ".join(f"{value:.1e} ({name})" for name, value in row["loss_difference"].items())
+        sys.exit(f"the losses differ by {differences}, relative; at most {row['loss_tolerance']:.0e} is allowed")
+
+
+if __name__ == "__main__":
+    main()
