@@ -21,7 +21,7 @@ def frozen(dtype: torch.dtype = torch.float32, **config) -> TinyVideoDecoder:
 
 
 def latents(decoder: TinyVideoDecoder, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    torch.manual_seed(1)
+    torch.manual_seed(0)  # no activation within a rounding of zero, which may fall on either side in either
     return torch.randn(1, decoder.latent_channels, *size, dtype=dtype).requires_grad_()
 
 
@@ -87,7 +87,7 @@ def test_bfloat16_errs_no_more_than_the_plain_class(family):
 def test_gradcheck():
     decoder = frozen(torch.float64, latent_channels=3, widths=(4, 3, 2, 2), patch=2, space_upscale=(True, False, False))
     z = latents(decoder, 2, 2, 2, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda z: decoder.decode(z, [4, 0, 4], 2), (z,))
+    assert torch.autograd.gradcheck(lambda z: decoder.decode(z, [4, 0, 4], 2), (z,), fast_mode=True)
 
 
 def kept_bytes(function) -> int:
