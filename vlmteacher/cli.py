@@ -134,8 +134,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("what", choices=("sft",))
     _add_training(sub, "video model to start from: hub id or directory")
 
-    sub = add("distill", distill, "make a few-step Reasoner from a many-step one")
-    sub.add_argument("what", choices=("reasoner",))
+    sub = add("distill", distill, "make a few-step Reasoner from a many-step one, or a surrogate decoder from a VAE")
+    sub.add_argument("what", choices=("reasoner", "decoder"))
+    sub.add_argument("--vae", metavar="ID", help="decoder: a video VAE of diffusers: hub id or directory")
     sub.add_argument("--method", metavar="NAME", help="dmd2, consistency or few-timesteps")
     _add_training(sub, "the many-step video model: hub id or directory")
 
@@ -352,6 +353,14 @@ def distill(arguments: argparse.Namespace) -> None:
     from vlmteacher.quiet import quiet
 
     quiet()
+    if arguments.what == "decoder":
+        from vlmteacher.distillation import decoder
+
+        names = ("vae", *(name for name in TRAINING if name != "reasoner"))
+        told = decoder.load_settings(Path(arguments.config), _overrides(arguments, names))
+        arguments.out = told.out
+        print(f"Surrogate decoder: {decoder.run(told, arguments.resume)}")
+        return
     from vlmteacher.distillation.distill import load_settings, run
 
     settings = load_settings(Path(arguments.config), _overrides(arguments, (*TRAINING, "method")))

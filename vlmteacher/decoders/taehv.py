@@ -14,8 +14,8 @@ lighttaehy1_5         32        2      (1, 2, 2)   x16 (takes de-scaled latents,
 ====================  ========  =====  ==========  =========
 
 Training runs through the plain torch modules, `decode_batch`; with frozen weights `decode` is one autograd function
-(`vlmteacher.ops.tiny_decoder`), of which the modules are the definition. ``taew2_1_super`` and its like have other layers
-and are refused.
+(`vlmteacher.ops.tiny_decoder`), of which the modules are the definition. ``taew2_1_super`` and its like have other
+layers and are refused.
 """
 
 from __future__ import annotations
@@ -168,9 +168,7 @@ class TinyVideoDecoder(nn.Module):
         frames = frames / 2 + 0.5 if self.config["signed"] else frames
         return frames.clamp(0, 1) if clamp else frames
 
-    def decode(
-        self, latents: Tensor, frame_indices: Sequence[int] | None = None, chunk: int | None = None
-    ) -> Tensor:
+    def decode(self, latents: Tensor, frame_indices: Sequence[int] | None = None, chunk: int | None = None) -> Tensor:
         """Decode the wanted frames of one clip, and nothing that they do not need.
 
         With frozen weights this keeps one bit per activation for the backward pass, goes through the frames in chunks
@@ -306,7 +304,9 @@ class TinyVideoDecoder(nn.Module):
         state, metadata = _read(path)
         try:
             written = json.loads(metadata.get("config", "{}"))
-            kept: dict[str, Any] = {name: written[name] for name in ("space_upscale", "slope", "signed") if name in written}
+            kept: dict[str, Any] = {
+                name: written[name] for name in ("space_upscale", "slope", "signed") if name in written
+            }
             first, last = state["decoder.1.weight"], state["decoder.22.weight"]
             projections = [state[f"decoder.{i}.weight"] for i in (8, 14, 20)]
             if first.shape[1] in FIRST_STAGE_KEEPS_TIME and "time_upscale" not in written:

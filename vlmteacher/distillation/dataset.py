@@ -118,17 +118,20 @@ def read_video(path: Path) -> np.ndarray:
         raise InputError(f"video {path} cannot be read ({reason})") from error
 
 
+def resized(video: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Frames (F, H, W, 3) uint8 in another size."""
+    if video.shape[1:3] == (height, width):
+        return video
+    return np.stack([np.asarray(Image.fromarray(f).resize((width, height), Image.Resampling.LANCZOS)) for f in video])
+
+
 def _encode(instance: Path, reasoner: WanReasoner, size: Size) -> tuple[dict[str, Tensor], dict[str, str]]:
     num_frames, height, width = size
     video = read_video(instance / "ground_truth.mp4")
     if len(video) < num_frames:
         raise InputError(f"video {instance / 'ground_truth.mp4'} is too short: {len(video)} frames of {num_frames}")
     own = f"{video.shape[2]}x{video.shape[1]}"
-    video = video[:num_frames]
-    if video.shape[1:3] != (height, width):
-        video = np.stack(
-            [np.asarray(Image.fromarray(f).resize((width, height), Image.Resampling.LANCZOS)) for f in video]
-        )
+    video = resized(video[:num_frames], height, width)
     try:
         prompt = (instance / "prompt.txt").read_text(encoding="utf-8")
         with Image.open(instance / "first_frame.png") as file:
