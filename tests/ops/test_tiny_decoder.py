@@ -66,7 +66,9 @@ def close(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
     eps = torch.finfo(ours.dtype).eps
     error, allowed = (ours - exact).norm(), 1.5 * (plain - exact).norm() + eps / 8 * exact.norm()
     assert ours.isfinite().all()
-    assert error <= allowed, f"{error / exact.norm():.3g}, the plain expression {(plain - exact).norm() / exact.norm():.3g}"
+    assert error <= allowed, (
+        f"{error / exact.norm():.3g}, the plain expression {(plain - exact).norm() / exact.norm():.3g}"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

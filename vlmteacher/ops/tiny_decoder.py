@@ -56,8 +56,8 @@ def conv3x3_reference(
             frame of zeros, which only the last tap may be. A frame stands at most once in a column.
         weight: (N, 3, 3, T * C), contiguous: rows, columns, then the channels of tap 0 before those of tap 1.
         bias: (N,) or None.
-        residual, rows: another bank (R, upscale H, upscale W, N), contiguous, and (G,) int32: residual[rows[g]] is added
-            before the activation. A memory block adds the input of its first convolution after its third. Both or
+        residual, rows: another bank (R, upscale H, upscale W, N), contiguous, and (G,) int32: residual[rows[g]] is
+            added before the activation. A memory block adds the input of its first convolution after its third. Both or
             neither.
         slope: of the activation below zero: 0 is ReLU, .2 LeakyReLU; None is no activation.
         upscale: 1, or 2: x is upsampled (nearest) before the convolution, that is read at (row // 2, column // 2).
@@ -124,9 +124,7 @@ class _Cpp:
         return torch.ops.vlmteacher_cpp.conv3x3(x, taps, packed, weight.shape[0], *rest)
 
     @staticmethod
-    def conv3x3_backward(
-        grad: Tensor, signs: Tensor, taps: Tensor, frames: int, weight: Tensor, *rest: Any
-    ) -> Tensor:
+    def conv3x3_backward(grad: Tensor, signs: Tensor, taps: Tensor, frames: int, weight: Tensor, *rest: Any) -> Tensor:
         packed = _packed(weight, taps.shape[1], rest[-1], True)
         channels = weight.shape[-1] // taps.shape[1]
         return torch.ops.vlmteacher_cpp.conv3x3_backward(grad, signs, taps, frames, packed, channels, *rest)
