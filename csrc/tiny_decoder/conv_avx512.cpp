@@ -88,16 +88,16 @@ void fill_strip(const Conv& conv, const Source* sources, int64_t first_row, int6
     }
     for (int64_t s = 0; s < conv.sources; ++s) {
       const Source& source = sources[s];
-      const char* from = static_cast<const char*>(source.frame) + row * conv.in_width * own;
-      const uint8_t* signs = source.signs + row * conv.in_width * sign_bytes;
       for (int64_t x = 0; x < conv.in_width; ++x) {
-        char* at = to + x * pixel + s * own;
+        const int64_t at = row * conv.in_width + x;
+        char* there = to + x * pixel + s * own;
+        const char* from = static_cast<const char*>(source.frame) + (source.frame ? at * own : 0);
         if (!source.frame)
-          std::memset(at, 0, own);
+          std::memset(there, 0, own);
         else if (source.signs)
-          copy_masked<T>(from + x * own, signs + x * sign_bytes, conv.channels, conv.slope, at);
+          copy_masked<T>(from, source.signs + at * sign_bytes, conv.channels, conv.slope, there);
         else
-          std::memcpy(at, from + x * own, own);
+          std::memcpy(there, from, own);
       }
     }
     if (const int64_t rest = pixel - conv.sources * own)
@@ -110,7 +110,8 @@ struct Tile {
   const Frame* frame;
   const Tap* tap;
   const char* strip;  // where the first output pixel stands in it
-  int64_t row_bytes, pixel_bytes, words;
+  int64_t row_bytes, pixel_bytes;
+  int64_t skipped, words, left_out;  // of a pixel: those of a missing first source, those to sum, the rest
   const char* panel;
   int64_t pixel, channel;  // the first output pixel, the first channel
 };
@@ -145,7 +146,8 @@ void run(const Tile& t) {
   Sums<T, PIXELS, VECTORS> total;
   total.clear();
   for (int64_t k = 0; k < conv.taps; ++k) {
-    const char* left = t.strip + t.tap[k].row * t.row_bytes + t.tap[k].column * t.pixel_bytes;
+    const char* left = t.strip + t.tap[k].row * t.row_bytes + t.tap[k].column * t.pixel_bytes + 4 * t.skipped;
+    panel += 64 * VECTORS * t.skipped;
     if constexpr (T::kLongSums) {
       total.add(left, step, panel, t.words);
     } else {
@@ -155,6 +157,7 @@ void run(const Tile& t) {
       UNROLL for (int i = 0; i < PIXELS; ++i) UNROLL for (int v = 0; v < VECTORS; ++v) total.value[i][v] =
           _mm512_add_ps(total.value[i][v], part.value[i][v]);
     }
+    panel += 64 * VECTORS * t.left_out;
   }
   const int64_t channels = conv.out_channels, sign_bytes = (channels + 7) / 8;
   const __m512 slope = _mm512_set1_ps(conv.slope);
@@ -202,12 +205,15 @@ void rows_of(const Conv& conv, const Frame& frame, int64_t begin, int64_t end, c
   fill_strip<T>(conv, frame.sources, conv.step * begin - 1, conv.strip_rows(end - begin), strip);
   const int64_t pixel = conv.words() * 4, row = (conv.in_width + 2) * pixel, out_width = conv.width * conv.out_step;
   const char* panel = reinterpret_cast<const char*>(conv.weights);
+  int64_t first = 0, end_word = conv.words();  // of two sources one may be missing
+  if (conv.sources == 2 && !frame.sources[0].frame) first = conv.channels * T::kBytes / 4;
+  if (conv.sources == 2 && !frame.sources[1].frame) end_word = (conv.channels * T::kBytes + 3) / 4;
   for (int64_t phase = 0; phase < conv.phases; ++phase)
     for (int64_t channel = 0; channel < conv.out_channels; channel += kPanel) {
       const int64_t vectors = conv.out_channels - channel > kLanes ? 2 : 1;
       for (int64_t i = begin; i < end; ++i) {
         Tile t{&conv, &frame, conv.tap + phase * conv.taps, strip + ((i - begin) * conv.step + 1) * row + pixel,
-               row, pixel, conv.words(), panel, 0, channel};
+               row, pixel, first, end_word - first, conv.words() - end_word, panel, 0, channel};
         t.pixel = (i * conv.out_step + phase / 2) * out_width + phase % 2;
         vectors == 2 ? run_row<T, 2>(t, conv.width) : run_row<T, 1>(t, conv.width);
       }

@@ -10,13 +10,19 @@ taew2_2               48        2      (1, 2, 2)   x16
 taehv1_5              32        2      (1, 2, 2)   x16
 taeltx_2              128       4      (2, 2, 2)   x32
 lighttaew2_1, _2_2    16, 48    1, 2   (1, 2, 2)   x8, x16 (takes de-normalised latents)
+lighttaehy1_5         32        2      (1, 2, 2)   x16 (takes de-scaled latents, LeakyReLU, gives [-1, 1])
 ====================  ========  =====  ==========  =========
+
+Training runs through the plain torch modules, `decode_batch`; with frozen weights `decode` is one autograd function
+(`vlmteacher.ops.tiny_decoder`), of which the modules are the definition. ``taew2_1_super`` and its like have other layers
+and are refused.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +37,8 @@ from vlmteacher.errors import InputError
 from vlmteacher.ops import tiny_decoder
 from vlmteacher.ops.tiny_decoder import Layer, Plan
 
+HUNYUAN15_SCALE = 1.03682  # of HunyuanVideo-1.5's latents: its VAE's times this are what its transformer sees
+FIRST_STAGE_KEEPS_TIME = (16, 32, 48)  # latent channels of the families whose first stage makes one frame of one
 CHUNK_BYTES = 32 << 20  # of one activation at the full size; a handful of them live at a time
 
 
@@ -295,38 +303,54 @@ class TinyVideoDecoder(nn.Module):
         path = Path(path)
         state, metadata = _read(path)
         try:
+            written = json.loads(metadata.get("config", "{}"))
+            kept: dict[str, Any] = {
+                name: written[name] for name in ("space_upscale", "slope", "signed") if name in written
+            }
             first, last = state["decoder.1.weight"], state["decoder.22.weight"]
             projections = [state[f"decoder.{i}.weight"] for i in (8, 14, 20)]
+            if first.shape[1] in FIRST_STAGE_KEEPS_TIME and "time_upscale" not in written:
+                grow = state["decoder.7.conv.weight"]  # of two frames, as upstream does, the later one
+                state["decoder.7.conv.weight"] = grow[-grow.shape[1] :]
             grows = [state[f"decoder.{i}.conv.weight"] for i in (7, 13, 19)]
-            config: dict[str, Any] = {
+            if _is_hunyuan15(path):
+                kept = {"slope": 0.2, "signed": True} | kept
+            config = {
                 "latent_channels": first.shape[1],
                 "widths": [first.shape[0], *(w.shape[0] for w in projections)],
                 "patch": round((last.shape[0] / 3) ** 0.5),
                 "time_upscale": [w.shape[0] == 2 * w.shape[1] for w in grows],
+                **kept,
             }
-            written = json.loads(metadata.get("config", "{}"))
-            if "space_upscale" in written:
-                config["space_upscale"] = written["space_upscale"]
             decoder = cls(**config)
             decoder.load_state_dict(state)
-        except (KeyError, IndexError, ValueError, RuntimeError, TypeError) as error:
+        except (AttributeError, KeyError, IndexError, ValueError, RuntimeError, TypeError) as error:
             raise InputError(
                 f"{path} is not a TAEHV decoder ({_short(error)}): give a checkpoint such as taew2_1 or taew2_2"
                 " (the _super variants have other layers)"
             ) from error
+        if _is_hunyuan15(path):
+            decoder.latents_mean = torch.zeros(1, decoder.latent_channels, 1, 1, 1)
+            decoder.latents_std = torch.full_like(decoder.latents_mean, 1 / HUNYUAN15_SCALE)
         return decoder.to(dtype).eval().requires_grad_(False)
 
 
 def load_decoder(path: str | os.PathLike[str], reasoner: Any, dtype: torch.dtype = torch.float32) -> TinyVideoDecoder:
     """`TinyVideoDecoder.from_checkpoint` for a Reasoner: checked against it, on its device.
 
-    LightX2V's ``lighttae*`` files were trained on de-normalised latents: they are given the Reasoner's statistics.
+    LightX2V's ``lighttaew*`` files were trained on de-normalised latents: they are given the Reasoner's statistics.
     """
     decoder = TinyVideoDecoder.from_checkpoint(path, dtype)
     check_decoder(decoder, reasoner, name=str(path))
-    if Path(path).name.startswith("lighttae"):
+    if Path(path).name.startswith("lighttae") and not _is_hunyuan15(Path(path)):
         decoder.latents_mean, decoder.latents_std = reasoner.latents_mean.clone(), reasoner.latents_std.clone()
     return decoder.to(reasoner.device)
+
+
+def _is_hunyuan15(path: Path) -> bool:
+    """LightX2V's decoder of HunyuanVideo-1.5, by the name of its file (lighttaehy1_5, lighttae_hy1_5): it has another
+    activation, range and scale of the latents, of which its weights show nothing."""
+    return re.match(r"lighttae_?hy", path.name) is not None
 
 
 def check_decoder(decoder: TinyVideoDecoder, reasoner: Any, name: str = "the decoder") -> None:
@@ -353,12 +377,19 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                names = [name for name in file.keys() if name.startswith("decoder.")]  # noqa: SIM118 (no iterator)
-                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+                names = list(file.keys())
+                found = {own: file.get_tensor(name) for name in names if (own := _own_name(name))}
+                return found, file.metadata() or {}
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: value for name, value in loaded.items() if name.startswith("decoder.")}, {}
+        return {own: value for name, value in loaded.items() if (own := _own_name(name))}, {}
     except Exception as error:  # a damaged archive can raise anything from its reader
         raise InputError(f"cannot read {path} as decoder weights ({_short(error)})") from error
+
+
+def _own_name(name: str) -> str | None:
+    """``decoder.{i}...``, also where a wrapper saved it (LightX2V: ``taehv.decoder.{i}...``); None of other weights."""
+    found = re.match(r"(?:(?:taehv|model|module)\.)*(decoder\.\d.*)", name)
+    return found and found[1]
 
 
 def _short(error: Exception) -> str:
