@@ -1,6 +1,5 @@
 """The fused decoder where it is used: in the optimisation of the packaged pair, and beside a training."""
 
-
 import pytest
 import torch
 from PIL import Image

@@ -14,8 +14,8 @@ lighttaehy1_5         32        2      (1, 2, 2)   x16 (takes de-scaled latents,
 ====================  ========  =====  ==========  =========
 
 Training runs through the plain torch modules, `decode_batch`; with frozen weights `decode` is one autograd function
-(`vlmteacher.ops.tiny_decoder`), of which the modules are the definition. ``taew2_1_super`` and its like have other layers
-and are refused.
+(`vlmteacher.ops.tiny_decoder`), of which the modules are the definition. ``taew2_1_super`` and its like have other
+layers and are refused.
 """
 
 from __future__ import annotations
