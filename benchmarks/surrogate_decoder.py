@@ -1,4 +1,4 @@
-"""The surrogate decoder, forward + backward for the frames that the Teacher sees, against the plain torch decoder, which
+"""The surrogate decoder, forward + backward for the frames that the Teacher sees, against the plain torch decoder that
 decodes all frames at once and samples.
 
 python -m benchmarks.surrogate_decoder [--json] [--preset tiny|mid] [--channels-last]

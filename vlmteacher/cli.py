@@ -136,8 +136,8 @@ def parser() -> argparse.ArgumentParser:
 
     sub = add("distill", distill, "make a few-step Reasoner from a many-step one, or a surrogate decoder from a VAE")
     sub.add_argument("what", choices=("reasoner", "decoder"))
-    sub.add_argument("--vae", metavar="ID", help="decoder: a video VAE of diffusers: hub id or directory")
-    sub.add_argument("--method", metavar="NAME", help="dmd2, consistency or few-timesteps")
+    sub.add_argument("--method", metavar="NAME", help="of a reasoner: dmd2, consistency or few-timesteps")
+    sub.add_argument("--vae", metavar="ID", help="of a decoder: hub id or directory of the VAE or of its pipeline")
     _add_training(sub, "the many-step video model: hub id or directory")
 
     sub = add("env", env, "devices, compiled backends and versions; why a backend is missing")
@@ -353,17 +353,17 @@ def distill(arguments: argparse.Namespace) -> None:
     from vlmteacher.quiet import quiet
 
     quiet()
+    given = _overrides(arguments, (*TRAINING, "method", "vae"))
     if arguments.what == "decoder":
         from vlmteacher.distillation import decoder
 
-        names = ("vae", *(name for name in TRAINING if name != "reasoner"))
-        told = decoder.load_settings(Path(arguments.config), _overrides(arguments, names))
-        arguments.out = told.out
-        print(f"Surrogate decoder: {decoder.run(told, arguments.resume)}")
+        wanted = decoder.load_settings(Path(arguments.config), given)
+        arguments.out = wanted.out
+        print(f"Surrogate decoder: {decoder.run(wanted, arguments.resume)}")
         return
     from vlmteacher.distillation.distill import load_settings, run
 
-    settings = load_settings(Path(arguments.config), _overrides(arguments, (*TRAINING, "method")))
+    settings = load_settings(Path(arguments.config), given)
     arguments.out = settings.out
     print(f"Reasoner of {len(settings.timesteps)} steps: {run(settings, arguments.resume)}")
 

@@ -1,4 +1,4 @@
-"""`decode` with frozen weights against the plain modules: frames, latent gradients, what it keeps and what it computes."""
+"""`decode` with frozen weights against the plain modules: frames, latent gradients, bytes kept, work done."""
 
 from __future__ import annotations
 

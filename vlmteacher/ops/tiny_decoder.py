@@ -57,8 +57,8 @@ def conv3x3_reference(
         weight: (N, 3, 3, T * C), contiguous: rows, columns, then the channels of tap 0 before those of tap 1.
         bias: (N,) or None.
         residual, rows: another bank (R, upscale H, upscale W, N), contiguous, and (G,) int32: residual[rows[g]] is
-            added before the activation. A memory block adds the input of its first convolution after its third. Both
-            or neither.
+            added before the activation. A memory block adds the input of its first convolution after its third. Both or
+            neither.
         slope: of the activation below zero: 0 is ReLU, .2 LeakyReLU; None is no activation.
         upscale: 1, or 2: x is upsampled (nearest) before the convolution, that is read at (row // 2, column // 2).
             A backend may sum the weights that meet the same pixel and take four taps for each output instead of nine.
