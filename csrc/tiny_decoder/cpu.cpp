@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cstdlib>
 #include <cstring>
@@ -102,9 +103,11 @@ void run(const Conv& conv, const std::vector<Frame>& frames) {
   while (rows_at_once < conv.height && conv.strip_bytes(rows_at_once + 1) <= kStrip) ++rows_at_once;
   const int64_t strips = (conv.height + rows_at_once - 1) / rows_at_once;
   rows_at_once = (conv.height + strips - 1) / strips;
-  torch::stable::parallel_for(0, int64_t(frames.size()) * strips, 1, [&](int64_t begin, int64_t end) {
+  const int64_t count = int64_t(frames.size()) * strips;
+  std::atomic<int64_t> next = 0;  // a thread takes the next one when it is done: they cost differently
+  torch::stable::parallel_for(0, std::min<int64_t>(count, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
     char* strip = static_cast<char*>(std::aligned_alloc(64, (conv.strip_bytes(rows_at_once) + 63) / 64 * 64));
-    for (int64_t i = begin; i < end; ++i) {
+    for (int64_t i = next++; i < count; i = next++) {
       const int64_t row = i % strips * rows_at_once;
       if (row < conv.height) rows(conv, frames[i / strips], row, std::min(row + rows_at_once, conv.height), strip);
     }
