@@ -39,7 +39,8 @@ from vlmteacher.ops.tiny_decoder import Layer, Plan
 
 HUNYUAN15_SCALE = 1.03682  # of HunyuanVideo-1.5's latents: its VAE's times this are what its transformer sees
 FIRST_STAGE_KEEPS_TIME = (16, 32, 48)  # latent channels of the families whose first stage makes one frame of one
-CHUNK_BYTES = 32 << 20  # of one activation at the full size; a handful of them live at a time
+# Of one activation at the full size; a handful of them live at a time. A GPU wants more frames to be busy.
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 
 
 class SoftClamp(nn.Module):
@@ -202,8 +203,9 @@ class TinyVideoDecoder(nn.Module):
         wanted = sorted({i + self.temporal_stride - 1 for i in frame_indices})
         if chunk is None:
             pixels = size[0] * size[1] * 4 ** sum(self.config["space_upscale"])
-            frame = pixels * max(self.config["widths"][2:]) * self.decoder[1].weight.element_size()
-            chunk = max(self.temporal_stride, CHUNK_BYTES // frame)
+            weight = self.decoder[1].weight
+            frame = pixels * max(self.config["widths"][2:]) * weight.element_size()
+            chunk = max(self.temporal_stride, CHUNK_BYTES.get(weight.device.type, 32 << 20) // frame)
         key = (*wanted, -chunk)
         if key not in self._plans:
             if len(self._plans) >= 8:
