@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from vlmteacher.errors import InputError
 from vlmteacher.ops import tiny_decoder
@@ -220,7 +221,7 @@ class TinyVideoDecoder(nn.Module):
         convolution for each frame that TGrow makes.
         """
         parameters = list(self.parameters())
-        state = [(p.data_ptr(), p._version, p.dtype) for p in parameters]
+        state = [(p.untyped_storage()._cdata, p._version, p.dtype) for p in parameters]
         if self._layers is None or self._layers[0] != state:
             with torch.no_grad():
                 self._layers = state, self._make_layers()
@@ -269,7 +270,7 @@ class TinyVideoDecoder(nn.Module):
             )
         if not latents.is_floating_point():
             raise InputError(f"a decoder takes floating-point latents, got {latents.dtype}")
-        if latents.isnan().any():
+        if not is_fake(latents) and latents.isnan().any():
             raise InputError("the latents hold NaN: the Reasoner's prediction broke down before it was decoded")
         if chunk is not None and chunk < 1:
             raise InputError(f"chunk must be at least 1 frame, not {chunk}")

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -157,12 +158,62 @@ def _fast(x: Tensor) -> Any:
 
 def conv3x3(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """`conv3x3_reference` by the backend of x's device."""
-    return (_fast(x) or _Reference).conv3x3(x, *rest)
+    return _forward_operator(x, *rest) if is_fake(x) else (_fast(x) or _Reference).conv3x3(x, *rest)
 
 
 def conv3x3_backward(grad: Tensor, *rest: Any) -> Tensor:
     """`conv3x3_backward_reference` by the backend of grad's device."""
-    return (_fast(grad) or _Reference).conv3x3_backward(grad, *rest)
+    return (
+        _backward_operator(grad, *rest) if is_fake(grad) else (_fast(grad) or _Reference).conv3x3_backward(grad, *rest)
+    )
+
+
+# The same as operators, for tensors without data, which count what a clip of full size would take.
+@torch.library.custom_op("vlmteacher::conv3x3", mutates_args=())
+def _forward_operator(
+    x: Tensor,
+    taps: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    rows: Tensor | None,
+    slope: float | None,
+    upscale: int,
+) -> tuple[Tensor, Tensor]:
+    return conv3x3(x, taps, weight, bias, residual, rows, slope, upscale)
+
+
+@torch.library.custom_op("vlmteacher::conv3x3_backward", mutates_args=())
+def _backward_operator(
+    grad: Tensor,
+    signs: Tensor,
+    taps: Tensor,
+    frames: int,
+    weight: Tensor,
+    residual: Tensor | None,
+    residual_signs: Tensor | None,
+    slope: float | None,
+    upscale: int,
+) -> Tensor:
+    return conv3x3_backward(grad, signs, taps, frames, weight, residual, residual_signs, slope, upscale)
+
+
+@_forward_operator.register_fake
+def _(
+    x: Tensor, taps: Tensor, weight: Tensor, bias: Any, residual: Any, rows: Any, slope: float | None, upscale: int
+) -> tuple[Tensor, Tensor]:
+    n, size = len(weight), (len(taps), x.shape[1] * upscale, x.shape[2] * upscale)
+    signs = (0,) if slope is None else (*size, (n + 7) // 8)
+    return x.new_empty(*size, n), x.new_empty(signs, dtype=torch.uint8)
+
+
+@_backward_operator.register_fake
+def _(
+    grad: Tensor, signs: Tensor, taps: Tensor, frames: int, weight: Tensor, residual: Any, residual_signs: Any,
+    slope: float | None, upscale: int,
+) -> Tensor:  # fmt: skip
+    _, height, width, _ = grad.shape
+    return grad.new_empty(frames, height // upscale, width // upscale, weight.shape[-1] // taps.shape[1])
 
 
 class _Reference:
