@@ -142,9 +142,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("what", choices=("sft",))
     _add_training(sub, "video model to start from: hub id or directory")
 
-    sub = add("distill", distill, "make a few-step Reasoner from a many-step one")
-    sub.add_argument("what", choices=("reasoner",))
-    sub.add_argument("--method", metavar="NAME", help="dmd2, consistency or few-timesteps")
+    sub = add("distill", distill, "make a few-step Reasoner from a many-step one, or a surrogate decoder from a VAE")
+    sub.add_argument("what", choices=("reasoner", "decoder"))
+    sub.add_argument("--method", metavar="NAME", help="of a reasoner: dmd2, consistency or few-timesteps")
+    sub.add_argument("--vae", metavar="ID", help="of a decoder: hub id or directory of the VAE or of its pipeline")
     _add_training(sub, "the many-step video model: hub id or directory")
 
     sub = add("plan", plan, "FLOPs and peak memory of one optimisation step, ours and stock, at any size; needs no GPU")
@@ -390,9 +391,17 @@ def distill(arguments: argparse.Namespace) -> None:
     from vlmteacher.quiet import quiet
 
     quiet()
+    given = _overrides(arguments, (*TRAINING, "method", "vae"))
+    if arguments.what == "decoder":
+        from vlmteacher.distillation import decoder
+
+        wanted = decoder.load_settings(Path(arguments.config), given)
+        arguments.out = wanted.out
+        print(f"Surrogate decoder: {decoder.run(wanted, arguments.resume)}")
+        return
     from vlmteacher.distillation.distill import load_settings, run
 
-    settings = load_settings(Path(arguments.config), _overrides(arguments, (*TRAINING, "method")))
+    settings = load_settings(Path(arguments.config), given)
     arguments.out = settings.out
     print(f"Reasoner of {len(settings.timesteps)} steps: {run(settings, arguments.resume)}")
 

@@ -1,5 +1,6 @@
 """The decoder against an independent reading of the published layer table, frame by frame."""
 
+import pickle
 import types
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from vlmteacher.decoders import TinyVideoDecoder, check_decoder, load_decoder
+from vlmteacher.decoders.taehv import MemBlock
 from vlmteacher.errors import InputError
 
 WAN21 = {"latent_channels": 16, "patch": 1}
@@ -24,7 +26,7 @@ def random_decoder(**config):
     with torch.no_grad():
         decoder.decoder[22].bias.fill_(0.5)  # the middle of the range, so that clamping hides little
         decoder.decoder[22].weight.mul_(10)
-    return decoder
+    return decoder.requires_grad_(False)
 
 
 def by_the_table(w, latents, patch, space):
@@ -95,10 +97,10 @@ def test_full_width_wan22_has_the_published_size():
 
 
 def test_frame_indices_select_and_carry_gradient():
-    decoder = random_decoder(**PACKAGED).requires_grad_(False)
+    decoder = random_decoder(**PACKAGED)
     z = torch.randn(1, 24, 3, 2, 2, requires_grad=True)
     frames = decoder.decode(z, [8, 0, 3])
-    assert torch.equal(frames, decoder.decode(z)[[8, 0, 3]])
+    torch.testing.assert_close(frames, decoder.decode(z)[[8, 0, 3]], atol=1e-6, rtol=0)
     (grad,) = torch.autograd.grad(frames[1].sum(), z)
     assert grad[:, :, 0].abs().sum() > 0
     assert grad[:, :, 1:].abs().sum() == 0  # causal: frame 0 sees the first latent frame only
@@ -118,7 +120,7 @@ def test_decode_batch_is_decode_of_each_clip_and_unclamped_on_request():
 @pytest.mark.parametrize("config", [WAN21, WAN22, HUNYUAN15], ids=["wan21", "wan22", "hunyuan15"])
 def test_loads_upstream_files(tmp_path, config):
     """A .pth as upstream writes it (encoder beside the decoder, no metadata) and the same as safetensors."""
-    decoder = random_decoder(**config, **NARROW)
+    decoder = random_decoder(**config, **NARROW).requires_grad_(False)
     state = decoder.state_dict() | {"encoder.0.weight": torch.zeros(3)}
     torch.save(state, tmp_path / "tae.pth")
     save_file(state, tmp_path / "tae.safetensors")
@@ -150,13 +152,87 @@ def reasoner(channels, space=8):
 
 
 def test_lighttae_gets_denormalised_latents(tmp_path):
-    plain = random_decoder(**WAN21, **NARROW)
+    plain = random_decoder(**WAN21, **NARROW).requires_grad_(False)
     torch.save(plain.state_dict(), tmp_path / "lighttaew2_1.pth")
     wan = reasoner(16)
     z = torch.randn(1, 16, 2, 2, 2)
     light = load_decoder(tmp_path / "lighttaew2_1.pth", wan)
     assert torch.equal(light.decode(z), plain.decode(z * wan.latents_std + wan.latents_mean))
     assert not torch.equal(light.decode(z), plain.decode(z))
+
+
+def test_hunyuan15_of_lightx2v(tmp_path):
+    """Keys as its wrapper saves them; latents divided by the scale, LeakyReLU, [-1, 1] to [0, 1], by hand."""
+    plain = random_decoder(**HUNYUAN15, **NARROW)
+    state = {f"taehv.{name}": value for name, value in plain.state_dict().items()}
+    torch.save(state, tmp_path / "lighttaehy1_5.pth")
+    light = load_decoder(tmp_path / "lighttaehy1_5.pth", reasoner(32, space=16))
+    z = torch.randn(1, 32, 2, 2, 2)
+    x = plain.decoder[0]((z / 1.03682)[0].transpose(0, 1))
+    for layer in plain.decoder[1:]:
+        if isinstance(layer, MemBlock):
+            pair = torch.cat([x, torch.cat([torch.zeros_like(x[:1]), x[:-1]])], 1)
+            for i in (0, 2, 4):
+                pair = layer.conv[i](pair)
+                pair = F.leaky_relu(pair, 0.2) if i < 4 else pair
+            x = F.leaky_relu(pair + x, 0.2)
+        else:
+            x = F.leaky_relu(x, 0.2) if isinstance(layer, torch.nn.ReLU) else layer(x)
+    expected = (F.pixel_shuffle(x, 2)[3:].clamp(-1, 1) + 1) / 2
+    assert expected.std() > 0.02
+    torch.testing.assert_close(light.decode(z), expected, atol=1e-5, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(light.decode_batch(z)[0], expected, atol=1e-5, rtol=0)
+
+
+def test_a_first_stage_of_two_frames_keeps_the_later(tmp_path):
+    """As upstream reads such files; a decoder that was saved with its layout keeps both."""
+    plain = random_decoder(**WAN21, **NARROW).requires_grad_(False)
+    state = plain.state_dict()
+    weight = state["decoder.7.conv.weight"]
+    torch.save(state | {"decoder.7.conv.weight": torch.cat([torch.randn_like(weight), weight])}, tmp_path / "tae.pth")
+    z = torch.randn(1, 16, 2, 2, 2)
+    assert torch.equal(TinyVideoDecoder.from_checkpoint(tmp_path / "tae.pth").decode(z), plain.decode(z))
+    double = TinyVideoDecoder(**WAN21, **NARROW, time_upscale=(True, True, True))
+    double.save(tmp_path / "double.safetensors")
+    assert TinyVideoDecoder.from_checkpoint(tmp_path / "double.safetensors").config == double.config
+
+
+class Code:
+    """What a hostile pickle holds."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pickle_with_code_is_not_run(tmp_path):
+    ran = tmp_path / "ran"
+    torch.save({"decoder.1.weight": Code(ran)}, tmp_path / "tae.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Code(ran)))
+    for name in ("tae.pth", "plain.pth"):
+        with pytest.raises(InputError, match="cannot read"):
+            TinyVideoDecoder.from_checkpoint(tmp_path / name)
+    assert not ran.exists()
+
+
+def test_truncated_files_and_odd_metadata_are_input_errors(tmp_path):
+    decoder = random_decoder(**WAN21, **NARROW)
+    decoder.save(tmp_path / "tae.safetensors")
+    torch.save(decoder.state_dict(), tmp_path / "tae.pth")
+    for name in ("tae.safetensors", "tae.pth"):
+        content = (tmp_path / name).read_bytes()
+        for size in (0, 10, len(content) // 2, len(content) - 1):
+            (tmp_path / name).write_bytes(content[:size])
+            with pytest.raises(InputError, match="cannot read"):
+                TinyVideoDecoder.from_checkpoint(tmp_path / name)
+    for config in ("[", "[]", '{"space_upscale": 3}', '{"slope": "x"}'):
+        save_file(decoder.state_dict(), tmp_path / "tae.safetensors", metadata={"config": config})
+        if config != "[]":  # no entry, as good as none
+            with pytest.raises(InputError, match="not a TAEHV decoder"):
+                TinyVideoDecoder.from_checkpoint(tmp_path / "tae.safetensors")
 
 
 def test_wrong_family_names_both_channel_counts(tmp_path):

@@ -10,13 +10,19 @@ taew2_2               48        2      (1, 2, 2)   x16
 taehv1_5              32        2      (1, 2, 2)   x16
 taeltx_2              128       4      (2, 2, 2)   x32
 lighttaew2_1, _2_2    16, 48    1, 2   (1, 2, 2)   x8, x16 (takes de-normalised latents)
+lighttaehy1_5         32        2      (1, 2, 2)   x16 (takes de-scaled latents, LeakyReLU, gives [-1, 1])
 ====================  ========  =====  ==========  =========
+
+Training runs through the plain torch modules, `decode_batch`; with frozen weights `decode` is one autograd function
+(`vlmteacher.ops.tiny_decoder`), of which the modules are the definition. ``taew2_1_super`` and its like have other
+layers and are refused.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +32,16 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from vlmteacher.errors import InputError
+from vlmteacher.ops import tiny_decoder
+from vlmteacher.ops.tiny_decoder import Layer, Plan
+
+HUNYUAN15_SCALE = 1.03682  # of HunyuanVideo-1.5's latents: its VAE's times this are what its transformer sees
+FIRST_STAGE_KEEPS_TIME = (16, 32, 48)  # latent channels of the families whose first stage makes one frame of one
+# Of one activation at the full size; a handful of them live at a time. A GPU wants more frames to be busy.
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 
 
 class SoftClamp(nn.Module):
@@ -37,23 +51,28 @@ class SoftClamp(nn.Module):
         return torch.tanh(x / 3) * 3
 
 
+def _activation(slope: float) -> nn.Module:
+    return nn.LeakyReLU(slope, inplace=True) if slope else nn.ReLU(inplace=True)
+
+
 class MemBlock(nn.Module):
     """Residual block that sees the previous frame's input beside this frame's."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, slope: float = 0.0) -> None:
         super().__init__()
         self.conv = nn.Sequential(
             nn.Conv2d(2 * width, width, 3, padding=1),
-            nn.ReLU(inplace=True),
+            _activation(slope),
             nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(inplace=True),
+            _activation(slope),
             nn.Conv2d(width, width, 3, padding=1),
         )
+        self.act = _activation(slope)
 
     def forward(self, x_BTCHW: Tensor) -> Tensor:
         past = F.pad(x_BTCHW, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
         pair = torch.cat([x_BTCHW, past], 2)
-        return F.relu(self.conv(pair.flatten(0, 1)).view_as(x_BTCHW) + x_BTCHW)
+        return self.act(self.conv(pair.flatten(0, 1)).view_as(x_BTCHW) + x_BTCHW)
 
 
 class TGrow(nn.Module):
@@ -76,6 +95,8 @@ class TinyVideoDecoder(nn.Module):
         patch: side of the final pixel shuffle.
         time_upscale: which stages double the frames.
         space_upscale: which stages double height and width; weights do not show it, so `save` writes it down.
+        slope: of the activations below zero: 0 is ReLU, LightX2V's decoder of HunyuanVideo-1.5 has LeakyReLU 0.2.
+        signed: the network gives [-1, 1] (the same decoder does), which becomes [0, 1].
     """
 
     def __init__(
@@ -85,6 +106,8 @@ class TinyVideoDecoder(nn.Module):
         patch: int = 1,
         time_upscale: Sequence[bool] = (False, True, True),
         space_upscale: Sequence[bool] = (True, True, True),
+        slope: float = 0.0,
+        signed: bool = False,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -93,22 +116,27 @@ class TinyVideoDecoder(nn.Module):
             "patch": patch,
             "time_upscale": [bool(t) for t in time_upscale],
             "space_upscale": [bool(s) for s in space_upscale],
+            "slope": float(slope),
+            "signed": bool(signed),
         }
-        layers: list[nn.Module] = [SoftClamp(), nn.Conv2d(latent_channels, widths[0], 3, padding=1), nn.ReLU()]
+        first = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
+        layers: list[nn.Module] = [SoftClamp(), first, _activation(slope)]
         for stage in range(3):
-            layers += [MemBlock(widths[stage]) for _ in range(3)]
+            layers += [MemBlock(widths[stage], slope) for _ in range(3)]
             layers += [
                 nn.Upsample(scale_factor=2 if space_upscale[stage] else 1),
                 TGrow(widths[stage], 2 if time_upscale[stage] else 1),
                 nn.Conv2d(widths[stage], widths[stage + 1], 3, padding=1, bias=False),
             ]
-        layers += [nn.ReLU(), nn.Conv2d(widths[3], 3 * patch**2, 3, padding=1)]
+        layers += [_activation(slope), nn.Conv2d(widths[3], 3 * patch**2, 3, padding=1)]
         self.decoder = nn.Sequential(*layers)
         # Per-channel statistics for checkpoints that take de-normalised latents (see `load_decoder`).
         self.latents_mean: Tensor | None
         self.latents_std: Tensor | None
         self.register_buffer("latents_mean", None, persistent=False)
         self.register_buffer("latents_std", None, persistent=False)
+        self._layers: tuple[list[Any], list[Layer]] | None = None  # made from the weights by `layers`
+        self._plans: dict[tuple[int, ...], Plan] = {}
 
     @property
     def latent_channels(self) -> int:
@@ -134,19 +162,131 @@ class TinyVideoDecoder(nn.Module):
         Returns:
             (B, F, 3, H, W) with F = temporal_stride * (T - 1) + 1.
         """
-        if self.latents_mean is not None and self.latents_std is not None:
-            latents = latents * self.latents_std + self.latents_mean
         batch = latents.shape[0]
-        x = latents.to(self.decoder[1].weight.dtype).transpose(1, 2).flatten(0, 1)
+        x = self._network_latents(latents).transpose(1, 2).flatten(0, 1)
         for layer in self.decoder:
             x = layer(x.unflatten(0, (batch, -1))).flatten(0, 1) if isinstance(layer, MemBlock) else layer(x)
         frames = F.pixel_shuffle(x, self.config["patch"]).unflatten(0, (batch, -1))[:, self.temporal_stride - 1 :]
+        frames = frames / 2 + 0.5 if self.config["signed"] else frames
         return frames.clamp(0, 1) if clamp else frames
 
-    def decode(self, latents: Tensor, frame_indices: Sequence[int] | None = None) -> Tensor:
-        """Decode one clip: latents (1, C, T, h, w) -> frames (K, 3, H, W) in [0, 1], `frame_indices` or all."""
-        frames = self.decode_batch(latents)[0]
-        return frames if frame_indices is None else frames[list(frame_indices)]
+    def decode(self, latents: Tensor, frame_indices: Sequence[int] | None = None, chunk: int | None = None) -> Tensor:
+        """Decode the wanted frames of one clip, and nothing that they do not need.
+
+        With frozen weights this keeps one bit per activation for the backward pass, goes through the frames in chunks
+        and is differentiable, once, with respect to the latents (`vlmteacher.ops.tiny_decoder`). A decoder in training
+        decodes the whole clip by `decode_batch`.
+
+        Args:
+            latents: (1, C, T, h, w), normalised as the Reasoner's transformer sees them; finite.
+            frame_indices: of the F = temporal_stride * (T - 1) + 1 frames, in any order, also repeated; None is all.
+            chunk: frames at a time, which bounds the memory and changes no frame; None chooses.
+
+        Returns:
+            (K, 3, H, W) in [0, 1], in the order of `frame_indices`.
+
+        Raises:
+            InputError: latents of another shape or with NaN, unknown frames or none, a chunk below 1.
+        """
+        indices = self._check(latents, frame_indices, chunk)
+        if any(p.requires_grad for p in self.parameters()):
+            return self.decode_batch(latents)[0][indices]
+        layers, plan = self.layers(), self.plan(latents.shape[-2:], indices, chunk)
+        x = self.decoder[0](self._network_latents(latents))[0].permute(1, 2, 3, 0).contiguous()
+        frames = tiny_decoder.decode(x, layers, plan.to(x.device), self.config["patch"])
+        trim = self.temporal_stride - 1
+        place = {f - trim: k for k, f in enumerate(f for chunk in plan.frames for f in chunk)}
+        order = [place[i] for i in indices]
+        return frames if order == list(range(len(place))) else frames[order]
+
+    def plan(self, size: Sequence[int], frame_indices: Sequence[int], chunk: int | None = None) -> Plan:
+        """The work that these frames take, for latents of `size` (h, w)."""
+        wanted = sorted({i + self.temporal_stride - 1 for i in frame_indices})
+        if chunk is None:
+            pixels = size[0] * size[1] * 4 ** sum(self.config["space_upscale"])
+            weight = self.decoder[1].weight
+            frame = pixels * max(self.config["widths"][2:]) * weight.element_size()
+            chunk = max(self.temporal_stride, CHUNK_BYTES.get(weight.device.type, 32 << 20) // frame)
+        key = (*wanted, -chunk)
+        if key not in self._plans:
+            if len(self._plans) >= 8:
+                self._plans.clear()
+            self._plans[key] = Plan.make(self.layers(), wanted, chunk)
+        return self._plans[key]
+
+    def layers(self) -> list[Layer]:
+        """The layer table for `vlmteacher.ops.tiny_decoder`, in the weights' dtype and on their device.
+
+        Upsampling, TGrow and the convolution after it are linear, without biases between them: they become one
+        convolution for each frame that TGrow makes.
+        """
+        parameters = list(self.parameters())
+        state = [(p.untyped_storage()._cdata, p._version, p.dtype) for p in parameters]
+        if self._layers is None or self._layers[0] != state:
+            with torch.no_grad():
+                self._layers = state, self._make_layers()
+        return self._layers[1]
+
+    def _make_layers(self) -> list[Layer]:
+        slope = self.config["slope"]
+
+        def last(weight: Tensor) -> Tensor:
+            return weight.detach().permute(0, 2, 3, 1).contiguous()
+
+        modules = list(self.decoder)
+        layers = [Layer((last(modules[1].weight),), modules[1].bias.detach(), slope=slope)]
+        for stage in range(3):
+            start = 3 + 6 * stage
+            for block in modules[start : start + 3]:
+                first, second, third = (block.conv[i] for i in (0, 2, 4))
+                layers += [
+                    Layer((last(first.weight),), first.bias.detach(), memory=True, slope=slope),
+                    Layer((last(second.weight),), second.bias.detach(), slope=slope),
+                    Layer((last(third.weight),), third.bias.detach(), residual=len(layers), slope=slope),
+                ]
+            grow, project = modules[start + 4].conv.weight[:, :, 0, 0].double(), modules[start + 5].weight
+            weights = [
+                last(torch.einsum("nmyx,mc->ncyx", project.double(), each).to(project.dtype))
+                for each in grow.split(project.shape[1])
+            ]
+            activation = slope if stage == 2 else None
+            upscale = 2 if self.config["space_upscale"][stage] else 1
+            layers.append(Layer(tuple(weights), slope=activation, upscale=upscale))
+        head = modules[22]
+        if self.config["signed"]:  # [-1, 1] to [0, 1], within the convolution
+            weight, bias = head.weight.double() / 2, head.bias.double() / 2 + 0.5
+            return [*layers, Layer((last(weight.to(head.weight.dtype)),), bias.to(head.bias.dtype))]
+        return [*layers, Layer((last(head.weight),), head.bias.detach())]
+
+    def _check(self, latents: Tensor, frame_indices: Sequence[int] | None, chunk: int | None) -> list[int]:
+        """The frames that are meant; raises InputError."""
+        shape = tuple(latents.shape)
+        if latents.dim() != 5 or shape[0] != 1 or 0 in shape:
+            raise InputError(f"a decoder takes the latents (1, C, T, h, w) of one clip, got {shape}")
+        if shape[1] != self.latent_channels:
+            raise InputError(
+                f"latents of {shape[1]} channels for a decoder of {self.latent_channels}:"
+                " give those of the Reasoner whose family the decoder is of"
+            )
+        if not latents.is_floating_point():
+            raise InputError(f"a decoder takes floating-point latents, got {latents.dtype}")
+        if not is_fake(latents) and latents.isnan().any():
+            raise InputError("the latents hold NaN: the Reasoner's prediction broke down before it was decoded")
+        if chunk is not None and chunk < 1:
+            raise InputError(f"chunk must be at least 1 frame, not {chunk}")
+        count = self.temporal_stride * (shape[2] - 1) + 1
+        indices = list(range(count)) if frame_indices is None else [int(i) for i in frame_indices]
+        if not indices:
+            raise InputError("frame_indices is empty: name at least one frame")
+        if wrong := [i for i in indices if not 0 <= i < count]:
+            raise InputError(f"frame {wrong[0]} is not there: these latents decode to frames 0 to {count - 1}")
+        return indices
+
+    def _network_latents(self, latents: Tensor) -> Tensor:
+        """What goes into the first layer: of the weights' dtype, de-normalised where the checkpoint wants it."""
+        if self.latents_mean is not None and self.latents_std is not None:
+            latents = latents * self.latents_std + self.latents_mean
+        return latents.to(self.decoder[1].weight.dtype)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with upstream's ``decoder.{i}`` keys and the layout as metadata."""
@@ -166,38 +306,54 @@ class TinyVideoDecoder(nn.Module):
         path = Path(path)
         state, metadata = _read(path)
         try:
+            written = json.loads(metadata.get("config", "{}"))
+            kept: dict[str, Any] = {
+                name: written[name] for name in ("space_upscale", "slope", "signed") if name in written
+            }
             first, last = state["decoder.1.weight"], state["decoder.22.weight"]
             projections = [state[f"decoder.{i}.weight"] for i in (8, 14, 20)]
+            if first.shape[1] in FIRST_STAGE_KEEPS_TIME and "time_upscale" not in written:
+                grow = state["decoder.7.conv.weight"]  # of two frames, as upstream does, the later one
+                state["decoder.7.conv.weight"] = grow[-grow.shape[1] :]
             grows = [state[f"decoder.{i}.conv.weight"] for i in (7, 13, 19)]
-            config: dict[str, Any] = {
+            if _is_hunyuan15(path):
+                kept = {"slope": 0.2, "signed": True} | kept
+            config = {
                 "latent_channels": first.shape[1],
                 "widths": [first.shape[0], *(w.shape[0] for w in projections)],
                 "patch": round((last.shape[0] / 3) ** 0.5),
                 "time_upscale": [w.shape[0] == 2 * w.shape[1] for w in grows],
+                **kept,
             }
-            written = json.loads(metadata.get("config", "{}"))
-            if "space_upscale" in written:
-                config["space_upscale"] = written["space_upscale"]
             decoder = cls(**config)
             decoder.load_state_dict(state)
-        except (KeyError, IndexError, ValueError, RuntimeError, TypeError) as error:
+        except (AttributeError, KeyError, IndexError, ValueError, RuntimeError, TypeError) as error:
             raise InputError(
                 f"{path} is not a TAEHV decoder ({_short(error)}): give a checkpoint such as taew2_1 or taew2_2"
                 " (the _super variants have other layers)"
             ) from error
+        if _is_hunyuan15(path):
+            decoder.latents_mean = torch.zeros(1, decoder.latent_channels, 1, 1, 1)
+            decoder.latents_std = torch.full_like(decoder.latents_mean, 1 / HUNYUAN15_SCALE)
         return decoder.to(dtype).eval().requires_grad_(False)
 
 
 def load_decoder(path: str | os.PathLike[str], reasoner: Any, dtype: torch.dtype = torch.float32) -> TinyVideoDecoder:
     """`TinyVideoDecoder.from_checkpoint` for a Reasoner: checked against it, on its device.
 
-    LightX2V's ``lighttae*`` files were trained on de-normalised latents: they are given the Reasoner's statistics.
+    LightX2V's ``lighttaew*`` files were trained on de-normalised latents: they are given the Reasoner's statistics.
     """
     decoder = TinyVideoDecoder.from_checkpoint(path, dtype)
     check_decoder(decoder, reasoner, name=str(path))
-    if Path(path).name.startswith("lighttae"):
+    if Path(path).name.startswith("lighttae") and not _is_hunyuan15(Path(path)):
         decoder.latents_mean, decoder.latents_std = reasoner.latents_mean.clone(), reasoner.latents_std.clone()
     return decoder.to(reasoner.device)
+
+
+def _is_hunyuan15(path: Path) -> bool:
+    """LightX2V's decoder of HunyuanVideo-1.5, by the name of its file (lighttaehy1_5, lighttae_hy1_5): it has another
+    activation, range and scale of the latents, of which its weights show nothing."""
+    return re.match(r"lighttae_?hy", path.name) is not None
 
 
 def check_decoder(decoder: TinyVideoDecoder, reasoner: Any, name: str = "the decoder") -> None:
@@ -224,12 +380,19 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                names = [name for name in file.keys() if name.startswith("decoder.")]  # noqa: SIM118 (no iterator)
-                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+                names = list(file.keys())
+                found = {own: file.get_tensor(name) for name in names if (own := _own_name(name))}
+                return found, file.metadata() or {}
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: value for name, value in loaded.items() if name.startswith("decoder.")}, {}
+        return {own: value for name, value in loaded.items() if (own := _own_name(name))}, {}
     except Exception as error:  # a damaged archive can raise anything from its reader
         raise InputError(f"cannot read {path} as decoder weights ({_short(error)})") from error
+
+
+def _own_name(name: str) -> str | None:
+    """``decoder.{i}...``, also where a wrapper saved it (LightX2V: ``taehv.decoder.{i}...``); None of other weights."""
+    found = re.match(r"(?:(?:taehv|model|module)\.)*(decoder\.\d.*)", name)
+    return found and found[1]
 
 
 def _short(error: Exception) -> str:

@@ -60,8 +60,8 @@ class LatentDataset:
             for name in FILES:
                 digest.update(hashlib.sha256((instance / name).read_bytes()).digest())
             path = cache / f"{digest.hexdigest()[:32]}.safetensors"
-            if not _whole(path):
-                _save(_encode(instance, reasoner, size), path)
+            if not whole(path):
+                save_whole(_encode(instance, reasoner, size), path)
             with safe_open(path, "pt") as content:
                 seen.setdefault(content.metadata()["size"], instance)
             if len(seen) > 1:
@@ -118,17 +118,23 @@ def read_video(path: Path) -> np.ndarray:
         raise InputError(f"video {path} cannot be read ({reason})") from error
 
 
-def _encode(instance: Path, reasoner: WanReasoner, size: Size) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_sized(path: Path, size: Size) -> tuple[np.ndarray, str]:
+    """Its first frames (F, H, W, 3) uint8 in this size, and what size its own is. Raises InputError."""
     num_frames, height, width = size
-    video = read_video(instance / "ground_truth.mp4")
+    video = read_video(path)
     if len(video) < num_frames:
-        raise InputError(f"video {instance / 'ground_truth.mp4'} is too short: {len(video)} frames of {num_frames}")
+        raise InputError(f"video {path} is too short: {len(video)} frames of {num_frames}")
     own = f"{video.shape[2]}x{video.shape[1]}"
     video = video[:num_frames]
     if video.shape[1:3] != (height, width):
         video = np.stack(
             [np.asarray(Image.fromarray(f).resize((width, height), Image.Resampling.LANCZOS)) for f in video]
         )
+    return video, own
+
+
+def _encode(instance: Path, reasoner: WanReasoner, size: Size) -> tuple[dict[str, Tensor], dict[str, str]]:
+    video, own = read_sized(instance / "ground_truth.mp4", size)
     try:
         prompt = (instance / "prompt.txt").read_text(encoding="utf-8")
         with Image.open(instance / "first_frame.png") as file:
@@ -142,7 +148,8 @@ def _encode(instance: Path, reasoner: WanReasoner, size: Size) -> tuple[dict[str
     return {name: value.cpu().contiguous() for name, value in tensors.items()}, {"size": own}
 
 
-def _save(content: tuple[dict[str, Tensor], dict[str, str]], path: Path) -> None:
+def save_whole(content: tuple[dict[str, Tensor], dict[str, str]], path: Path) -> None:
+    """Tensors and metadata to a safetensors file, all of it or nothing. Raises InputError."""
     partial = path.with_suffix(f".partial-{os.getpid()}")  # several processes may encode at once
     try:
         save_file(content[0], partial, metadata=content[1])
@@ -152,7 +159,8 @@ def _save(content: tuple[dict[str, Tensor], dict[str, str]], path: Path) -> None
         raise InputError(f"{path.parent} cannot be written to ({error}): what is encoded stays") from error
 
 
-def _whole(path: Path) -> bool:
+def whole(path: Path) -> bool:
+    """Whether `save_whole` wrote it."""
     try:
         with safe_open(path, "pt"):
             return True

@@ -1,0 +1,86 @@
+"""The fused decoder where it is used: in the optimisation of the packaged pair, and beside a training."""
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.decoders.test_taehv import PACKAGED, WAN22, random_decoder
+from vlmteacher.decoders import TinyVideoDecoder
+from vlmteacher.lora import add_lora, remove_lora
+from vlmteacher.microworld.world import Scene, render
+from vlmteacher.optimization import Optimization, Settings
+from vlmteacher.pipeline import TeacherPipeline, TeacherPipelineOutput, read_pair
+from vlmteacher.queries import QuerySet
+
+LIKE_THE_DEMO = {"max_steps": 3, "threshold": 1e-6, "teacher_frames": 12, "learning_rate": 6e-4, "rank": 16}
+
+
+class Plain:
+    """The decoder as it was: the whole clip by the plain module, then the frames that are wanted."""
+
+    def __init__(self, decoder: TinyVideoDecoder) -> None:
+        self.decoder = decoder
+
+    def decode(self, latents: Tensor, indices: list[int]) -> Tensor:
+        return plain(self.decoder, latents, indices)
+
+
+def render_first(scene: dict[str, object]) -> Image.Image:
+    frames = render(Scene.from_json(scene))
+    return Image.fromarray(TeacherPipelineOutput.uint8(frames[:1])[0])
+
+
+def plain(decoder: TinyVideoDecoder, z: Tensor, indices: list[int] | None = None) -> Tensor:
+    frames = decoder.decode_batch(z)[0]
+    return frames if indices is None else frames[indices]
+
+
+def test_follows_changed_weights_and_trains_by_the_plain_module() -> None:
+    decoder = random_decoder(**PACKAGED)
+    z = torch.randn(1, 24, 2, 2, 2, requires_grad=True)
+    before = decoder.decode(z)
+    with torch.no_grad():
+        decoder.decoder[8].weight.mul_(2)
+    after = decoder.decode(z)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, plain(decoder, z), atol=1e-5, rtol=0)
+    decoder.requires_grad_(True)
+    decoder.decode(z, [1]).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in decoder.parameters())
+
+
+def test_the_paper_s_size_without_data() -> None:
+    """24 of 89 frames of 704x1280 on fake tensors: shapes, and a fiftieth of the 15 GB that the plain module keeps."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage()._cdata] = t
+        return t
+
+    with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        decoder = TinyVideoDecoder(**WAN22).requires_grad_(False)
+        z = torch.empty(1, 48, 23, 44, 80, requires_grad=True)
+        frames = decoder.decode(z, [round(k * 88 / 23) for k in range(24)])
+        (grad,) = torch.autograd.grad(frames, z, torch.empty_like(frames))
+    assert frames.shape == (24, 3, 704, 1280) and grad.shape == z.shape
+    assert 0.2e9 < sum(t.untyped_storage().nbytes() for t in kept.values()) < 0.3e9
+
+
+def test_the_packaged_pair_learns_the_same() -> None:
+    """Three steps of the demo: losses and the LoRA's gradient as with the plain module."""
+    pipe = TeacherPipeline.from_pretrained()
+    example = read_pair()[1]["example"]
+    queries = QuerySet.from_dict({"goal": "Did the ball reach the box?", "process": ["Is one ball shown?"]})
+    condition = pipe.reasoner.encode(example["prompt"], render_first(example["scene"]), 13, 64, 64)
+    noise = pipe.reasoner.noise(condition, torch.Generator().manual_seed(0))
+    seen = []
+    for decoder in (pipe.decoder, Plain(pipe.decoder)):
+        add_lora(pipe.reasoner.transformer, 16, seed=0)
+        loop = Optimization(pipe.reasoner, decoder, pipe.teacher, condition, noise, queries, Settings(**LIKE_THE_DEMO))
+        seen.append([(row["loss"], row["grad_norm"]) for row in loop])
+        remove_lora(pipe.reasoner.transformer)
+    ours, theirs = seen
+    assert len(ours) == 3 and ours[0][0] != ours[2][0]
+    assert ours == [pytest.approx(row, abs=1e-4, rel=1e-4) for row in theirs]
