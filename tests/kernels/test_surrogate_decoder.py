@@ -1,0 +1,137 @@
+"""The GPU backends of tiny_decoder's convolutions against their definition in float64: the Triton kernels in their
+interpreter, the CUDA source executed on the CPU; and what the GPU compilers make of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.static.tool import rows as compiled_rows
+from vlmteacher.ops.tiny_decoder import conv3x3_backward_reference, conv3x3_reference, pack_signs, unpack_signs
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+FRAMES = 5  # in the bank; no case uses them all
+
+
+class Case(NamedTuple):
+    height: int
+    width: int
+    channels: int
+    n: int
+    taps: list[tuple[int, ...]]
+    slope: float | None = 0.0
+    bias: bool = True
+    residual: bool = False
+    upscale: int = 1
+
+
+ONE = [(3,), (0,), (1,)]
+TWO = [(0, -1), (1, 0), (3, 4), (-1, 1)]  # with frames of zeros
+CASES = [
+    Case(5, 7, 5, 12, TWO, slope=0.2),  # nothing is aligned
+    Case(9, 17, 12, 5, ONE, slope=0.2, bias=False),
+    Case(3, 5, 48, 64, [(2, 1), (3, -1)]),
+    Case(3, 19, 64, 64, [(2,), (0,)], residual=True),
+    Case(9, 3, 12, 12, [(2, 3), (0, 2)], slope=0.2, residual=True),
+    Case(3, 5, 64, 12, ONE[:1], slope=None, upscale=2),
+    Case(5, 3, 12, 48, [(0, -1), (2, 0)], upscale=2),
+    Case(5, 9, 8, 16, [(4,)], slope=None, bias=False, residual=False),
+    Case(4, 4, 16, 16, [(1,)], slope=None, residual=True),
+    Case(2, 2, 144, 72, [(1, 4)]),
+    Case(3, 3, 12, 12, [], upscale=2),
+]
+
+
+def identity(case: Case) -> str:
+    return f"{case.height}x{case.width} {case.channels}-{case.n} T={len((case.taps or ONE)[0])} x{case.upscale}"
+
+
+def draw(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    """x, taps, weight, bias, grad, and signs as the definition in float64 gives them."""
+    generator = torch.Generator().manual_seed(case.channels + case.n)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    taps = torch.tensor(case.taps, dtype=torch.int32) if case.taps else torch.empty(0, 1, dtype=torch.int32)
+    depth = taps.shape[1] * case.channels
+    drawn: dict[str, Any] = {"x": randn(FRAMES, case.height, case.width, case.channels), "taps": taps}
+    drawn["weight"] = randn(case.n, 3, 3, depth) / (9 * depth) ** 0.5
+    drawn["bias"] = randn(case.n) if case.bias else None
+    size = (len(taps), case.height * case.upscale, case.width * case.upscale, case.n)
+    drawn["grad"], drawn["signs"] = randn(*size), pack_signs(forward(case, drawn, torch.float64, slope=None)[0])
+    return drawn
+
+
+def forward(case: Case, drawn: dict[str, Any], dtype: torch.dtype, slope: float | None) -> tuple[Tensor, Tensor]:
+    if not case.taps:
+        size = (0, case.height * case.upscale, case.width * case.upscale)
+        return torch.empty(*size, case.n, dtype=dtype), torch.empty(*size, (case.n + 7) // 8, dtype=torch.uint8)
+    x, weight, bias = (None if t is None else t.to(dtype) for t in (drawn["x"], drawn["weight"], drawn["bias"]))
+    return conv3x3_reference(x, drawn["taps"], weight, bias, case.residual, slope, case.upscale)
+
+
+def backward(case: Case, drawn: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    if not case.taps:
+        return torch.zeros_like(drawn["x"], dtype=dtype)
+    rest = (FRAMES, drawn["weight"].to(dtype), case.residual, case.slope, case.upscale)
+    return conv3x3_backward_reference(drawn["grad"].to(dtype), drawn["signs"], drawn["taps"], *rest)
+
+
+def errors(case: Case, drawn: dict[str, Any], y: Tensor, signs: Tensor, dx: Tensor, floor: float) -> list[list[Any]]:
+    """[what, error, allowed]: RMS of y and dx against float64, 1.5 times that of the plain expression and `floor` of
+    their size; signs that are wrong where rounding cannot be why; frames that nobody uses and whose dx is not zero."""
+    dtype = drawn["x"].dtype
+    found: list[list[Any]] = []
+    exact, plain = (forward(case, drawn, d, case.slope)[0] for d in (torch.float64, dtype))
+    exact_dx, plain_dx = (backward(case, drawn, d) for d in (torch.float64, dtype))
+    for what, ours, truth, usual in (("y", y, exact, plain), ("dx", dx, exact_dx, plain_dx)):
+        assert ours.shape == truth.shape and ours.dtype == dtype
+        size, error, other = (rms(t) for t in (truth, ours - truth, usual - truth))
+        found.append([what, error, 1.5 * other + floor * size])
+    used = {frame for taps in case.taps for frame in taps}
+    unused = dx[[frame not in used for frame in range(FRAMES)]]
+    assert unused.numel()
+    found.append(["dx of unused frames", float((unused != 0).sum()), 0.0])
+    if case.slope is None:
+        assert signs.shape == (0,) and signs.dtype == torch.uint8
+    elif case.taps:
+        before = forward(case, drawn, torch.float64, None)[0]
+        ours = unpack_signs(signs, case.n)
+        sure = before.abs() > 4 * torch.finfo(dtype).eps * rms(before)
+        found.append(["signs", float((sure & (ours != (before > 0))).sum()), 0.0])
+        found.append(["bits beyond N", float((pack_signs(ours) != signs).sum()), 0.0])
+    else:
+        assert signs.shape[0] == 0
+    return found
+
+
+def rms(t: Tensor) -> float:
+    return t.double().square().mean().sqrt().item() if t.numel() else 0.0
+
+
+triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'vlmteacher[triton]'"
+)
+
+
+@triton
+def test_triton_in_its_interpreter(tmp_path):
+    root = Path(__file__).parents[2]
+    variables = os.environ | {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "tests.kernels.surrogate_decoder_process"]
+    done = subprocess.run(command, env=variables, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert len({row[0] for row in rows}) == len(DTYPES) * len(CASES)
+    assert not [row for row in rows if not row[2] <= row[3]]  # a NaN fails too
