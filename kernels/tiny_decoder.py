@@ -184,11 +184,12 @@ def users_of(taps: Tensor, frames: int) -> Tensor:
 
 
 def _launch(
-    kernel: triton.JITFunction, frames: int, height: int, width: int, columns: int, depth: int, itemsize: int
+    frames: int, height: int, width: int, columns: int, depth: int, itemsize: int
 ) -> tuple[tuple[int, int], dict[str, int]]:
     """The grid, and the tile as the kernel's constants. A frame is addressed with 32 bits."""
-    if 4 * height * width * max(columns, depth) >= 2**31:
-        raise ValueError(f"frames of {height}x{width} pixels and {max(columns, depth)} channels are too large")
+    if 4 * height * width * max(columns, depth) >= 2**31 or frames >= 2**16:
+        wide = max(columns, depth)
+        raise ValueError(f"{frames} frames of {height}x{width} pixels and {wide} channels are too many or too large")
     tile = WIDE if frames * triton.cdiv(height, 8) * triton.cdiv(width, 16) >= PROGRAMS // 2 else SMALL
     if itemsize == 4:
         tile = FLOAT32
@@ -213,7 +214,7 @@ def conv3x3(
     y = torch.empty(*size, n, dtype=x.dtype, device=x.device)
     signs = torch.empty(*(size if slope is not None else (0,)), (n + 7) // 8, dtype=torch.uint8, device=x.device)
     if y.numel():
-        grid, tile = _launch(conv3x3_kernel, *size, n, channels, x.element_size())
+        grid, tile = _launch(*size, n, channels, x.element_size())
         with torch.cuda.device_of(x):
             conv3x3_kernel[grid](
                 x, taps, weight, bias, y, None if slope is None else signs, *size[1:], 0.0 if slope is None else slope,
@@ -233,7 +234,7 @@ def conv3x3_backward(
     size = (frames, height // upscale, width // upscale)
     dx = torch.empty(*size, channels, dtype=grad.dtype, device=grad.device)
     if dx.numel():
-        grid, tile = _launch(conv3x3_backward_kernel, *size, channels, n, grad.element_size())
+        grid, tile = _launch(*size, channels, n, grad.element_size())
         with torch.cuda.device_of(grad):
             conv3x3_backward_kernel[grid](
                 grad, None if slope is None else signs, users_of(taps, frames), fold(weight) if upscale > 1 else weight,
