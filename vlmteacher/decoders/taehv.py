@@ -28,6 +28,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
+from vlmteacher.ops import tiny_decoder
+from vlmteacher.ops.tiny_decoder import Layer, Plan
+
+CHUNK_BYTES = 32 << 20  # of one activation at the full size; a handful of them live at a time
 
 
 class SoftClamp(nn.Module):
@@ -37,23 +41,28 @@ class SoftClamp(nn.Module):
         return torch.tanh(x / 3) * 3
 
 
+def _activation(slope: float) -> nn.Module:
+    return nn.LeakyReLU(slope, inplace=True) if slope else nn.ReLU(inplace=True)
+
+
 class MemBlock(nn.Module):
     """Residual block that sees the previous frame's input beside this frame's."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, slope: float = 0.0) -> None:
         super().__init__()
         self.conv = nn.Sequential(
             nn.Conv2d(2 * width, width, 3, padding=1),
-            nn.ReLU(inplace=True),
+            _activation(slope),
             nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(inplace=True),
+            _activation(slope),
             nn.Conv2d(width, width, 3, padding=1),
         )
+        self.act = _activation(slope)
 
     def forward(self, x_BTCHW: Tensor) -> Tensor:
         past = F.pad(x_BTCHW, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
         pair = torch.cat([x_BTCHW, past], 2)
-        return F.relu(self.conv(pair.flatten(0, 1)).view_as(x_BTCHW) + x_BTCHW)
+        return self.act(self.conv(pair.flatten(0, 1)).view_as(x_BTCHW) + x_BTCHW)
 
 
 class TGrow(nn.Module):
@@ -76,6 +85,8 @@ class TinyVideoDecoder(nn.Module):
         patch: side of the final pixel shuffle.
         time_upscale: which stages double the frames.
         space_upscale: which stages double height and width; weights do not show it, so `save` writes it down.
+        slope: of the activations below zero: 0 is ReLU, LightX2V's decoder of HunyuanVideo-1.5 has LeakyReLU 0.2.
+        signed: the network gives [-1, 1] (the same decoder does), which becomes [0, 1].
     """
 
     def __init__(
@@ -85,6 +96,8 @@ class TinyVideoDecoder(nn.Module):
         patch: int = 1,
         time_upscale: Sequence[bool] = (False, True, True),
         space_upscale: Sequence[bool] = (True, True, True),
+        slope: float = 0.0,
+        signed: bool = False,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -93,22 +106,27 @@ class TinyVideoDecoder(nn.Module):
             "patch": patch,
             "time_upscale": [bool(t) for t in time_upscale],
             "space_upscale": [bool(s) for s in space_upscale],
+            "slope": float(slope),
+            "signed": bool(signed),
         }
-        layers: list[nn.Module] = [SoftClamp(), nn.Conv2d(latent_channels, widths[0], 3, padding=1), nn.ReLU()]
+        first = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
+        layers: list[nn.Module] = [SoftClamp(), first, _activation(slope)]
         for stage in range(3):
-            layers += [MemBlock(widths[stage]) for _ in range(3)]
+            layers += [MemBlock(widths[stage], slope) for _ in range(3)]
             layers += [
                 nn.Upsample(scale_factor=2 if space_upscale[stage] else 1),
                 TGrow(widths[stage], 2 if time_upscale[stage] else 1),
                 nn.Conv2d(widths[stage], widths[stage + 1], 3, padding=1, bias=False),
             ]
-        layers += [nn.ReLU(), nn.Conv2d(widths[3], 3 * patch**2, 3, padding=1)]
+        layers += [_activation(slope), nn.Conv2d(widths[3], 3 * patch**2, 3, padding=1)]
         self.decoder = nn.Sequential(*layers)
         # Per-channel statistics for checkpoints that take de-normalised latents (see `load_decoder`).
         self.latents_mean: Tensor | None
         self.latents_std: Tensor | None
         self.register_buffer("latents_mean", None, persistent=False)
         self.register_buffer("latents_std", None, persistent=False)
+        self._layers: tuple[list[Any], list[Layer]] | None = None  # made from the weights by `layers`
+        self._plans: dict[tuple[int, ...], Plan] = {}
 
     @property
     def latent_channels(self) -> int:
@@ -134,19 +152,132 @@ class TinyVideoDecoder(nn.Module):
         Returns:
             (B, F, 3, H, W) with F = temporal_stride * (T - 1) + 1.
         """
-        if self.latents_mean is not None and self.latents_std is not None:
-            latents = latents * self.latents_std + self.latents_mean
         batch = latents.shape[0]
-        x = latents.to(self.decoder[1].weight.dtype).transpose(1, 2).flatten(0, 1)
+        x = self._network_latents(latents).transpose(1, 2).flatten(0, 1)
         for layer in self.decoder:
             x = layer(x.unflatten(0, (batch, -1))).flatten(0, 1) if isinstance(layer, MemBlock) else layer(x)
         frames = F.pixel_shuffle(x, self.config["patch"]).unflatten(0, (batch, -1))[:, self.temporal_stride - 1 :]
+        frames = frames / 2 + 0.5 if self.config["signed"] else frames
         return frames.clamp(0, 1) if clamp else frames
 
-    def decode(self, latents: Tensor, frame_indices: Sequence[int] | None = None) -> Tensor:
-        """Decode one clip: latents (1, C, T, h, w) -> frames (K, 3, H, W) in [0, 1], `frame_indices` or all."""
-        frames = self.decode_batch(latents)[0]
-        return frames if frame_indices is None else frames[list(frame_indices)]
+    def decode(
+        self, latents: Tensor, frame_indices: Sequence[int] | None = None, chunk: int | None = None
+    ) -> Tensor:
+        """Decode the wanted frames of one clip, and nothing that they do not need.
+
+        With frozen weights this keeps one bit per activation for the backward pass, goes through the frames in chunks
+        and is differentiable, once, with respect to the latents (`vlmteacher.ops.tiny_decoder`). A decoder in training
+        decodes the whole clip by `decode_batch`.
+
+        Args:
+            latents: (1, C, T, h, w), normalised as the Reasoner's transformer sees them; finite.
+            frame_indices: of the F = temporal_stride * (T - 1) + 1 frames, in any order, also repeated; None is all.
+            chunk: frames at a time, which bounds the memory and changes no frame; None chooses.
+
+        Returns:
+            (K, 3, H, W) in [0, 1], in the order of `frame_indices`.
+
+        Raises:
+            InputError: latents of another shape or with NaN, unknown frames or none, a chunk below 1.
+        """
+        indices = self._check(latents, frame_indices, chunk)
+        if any(p.requires_grad for p in self.parameters()):
+            return self.decode_batch(latents)[0][indices]
+        layers, plan = self.layers(), self.plan(latents.shape[-2:], indices, chunk)
+        x = self.decoder[0](self._network_latents(latents))[0].permute(1, 2, 3, 0).contiguous()
+        frames = tiny_decoder.decode(x, layers, plan.to(x.device), self.config["patch"])
+        trim = self.temporal_stride - 1
+        place = {f - trim: k for k, f in enumerate(f for chunk in plan.frames for f in chunk)}
+        order = [place[i] for i in indices]
+        return frames if order == list(range(len(place))) else frames[order]
+
+    def plan(self, size: Sequence[int], frame_indices: Sequence[int], chunk: int | None = None) -> Plan:
+        """The work that these frames take, for latents of `size` (h, w)."""
+        wanted = sorted({i + self.temporal_stride - 1 for i in frame_indices})
+        if chunk is None:
+            pixels = size[0] * size[1] * 4 ** sum(self.config["space_upscale"])
+            frame = pixels * max(self.config["widths"][2:]) * self.decoder[1].weight.element_size()
+            chunk = max(self.temporal_stride, CHUNK_BYTES // frame)
+        key = (*wanted, -chunk)
+        if key not in self._plans:
+            if len(self._plans) >= 8:
+                self._plans.clear()
+            self._plans[key] = Plan.make(self.layers(), wanted, chunk)
+        return self._plans[key]
+
+    def layers(self) -> list[Layer]:
+        """The layer table for `vlmteacher.ops.tiny_decoder`, in the weights' dtype and on their device.
+
+        Upsampling, TGrow and the convolution after it are linear, without biases between them: they become one
+        convolution for each frame that TGrow makes.
+        """
+        parameters = list(self.parameters())
+        state = [(p.data_ptr(), p._version, p.dtype) for p in parameters]
+        if self._layers is None or self._layers[0] != state:
+            with torch.no_grad():
+                self._layers = state, self._make_layers()
+        return self._layers[1]
+
+    def _make_layers(self) -> list[Layer]:
+        slope = self.config["slope"]
+
+        def last(weight: Tensor) -> Tensor:
+            return weight.detach().permute(0, 2, 3, 1).contiguous()
+
+        modules = list(self.decoder)
+        layers = [Layer((last(modules[1].weight),), modules[1].bias.detach(), slope=slope)]
+        for stage in range(3):
+            start = 3 + 6 * stage
+            for block in modules[start : start + 3]:
+                first, second, third = (block.conv[i] for i in (0, 2, 4))
+                layers += [
+                    Layer((last(first.weight),), first.bias.detach(), memory=True, slope=slope),
+                    Layer((last(second.weight),), second.bias.detach(), slope=slope),
+                    Layer((last(third.weight),), third.bias.detach(), residual=len(layers), slope=slope),
+                ]
+            grow, project = modules[start + 4].conv.weight[:, :, 0, 0].double(), modules[start + 5].weight
+            weights = [
+                last(torch.einsum("nmyx,mc->ncyx", project.double(), each).to(project.dtype))
+                for each in grow.split(project.shape[1])
+            ]
+            activation = slope if stage == 2 else None
+            upscale = 2 if self.config["space_upscale"][stage] else 1
+            layers.append(Layer(tuple(weights), slope=activation, upscale=upscale))
+        head = modules[22]
+        if self.config["signed"]:  # [-1, 1] to [0, 1], within the convolution
+            weight, bias = head.weight.double() / 2, head.bias.double() / 2 + 0.5
+            return [*layers, Layer((last(weight.to(head.weight.dtype)),), bias.to(head.bias.dtype))]
+        return [*layers, Layer((last(head.weight),), head.bias.detach())]
+
+    def _check(self, latents: Tensor, frame_indices: Sequence[int] | None, chunk: int | None) -> list[int]:
+        """The frames that are meant; raises InputError."""
+        shape = tuple(latents.shape)
+        if latents.dim() != 5 or shape[0] != 1 or 0 in shape:
+            raise InputError(f"a decoder takes the latents (1, C, T, h, w) of one clip, got {shape}")
+        if shape[1] != self.latent_channels:
+            raise InputError(
+                f"latents of {shape[1]} channels for a decoder of {self.latent_channels}:"
+                " give those of the Reasoner whose family the decoder is of"
+            )
+        if not latents.is_floating_point():
+            raise InputError(f"a decoder takes floating-point latents, got {latents.dtype}")
+        if latents.isnan().any():
+            raise InputError("the latents hold NaN: the Reasoner's prediction broke down before it was decoded")
+        if chunk is not None and chunk < 1:
+            raise InputError(f"chunk must be at least 1 frame, not {chunk}")
+        count = self.temporal_stride * (shape[2] - 1) + 1
+        indices = list(range(count)) if frame_indices is None else [int(i) for i in frame_indices]
+        if not indices:
+            raise InputError("frame_indices is empty: name at least one frame")
+        if wrong := [i for i in indices if not 0 <= i < count]:
+            raise InputError(f"frame {wrong[0]} is not there: these latents decode to frames 0 to {count - 1}")
+        return indices
+
+    def _network_latents(self, latents: Tensor) -> Tensor:
+        """What goes into the first layer: of the weights' dtype, de-normalised where the checkpoint wants it."""
+        if self.latents_mean is not None and self.latents_std is not None:
+            latents = latents * self.latents_std + self.latents_mean
+        return latents.to(self.decoder[1].weight.dtype)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with upstream's ``decoder.{i}`` keys and the layout as metadata."""

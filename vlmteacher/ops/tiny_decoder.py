@@ -1,42 +1,67 @@
-"""The convolutions of a TAEHV-class decoder, forward and to the input, for frozen weights.
+"""A TAEHV-class decoder with frozen weights, forward and to the latents, in two kinds of convolutions.
 
 Frames stand in a bank, channels last. An output frame names the frames that it sees, so "the previous frame" is an
 index and never a copy; nearest upsampling is a way of reading. Of the forward pass one bit per activation is kept.
+A `Plan` says which frames each layer computes, chunk by chunk over time: those that the wanted frames need, once each.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from vlmteacher.ops.backends import backend, cpp_status
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """(..., N) bool -> (..., ceil(N / 8)) uint8: bit n % 8 of byte n // 8."""
+    eight = F.pad(bits, (0, -bits.shape[-1] % 8)).contiguous().view(torch.int64)
+    return ((eight * 0x0102040810204080) >> 56).to(torch.uint8)  # byte n, 0 or 1, lands in bit n of the highest byte
+
+
+def unpack_bits(packed: Tensor, n: int) -> Tensor:
+    """The inverse of `pack_bits`: (..., n) bool."""
+    spread = (packed.to(torch.int64) * 0x0101010101010101) & (0x8040201008040201 - 2**64)
+    return spread.view(torch.uint8)[..., :n] != 0
 
 
 def pack_signs(x: Tensor) -> Tensor:
     """(..., N) -> (..., ceil(N / 8)) uint8: bit n % 8 of byte n // 8 is set where x > 0."""
-    n = x.shape[-1]
-    bits = F.pad(x > 0, (0, -n % 8)).unflatten(-1, (-1, 8))
-    return (bits << torch.arange(8, device=x.device)).sum(-1, dtype=torch.uint8)
-
-
-def unpack_signs(signs: Tensor, n: int) -> Tensor:
-    """The inverse of `pack_signs`: (..., n) bool."""
-    return ((signs[..., None] >> torch.arange(8, device=signs.device)) & 1).flatten(-2)[..., :n].bool()
+    return pack_bits(x > 0)
 
 
 def conv3x3_reference(
-    x: Tensor, taps: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, slope: float | None, upscale: int
+    x: Tensor,
+    taps: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    rows: Tensor | None,
+    slope: float | None,
+    upscale: int,
 ) -> tuple[Tensor, Tensor]:
     """3x3 convolution (padding 1) with bias, residual, activation and its signs, in plain torch.
 
     Args:
         x: (F, H, W, C), contiguous: the bank of frames.
         taps: (G, T) int32: the frames of x that output frame g sees, T = 1, or 2 (itself and the previous one); -1 is a
-            frame of zeros. A frame stands at most once in a column.
+            frame of zeros, which only the last tap may be. A frame stands at most once in a column.
         weight: (N, 3, 3, T * C), contiguous: rows, columns, then the channels of tap 0 before those of tap 1.
         bias: (N,) or None.
-        residual: add x[taps[:, 0]] before the activation (N = C, upscale 1).
+        residual, rows: another bank (R, upscale H, upscale W, N), contiguous, and (G,) int32: residual[rows[g]] is added
+            before the activation. A memory block adds the input of its first convolution after its third. Both or
+            neither.
         slope: of the activation below zero: 0 is ReLU, .2 LeakyReLU; None is no activation.
         upscale: 1, or 2: x is upsampled (nearest) before the convolution, that is read at (row // 2, column // 2).
+            A backend may sum the weights that meet the same pixel and take four taps for each output instead of nine.
 
     Returns:
         y (G, upscale H, upscale W, N) and the signs of what went into the activation, (G, upscale H, upscale W,
@@ -45,24 +70,36 @@ def conv3x3_reference(
     y = torch.cat([torch.where((t < 0).view(-1, 1, 1, 1), 0, x[t.clamp(min=0).long()]) for t in taps.unbind(1)], -1)
     y = y.repeat_interleave(upscale, 1).repeat_interleave(upscale, 2) if upscale > 1 else y
     y = F.conv2d(y.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2), bias, padding=1).permute(0, 2, 3, 1)
-    if residual:
-        y = y + x[taps[:, 0].long()]
+    if residual is not None and rows is not None:
+        y = y + residual[rows.long()]
     if slope is None:
         return y.contiguous(), torch.empty(0, dtype=torch.uint8, device=x.device)
     return torch.where(y > 0, y, slope * y).contiguous(), pack_signs(y)
 
 
 def conv3x3_backward_reference(
-    grad: Tensor, signs: Tensor, taps: Tensor, frames: int, weight: Tensor, residual: bool, slope: float | None,
+    grad: Tensor,
+    signs: Tensor,
+    taps: Tensor,
+    frames: int,
+    weight: Tensor,
+    residual: Tensor | None,
+    residual_signs: Tensor | None,
+    slope: float | None,
     upscale: int,
-) -> Tensor:  # fmt: skip
-    """The gradient of `conv3x3_reference` to x, from that of y, (G, upscale H, upscale W, N).
+) -> Tensor:
+    """The gradient of `conv3x3_reference` to x, from that of y, (G, upscale H, upscale W, N), contiguous.
 
-    Returns (frames, H, W, C): the sums over every place at which a frame stands in `taps`, the residual's included. The
-    activation's slope is applied to `grad` as it is read.
+    residual, residual_signs: what comes back through the residual of a memory block, whose bank is this x: the gradient
+    (G, H, W, C) of the block's output and the signs of its activation, of the same slope. It is added, masked like
+    `grad`, to the frames taps[:, 0]. Both or neither; upscale 1.
+
+    Returns (frames, H, W, C): the sums over every place at which a frame stands in `taps`; zeros where in none. The
+    activation's slope is applied to `grad` as it is read. As a frame stands at most once in a column of `taps`, this is
+    a convolution too: frame f sees the at most T output frames that saw it, with the weight turned around.
     """
     if slope is not None:
-        grad = torch.where(unpack_signs(signs, grad.shape[-1]), grad, slope * grad)
+        grad = torch.where(unpack_bits(signs, grad.shape[-1]), grad, slope * grad)
     g, height, width, _ = grad.shape
     channels = weight.shape[-1] // taps.shape[1]
     size = (g, weight.shape[-1], height, width)
@@ -71,4 +108,256 @@ def conv3x3_backward_reference(
     out = dx.new_zeros(frames, height // upscale, width // upscale, channels)
     for t, part in zip(taps.unbind(1), dx.split(channels, -1), strict=True):
         out.index_add_(0, t[t >= 0].long(), part[t >= 0])
-    return out.index_add_(0, taps[:, 0].long(), grad) if residual else out
+    if residual is None or residual_signs is None:
+        return out
+    if slope is not None:
+        residual = torch.where(unpack_bits(residual_signs, channels), residual, slope * residual)
+    return out.index_add_(0, taps[:, 0].long(), residual)
+
+
+def _fast(x: Tensor) -> Any:
+    """The backend for x: a namespace with `conv3x3` and `conv3x3_backward` of the arguments above, or None.
+
+    The C++ one has its own kernels for AVX-512 with bfloat16; elsewhere on the CPU torch's convolutions are as good.
+    """
+    if x.device.type == "cpu" and not (x.dtype in (torch.float32, torch.bfloat16) and _avx512()):
+        return None
+    return backend(x, "tiny_decoder")
+
+
+@functools.cache
+def _avx512() -> bool:
+    return cpp_status()[0] and importlib.import_module("vlmteacher._C").cpu_features().get("avx512bf16", False)
+
+
+def conv3x3(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """`conv3x3_reference` by the backend of x's device."""
+    fast = _fast(x)
+    return (fast.conv3x3 if fast else conv3x3_reference)(x, *rest)
+
+
+def conv3x3_backward(grad: Tensor, *rest: Any) -> Tensor:
+    """`conv3x3_backward_reference` by the backend of grad's device."""
+    fast = _fast(grad)
+    return (fast.conv3x3_backward if fast else conv3x3_backward_reference)(grad, *rest)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One convolution of the decoder, for `conv3x3`.
+
+    Attributes:
+        weights: (N, 3, 3, T * C) each; one for every output frame that an input frame gives (of two, frame f gives 2f
+            and 2f + 1).
+        bias: (N,) or None.
+        memory: it sees the previous frame too (T = 2).
+        residual: the layer whose input frame is added, by its place in the table; or None.
+        slope: of the activation below zero, or None.
+        upscale: 1, or 2: of height and width.
+    """
+
+    weights: tuple[Tensor, ...]
+    bias: Tensor | None = None
+    memory: bool = False
+    residual: int | None = None
+    slope: float | None = None
+    upscale: int = 1
+
+    def sees(self, frames: Iterable[int]) -> set[int]:
+        """The input frames that these output frames need."""
+        own = {f // len(self.weights) for f in frames}
+        return own | {f - 1 for f in own if f > 0} if self.memory else own
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """In and out."""
+        return self.weights[0].shape[-1] // (1 + self.memory), self.weights[0].shape[0]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a layer does in a chunk.
+
+    Attributes:
+        carry: its bank starts with the latest frame of the chunks before.
+        latest: where the latest frame stands in the bank.
+        taps: by weight, (G, T) int32 (see `conv3x3_reference`), with G = 0 where none of its frames is wanted.
+    """
+
+    carry: bool
+    latest: int
+    taps: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which frames each layer computes.
+
+    Attributes:
+        frames: by chunk, the frames that come out, in that order.
+        first: by chunk, the frames that go in, rising.
+        steps: by chunk, by layer.
+    """
+
+    frames: list[list[int]]
+    first: list[list[int]]
+    steps: list[list[Step]]
+
+    @classmethod
+    def make(cls, layers: Sequence[Layer], wanted: Sequence[int], chunk: int) -> Plan:
+        """For the output frames `wanted`, rising and each once, `chunk` of them at a time.
+
+        A chunk computes what its frames need and no earlier chunk has computed. Its frames are later than all of
+        these, so that each layer's bank needs no more of the past than the latest frame.
+        """
+        plan = cls([], [], [])
+        done = [-1] * (len(layers) + 1)  # the latest frame computed; bank i goes into layer i
+        for start in range(0, len(wanted), chunk):
+            needed = [set(wanted[start : start + chunk])]
+            for layer in reversed(layers):
+                needed.insert(0, layer.sees(needed[0]))
+            fresh = [sorted(f for f in frames if f > latest) for frames, latest in zip(needed, done, strict=True)]
+            entering, steps = fresh[0], []
+            plan.first.append(entering)
+            for i, layer in enumerate(layers):
+                count = len(layer.weights)
+                slots = [[f for f in fresh[i + 1] if f % count == s] for s in range(count)]
+                carry = not layer.sees(fresh[i + 1]) <= set(entering)
+                bank = [done[i], *entering] if carry else entering
+                place = {f: k for k, f in enumerate(bank)}
+                taps = []
+                for slot in slots:
+                    seen = [(f // count, f // count - 1)[: 1 + layer.memory] for f in slot]
+                    rows = [[-1 if f < 0 else place[f] for f in row] for row in seen]
+                    taps.append(torch.tensor(rows, dtype=torch.int32).view(len(rows), 1 + layer.memory))
+                steps.append(Step(carry, place[max(bank)] if bank else 0, tuple(taps)))
+                done[i] = max([done[i], *entering])
+                entering = [f for slot in slots for f in slot]
+            done[-1] = max([done[-1], *entering])
+            plan.frames.append(entering)
+            plan.steps.append(steps)
+        return plan
+
+    def to(self, device: torch.device) -> Plan:
+        """With the taps on a device, in one copy."""
+        if device.type == "cpu":
+            return self
+        flat = [t for steps in self.steps for step in steps for t in step.taps]
+        moved = iter(torch.cat([t.flatten() for t in flat]).to(device).split([t.numel() for t in flat]))
+        steps = [
+            [replace(step, taps=tuple(next(moved).view(t.shape) for t in step.taps)) for step in steps]
+            for steps in self.steps
+        ]
+        return replace(self, steps=steps)
+
+    def multiply_adds(self, layers: Sequence[Layer], height: int, width: int) -> int:
+        """Of the forward pass for inputs of this size; the backward pass has as many."""
+        total, size = 0, height * width
+        for i, layer in enumerate(layers):
+            size *= layer.upscale**2
+            count = sum(len(t) for steps in self.steps for t in steps[i].taps)
+            total += count * size * (4 if layer.upscale == 2 else 9) * layer.weights[0].shape[-1] * layer.channels[1]
+        return total
+
+
+def decode(x: Tensor, layers: Sequence[Layer], plan: Plan, patch: int) -> Tensor:
+    """Latents through all layers, pixel shuffle and clamp.
+
+    Args:
+        x: (T, h, w, C), contiguous. Differentiable, once.
+        layers: of x's dtype and device; frozen.
+        plan: from `Plan.make`, on x's device.
+        patch: side of the pixel shuffle.
+
+    Returns:
+        (K, 3, H, W) in [0, 1]: the frames of the plan, in the order of its chunks.
+    """
+    return _Decode.apply(x, layers, plan, patch)
+
+
+class _Decode(torch.autograd.Function):
+    """Keeps the signs of every activation and the bits of the clamp; goes back through the chunks in reverse."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: Sequence[Layer], plan: Plan, patch: int) -> Tensor:
+        keep = ctx.needs_input_grad[0]
+        kept: list[Tensor] = []
+        latest: dict[int, Tensor] = {}  # by layer, the latest frame that its bank has held
+        added = {layer.residual for layer in layers}
+        frames: list[Tensor] = []
+        for first, steps in zip(plan.first, plan.steps, strict=True):
+            y = x[_where(first)]
+            blocks: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, the bank and its rows that a residual will add
+            for i, (layer, step) in enumerate(zip(layers, steps, strict=True)):
+                bank = torch.cat([latest[i], y]) if step.carry else y
+                if len(bank) and steps is not plan.steps[-1]:
+                    latest[i] = bank[step.latest : step.latest + 1].clone()  # a view would keep the bank alive
+                if i in added:
+                    blocks[i] = bank, step.taps[0][:, 0].contiguous()
+                residual, rows = (None, None) if layer.residual is None else blocks.pop(layer.residual)
+                parts = []
+                for taps, weight in zip(step.taps, layer.weights, strict=True):
+                    if len(taps):
+                        rest = (weight, layer.bias, residual, rows, layer.slope, layer.upscale)
+                        y, signs = conv3x3(bank, taps, *rest)
+                        parts.append(y)
+                        if keep and layer.slope is not None:
+                            kept.append(signs)
+                if len(parts) != 1:
+                    _, h, w, _ = bank.shape
+                    none = bank.new_empty(0, h * layer.upscale, w * layer.upscale, layer.channels[1])
+                    y = torch.cat(parts or [none])
+                del bank, residual, parts
+            if keep:
+                kept.append(pack_bits((y >= 0) & (y <= 1)))
+            frames.append(F.pixel_shuffle(y.permute(0, 3, 1, 2), patch).clamp_(0, 1))
+            del y
+        ctx.layers, ctx.plan, ctx.patch, ctx.shape = layers, plan, patch, x.shape
+        ctx.save_for_backward(*kept)
+        return frames[0] if len(frames) == 1 else torch.cat(frames)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        layers, plan, kept = ctx.layers, ctx.plan, list(ctx.saved_tensors)
+        none = torch.empty(0, dtype=torch.uint8, device=grad.device)
+        dx = grad.new_zeros(ctx.shape)
+        late: dict[int, Tensor] = {}  # by layer, the gradient of `latest` from the chunks that come after
+        chunks = list(zip(plan.first, plan.steps, grad.split([len(f) for f in plan.frames]), strict=True))
+        for first, steps, part in reversed(chunks):
+            dy = F.pixel_unshuffle(part, ctx.patch).permute(0, 2, 3, 1)
+            dy = torch.where(unpack_bits(kept.pop(), dy.shape[-1]), dy, 0).contiguous()
+            through: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, what a residual brings to its bank
+            for i in reversed(range(len(layers))):
+                layer, step = layers[i], steps[i]
+                used = [s for s, taps in enumerate(step.taps) if len(taps)]
+                signs = {s: none if layer.slope is None else kept.pop() for s in reversed(used)}
+                if layer.residual is not None and used:
+                    through[layer.residual] = dy, signs[0]
+                bank = step.carry + (len(first) if i == 0 else sum(map(len, steps[i - 1].taps)))
+                _, h, w, _ = dy.shape
+                size = (bank, h // layer.upscale, w // layer.upscale, layer.channels[0])
+                found, begin = None, 0
+                for s in used:
+                    taps, begin, end = step.taps[s], begin + len(step.taps[s]), begin + len(step.taps[s])
+                    more = through.pop(i, (None, None))
+                    rest = (bank, layer.weights[s], *more, layer.slope, layer.upscale)
+                    each = conv3x3_backward(dy[end - len(taps) : end], signs[s], taps, *rest)
+                    found = each if found is None else found.add_(each)
+                if found is None:
+                    found = dy.new_zeros(size)  # no new frame in this chunk
+                if bank and i in late:
+                    found[step.latest] += late.pop(i)[0]
+                if step.carry:
+                    late[i] = found[:1].clone()
+                dy = found[1:] if step.carry else found
+                del found
+            dx[_where(first)] = dy
+        return dx, None, None, None
+
+
+def _where(frames: Sequence[int]) -> Any:
+    """An index of rising frames: a slice, which needs no copy to the device, where they follow each other."""
+    if not frames:
+        return slice(0, 0)
+    return slice(frames[0], frames[-1] + 1) if frames[-1] - frames[0] == len(frames) - 1 else list(frames)
