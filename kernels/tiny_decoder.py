@@ -3,11 +3,11 @@ vlmteacher/ops/tiny_decoder.py.
 
 A program owns a rectangle of one frame's pixels and a run of channels, and adds up, place by place of the kernel, what
 it reads at the shifted rectangle times that place's weights: nothing is unrolled in memory. "The previous frame" is an
-index, upsampling a way of reading; bias, residual, activation and its packed signs leave with the output.
+index; bias, residual, activation and its packed signs leave with the output. The backward gathers: a program owns dx,
+asks the inverse of `taps` which outputs saw its frame, and reads their gradients with sign and slope applied.
 
-The backward gathers: a program owns dx, asks the inverse of `taps` which outputs saw its frame, and reads their gradients
-with sign and slope applied. Through an upsampling the gradient is a convolution of its own: the pixels of a 2x2 block read
-the same input, so that the 36 products of a pixel are 16, with weights that are added up once (see `fold`).
+Behind nearest upsampling several of the nine places read the same pixel: their weights are added up once (see `fold`),
+and four products an output pixel are left of nine, forward and backward, on frames that nobody upsamples.
 
 These kernels are compiled for GPUs (sm_80, sm_90) and executed in Triton's interpreter; they never ran on a GPU, and
 the tiles below are chosen by reasoning, not by measurement.
@@ -35,8 +35,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Nine shifted reads of a rectangle meet in the caches: near to square, and a row of 16 pixels is long enough. Up to 99 KB
-# of shared memory, which the smaller GPUs since Ampere have.
+# Nine shifted reads of a rectangle meet in the caches, if it is near to square. Up to 99 KB of shared memory, which the
+# smaller GPUs since Ampere have.
 WIDE = Tile(8, 16, 128, 64, 8, 3)
 SMALL = Tile(8, 8, 64, 64, 4, 3)  # where the tile above would leave most of a GPU idle
 FLOAT32 = Tile(8, 8, 32, 16, 4, 3)  # plain multiply-adds
@@ -45,62 +45,82 @@ PROGRAMS = 256  # tiles in flight that fill a GPU, about two for each multiproce
 
 
 @triton.jit
+def _taps(frames, each: tl.constexpr, TAPS: tl.constexpr):
+    """Of a frame's TAPS entries (-1: none) the first and the last, and the range of steps, `each` a tap, that read."""
+    frame = tl.load(frames)
+    if TAPS == 1:
+        return frame, frame, 0, tl.where(frame < 0, 0, each)
+    last = tl.load(frames + 1)
+    return frame, last, tl.where(frame < 0, each, 0), tl.where(last < 0, each, 2 * each)
+
+
+@triton.jit
 def conv3x3_kernel(
-    x, taps, weight, bias, y, signs, height, width, slope,
-    TAPS: tl.constexpr, CHANNELS: tl.constexpr, N: tl.constexpr, UPSCALE: tl.constexpr, RESIDUAL: tl.constexpr,
+    x, taps, weight, bias, residual, rows, y, signs, height, width, slope,
+    TAPS: tl.constexpr, CHANNELS: tl.constexpr, N: tl.constexpr, UPSCALE: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of a frame's pixels x tiles of N, output frames); height and width are the output's.
+    """Grid: (tiles of a frame's pixels x tiles of N, output frames x UPSCALE^2); height and width are those of x.
 
+    weight: (N, S, S, TAPS CHANNELS) with S = 3, or 4 where folded for UPSCALE 2: then a program owns every second row
+    and column of y, from (a, b) on, and its four places are rows a and a + 2 of the weights, columns alike.
     Channels are constants: a decoder has few different ones, and the compiler knows how many lie together.
     """
     across: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     steps: tl.constexpr = (CHANNELS + DEPTH - 1) // DEPTH
-    tile, g = tl.program_id(0) // across, tl.program_id(1).to(tl.int64)
+    side: tl.constexpr = 4 - UPSCALE
+    stored: tl.constexpr = 2 + UPSCALE
+    tile, g = tl.program_id(0) // across, (tl.program_id(1) // (UPSCALE * UPSCALE)).to(tl.int64)
+    a, b = tl.program_id(1) // UPSCALE % UPSCALE, tl.program_id(1) % UPSCALE
     pixels, channels = tl.arange(0, HEIGHT * WIDTH), tl.arange(0, DEPTH)
     row = tile // tl.cdiv(width, WIDTH) * HEIGHT + pixels // WIDTH
     column = tile % tl.cdiv(width, WIDTH) * WIDTH + pixels % WIDTH
     n = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
-    frame_size = (height // UPSCALE).to(tl.int64) * (width // UPSCALE) * CHANNELS
+    frame_size = height.to(tl.int64) * width
 
     total = tl.zeros([HEIGHT * WIDTH, COLUMNS], dtype=tl.float32)
-    for tap in tl.static_range(TAPS):
-        frame = tl.load(taps + g * TAPS + tap)
-        seen = x + frame * frame_size
-        for step in range(tl.where(frame < 0, 0, 9 * steps)):
-            place, c = step // steps, step % steps * DEPTH + channels
-            at_row, at_column = row + place // 3 - 1, column + place % 3 - 1
-            inside = (at_row >= 0) & (at_row < height) & (at_column >= 0) & (at_column < width)
-            offset = (at_row // UPSCALE * (width // UPSCALE) + at_column // UPSCALE) * CHANNELS
-            mask = inside[:, None] & (c < CHANNELS)[None, :]
-            left = tl.load(seen + (offset[:, None] + c[None, :]), mask=mask, other=0.0)
-            right = weight + (n[None, :] * (9 * TAPS * CHANNELS) + (place * TAPS + tap) * CHANNELS + c[:, None])
-            right = tl.load(right, mask=(c < CHANNELS)[:, None] & (n < N)[None, :], other=0.0)
-            total = tl.dot(left, right, total, input_precision="ieee")  # float32 is not rounded to TF32
+    each: tl.constexpr = side * side * steps
+    frame, last, begin, end = _taps(taps + g * TAPS, each, TAPS)
+    for step in range(begin, end):
+        tap, place = step // each, step % each // steps
+        down, right = place // side, place % side
+        c = step % steps * DEPTH + channels
+        at_row, at_column = row + down - 1 + a, column + right - 1 + b
+        inside = (at_row >= 0) & (at_row < height) & (at_column >= 0) & (at_column < width)
+        seen = x + tl.where(tap == 0, frame, last) * frame_size * CHANNELS
+        offset = (at_row * width + at_column) * CHANNELS
+        mask = inside[:, None] & (c < CHANNELS)[None, :]
+        pixel_values = tl.load(seen + (offset[:, None] + c[None, :]), mask=mask, other=0.0)
+        place = (a + UPSCALE * down) * stored + b + UPSCALE * right
+        weights = weight + (
+            n[None, :] * (stored * stored * TAPS * CHANNELS) + (place * TAPS + tap) * CHANNELS + c[:, None]
+        )
+        weights = tl.load(weights, mask=(c < CHANNELS)[:, None] & (n < N)[None, :], other=0.0)
+        total = tl.dot(pixel_values, weights, total, input_precision="ieee")  # float32 is not rounded to TF32
 
-    inside = ((row < height) & (column < width))[:, None] & (n < N)[None, :]
-    pixel = row * width + column
+    inside_frame = (row < height) & (column < width)
+    inside = inside_frame[:, None] & (n < N)[None, :]
+    pixel = (row * UPSCALE + a) * (width * UPSCALE) + column * UPSCALE + b
+    frame_size *= UPSCALE * UPSCALE
     if bias is not None:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if RESIDUAL:
-        same = x + tl.load(taps + g * TAPS) * frame_size + (pixel[:, None] * N + n[None, :])
-        total += tl.load(same, mask=inside, other=0.0).to(tl.float32)
+    if residual is not None:
+        residual += tl.load(rows + g) * frame_size * N
+        total += tl.load(residual + (pixel[:, None] * N + n[None, :]), mask=inside, other=0.0).to(tl.float32)
     if signs is not None:
         size: tl.constexpr = (N + 7) // 8
         bits = tl.reshape((total > 0).to(tl.int32), [HEIGHT * WIDTH, COLUMNS // 8, 8]) << tl.arange(0, 8)
         byte = tl.program_id(0) % across * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
-        signs += g * height * width * size
-        real = ((row < height) & (column < width))[:, None] & (byte < size)[None, :]
+        real = inside_frame[:, None] & (byte < size)[None, :]
+        signs += g * frame_size * size
         tl.store(signs + (pixel[:, None] * size + byte[None, :]), tl.sum(bits, 2).to(tl.uint8), mask=real)
         total = tl.where(total > 0, total, slope * total)
-    y += g * height * width * N
+    y += g * frame_size * N
     tl.store(y + (pixel[:, None] * N + n[None, :]), total.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _with_slope(
-    grad, signs, pixel, inside, first, slope, N: tl.constexpr, DEPTH: tl.constexpr
-):  # fmt: skip
+def _with_slope(grad, signs, pixel, inside, first, slope, N: tl.constexpr, DEPTH: tl.constexpr):
     """The gradient at `pixel`, channels [first, first + DEPTH), times the slope where the sign is not set."""
     n = first + tl.arange(0, DEPTH)
     value = tl.load(grad + (pixel[:, None] * N + n[None, :]), mask=inside[:, None] & (n < N)[None, :], other=0.0)
@@ -117,8 +137,8 @@ def _with_slope(
 
 @triton.jit
 def conv3x3_backward_kernel(
-    grad, signs, users, weight, dx, height, width, slope,
-    TAPS: tl.constexpr, CHANNELS: tl.constexpr, N: tl.constexpr, UPSCALE: tl.constexpr, RESIDUAL: tl.constexpr,
+    grad, signs, users, weight, residual, residual_signs, dx, height, width, slope,
+    TAPS: tl.constexpr, CHANNELS: tl.constexpr, N: tl.constexpr, UPSCALE: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of a frame's pixels x tiles of CHANNELS, frames of dx); height and width are those of dx.
@@ -138,38 +158,39 @@ def conv3x3_backward_kernel(
     frame_size = grad_height.to(tl.int64) * grad_width
 
     total = tl.zeros([HEIGHT * WIDTH, COLUMNS], dtype=tl.float32)
-    for tap in tl.static_range(TAPS):
-        g = tl.load(users + f * TAPS + tap)
-        user = grad + g * frame_size * N
-        bits = None if signs is None else signs + g * frame_size * ((N + 7) // 8)
-        for step in range(tl.where(g < 0, 0, side * side * steps)):
-            place, first = step // steps, step % steps * DEPTH
-            at_row = row * UPSCALE + side - 2 - place // side
-            at_column = column * UPSCALE + side - 2 - place % side
-            inside = (at_row >= 0) & (at_row < grad_height) & (at_column >= 0) & (at_column < grad_width)
-            left = _with_slope(user, bits, at_row * grad_width + at_column, inside, first, slope, N, DEPTH)
-            n = first + tl.arange(0, DEPTH)
-            right = weight + (((n[:, None] * (side * side) + place) * TAPS + tap) * CHANNELS + c[None, :])
-            right = tl.load(right, mask=(n < N)[:, None] & (c < CHANNELS)[None, :], other=0.0)
-            total = tl.dot(left, right, total, input_precision="ieee")
+    each: tl.constexpr = side * side * steps
+    user, last, begin, end = _taps(users + f * TAPS, each, TAPS)
+    for step in range(begin, end):
+        tap, place, first = step // each, step % each // steps, step % steps * DEPTH
+        at_row = row * UPSCALE + side - 2 - place // side
+        at_column = column * UPSCALE + side - 2 - place % side
+        inside = (at_row >= 0) & (at_row < grad_height) & (at_column >= 0) & (at_column < grad_width)
+        begins = tl.where(tap == 0, user, last) * frame_size
+        bits = None if signs is None else signs + begins * ((N + 7) // 8)
+        at = at_row * grad_width + at_column
+        values = _with_slope(grad + begins * N, bits, at, inside, first, slope, N, DEPTH)
+        n = first + tl.arange(0, DEPTH)
+        weights = weight + (((n[:, None] * (side * side) + place) * TAPS + tap) * CHANNELS + c[None, :])
+        weights = tl.load(weights, mask=(n < N)[:, None] & (c < CHANNELS)[None, :], other=0.0)
+        total = tl.dot(values, weights, total, input_precision="ieee")
 
     inside, pixel = (row < height) & (column < width), row * width + column
-    if RESIDUAL:
-        g = tl.load(users + f * TAPS)
-        bits = None if signs is None else signs + g * frame_size * ((N + 7) // 8)
+    if residual is not None:
+        bits = None if residual_signs is None else residual_signs + user * frame_size * ((CHANNELS + 7) // 8)
+        used = (row < tl.where(user < 0, 0, height)) & (column < width)
         first = tl.program_id(0) % across * COLUMNS
-        used = (row < tl.where(g < 0, 0, height)) & (column < width)
-        total += _with_slope(grad + g * frame_size * N, bits, pixel, used, first, slope, N, COLUMNS).to(tl.float32)
+        back = _with_slope(residual + user * frame_size * CHANNELS, bits, pixel, used, first, slope, CHANNELS, COLUMNS)
+        total += back.to(tl.float32)
     dx += f * frame_size // (UPSCALE * UPSCALE) * CHANNELS
     at = dx + (pixel[:, None] * CHANNELS + c[None, :])
     tl.store(at, total.to(dx.dtype.element_ty), mask=inside[:, None] & (c < CHANNELS)[None, :])
 
 
 def fold(weight: Tensor) -> Tensor:
-    """(N, 3, 3, C) -> (N, 4, 4, C), of a convolution behind nearest x2 upsampling, for its gradient.
+    """(N, 3, 3, C) -> (N, 4, 4, C): a convolution behind nearest x2 upsampling as a transposed one of stride 2.
 
-    Rows 2 i and 2 i + 1 read row i of the input. So the gradient at row 2 i + 2 - q meets, in dx at row i, the weights'
-    rows q and q - 1, of those that exist; columns alike. Sums are rounded once, to the weights' dtype.
+    Rows 2 i and 2 i + 1 of what it reads are row i of the input. So input row i meets output row 2 i + 2 - q with the
+    sum of the weights' rows q and q - 1, of those that exist; columns alike. Rounded once, to the weights' dtype.
     """
     wide = F.pad(weight.float(), (0, 0, 1, 1, 1, 1))
     wide = wide[:, 1:] + wide[:, :-1]
@@ -205,7 +226,14 @@ def _launch(
 
 
 def conv3x3(
-    x: Tensor, taps: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, slope: float | None, upscale: int
+    x: Tensor,
+    taps: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    rows: Tensor | None,
+    slope: float | None,
+    upscale: int,
 ) -> tuple[Tensor, Tensor]:
     """y (G, upscale H, upscale W, N) and the packed signs, or an empty tensor without an activation."""
     _, height, width, channels = x.shape
@@ -214,19 +242,27 @@ def conv3x3(
     y = torch.empty(*size, n, dtype=x.dtype, device=x.device)
     signs = torch.empty(*(size if slope is not None else (0,)), (n + 7) // 8, dtype=torch.uint8, device=x.device)
     if y.numel():
-        grid, tile = _launch(*size, n, channels, x.element_size())
+        grid, tile = _launch(len(taps) * upscale**2, height, width, n, channels, x.element_size())
         with torch.cuda.device_of(x):
             conv3x3_kernel[grid](
-                x, taps, weight, bias, y, None if slope is None else signs, *size[1:], 0.0 if slope is None else slope,
-                TAPS=taps.shape[1], CHANNELS=channels, N=n, UPSCALE=upscale, RESIDUAL=residual, **tile,
+                x, taps, fold(weight) if upscale > 1 else weight, bias, residual, rows,
+                y, None if slope is None else signs, height, width, slope or 0.0,
+                TAPS=taps.shape[1], CHANNELS=channels, N=n, UPSCALE=upscale, **tile,
             )  # fmt: skip
     return y, signs if slope is not None else signs.view(-1)
 
 
 def conv3x3_backward(
-    grad: Tensor, signs: Tensor, taps: Tensor, frames: int, weight: Tensor, residual: bool, slope: float | None,
+    grad: Tensor,
+    signs: Tensor,
+    taps: Tensor,
+    frames: int,
+    weight: Tensor,
+    residual: Tensor | None,
+    residual_signs: Tensor | None,
+    slope: float | None,
     upscale: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """dx (frames, H, W, C)."""
     _, height, width, n = grad.shape
     count = taps.shape[1]
@@ -235,10 +271,11 @@ def conv3x3_backward(
     dx = torch.empty(*size, channels, dtype=grad.dtype, device=grad.device)
     if dx.numel():
         grid, tile = _launch(*size, channels, n, grad.element_size())
+        signs_of_both = (None, None) if slope is None else (signs, residual_signs)
         with torch.cuda.device_of(grad):
             conv3x3_backward_kernel[grid](
-                grad, None if slope is None else signs, users_of(taps, frames), fold(weight) if upscale > 1 else weight,
-                dx, *size[1:], 0.0 if slope is None else slope, TAPS=count, CHANNELS=channels, N=n, UPSCALE=upscale,
-                RESIDUAL=residual, **tile,
+                grad, signs_of_both[0], users_of(taps, frames), fold(weight) if upscale > 1 else weight,
+                residual, signs_of_both[1], dx, *size[1:], slope or 0.0,
+                TAPS=count, CHANNELS=channels, N=n, UPSCALE=upscale, **tile,
             )  # fmt: skip
     return dx

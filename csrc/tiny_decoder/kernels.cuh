@@ -3,9 +3,9 @@
 //
 // One implicit matrix product serves both directions: a block owns a rectangle of one frame's pixels and a run of
 // channels, and adds up, place by place of the kernel, what it reads at the shifted rectangle times that place's weights.
-// Forward, the places are 3 x 3 and what is read are the frames of `taps`, at half the position where they are upsampled.
-// Backward, it is the gradient of the outputs that saw this frame, and behind an upsampling the places are 4 x 4 with
-// folded weights: see fold(). Nobody writes what another block writes.
+// Forward it reads the frames of `taps`, backward the gradient of the outputs that saw its frame. Behind nearest
+// upsampling the weights are folded to 4 x 4, see fold(): forward a block owns every second row and column of the output
+// and has 2 x 2 places, backward it has 4 x 4. Nobody writes what another block writes.
 #pragma once
 
 #include "../mma_tile.cuh"
@@ -23,14 +23,20 @@ constexpr int Across = 16;  // pixels in a row of the rectangle
 
 template <class T>
 struct Conv {
-  const T *from, *weight;   // the frames that are read; (columns, 3, 3, taps depth), or (depth, side, side, taps columns)
+  // what is read, and (columns, side, side, taps depth), backward (depth, side, side, taps columns), side = 2 + upscale
+  const T *from, *weight;
   const T* bias = nullptr;  // (columns), or none
   const int* frames;        // (frames of out, taps): which frames of `from` a frame of `out` reads, or -1
-  T* out;                   // (frames, height, width, columns)
-  // a bit for every element of y: forward written, backward read with `from`; null without an activation
-  uint8_t* signs;
-  int taps, depth, columns, height, width, upscale;
-  bool residual;
+  // What is added: a bank of frames like those of `out`, of which rows[frame] is the frame's, or none where negative;
+  // backward with signs of its own. Or none.
+  const T* residual = nullptr;
+  const int* rows = nullptr;
+  int rows_stride = 1;
+  const uint8_t* residual_signs = nullptr;
+  T* out;
+  uint8_t* signs;  // a bit for every element of y: forward written, backward read with `from`; null without an activation
+  int taps, depth, columns;
+  int height, width, upscale;  // of the frames of x, and of dx; those of y and of its gradient are larger by `upscale`
   float slope;
 };
 
@@ -65,7 +71,8 @@ struct Staged {
   }
 };
 
-// Grid: (tiles of a frame's pixels x tiles of columns, frames of out). Dynamic shared memory: shared_bytes().
+// Grid: (tiles of a frame's pixels x tiles of columns, frames of out; forward times upscale^2). Dynamic shared memory:
+// shared_bytes().
 template <class T, class Tile, bool Backward>
 __global__ void __launch_bounds__(Tile::Threads, 2) conv(const __grid_constant__ Conv<T> p) {
   using Left = Operand<T, Along::Depth, Tile::M, Tile::Depth>;
@@ -82,12 +89,13 @@ __global__ void __launch_bounds__(Tile::Threads, 2) conv(const __grid_constant__
   const int row = blockIdx.x / columns / rectangles * (Tile::M / Across);
   const int first = blockIdx.x / columns % rectangles * Across;
 
-  const int* const frames = p.frames + blockIdx.y * p.taps;
-  const int side = Backward ? 2 + p.upscale : 3, channels = Backward ? p.columns : p.depth;
-  const int from_height = Backward ? p.height * p.upscale : p.height / p.upscale;
-  const int from_width = Backward ? p.width * p.upscale : p.width / p.upscale;
+  const int part = Backward ? 1 : p.upscale;  // forward, the output's rows and columns a + part i and b + part j
+  const int frame_out = blockIdx.y / (part * part), a = blockIdx.y / part % part, b = blockIdx.y % part;
+  const int* const frames = p.frames + frame_out * p.taps;
+  const int stored = 2 + p.upscale, side = Backward ? stored : 4 - p.upscale, scale = Backward ? p.upscale : 1;
+  const int from_height = p.height * scale, from_width = p.width * scale, channels = Backward ? p.columns : p.depth;
   const int64_t from_pixels = int64_t{from_height} * from_width;
-  const int64_t weight_stride = int64_t{side} * side * p.taps * channels;
+  const int64_t weight_stride = int64_t{stored} * stored * p.taps * channels;
   const int sign_bytes = ((Backward ? p.depth : p.columns) + 7) / 8;
   const bool aligned = p.depth % Size == 0 && reinterpret_cast<uintptr_t>(p.from) % 16 == 0;
 
@@ -101,22 +109,17 @@ __global__ void __launch_bounds__(Tile::Threads, 2) conv(const __grid_constant__
     if (step < all_steps) {
       while (frames[tap] < 0) ++tap;
       const int64_t frame = frames[tap] * from_pixels;
+      const int place = (a + part * down) * stored + b + part * right;
       Right::template load<Tile::Threads>(right_tile(step),
-                                          p.weight + ((down * side + right) * p.taps + tap) * int64_t{channels},
-                                          weight_stride, column, p.columns, depth, p.depth);
+                                          p.weight + (place * p.taps + tap) * int64_t{channels}, weight_stride, column,
+                                          p.columns, depth, p.depth);
 #pragma unroll
       for (int i = 0; i < Load::Count; ++i) {
         const int at = threadIdx.x + i * Tile::Threads, pixel = at / Load::PerRow, x = at % Load::PerRow * Size;
         int y_at = row + pixel / Across, x_at = first + pixel % Across;
-        bool inside;
-        if constexpr (Backward) {
-          y_at = y_at * p.upscale + side - 2 - down, x_at = x_at * p.upscale + side - 2 - right;
-          inside = y_at >= 0 && x_at >= 0 && y_at < from_height && x_at < from_width;
-        } else {
-          y_at += down - 1, x_at += right - 1;
-          inside = y_at >= 0 && x_at >= 0 && y_at < p.height && x_at < p.width;
-          if (p.upscale > 1) y_at >>= 1, x_at >>= 1;
-        }
+        y_at = Backward ? y_at * scale + side - 2 - down : y_at + down - 1 + a;
+        x_at = Backward ? x_at * scale + side - 2 - right : x_at + right - 1 + b;
+        const bool inside = y_at >= 0 && x_at >= 0 && y_at < from_height && x_at < from_width;
         const int real = inside ? max(0, min(Size, p.depth - depth - x)) : 0;
         const int64_t from_pixel = real ? frame + y_at * from_width + x_at : 0;
         const T* from = p.from + (real ? from_pixel * p.depth + depth + x : 0);
@@ -166,27 +169,30 @@ __global__ void __launch_bounds__(Tile::Threads, 2) conv(const __grid_constant__
     T first, second;
   };
   const bool paired = p.columns % 2 == 0 && reinterpret_cast<uintptr_t>(p.out) % sizeof(Pair) == 0;
-  const int64_t same = p.residual ? frames[0] : -1;  // the residual is added without an upsampling: pixels are alike
+  const int out_width = p.width * part;
+  const int64_t out_pixels = int64_t{p.height} * part * out_width;
+  const int added = p.residual ? p.rows[frame_out * p.rows_stride] : -1;
   sum.for_each_pair([&](int j, const auto& rows) {
     j += column;
     const bool any = j < p.columns, both = j + 1 < p.columns;
     const float first_bias = p.bias && any ? static_cast<float>(p.bias[j]) : 0.f;
     const float second_bias = p.bias && both ? static_cast<float>(p.bias[j + 1]) : 0.f;
     rows([&](int i, float one, float two) {
-      const int y_at = row + i / Across, x_at = first + i % Across, pixel = y_at * p.width + x_at;
+      const int y_at = row + i / Across, x_at = first + i % Across;
+      const int pixel = (y_at * part + a) * out_width + x_at * part + b;
       const bool inside = y_at < p.height && x_at < p.width;
       one += first_bias, two += second_bias;
-      if (same >= 0 && inside && any) {
-        const int64_t from_pixel = same * from_pixels + pixel;
-        const T* from = p.from + from_pixel * p.columns + j;
+      if (added >= 0 && inside && any) {
+        const int64_t at = added * out_pixels + pixel;
+        const T* from = p.residual + at * p.columns + j;
         float add_one = from[0], add_two = both ? static_cast<float>(from[1]) : 0.f;
-        if (Backward && p.signs) {
-          const unsigned positive = p.signs[from_pixel * sign_bytes + j / 8] >> j % 8;
+        if (Backward && p.residual_signs) {
+          const unsigned positive = p.residual_signs[at * ((p.columns + 7) / 8) + j / 8] >> j % 8;
           add_one = with_slope(add_one, positive & 1, p.slope), add_two = with_slope(add_two, positive & 2, p.slope);
         }
         one += add_one, two += add_two;
       }
-      const int64_t to_pixel = blockIdx.y * int64_t{p.height} * p.width + pixel;
+      const int64_t to_pixel = frame_out * out_pixels + pixel;
       if (!Backward && p.signs) {
         // four neighbours hold the eight columns of a byte; beyond the last column everything is zero
         unsigned bits = ((one > 0) | (two > 0) << 1) << j % 8;
@@ -215,9 +221,9 @@ __global__ void __launch_bounds__(256) invert(const int* taps, int outputs, int 
     if (taps[i] >= 0) users[taps[i] * count + i % count] = i / count;
 }
 
-// The weights (n, 3, 3, channels) of a convolution behind nearest x2 upsampling as those of its gradient, (n, 4, 4,
-// channels). Rows 2 i and 2 i + 1 read row i of the input: so the gradient at row 2 i + 2 - q meets, in dx at row i, the
-// weights' rows q and q - 1, of those that exist; columns alike.
+// The weights (n, 3, 3, channels) of a convolution behind nearest x2 upsampling as those of a transposed one of stride 2,
+// (n, 4, 4, channels). Rows 2 i and 2 i + 1 of what it reads are row i of the input: so input row i meets output row
+// 2 i + 2 - q with the sum of the weights' rows q and q - 1, of those that exist; columns alike.
 template <class T>
 __global__ void __launch_bounds__(256) fold(const T* weight, int64_t size, int channels, T* out) {
   for (int64_t i = blockIdx.x * int64_t{256} + threadIdx.x; i < size; i += gridDim.x * int64_t{256}) {

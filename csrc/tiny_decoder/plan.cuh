@@ -12,7 +12,6 @@ struct Shape {
   int frames, outputs, taps;            // in the bank, of the result, that a result's frame sees
   int height, width, channels, n;       // of the bank's frames; channels of the result
   int upscale;
-  bool residual;
   float slope;
 };
 
@@ -37,46 +36,56 @@ void launch(Device& device, const Conv<T>& p, int frames) {
     launch_tile<Thin, Backward>(device, p, frames);
 }
 
-// y and, where signs is not null, the activation and its signs.
 template <class T, class Device>
-void forward(Device& device, const T* x, const int* taps, const T* weight, const T* bias, const Shape& s, T* y,
-             uint8_t* signs) {
+const T* folded(Device& device, const T* weight, const Shape& s) {
+  if (s.upscale == 1) return weight;
+  const int channels = s.taps * s.channels;
+  const int64_t size = int64_t{s.n} * 16 * channels, blocks = std::min<int64_t>((size + 255) / 256, 1024);
+  T* const to = device.template scratch<T>(size);
+  if (blocks) device.launch(fold<T>, dim3(blocks), 256, 0, weight, size, channels, to);
+  return to;
+}
+
+// y and, where signs is not null, the activation and its signs; residual and its rows may be null.
+template <class T, class Device>
+void forward(Device& device, const T* x, const int* taps, const T* weight, const T* bias, const T* residual,
+             const int* rows, const Shape& s, T* y, uint8_t* signs) {
+  if (!s.outputs) return;
   launch<false>(device,
                 Conv<T>{.from = x,
-                        .weight = weight,
+                        .weight = folded(device, weight, s),
                         .bias = bias,
                         .frames = taps,
+                        .residual = residual,
+                        .rows = rows,
                         .out = y,
                         .signs = signs,
                         .taps = s.taps,
                         .depth = s.channels,
                         .columns = s.n,
-                        .height = s.height * s.upscale,
-                        .width = s.width * s.upscale,
+                        .height = s.height,
+                        .width = s.width,
                         .upscale = s.upscale,
-                        .residual = s.residual,
                         .slope = s.slope},
-                s.outputs);
+                s.outputs * s.upscale * s.upscale);
 }
 
-// dx from the gradient of y; signs is null without an activation.
+// dx from the gradient of y and, where not null, that which comes back through the residual; the signs are null without an
+// activation.
 template <class T, class Device>
-void backward(Device& device, const T* grad, const uint8_t* signs, const int* taps, const T* weight, const Shape& s,
-              T* dx) {
+void backward(Device& device, const T* grad, const uint8_t* signs, const int* taps, const T* weight, const T* residual,
+              const uint8_t* residual_signs, const Shape& s, T* dx) {
   if (!s.frames) return;
   int* const users = device.template scratch<int>(int64_t{s.frames} * s.taps);
   device.launch(invert, dim3(1), 256, 0, taps, s.outputs, s.taps, s.frames, users);
-  if (s.upscale > 1) {
-    const int channels = s.taps * s.channels;
-    const int64_t size = int64_t{s.n} * 16 * channels, blocks = std::min<int64_t>((size + 255) / 256, 1024);
-    T* const folded = device.template scratch<T>(size);
-    if (blocks) device.launch(fold<T>, dim3(blocks), 256, 0, weight, size, channels, folded);
-    weight = folded;
-  }
   launch<true>(device,
                Conv<T>{.from = grad,
-                       .weight = weight,
+                       .weight = folded(device, weight, s),
                        .frames = users,
+                       .residual = residual,
+                       .rows = users,  // of which the first tap's
+                       .rows_stride = s.taps,
+                       .residual_signs = residual_signs,
                        .out = dx,
                        .signs = const_cast<uint8_t*>(signs),  // of the forward pass alone written
                        .taps = s.taps,
@@ -85,7 +94,6 @@ void backward(Device& device, const T* grad, const uint8_t* signs, const int* ta
                        .height = s.height,
                        .width = s.width,
                        .upscale = s.upscale,
-                       .residual = s.residual,
                        .slope = s.slope},
                s.frames);
 }

@@ -30,14 +30,15 @@ def main() -> None:
     for dtype in DTYPES:
         for case in CASES:
             drawn = draw(case, dtype)
-            how = (case.residual, case.slope, case.upscale)
+            how, added = (case.slope, case.upscale), (drawn["bias"], drawn["residual"], drawn["rows"])
+            through = (drawn["through"], drawn["through_signs"])
             with (
                 mock.patch.object(torch, "empty", poisoned),
                 mock.patch.object(InterpreterBuilder, "create_dot", create_dot),
             ):
-                y, signs = kernels.conv3x3(drawn["x"], drawn["taps"], drawn["weight"], drawn["bias"], *how)
+                y, signs = kernels.conv3x3(drawn["x"], drawn["taps"], drawn["weight"], *added, *how)
                 dx = kernels.conv3x3_backward(
-                    drawn["grad"], drawn["signs"], drawn["taps"], FRAMES, drawn["weight"], *how
+                    drawn["grad"], drawn["signs"], drawn["taps"], FRAMES, drawn["weight"], *through, *how
                 )
             # The interpreter truncates to bfloat16, where a GPU rounds to nearest.
             floor = torch.finfo(dtype).eps * (0.6 if dtype == torch.bfloat16 else 0.1)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.static.tool import rows as compiled_rows
 from tests.kernels import simt
-from vlmteacher.ops.tiny_decoder import conv3x3_backward_reference, conv3x3_reference, pack_signs, unpack_signs
+from vlmteacher.ops.tiny_decoder import conv3x3_backward_reference, conv3x3_reference, pack_signs, unpack_bits
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 FRAMES = 5  # in the bank; no case uses them all
@@ -42,18 +42,19 @@ TWO = [(0, -1), (1, 0), (3, 4), (-1, 1)]  # with frames of zeros
 CASES = [
     Case(5, 7, 5, 12, TWO, slope=0.2),  # nothing is aligned
     Case(5, 17, 12, 5, ONE[:2], slope=0.2, bias=False),
-    Case(3, 5, 48, 64, [(2, 1), (3, -1)]),
+    Case(3, 5, 48, 64, [(2, -1)]),
     Case(3, 9, 64, 64, [(2,)], residual=True),
     Case(9, 3, 12, 12, [(2, 3), (0, 2)], slope=0.2, residual=True),
     Case(3, 5, 64, 12, ONE[:1], slope=None, upscale=2),
-    Case(5, 3, 12, 48, [(0, -1), (2, 0)], upscale=2),
+    Case(5, 3, 12, 48, [(0, -1), (2, 0)], residual=True, upscale=2),
     Case(5, 9, 8, 16, [(4,)], slope=None, bias=False),
-    Case(4, 4, 16, 16, [(1,)], slope=None, residual=True),
-    Case(2, 2, 80, 72, [(1, 4)]),
+    Case(4, 4, 5, 16, [(1,), (2,)], slope=None, residual=True),
+    Case(2, 2, 80, 16, [(1, 4)]),
     Case(3, 3, 12, 12, [], upscale=2),
 ]
 LARGER = [  # several tiles of pixels and of channels
     Case(17, 35, 8, 136, ONE[:1]),
+    Case(2, 2, 80, 72, [(1, 4), (3, -1)]),
     Case(9, 18, 136, 16, TWO[:2], slope=0.2, upscale=2),
 ]
 
@@ -63,7 +64,8 @@ def identity(case: Case) -> str:
 
 
 def draw(case: Case, dtype: torch.dtype) -> dict[str, Any]:
-    """x, taps, weight, bias, grad, and signs as the definition in float64 gives them."""
+    """The arguments forward; grad, and signs as the definition in float64 gives them; and what comes back through a
+    residual, with signs of its own."""
     generator = torch.Generator().manual_seed(case.channels + case.n)
 
     def randn(*shape: int) -> Tensor:
@@ -74,8 +76,15 @@ def draw(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     drawn: dict[str, Any] = {"x": randn(FRAMES, case.height, case.width, case.channels), "taps": taps}
     drawn["weight"] = randn(case.n, 3, 3, depth) / (9 * depth) ** 0.5
     drawn["bias"] = randn(case.n) if case.bias else None
-    size = (len(taps), case.height * case.upscale, case.width * case.upscale, case.n)
-    drawn["grad"], drawn["signs"] = randn(*size), pack_signs(forward(case, drawn, torch.float64, slope=None)[0])
+    size = (case.height * case.upscale, case.width * case.upscale, case.n)
+    drawn["residual"] = randn(3, *size) if case.residual else None
+    drawn["rows"] = torch.arange(len(taps), dtype=torch.int32).sub(2).abs() if case.residual else None
+    before = forward(case, drawn, torch.float64, slope=None)[0]
+    drawn["grad"], drawn["signs"] = randn(*before.shape), pack_signs(before)
+    through = randn(len(taps), *drawn["x"].shape[1:])
+    returns = case.residual and case.upscale == 1
+    drawn["through"] = through if returns else None
+    drawn["through_signs"] = pack_signs(randn(*through.shape)) if returns else None
     return drawn
 
 
@@ -83,14 +92,16 @@ def forward(case: Case, drawn: dict[str, Any], dtype: torch.dtype, slope: float 
     if not case.taps:
         size = (0, case.height * case.upscale, case.width * case.upscale)
         return torch.empty(*size, case.n, dtype=dtype), torch.empty(*size, (case.n + 7) // 8, dtype=torch.uint8)
-    x, weight, bias = (None if t is None else t.to(dtype) for t in (drawn["x"], drawn["weight"], drawn["bias"]))
-    return conv3x3_reference(x, drawn["taps"], weight, bias, case.residual, slope, case.upscale)
+    names = ("x", "weight", "bias", "residual")
+    x, weight, bias, residual = (None if drawn[name] is None else drawn[name].to(dtype) for name in names)
+    return conv3x3_reference(x, drawn["taps"], weight, bias, residual, drawn["rows"], slope, case.upscale)
 
 
 def backward(case: Case, drawn: dict[str, Any], dtype: torch.dtype) -> Tensor:
     if not case.taps:
         return torch.zeros_like(drawn["x"], dtype=dtype)
-    rest = (FRAMES, drawn["weight"].to(dtype), case.residual, case.slope, case.upscale)
+    through = None if drawn["through"] is None else drawn["through"].to(dtype)
+    rest = (FRAMES, drawn["weight"].to(dtype), through, drawn["through_signs"], case.slope, case.upscale)
     return conv3x3_backward_reference(drawn["grad"].to(dtype), drawn["signs"], drawn["taps"], *rest)
 
 
@@ -113,7 +124,7 @@ def errors(case: Case, drawn: dict[str, Any], y: Tensor, signs: Tensor, dx: Tens
         assert signs.shape == (0,) and signs.dtype == torch.uint8
     elif case.taps:
         before = forward(case, drawn, torch.float64, None)[0]
-        ours = unpack_signs(signs, case.n)
+        ours = unpack_bits(signs, case.n)
         sure = before.abs() > 4 * torch.finfo(dtype).eps * rms(before)
         found.append(["signs", float((sure & (ours != (before > 0))).sum()), 0.0])
         found.append(["bits beyond N", float((pack_signs(ours) != signs).sum()), 0.0])
@@ -139,14 +150,16 @@ def execute(library: ctypes.CDLL, case: Case, drawn: dict[str, Any]) -> tuple[Te
         y, dx = memory.empty(*grad.shape, dtype=x.dtype), memory.empty(*x.shape, dtype=x.dtype)
         signs = memory.empty(*held["signs"].shape, dtype=torch.uint8)
         kind = (x.dtype.itemsize, x.dtype == torch.bfloat16)
-        how: Any = ([FRAMES, *held["taps"].shape, *x.shape[1:], case.n, case.upscale], case.residual)
-        how = (*how, ctypes.c_float(case.slope or 0.0))
+        how = ([FRAMES, *held["taps"].shape, *x.shape[1:], case.n, case.upscale], ctypes.c_float(case.slope or 0.0))
         active = case.slope is not None
-        weights = (held["weight"], held["bias"])
-        simt.call(library.run_forward, *kind, x, held["taps"], *weights, *how, y, signs if active else None)
         simt.call(
-            library.run_backward, *kind, grad, held["signs"] if active else None, held["taps"], weights[0], *how, dx
-        )
+            library.run_forward, *kind, x, held["taps"], held["weight"], held["bias"], held["residual"], held["rows"],
+            *how, y, signs if active else None,
+        )  # fmt: skip
+        simt.call(
+            library.run_backward, *kind, grad, held["signs"] if active else None, held["taps"], held["weight"],
+            held["through"], held["through_signs"] if active else None, *how, dx,
+        )  # fmt: skip
         return y.clone(), signs.clone() if active else torch.empty(0, dtype=torch.uint8), dx.clone()
 
 
