@@ -155,6 +155,10 @@ class Optimization:
         """
         start = time.perf_counter()
         latents = self.reasoner.predict_clean(self.condition, self.noise)
+        if latents.isnan().any():  # the decoder refuses them
+            raise NonFiniteError(
+                f"the prediction of step {len(self.history)} holds NaN: try a lower learning rate or another dtype"
+            )
         frames = self.decoder.decode(latents, self.frame_indices)
         losses = self.teacher.losses(frames, self.frame_indices, self.reasoner.fps, self.queries)
         loss = vqa_objective(losses, self.settings.goal_weight)

@@ -160,9 +160,7 @@ class TinyVideoDecoder(nn.Module):
         frames = frames / 2 + 0.5 if self.config["signed"] else frames
         return frames.clamp(0, 1) if clamp else frames
 
-    def decode(
-        self, latents: Tensor, frame_indices: Sequence[int] | None = None, chunk: int | None = None
-    ) -> Tensor:
+    def decode(self, latents: Tensor, frame_indices: Sequence[int] | None = None, chunk: int | None = None) -> Tensor:
         """Decode the wanted frames of one clip, and nothing that they do not need.
 
         With frozen weights this keeps one bit per activation for the backward pass, goes through the frames in chunks

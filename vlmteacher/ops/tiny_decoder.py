@@ -56,8 +56,8 @@ def conv3x3_reference(
             frame of zeros, which only the last tap may be. A frame stands at most once in a column.
         weight: (N, 3, 3, T * C), contiguous: rows, columns, then the channels of tap 0 before those of tap 1.
         bias: (N,) or None.
-        residual, rows: another bank (R, upscale H, upscale W, N), contiguous, and (G,) int32: residual[rows[g]] is added
-            before the activation. A memory block adds the input of its first convolution after its third. Both or
+        residual, rows: another bank (R, upscale H, upscale W, N), contiguous, and (G,) int32: residual[rows[g]] is
+            added before the activation. A memory block adds the input of its first convolution after its third. Both or
             neither.
         slope: of the activation below zero: 0 is ReLU, .2 LeakyReLU; None is no activation.
         upscale: 1, or 2: x is upsampled (nearest) before the convolution, that is read at (row // 2, column // 2).
@@ -115,31 +115,59 @@ def conv3x3_backward_reference(
     return out.index_add_(0, taps[:, 0].long(), residual)
 
 
-def _fast(x: Tensor) -> Any:
-    """The backend for x: a namespace with `conv3x3` and `conv3x3_backward` of the arguments above, or None.
+class _Cpp:
+    """The C++ backend, which takes packed weights; they are kept beside the weight, since it is frozen."""
 
-    The C++ one has its own kernels for AVX-512 with bfloat16; elsewhere on the CPU torch's convolutions are as good.
-    """
-    if x.device.type == "cpu" and not (x.dtype in (torch.float32, torch.bfloat16) and _avx512()):
-        return None
-    return backend(x, "tiny_decoder")
+    @staticmethod
+    def conv3x3(x: Tensor, taps: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        packed = _packed(weight, taps.shape[1], rest[-1], False)
+        return torch.ops.vlmteacher_cpp.conv3x3(x, taps, packed, weight.shape[0], *rest)
+
+    @staticmethod
+    def conv3x3_backward(grad: Tensor, signs: Tensor, taps: Tensor, frames: int, weight: Tensor, *rest: Any) -> Tensor:
+        packed = _packed(weight, taps.shape[1], rest[-1], True)
+        channels = weight.shape[-1] // taps.shape[1]
+        return torch.ops.vlmteacher_cpp.conv3x3_backward(grad, signs, taps, frames, packed, channels, *rest)
+
+
+def _packed(weight: Tensor, *how: Any) -> Tensor:
+    kept: dict[Any, Tensor] = weight.__dict__.setdefault("packed", {})
+    key = (*how, weight._version)
+    if key not in kept:
+        for old in [k for k in kept if k[-1] != weight._version]:
+            del kept[old]
+        kept[key] = torch.ops.vlmteacher_cpp.conv3x3_pack(weight, *how)
+    return kept[key]
 
 
 @functools.cache
 def _avx512() -> bool:
-    return cpp_status()[0] and importlib.import_module("vlmteacher._C").cpu_features().get("avx512bf16", False)
+    return cpp_status()[0] and importlib.import_module("vlmteacher._C").cpu_features()["avx512bf16"]
+
+
+def _fast(x: Tensor) -> Any:
+    """The backend for x: a namespace with `conv3x3` and `conv3x3_backward` of the arguments above, or None.
+
+    The C++ one is for AVX-512 with bfloat16; on other processors, and in other dtypes, torch's own convolutions do.
+    """
+    if x.device.type == "cpu":
+        return _Cpp if x.dtype in (torch.float32, torch.bfloat16) and _avx512() else None
+    return backend(x, "tiny_decoder")
 
 
 def conv3x3(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """`conv3x3_reference` by the backend of x's device."""
-    fast = _fast(x)
-    return (fast.conv3x3 if fast else conv3x3_reference)(x, *rest)
+    return (_fast(x) or _Reference).conv3x3(x, *rest)
 
 
 def conv3x3_backward(grad: Tensor, *rest: Any) -> Tensor:
     """`conv3x3_backward_reference` by the backend of grad's device."""
-    fast = _fast(grad)
-    return (fast.conv3x3_backward if fast else conv3x3_backward_reference)(grad, *rest)
+    return (_fast(grad) or _Reference).conv3x3_backward(grad, *rest)
+
+
+class _Reference:
+    conv3x3 = staticmethod(conv3x3_reference)
+    conv3x3_backward = staticmethod(conv3x3_backward_reference)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,239 @@
+// Compiled with AVX-512 flags and called only where they hold: keep library templates out of it, which the linker could
+// share with code that runs anywhere.
+#include "conv.h"
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+
+#include <cstring>
+
+namespace vlmteacher::tiny_decoder {
+namespace {
+
+constexpr __mmask16 kAll = 0xffff;
+
+// Unrolled by force: with one index left to run time the accumulators would live in memory.
+#define UNROLL _Pragma("GCC unroll 16")
+
+__mmask16 lanes(int64_t count) { return count >= kLanes ? kAll : count <= 0 ? 0 : __mmask16((1u << count) - 1); }
+
+// `count` sign bits from the first of a byte on; nothing is read behind the last of them.
+uint32_t bits(const uint8_t* signs, int64_t count) {
+  uint32_t found = 0;
+  std::memcpy(&found, signs, count >= 25 ? 4 : (count + 7) / 8);
+  return found;
+}
+
+struct BFloat16 {
+  static constexpr int64_t kBytes = 2;
+  static constexpr bool kLongSums = true;  // the products are coarser than what a long sum loses
+  static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+  static __m512 load(const char* from, __mmask16 mask) {
+    const __m256i half = mask == kAll ? _mm256_loadu_si256((const __m256i*)from) : _mm256_maskz_loadu_epi16(mask, from);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  static void store(char* to, __mmask16 mask, __m512 value) {
+    const __m256i half = (__m256i)_mm512_cvtneps_pbh(value);
+    mask == kAll ? _mm256_storeu_si256((__m256i*)to, half) : _mm256_mask_storeu_epi16(to, mask, half);
+  }
+};
+
+struct Float32 {
+  static constexpr int64_t kBytes = 4;
+  static constexpr bool kLongSums = false;
+  static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+  }
+  static __m512 load(const char* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
+  static void store(char* to, __mmask16 mask, __m512 value) { _mm512_mask_storeu_ps(to, mask, value); }
+};
+
+// The elements whose sign bit is not set, times the slope.
+template <class T>
+void copy_masked(const char* from, const uint8_t* signs, int64_t count, float slope, char* to) {
+  const __m512 factor = _mm512_set1_ps(slope);
+  int64_t i = 0;
+  if (T::kBytes == 2 && slope == 0)
+    for (; i + 32 <= count; i += 32) {
+      uint32_t mask;
+      std::memcpy(&mask, signs + i / 8, 4);
+      _mm512_storeu_si512(to + 2 * i, _mm512_maskz_mov_epi16(mask, _mm512_loadu_si512(from + 2 * i)));
+    }
+  for (; i < count; i += kLanes) {
+    const __mmask16 some = lanes(count - i), set = __mmask16(bits(signs + i / 8, count - i < kLanes ? count - i : kLanes));
+    const __m512 value = T::load(from + i * T::kBytes, some);
+    T::store(to + i * T::kBytes, some, _mm512_mask_mul_ps(value, __mmask16(~set), value, factor));
+  }
+}
+
+template <class T>
+void fill_strip(const Conv& conv, const Source* sources, int64_t first_row, int64_t count, char* strip) {
+  const int64_t pixel = conv.words() * 4, own = conv.channels * T::kBytes, sign_bytes = (conv.channels + 7) / 8;
+  const int64_t row_bytes = (conv.in_width + 2) * pixel;
+  const bool whole_rows = conv.sources == 1 && own == pixel && !sources[0].signs;
+  for (int64_t r = 0; r < count; ++r, strip += row_bytes) {
+    const int64_t row = first_row + r;
+    if (row < 0 || row >= conv.in_height) {
+      std::memset(strip, 0, row_bytes);
+      continue;
+    }
+    std::memset(strip, 0, pixel);
+    std::memset(strip + row_bytes - pixel, 0, pixel);
+    char* to = strip + pixel;
+    if (whole_rows && sources[0].frame) {
+      std::memcpy(to, static_cast<const char*>(sources[0].frame) + row * conv.in_width * own, conv.in_width * own);
+      continue;
+    }
+    for (int64_t s = 0; s < conv.sources; ++s) {
+      const Source& source = sources[s];
+      const char* from = static_cast<const char*>(source.frame) + row * conv.in_width * own;
+      const uint8_t* signs = source.signs + row * conv.in_width * sign_bytes;
+      for (int64_t x = 0; x < conv.in_width; ++x) {
+        char* at = to + x * pixel + s * own;
+        if (!source.frame)
+          std::memset(at, 0, own);
+        else if (source.signs)
+          copy_masked<T>(from + x * own, signs + x * sign_bytes, conv.channels, conv.slope, at);
+        else
+          std::memcpy(at, from + x * own, own);
+      }
+    }
+    if (const int64_t rest = pixel - conv.sources * own)
+      for (int64_t x = 0; x < conv.in_width; ++x) std::memset(to + x * pixel + pixel - rest, 0, rest);
+  }
+}
+
+struct Tile {
+  const Conv* conv;
+  const Frame* frame;
+  const Tap* tap;
+  const char* strip;  // where the first output pixel stands in it
+  int64_t row_bytes, pixel_bytes, words;
+  const char* panel;
+  int64_t pixel, channel;  // the first output pixel, the first channel
+};
+
+template <class T, int PIXELS, int VECTORS>
+struct Sums {
+  __m512 value[PIXELS][VECTORS];
+
+  void clear() {
+    UNROLL for (auto& pixel : value) UNROLL for (auto& vector : pixel) vector = _mm512_setzero_ps();
+  }
+
+  void add(const char* left, int64_t step, const char*& panel, int64_t words) {
+    for (; words > 0; --words, left += 4, panel += 64 * VECTORS) {
+      __m512i right[VECTORS];
+      UNROLL for (int v = 0; v < VECTORS; ++v) right[v] = _mm512_loadu_si512(panel + 64 * v);
+      UNROLL for (int i = 0; i < PIXELS; ++i) {
+        int32_t word;
+        std::memcpy(&word, left + i * step, 4);
+        const __m512i broadcast = _mm512_set1_epi32(word);
+        UNROLL for (int v = 0; v < VECTORS; ++v) value[i][v] = T::multiply_add(value[i][v], broadcast, right[v]);
+      }
+    }
+  }
+};
+
+template <class T, int PIXELS, int VECTORS>
+void run(const Tile& t) {
+  const Conv& conv = *t.conv;
+  const int64_t step = conv.step * t.pixel_bytes;
+  const char* panel = t.panel;
+  Sums<T, PIXELS, VECTORS> total;
+  total.clear();
+  for (int64_t k = 0; k < conv.taps; ++k) {
+    const char* left = t.strip + t.tap[k].row * t.row_bytes + t.tap[k].column * t.pixel_bytes;
+    if constexpr (T::kLongSums) {
+      total.add(left, step, panel, t.words);
+    } else {
+      Sums<T, PIXELS, VECTORS> part;
+      part.clear();
+      part.add(left, step, panel, t.words);
+      UNROLL for (int i = 0; i < PIXELS; ++i) UNROLL for (int v = 0; v < VECTORS; ++v) total.value[i][v] =
+          _mm512_add_ps(total.value[i][v], part.value[i][v]);
+    }
+  }
+  const int64_t channels = conv.out_channels, sign_bytes = (channels + 7) / 8;
+  const __m512 slope = _mm512_set1_ps(conv.slope);
+  UNROLL for (int i = 0; i < PIXELS; ++i) {
+    const int64_t pixel = t.pixel + i * conv.out_step;
+    UNROLL for (int v = 0; v < VECTORS; ++v) {
+      const int64_t channel = t.channel + v * kLanes, at = (pixel * channels + channel) * T::kBytes;
+      const __mmask16 mask = lanes(channels - channel);
+      __m512 value = _mm512_add_ps(total.value[i][v], _mm512_loadu_ps(conv.bias + channel));
+      if (t.frame->residual) {
+        __m512 more = T::load(static_cast<const char*>(t.frame->residual) + at, mask);
+        if (t.frame->residual_signs) {
+          const int64_t count = channels - channel < kLanes ? channels - channel : kLanes;
+          const uint32_t set = bits(t.frame->residual_signs + pixel * sign_bytes + channel / 8, count);
+          more = _mm512_mask_mul_ps(more, __mmask16(~set), more, slope);
+        }
+        value = _mm512_add_ps(value, more);
+      }
+      if (t.frame->signs) {
+        const __mmask16 set = _mm512_mask_cmp_ps_mask(mask, value, _mm512_setzero_ps(), _CMP_GT_OQ);
+        value = _mm512_mask_mul_ps(value, __mmask16(~set), value, slope);
+        std::memcpy(t.frame->signs + pixel * sign_bytes + channel / 8, &set, channels - channel > 8 ? 2 : 1);
+      }
+      T::store(static_cast<char*>(t.frame->out) + at, mask, value);
+    }
+  }
+}
+
+template <class T, int VECTORS>
+void run_row(Tile t, int64_t pixels) {
+  const auto go = [&](auto function, int64_t count) {
+    function(t);
+    pixels -= count;
+    t.strip += count * t.conv->step * t.pixel_bytes;
+    t.pixel += count * t.conv->out_step;
+  };
+  while (pixels >= 12 && pixels != 16) go(run<T, 12, VECTORS>, 12);
+  while (pixels >= 8) go(run<T, 8, VECTORS>, 8);
+  if (pixels >= 4) go(run<T, 4, VECTORS>, 4);
+  while (pixels > 0) go(run<T, 1, VECTORS>, 1);
+}
+
+template <class T>
+void rows_of(const Conv& conv, const Frame& frame, int64_t begin, int64_t end, char* strip) {
+  fill_strip<T>(conv, frame.sources, conv.step * begin - 1, conv.strip_rows(end - begin), strip);
+  const int64_t pixel = conv.words() * 4, row = (conv.in_width + 2) * pixel, out_width = conv.width * conv.out_step;
+  const char* panel = reinterpret_cast<const char*>(conv.weights);
+  for (int64_t phase = 0; phase < conv.phases; ++phase)
+    for (int64_t channel = 0; channel < conv.out_channels; channel += kPanel) {
+      const int64_t vectors = conv.out_channels - channel > kLanes ? 2 : 1;
+      for (int64_t i = begin; i < end; ++i) {
+        Tile t{&conv, &frame, conv.tap + phase * conv.taps, strip + ((i - begin) * conv.step + 1) * row + pixel,
+               row, pixel, conv.words(), panel, 0, channel};
+        t.pixel = (i * conv.out_step + phase / 2) * out_width + phase % 2;
+        vectors == 2 ? run_row<T, 2>(t, conv.width) : run_row<T, 1>(t, conv.width);
+      }
+      panel += conv.taps * conv.words() * vectors * 64;
+    }
+}
+
+}  // namespace
+
+bool available() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl");
+}
+
+void rows(const Conv& conv, const Frame& frame, int64_t begin, int64_t end, char* strip) {
+  (conv.half ? rows_of<BFloat16> : rows_of<Float32>)(conv, frame, begin, end, strip);
+}
+
+}  // namespace vlmteacher::tiny_decoder
+
+#else
+
+namespace vlmteacher::tiny_decoder {
+bool available() { return false; }
+void rows(const Conv&, const Frame&, int64_t, int64_t, char*) {}
+}  // namespace vlmteacher::tiny_decoder
+
+#endif

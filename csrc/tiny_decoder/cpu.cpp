@@ -1,0 +1,202 @@
+// The convolutions of the surrogate decoder on the CPU; the definition is vlmteacher/ops/tiny_decoder.py. All four cases
+// are one sum over taps (conv.h): forward, 9 taps; forward from an upsampled image, four phases of the output with 2x2
+// taps each on the small image, the weights that meet the same pixel summed; and backward of either, where frame f sees
+// the output frames that saw it, 9 taps or all 16 of the phases.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "conv.h"
+
+namespace {
+
+using namespace vlmteacher::tiny_decoder;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kStrip = 256 << 10;  // bytes, beside the weights in the second-level cache
+
+struct Geometry {
+  int64_t phases, taps, step, out_step;
+  std::vector<Tap> tap;
+};
+
+// Of the small image's tap u (0, 1), row u - 1 + a, in phase a; it stands for the rows k of the kernel: [first, last].
+int64_t first_of(int64_t a, int64_t u) { return u == 0 ? 0 : a == 0 ? 1 : 2; }
+int64_t last_of(int64_t a, int64_t u) { return u == 1 ? 2 : a == 0 ? 0 : 1; }
+
+Geometry geometry(int64_t upscale, bool backward) {
+  Geometry g{1, 9, 1, 1, {}};
+  if (upscale == 1) {
+    for (int64_t ky = 0; ky < 3; ++ky)
+      for (int64_t kx = 0; kx < 3; ++kx)
+        g.tap.push_back(backward ? Tap{1 - ky, 1 - kx} : Tap{ky - 1, kx - 1});
+    return g;
+  }
+  g = backward ? Geometry{1, 16, 2, 1, {}} : Geometry{4, 4, 1, 2, {}};
+  const auto offset = [&](int64_t a, int64_t u) { return backward ? 2 * (1 - u - a) + a : u - 1 + a; };
+  for (int64_t a = 0; a < 2; ++a)
+    for (int64_t b = 0; b < 2; ++b)
+      for (int64_t u = 0; u < 2; ++u)
+        for (int64_t v = 0; v < 2; ++v) g.tap.push_back({offset(a, u), offset(b, v)});
+  return g;
+}
+
+float widened(uint16_t half) { return std::bit_cast<float>(uint32_t(half) << 16); }
+uint16_t rounded(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// The weight (N, 3, 3, T C) in the order that conv.h wants: words of (phase, panel, tap).
+Tensor conv3x3_pack(const Tensor& weight, int64_t sources, int64_t upscale, bool backward) {
+  const bool half = weight.scalar_type() == ScalarType::BFloat16;
+  const int64_t n = weight.size(0), wide = weight.size(3), c = wide / sources;
+  const int64_t inputs = backward ? sources * n : wide, outputs = backward ? c : n;
+  const int64_t words = half ? (inputs + 1) / 2 : inputs, vectors = (outputs + kLanes - 1) / kLanes;
+  const Geometry g = geometry(upscale, backward);
+  Tensor packed = torch::stable::new_empty(weight, {g.phases * g.taps * words * vectors * kLanes}, ScalarType::Int);
+  const void* from = weight.const_data_ptr();
+  // of input k to output o, at (ky, kx)
+  const auto element = [&](int64_t k, int64_t o, int64_t ky, int64_t kx) {
+    const int64_t row = backward ? k % n : o, column = backward ? k / n * c + o : k;
+    const int64_t at = ((row * 3 + ky) * 3 + kx) * wide + column;
+    return half ? widened(static_cast<const uint16_t*>(from)[at]) : static_cast<const float*>(from)[at];
+  };
+  const auto value = [&](int64_t k, int64_t o, int64_t tap) {
+    if (k >= inputs || o >= outputs) return 0.f;
+    if (upscale == 1) return element(k, o, tap / 3, tap % 3);
+    const int64_t a = tap / 8, b = tap / 4 % 2, u = tap / 2 % 2, v = tap % 2;
+    double sum = 0;
+    for (int64_t ky = first_of(a, u); ky <= last_of(a, u); ++ky)
+      for (int64_t kx = first_of(b, v); kx <= last_of(b, v); ++kx) sum += element(k, o, ky, kx);
+    return static_cast<float>(sum);
+  };
+  uint32_t* to = static_cast<uint32_t*>(packed.mutable_data_ptr());
+  for (int64_t phase = 0; phase < g.phases; ++phase)
+    for (int64_t panel = 0; panel < outputs; panel += kPanel)
+      for (int64_t tap = phase * g.taps; tap < (phase + 1) * g.taps; ++tap)
+        for (int64_t word = 0; word < words; ++word)
+          for (int64_t o = panel; o < std::min(panel + kPanel, vectors * kLanes); ++o)
+            *to++ = half ? rounded(value(2 * word, o, tap)) | uint32_t(rounded(value(2 * word + 1, o, tap))) << 16
+                         : std::bit_cast<uint32_t>(value(word, o, tap));
+  return packed;
+}
+
+char* data(const Tensor& t) { return static_cast<char*>(t.mutable_data_ptr()); }
+uint8_t* signs_of(const Tensor& t) { return t.numel() ? static_cast<uint8_t*>(t.mutable_data_ptr()) : nullptr; }
+int64_t frame_bytes(const Tensor& t) { return t.size(1) * t.size(2) * t.size(3) * t.element_size(); }
+int64_t sign_bytes(const Tensor& t) { return t.size(1) * t.size(2) * ((t.size(3) + 7) / 8); }
+
+// All frames, a strip of rows at a time.
+void run(const Conv& conv, const std::vector<Frame>& frames) {
+  int64_t rows_at_once = 1;
+  while (rows_at_once < conv.height && conv.strip_bytes(rows_at_once + 1) <= kStrip) ++rows_at_once;
+  const int64_t strips = (conv.height + rows_at_once - 1) / rows_at_once;
+  rows_at_once = (conv.height + strips - 1) / strips;
+  torch::stable::parallel_for(0, int64_t(frames.size()) * strips, 1, [&](int64_t begin, int64_t end) {
+    char* strip = static_cast<char*>(std::aligned_alloc(64, (conv.strip_bytes(rows_at_once) + 63) / 64 * 64));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i % strips * rows_at_once;
+      if (row < conv.height) rows(conv, frames[i / strips], row, std::min(row + rows_at_once, conv.height), strip);
+    }
+    std::free(strip);
+  });
+}
+
+std::vector<float> bias_of(const std::optional<Tensor>& bias, int64_t channels) {
+  std::vector<float> found((channels + kLanes - 1) / kLanes * kLanes, 0.f);
+  if (!bias) return found;
+  for (int64_t i = 0; i < channels; ++i)
+    found[i] = bias->scalar_type() == ScalarType::BFloat16 ? widened(static_cast<const uint16_t*>(bias->const_data_ptr())[i])
+                                                           : static_cast<const float*>(bias->const_data_ptr())[i];
+  return found;
+}
+
+std::tuple<Tensor, Tensor> conv3x3(const Tensor& x, const Tensor& taps, const Tensor& packed, int64_t channels,
+                                   std::optional<Tensor> bias, std::optional<Tensor> residual,
+                                   std::optional<Tensor> rows, std::optional<double> slope, int64_t upscale) {
+  const int64_t count = taps.size(0), sources = taps.size(1), height = x.size(1), width = x.size(2);
+  Tensor y = torch::stable::new_empty(x, {count, height * upscale, width * upscale, channels});
+  Tensor signs = slope ? torch::stable::new_empty(
+                             x, {count, height * upscale, width * upscale, (channels + 7) / 8}, ScalarType::Byte)
+                       : torch::stable::new_empty(x, {0}, ScalarType::Byte);
+  const Geometry g = geometry(upscale, false);
+  const std::vector<float> offset = bias_of(bias, channels);
+  const Conv conv{x.scalar_type() == ScalarType::BFloat16, height, width, x.size(3), sources, height, width, g.step,
+                  g.phases, g.out_step, g.taps, g.tap.data(), channels,
+                  static_cast<const int32_t*>(packed.const_data_ptr()), offset.data(), float(slope.value_or(0))};
+  const int32_t* tap = static_cast<const int32_t*>(taps.const_data_ptr());
+  std::vector<Source> seen(count * sources);
+  for (size_t i = 0; i < seen.size(); ++i) seen[i] = {tap[i] < 0 ? nullptr : data(x) + tap[i] * frame_bytes(x), nullptr};
+  std::vector<Frame> frames(count);
+  for (int64_t f = 0; f < count; ++f) {
+    const char* added = nullptr;
+    if (residual) added = data(*residual) + static_cast<const int32_t*>(rows->const_data_ptr())[f] * frame_bytes(y);
+    frames[f] = {&seen[f * sources], added, nullptr, data(y) + f * frame_bytes(y),
+                 slope ? signs_of(signs) + f * sign_bytes(y) : nullptr};
+  }
+  run(conv, frames);
+  return {y, signs};
+}
+
+Tensor conv3x3_backward(const Tensor& grad, const Tensor& signs, const Tensor& taps, int64_t bank, const Tensor& packed,
+                        int64_t channels, std::optional<Tensor> residual, std::optional<Tensor> residual_signs,
+                        std::optional<double> slope, int64_t upscale) {
+  const int64_t count = taps.size(0), sources = taps.size(1), height = grad.size(1), width = grad.size(2);
+  Tensor dx = torch::stable::new_empty(grad, {bank, height / upscale, width / upscale, channels});
+  const Geometry g = geometry(upscale, true);
+  const std::vector<float> offset = bias_of({}, channels);
+  const Conv conv{grad.scalar_type() == ScalarType::BFloat16, height, width, grad.size(3), sources, height / upscale,
+                  width / upscale, g.step, g.phases, g.out_step, g.taps, g.tap.data(), channels,
+                  static_cast<const int32_t*>(packed.const_data_ptr()), offset.data(), float(slope.value_or(0))};
+  const int32_t* tap = static_cast<const int32_t*>(taps.const_data_ptr());
+  std::vector<Source> seen(bank * sources, Source{nullptr, nullptr});
+  std::vector<Frame> frames(bank), used;
+  for (int64_t f = 0; f < bank; ++f) frames[f] = {&seen[f * sources], nullptr, nullptr, data(dx) + f * frame_bytes(dx), nullptr};
+  std::vector<bool> seen_at_all(bank, false);
+  for (int64_t i = 0; i < count * sources; ++i) {
+    const int64_t f = tap[i], from = i / sources;
+    if (f < 0) continue;
+    seen_at_all[f] = true;
+    seen[f * sources + i % sources] = {data(grad) + from * frame_bytes(grad),
+                                       slope ? signs_of(signs) + from * sign_bytes(grad) : nullptr};
+    if (residual && i % sources == 0) {
+      frames[f].residual = data(*residual) + from * frame_bytes(*residual);
+      frames[f].residual_signs = slope ? signs_of(*residual_signs) + from * sign_bytes(*residual) : nullptr;
+    }
+  }
+  for (int64_t f = 0; f < bank; ++f)
+    if (seen_at_all[f])
+      used.push_back(frames[f]);
+    else
+      std::memset(frames[f].out, 0, frame_bytes(dx));
+  run(conv, used);
+  return dx;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vlmteacher_cpp, m) {
+  m.def("conv3x3_pack(Tensor weight, int sources, int upscale, bool backward) -> Tensor");
+  m.def(
+      "conv3x3(Tensor x, Tensor taps, Tensor packed, int channels, Tensor? bias, Tensor? residual, Tensor? rows, "
+      "float? slope, int upscale) -> (Tensor, Tensor)");
+  m.def(
+      "conv3x3_backward(Tensor grad, Tensor signs, Tensor taps, int frames, Tensor packed, int channels, "
+      "Tensor? residual, Tensor? residual_signs, float? slope, int upscale) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vlmteacher_cpp, CPU, m) {
+  m.impl("conv3x3_pack", TORCH_BOX(&conv3x3_pack));
+  m.impl("conv3x3", TORCH_BOX(&conv3x3));
+  m.impl("conv3x3_backward", TORCH_BOX(&conv3x3_backward));
+}

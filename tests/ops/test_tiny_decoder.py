@@ -1,0 +1,147 @@
+"""The decoder's convolutions against their definition in float64, and the whole decoder's gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlmteacher.ops import tiny_decoder
+from vlmteacher.ops.tiny_decoder import (
+    conv3x3,
+    conv3x3_backward,
+    conv3x3_backward_reference,
+    conv3x3_reference,
+    pack_bits,
+    pack_signs,
+    unpack_bits,
+)
+
+CASES = {  # frames, h, w, C, N, taps, upscale, residual, slope
+    "odd": (3, 5, 7, 13, 19, 1, 1, False, 0.0),
+    "memory": (4, 6, 12, 8, 24, 2, 1, False, 0.0),
+    "odd memory": (4, 3, 29, 5, 33, 2, 1, False, 0.2),
+    "block's end": (3, 4, 9, 24, 24, 1, 1, True, 0.0),
+    "leaky block's end": (3, 9, 13, 11, 11, 1, 1, True, 0.2),
+    "upscale": (2, 5, 11, 9, 21, 1, 2, False, None),
+    "upscale, signs": (2, 24, 24, 16, 48, 1, 2, False, 0.0),
+    "last": (2, 6, 40, 64, 12, 1, 1, False, None),
+    "strips": (2, 130, 10, 64, 16, 2, 1, False, 0.0),
+    "one pixel": (2, 1, 1, 4, 4, 2, 1, False, 0.0),
+}
+
+
+def poisoned(size: int) -> None:
+    """Leaves NaN where the next allocation of this size will likely be."""
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.full((size,), torch.nan, dtype=dtype)
+
+
+def inputs(case: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Random, in float64, with the values of `dtype`; the weight on a grid that the sums of an upscale stay on."""
+    frames, h, w, c, n, count, upscale, residual, _ = CASES[case]
+    g = torch.Generator().manual_seed(len(case))
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).double()
+
+    taps = [[f, f - 1] for f in range(frames)][::-1] if count == 2 else [[frames - 1], [0]]
+    rows = torch.tensor(taps, dtype=torch.int32)
+    out = (len(taps), h * upscale, w * upscale, n)
+    found = {
+        "x": draw(frames, h, w, c),
+        "taps": rows,
+        "weight": torch.randint(-16, 17, (n, 3, 3, count * c), generator=g).double() / 64,
+        "bias": draw(n),
+        "grad": draw(*out),
+        "bits": torch.rand(out, generator=g) < 0.5,
+        "more": draw(len(taps), h, w, c),
+        "more bits": torch.rand((len(taps), h, w, c), generator=g) < 0.5,
+    }
+    return found | ({"residual": draw(len(taps) + 1, *out[1:])} if residual else {})
+
+
+def close(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """At most 1.5 times the error of the plain expression, and a rounding."""
+    eps = torch.finfo(ours.dtype).eps
+    error, allowed = (ours - exact).norm(), 1.5 * (plain - exact).norm() + eps / 8 * exact.norm()
+    assert ours.isfinite().all()
+    assert error <= allowed, (
+        f"{error / exact.norm():.3g}, the plain expression {(plain - exact).norm() / exact.norm():.3g}"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_forward(case, dtype):
+    *_, upscale, _, slope = CASES[case]
+    given = inputs(case, dtype)
+
+    def run(function, dtype):
+        bank = given["residual"].to(dtype) if "residual" in given else None
+        rows = torch.arange(len(given["taps"]), dtype=torch.int32) + 1 if "residual" in given else None
+        x, weight, bias = (given[name].to(dtype) for name in ("x", "weight", "bias"))
+        poisoned(given["grad"].numel())
+        return function(x, given["taps"], weight, bias, bank, rows, slope, upscale)
+
+    exact, exact_signs = run(conv3x3_reference, torch.float64)
+    plain, _ = run(conv3x3_reference, dtype)
+    ours, signs = run(conv3x3, dtype)
+    assert ours.shape == exact.shape and ours.is_contiguous() and ours.dtype == dtype
+    close(ours, plain, exact)
+    assert signs.shape == exact_signs.shape
+    if slope is not None:  # a sign may differ only where there is next to nothing
+        n = ours.shape[-1]
+        differ = unpack_bits(signs, n) != unpack_bits(exact_signs, n)
+        assert (exact.abs()[differ] <= 20 * torch.finfo(dtype).eps).all()
+        assert torch.equal(pack_bits(unpack_bits(signs, n)), signs)  # no stray bit behind the last channel
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("through", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("case", CASES)
+def test_backward(case, through, dtype):
+    frames, *_, upscale, _, slope = CASES[case]
+    if through and upscale == 2:
+        pytest.skip("a block's first convolution does not upscale")
+    given = inputs(case, dtype)
+
+    def run(function, dtype):
+        signs = torch.empty(0, dtype=torch.uint8) if slope is None else pack_bits(given["bits"])
+        more = (given["more"].to(dtype), pack_bits(given["more bits"])) if through else (None, None)
+        grad, weight = given["grad"].to(dtype), given["weight"].to(dtype)
+        poisoned(given["x"].numel())
+        return function(grad, signs, given["taps"], frames, weight, *more, slope, upscale)
+
+    exact, plain = run(conv3x3_backward_reference, torch.float64), run(conv3x3_backward_reference, dtype)
+    ours = run(conv3x3_backward, dtype)
+    assert ours.shape == exact.shape and ours.dtype == dtype
+    close(ours, plain, exact)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_backward_is_the_gradient(case):
+    frames, *_, upscale, _, slope = CASES[case]
+    given = inputs(case, torch.float64)
+    x = given["x"].requires_grad_()
+    y, signs = conv3x3_reference(x, given["taps"], given["weight"], given["bias"], None, None, slope, upscale)
+    (expected,) = torch.autograd.grad(y, x, given["grad"])
+    ours = conv3x3_backward_reference(
+        given["grad"], signs, given["taps"], frames, given["weight"], None, None, slope, upscale
+    )
+    torch.testing.assert_close(ours, expected)
+
+
+def test_bits():
+    for n in (1, 7, 8, 12, 19):
+        x = torch.randn(3, 5, n)
+        signs = pack_signs(x)
+        assert signs.shape == (3, 5, -(-n // 8)) and torch.equal(unpack_bits(signs, n), x > 0)
+    assert pack_signs(torch.tensor([1.0, -1, 0, 2, *[-1] * 4, 3])).tolist() == [0b1001, 1]
+
+
+def test_the_cpp_backend_is_used():
+    """Where the processor has what it needs; otherwise the tests above have compared the definition with itself."""
+    if not tiny_decoder._avx512():
+        pytest.skip("no AVX-512 with bfloat16 here")
+    assert tiny_decoder._fast(torch.empty(0)) is tiny_decoder._Cpp
