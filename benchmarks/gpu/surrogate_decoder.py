@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.surrogate_decoder import WAN22
 from benchmarks.timing import argument_parser, compare, parsed
 from vlmteacher.decoders import TinyVideoDecoder
 from vlmteacher.ops import tiny_decoder as operator
@@ -89,7 +88,7 @@ class Vendor:
 
 
 def fold(weight: Tensor) -> Tensor:
-    """(N, 3, 3, C) -> (N, 4, 4, C), as torch's transposed convolution of stride 2 has it: see kernels/tiny_decoder.py."""
+    """(N, 3, 3, C) -> (N, 4, 4, C), as torch's transposed convolution of stride 2 has it (kernels/tiny_decoder.py)."""
     wide = F.pad(weight.float(), (0, 0, 1, 1, 1, 1)).flip(1, 2)
     wide = wide[:, 1:] + wide[:, :-1]
     return (wide[:, :, 1:] + wide[:, :, :-1]).to(weight.dtype)
@@ -128,7 +127,7 @@ def of_allowed(ours: list[Tensor], usual: list[Tensor], exact: list[Tensor], dty
 
 
 def check_convolutions(namespace: Any, dtype: torch.dtype, device: str) -> float:
-    """The largest error of y and dx over the layers that differ, of what it is allowed; memory is full of NaN before."""
+    """The largest error of y and dx over the layers that differ, of what it is allowed; memory is full of NaN first."""
     worst = []
     for channels, n, count, slope, added, upscale in EACH:
         torch.manual_seed(channels)
@@ -168,7 +167,7 @@ def check_convolutions(namespace: Any, dtype: torch.dtype, device: str) -> float
 
 def network(latents: tuple[int, int, int], dtype: torch.dtype, device: str) -> tuple[TinyVideoDecoder, Tensor]:
     torch.manual_seed(0)
-    decoder = TinyVideoDecoder(**WAN22)
+    decoder = TinyVideoDecoder(48, patch=2)
     with torch.no_grad():
         decoder.decoder[22].bias.fill_(0.5)  # the middle of the range: gradients pass the clamp
     decoder = decoder.to(device, dtype).requires_grad_(False)
@@ -183,7 +182,7 @@ def check_decoder(namespace: Any, dtype: torch.dtype, device: str) -> float:
     """
     latents, k = CHECK
     decoder, z = network(latents, dtype, device)
-    exact_decoder = TinyVideoDecoder(**WAN22).to(device, torch.float64).requires_grad_(False)
+    exact_decoder = TinyVideoDecoder(48, patch=2).to(device, torch.float64).requires_grad_(False)
     exact_decoder.load_state_dict(decoder.state_dict())
     indices = teacher_frame_indices(decoder.temporal_stride * (latents[0] - 1) + 1, k)
     grad = torch.randn(k, 3, *(16 * size for size in latents[1:]), device=device).to(dtype)

@@ -3,6 +3,7 @@ interpreter, the CUDA source executed on the CPU; and what the GPU compilers mak
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import importlib.util
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ from torch import Tensor
 
 from benchmarks.static.tool import rows as compiled_rows
 from tests.kernels import simt
+from vlmteacher.decoders import TinyVideoDecoder
+from vlmteacher.ops import tiny_decoder
 from vlmteacher.ops.tiny_decoder import conv3x3_backward_reference, conv3x3_reference, pack_signs, unpack_bits
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -52,6 +56,7 @@ CASES = [
     Case(2, 2, 80, 16, [(1, 4)]),
     Case(3, 3, 12, 12, [], upscale=2),
 ]
+INTERPRETED = {torch.bfloat16: CASES, torch.float16: CASES[::4], torch.float32: CASES}  # Triton's interpreter is slow
 LARGER = [  # several tiles of pixels and of channels
     Case(17, 35, 8, 136, ONE[:1]),
     Case(2, 2, 80, 72, [(1, 4), (3, -1)]),
@@ -172,6 +177,55 @@ def test_cuda(library, case, dtype):
         assert error <= allowed, f"{what}: {error:.3g}, allowed {allowed:.3g}"  # a NaN is not
 
 
+def decoded(namespace: Any) -> list[list[Any]]:
+    """[what, error, allowed] of a whole small decoder in float32, in chunks: every kind of layer and its neighbours."""
+    torch.manual_seed(0)
+    exact = TinyVideoDecoder(3, widths=(8, 8, 8, 8), patch=2, slope=0.1).requires_grad_(False)
+    exact.decoder[22].bias.fill_(0.5)  # the middle of the range: gradients pass the clamp
+    decoder = copy.deepcopy(exact)
+    exact.double()
+    wanted, z = [0, 1, 6, 4], torch.randn(1, 3, 3, 1, 1)
+    grad = torch.randn(4, 3, 16, 16)
+    x = z.double().requires_grad_()
+    frames = exact.decode_batch(x)[0][wanted]
+    (back,) = torch.autograd.grad(frames, x, grad.double())
+    with mock.patch.object(tiny_decoder, "_fast", lambda x: namespace):
+        ours = decoder.decode(z.requires_grad_(), wanted, chunk=2)
+        (mine,) = torch.autograd.grad(ours, z, grad)
+    return [
+        ["frames", float((ours - frames).abs().max().detach()), 1e-5],
+        ["gradient of the latents", rms(mine - back), 1e-4 * rms(back)],
+    ]
+
+
+def test_cuda_in_the_decoder(library):
+    class Namespace:
+        @staticmethod
+        def conv3x3(x, taps, weight, bias, residual, rows, slope, upscale):
+            with simt.Memory(library) as memory:
+                held = [None if t is None else memory.put(t) for t in (x, taps, weight, bias, residual, rows)]
+                size = (len(taps), x.shape[1] * upscale, x.shape[2] * upscale)
+                y = memory.empty(*size, len(weight), dtype=x.dtype)
+                signs = None if slope is None else memory.empty(*size, (len(weight) + 7) // 8, dtype=torch.uint8)
+                shape = [len(x), *taps.shape, *x.shape[1:], len(weight), upscale]
+                simt.call(library.run_forward, 4, False, *held, shape, ctypes.c_float(slope or 0.0), y, signs)
+                return y.clone(), torch.empty(0, dtype=torch.uint8) if signs is None else signs.clone()
+
+        @staticmethod
+        def conv3x3_backward(grad, signs, taps, frames, weight, residual, residual_signs, slope, upscale):
+            with simt.Memory(library) as memory:
+                tensors = (grad, None if slope is None else signs, taps, weight, residual, residual_signs)
+                held = [None if t is None else memory.put(t) for t in tensors]
+                shape = [frames, *taps.shape, grad.shape[1] // upscale, grad.shape[2] // upscale]
+                shape += [weight.shape[-1] // taps.shape[1], len(weight), upscale]
+                dx = memory.empty(frames, *shape[3:6], dtype=grad.dtype)
+                simt.call(library.run_backward, 4, False, *held, shape, ctypes.c_float(slope or 0.0), dx)
+                return dx.clone()
+
+    for what, error, allowed in decoded(Namespace):
+        assert error <= allowed, f"{what}: {error:.3g}, allowed {allowed:.3g}"
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_order_of_the_warps_gives_the_same_bits(library, dtype):
     case = CASES[6]
@@ -196,7 +250,7 @@ def test_triton_in_its_interpreter(tmp_path):
     done = subprocess.run(command, env=variables, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(done.stdout.splitlines()[-1])
-    assert len({row[0] for row in rows}) == len(DTYPES) * len(CASES)
+    assert len({row[0] for row in rows}) == sum(len(cases) for cases in INTERPRETED.values()) + 1
     assert not [row for row in rows if not row[2] <= row[3]]  # a NaN fails too
 
 
