@@ -177,28 +177,9 @@ def test_cuda(library, case, dtype):
         assert error <= allowed, f"{what}: {error:.3g}, allowed {allowed:.3g}"  # a NaN is not
 
 
-def decoded(namespace: Any) -> list[list[Any]]:
-    """[what, error, allowed] of a whole small decoder in float32, in chunks: every kind of layer and its neighbours."""
-    torch.manual_seed(0)
-    exact = TinyVideoDecoder(3, widths=(8, 8, 8, 8), patch=2, slope=0.1).requires_grad_(False)
-    exact.decoder[22].bias.fill_(0.5)  # the middle of the range: gradients pass the clamp
-    decoder = copy.deepcopy(exact)
-    exact.double()
-    wanted, z = [0, 1, 6, 4], torch.randn(1, 3, 3, 1, 1)
-    grad = torch.randn(4, 3, 16, 16)
-    x = z.double().requires_grad_()
-    frames = exact.decode_batch(x)[0][wanted]
-    (back,) = torch.autograd.grad(frames, x, grad.double())
-    with mock.patch.object(tiny_decoder, "_fast", lambda x: namespace):
-        ours = decoder.decode(z.requires_grad_(), wanted, chunk=2)
-        (mine,) = torch.autograd.grad(ours, z, grad)
-    return [
-        ["frames", float((ours - frames).abs().max().detach()), 1e-5],
-        ["gradient of the latents", rms(mine - back), 1e-4 * rms(back)],
-    ]
-
-
 def test_cuda_in_the_decoder(library):
+    """A whole small decoder in float32, in chunks: every kind of layer and its neighbours."""
+
     class Namespace:
         @staticmethod
         def conv3x3(x, taps, weight, bias, residual, rows, slope, upscale):
@@ -222,8 +203,21 @@ def test_cuda_in_the_decoder(library):
                 simt.call(library.run_backward, 4, False, *held, shape, ctypes.c_float(slope or 0.0), dx)
                 return dx.clone()
 
-    for what, error, allowed in decoded(Namespace):
-        assert error <= allowed, f"{what}: {error:.3g}, allowed {allowed:.3g}"
+    torch.manual_seed(0)
+    exact = TinyVideoDecoder(3, widths=(8, 8, 8, 8), patch=2, slope=0.1).requires_grad_(False)
+    exact.decoder[22].bias.fill_(0.5)  # the middle of the range: gradients pass the clamp
+    decoder = copy.deepcopy(exact)
+    exact.double()
+    wanted, z = [0, 1, 6, 4], torch.randn(1, 3, 3, 1, 1)
+    grad = torch.randn(4, 3, 16, 16)
+    x = z.double().requires_grad_()
+    frames = exact.decode_batch(x)[0][wanted]
+    (back,) = torch.autograd.grad(frames, x, grad.double())
+    with mock.patch.object(tiny_decoder, "_fast", lambda x: Namespace):
+        ours = decoder.decode(z.requires_grad_(), wanted, chunk=2)
+        (mine,) = torch.autograd.grad(ours, z, grad)
+    assert (ours - frames).abs().max() <= 1e-5
+    assert rms(mine - back) <= 1e-4 * rms(back)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -250,7 +244,7 @@ def test_triton_in_its_interpreter(tmp_path):
     done = subprocess.run(command, env=variables, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(done.stdout.splitlines()[-1])
-    assert len({row[0] for row in rows}) == sum(len(cases) for cases in INTERPRETED.values()) + 1
+    assert len({row[0] for row in rows}) == sum(len(cases) for cases in INTERPRETED.values())
     assert not [row for row in rows if not row[2] <= row[3]]  # a NaN fails too
 
 
