@@ -10,10 +10,15 @@ from pathlib import Path
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from vlmteacher.microworld.facts import STYLE
 from vlmteacher.microworld.tokenizer import build_tokenizer
-from vlmteacher.queries import ANSWER_INSTRUCTION, QUERY_INSTRUCTION
+from vlmteacher.queries import ANSWER_INSTRUCTION
 
-CORPUS = (QUERY_INSTRUCTION, ANSWER_INSTRUCTION, "<0.1 seconds> user assistant Yes No Is the red ball on the square?")
+CORPUS = (
+    STYLE.query_instruction,
+    ANSWER_INSTRUCTION,
+    "<0.1 seconds> user assistant Yes No Is the red ball on the square?",
+)
 VIDEO_PROCESSOR = {
     "size": {"shortest_edge": 1024, "longest_edge": 25165824},
     "patch_size": 8,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from vlmteacher import __version__
 from vlmteacher.errors import InputError, MissingExtra
 from vlmteacher.microworld.stages import STAGES
+from vlmteacher.placement import EXAMPLE, parse_device_map
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -89,6 +90,8 @@ def parser() -> argparse.ArgumentParser:
         help="stop only when the few-step video is good enough too (default: the pair's)",
     )
     _add_fused(sub)
+    sub.add_argument("--device-map", metavar="MAP", help=f"a device for each, {EXAMPLE}, instead of --device")
+    sub.add_argument("--offload", action="store_true", help="what is not needed waits in main memory")
     sub.add_argument("--keep", choices=("last", "best"), help="which LoRA to use after N updates")
     sub.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the noise (default: 0)")
     sub.add_argument("--out", required=True, metavar="DIR", help="run folder to write")
@@ -157,8 +160,9 @@ def _add_instance(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--prompt", required=True, metavar="TEXT", help="the task")
     sub.add_argument("--image", metavar="FILE", help="the first frame")
     sub.add_argument("--teacher", metavar="ID", help="VLM: hub id or directory (default: the packaged one)")
-    sub.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    sub.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cpu)")
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    sub.add_argument("--quantize", choices=("8bit", "4bit"), help="of the Teacher's weights (extra: quantized)")
 
 
 # ---------------------------------------------------------------- commands
@@ -251,23 +255,29 @@ def queries(arguments: argparse.Namespace) -> None:
     _check_instance(arguments)
     if arguments.output and not (parent := Path(arguments.output).absolute().parent).is_dir():
         raise InputError(f"queries file {arguments.output}: the directory {parent} does not exist")
+    if arguments.output and Path(arguments.output).is_dir():
+        raise InputError(f"queries file {arguments.output} is a directory: give the name of a file in it")
     from vlmteacher.quiet import quiet
 
     quiet()
     import torch
 
     from vlmteacher.pipeline import read_pair
+    from vlmteacher.placement import find_device
     from vlmteacher.teachers import load_teacher
 
     if arguments.teacher is None:
         directory, pair = read_pair()
         arguments.teacher = str(directory / pair["teacher"])
-    _check_device(arguments.device)
-    teacher = load_teacher(arguments.teacher, dtype=getattr(torch, arguments.dtype))
-    teacher.to(arguments.device)
+    device = find_device(arguments.device or "cpu", "--device")
+    dtype = getattr(torch, arguments.dtype)
+    teacher = load_teacher(arguments.teacher, dtype=dtype, quantize=arguments.quantize, device=device).to(device)
     written = teacher.write_queries(arguments.prompt, image)
     if arguments.output:
         written.save(arguments.output)
+        for kind, question in zip(("goal", *["process"] * len(written.process)), written.questions, strict=True):
+            print(f"{kind:8} {question}")
+        print(f"Edit {arguments.output} if you like, then: vlmteacher solve --queries {arguments.output} ...")
     else:
         print(written.to_json())
 
@@ -414,25 +424,27 @@ def _check_instance(arguments: argparse.Namespace) -> None:
         raise InputError("--prompt is empty: say what the video must show")
 
 
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--device {device} cannot be used here ({reason}): see `vlmteacher env`") from error
-
-
 def _pipeline(arguments: argparse.Namespace) -> TeacherPipeline:
     import torch
 
     from vlmteacher.pipeline import TeacherPipeline
+    from vlmteacher.placement import find_devices
 
-    _check_device(arguments.device)
+    where = parse_device_map(arguments.device_map) if arguments.device_map else arguments.device or "cpu"
+    devices = find_devices(where, "--device", "--device-map")
+    if arguments.device_map and arguments.device:
+        raise InputError(f"--device {arguments.device} and --device-map {arguments.device_map} exclude each other")
+    if arguments.offload and all(device.type == "cpu" for device in devices.values()):
+        raise InputError("--offload keeps in main memory what a GPU does not need: give --device or --device-map too")
     return TeacherPipeline.from_pretrained(
-        arguments.reasoner, arguments.teacher, arguments.decoder, dtype=getattr(torch, arguments.dtype)
-    ).to(arguments.device)
+        arguments.reasoner,
+        arguments.teacher,
+        arguments.decoder,
+        dtype=getattr(torch, arguments.dtype),
+        device_map=devices,
+        offload=arguments.offload,
+        quantize=arguments.quantize,
+    )
 
 
 def _first_free(path: str) -> Path:

@@ -1,11 +1,10 @@
-// The LoRA linear on NVIDIA GPUs: torch's tensors for plan.cuh. Stable ABI; built by nvcc against any torch, a CPU one
-// too, where the library loads but nothing calls it.
-#include "../cuda_tensors.cuh"
+// The LoRA linear on NVIDIA GPUs: torch's tensors for plan.cuh.
+#include "../cuda_device.h"
 #include "plan.cuh"
 
 namespace {
 
-using namespace cuda_tensors;
+using namespace vlmteacher;
 
 // What the kernels may assume: contiguous rows, one dtype, one GPU.
 void prepare(const Tensor& x, std::initializer_list<Tensors*> groups, size_t layers) {
@@ -29,7 +28,7 @@ Tensors lora_linear_forward(const Tensor& x_any, Tensors weights, Tensors biases
     ranks += lora_a[i].size(0);
   }
   found.push_back(torch::stable::new_empty(x, {x.size(0), ranks}));
-  with_type(x, [&]<class T>() {
+  with_type(x.scalar_type(), [&]<class T>() {
     std::vector<lora_linear::Layer<T>> layers;
     for (size_t i = 0; i < weights.size(); ++i)
       layers.push_back({.weight = data<T>(weights[i]),
@@ -61,7 +60,7 @@ Tensors lora_linear_backward(Tensors grads, const Tensor& x_any, const Tensor& s
     for (const Tensor& a : lora_a) da.push_back(add_like(a));
   if (need_b)
     for (const Tensor& b : lora_b) db.push_back(add_like(b));
-  with_type(x, [&]<class T>() {
+  with_type(x.scalar_type(), [&]<class T>() {
     std::vector<lora_linear::Layer<T>> layers;
     for (size_t i = 0; i < weights.size(); ++i)
       layers.push_back({.weight = data<T>(weights[i]),

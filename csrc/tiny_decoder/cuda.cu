@@ -1,10 +1,10 @@
 // The tiny decoder's convolutions on NVIDIA GPUs: torch's tensors for plan.cuh.
-#include "../cuda_tensors.cuh"
+#include "../cuda_device.h"
 #include "plan.cuh"
 
 namespace {
 
-using namespace cuda_tensors;
+using namespace vlmteacher;
 using tiny_decoder::Shape;
 
 // What the kernels may assume beside contiguity: frames that 32 bits address, one GPU.
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor> conv3x3(const Tensor& x_any, const Tensor& taps_any, 
   const Tensor signs = slope ? torch::stable::new_empty(x, {shape.outputs, height, width, (shape.n + 7) / 8},
                                                         ScalarType::Byte)
                              : torch::stable::new_empty(x, {0}, ScalarType::Byte);
-  with_type(x, [&]<class T>() {
+  with_type(x.scalar_type(), [&]<class T>() {
     Device device(x);
     tiny_decoder::forward(device, data<T>(x), data<int>(taps), data<T>(weight), data_or_null<T>(bias), data_or_null<T>(residual),
                           data_or_null<int>(rows), shape, data<T>(y), slope ? data<uint8_t>(signs) : nullptr);
@@ -81,7 +81,7 @@ Tensor conv3x3_backward(const Tensor& grad_any, const Tensor& signs_any, const T
                     .slope = static_cast<float>(slope.value_or(0))};
   check(shape, grad, taps, weight, {residual});
   const Tensor dx = torch::stable::new_empty(grad, {frames, shape.height, shape.width, shape.channels});
-  with_type(grad, [&]<class T>() {
+  with_type(grad.scalar_type(), [&]<class T>() {
     Device device(grad);
     tiny_decoder::backward(device, data<T>(grad), slope ? data<uint8_t>(signs) : nullptr, data<int>(taps),
                            data<T>(weight), data_or_null<T>(residual),

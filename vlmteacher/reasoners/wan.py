@@ -55,10 +55,14 @@ class WanReasoner(Reasoner):
         self.latents_std = torch.tensor(vae.config.latents_std, dtype=torch.float32).view(1, -1, 1, 1, 1)
         self.to(transformer.device)
 
-    def to(self, device: torch.device | str) -> WanReasoner:
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {"transformer": self.transformer, "vae": self.vae, "text_encoder": self.text_encoder}
+
+    def to(self, device: torch.device | str, *, networks: bool = True) -> WanReasoner:
         self.device = torch.device(device)
-        for part in (self.transformer, self.vae, self.text_encoder):
-            part.to(self.device)
+        for network in self.networks.values() if networks else ():
+            network.to(self.device)
         self.latents_mean, self.latents_std = self.latents_mean.to(self.device), self.latents_std.to(self.device)
         return self
 

@@ -1,7 +1,9 @@
-// torch's tensors, stream and memory for the plans (csrc/*/plan.cuh), by the stable ABI; built by nvcc against any torch, a
-// CPU one too, where the library loads but nothing calls it.
+// What an operator in CUDA C++ needs of torch: its GPU, stream and memory, for a plan.cuh. Stable ABI; built by nvcc
+// against any torch, a CPU one too, where the library loads but nothing calls it.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -13,19 +15,17 @@
 #include <limits>
 #include <vector>
 
-#include "ptx.cuh"
-
 // weak: a torch without CUDA has no such symbol
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                                    void** ret_stream);
 
-namespace cuda_tensors {
+namespace vlmteacher {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-inline void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "vlmteacher: ", cudaGetErrorString(error)); }
+inline void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, cudaGetErrorString(error)); }
 
 class Device {  // plan.cuh's: x's GPU and torch's current stream there
  public:
@@ -62,8 +62,8 @@ class Device {  // plan.cuh's: x's GPU and torch's current stream there
 };
 
 template <class F>
-void with_type(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
+void with_type(ScalarType type, const F& f) {
+  switch (type) {
     case ScalarType::Float:
       return f.template operator()<float>();
     case ScalarType::Half:
@@ -71,7 +71,7 @@ void with_type(const Tensor& x, const F& f) {
     case ScalarType::BFloat16:
       return f.template operator()<__nv_bfloat16>();
     default:
-      STD_TORCH_CHECK(false, "vlmteacher on a GPU takes float32, float16 and bfloat16");
+      STD_TORCH_CHECK(false, "operators on a GPU take float32, float16 and bfloat16");
   }
 }
 
@@ -81,8 +81,8 @@ T* data(const Tensor& t) {
 }
 
 inline int size(const Tensor& t, int64_t axis) {
-  STD_TORCH_CHECK(t.size(axis) <= std::numeric_limits<int>::max(), "vlmteacher: ", t.size(axis), " rows or columns");
+  STD_TORCH_CHECK(t.size(axis) <= std::numeric_limits<int>::max(), t.size(axis), " rows or columns are too many");
   return static_cast<int>(t.size(axis));
 }
 
-}  // namespace cuda_tensors
+}  // namespace vlmteacher

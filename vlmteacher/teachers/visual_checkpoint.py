@@ -1,0 +1,139 @@
+"""The visual encoder of a frozen VLM, streamed: its memory is that of one chunk, its gradients are exact.
+
+A frame pair (of other families: a frame) attends to itself only, so chunks of them are independent. The forward keeps the
+pixels and the encoder's outputs; the backward encodes one chunk again, with a graph, and goes straight to its pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+Encode = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+class _Stream(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, frames: Tensor, encode: Encode, step: int) -> tuple[Tensor, ...]:
+        chunks = [encode(frames[start : start + step]) for start in range(0, len(frames), step)]
+        ctx.save_for_backward(frames)
+        ctx.encode, ctx.step = encode, step
+        return tuple(torch.cat(outputs) for outputs in zip(*chunks, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (frames,) = ctx.saved_tensors
+        pieces, place = [], 0
+        for start in range(0, len(frames), ctx.step):
+            with torch.enable_grad():
+                piece = frames[start : start + ctx.step].detach().requires_grad_()
+                outputs = ctx.encode(piece)
+            rows = slice(place, place := place + len(outputs[0]))
+            pieces += torch.autograd.grad(outputs, piece, [grad[rows] for grad in grads])
+            del outputs
+        return torch.cat(pieces), None, None
+
+
+def stream(encode: Encode, frames: Tensor, step: int) -> tuple[Tensor, ...]:
+    """`encode(frames)`, computed and differentiated `step` frames at a time.
+
+    Args:
+        encode: from (k, 3, H, W) to tensors (k * rows, C), each with the same number of rows for every `step` frames and
+            independent between such chunks; differentiable, and the same whenever it is called.
+        frames: (K, 3, H, W).
+        step: frames of one chunk.
+
+    Returns:
+        What `encode` returns. Between forward and backward only the frames and the outputs are alive, in the backward also
+        the graph of one chunk; the price is one more forward. A video of one chunk keeps its graph instead: the peak is
+        the same.
+    """
+    if len(frames) <= step or not (torch.is_grad_enabled() and frames.requires_grad):
+        if len(frames) <= step:
+            return encode(frames)
+        return _Stream.forward(_Nothing(), frames, encode, step)
+    return _Stream.apply(frames, encode, step)
+
+
+class _Nothing:
+    """A context for a forward that nobody will differentiate."""
+
+    def save_for_backward(self, *_: Tensor) -> None: ...
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotary embedding in float32; saves the angles only, for its gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.float().chunk(2, -1)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    half = a.shape[-1]
+    out[..., :half] = torch.addcmul(a * cos, b, sin, value=-1)
+    out[..., half:] = torch.addcmul(b * cos, a, sin)
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, `x cos + rotate_half(x) sin`, in float32, in the dtype of x.
+
+    x: (..., d); cos, sin: broadcastable to (..., d / 2), float32: the angles of the first half, which the second repeats.
+    """
+    return _Rotate.apply(x, cos, sin)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """Attention of (B, N, H, d) tensors, all segments B in one call; returns (B, N, H * d)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2)
+
+
+def attend_segments(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The same for rows of segments: N = sum(lengths), each segment of a row attends to itself.
+
+    Neighbours of equal length go into one call. Returns (B, N, H * d).
+    """
+    if len(lengths) == 1:
+        return attend(q, k, v)
+    outputs, start, index = [], 0, 0
+    while index < len(lengths):
+        count = 1
+        while index + count < len(lengths) and lengths[index + count] == lengths[index]:
+            count += 1
+        stop = start + count * lengths[index]
+        block = [x[:, start:stop].reshape(-1, lengths[index], *x.shape[2:]) for x in (q, k, v)]
+        outputs.append(attend(*block).view(len(q), stop - start, -1))
+        start, index = stop, index + count
+    return torch.cat(outputs, 1)
+
+
+class LinearPatchEmbed(nn.Module):
+    """A vision tower's patch embedding as the matrix product that it is: its convolution's stride equals its kernel.
+
+    Conv3d is slow, on the CPU above all. Keeps the stock parameter names. patches: (N, channels * extent of the kernel).
+    """
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        self.proj: nn.Conv3d = stock.proj
+
+    def forward(self, patches: Tensor) -> Tensor:
+        weight = self.proj.weight
+        return F.linear(patches.to(weight.dtype), weight.flatten(1), self.proj.bias)
