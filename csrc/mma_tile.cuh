@@ -1,8 +1,8 @@
 // Tiles of a matrix product in the hands of a block: operands in shared memory, accumulators in registers.
 //
 // 16-bit types run on tensor cores through mma.sync, which every GPU since Ampere has; Hopper's wgmma, faster there, is
-// not used. float runs on plain multiply-adds and keeps its accuracy. No torch here: nvcc compiles the kernels alone, and
-// the tests execute them on the CPU.
+// not used. float runs on plain multiply-adds and keeps its accuracy. No torch here: nvcc compiles the kernels alone,
+// and the tests execute them on the CPU.
 #pragma once
 
 #include <type_traits>

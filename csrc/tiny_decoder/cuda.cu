@@ -12,8 +12,8 @@ void check(const Shape& s, const Tensor& x, const Tensor& taps, const Tensor& we
            std::initializer_list<std::optional<Tensor>> others) {
   constexpr int64_t Most = std::numeric_limits<int>::max();
   const int64_t pixels = int64_t{s.height} * s.width * s.upscale * s.upscale;
-  STD_TORCH_CHECK(pixels <= Most && std::max(s.frames, 4 * s.outputs) <= 65535, "tiny_decoder: ", s.outputs, " frames of ",
-                  pixels, " pixels are too many or too large");
+  STD_TORCH_CHECK(pixels <= Most && std::max(s.frames, 4 * s.outputs) <= 65535, "tiny_decoder: ", s.outputs,
+                  " frames of ", pixels, " pixels are too many or too large");
   STD_TORCH_CHECK(s.upscale == 1 || s.upscale == 2, "tiny_decoder: upscale is 1 or 2, not ", s.upscale);
   STD_TORCH_CHECK(taps.scalar_type() == ScalarType::Int && weight.scalar_type() == x.scalar_type() &&
                       taps.get_device() == x.get_device() && weight.get_device() == x.get_device(),
@@ -33,9 +33,9 @@ T* data_or_null(const std::optional<Tensor>& t) {
 }
 
 std::tuple<Tensor, Tensor> conv3x3(const Tensor& x_any, const Tensor& taps_any, const Tensor& weight_any,
-                                   const std::optional<Tensor>& bias_any,
-                                   const std::optional<Tensor>& residual_any, const std::optional<Tensor>& rows_any,
-                                   std::optional<double> slope, int64_t upscale) {
+                                   const std::optional<Tensor>& bias_any, const std::optional<Tensor>& residual_any,
+                                   const std::optional<Tensor>& rows_any, std::optional<double> slope,
+                                   int64_t upscale) {
   const Tensor x = torch::stable::contiguous(x_any), taps = torch::stable::contiguous(taps_any);
   const Tensor weight = torch::stable::contiguous(weight_any);
   const auto bias = contiguous(bias_any), residual = contiguous(residual_any), rows = contiguous(rows_any);
@@ -53,13 +53,14 @@ std::tuple<Tensor, Tensor> conv3x3(const Tensor& x_any, const Tensor& taps_any, 
                   "tiny_decoder: a residual comes with int32 rows");
   const int64_t height = shape.height * upscale, width = shape.width * upscale;
   const Tensor y = torch::stable::new_empty(x, {shape.outputs, height, width, shape.n});
-  const Tensor signs = slope ? torch::stable::new_empty(x, {shape.outputs, height, width, (shape.n + 7) / 8},
-                                                        ScalarType::Byte)
-                             : torch::stable::new_empty(x, {0}, ScalarType::Byte);
+  const Tensor signs =
+      slope ? torch::stable::new_empty(x, {shape.outputs, height, width, (shape.n + 7) / 8}, ScalarType::Byte)
+            : torch::stable::new_empty(x, {0}, ScalarType::Byte);
   with_type(x.scalar_type(), [&]<class T>() {
     Device device(x);
-    tiny_decoder::forward(device, data<T>(x), data<int>(taps), data<T>(weight), data_or_null<T>(bias), data_or_null<T>(residual),
-                          data_or_null<int>(rows), shape, data<T>(y), slope ? data<uint8_t>(signs) : nullptr);
+    tiny_decoder::forward(device, data<T>(x), data<int>(taps), data<T>(weight), data_or_null<T>(bias),
+                          data_or_null<T>(residual), data_or_null<int>(rows), shape, data<T>(y),
+                          slope ? data<uint8_t>(signs) : nullptr);
   });
   return {y, signs};
 }

@@ -13,16 +13,15 @@ namespace tiny_decoder {
 // launch conv<.*Tile<128,16,.*false> 128 46080
 // launch conv<.*Tile<128,16,.*true> 128 47104
 template <class T, class Tile, int Threads, int Forward, int Backward>
-constexpr bool as_listed = Tile::Threads == Threads &&
-                           shared_bytes<T, Tile, Along::Depth, Along::Depth>() == Forward &&
+constexpr bool as_listed = Tile::Threads == Threads && shared_bytes<T, Tile, Along::Depth, Along::Depth>() == Forward &&
                            shared_bytes<T, Tile, Along::Depth, Along::Side>() == Backward;
 static_assert(as_listed<float, Wide<float>, 256, 40960, 37888>);
 static_assert(as_listed<__half, Wide<__half>, 256, 81920, 75776>);
 static_assert(as_listed<__half, Middle, 256, 61440, 59392>);
 static_assert(as_listed<__half, Thin, 128, 46080, 47104>);
 
-#define CONV(T, TILE)                                                                  \
-  template __global__ void conv<T, TILE, false>(const __grid_constant__ Conv<T>);      \
+#define CONV(T, TILE)                                                             \
+  template __global__ void conv<T, TILE, false>(const __grid_constant__ Conv<T>); \
   template __global__ void conv<T, TILE, true>(const __grid_constant__ Conv<T>)
 
 #define KERNELS(T)  \

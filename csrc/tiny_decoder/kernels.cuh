@@ -1,11 +1,11 @@
-// Device code of the tiny decoder's convolutions; the definition is vlmteacher/ops/tiny_decoder.py, the order of launches
-// plan.cuh.
+// Device code of the tiny decoder's convolutions; the definition is vlmteacher/ops/tiny_decoder.py, the order of
+// launches plan.cuh.
 //
 // One implicit matrix product serves both directions: a block owns a rectangle of one frame's pixels and a run of
-// channels, and adds up, place by place of the kernel, what it reads at the shifted rectangle times that place's weights.
-// Forward it reads the frames of `taps`, backward the gradient of the outputs that saw its frame. Behind nearest
-// upsampling the weights are folded to 4 x 4, see fold(): forward a block owns every second row and column of the output
-// and has 2 x 2 places, backward it has 4 x 4. Nobody writes what another block writes.
+// channels, and adds up, place by place of the kernel, what it reads at the shifted rectangle times that place's
+// weights. Forward it reads the frames of `taps`, backward the gradient of the outputs that saw its frame. Behind
+// nearest upsampling the weights are folded to 4 x 4, see fold(): forward a block owns every second row and column of
+// the output and has 2 x 2 places, backward it has 4 x 4. Nobody writes what another block writes.
 #pragma once
 
 #include "../mma_tile.cuh"
@@ -34,7 +34,8 @@ struct Conv {
   int rows_stride = 1;
   const uint8_t* residual_signs = nullptr;
   T* out;
-  uint8_t* signs;  // a bit for every element of y: forward written, backward read with `from`; null without an activation
+  uint8_t*
+      signs;  // a bit for every element of y: forward written, backward read with `from`; null without an activation
   int taps, depth, columns;
   int height, width, upscale;  // of the frames of x, and of dx; those of y and of its gradient are larger by `upscale`
   float slope;
@@ -110,9 +111,8 @@ __global__ void __launch_bounds__(Tile::Threads, 2) conv(const __grid_constant__
       while (frames[tap] < 0) ++tap;
       const int64_t frame = frames[tap] * from_pixels;
       const int place = (a + part * down) * stored + b + part * right;
-      Right::template load<Tile::Threads>(right_tile(step),
-                                          p.weight + (place * p.taps + tap) * int64_t{channels}, weight_stride, column,
-                                          p.columns, depth, p.depth);
+      Right::template load<Tile::Threads>(right_tile(step), p.weight + (place * p.taps + tap) * int64_t{channels},
+                                          weight_stride, column, p.columns, depth, p.depth);
 #pragma unroll
       for (int i = 0; i < Load::Count; ++i) {
         const int at = threadIdx.x + i * Tile::Threads, pixel = at / Load::PerRow, x = at % Load::PerRow * Size;
@@ -213,7 +213,8 @@ __global__ void __launch_bounds__(Tile::Threads, 2) conv(const __grid_constant__
   });
 }
 
-// The inverse of taps (outputs, count): users (frames, count), the output that sees a frame as that tap, or -1. A block.
+// The inverse of taps (outputs, count): users (frames, count), the output that sees a frame as that tap, or -1. A
+// block.
 __global__ void __launch_bounds__(256) invert(const int* taps, int outputs, int count, int frames, int* users) {
   for (int i = threadIdx.x; i < frames * count; i += 256) users[i] = -1;
   __syncthreads();
@@ -221,8 +222,8 @@ __global__ void __launch_bounds__(256) invert(const int* taps, int outputs, int 
     if (taps[i] >= 0) users[taps[i] * count + i % count] = i / count;
 }
 
-// The weights (n, 3, 3, channels) of a convolution behind nearest x2 upsampling as those of a transposed one of stride 2,
-// (n, 4, 4, channels). Rows 2 i and 2 i + 1 of what it reads are row i of the input: so input row i meets output row
+// The weights (n, 3, 3, channels) of a convolution behind nearest x2 upsampling as those of a transposed one of stride
+// 2, (n, 4, 4, channels). Rows 2 i and 2 i + 1 of what it reads are row i of the input: so input row i meets output row
 // 2 i + 2 - q with the sum of the weights' rows q and q - 1, of those that exist; columns alike.
 template <class T>
 __global__ void __launch_bounds__(256) fold(const T* weight, int64_t size, int channels, T* out) {

@@ -27,19 +27,21 @@ const char* run_forward(int bytes, bool brain, const void* x, const int* taps, c
     with_type(bytes, brain, [&]<class T>() {
       simt::Device device;
       tiny_decoder::forward(device, static_cast<const T*>(x), taps, static_cast<const T*>(weight),
-                            static_cast<const T*>(bias), static_cast<const T*>(residual), rows, shape_of(shape, slope), static_cast<T*>(y), signs);
+                            static_cast<const T*>(bias), static_cast<const T*>(residual), rows, shape_of(shape, slope),
+                            static_cast<T*>(y), signs);
     });
   });
 }
 
 const char* run_backward(int bytes, bool brain, const void* grad, const uint8_t* signs, const int* taps,
-                         const void* weight, const void* residual, const uint8_t* residual_signs, const int* shape, float slope,
-                         void* dx) {
+                         const void* weight, const void* residual, const uint8_t* residual_signs, const int* shape,
+                         float slope, void* dx) {
   return simt::attempt([&] {
     with_type(bytes, brain, [&]<class T>() {
       simt::Device device;
       tiny_decoder::backward(device, static_cast<const T*>(grad), signs, taps, static_cast<const T*>(weight),
-                             static_cast<const T*>(residual), residual_signs, shape_of(shape, slope), static_cast<T*>(dx));
+                             static_cast<const T*>(residual), residual_signs, shape_of(shape, slope),
+                             static_cast<T*>(dx));
     });
   });
 }
