@@ -34,8 +34,8 @@ struct Conv {
   int rows_stride = 1;
   const uint8_t* residual_signs = nullptr;
   T* out;
-  uint8_t*
-      signs;  // a bit for every element of y: forward written, backward read with `from`; null without an activation
+  // a bit for every element of y: forward written, backward read with `from`; null without an activation
+  uint8_t* signs;
   int taps, depth, columns;
   int height, width, upscale;  // of the frames of x, and of dx; those of y and of its gradient are larger by `upscale`
   float slope;
