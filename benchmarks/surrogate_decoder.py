@@ -109,9 +109,7 @@ def main() -> None:
     rows = [measure(name, settings.device, settings.pairs) for name in settings.preset or PRESETS]
     settings.dtype = "each preset's"
     paper = multiply_adds(WAN22, *PAPER)
-    for label, counted in [(row["case"], row["multiply_adds"]) for row in rows] + [
-        ("24 of 89 frames, 1280x704", paper)
-    ]:
+    for label, counted in [(row["case"], row["multiply_adds"]) for row in rows] + [("24 of 89 frames, 1280x704", paper)]:
         plain, every, wanted = (counted[key] / 1e9 for key in ("plain", "every_frame", "wanted"))
         print(
             f"{label}: {plain:.1f} G multiply-adds in the plain decoder; ours {every:.1f} for every frame,"
