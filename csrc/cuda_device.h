@@ -12,6 +12,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <limits>
 #include <vector>
 
 // weak: a torch without CUDA has no such symbol
@@ -72,6 +73,16 @@ void with_type(ScalarType type, const F& f) {
     default:
       STD_TORCH_CHECK(false, "operators on a GPU take float32, float16 and bfloat16");
   }
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+inline int size(const Tensor& t, int64_t axis) {
+  STD_TORCH_CHECK(t.size(axis) <= std::numeric_limits<int>::max(), t.size(axis), " rows or columns are too many");
+  return static_cast<int>(t.size(axis));
 }
 
 }  // namespace vlmteacher

@@ -1,22 +1,10 @@
 // The LoRA linear on NVIDIA GPUs: torch's tensors for plan.cuh.
-#include <limits>
-
 #include "../cuda_device.h"
 #include "plan.cuh"
 
 namespace {
 
 using namespace vlmteacher;
-
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
-int size(const Tensor& t, int64_t axis) {
-  STD_TORCH_CHECK(t.size(axis) <= std::numeric_limits<int>::max(), "lora_linear: ", t.size(axis), " rows or columns");
-  return static_cast<int>(t.size(axis));
-}
 
 // What the kernels may assume: contiguous rows, one dtype, one GPU.
 void prepare(const Tensor& x, std::initializer_list<Tensors*> groups, size_t layers) {

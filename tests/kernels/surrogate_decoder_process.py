@@ -1,0 +1,50 @@
+"""Runs the Triton kernels of tiny_decoder in the interpreter. A process of its own, since Triton decides at import
+whether it interprets.
+
+    TRITON_INTERPRET=1 python -m tests.kernels.surrogate_decoder_process
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
+
+from tests.kernels.lora_linear_process import create_dot
+from tests.kernels.test_surrogate_decoder import FRAMES, INTERPRETED, draw, errors, identity
+from vlmteacher.kernels import tiny_decoder as kernels
+
+_empty = torch.empty
+
+
+def poisoned(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _empty(shape, dtype=dtype, device=device).fill_(255 if dtype == torch.uint8 else float("nan"))
+
+
+def main() -> None:
+    rows: list[list[Any]] = []
+    for dtype, cases in INTERPRETED.items():
+        for case in cases:
+            drawn = draw(case, dtype)
+            how, added = (case.slope, case.upscale), (drawn["bias"], drawn["residual"], drawn["rows"])
+            through = (drawn["through"], drawn["through_signs"])
+            with (
+                mock.patch.object(torch, "empty", poisoned),
+                mock.patch.object(InterpreterBuilder, "create_dot", create_dot),
+            ):
+                y, signs = kernels.conv3x3(drawn["x"], drawn["taps"], drawn["weight"], *added, *how)
+                dx = kernels.conv3x3_backward(
+                    drawn["grad"], drawn["signs"], drawn["taps"], FRAMES, drawn["weight"], *through, *how
+                )
+            # The interpreter truncates to bfloat16, where a GPU rounds to nearest.
+            floor = torch.finfo(dtype).eps * (0.6 if dtype == torch.bfloat16 else 0.1)
+            rows += [[f"{dtype} {identity(case)}", *row] for row in errors(case, drawn, y, signs, dx, floor)]
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
