@@ -22,7 +22,8 @@ from benchmarks.presets import PRESETS, Instance, build
 from benchmarks.timing import argument_parser, parsed
 from vlmteacher.lora import TARGET_MODULES
 from vlmteacher.optimization import GRADIENT_CLIP
-from vlmteacher.teachers.qwen_vl import LinearPatchEmbed, video_placeholder
+from vlmteacher.teachers.qwen_vl import video_placeholder
+from vlmteacher.teachers.visual_checkpoint import LinearPatchEmbed
 
 Variant = Literal["checkpointed", "plain", "compiled"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
