@@ -30,12 +30,12 @@ SHAPES = [
 ]
 
 
-def layers(k: int, sizes: Sequence[int], dtype: torch.dtype, device: str) -> list[nn.Module]:
+def layers(k: int, sizes: Sequence[int], dtype: torch.dtype, device: str, rank: int = RANK) -> list[nn.Module]:
     """PEFT's layers, as the optimisation makes them: the base frozen in `dtype`, the adapter in float32."""
     from peft import LoraConfig, inject_adapter_in_model
 
     base = nn.ModuleList(nn.Linear(k, n, dtype=dtype, device=device) for n in sizes).requires_grad_(False)
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=[str(i) for i in range(len(sizes))])
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[str(i) for i in range(len(sizes))])
     model = inject_adapter_in_model(config, base)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:

@@ -1,6 +1,10 @@
-"""Normalise + patchify, forward and backward to the pixels, against the plain torch expression.
+"""Resize + normalise + patchify + cast, forward and backward to the pixels, against the plain torch expression.
 
-python -m benchmarks.patchify [--json] [--dtype bfloat16]
+    python -m benchmarks.patchify [--json] [--dtype bfloat16]
+
+The stock side is what the video processor does: interpolate (bicubic, antialias), normalise, permute, copy. torch
+resizes no 16-bit frames on the CPU: it gets float32 in between. `memory_ratio` is of the most bytes that tensors take
+at one time; what is saved for the backward is next to nothing on either side and is given too.
 """
 
 from __future__ import annotations
@@ -14,8 +18,15 @@ from benchmarks.timing import arguments, compare, publish
 from vlmteacher.ops.patchify import patchify, patchify_reference
 
 MEAN = STD = [0.5, 0.5, 0.5]
-# The packaged world, a mid-size video, the paper's Teacher input (24 frames of 704x1280).
-SIZES = [(12, 64, 64, 8), (12, 352, 640, 16), (24, 704, 1280, 16)]
+# frames, height, width, patch, and the size they are resized to, where they are
+SIZES: list[tuple[int, int, int, int, tuple[int, int] | None]] = [
+    (12, 64, 64, 8, None),  # the packaged world, a mid-size video, the paper's Teacher input
+    (12, 352, 640, 16, None),
+    (24, 704, 1280, 16, None),
+    (12, 64, 64, 16, (128, 128)),
+    (12, 384, 384, 16, (256, 256)),
+    (24, 704, 1280, 16, (352, 640)),
+]
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
@@ -30,24 +41,39 @@ def peak_bytes(function: Callable[[], object]) -> int:
     return peak
 
 
+def saved_bytes(function: Callable[[], object]) -> int:
+    """What autograd keeps of `function` for its backward."""
+    found: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        function()
+    return sum(found.values())
+
+
 def main() -> None:
     settings = arguments(__doc__ or "")
     dtype = getattr(torch, settings.dtype)
     rows = []
-    for t, height, width, patch in SIZES:
+    for t, height, width, patch, size in SIZES:
         frames = torch.rand(t, 3, height, width, device=settings.device).to(dtype).requires_grad_()
-        grad = torch.randn_like(patchify_reference(frames.detach(), patch, 2, 2, MEAN, STD))
+        grad = torch.randn_like(patchify(frames.detach(), patch, 2, 2, MEAN, STD, size))
+        case = f"{t}x{height}x{width}" + (f" to {size[0]}x{size[1]}" if size else f" patch {patch}")
 
-        def forward(function: Callable[..., Tensor], frames: Tensor = frames, patch: int = patch) -> Tensor:
-            return function(frames, patch, 2, 2, MEAN, STD)
+        def forward(function: Callable[..., Tensor], frames=frames, patch=patch, size=size) -> Tensor:  # type: ignore[no-untyped-def]
+            return function(frames, patch, 2, 2, MEAN, STD, size)
 
         def both(function: Callable[..., Tensor], frames: Tensor = frames, grad: Tensor = grad) -> Tensor:
-            return torch.autograd.grad(forward(function, frames, patch), frames, grad)[0]  # noqa: B023
+            return torch.autograd.grad(forward(function), frames, grad)[0]
 
         for what, run in (("forward", forward), ("forward+backward", both)):
             ours, stock = (lambda run=run: run(patchify)), (lambda run=run: run(patchify_reference))
-            row = compare(f"{t}x{height}x{width} patch {patch} {what}", ours, stock, settings.pairs, settings.device)
+            row = compare(f"{case} {what}", ours, stock, settings.pairs, settings.device)
             row["memory_ratio"] = peak_bytes(ours) / peak_bytes(stock)
+            row["saved_bytes"], row["stock_saved_bytes"] = saved_bytes(ours), saved_bytes(stock)
             rows.append(row)
     publish("patchify", settings, rows)
 

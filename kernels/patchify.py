@@ -1,7 +1,11 @@
-"""Normalise + patchify in Triton: one read and one write of the pixels in either direction.
+"""Resize + normalise + patchify + cast in Triton.
 
-Both kernels gather: every program owns a run of outputs, so nothing is written twice and the repeated last frame needs
-no atomics. Arithmetic is in float32 and rounded once. The definition is vlmteacher/ops/patchify.py.
+Every kernel gathers: a program owns a run of outputs, so that nothing is written twice, and neither the repeated last
+frame nor the gradient of a resize needs atomics. A resize is two kernels: rows are added up on their own, columns where
+the patches are written (or, backward, read); what lies between is float32. Without one there is one kernel, which reads
+and writes the pixels once. Arithmetic is in float32 and rounded once. The definition is vlmteacher/ops/patchify.py.
+
+Never run on a GPU yet: in Triton's interpreter, and compiled ahead of time.
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024
+BLOCK, RESIZED_BLOCK = 1024, 512  # elements a program; a resize holds more of each in registers
+COLUMNS = 512  # of a row, in the kernel that adds up rows
 
 
 @triton.jit
@@ -22,12 +27,32 @@ def _channel(c, r, g, b):
 
 
 @triton.jit
+def resize_rows_kernel(
+    x, out, start, weight, taps, height, width, segments, stride_t, stride_c, stride_y, stride_x, COLUMNS: tl.constexpr
+):
+    """out (T, 3, height, width), contiguous: rows are weighted sums of `taps` rows of x. A segment of one a program."""
+    program = tl.program_id(0)
+    column = program % segments * COLUMNS + tl.arange(0, COLUMNS)
+    y, plane = program // segments % height, (program // segments // height).to(tl.int64)
+    inside = column < width
+    first = tl.load(start + y).to(tl.int64)
+    at = x + plane // 3 * stride_t + plane % 3 * stride_c + first * stride_y + column.to(tl.int64) * stride_x
+    total = tl.zeros([COLUMNS], dtype=tl.float32)
+    for k in range(taps):
+        total += tl.load(weight + y * taps + k) * tl.load(at + k * stride_y, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + (plane * height + y) * width + column, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def patchify_kernel(
-    frames, out, numel, num_frames, grid_h, grid_w, stride_t, stride_c, stride_y, stride_x,
+    frames, out, start, weight, taps, numel, num_frames, grid_h, grid_w, stride_t, stride_c, stride_y, stride_x,
     mean_r, mean_g, mean_b, std_r, std_g, std_b,
     PATCH: tl.constexpr, TEMPORAL: tl.constexpr, MERGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per BLOCK elements of the output; grid_h and grid_w count merge x merge blocks."""
+    """One program per BLOCK elements of the output; grid_h and grid_w count merge x merge blocks.
+
+    start, weight: of the horizontal band, or None where a pixel is one of `frames` as it stands.
+    """
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < numel
     px, rest = i % PATCH, i // PATCH
@@ -40,67 +65,116 @@ def patchify_kernel(
     by, t = rest % grid_h, rest // grid_h
     frame = tl.minimum(t * TEMPORAL + k, num_frames - 1)
     y, x = (by * MERGE + my) * PATCH + py, (bx * MERGE + mx) * PATCH + px
-    offset = frame * stride_t + c * stride_c + y * stride_y + x * stride_x
-    pixel = tl.load(frames + offset, mask=inside, other=0.0).to(tl.float32)
+    line = frames + frame * stride_t + c * stride_c + y * stride_y
+    if start is None:
+        pixel = tl.load(line + x * stride_x, mask=inside, other=0.0).to(tl.float32)
+    else:
+        pixel = tl.zeros([BLOCK], dtype=tl.float32)
+        at = line + tl.load(start + x, mask=inside, other=0) * stride_x
+        for tap in range(taps):
+            w = tl.load(weight + x * taps + tap, mask=inside, other=0.0)
+            pixel += w * tl.load(at + tap * stride_x, mask=inside, other=0.0).to(tl.float32)
     value = (pixel - _channel(c, mean_r, mean_g, mean_b)) / _channel(c, std_r, std_g, std_b)
     tl.store(out + i, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def patchify_backward_kernel(
-    grad, out, numel, num_frames, height, width, std_r, std_g, std_b,
+def _gradient(
+    grad, row_of_blocks, slot, last, c, y, x, inside,
     PATCH: tl.constexpr, TEMPORAL: tl.constexpr, MERGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per BLOCK pixels of the contiguous (T, 3, H, W) gradient."""
+    """The rows' gradient at pixel (y, x) of a frame, of the last one also in the slots that it was repeated into.
+
+    row_of_blocks: the first patch row of the frame's row of blocks."""
+    my, mx, bx = y // PATCH % MERGE, x // PATCH % MERGE, x // (PATCH * MERGE)
+    row = row_of_blocks + (bx * MERGE + my) * MERGE + mx
+    at = grad + ((row * 3 + c) * TEMPORAL * PATCH + y % PATCH) * PATCH + x % PATCH
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for k in tl.static_range(TEMPORAL):
+        mine = (k == slot) | (last & (k > slot))
+        total += tl.load(at + k * PATCH * PATCH, mask=inside & mine, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def patchify_backward_kernel(
+    grad, out, start, weight, taps, numel, num_frames, height, width, columns, std_r, std_g, std_b,
+    PATCH: tl.constexpr, TEMPORAL: tl.constexpr, MERGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per BLOCK pixels of out (T, 3, height, columns), contiguous, from the patches of height x width.
+
+    start, weight: of the transposed horizontal band, or None where `columns` is `width`.
+    """
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < numel
-    x, rest = i % width, i // width
+    x, rest = i % columns, i // columns
     y, rest = rest % height, rest // height
     c, frame = rest % 3, rest // 3
     grid_h, grid_w = height // (PATCH * MERGE), width // (PATCH * MERGE)
-    my, by = y // PATCH % MERGE, y // (PATCH * MERGE)
-    mx, bx = x // PATCH % MERGE, x // (PATCH * MERGE)
-    row = (((frame // TEMPORAL * grid_h + by) * grid_w + bx) * MERGE + my) * MERGE + mx
-    first = (row * 3 + c) * TEMPORAL
-    within = y % PATCH * PATCH + x % PATCH
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    for k in tl.static_range(TEMPORAL):
-        # the slot of this frame; of the last frame also the slots that it was repeated into
-        slot = frame % TEMPORAL
-        mine = (k == slot) | ((frame == num_frames - 1) & (k > slot))
-        at = (first + k) * PATCH * PATCH + within
-        total += tl.load(grad + at, mask=inside & mine, other=0.0).to(tl.float32)
+    row_of_blocks = (frame // TEMPORAL * grid_h + y // (PATCH * MERGE)) * grid_w * MERGE * MERGE
+    slot, last = frame % TEMPORAL, frame == num_frames - 1
+    if start is None:
+        total = _gradient(grad, row_of_blocks, slot, last, c, y, x, inside, PATCH, TEMPORAL, MERGE, BLOCK)
+    else:
+        total = tl.zeros([BLOCK], dtype=tl.float32)
+        first = tl.load(start + x, mask=inside, other=0)
+        for tap in range(taps):
+            w = tl.load(weight + x * taps + tap, mask=inside, other=0.0)
+            at = first + tap
+            total += w * _gradient(grad, row_of_blocks, slot, last, c, y, at, inside, PATCH, TEMPORAL, MERGE, BLOCK)
     value = total / _channel(c, std_r, std_g, std_b)
     tl.store(out + i, value.to(out.dtype.element_ty), mask=inside)
 
 
+def _resize_rows(x: Tensor, start: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    height, taps = weight.shape
+    num_frames, channels, _, width = x.shape
+    out = torch.empty(num_frames, channels, height, width, dtype=dtype, device=x.device)
+    segments = triton.cdiv(width, COLUMNS)
+    resize_rows_kernel[(num_frames * channels * height * segments,)](
+        x, out, start, weight, taps, height, width, segments, *x.stride(), COLUMNS=COLUMNS
+    )
+    return out
+
+
 def patchify(
-    frames: Tensor, patch: int, temporal_patch: int, merge: int, mean: Sequence[float], std: Sequence[float]
-) -> Tensor:
-    """(T, 3, H, W) of any strides -> (N, 3 * temporal_patch * patch**2)."""
-    num_frames, _, height, width = frames.shape
-    temporal_patches = -(-num_frames // temporal_patch)
-    rows = temporal_patches * (height // patch) * (width // patch)
-    out = torch.empty(rows, 3 * temporal_patch * patch * patch, dtype=frames.dtype, device=frames.device)
-    grid = (triton.cdiv(out.numel(), BLOCK),)
+    frames: Tensor, patch: int, temporal_patch: int, merge: int, mean: Sequence[float], std: Sequence[float],
+    dtype: torch.dtype, bands: Sequence[Tensor],
+) -> Tensor:  # fmt: skip
+    """(T, 3, H, W) of any strides -> (N, 3 * temporal_patch * patch**2), resized where there are bands."""
     with torch.cuda.device_of(frames):
-        patchify_kernel[grid](
-            frames, out, out.numel(), num_frames, height // (patch * merge), width // (patch * merge),
-            *frames.stride(), *mean, *std, PATCH=patch, TEMPORAL=temporal_patch, MERGE=merge, BLOCK=BLOCK,
+        start = weight = None
+        height, width = frames.shape[2:]
+        if bands:
+            start_y, weight_y, start, weight = bands
+            height, width = len(start_y), len(start)
+            frames = _resize_rows(frames, start_y, weight_y, torch.float32)
+        num_frames = len(frames)
+        rows = triton.cdiv(num_frames, temporal_patch) * (height // patch) * (width // patch)
+        out = torch.empty(rows, 3 * temporal_patch * patch * patch, dtype=dtype, device=frames.device)
+        block = RESIZED_BLOCK if bands else BLOCK
+        patchify_kernel[(triton.cdiv(out.numel(), block),)](
+            frames, out, start, weight, 0 if weight is None else weight.shape[1], out.numel(), num_frames,
+            height // (patch * merge), width // (patch * merge), *frames.stride(), *mean, *std,
+            PATCH=patch, TEMPORAL=temporal_patch, MERGE=merge, BLOCK=block,
         )  # fmt: skip
     return out
 
 
 def patchify_backward(
     grad: Tensor, num_frames: int, height: int, width: int, patch: int, temporal_patch: int, merge: int,
-    std: Sequence[float],
+    std: Sequence[float], resized_height: int, resized_width: int, dtype: torch.dtype, bands: Sequence[Tensor],
 ) -> Tensor:  # fmt: skip
-    """The gradient of the rows (N, columns) -> that of the frames (T, 3, H, W)."""
-    out = torch.empty(num_frames, 3, height, width, dtype=grad.dtype, device=grad.device)
-    grid = (triton.cdiv(out.numel(), BLOCK),)
+    """The gradient of the rows (N, columns) -> that of the frames (T, 3, H, W); bands are the transposed ones."""
     with torch.cuda.device_of(grad):
-        patchify_backward_kernel[grid](
-            grad.contiguous(), out, out.numel(), num_frames, height, width, *std,
-            PATCH=patch, TEMPORAL=temporal_patch, MERGE=merge, BLOCK=BLOCK,
+        start_y, weight_y, start, weight = bands or (None,) * 4
+        out = torch.empty(
+            num_frames, 3, resized_height, width, dtype=torch.float32 if bands else dtype, device=grad.device
+        )
+        block = RESIZED_BLOCK if bands else BLOCK
+        patchify_backward_kernel[(triton.cdiv(out.numel(), block),)](
+            grad.contiguous(), out, start, weight, 0 if weight is None else weight.shape[1], out.numel(), num_frames,
+            resized_height, resized_width, width, *std,
+            PATCH=patch, TEMPORAL=temporal_patch, MERGE=merge, BLOCK=block,
         )  # fmt: skip
-    return out
+        return _resize_rows(out, start_y, weight_y, dtype) if bands else out

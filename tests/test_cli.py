@@ -4,11 +4,13 @@ import json
 import os
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ import pytest
 from PIL import Image
 
 from tests.tiny_pair import PROMPT, QUERIES, tiny_decoder
-from vlmteacher.cli import main
+from vlmteacher.cli import main, parser
 from vlmteacher.pipeline import PACKAGED_PAIR
+from vlmteacher.placement import parse_device_map
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -137,7 +140,13 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "goal weight": ({"goal_weight": 2}, "not 2"),
         "N is no number": ({"max_steps": "many"}, "'many'"),
         "dtype": ({"dtype": "int8"}, "'int8'"),
-        "device": ({"device": "abacus"}, "--device abacus"),
+        "device": ({"device": "abacus"}, "--device abacus cannot be used here"),
+        "device of a part": ({"device_map": "reasoner=cpu,teacher=abacus"}, "--device-map: teacher=abacus cannot be"),
+        "device of an unknown part": ({"device_map": "vae=cpu"}, "--device-map: unknown part 'vae': the parts are"),
+        "device for one part": ({"device_map": "teacher=cpu"}, "--device-map: no device for the reasoner"),
+        "devices of another form": ({"device_map": "cpu,cpu"}, "'cpu,cpu' is not of the form reasoner=cuda:0,teacher"),
+        "two ways to say it": ({"device": "cpu", "device_map": "reasoner=cpu,teacher=cpu"}, "exclude each other"),
+        "quantize": ({"quantize": "2bit"}, "'2bit'"),
         "seed": ({"seed": 2**63}, "argument --seed: must be a whole number"),
         "out is a file": ({"out": text}, "not a directory"),
         "out under a file": ({"out": text / "run"}, "not a directory"),
@@ -160,6 +169,35 @@ def test_bad_input_is_one_line_and_leaves_nothing(
             assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_placement(run: Run, solve: Any, tmp_path: Path) -> None:
+    """What can be said where there is no second device."""
+    status, _, err = run(*solve(out=tmp_path / "run"), "--offload")
+    assert status == 2 and "--offload keeps in main memory what a GPU does not need" in err
+    assert list(tmp_path.iterdir()) == []
+    flags = {"device_map": "reasoner=cpu, teacher=cpu", "max_steps": 1}
+    assert run(*solve(out=tmp_path / "run", **flags))[0] == 0
+    assert run(*solve(out=tmp_path / "same", max_steps=1))[0] == 0
+    first, second = ((tmp_path / name / "lora.safetensors").read_bytes() for name in ("run", "same"))
+    assert first == second
+
+
+def test_the_documented_commands_for_placement() -> None:
+    docs = (Path(__file__).parents[1] / "docs" / "placement.md").read_text()
+    commands = [shlex.split(line)[1:] for line in docs.splitlines() if line.startswith("    vlmteacher ")]
+    one, two, small = (parser().parse_args(command) for command in commands)
+    assert (one.device, one.device_map, one.offload, one.quantize) == ("cuda", None, False, None)
+    assert parse_device_map(two.device_map) == {"reasoner": "cuda:0", "teacher": "cuda:1"} and two.device is None
+    assert (small.device, small.offload, small.quantize) == ("cuda", True, "4bit")
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_the_extra_for_quantised_teachers_is_named(run: Run, solve: Any, tmp_path: Path) -> None:
+    for command in (["queries", "--prompt", PROMPT], solve(out=tmp_path / "run")):
+        status, out, err = run(*command, "--quantize", "4bit")
+        assert (status, out) == (2, "") and "pip install 'vlmteacher[quantized]'" in err and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_queries(run: Run, models: dict[str, str], tmp_path: Path) -> None:
     """A random Teacher writes no queries: it says so, and leaves no file."""
     out = tmp_path / "queries.json"
@@ -167,8 +205,35 @@ def test_queries(run: Run, models: dict[str, str], tmp_path: Path) -> None:
     assert status == 2 and "no usable queries" in err and err.count("\n") == 1 and not out.exists()
     status, _, err = run("queries", "--prompt", " ", "--teacher", models["teacher"], "-o", out)
     assert status == 2 and "empty" in err
-    status, _, err = run("queries", "--prompt", PROMPT, "-o", tmp_path / "none" / "queries.json")
-    assert status == 2 and "does not exist" in err
+
+
+def test_bad_arguments_of_queries(
+    run: Run, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subtests: Any
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "text.png").write_text("no image")
+    before = sorted(tmp_path.rglob("*"))
+    cases: dict[str, tuple[list[object], str]] = {
+        "no prompt": ([], "--prompt"),
+        "empty prompt": (["--prompt", " "], "--prompt is empty"),
+        "prompt with the model's token": (["--prompt", "move <|image_pad|>"], "must not hold the model's own token"),
+        "output in no directory": (["--prompt", PROMPT, "-o", tmp_path / "none" / "q.json"], "does not exist"),
+        "output is a directory": (["--prompt", PROMPT, "-o", tmp_path], "is a directory"),
+        "missing image": (["--prompt", PROMPT, "--image", tmp_path / "none.png"], "none.png does not exist"),
+        "no image": (["--prompt", PROMPT, "--image", tmp_path / "text.png"], "text.png cannot be read"),
+        "unknown teacher": (["--prompt", PROMPT, "--teacher", "no-such/model"], "'no-such/model'"),
+        "device": (["--prompt", PROMPT, "--device", "abacus"], "--device abacus cannot be used here"),
+        "number without device": (["--prompt", PROMPT, "--device", "cuda:77"], "--device cuda:77 cannot be used here"),
+        "quantize": (["--prompt", PROMPT, "--quantize", "2bit"], "'2bit'"),
+        "device map": (["--prompt", PROMPT, "--device-map", "teacher=cpu"], "--device-map"),  # there is one model
+    }
+    for name, (flags, message) in cases.items():
+        with subtests.test(name):
+            teacher = [] if "--teacher" in flags else ["--teacher", models["teacher"]]
+            status, out, err = run("queries", *teacher, *flags)
+            assert status == 2 and message in err and out == ""
+            assert err.startswith("error: ") and err.count("\n") == 1
+            assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_bench_of_what_is_not_there(run: Run, tmp_path: Path) -> None:
@@ -246,9 +311,29 @@ def test_queries_to_edit_and_give_back(run: Run, tmp_path: Path) -> None:
     instance_flags = ["--prompt", prompt, "--image", tmp_path / "first.png"]
     status, out, _ = run("queries", *instance_flags)
     assert status == 0 and 1 <= len(json.loads(out)["process"]) <= 3
-    assert run("queries", *instance_flags, "-o", tmp_path / "q.json")[0] == 0
+    status, told, _ = run("queries", *instance_flags, "-o", tmp_path / "q.json")
+    assert status == 0 and (tmp_path / "q.json").read_text() == out
+    goal, *process, hint = told.splitlines()
+    assert goal.split(maxsplit=1) == ["goal", json.loads(out)["goal"]] and "vlmteacher solve --queries" in hint
+    assert [line.split(maxsplit=1) for line in process] == [["process", q] for q in json.loads(out)["process"]]
     edited = {**json.loads((tmp_path / "q.json").read_text()), "process": ["Do the boxes stay as they are?"]}
     (tmp_path / "q.json").write_text(json.dumps(edited))
     flags = [*instance_flags, "--queries", tmp_path / "q.json", "--max-steps", 1, "--out", tmp_path / "run"]
     assert run("solve", *flags)[0] == 0
     assert json.loads((tmp_path / "run" / "run.json").read_text())["queries"] == edited
+
+
+@packaged
+def test_the_documented_commands_for_queries(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlmteacher.microworld.world import Scene, render
+
+    docs = (Path(__file__).parents[1] / "docs" / "queries.md").read_text()
+    commands = [shlex.split(line)[1:] for line in docs.splitlines() if line.startswith("    vlmteacher ")]
+    assert [command[0] for command in commands] == ["queries", "solve"]
+    monkeypatch.chdir(tmp_path)
+    example = json.loads((PACKAGED_PAIR / "pair.json").read_text())["example"]
+    frame = (render(Scene.from_json(example["scene"]))[0] * 255).round().astype("uint8")
+    Image.fromarray(frame).save("first.png")
+    assert run(*commands[0])[0] == 0
+    assert run(*commands[1], "--max-steps", 0)[0] == 0
+    assert json.loads(Path("runs/edited/run.json").read_text())["queries"] == json.loads(Path("q.json").read_text())

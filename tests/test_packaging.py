@@ -99,7 +99,7 @@ def test_a_gpu_prefers_cuda_then_triton_then_the_reference(monkeypatch):
         monkeypatch.setattr(backends, name, lambda name=name: (available[name], ""))
     monkeypatch.setattr(backends.importlib, "import_module", lambda name: name)
     assert backends.backend(OnGPU(), "lora_linear") is torch.ops.vlmteacher_cuda
-    assert backends.backend(OnGPU(), "patchify") == "vlmteacher.kernels.patchify"
+    assert backends.backend(OnGPU(), "another") == "vlmteacher.kernels.another"
     available["cuda_status"] = False
     assert backends.backend(OnGPU(), "lora_linear") == "vlmteacher.kernels.lora_linear"
     available["triton_status"] = False

@@ -1,9 +1,26 @@
 import json
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from vlmteacher.errors import InputError
-from vlmteacher.queries import MAX_QUERIES, QUERY_INSTRUCTION, QuerySet, parse_queries, query_prompt
+from vlmteacher.microworld.facts import STYLE
+from vlmteacher.pipeline import PACKAGED_PAIR
+from vlmteacher.queries import (
+    MAX_QUERIES,
+    QUERY_INSTRUCTION,
+    QuerySet,
+    QueryStyle,
+    ask_for_queries,
+    check_wording,
+    check_written,
+    parse_queries,
+    query_prompt,
+)
+
+DOCS = (Path(__file__).parents[1] / "docs" / "queries.md").read_text("utf-8")
 
 SET = QuerySet("Is the ball on the square?", ("Does it stay one ball?", "Does it go around the wäll?"))
 
@@ -72,4 +89,162 @@ def test_an_answer_without_queries_is_refused(answer):
 def test_the_instruction_carries_the_prompt_as_it_is():
     text = query_prompt('Move {it} "there".')
     assert 'Move {it} "there".' in text and '{"goal": "...", "process": ["...", "..."]}' in text
-    assert len(QUERY_INSTRUCTION.split()) < 90
+    assert len(QUERY_INSTRUCTION.split()) < 300
+
+
+@pytest.mark.parametrize("around", ['The form is {"goal": "...", "process": ["..."]}. So: {} Done.', "{{{}"])
+def test_the_form_that_a_model_repeats_is_not_taken_for_its_answer(around):
+    assert parse_queries(around.replace("{}", SET.to_json()), check_written) == SET
+
+
+def test_a_deeply_nested_answer_is_refused():
+    with pytest.raises(InputError, match="no JSON object with a goal"):
+        parse_queries('{"a":' * 20_000)
+
+
+def tables() -> dict[str, list[tuple[str, str]]]:
+    """The rows of the tables in docs/queries.md, by the first heading."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    name = ""
+    for line in DOCS.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        if len(cells) == 2 and cells[0] in ("good", "refused"):
+            name = cells[0]
+        elif len(cells) == 2 and not cells[0].startswith("---"):
+            found.setdefault(name, []).append((cells[0], cells[1]))
+    return found
+
+
+@pytest.mark.parametrize("question", [row[0] for row in tables()["good"]])
+def test_the_documented_good_queries_pass(question):
+    check_wording(question)
+
+
+@pytest.mark.parametrize(("question", "told"), tables()["refused"])
+def test_the_documented_bad_queries_are_refused_for_the_documented_reason(question, told):
+    with pytest.raises(InputError, match=re.escape(told)) as error:
+        check_wording(question)
+    assert question in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_documented_files_can_be_used(tmp_path):
+    files = re.findall(r"```json\n(.*?)```", DOCS, re.DOTALL)
+    assert len(files) == 3 and sum("teacher.json" in text for text in DOCS.split("```json")) >= 1
+    for text in files[:2]:
+        check_written(replace(QuerySet.from_json(text), process=QuerySet.from_json(text).process or ("Is it there?",)))
+    (tmp_path / "teacher.json").write_text(files[2])
+    assert QueryStyle.load(tmp_path / "teacher.json").own_wording
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "Is the andiron on the orange mat?",  # holds and, or, no, not only inside of words
+        "Is the knot in the nose of the boat tight?",
+        "Is the black-and-white ball in the box?",
+        "Does the display show 'stop and go' in every frame?",
+        "Is the ball between the posts?",
+        "Is the robot's hand on the cup's handle?",
+        "Does the sign say “no entry”?",
+        "Does the ball stay where it is?",
+        "球は箱の中にありますか\uff1f",
+    ],
+)
+def test_words_that_only_look_like_it_are_left_alone(question):
+    check_wording(question)
+
+
+@pytest.mark.parametrize(
+    ("question", "told"),
+    [
+        ("Is the ball NOT moving?", '("NOT")'),
+        ("Isn\u2019t it red?", '("Isn\u2019t")'),
+        ("Is there no car?", '("no")'),
+        ("Does it go left & right?", '("&")'),
+        ("Is it red and/or blue?", '("and/or")'),
+        ("Is it between the posts and does it and its shadow fall?", '("and")'),
+        ("How does it end?", '("How")'),
+        ("What?", '("What")'),
+        ("Is the robot's hand and the dog's paw seen?", '("and")'),  # two apostrophes quote nothing
+    ],
+)
+def test_what_the_rules_find(question, told):
+    with pytest.raises(InputError, match=re.escape(told)):
+        check_wording(question)
+
+
+@pytest.mark.parametrize(
+    ("process", "told"),
+    [
+        ((), "0 process questions"),
+        (("Is it one?", "Is it two?", "Is it three?", "Is it four?"), "4 process questions"),
+        (("Is it one?", "is  it one ?"), "there twice"),
+        (("Is the ball on the square?",), "there twice"),
+        (("Is it one?", "Does it never fall?"), "fall?' is negated"),
+    ],
+)
+def test_a_written_set_is_held_to_the_rules(process, told):
+    with pytest.raises(InputError, match=re.escape(told)):
+        check_written(QuerySet(SET.goal, process))
+
+
+def test_peoples_own_wording_is_allowed(tmp_path):
+    own = QuerySet("Is it in the box and never out?", ("Is it red? Or blue?",))
+    own.save(tmp_path / "q.json")
+    assert QuerySet.load(tmp_path / "q.json") == own
+
+
+def test_the_example_in_the_instruction_follows_its_own_rules():
+    (example,) = re.findall(r'^\{"goal": "Is.*', QUERY_INSTRUCTION, re.MULTILINE)
+    check_written(QuerySet.from_json(example))
+
+
+def test_the_retry_tells_what_was_wrong_and_a_model_with_its_own_wording_is_not_told():
+    bad = QuerySet("Does it never fall?", ("Is it red?",))
+    heard = []
+
+    def answer(later, sample):
+        heard.append((list(later), sample))
+        return SET.to_json() if sample else bad.to_json()
+
+    assert ask_for_queries(QueryStyle(), answer) == SET
+    (first, second) = heard
+    assert first == ([], False) and second[1]
+    said, reply = second[0]
+    assert said == bad.to_json() and "'Does it never fall?' is negated (\"never\")" in reply and "{reason}" not in reply
+    assert ask_for_queries(QueryStyle(own_wording=True), answer) == bad
+    heard.clear()
+    with pytest.raises(InputError, match=r"twice .*no JSON object.*give your own.*'what\?'"):
+        ask_for_queries(QueryStyle(own_wording=True), lambda later, sample: heard.append(later) or "what?")
+    assert heard == [[], []]
+
+
+def test_the_packaged_teacher_is_asked_as_it_was_trained():
+    """Byte for byte: with another text it writes no queries."""
+    style = QueryStyle.load(PACKAGED_PAIR / "teacher" / "teacher.json")
+    assert style == STYLE
+    assert query_prompt("Move {it}.", style.query_instruction) == (
+        "A video must carry out this task: Move {it}.\n"
+        "Write questions to check the video. Each is answered yes or no by watching the video, and Yes means "
+        "satisfied. Write one goal question about the final result and one to three process questions about rules "
+        "that must hold all the way. "
+        'Answer only with JSON: {"goal": "...", "process": ["...", "..."]}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("{", "cannot be used"),
+        ("[]", "no JSON object"),
+        ('{"prompt": "x"}', "unknown entry 'prompt'"),
+        ('{"query_instruction": "Write queries."}', r"\{prompt\}"),
+        ('{"query_instruction": 3}', r"\{prompt\}"),
+        ('{"own_wording": "yes"}', "own_wording must be true or false, not 'yes'"),
+    ],
+)
+def test_a_bad_style_names_the_file(tmp_path, text, what):
+    (tmp_path / "teacher.json").write_text(text)
+    with pytest.raises(InputError, match=what) as error:
+        QueryStyle.load(tmp_path / "teacher.json")
+    assert "teacher.json" in str(error.value)

@@ -1,4 +1,4 @@
-"""A random tiny Qwen3-VL checkpoint, of the real classes, for tests."""
+"""Random tiny checkpoints of the Teachers' families, of the real classes, for tests."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+import transformers
+from transformers import PreTrainedTokenizerFast, Qwen3VLConfig
 
+from vlmteacher.microworld.facts import STYLE
 from vlmteacher.microworld.tokenizer import build_tokenizer
-from vlmteacher.queries import ANSWER_INSTRUCTION, QUERY_INSTRUCTION
+from vlmteacher.queries import ANSWER_INSTRUCTION
 
-CORPUS = (QUERY_INSTRUCTION, ANSWER_INSTRUCTION, "<0.1 seconds> user assistant Yes No Is the red ball on the square?")
+CORPUS = (
+    STYLE.query_instruction,
+    ANSWER_INSTRUCTION,
+    "<0.1 seconds> user assistant Yes No Is the red ball on the square?",
+)
 VIDEO_PROCESSOR = {
     "size": {"shortest_edge": 1024, "longest_edge": 25165824},
     "patch_size": 8,
@@ -24,14 +31,43 @@ VIDEO_PROCESSOR = {
 }
 
 
-def tiny_qwen3_vl(path: str | os.PathLike[str], corpus: Iterable[str] = CORPUS, seed: int = 0) -> Path:
+def _write(path: Path, config: Any, tokenizer: PreTrainedTokenizerFast, processor: dict[str, Any], seed: int) -> Path:
+    """Random weights of `config`'s class, the tokenizer, the video processor's file."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, config.architectures[0])(config)
+        # The stock initialisation (0.02) is all but constant at this size: losses and gradients would say nothing.
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+            else:
+                weight.data.add_(0.1 * torch.randn_like(weight))
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    (path / "video_preprocessor_config.json").write_text(json.dumps(processor))
+    return path
+
+
+def _qwen_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    names = ("image_token", "video_token", "vision_start_token", "vision_end_token")
+    tokens = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    return {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in zip(names, tokens, strict=True)}
+
+
+def tiny_qwen3_vl(
+    path: str | os.PathLike[str],
+    corpus: Iterable[str] = CORPUS,
+    seed: int = 0,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+) -> Path:
     """Write the checkpoint (config, weights, tokenizer with chat template, video processor) to `path`; returns it.
 
-    A corpus without the word "Yes" gives a tokenizer that spells it in several tokens.
+    A corpus without the word "Yes" gives a tokenizer that spells it in several tokens. text, vision: entries of the
+    config to be changed.
     """
     path = Path(path)
     tokenizer = build_tokenizer(list(corpus) * 2, vocab_size=420)
-    ids = tokenizer.convert_tokens_to_ids
     config = Qwen3VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -49,7 +85,8 @@ def tiny_qwen3_vl(path: str | os.PathLike[str], corpus: Iterable[str] = CORPUS, 
                 "mrope_interleaved": True,
             },
             "pad_token_id": tokenizer.pad_token_id,
-        },
+        }
+        | (text or {}),
         vision_config={
             "depth": 2,
             "hidden_size": 32,
@@ -61,21 +98,116 @@ def tiny_qwen3_vl(path: str | os.PathLike[str], corpus: Iterable[str] = CORPUS, 
             "out_hidden_size": 32,
             "num_position_embeddings": 64,
             "deepstack_visual_indexes": [0, 1],
-        },
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
+        }
+        | (vision or {}),
         tie_word_embeddings=True,
+        architectures=["Qwen3VLForConditionalGeneration"],
+        **_qwen_ids(tokenizer),
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen3VLForConditionalGeneration(config)
-        # The stock initialisation (0.02) is all but constant at this size: losses and gradients would say nothing.
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    (path / "video_preprocessor_config.json").write_text(json.dumps(VIDEO_PROCESSOR))
-    return path
+    return _write(path, config, tokenizer, VIDEO_PROCESSOR, seed)
+
+
+def tiny_qwen25_vl(
+    path: str | os.PathLike[str],
+    corpus: Iterable[str] = CORPUS,
+    seed: int = 0,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+) -> Path:
+    """The same for Qwen2.5-VL: the first of its two visual blocks attends in windows of 4x4 patches."""
+    tokenizer = build_tokenizer(list(corpus) * 2, vocab_size=420)
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 2048,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        | (text or {}),
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "patch_size": 8,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "out_hidden_size": 32,
+            "window_size": 32,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 4,
+        }
+        | (vision or {}),
+        tie_word_embeddings=True,
+        architectures=["Qwen2_5_VLForConditionalGeneration"],
+        **_qwen_ids(tokenizer),
+    )
+    processor = VIDEO_PROCESSOR | {"size": {"shortest_edge": 512, "longest_edge": 4096}, "image_mean": [0.4, 0.5, 0.6]}
+    return _write(Path(path), config, tokenizer, processor, seed)
+
+
+INTERNVL_TOKENS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
+
+
+def tiny_internvl(
+    path: str | os.PathLike[str],
+    corpus: Iterable[str] = CORPUS,
+    seed: int = 0,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+) -> Path:
+    """The same for InternVL, on a Qwen2 language model: frames of 32x32 pixels, 16 patches, 4 visual tokens each."""
+    base = build_tokenizer(list(corpus) * 2, vocab_size=420)
+    base.add_special_tokens({"additional_special_tokens": list(INTERNVL_TOKENS.values())})
+    template = str(base.chat_template).replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\\n")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=base.backend_tokenizer,
+        pad_token=base.pad_token,
+        eos_token=base.eos_token,
+        chat_template=template.replace("<|vision_start|><|video_pad|><|vision_end|>", "<video>\\n"),
+        extra_special_tokens=INTERNVL_TOKENS,
+        clean_up_tokenization_spaces=False,
+    )
+    config = transformers.InternVLConfig(
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 2048,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        | (text or {}),
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": (32, 32),
+            "patch_size": (8, 8),
+        }
+        | (vision or {}),
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        tie_word_embeddings=True,
+        architectures=["InternVLForConditionalGeneration"],
+    )
+    processor = {"size": {"height": 32, "width": 32}, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25]}
+    return _write(Path(path), config, tokenizer, processor, seed)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from vlmteacher import __version__
 from vlmteacher.errors import InputError, MissingExtra
 from vlmteacher.microworld.stages import STAGES
+from vlmteacher.placement import EXAMPLE, parse_device_map
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -89,7 +90,14 @@ def parser() -> argparse.ArgumentParser:
         help="stop only when the few-step video is good enough too (default: the pair's)",
     )
     _add_fused(sub)
+    sub.add_argument("--device-map", metavar="MAP", help=f"a device for each, {EXAMPLE}, instead of --device")
+    sub.add_argument("--offload", action="store_true", help="what is not needed waits in main memory")
     sub.add_argument("--keep", choices=("last", "best"), help="which LoRA to use after N updates")
+    sub.add_argument(
+        "--activations",
+        metavar="LEVELS",
+        help="what the Reasoner's blocks keep for the backward, as `vlmteacher plan` says it (default: everything)",
+    )
     sub.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the noise (default: 0)")
     sub.add_argument("--out", required=True, metavar="DIR", help="run folder to write")
     sub.add_argument("--resume", action="store_true", help="take up the interrupted run in --out")
@@ -140,6 +148,23 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--vae", metavar="ID", help="of a decoder: hub id or directory of the VAE or of its pipeline")
     _add_training(sub, "the many-step video model: hub id or directory")
 
+    sub = add("plan", plan, "FLOPs and peak memory of one optimisation step, ours and stock, at any size; needs no GPU")
+    sub.add_argument("--reasoner", required=True, metavar="ID", help="known video model, packaged, or local directory")
+    sub.add_argument("--teacher", required=True, metavar="ID", help="known VLM, packaged, or local directory")
+    sub.add_argument("--decoder", metavar="ID", help="taew2_1, taew2_2 or a checkpoint file (default: the Reasoner's)")
+    sub.add_argument("--num-frames", type=int, metavar="F", help="frames of the video (default: the Reasoner's)")
+    sub.add_argument("--height", type=int, metavar="H", help="pixels")
+    sub.add_argument("--width", type=int, metavar="W", help="pixels")
+    sub.add_argument("--questions", type=int, default=4, metavar="N", help="goal and process questions (default: 4)")
+    sub.add_argument("--teacher-frames", type=int, metavar="K", help="frames that the Teacher sees (default: 24)")
+    sub.add_argument("--rank", type=int, default=16, metavar="R", help="rank of the LoRA (default: 16)")
+    sub.add_argument("--memory", type=float, default=48, metavar="GB", help="of the device, 10^9 bytes (default: 48)")
+    sub.add_argument(
+        "--text-encoder", choices=("device", "cpu"), default="device", help="where it waits during the steps"
+    )
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    sub.add_argument("--json", action="store_true", help="machine-readable")
+
     sub = add("env", env, "devices, compiled backends and versions; why a backend is missing")
     sub.add_argument("--json", action="store_true", help="machine-readable")
     return top
@@ -158,8 +183,9 @@ def _add_instance(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--prompt", required=True, metavar="TEXT", help="the task")
     sub.add_argument("--image", metavar="FILE", help="the first frame")
     sub.add_argument("--teacher", metavar="ID", help="VLM: hub id or directory (default: the packaged one)")
-    sub.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    sub.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cpu)")
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    sub.add_argument("--quantize", choices=("8bit", "4bit"), help="of the Teacher's weights (extra: quantized)")
 
 
 # ---------------------------------------------------------------- commands
@@ -231,7 +257,13 @@ def solve(arguments: argparse.Namespace) -> None:
     }
     settings = {name: value for name, value in names.items() if value is not None}
     Settings(**settings)  # bad values show before any model is loaded
-    output = _pipeline(arguments)(
+    pipe = _pipeline(arguments)
+    if arguments.activations is not None:
+        from vlmteacher.reasoners.checkpointing import keep_activations, parse_levels
+
+        transformer = pipe.reasoner.transformer
+        keep_activations(transformer, parse_levels(arguments.activations, len(transformer.blocks)))
+    output = pipe(
         arguments.prompt,
         image,
         num_frames=arguments.num_frames,
@@ -252,23 +284,29 @@ def queries(arguments: argparse.Namespace) -> None:
     _check_instance(arguments)
     if arguments.output and not (parent := Path(arguments.output).absolute().parent).is_dir():
         raise InputError(f"queries file {arguments.output}: the directory {parent} does not exist")
+    if arguments.output and Path(arguments.output).is_dir():
+        raise InputError(f"queries file {arguments.output} is a directory: give the name of a file in it")
     from vlmteacher.quiet import quiet
 
     quiet()
     import torch
 
     from vlmteacher.pipeline import read_pair
+    from vlmteacher.placement import find_device
     from vlmteacher.teachers import load_teacher
 
     if arguments.teacher is None:
         directory, pair = read_pair()
         arguments.teacher = str(directory / pair["teacher"])
-    _check_device(arguments.device)
-    teacher = load_teacher(arguments.teacher, dtype=getattr(torch, arguments.dtype))
-    teacher.to(arguments.device)
+    device = find_device(arguments.device or "cpu", "--device")
+    dtype = getattr(torch, arguments.dtype)
+    teacher = load_teacher(arguments.teacher, dtype=dtype, quantize=arguments.quantize, device=device).to(device)
     written = teacher.write_queries(arguments.prompt, image)
     if arguments.output:
         written.save(arguments.output)
+        for kind, question in zip(("goal", *["process"] * len(written.process)), written.questions, strict=True):
+            print(f"{kind:8} {question}")
+        print(f"Edit {arguments.output} if you like, then: vlmteacher solve --queries {arguments.output} ...")
     else:
         print(written.to_json())
 
@@ -368,6 +406,33 @@ def distill(arguments: argparse.Namespace) -> None:
     print(f"Reasoner of {len(settings.timesteps)} steps: {run(settings, arguments.resume)}")
 
 
+def plan(arguments: argparse.Namespace) -> None:
+    if not arguments.memory > 0:
+        raise InputError(f"--memory must be a number of GB above 0, not {arguments.memory:g}")
+    from vlmteacher.quiet import quiet
+
+    quiet()
+    import torch
+
+    from vlmteacher.planning import format_plan, make_plan
+
+    found = make_plan(
+        arguments.reasoner,
+        arguments.teacher,
+        arguments.num_frames,
+        arguments.height,
+        arguments.width,
+        decoder=arguments.decoder,
+        questions=arguments.questions,
+        teacher_frames=arguments.teacher_frames,
+        rank=arguments.rank,
+        memory=arguments.memory,
+        text_encoder=arguments.text_encoder,
+        dtype=getattr(torch, arguments.dtype),
+    )
+    print(json.dumps(found) if arguments.json else format_plan(found))
+
+
 def env(arguments: argparse.Namespace) -> None:
     from vlmteacher.environment import format_report, report
 
@@ -423,25 +488,27 @@ def _check_instance(arguments: argparse.Namespace) -> None:
         raise InputError("--prompt is empty: say what the video must show")
 
 
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--device {device} cannot be used here ({reason}): see `vlmteacher env`") from error
-
-
 def _pipeline(arguments: argparse.Namespace) -> TeacherPipeline:
     import torch
 
     from vlmteacher.pipeline import TeacherPipeline
+    from vlmteacher.placement import find_devices
 
-    _check_device(arguments.device)
+    where = parse_device_map(arguments.device_map) if arguments.device_map else arguments.device or "cpu"
+    devices = find_devices(where, "--device", "--device-map")
+    if arguments.device_map and arguments.device:
+        raise InputError(f"--device {arguments.device} and --device-map {arguments.device_map} exclude each other")
+    if arguments.offload and all(device.type == "cpu" for device in devices.values()):
+        raise InputError("--offload keeps in main memory what a GPU does not need: give --device or --device-map too")
     return TeacherPipeline.from_pretrained(
-        arguments.reasoner, arguments.teacher, arguments.decoder, dtype=getattr(torch, arguments.dtype)
-    ).to(arguments.device)
+        arguments.reasoner,
+        arguments.teacher,
+        arguments.decoder,
+        dtype=getattr(torch, arguments.dtype),
+        device_map=devices,
+        offload=arguments.offload,
+        quantize=arguments.quantize,
+    )
 
 
 def _first_free(path: str) -> Path:

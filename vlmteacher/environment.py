@@ -12,7 +12,7 @@ from typing import Any
 # Versions are read from the installed metadata: importing the big libraries takes longer than the whole report may.
 PACKAGES = (
     "vlmteacher", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow",
-    "imageio", "imageio-ffmpeg", "triton", "xformers", "gradio", "ray",
+    "imageio", "imageio-ffmpeg", "triton", "xformers", "bitsandbytes", "gradio", "ray",
 )  # fmt: skip
 
 

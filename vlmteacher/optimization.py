@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from vlmteacher.errors import InputError
+from vlmteacher.errors import InputError, NonFiniteFrames
 from vlmteacher.lora import load_lora_state, lora_parameters, lora_state_dict
 from vlmteacher.reward import vqa_objective
 
@@ -160,7 +160,10 @@ class Optimization:
                 f"the prediction of step {len(self.history)} holds NaN: try a lower learning rate or another dtype"
             )
         frames = self.decoder.decode(latents, self.frame_indices)
-        losses = self.teacher.losses(frames, self.frame_indices, self.reasoner.fps, self.queries)
+        try:
+            losses = self.teacher.losses(frames, self.frame_indices, self.reasoner.fps, self.queries)
+        except NonFiniteFrames as error:
+            raise NonFiniteError(f"step {len(self.history)}: {error}") from error
         loss = vqa_objective(losses, self.settings.goal_weight)
         row = {"step": len(self.history), "loss": loss.item(), "p_yes": losses.detach().neg().exp().tolist()}
         if not math.isfinite(row["loss"]):

@@ -22,14 +22,16 @@ from tqdm.auto import tqdm
 from vlmteacher.errors import InputError
 from vlmteacher.lora import add_lora, export_lora, remove_lora
 from vlmteacher.optimization import NonFiniteError, Optimization, Settings, teacher_frame_indices
+from vlmteacher.placement import DeviceMap, find_devices
 from vlmteacher.queries import QuerySet
 from vlmteacher.reward import vqa_objective
 from vlmteacher.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from vlmteacher.decoders.taehv import TinyVideoDecoder
-    from vlmteacher.reasoners.base import Reasoner
+    from vlmteacher.reasoners.base import Condition, Noise, Reasoner
     from vlmteacher.teachers.base import Teacher
+    from vlmteacher.teachers.quantization import Quantize
 
 PACKAGED_PAIR = Path(__file__).parent / "microworld" / "models"
 ASPECT_TOLERANCE = 0.05
@@ -107,7 +109,7 @@ class TeacherPipeline:
     All three stay frozen: a call trains a LoRA for its one instance and takes it off again.
 
     defaults: settings of a call where they differ from the paper's. models: names for the record, under "reasoner",
-    "teacher" and "decoder".
+    "teacher" and "decoder". offload: networks that are not needed wait in main memory (see `need`).
     """
 
     def __init__(
@@ -117,8 +119,11 @@ class TeacherPipeline:
         decoder: TinyVideoDecoder,
         defaults: dict[str, Any] | None = None,
         models: dict[str, str] | None = None,
+        offload: bool = False,
     ) -> None:
         self.reasoner, self.teacher, self.decoder = reasoner, teacher, decoder
+        self.offload = offload
+        self.devices = {"reasoner": reasoner.device, "teacher": teacher.device}
         self.defaults = Settings(**(defaults or {}))
         self.models = models or {}
 
@@ -131,17 +136,24 @@ class TeacherPipeline:
         *,
         pair: str | os.PathLike[str] | None = None,
         dtype: torch.dtype = torch.float32,
+        device_map: str | torch.device | DeviceMap = "cpu",
+        offload: bool = False,
+        quantize: Quantize | None = None,
     ) -> TeacherPipeline:
         """Load the models: hub ids or local directories for `reasoner` and `teacher`, a checkpoint file for `decoder`.
 
         Those left out come from `pair`, a directory with a pair.json; by default the packaged tiny pair. The pair's
         own default settings hold as long as the Reasoner is the pair's.
-        Raises InputError: no such model, an unknown family, models that do not fit together.
+        device_map: one device, or {"reasoner": "cuda:0", "teacher": "cuda:1"} (see `to`). offload: see `need`.
+        quantize: keep the Teacher's language model in "8bit" or "4bit" (the extra `quantized`); it stays on its device.
+        Raises InputError: no such model, an unknown family, models that do not fit together, a device that is not
+        there; MissingExtra.
         """
         from vlmteacher.decoders.taehv import load_decoder
         from vlmteacher.reasoners import load_reasoner
         from vlmteacher.teachers import load_teacher
 
+        devices = find_devices(device_map)
         given = {"reasoner": reasoner, "teacher": teacher, "decoder": decoder}
         models = {name: os.fspath(path) for name, path in given.items() if path is not None}
         models = {name: os.path.abspath(path) if os.path.exists(path) else path for name, path in models.items()}
@@ -158,14 +170,36 @@ class TeacherPipeline:
         the_decoder = load_decoder(
             paths["decoder"], the_reasoner, dtype=dtype
         )  # a misfit shows before the Teacher loads
-        return cls(the_reasoner, load_teacher(paths["teacher"], dtype=dtype), the_decoder, defaults, models)
+        the_teacher = load_teacher(paths["teacher"], dtype=dtype, quantize=quantize, device=devices["teacher"])
+        return cls(the_reasoner, the_teacher, the_decoder, defaults, models, offload).to(devices)
 
-    def to(self, device: str | torch.device) -> TeacherPipeline:
-        """Move all models."""
-        self.reasoner.to(device)
-        self.teacher.to(device)
-        self.decoder.to(device)
+    def to(self, device: str | torch.device | DeviceMap) -> TeacherPipeline:
+        """Work on one device, or on one for each of "reasoner" and "teacher"; the decoder goes with the Reasoner.
+
+        Frames go from the one to the other, and their gradients back. Raises InputError for an unknown part, a device
+        that is not there, and a quantised Teacher that would have to move.
+        """
+        self.devices = find_devices(device)
+        self.reasoner.to(self.devices["reasoner"], networks=not self.offload)
+        self.decoder.to(self.devices["reasoner"])
+        if self.teacher.quantized or not self.offload:
+            self.teacher.to(self.devices["teacher"])
+        self.need()
         return self
+
+    def need(self, *names: Literal["transformer", "vae", "text_encoder", "teacher"]) -> None:
+        """With `offload`: these networks on their devices, every other in main memory. Else all stay where they are.
+
+        A quantised Teacher always stays.
+        """
+        if not self.offload:
+            return
+        parts: dict[str, Any] = dict(self.reasoner.networks)
+        if not self.teacher.quantized:
+            parts["teacher"] = self.teacher
+        for name in sorted(parts, key=lambda name: name in names):  # those that leave make room for those that come
+            home = self.devices["teacher" if name == "teacher" else "reasoner"]
+            parts[name].to(home if name in names else torch.device("cpu"))
 
     def __call__(
         self,
@@ -253,19 +287,21 @@ class TeacherPipeline:
             queries = queries or QuerySet.from_dict(recorded["queries"])
             run.check_same({"prompt": prompt, "config": config, "models": self.models, "queries": queries.to_dict()})
         seconds: dict[str, float] = {}
+        self.need("text_encoder", "vae")
         condition = reasoner.encode(prompt, image, **size)
 
         # 1. The Teacher writes one goal query and M process queries.
         with timed(seconds, "queries"):
-            queries = queries or teacher.write_queries(prompt, image)
+            queries = queries or self.write_queries(prompt, image)
 
         # 2. One noise for the whole instance, and a LoRA that changes nothing yet.
         noise = reasoner.noise(condition, generator)
         with timed(seconds, "before"):
-            video_before = reasoner.decode(reasoner.sample(condition, noise))
-            losses_before = self._losses(video_before, frame_indices, queries)
+            video_before = self.sample(condition, noise)
+            losses_before = self.judge(video_before, frame_indices, queries)
         if run and not recorded:
             run.begin({"prompt": prompt, "config": config, "models": self.models, "queries": queries.to_dict()})
+        self.need("transformer", "teacher", *(("vae",) if settings.check_final else ()))
         add_lora(reasoner.transformer, settings.rank, seed=seed, fused=settings.fused_lora)
         loop = Optimization(reasoner, decoder, teacher, condition, noise, queries, settings)
         try:
@@ -277,8 +313,8 @@ class TeacherPipeline:
 
             # 4. The few-step video of the adapted Reasoner from the same noise.
             with timed(seconds, "after"):
-                video = reasoner.decode(reasoner.sample(condition, noise)) if loop.updates else video_before
-                losses = self._losses(video, frame_indices, queries)
+                video = self.sample(condition, noise) if loop.updates else video_before
+                losses = self.judge(video, frame_indices, queries)
                 lora = lora_file(reasoner.transformer)
         except (KeyboardInterrupt, NonFiniteError):
             if run:
@@ -286,6 +322,7 @@ class TeacherPipeline:
             raise
         finally:
             remove_lora(reasoner.transformer)
+            self.need()
 
         assert loop.stopped is not None  # the loop above ends in no other way
         seconds["steps"] = sum(row["seconds"] for row in loop.history)
@@ -314,9 +351,22 @@ class TeacherPipeline:
             return (output.frames,)  # type: ignore[return-value]  # diffusers' other form, for those who ask for it
         return output
 
+    def write_queries(self, prompt: str, image: Image.Image | None = None) -> QuerySet:
+        """The Teacher's queries for a task (see `Teacher.write_queries`)."""
+        self.need("teacher")
+        return self.teacher.write_queries(prompt, image)
+
+    def sample(self, condition: Condition, noise: Noise) -> Tensor:
+        """The few-step video (F, 3, H, W) of the Reasoner, as it is now, from this noise; float32 in [0, 1]."""
+        self.need("transformer")
+        latents = self.reasoner.sample(condition, noise)
+        self.need("vae")
+        return self.reasoner.decode(latents)
+
     @torch.no_grad()
-    def _losses(self, video: Tensor, frame_indices: Sequence[int], queries: QuerySet) -> Tensor:
+    def judge(self, video: Tensor, frame_indices: Sequence[int], queries: QuerySet) -> Tensor:
         """-log P(Yes) (1+M,) of each query on a decoded video (F, 3, H, W)."""
+        self.need("teacher")
         return self.teacher.losses(video[list(frame_indices)], frame_indices, self.reasoner.fps, queries)
 
 

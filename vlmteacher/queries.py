@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,28 @@ from vlmteacher.errors import InputError
 
 MAX_QUERIES = 8
 
-# The packaged tiny Teacher is trained on these two texts, character for character: a change asks for a new training.
-QUERY_INSTRUCTION = (
-    "A video must carry out this task: {prompt}\n"
-    "Write questions to check the video. Each is answered yes or no by watching the video, and Yes means satisfied. "
-    "Write one goal question about the final result and one to three process questions about rules that must hold "
-    "all the way. "
-    'Answer only with JSON: {{"goal": "...", "process": ["...", "..."]}}'
-)
-ANSWER_INSTRUCTION = " Answer Yes or No."
+MAX_PROCESS = 3  # that a Teacher is asked for (method, query synthesis); people may write more
+
+QUERY_INSTRUCTION = """\
+An AI model will make a video for this task: {prompt}
+If there is an image, it is the first frame of that video.
+Write the yes/no questions that the finished video will be checked with:
+- one goal question: is the task accomplished at the end of the video?
+- one to three process questions: what must hold in every frame on the way, such as where something stays, which way \
+it moves, what keeps its shape or colour.
+Rules for each question:
+1. It is observable: looking at the frames is enough to answer it. Name things by their colour, shape and place.
+2. It is positive: Yes means that all is well. Say what must be seen, in words other than "not", "no", "never", \
+"without" or "avoid".
+3. It asks about one thing: one question mark, and neither "and" nor "or".
+4. It is independent: it asks for something that the other questions do not ask for.
+5. It is plain English and short.
+For the task "Drive the blue car through the maze to the flag" this is a good answer:
+{"goal": "Is the blue car at the flag at the end of the video?", "process": ["Does the blue car stay on the white path \
+all the way?", "Do the walls of the maze keep their places?", "Is exactly one blue car visible in every frame?"]}
+Answer for the task at the top, only with JSON of this form: {"goal": "...", "process": ["...", "..."]}"""
+RETRY_INSTRUCTION = "This answer cannot be used: {reason}. Mend it, and answer only with the whole JSON again."
+ANSWER_INSTRUCTION = " Answer Yes or No."  # the packaged Teacher is trained on this text, character for character
 
 
 @dataclass(frozen=True)
@@ -93,24 +107,152 @@ class QuerySet:
             raise InputError(f"queries file {path}: cannot be written ({error})") from error
 
 
-def query_prompt(prompt: str) -> str:
+@dataclass(frozen=True)
+class QueryStyle:
+    """How a Teacher is asked for queries; a checkpoint's `teacher.json`, beside its config.json, overrides any of it.
+
+    query_instruction: the text that asks, with {prompt} where the task goes.
+    own_wording: the model was trained to answer this text in wordings of its own. They are not held to the rules for
+        real VLMs (`check_written`), and a second try is not told what was wrong: it would not know that text.
+    """
+
+    query_instruction: str = QUERY_INSTRUCTION
+    own_wording: bool = False
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> QueryStyle:
+        """Read a `teacher.json`; InputError names the entry that cannot be used."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise ValueError("it is no JSON object")
+            if unknown := sorted(set(values) - {field.name for field in fields(cls)}):
+                raise ValueError(f"unknown entry {unknown[0]!r}")
+            style = cls(**values)
+            if not isinstance(style.query_instruction, str) or "{prompt}" not in style.query_instruction:
+                raise ValueError("query_instruction must be a text with {prompt} where the task goes")
+            if not isinstance(style.own_wording, bool):
+                raise ValueError(f"own_wording must be true or false, not {style.own_wording!r}")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be used: {error}") from error
+        return style
+
+
+def query_prompt(prompt: str, instruction: str = QUERY_INSTRUCTION) -> str:
     """The text that asks a Teacher for the queries of a task."""
-    return QUERY_INSTRUCTION.format(prompt=prompt)
+    return instruction.replace("{prompt}", prompt)
 
 
-def parse_queries(text: str) -> QuerySet:
-    """Find the queries in a model's answer: the first JSON object with a goal, whatever stands around it.
+def ask_for_queries(style: QueryStyle, answer: Callable[[Sequence[str], bool], str]) -> QuerySet:
+    """Ask a model for the queries of a task; the one retry says what was wrong with the first answer.
 
-    Raises InputError when there is none, or when it is not a valid `QuerySet`.
+    answer: what the model says to `style.query_instruction` and the turns that follow it (the model's answer and our
+        reply, or none yet); the flag asks for a sampled answer, for the greedy one has failed.
+    Raises InputError when neither answer can be used.
+    """
+    later: list[str] = []
+    said = reason = ""
+    for retry in (False, True):
+        said = answer(later, retry)
+        try:
+            return parse_queries(said, None if style.own_wording else check_written)
+        except InputError as error:
+            reason = str(error)
+        if not style.own_wording:
+            later = [said, RETRY_INSTRUCTION.replace("{reason}", reason)]
+    raise InputError(
+        f"the teacher wrote no usable queries, twice ({reason}); give your own. It answered: {_short(said, 120)!r}"
+    )
+
+
+def parse_queries(text: str, check: Callable[[QuerySet], None] | None = None) -> QuerySet:
+    """Find the queries in a model's answer: the first JSON object that holds them, whatever stands around it.
+
+    Models wrap their answer in prose or a code fence, and some repeat the form they were given before they fill it in.
+    check: what else the queries must pass. Raises InputError for the last object with a goal, or that there is none.
     """
     decoder = json.JSONDecoder()
+    found: InputError | None = None
     start = text.find("{")
     while start >= 0:
+        end = start + 1
         try:
-            value, _ = decoder.raw_decode(text, start)
-        except ValueError:
-            value = None
-        if isinstance(value, dict) and "goal" in value:
-            return QuerySet.from_dict(value)
-        start = text.find("{", start + 1)
-    raise InputError("queries: the answer holds no JSON object with a goal")
+            value, stop = decoder.raw_decode(text, start)
+            if isinstance(value, dict) and "goal" in value:
+                end = stop
+                queries = QuerySet.from_dict(value)
+                if check:
+                    check(queries)
+                return queries
+        except InputError as error:
+            found = error
+        except (ValueError, RecursionError):
+            pass
+        start = text.find("{", end)
+    raise found or InputError("queries: the answer holds no JSON object with a goal")
+
+
+# ---------------------------------------------------------------- rules for what a Teacher writes
+
+
+def _words(*words: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<![\w-])(?:{'|'.join(words)})(?![\w-])", re.IGNORECASE)
+
+
+NEGATIONS = _words(
+    "not|no|never|none|nobody|nothing|nowhere|neither|nor|without|cannot",
+    r"\w+n['\u2019]t",
+    "(?:avoid|fail|refrain|prevent|lack)(?:s|ed|ing)?",
+)
+CONJUNCTIONS = _words("and/or", "and", "or", "but", "as well as", "&")
+OPEN_QUESTIONS = _words("what", "which", "who", "whose", "whom", "where", "when", "why", "how")
+# What a sign says is not how the question is worded. An apostrophe inside of a word opens no quotation.
+QUOTED = re.compile(r"\"[^\"]*\"|\u201c[^\u201d]*\u201d|(?<!\w)'[^']*'(?!\w)|\u2018[^\u2019]*\u2019(?!\w)")
+BETWEEN = re.compile(r"\bbetween\b([^?]*?)\band\b", re.IGNORECASE)
+QUESTION_MARKS = re.compile(r"[?\uff1f\u061f]")  # also full-width and Arabic
+
+
+def check_wording(question: str) -> None:
+    """Hold one question to the rules for a Teacher's queries: a yes/no question about one thing, positively phrased.
+
+    VLMs are less sure of negated questions, and confuse Yes and No there; a compound one gives a gradient towards
+    neither of its parts. The rules look at English words outside of quotation marks, and know "between A and B".
+    Raises InputError, which names the question, what is wrong and the remedy.
+    """
+    plain = BETWEEN.sub(r"between\1", QUOTED.sub("this", question))
+    about = f"queries: {_short(question, 100)!r}"
+    marks = len(QUESTION_MARKS.findall(plain))
+    if found := NEGATIONS.search(plain):
+        raise InputError(
+            f'{about} is negated ("{found[0]}"): say what must be seen instead, so that Yes means satisfied'
+        )
+    if marks > 1:
+        raise InputError(f"{about} asks {marks} questions: make each of them a query of its own")
+    if found := CONJUNCTIONS.search(plain):
+        raise InputError(f'{about} is compound ("{found[0]}"): ask one thing, and make the other a query of its own')
+    if not marks or not QUESTION_MARKS.match(plain.rstrip()[-1]):
+        raise InputError(f"{about} is no question: make it one that ends with a question mark")
+    if found := OPEN_QUESTIONS.match(plain.lstrip()):
+        raise InputError(f'{about} cannot be answered by Yes ("{found[0]}"): begin it with Is, Are, Does or Do')
+
+
+def check_written(queries: QuerySet) -> None:
+    """Hold a Teacher's queries to the rules: 1 to `MAX_PROCESS` process questions, all different, each well worded.
+
+    What people write is not held to them. Raises InputError.
+    """
+    if not 1 <= len(queries.process) <= MAX_PROCESS:
+        raise InputError(
+            f"queries: {len(queries.process)} process questions: write at least 1 and at most {MAX_PROCESS}"
+        )
+    seen = set()
+    for question in queries.questions:
+        check_wording(question)
+        if (key := " ".join(re.findall(r"\w+", question.lower()))) in seen:
+            raise InputError(f"queries: {_short(question, 100)!r} is there twice: ask something else in one of them")
+        seen.add(key)
+
+
+def _short(text: str, length: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 3] + "..."

@@ -17,11 +17,20 @@ import torch
 
 
 def patchify() -> None:
+    """Frames as they are, and resized in every dtype."""
     from vlmteacher.kernels import patchify as kernels
 
-    frames = torch.empty(4, 3, 64, 64, dtype=torch.bfloat16, device="meta")
-    rows = kernels.patchify(frames, 16, 2, 2, [0.5] * 3, [0.5] * 3)
-    kernels.patchify_backward(rows, 4, 64, 64, 16, 2, 2, [0.5] * 3)
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for dtype, sizes in ((torch.bfloat16, (64, 96)), (torch.float16, (96,)), (torch.float32, (96,))):
+        for size in sizes:
+            # the taps of a band and of its transpose do not matter to what is compiled
+            bands = 2 * [empty(size, dtype=torch.int32), empty(size, 4)] if size != 64 else []
+            back = 2 * [empty(64, dtype=torch.int32), empty(64, 6)] if size != 64 else []
+            frames = empty(4, 3, 64, 64, dtype=dtype)
+            rows = kernels.patchify(frames, 16, 2, 2, [0.5] * 3, [0.5] * 3, dtype, bands)
+            kernels.patchify_backward(rows, 4, 64, 64, 16, 2, 2, [0.5] * 3, size, size, dtype, back)
 
 
 def lora_linear() -> None:

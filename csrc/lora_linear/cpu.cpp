@@ -66,7 +66,9 @@ void with_rank(const Operand& out, const Operand& left, const Operand& right, do
   const int64_t m = out.rows(), n = out.columns(), k = left.columns();
   const skinny::Matrix l{left.data(), left.of.stride(0), left.turned},
       r{right.data(), right.of.stride(0), right.turned};
-  if (!available || !(half || dtype == ScalarType::Float) || (half && !skinny::takes_bfloat16(l, r, k))) {
+  // A handful of float32 sums (one row of x) is no work to save: theirs then round as the plain expression's do.
+  const bool own = half ? skinny::takes_bfloat16(l, r, k) : dtype == ScalarType::Float && m * n >= 256;
+  if (!available || !own) {
     const Tensor to = out.tensor();
     if (dtype == to.scalar_type()) return vendor(to, to, left.tensor(), right.tensor(), alpha, accumulate ? 1 : 0);
     const Tensor narrow = torch::stable::new_empty(to, {m, n}, dtype);

@@ -1,76 +1,12 @@
-// The LoRA linear on NVIDIA GPUs: torch's tensors for plan.cuh. Stable ABI; built by nvcc against any torch, a CPU one
-// too, where the library loads but nothing calls it.
-#include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
+// The LoRA linear on NVIDIA GPUs: torch's tensors for plan.cuh.
 #include <limits>
 
+#include "../cuda_device.h"
 #include "plan.cuh"
-
-// weak: a torch without CUDA has no such symbol
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                   void** ret_stream);
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-
-void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "lora_linear: ", cudaGetErrorString(error)); }
-
-class Device {  // plan.cuh's: x's GPU and torch's current stream there
- public:
-  explicit Device(const Tensor& x) : x_(x), guard_(x.get_device_index()) {
-    check(cudaSetDevice(x.get_device_index()));  // the guard speaks to torch's CUDA runtime, which may be another one
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(x.get_device_index(), reinterpret_cast<void**>(&stream_)));
-  }
-
-  template <class... Parameters, class... Arguments>
-  void launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, const Arguments&... arguments) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-    kernel<<<grid, threads, shared_bytes, stream_>>>(arguments...);
-    check(cudaGetLastError());
-  }
-
-  template <class T>
-  T* scratch(int64_t count) {
-    const auto bytes = static_cast<int64_t>(count * sizeof(T));
-    scratch_.push_back(torch::stable::new_empty(x_, {bytes}, ScalarType::Byte));
-    return static_cast<T*>(scratch_.back().mutable_data_ptr());
-  }
-
-  template <class T>
-  void copy(T* to, const T* from, int64_t count) {
-    check(cudaMemcpyAsync(to, from, count * sizeof(T), cudaMemcpyDeviceToDevice, stream_));
-  }
-
- private:
-  const Tensor& x_;
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_ = nullptr;
-  Tensors scratch_;  // given back on the host's return: torch gives it out again only behind what this stream does
-};
-
-template <class F>
-void with_type(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return f.template operator()<float>();
-    case ScalarType::Half:
-      return f.template operator()<__half>();
-    case ScalarType::BFloat16:
-      return f.template operator()<__nv_bfloat16>();
-    default:
-      STD_TORCH_CHECK(false, "lora_linear on a GPU takes float32, float16 and bfloat16");
-  }
-}
+using namespace vlmteacher;
 
 template <class T>
 T* data(const Tensor& t) {
@@ -104,7 +40,7 @@ Tensors lora_linear_forward(const Tensor& x_any, Tensors weights, Tensors biases
     ranks += lora_a[i].size(0);
   }
   found.push_back(torch::stable::new_empty(x, {x.size(0), ranks}));
-  with_type(x, [&]<class T>() {
+  with_type(x.scalar_type(), [&]<class T>() {
     std::vector<lora_linear::Layer<T>> layers;
     for (size_t i = 0; i < weights.size(); ++i)
       layers.push_back({.weight = data<T>(weights[i]),
@@ -136,7 +72,7 @@ Tensors lora_linear_backward(Tensors grads, const Tensor& x_any, const Tensor& s
     for (const Tensor& a : lora_a) da.push_back(add_like(a));
   if (need_b)
     for (const Tensor& b : lora_b) db.push_back(add_like(b));
-  with_type(x, [&]<class T>() {
+  with_type(x.scalar_type(), [&]<class T>() {
     std::vector<lora_linear::Layer<T>> layers;
     for (size_t i = 0; i < weights.size(); ++i)
       layers.push_back({.weight = data<T>(weights[i]),

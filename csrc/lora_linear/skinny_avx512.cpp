@@ -39,7 +39,7 @@ struct BFloat16 {
 };
 
 struct Float32 {
-  static constexpr int64_t kDepth = 1, kBytes = 4, kRun = 32;
+  static constexpr int64_t kDepth = 1, kBytes = 4, kRun = 16;
   static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
   }

@@ -1,19 +1,26 @@
-// Normalise + patchify on the CPU: one pass over the pixels in either direction. The definition is
-// vlmteacher/ops/patchify.py; arithmetic is in float (double for double), rounded once.
+// Resize + normalise + patchify + cast on the CPU. The definition is vlmteacher/ops/patchify.py; arithmetic is in float
+// (double for double), rounded once.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/Dispatch_v2.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <array>
 #include <type_traits>
+#include <utility>
 #include <vector>
+
+#include "resize.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+namespace resize = vlmteacher::resize;
 
 struct Grid {  // the rows run over (t, h, w, y, x): block coordinates, then the patch within its merge x merge block
   int64_t patch, temporal_patch, merge, h, w;
@@ -37,13 +44,13 @@ void for_each_patch(int64_t temporal_patches, const Grid& g, const Visit& visit)
   });
 }
 
-template <class T>
-void forward(const T* frames, T* out, int64_t num_frames, const int64_t* stride, const Grid& g,
+template <class T, class Out>
+void forward(const T* frames, Out* out, int64_t num_frames, const int64_t* stride, const Grid& g,
              const std::vector<double>& mean, const std::vector<double>& std) {
   using A = Accumulate<T>;
   const int64_t temporal_patches = (num_frames + g.temporal_patch - 1) / g.temporal_patch;
   for_each_patch(temporal_patches, g, [&](int64_t row, int64_t t, int64_t y, int64_t x) {
-    T* to = out + row * g.columns();
+    Out* to = out + row * g.columns();
     for (int64_t c = 0; c < 3; ++c) {
       const A m = static_cast<A>(mean[c]), s = static_cast<A>(std[c]);
       for (int64_t k = 0; k < g.temporal_patch; ++k) {
@@ -51,18 +58,18 @@ void forward(const T* frames, T* out, int64_t num_frames, const int64_t* stride,
         const T* from = frames + frame * stride[0] + c * stride[1] + y * stride[2] + x * stride[3];
         for (int64_t i = 0; i < g.patch; ++i, from += stride[2], to += g.patch) {
           if (stride[3] == 1)
-            for (int64_t j = 0; j < g.patch; ++j) to[j] = static_cast<T>((static_cast<A>(from[j]) - m) / s);
+            for (int64_t j = 0; j < g.patch; ++j) to[j] = static_cast<Out>((static_cast<A>(from[j]) - m) / s);
           else
             for (int64_t j = 0; j < g.patch; ++j)
-              to[j] = static_cast<T>((static_cast<A>(from[j * stride[3]]) - m) / s);
+              to[j] = static_cast<Out>((static_cast<A>(from[j * stride[3]]) - m) / s);
         }
       }
     }
   });
 }
 
-template <class T>
-void backward(const T* grad, T* out, int64_t num_frames, const Grid& g, const std::vector<double>& std) {
+template <class T, class Out>
+void backward(const T* grad, Out* out, int64_t num_frames, const Grid& g, const std::vector<double>& std) {
   using A = Accumulate<T>;
   const int64_t temporal_patches = (num_frames + g.temporal_patch - 1) / g.temporal_patch;
   const int64_t width = g.w * g.merge * g.patch, height = g.h * g.merge * g.patch, area = g.patch * g.patch;
@@ -74,13 +81,13 @@ void backward(const T* grad, T* out, int64_t num_frames, const Grid& g, const st
       for (int64_t k = 0; k < real; ++k) {
         // the last real frame also stands in the slots that it was repeated into
         const int64_t slots = k + 1 == real ? g.temporal_patch - k : 1;
-        T* to = out + (((t * g.temporal_patch + k) * 3 + c) * height + y) * width + x;
+        Out* to = out + (((t * g.temporal_patch + k) * 3 + c) * height + y) * width + x;
         for (int64_t i = 0; i < g.patch; ++i, to += width) {
           const T* from = channel + k * area + i * g.patch;
           for (int64_t j = 0; j < g.patch; ++j) {
             A sum = static_cast<A>(from[j]);
             for (int64_t slot = 1; slot < slots; ++slot) sum += static_cast<A>(from[slot * area + j]);
-            to[j] = static_cast<T>(sum / s);
+            to[j] = static_cast<Out>(sum / s);
           }
         }
       }
@@ -88,40 +95,185 @@ void backward(const T* grad, T* out, int64_t num_frames, const Grid& g, const st
   });
 }
 
-#define DISPATCH(TENSOR, NAME, ...)                                                                                \
-  THO_DISPATCH_V2((TENSOR).scalar_type(), NAME, AT_WRAP([&] { __VA_ARGS__; }), ScalarType::Float, ScalarType::Double, \
-                  ScalarType::Half, ScalarType::BFloat16)
+// A row of a plane within the patch rows: visit(x, element) for each run of `patch` pixels, which stand together in
+// each of the frame's slots; the first slot's begin at `element`.
+template <class Visit>
+void for_each_run(int64_t frame, int64_t channel, int64_t y, const Grid& g, const Visit& visit) {
+  const int64_t block = g.patch * g.merge, area = g.patch * g.patch;
+  const int64_t blocks = frame / g.temporal_patch * g.h + y / block, row_in_block = y / g.patch % g.merge;
+  const int64_t within = (channel * g.temporal_patch + frame % g.temporal_patch) * area + y % g.patch * g.patch;
+  for (int64_t w = 0; w < g.w; ++w)
+    for (int64_t x = 0; x < g.merge; ++x) {
+      const int64_t row = ((blocks * g.w + w) * g.merge + row_in_block) * g.merge + x;
+      visit((w * g.merge + x) * g.patch, row * g.columns() + within);
+    }
+}
+
+int64_t slots_of(int64_t frame, int64_t num_frames, const Grid& g) {
+  return frame + 1 == num_frames ? g.temporal_patch - frame % g.temporal_patch : 1;
+}
+
+template <class A>
+resize::Resample<A>* best_resample() {
+  if constexpr (std::is_same_v<A, float>) {
+    static const auto best = [] {
+      const auto avx512 = resize::resample_avx512(), avx2 = resize::resample_avx2();
+      return avx512 ? avx512 : avx2 ? avx2 : resize::resample<float>;
+    }();
+    return best;
+  } else {
+    return resize::resample<A>;
+  }
+}
+
+// Both directions of a resize, plane by plane in parts of some rows. read(frame, channel, row, buffer) gives a pointer
+// to an input row, in the buffer where it must; write(frame, channel, row, values) takes an output row; of(channel) is
+// what becomes of a value.
+template <class A, class Read, class Write, class Of>
+void resample_planes(int64_t num_frames, const resize::Band<A>& y, const resize::Band<A>& x, const Read& read,
+                     const Write& write, const Of& of) {
+  constexpr int64_t kRows = 32;
+  resize::Resample<A>* const resample = best_resample<A>();
+  const int64_t parts = (y.rows + kRows - 1) / kRows;
+  torch::stable::parallel_for(0, num_frames * 3 * parts, 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> scratch, values(kRows * x.rows), buffer;
+    std::vector<const A*> rows;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t frame = i / (3 * parts), channel = i / parts % 3, first = i % parts * kRows;
+      const auto [scale, shift] = of(channel);
+      const resize::Part<A> part{first, std::min(first + kRows, y.rows), scale, shift};
+      const int64_t count = resize::rows_read(y, part);
+      rows.resize(count);
+      if (const size_t size = count * x.columns; buffer.size() < size) buffer.resize(size);
+      if (const size_t size = resize::scratch_size(y, x, part); scratch.size() < size) scratch.resize(size);
+      for (int64_t r = 0; r < count; ++r)
+        rows[r] = read(frame, channel, y.start[first] + r, buffer.data() + r * x.columns);
+      resample(rows.data(), y, x, part, scratch.data(), values.data());
+      for (int64_t r = part.begin; r < part.end; ++r)
+        write(frame, channel, r, values.data() + (r - part.begin) * x.rows);
+    }
+  });
+}
+
+template <class T, class Out, class A>
+void forward_resized(const T* frames, Out* out, int64_t num_frames, const int64_t* stride, const Grid& g,
+                     const std::vector<double>& mean, const std::vector<double>& std, const resize::Band<A>& y,
+                     const resize::Band<A>& x) {
+  const auto read = [&](int64_t frame, int64_t channel, int64_t row, A* buffer) -> const A* {
+    const T* from = frames + frame * stride[0] + channel * stride[1] + row * stride[2];
+    if constexpr (std::is_same_v<T, A>)
+      if (stride[3] == 1) return from;
+    for (int64_t i = 0; i < x.columns; ++i) buffer[i] = static_cast<A>(from[i * stride[3]]);
+    return buffer;
+  };
+  const auto write = [&](int64_t frame, int64_t channel, int64_t row, const A* values) {
+    const int64_t slots = slots_of(frame, num_frames, g);
+    for_each_run(frame, channel, row, g, [&](int64_t first, int64_t element) {
+      for (int64_t slot = 0; slot < slots; ++slot, element += g.patch * g.patch)
+        for (int64_t i = 0; i < g.patch; ++i) out[element + i] = static_cast<Out>(values[first + i]);
+    });
+  };
+  resample_planes<A>(num_frames, y, x, read, write, [&](int64_t c) {
+    return std::pair(static_cast<A>(1 / std[c]), static_cast<A>(-mean[c] / std[c]));
+  });
+}
+
+template <class T, class Out, class A>
+void backward_resized(const T* grad, Out* out, int64_t num_frames, const Grid& g, const std::vector<double>& std,
+                      const resize::Band<A>& y, const resize::Band<A>& x) {
+  const auto read = [&](int64_t frame, int64_t channel, int64_t row, A* buffer) -> const A* {
+    const int64_t slots = slots_of(frame, num_frames, g);
+    for_each_run(frame, channel, row, g, [&](int64_t first, int64_t element) {
+      for (int64_t i = 0; i < g.patch; ++i) buffer[first + i] = static_cast<A>(grad[element + i]);
+      for (int64_t slot = 1; slot < slots; ++slot)
+        for (int64_t i = 0; i < g.patch; ++i)
+          buffer[first + i] += static_cast<A>(grad[element + slot * g.patch * g.patch + i]);
+    });
+    return buffer;
+  };
+  const auto write = [&](int64_t frame, int64_t channel, int64_t row, const A* values) {
+    Out* to = out + ((frame * 3 + channel) * y.rows + row) * x.rows;
+    for (int64_t i = 0; i < x.rows; ++i) to[i] = static_cast<Out>(values[i]);
+  };
+  resample_planes<A>(num_frames, y, x, read, write,
+                     [&](int64_t c) { return std::pair(static_cast<A>(1 / std[c]), A(0)); });
+}
+
+template <class F>
+void with_type(ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::Float:
+      return f.template operator()<float>();
+    case ScalarType::Half:
+      return f.template operator()<torch::headeronly::Half>();
+    case ScalarType::BFloat16:
+      return f.template operator()<torch::headeronly::BFloat16>();
+    default:
+      STD_TORCH_CHECK(false, "patchify takes float64 to float64, and float32, float16 and bfloat16 to each other");
+  }
+}
+
+// f<what the tensor holds, what the result holds>()
+template <class F>
+void with_types(ScalarType from, ScalarType to, const F& f) {
+  if (from == ScalarType::Double && to == ScalarType::Double) return f.template operator()<double, double>();
+  with_type(from, [&]<class T>() { with_type(to, [&]<class Out>() { f.template operator()<T, Out>(); }); });
+}
+
+// The two bands that tables (vertical start and weight, horizontal start and weight) hold, for a plane of that size.
+template <class A>
+std::array<resize::Band<A>, 2> bands(const std::vector<Tensor>& tables, int64_t height, int64_t width) {
+  const auto band = [&](size_t i, int64_t columns) {
+    return resize::Band<A>{static_cast<const int32_t*>(tables[i].const_data_ptr()),
+                           static_cast<const A*>(tables[i + 1].const_data_ptr()), tables[i + 1].size(0), columns,
+                           tables[i + 1].size(1)};
+  };
+  return {band(0, height), band(2, width)};
+}
 
 Tensor patchify(const Tensor& frames, int64_t patch, int64_t temporal_patch, int64_t merge, std::vector<double> mean,
-                std::vector<double> std) {
-  const Grid g{patch, temporal_patch, merge, frames.size(2) / (patch * merge), frames.size(3) / (patch * merge)};
+                std::vector<double> std, ScalarType dtype, std::vector<Tensor> tables) {
+  const int64_t height = tables.empty() ? frames.size(2) : tables[0].size(0);
+  const int64_t width = tables.empty() ? frames.size(3) : tables[2].size(0);
+  const Grid g{patch, temporal_patch, merge, height / (patch * merge), width / (patch * merge)};
   const int64_t temporal_patches = (frames.size(0) + temporal_patch - 1) / temporal_patch;
-  Tensor out = torch::stable::new_empty(frames, {temporal_patches * g.h * g.w * merge * merge, g.columns()});
+  Tensor out = torch::stable::new_empty(frames, {temporal_patches * g.h * g.w * merge * merge, g.columns()}, dtype);
   const int64_t stride[] = {frames.stride(0), frames.stride(1), frames.stride(2), frames.stride(3)};
-  DISPATCH(frames, "patchify",
-           forward(static_cast<const scalar_t*>(frames.const_data_ptr()),
-                   static_cast<scalar_t*>(out.mutable_data_ptr()), frames.size(0), stride, g, mean, std));
+  with_types(frames.scalar_type(), dtype, [&]<class T, class Out>() {
+    const T* from = static_cast<const T*>(frames.const_data_ptr());
+    Out* to = static_cast<Out*>(out.mutable_data_ptr());
+    if (tables.empty()) return forward(from, to, frames.size(0), stride, g, mean, std);
+    const auto [y, x] = bands<Accumulate<T>>(tables, frames.size(2), frames.size(3));
+    forward_resized(from, to, frames.size(0), stride, g, mean, std, y, x);
+  });
   return out;
 }
 
 Tensor patchify_backward(const Tensor& grad, int64_t num_frames, int64_t height, int64_t width, int64_t patch,
-                         int64_t temporal_patch, int64_t merge, std::vector<double> std) {
-  const Grid g{patch, temporal_patch, merge, height / (patch * merge), width / (patch * merge)};
+                         int64_t temporal_patch, int64_t merge, std::vector<double> std, int64_t resized_height,
+                         int64_t resized_width, ScalarType dtype, std::vector<Tensor> tables) {
+  const Grid g{patch, temporal_patch, merge, resized_height / (patch * merge), resized_width / (patch * merge)};
   Tensor rows = torch::stable::contiguous(grad);
-  Tensor out = torch::stable::new_empty(grad, {num_frames, 3, height, width});
-  DISPATCH(rows, "patchify_backward",
-           backward(static_cast<const scalar_t*>(rows.const_data_ptr()),
-                    static_cast<scalar_t*>(out.mutable_data_ptr()), num_frames, g, std));
+  Tensor out = torch::stable::new_empty(grad, {num_frames, 3, height, width}, dtype);
+  with_types(rows.scalar_type(), dtype, [&]<class T, class Out>() {
+    const T* from = static_cast<const T*>(rows.const_data_ptr());
+    Out* to = static_cast<Out*>(out.mutable_data_ptr());
+    if (tables.empty()) return backward(from, to, num_frames, g, std);
+    const auto [y, x] = bands<Accumulate<T>>(tables, resized_height, resized_width);
+    backward_resized(from, to, num_frames, g, std, y, x);
+  });
   return out;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vlmteacher_cpp, m) {
-  m.def("patchify(Tensor frames, int patch, int temporal_patch, int merge, float[] mean, float[] std) -> Tensor");
+  m.def(
+      "patchify(Tensor frames, int patch, int temporal_patch, int merge, float[] mean, float[] std, ScalarType dtype, "
+      "Tensor[] tables) -> Tensor");
   m.def(
       "patchify_backward(Tensor grad, int num_frames, int height, int width, int patch, int temporal_patch, int merge, "
-      "float[] std) -> Tensor");
+      "float[] std, int resized_height, int resized_width, ScalarType dtype, Tensor[] tables) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlmteacher_cpp, CPU, m) {

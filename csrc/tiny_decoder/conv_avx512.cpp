@@ -68,7 +68,8 @@ void copy_masked(const char* from, const uint8_t* signs, int64_t count, float sl
       _mm512_storeu_si512(to + 2 * i, _mm512_maskz_mov_epi16(mask, _mm512_loadu_si512(from + 2 * i)));
     }
   for (; i < count; i += kLanes) {
-    const __mmask16 some = lanes(count - i), set = __mmask16(bits(signs + i / 8, count - i < kLanes ? count - i : kLanes));
+    const __mmask16 some = lanes(count - i);
+    const __mmask16 set = __mmask16(bits(signs + i / 8, count - i < kLanes ? count - i : kLanes));
     const __m512 value = T::load(from + i * T::kBytes, some);
     T::store(to + i * T::kBytes, some, _mm512_mask_mul_ps(value, __mmask16(~set), value, factor));
   }

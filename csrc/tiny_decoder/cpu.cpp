@@ -1,7 +1,7 @@
-// The convolutions of the surrogate decoder on the CPU; the definition is vlmteacher/ops/tiny_decoder.py. All four cases
-// are one sum over taps (conv.h): forward, 9 taps; forward from an upsampled image, four phases of the output with 2x2
-// taps each on the small image, the weights that meet the same pixel summed; and backward of either, where frame f sees
-// the output frames that saw it, 9 taps or all 16 of the phases.
+// The convolutions of the surrogate decoder on the CPU; the definition is vlmteacher/ops/tiny_decoder.py. All four
+// cases are one sum over taps (conv.h): forward, 9 taps; forward from an upsampled image, four phases of the output with
+// 2x2 taps each on the small image, the weights that meet the same pixel summed; and backward of either, where frame f
+// sees the output frames that saw it, 9 taps or all 16 of the phases.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -118,9 +118,10 @@ void run(const Conv& conv, const std::vector<Frame>& frames) {
 std::vector<float> bias_of(const std::optional<Tensor>& bias, int64_t channels) {
   std::vector<float> found((channels + kLanes - 1) / kLanes * kLanes, 0.f);
   if (!bias) return found;
+  const bool half = bias->scalar_type() == ScalarType::BFloat16;
+  const void* from = bias->const_data_ptr();
   for (int64_t i = 0; i < channels; ++i)
-    found[i] = bias->scalar_type() == ScalarType::BFloat16 ? widened(static_cast<const uint16_t*>(bias->const_data_ptr())[i])
-                                                           : static_cast<const float*>(bias->const_data_ptr())[i];
+    found[i] = half ? widened(static_cast<const uint16_t*>(from)[i]) : static_cast<const float*>(from)[i];
   return found;
 }
 
@@ -139,7 +140,8 @@ std::tuple<Tensor, Tensor> conv3x3(const Tensor& x, const Tensor& taps, const Te
                   static_cast<const int32_t*>(packed.const_data_ptr()), offset.data(), float(slope.value_or(0))};
   const int32_t* tap = static_cast<const int32_t*>(taps.const_data_ptr());
   std::vector<Source> seen(count * sources);
-  for (size_t i = 0; i < seen.size(); ++i) seen[i] = {tap[i] < 0 ? nullptr : data(x) + tap[i] * frame_bytes(x), nullptr};
+  for (size_t i = 0; i < seen.size(); ++i)
+    seen[i] = {tap[i] < 0 ? nullptr : data(x) + tap[i] * frame_bytes(x), nullptr};
   std::vector<Frame> frames(count);
   for (int64_t f = 0; f < count; ++f) {
     const char* added = nullptr;
@@ -164,7 +166,8 @@ Tensor conv3x3_backward(const Tensor& grad, const Tensor& signs, const Tensor& t
   const int32_t* tap = static_cast<const int32_t*>(taps.const_data_ptr());
   std::vector<Source> seen(bank * sources, Source{nullptr, nullptr});
   std::vector<Frame> frames(bank), used;
-  for (int64_t f = 0; f < bank; ++f) frames[f] = {&seen[f * sources], nullptr, nullptr, data(dx) + f * frame_bytes(dx), nullptr};
+  for (int64_t f = 0; f < bank; ++f)
+    frames[f] = {&seen[f * sources], nullptr, nullptr, data(dx) + f * frame_bytes(dx), nullptr};
   std::vector<bool> seen_at_all(bank, false);
   for (int64_t i = 0; i < count * sources; ++i) {
     const int64_t f = tap[i], from = i / sources;

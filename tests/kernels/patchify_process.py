@@ -1,28 +1,21 @@
-"""Runs the Triton kernels of patchify on the CPU. A process of its own, since Triton decides at import whether it
-interprets, and an interpreted kernel cannot be compiled.
+"""Runs the Triton kernels of patchify in the interpreter. A process of its own, since Triton decides at import whether
+it interprets.
 
-    TRITON_INTERPRET=1 python tests/kernels/patchify_process.py interpret
-    python tests/kernels/patchify_process.py compile
+    TRITON_INTERPRET=1 python -m tests.kernels.patchify_process
 """
 
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import Tensor
 
+from tests.kernels.test_patchify import CASES, DTYPES, MEAN, STD, draw
 from vlmteacher.kernels import patchify as kernels
-from vlmteacher.ops.patchify import patchify_backward_reference, patchify_reference
+from vlmteacher.ops.patchify import patchify_backward_reference, patchify_reference, resize_bands
 
-MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.6, 0.7]
-SIZES = [(4, 16, 32, 4, 2, 2), (5, 16, 8, 2, 2, 2), (1, 28, 14, 14, 2, 1), (7, 12, 24, 2, 4, 3), (3, 16, 32, 8, 1, 2)]
 _empty = torch.empty
 
 
@@ -34,60 +27,34 @@ def error(x: Tensor, truth: Tensor) -> float:
     return (x.double() - truth).abs().max().item()
 
 
-def interpret() -> list[dict[str, object]]:
+def main() -> None:
     """Errors of kernel and plain torch against float64, for outputs and gradients."""
     rows: list[dict[str, object]] = []
-    generator = torch.Generator().manual_seed(0)
-    for t, height, width, patch, temporal_patch, merge in SIZES:
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            args = (patch, temporal_patch, merge)
-            frames = torch.rand(t, 3, width, height, generator=generator).to(dtype).transpose(2, 3)  # strided
-            exact = patchify_reference(frames.double(), *args, MEAN, STD)
-            grad = torch.randn(exact.shape, generator=generator).to(dtype)
-            back = (t, height, width, *args, STD)
-            exact_grad = patchify_backward_reference(grad.double(), *back)
+    for number, case in enumerate(CASES):
+        # the interpreter is slow: float32, and one of the other pairs of dtypes in turn
+        for dtype, out_dtype in (DTYPES[0], DTYPES[1 + number % (len(DTYPES) - 1)]):
+            frames, grad, args, size = draw(case, dtype, out_dtype)
+            shape = frames.shape[2:]
+            exact = patchify_reference(frames.double(), *args, MEAN, STD, size)
+            back = (len(frames), *shape, *args, STD)
+            exact_grad = patchify_backward_reference(grad.double(), *back, size)
+            bands = [resize_bands(frames, shape, size, backward) for backward in (False, True)]
             with mock.patch.object(torch, "empty", poisoned):
-                out, out_grad = kernels.patchify(frames, *args, MEAN, STD), kernels.patchify_backward(grad, *back)
+                out = kernels.patchify(frames, *args, MEAN, STD, out_dtype, bands[0])
+                out_grad = kernels.patchify_backward(grad, *back, *size, dtype, bands[1])
             for what, ours, plain, truth in [
-                ("output", out, patchify_reference(frames, *args, MEAN, STD), exact),
-                ("gradient", out_grad, patchify_backward_reference(grad, *back), exact_grad),
+                ("output", out, patchify_reference(frames, *args, MEAN, STD, size, out_dtype), exact),
+                ("gradient", out_grad, patchify_backward_reference(grad, *back, size, dtype), exact_grad),
             ]:
-                assert ours.dtype == dtype and ours.shape == truth.shape
+                assert ours.dtype == plain.dtype and ours.shape == truth.shape
                 # The interpreter truncates where a GPU rounds to nearest: one rounding more than the kernel makes.
-                eps = torch.finfo(dtype).eps * truth.abs().max().item() * (1 if dtype == torch.float32 else 2)
+                eps = torch.finfo(ours.dtype).eps * truth.abs().max().item() * (1 if ours.dtype == torch.float32 else 2)
                 rows.append(
-                    {"case": f"{what} {dtype} {(t, height, width, *args)}", "error": error(ours, truth),
+                    {"case": f"{what} {dtype} {out_dtype} {case}", "error": error(ours, truth),
                      "allowed": 1.5 * error(plain, truth) + eps}
                 )  # fmt: skip
-    return rows
-
-
-def compile_ahead() -> list[dict[str, object]]:
-    """Registers and spilled bytes of both kernels for Ampere and Hopper."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    constants = {"PATCH": 16, "TEMPORAL": 2, "MERGE": 2, "BLOCK": kernels.BLOCK}
-    rows: list[dict[str, object]] = []
-    for kernel in (kernels.patchify_kernel, kernels.patchify_backward_kernel):
-        signature = {
-            name: "constexpr" if name in constants else "*bf16" if name in ("frames", "out", "grad")
-            else "fp32" if name.startswith(("mean", "std")) else "i32"
-            for name in kernel.arg_names
-        }  # fmt: skip
-        for capability in (80, 90):
-            source = ASTSource(kernel, signature, constexprs=constants)
-            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-                cubin.write(compiled.asm["cubin"])
-                cubin.flush()
-                usage = subprocess.check_output([cuobjdump, "-res-usage", cubin.name], text=True)
-            registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[0]) for key in ("REG", "STACK"))
-            rows.append({"case": f"{kernel.__name__} sm_{capability}", "registers": registers, "stack_bytes": stack})
-    return rows
+    print(json.dumps(rows))
 
 
 if __name__ == "__main__":
-    print(json.dumps({"interpret": interpret, "compile": compile_ahead}[sys.argv[1]]()))
+    main()

@@ -1,39 +1,171 @@
-"""The Triton kernels of patchify without a GPU: their numbers in the interpreter, their code compiled ahead of time."""
+"""The GPU kernels of patchify without a GPU: Triton's in its interpreter, the CUDA source executed on the CPU, each
+against the definition in float64; and what the GPU compilers make of them."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
-ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(
+from benchmarks.static.tool import rows as compiled_rows
+from tests.kernels import simt
+from vlmteacher.ops.patchify import (
+    Band,
+    patchify_backward_reference,
+    patchify_reference,
+    resize_bands,
+    resize_matrix,
+)
+
+MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.6, 0.7]
+DTYPES = [(d, d) for d in (torch.float32, torch.float16, torch.bfloat16)]
+DTYPES += [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
+CASES = [  # frames, height, width, patch, temporal patch, merge, and the size they are resized to
+    (4, 16, 32, 4, 2, 2, (16, 32)),  # none: the frames' own
+    (5, 16, 8, 2, 2, 2, (16, 8)),
+    (1, 28, 14, 14, 2, 1, (28, 14)),
+    (7, 12, 24, 2, 4, 3, (12, 24)),
+    (3, 16, 32, 8, 1, 2, (16, 32)),
+    (3, 33, 47, 4, 2, 1, (16, 24)),  # smaller, odd
+    (3, 10, 8, 2, 2, 2, (20, 12)),  # larger
+    (2, 9, 100, 4, 2, 2, (16, 8)),
+    (1, 1, 1, 2, 2, 2, (4, 8)),
+    (2, 13, 21, 1, 1, 1, (1, 2)),
+    (2, 20, 36, 14, 1, 1, (14, 14)),  # the patch is the frame
+    (1, 30, 600, 5, 1, 1, (20, 70)),  # more than one block of a kernel in every direction
+]
+
+
+def draw(case: tuple, dtype: torch.dtype, out: torch.dtype) -> tuple[Tensor, Tensor, tuple[int, int, int], list[int]]:
+    """Strided frames of `dtype`, the gradient of their rows of `out`, the patch sizes, the size after the resize."""
+    t, height, width, *args, size = case
+    generator = torch.Generator().manual_seed(t * height + width)
+    frames = torch.rand(t, 3, width, height, generator=generator).to(dtype).transpose(2, 3)
+    shape = patchify_reference(frames.double(), *args, MEAN, STD, size).shape
+    return frames, torch.randn(shape, generator=generator).to(out), tuple(args), list(size)
+
+
+@pytest.fixture(scope="module")
+def library():
+    return simt.build("patchify.cpp")
+
+
+def execute(
+    library: ctypes.CDLL, frames: Tensor, grad: Tensor, args: tuple[int, int, int], size: list[int]
+) -> tuple[Tensor, Tensor]:
+    """The rows in the dtype of their gradient, and the frames' gradient in the dtype of the frames."""
+    kinds = [(x.dtype.itemsize, x.dtype == torch.bfloat16) for x in (frames, grad)]
+    shape, sizes = list(frames.shape[2:]), [len(frames), *size, *args]
+    mean, std = ([ctypes.c_double(v) for v in values] for values in (MEAN, STD))
+    with simt.Memory(library) as memory:
+
+        def bands(backward: bool) -> list[object]:
+            found: list[object] = []
+            for i, table in enumerate(resize_bands(frames, shape, size, backward)):
+                found += [memory.put(table)] if i % 2 == 0 else [memory.put(table), table.shape[1]]
+            return found or [None, None, 0] * 2
+
+        stored = memory.put(frames.transpose(2, 3))  # as `draw` made them
+        stride = [stored.stride(i) for i in (0, 1, 3, 2)]
+        out, out_grad = memory.empty(*grad.shape, dtype=grad.dtype), memory.empty(*frames.shape, dtype=frames.dtype)
+        simt.call(
+            library.run_forward, *kinds[0], *kinds[1], stored, stride, sizes, *shape, *bands(False), mean, std, out
+        )
+        simt.call(
+            library.run_backward, *kinds[1], *kinds[0], memory.put(grad), sizes, *shape, *bands(True), std, out_grad
+        )
+        return out.clone(), out_grad.clone()
+
+
+@pytest.mark.parametrize(("dtype", "out_dtype"), DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cuda(library, case, dtype, out_dtype):
+    library.simt_seed(case[1])
+    frames, grad, args, size = draw(case, dtype, out_dtype)
+    back = (len(frames), *frames.shape[2:], *args, STD, size)
+    for ours, plain, exact in zip(
+        execute(library, frames, grad, args, size),
+        (
+            patchify_reference(frames, *args, MEAN, STD, size, out_dtype),
+            patchify_backward_reference(grad, *back, dtype),
+        ),
+        (
+            patchify_reference(frames.double(), *args, MEAN, STD, size),
+            patchify_backward_reference(grad.double(), *back),
+        ),
+        strict=True,
+    ):
+        error, usual = ((x.double() - exact).abs().max() for x in (ours, plain))
+        assert error <= 1.5 * usual + torch.finfo(ours.dtype).eps * exact.abs().max()  # a NaN is not
+
+
+def test_every_order_of_the_warps_gives_the_same_bits(library):
+    found = []
+    for seed in range(2):
+        library.simt_seed(seed)
+        found.append(execute(library, *draw(CASES[-1], torch.float32, torch.float32)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("width", [4_000, 200_000])
+def test_long_rows_get_smaller_tiles_and_longer_ones_are_refused(library, width):
+    """To two pixels: 48 KiB of shared memory hold the columns of a smaller tile, then of none."""
+    frames, args, size = torch.rand(1, 3, width, 1).transpose(2, 3), (1, 1, 1), [1, 2]
+    if width > 100_000:
+        with pytest.raises(simt.Fault, match="a row of 200000 pixels is too long to become 2"):
+            execute(library, frames, torch.rand(2, 3), args, size)
+        return
+    exact = patchify_reference(frames.double(), *args, MEAN, STD, size)
+    out, _ = execute(library, frames, torch.rand(2, 3), args, size)
+    torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=0)
+
+
+def test_the_plan_allots_what_a_tile_reads(library):
+    sizes = [1, 2, 3, 5, 13, 16, 29, 64, 97, 128, 384, 641, 1280]
+    for size_in, size_out in [(a, b) for a in sizes for b in sizes if a != b]:
+        matrix = resize_matrix(size_in, size_out)
+        for start, weight in (Band.of(matrix), Band.of(matrix.T)):
+            columns, all_rows, taps = size_in + size_out - len(start), len(start), weight.shape[1]
+            for rows in (1, 2, 16, 64):
+                read = taps + max(int(start[min(i + rows, all_rows) - 1] - start[i]) for i in range(0, all_rows, rows))
+                assert read <= library.most_columns(columns, taps, all_rows, rows) <= columns
+
+
+triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'vlmteacher[triton]'"
 )
 
 
-def rows_of(mode: str, tmp_path: Path, **environment: str) -> list[dict]:
-    variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    variables |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), **environment}
-    command = [sys.executable, str(ROOT / "tests/kernels/patchify_process.py"), mode]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+@triton
+def test_triton_in_its_interpreter(tmp_path):
+    root = Path(__file__).parents[2]
+    variables = os.environ | {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "tests.kernels.patchify_process"]
+    done = subprocess.run(command, env=variables, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_interpreted_against_float64(tmp_path):
-    rows = rows_of("interpret", tmp_path, TRITON_INTERPRET="1")
-    assert len(rows) == 30
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert len(rows) == 4 * len(CASES)
     # written so that a NaN, left by an element that no program wrote, fails too
     assert not [row for row in rows if not row["error"] <= row["allowed"]]
 
 
-def test_compiles_for_ampere_and_hopper_without_spills(tmp_path):
-    rows = rows_of("compile", tmp_path)
-    assert len(rows) == 4
-    assert not [row for row in rows if row["stack_bytes"] or row["registers"] > 128], rows
+@pytest.mark.parametrize(
+    ("backend", "kernels"),
+    [
+        pytest.param("triton", 5, marks=triton),
+        pytest.param("cuda", 36, marks=pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")),
+    ],
+)
+def test_compiles_for_ampere_and_hopper_without_spills(backend, kernels):
+    rows = compiled_rows((backend,), "patchify")
+    assert {row.architecture for row in rows} == {80, 90} and len(rows) >= 2 * kernels
+    assert not [row for row in rows if row.spills or row.occupancy < 0.5], rows

@@ -2,17 +2,54 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+from unittest import mock
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlmteacher.errors import InputError
+from vlmteacher.ops import patchify as operator
 from vlmteacher.ops.backends import cpp_status
-from vlmteacher.ops.patchify import _patchify, patchify, patchify_backward_reference, patchify_reference
+from vlmteacher.ops.patchify import (
+    Band,
+    _patchify,
+    patchify,
+    patchify_backward_reference,
+    patchify_reference,
+    resize_matrix,
+)
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.6, 0.7]
 # frames, height, width, patch, temporal patch, merge: odd T, one frame, other temporal patches, no merging
 SIZES = [(4, 32, 64, 8, 2, 2), (5, 16, 8, 2, 2, 2), (1, 28, 14, 14, 2, 1), (7, 12, 24, 2, 4, 3), (3, 32, 32, 16, 1, 2)]
+
+# the same, then the size that the frames are resized to
+RESIZES = [
+    (3, 33, 47, 4, 2, 2, (16, 24)),  # smaller, odd
+    (5, 16, 8, 2, 2, 2, (36, 20)),  # larger
+    (4, 50, 16, 4, 2, 2, (24, 16)),  # one axis alone
+    (4, 16, 50, 4, 2, 2, (16, 72)),
+    (2, 9, 200, 8, 2, 2, (64, 16)),  # larger and much smaller
+    (1, 300, 7, 2, 2, 1, (6, 34)),
+    (1, 1, 1, 2, 2, 2, (4, 8)),  # one pixel
+    (16, 13, 21, 1, 1, 1, (1, 2)),  # to almost none
+    (5, 20, 20, 2, 4, 3, (42, 12)),  # more than a part of rows
+    (3, 40, 72, 28, 1, 1, (28, 28)),  # the patch is the frame: InternVL's layout
+]
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+TO = [*zip(DTYPES, DTYPES, strict=True), *itertools.permutations(DTYPES[1:], 2)]
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def each_backend(request, monkeypatch):
+    if request.param == "reference":
+        monkeypatch.setattr(operator, "backend", lambda x, name: None)
+    elif not cpp_status()[0]:
+        pytest.skip(cpp_status()[1])
 
 
 def by_hand(frames: Tensor, patch: int, temporal_patch: int, merge: int) -> Tensor:
@@ -37,10 +74,16 @@ def frames_of(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.rand(size[0], 3, *size[1:3], generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
 
 
-def gradient(function, frames, args, grad):
+def gradient(function, frames, args, grad, *resize):
     leaf = frames.detach().clone().requires_grad_()
-    (result,) = torch.autograd.grad(function(leaf, *args, MEAN, STD), leaf, grad)
+    (result,) = torch.autograd.grad(function(leaf, *args, MEAN, STD, *resize), leaf, grad)
     return result
+
+
+def resized(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """By the dense matrices, which need no torch.nn.functional.interpolate."""
+    y, x = (resize_matrix(a, b) for a, b in zip(frames.shape[2:], size, strict=True))
+    return y @ frames.double() @ x.T
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -49,45 +92,113 @@ def test_the_definition_is_the_layout(size):
     torch.testing.assert_close(patchify_reference(frames, *size[3:], MEAN, STD), by_hand(frames, *size[3:]))
 
 
-@pytest.mark.parametrize("temporal_patch, merge", [(1, 1), (2, 2), (4, 3)])
-def test_both_derivatives(temporal_patch, merge):
-    frames = torch.rand(3, 3, 2 * merge, 4 * merge, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize(
+    "size_in, size_out",
+    [
+        (7, 7),
+        (1, 5),
+        (5, 1),
+        (2, 1),
+        (64, 128),
+        (384, 256),
+        (704, 352),
+        (13, 29),
+        (29, 13),
+        (100, 3),
+        (3, 100),
+        (33, 32),
+    ],
+)
+def test_the_matrix_is_torchs_map(size_in, size_out):
+    eye = torch.eye(size_in, dtype=torch.float64)[None, None]
+    found = F.interpolate(eye, size=(size_out, max(2, size_in)), mode="bicubic", antialias=True)[0, 0]
+    if size_in > 1:  # at width 1 torch 2.13 gives something else than at any other width
+        torch.testing.assert_close(resize_matrix(size_in, size_out), found, atol=1e-14, rtol=0)
+    for matrix in (resize_matrix(size_in, size_out), resize_matrix(size_in, size_out).T):
+        start, weight = Band.of(matrix)
+        assert (start >= 0).all() and (start + weight.shape[1] <= matrix.shape[1]).all()
+        assert (start.diff() >= 0).all()
+        dense = torch.zeros_like(matrix).scatter_(1, start[:, None] + torch.arange(weight.shape[1]), weight)
+        assert torch.equal(dense, matrix)
+
+
+@pytest.mark.parametrize("size", RESIZES)
+def test_a_resize_by_its_matrices(size, each_backend):
+    frames = frames_of(size, torch.float64)
+    expected = by_hand(resized(frames, size[-1]), *size[3:6])
+    ours = patchify(frames, *size[3:6], MEAN, STD, size[-1])
+    torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
+    grad = torch.randn_like(expected)
+    leaf = frames.clone().requires_grad_()
+    (exact,) = torch.autograd.grad(by_hand(resized(leaf, size[-1]), *size[3:6]), leaf, grad)
+    found = gradient(patchify, frames, size[3:6], grad, size[-1])
+    torch.testing.assert_close(found, exact, atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("temporal_patch, merge", [(1, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize("resize", [None, (0.5, 2), (1, 1.5)], ids=str)
+def test_both_derivatives(temporal_patch, merge, resize):
+    height, width = 2 * merge, 4 * merge
+    size = resize and (height, width)
+    scale = resize or (1, 1)
+    frames = torch.rand(3, 3, int(height * scale[0]), int(width * scale[1]), dtype=torch.float64, requires_grad=True)
 
     def run(x: Tensor) -> Tensor:
-        return patchify(x, 2, temporal_patch, merge, MEAN, STD)
+        return patchify(x, 2, temporal_patch, merge, MEAN, STD, size)
 
     assert torch.autograd.gradcheck(run, frames)
     assert torch.autograd.gradgradcheck(run, frames)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("size", SIZES)
-def test_error_against_float64(size, dtype):
-    """At most 1.5 times the error of the plain expression in the same dtype, outputs and gradients."""
-    args = size[3:]
+@pytest.mark.parametrize(("dtype", "out"), TO, ids=str)
+@pytest.mark.parametrize("size", [*SIZES, *RESIZES])
+def test_error_against_float64(size, dtype, out):
+    """At most 1.5 times the error of the plain expression in the same dtypes, outputs and gradients."""
+    roundings = 1 if dtype != torch.float64 else 64  # where the truth itself is rounded
+    args, resize = size[3:6], size[6] if len(size) > 6 else None
     frames = frames_of(size, dtype)
-    exact = patchify_reference(frames.double(), *args, MEAN, STD)
-    grad = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
-    exact_grad = gradient(patchify_reference, frames.double(), args, grad.double())
-    floor = torch.finfo(dtype).eps
-    for ours, plain, truth in [
-        (patchify(frames, *args, MEAN, STD), patchify_reference(frames, *args, MEAN, STD), exact),
-        (gradient(patchify, frames, args, grad), gradient(patchify_reference, frames, args, grad), exact_grad),
+    exact = patchify_reference(frames.double(), *args, MEAN, STD, resize)
+    grad = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
+    exact_grad = gradient(patchify_reference, frames.double(), args, grad.double(), resize)
+    for ours, plain, truth, to in [
+        (*(f(frames, *args, MEAN, STD, resize, out) for f in (patchify, patchify_reference)), exact, out),
+        (*(gradient(f, frames, args, grad, resize, out) for f in (patchify, patchify_reference)), exact_grad, dtype),
     ]:
-        assert ours.dtype == dtype and ours.shape == truth.shape
+        assert ours.dtype == to and ours.shape == truth.shape
         error, allowed = (ours.double() - truth).abs().max(), (plain.double() - truth).abs().max()
-        assert error <= 1.5 * allowed + floor * truth.abs().max()
+        # a row may be small only because the mean was subtracted: what was rounded is near one
+        magnitude = truth.abs().max().clamp(min=1 if truth is exact else 0)
+        assert error <= 1.5 * allowed + roundings * torch.finfo(to).eps * magnitude
+
+
+def test_the_frames_own_size_is_no_resize():
+    frames = frames_of((3, 16, 24), torch.float32)
+    assert torch.equal(patchify(frames, 4, 2, 2, MEAN, STD, (16, 24)), patchify(frames, 4, 2, 2, MEAN, STD))
+    with mock.patch.object(operator, "_bands", side_effect=AssertionError):
+        patchify(frames, 4, 2, 2, MEAN, STD, (16, 24))
+
+
+def test_nothing_is_clamped_and_the_tables_are_made_once():
+    frames = torch.zeros(2, 3, 20, 24)
+    frames[..., 10:] = 1.0
+    operator._bands.cache_clear()
+    for _ in range(3):
+        rows = patchify(frames.requires_grad_(), 4, 2, 2, [0.0] * 3, [1.0] * 3, (32, 40))
+        rows.sum().backward()
+    assert rows.min() < -0.01 and rows.max() > 1.01
+    assert operator._bands.cache_info().misses == 4  # two axes, two directions
 
 
 def test_reference_backward_is_the_gradient_of_the_definition():
-    for size in SIZES:
-        frames = frames_of(size, torch.float64)
-        grad = torch.randn_like(patchify_reference(frames, *size[3:], MEAN, STD))
-        expected = gradient(patchify_reference, frames, size[3:], grad)
-        torch.testing.assert_close(patchify_backward_reference(grad, *size[:3], *size[3:], STD), expected)
+    for size in (*SIZES, *RESIZES):
+        frames, resize = frames_of(size, torch.float64), size[6:]
+        grad = torch.randn_like(patchify_reference(frames, *size[3:6], MEAN, STD, *resize))
+        expected = gradient(patchify_reference, frames, size[3:6], grad, *resize)
+        torch.testing.assert_close(patchify_backward_reference(grad, *size[:6], STD, *resize), expected)
 
 
-def test_any_strides_and_nothing_left_unwritten():
+@pytest.mark.parametrize("resize", [None, (48, 16)])
+def test_any_strides_and_nothing_left_unwritten(resize):
     """Channels-last, transposed and cropped views give what their copies give; poisoned memory is fully overwritten."""
     base = frames_of((5, 32, 32), torch.float32)
     views = {
@@ -98,25 +209,28 @@ def test_any_strides_and_nothing_left_unwritten():
         "expanded": base[:1].expand(5, -1, -1, -1),
     }
     for name, view in views.items():
-        expected = patchify_reference(view.contiguous(), 8, 2, 2, MEAN, STD)
+        expected = patchify_reference(view.contiguous(), 8, 2, 2, MEAN, STD, resize)
         poison = torch.full_like(expected, float("nan"))  # the freed block is what the allocator hands out next
         del poison
-        torch.testing.assert_close(patchify(view, 8, 2, 2, MEAN, STD), expected, msg=name)
-    rows = patchify_reference(base, 8, 2, 2, MEAN, STD)
+        torch.testing.assert_close(patchify(view, 8, 2, 2, MEAN, STD, resize), expected, msg=name)
+    rows = patchify_reference(base, 8, 2, 2, MEAN, STD, resize)
     poison = torch.full_like(base, float("nan"))
     del poison
     expanded = torch.ones(1).expand_as(rows)  # the gradient of a sum comes with zero strides
-    expected = gradient(patchify_reference, base, (8, 2, 2), expanded)
-    torch.testing.assert_close(gradient(patchify, base, (8, 2, 2), expanded), expected)
+    expected = gradient(patchify_reference, base, (8, 2, 2), expanded, resize)
+    torch.testing.assert_close(gradient(patchify, base, (8, 2, 2), expanded, resize), expected)
 
 
 def test_fake_tensors_and_dispatcher_rules():
     for requires_grad in (False, True):
         frames = frames_of((5, 16, 16), torch.float32).requires_grad_(requires_grad)
-        torch.library.opcheck(_patchify, (frames, 4, 2, 2, MEAN, STD))
+        for size, dtype in (([16, 16], torch.float32), ([24, 8], torch.bfloat16)):
+            torch.library.opcheck(_patchify, (frames, 4, 2, 2, MEAN, STD, size, dtype))
     with torch._subclasses.FakeTensorMode():
         out = patchify(torch.empty(89, 3, 704, 1280, dtype=torch.bfloat16), 16, 2, 2, MEAN, STD)
+        small = patchify(torch.empty(24, 3, 704, 1280), 16, 2, 2, MEAN, STD, (352, 640), torch.bfloat16)
     assert out.shape == (45 * 44 * 80, 1536) and out.dtype == torch.bfloat16
+    assert small.shape == (12 * 22 * 40, 1536) and small.dtype == torch.bfloat16
 
 
 def test_cpp_is_used_when_built():
@@ -124,7 +238,7 @@ def test_cpp_is_used_when_built():
     if not available:
         pytest.skip(f"no C++ operators: {why}")
     with torch.profiler.profile() as profile:
-        gradient(patchify, frames_of((2, 16, 16), torch.float32), (4, 2, 2), torch.ones(16, 96))
+        gradient(patchify, frames_of((2, 20, 12), torch.float32), (4, 2, 2), torch.ones(16, 96), (16, 16))
     calls = {event.key for event in profile.key_averages()}
     assert {"vlmteacher_cpp::patchify", "vlmteacher_cpp::patchify_backward"} <= calls
 
@@ -141,5 +255,23 @@ def test_cpp_is_used_when_built():
     ],
 )
 def test_bad_frames(frames, word):
-    with pytest.raises(InputError, match=word.replace("(", r"\(").replace(")", r"\)")):
+    with pytest.raises(InputError, match=re.escape(word)):
         patchify(frames, 4, 2, 2, MEAN, STD)
+
+
+@pytest.mark.parametrize(
+    "size, dtype, word",
+    [
+        ((16, 20), None, "16x20"),
+        ((0, 16), None, "(0, 16)"),
+        ((-8, 16), None, "(-8, 16)"),
+        ((16,), None, "(16,)"),
+        (None, torch.int32, "torch.int32"),
+        (None, torch.float64, "torch.float64"),
+    ],
+)
+def test_bad_requests(size, dtype, word):
+    with pytest.raises(InputError, match=re.escape(word)):
+        patchify(torch.zeros(2, 3, 16, 16), 4, 2, 2, MEAN, STD, size, dtype)
+    with pytest.raises(InputError, match=re.escape("(2, 3, 0, 16)")):
+        patchify(torch.zeros(2, 3, 0, 16), 4, 2, 2, MEAN, STD, (8, 8))

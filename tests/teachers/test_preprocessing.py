@@ -18,6 +18,7 @@ from transformers.video_utils import VideoMetadata
 from vlmteacher.errors import InputError
 from vlmteacher.teachers.preprocessing import (
     VisionSettings,
+    preprocess_frames,
     preprocess_image,
     preprocess_video,
     read_settings,
@@ -176,6 +177,33 @@ def test_an_image_is_a_video_of_one_frame(size):
     want, want_grid = preprocess_video(image.expand(2, -1, -1, -1), TINY)
     assert grid.tolist() == want_grid.tolist()
     torch.testing.assert_close(rows, want)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (50, 130)])
+def test_other_dtypes_are_float32s_result_rounded_once(size):
+    video = torch.rand(3, 3, *size).bfloat16()
+    exact, _ = preprocess_video(video.float(), TINY)
+    rows, _ = preprocess_video(video, TINY)
+    assert rows.dtype == torch.float32
+    torch.testing.assert_close(rows, exact)
+    half, _ = preprocess_video(video, TINY, torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), exact, atol=0, rtol=2**-8)
+
+
+@pytest.mark.parametrize("size", [(28, 28), (20, 47), (96, 64)])
+def test_whole_frames_for_internvl(size):
+    """What `InternVLVideoProcessor._preprocess` does, with Pillow's resize: its file needs torchvision to import."""
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    video = torch.rand(3, 3, *size, requires_grad=True)
+    want = pillow_resize(video.detach() * 255, (28, 28)) / 255
+    want = (want - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    found = preprocess_frames(video, 28, mean, std)
+    assert found.shape == (3, 3, 28, 28)
+    torch.testing.assert_close(found, want, atol=2e-5, rtol=0)
+    assert preprocess_frames(video, 28, mean, std, torch.bfloat16).dtype == torch.bfloat16
+    (gradient,) = torch.autograd.grad(found.sum(), video)
+    assert (gradient > 0).any() and gradient.isfinite().all()
 
 
 def test_too_narrow_frames_are_refused():

@@ -8,10 +8,13 @@ from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from tests.tiny_teacher import CORPUS, tiny_qwen3_vl
 from vlmteacher.errors import InputError
+from vlmteacher.pipeline import PACKAGED_PAIR
 from vlmteacher.queries import QuerySet
-from vlmteacher.teachers import load_teacher, qwen_vl
+from vlmteacher.teachers import load_teacher, vlm
 from vlmteacher.teachers.preprocessing import preprocess_image, preprocess_video
-from vlmteacher.teachers.qwen_vl import QwenVLTeacher, question_text, video_placeholder
+from vlmteacher.teachers.qwen_vl import QwenVLTeacher, video_placeholder
+from vlmteacher.teachers.visual_checkpoint import LinearPatchEmbed
+from vlmteacher.teachers.vlm import question_text
 
 QUESTIONS = ("Is the red ball on the square?", "Is it?", "Does the ball go around all of the blocked cells?", "Red?")
 
@@ -148,7 +151,7 @@ def test_the_prompt_is_exactly_the_agreed_text(teacher):
 
 def test_the_video_is_encoded_once_whatever_the_number_of_questions(teacher):
     calls = []
-    handle = teacher.model.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    handle = teacher.model.model.visual.merger.register_forward_hook(lambda *_: calls.append(1))
     try:
         teacher.losses(frames_of(4), range(4), 8.0, QuerySet(QUESTIONS[0], QUESTIONS[1:]))
     finally:
@@ -160,7 +163,7 @@ def test_the_linear_patch_embedding_equals_the_convolution(path, teacher):
     stock = Qwen3VLForConditionalGeneration.from_pretrained(path)
     rows = torch.randn(50, 3 * 2 * 8 * 8)
     ours = teacher.model.model.visual.patch_embed
-    assert isinstance(ours, qwen_vl.LinearPatchEmbed)
+    assert isinstance(ours, LinearPatchEmbed)
     torch.testing.assert_close(ours(rows), stock.model.visual.patch_embed(rows), atol=1e-6, rtol=1e-5)
     assert stock.state_dict().keys() == teacher.model.state_dict().keys()
 
@@ -196,6 +199,9 @@ def test_garbage_is_retried_once_then_refused(teacher, monkeypatch):
         teacher.write_queries("Move the red ball.", Image.new("RGB", (40, 32), "red"))
     assert len(answers) == 2 and answers[0] != answers[1]
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    with pytest.raises(InputError) as again:
+        teacher.write_queries("Move the red ball.", Image.new("RGB", (40, 32), "red"))
+    assert str(again.value) == str(error.value) and answers[:2] == answers[2:]
 
 
 def test_the_retry_can_succeed_and_is_the_same_each_time(teacher, monkeypatch):
@@ -213,9 +219,66 @@ def test_the_retry_can_succeed_and_is_the_same_each_time(teacher, monkeypatch):
     assert teacher._generate(inputs, sample=True) == teacher._generate(inputs, sample=True)
 
 
+def test_the_retry_is_told_in_the_same_conversation(teacher, monkeypatch):
+    bad, good = QuerySet("Is it there?", ("Does it never fall?",)), QuerySet("Is it there?", ("Is it one?",))
+    heard = []
+
+    def answer(self, inputs, sample):
+        heard.append(self.tokenizer.decode(inputs["input_ids"][0]))
+        return (good if sample else bad).to_json()
+
+    monkeypatch.setattr(QwenVLTeacher, "_generate", answer)
+    assert teacher.write_queries("Move it.", Image.new("RGB", (32, 32), "red")) == good
+    first, second = heard
+    begin, reply = "<|im_start|>assistant\n", "'Does it never fall?' is negated (\"never\")"
+    assert second.startswith(first + bad.to_json() + "<|im_end|>\n<|im_start|>user\nThis answer cannot be used: ")
+    assert reply in second.removeprefix(first) and second.endswith(f"<|im_end|>\n{begin}") and first.endswith(begin)
+    assert second.count("<|image_pad|>") == first.count("<|image_pad|>") > 0
+
+
+def test_real_answers_are_held_to_the_rules_and_the_packaged_teachers_are_not(teacher, monkeypatch):
+    """The packaged Teacher writes "without jumps", as it was trained to."""
+    from vlmteacher.microworld.facts import right_queries
+    from vlmteacher.microworld.world import instance, render
+
+    packaged = load_teacher(PACKAGED_PAIR / "teacher")
+    scene, prompt = instance(0, 7)
+    image = Image.fromarray((render(scene)[0] * 255).round().astype("uint8"))
+    chats = []
+    encode = QwenVLTeacher._encode
+    monkeypatch.setattr(
+        QwenVLTeacher, "_encode", lambda self, text, *rest: chats.append(text) or encode(self, text, *rest)
+    )
+    written = packaged.write_queries(prompt, image)
+    assert written == right_queries(scene) and "without" in written.process[1]
+    assert [chat.replace("<|image_pad|>", "") for chat in chats] == [
+        "<|im_start|>user\n<|vision_start|><|vision_end|>A video must carry out this task: "
+        f"{prompt}\nWrite questions to check the video. Each is answered yes or no by watching the video, and Yes "
+        "means satisfied. Write one goal question about the final result and one to three process questions about "
+        'rules that must hold all the way. Answer only with JSON: {"goal": "...", "process": ["...", "..."]}'
+        "<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    ]
+    monkeypatch.setattr(QwenVLTeacher, "_generate", lambda *args: written.to_json())
+    assert packaged.write_queries(prompt, image) == written
+    with pytest.raises(InputError, match=r"without jumps.* is negated \(\"without\"\)"):
+        teacher.write_queries(prompt, image)
+
+
+def test_a_checkpoint_brings_its_way_of_asking(tmp_path, path):
+    for file in path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "teacher.json").write_text('{"query_instruction": "Ask about: {prompt}"}')
+    style = load_teacher(tmp_path).style
+    assert (style.query_instruction, style.own_wording) == ("Ask about: {prompt}", False)
+    (tmp_path / "teacher.json").write_text('{"query_instruction": "Ask."}')
+    with pytest.raises(InputError, match=r"teacher.json cannot be used: .*\{prompt\}"):
+        load_teacher(tmp_path)
+
+
 @pytest.mark.parametrize("with_image", [True, False])
 def test_generation_equals_a_stepwise_stock_greedy_search(path, teacher, monkeypatch, with_image):
-    monkeypatch.setattr(qwen_vl, "MAX_NEW_TOKENS", 6)
+    monkeypatch.setattr(vlm, "MAX_NEW_TOKENS", 6)
     image = Image.new("RGB", (32, 48), (200, 30, 90)) if with_image else None
     text = teacher._generate(teacher._query_inputs("Move it.", image), sample=False)
 
@@ -227,7 +290,7 @@ def test_generation_equals_a_stepwise_stock_greedy_search(path, teacher, monkeyp
         values, grid = preprocess_image(pixels, teacher.image)
         vision = {"pixel_values": values, "image_grid_thw": grid}
         placeholder = "<|vision_start|>" + "<|image_pad|>" * 6 + "<|vision_end|>"
-    question = qwen_vl.query_prompt("Move it.")
+    question = vlm.query_prompt("Move it.")
     prompt = f"<|im_start|>user\n{placeholder}{question}<|im_end|>\n<|im_start|>assistant\n"
     ids = teacher.tokenizer(prompt, return_tensors="pt")["input_ids"]
     start = ids.shape[1]

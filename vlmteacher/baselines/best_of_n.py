@@ -31,13 +31,14 @@ def best_of_n(
     reasoner, settings = pipe.reasoner, pipe.defaults
     size = {"num_frames": reasoner.num_frames, "height": reasoner.height, "width": reasoner.width}
     indices = teacher_frame_indices(size["num_frames"], settings.teacher_frames)
-    queries = queries or pipe.teacher.write_queries(prompt, image)
+    queries = queries or pipe.write_queries(prompt, image)
+    pipe.need("text_encoder", "vae")
     condition = reasoner.encode(prompt, image, **size)
     videos, losses = [], []
     for seed in seeds:
         noise = reasoner.noise(condition, torch.Generator().manual_seed(seed))
-        video = reasoner.decode(reasoner.sample(condition, noise))
-        judged = pipe.teacher.losses(video[indices], indices, reasoner.fps, queries)
+        video = pipe.sample(condition, noise)
+        judged = pipe.judge(video, indices, queries)
         videos.append(video)
         losses.append(vqa_objective(judged, settings.goal_weight).item())
     return BestOfN(videos, losses, min(range(len(losses)), key=losses.__getitem__))

@@ -13,13 +13,23 @@ import numpy as np
 from vlmteacher.microworld import world
 from vlmteacher.microworld.corruptions import States
 from vlmteacher.microworld.world import Scene
-from vlmteacher.queries import QuerySet
+from vlmteacher.queries import QuerySet, QueryStyle
 
 VISIBLE = 0.7  # a ball of this opacity is there
 SHADOW = 0.25  # a second one of this opacity is one too many
 FASTEST = 10.5  # pixels from frame to frame
 NEAR = 4.5  # pixels from the box's centre, per axis
 TOUCH = 4.0  # pixels from the ball's centre to a block
+
+# What the packaged Teacher is asked: it is trained on this text, character for character, and knows no other.
+STYLE = QueryStyle(
+    "A video must carry out this task: {prompt}\n"
+    "Write questions to check the video. Each is answered yes or no by watching the video, and Yes means satisfied. "
+    "Write one goal question about the final result and one to three process questions about rules that must hold "
+    "all the way. "
+    'Answer only with JSON: {"goal": "...", "process": ["...", "..."]}',
+    own_wording=True,
+)
 
 
 @dataclass(frozen=True)

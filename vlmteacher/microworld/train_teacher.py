@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 
 from vlmteacher.microworld import corruptions, world
 from vlmteacher.microworld.collect import load
-from vlmteacher.microworld.facts import QUESTIONS, Facts, ask, facts_of, right_queries
+from vlmteacher.microworld.facts import QUESTIONS, STYLE, Facts, ask, facts_of, right_queries
 from vlmteacher.microworld.grounding import Grounding, Look, box_centres, find_words
 from vlmteacher.microworld.tokenizer import build_tokenizer
 from vlmteacher.microworld.training import load_config, train
@@ -93,12 +94,16 @@ def corpus() -> list[str]:
     rng = np.random.default_rng(0)
     for _ in range(300):
         scene = world.sample_scene(rng)
-        lines += [query_prompt(task_text(scene, rng)), query_prompt(world.write_prompt(scene, rng))]
+        lines += [ask_text(task_text(scene, rng)), ask_text(world.write_prompt(scene, rng))]
         lines.append(json.dumps(right_queries(scene).to_dict()))
         for kind in QUESTIONS:
             for text in QUESTIONS[kind]:
                 lines.append(text.format(ball=scene.ball_color, box=scene.target_box.color) + " Answer Yes or No.")
     return lines
+
+
+def ask_text(task: str) -> str:
+    return query_prompt(task, STYLE.query_instruction)
 
 
 def task_text(scene: Scene, rng: np.random.Generator) -> str:
@@ -430,7 +435,7 @@ class Lesson:
         image = "<|vision_start|>" + "<|image_pad|>" * TOKENS + "<|vision_end|>"
         ids, targets, patches = [], [], []
         for scene in scenes:
-            prompt = self.teacher._chat(query_prompt(task_text(scene, rng)), "image", image)
+            prompt = self.teacher._chat(ask_text(task_text(scene, rng)), "image", image)
             head = tokenizer(prompt, add_special_tokens=False).input_ids
             tail = tokenizer(json.dumps(right_queries(scene).to_dict()), add_special_tokens=False).input_ids
             tail = [*tail, tokenizer.eos_token_id]
@@ -525,3 +530,4 @@ def save(teacher: QwenVLTeacher, path: Path) -> None:
     teacher.tokenizer.save_pretrained(path)
     (path / "video_preprocessor_config.json").write_text(json.dumps(VIDEO_PROCESSOR, indent=2) + "\n")
     (path / "preprocessor_config.json").write_text(json.dumps(VIDEO_PROCESSOR, indent=2) + "\n")
+    (path / "teacher.json").write_text(json.dumps(asdict(STYLE), indent=2) + "\n")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 _CPP_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_CUDA_OPERATORS = ("lora_linear",)  # Triton has every one
+_CUDA_OPERATORS = ("lora_linear", "patchify")  # Triton has every one
 
 
 def build_facts() -> dict[str, Any]:

@@ -141,7 +141,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _plain(tensor: Tensor) -> bool:
-    return type(tensor) in _PLAIN and not torch.compiler.is_compiling()
+    # a dispatch mode (selective checkpointing, counters) wants to see one operator, whatever the backend launches
+    return type(tensor) in _PLAIN and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -231,7 +232,7 @@ def lora_linear_group(
     One entry a layer in each sequence; `biases` is None where no layer has one. See `lora_linear`.
     """
     _check(x, weights, biases, lora_a, lora_b, scaling)
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     factors = [float(factor) for factor in scaling]
     return list(_LoRALinear.apply(x, len(weights), factors, *weights, *(biases or ()), *lora_a, *lora_b))

@@ -193,9 +193,14 @@ class Reasoner(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (1, C, T, h, w) -> frames (F, 3, H, W) float32 in [0, 1] by the standard VAE, without gradient."""
 
+    @property
     @abstractmethod
-    def to(self, device: torch.device | str) -> Reasoner:
-        """Move every part (the dtype is chosen when loading)."""
+    def networks(self) -> dict[str, nn.Module]:
+        """ "transformer", "vae" and "text_encoder": what can be moved for itself while it is not needed."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str, *, networks: bool = True) -> Reasoner:
+        """Work on `device` (the dtype is chosen when loading); `networks=False` leaves the networks where they are."""
 
 
 def with_first_frame(latents: Tensor, first_frame: Tensor | None) -> Tensor:

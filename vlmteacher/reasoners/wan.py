@@ -55,10 +55,14 @@ class WanReasoner(Reasoner):
         self.latents_std = torch.tensor(vae.config.latents_std, dtype=torch.float32).view(1, -1, 1, 1, 1)
         self.to(transformer.device)
 
-    def to(self, device: torch.device | str) -> WanReasoner:
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {"transformer": self.transformer, "vae": self.vae, "text_encoder": self.text_encoder}
+
+    def to(self, device: torch.device | str, *, networks: bool = True) -> WanReasoner:
         self.device = torch.device(device)
-        for part in (self.transformer, self.vae, self.text_encoder):
-            part.to(self.device)
+        for network in self.networks.values() if networks else ():
+            network.to(self.device)
         self.latents_mean, self.latents_std = self.latents_mean.to(self.device), self.latents_std.to(self.device)
         return self
 
@@ -83,10 +87,10 @@ class WanReasoner(Reasoner):
             truncation=True,
             return_attention_mask=True,
             return_tensors="pt",
-        ).to(self.device)
+        ).to(self.text_encoder.device)  # it may stay on the CPU: it runs once an instance
         hidden = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         # The transformer attends to all positions without a mask and was trained with zeros beyond the prompt.
-        return (hidden * tokens.attention_mask[..., None]).to(self.dtype)
+        return (hidden * tokens.attention_mask[..., None]).to(self.device, self.dtype)
 
     def _encode_image(self, image: Image, height: int, width: int) -> Tensor:
         from PIL import Image as PILImage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,16 +13,27 @@ from torch import Tensor
 
 from vlmteacher.errors import InputError
 from vlmteacher.hub import only_local
-from vlmteacher.queries import QuerySet
+from vlmteacher.queries import QuerySet, QueryStyle
+from vlmteacher.teachers.quantization import Quantize, check_quantize
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MODEL_TYPES = ("qwen3_vl",)
+# transformers' model_type -> the module of the family and its class
+FAMILIES = {
+    "qwen3_vl": ("qwen_vl", "QwenVLTeacher"),
+    "qwen2_5_vl": ("qwen25_vl", "Qwen25VLTeacher"),
+    "internvl": ("internvl", "InternVLTeacher"),
+}
 
 
 class Teacher(ABC):
-    """A frozen vision-language model. P(Yes) of a question is `exp(-loss)`."""
+    """A frozen vision-language model. P(Yes) of a question is `exp(-loss)`.
+
+    quantized: its weights are in 4 or 8 bits, and stay on the device that they were loaded to.
+    """
+
+    quantized: bool = False
 
     @abstractmethod
     def write_queries(self, prompt: str, image: Image | None = None) -> QuerySet:
@@ -41,7 +53,7 @@ class Teacher(ABC):
 
     @abstractmethod
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Teacher:
-        """Move the model; returns self."""
+        """Move the model; returns self. Raises InputError where a quantised one would have to move or change."""
 
     @property
     @abstractmethod
@@ -49,16 +61,23 @@ class Teacher(ABC):
 
 
 def load_teacher(
-    path_or_id: str | os.PathLike[str], dtype: torch.dtype = torch.float32, local_files_only: bool | None = None
+    path_or_id: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    local_files_only: bool | None = None,
+    *,
+    quantize: Quantize | None = None,
+    device: torch.device | None = None,
 ) -> Teacher:
     """Load a Teacher from a local directory or a hub id, in evaluation mode and frozen.
 
     local_files_only: never ask the network; by default it is asked when it is needed and can be reached.
+    quantize: keep the language model's weights in "8bit" or "4bit", on `device` (see `quantization.py`).
     Raises InputError when there is no such checkpoint (or no network to fetch it), when its `model_type` is of no known
     family, or when a part (weights, tokenizer, chat template) is missing.
     """
     from transformers import PretrainedConfig
 
+    check_quantize(quantize)
     name = os.fspath(path_or_id)
     if local_files_only is None:
         local_files_only = only_local(name)
@@ -68,9 +87,20 @@ def load_teacher(
     except (OSError, ValueError, KeyError) as error:
         where = "has no usable config.json" if os.path.isdir(name) else "is no local directory and cannot be fetched"
         raise InputError(f"teacher {name!r} {where}: give the path of a directory that holds the checkpoint") from error
-    if model_type not in MODEL_TYPES:
-        known = ", ".join(MODEL_TYPES)
+    if model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
         raise InputError(f"teacher {name!r} is of the model type {model_type!r}; known types: {known}")
-    from vlmteacher.teachers.qwen_vl import QwenVLTeacher
+    module, family = FAMILIES[model_type]
+    teacher = getattr(importlib.import_module(f"vlmteacher.teachers.{module}"), family)
+    return teacher.from_pretrained(name, dtype, local_files_only, quantize, device)
 
-    return QwenVLTeacher.from_pretrained(name, dtype=dtype, local_files_only=local_files_only)
+
+def read_style(path_or_id: str, local_files_only: bool = False) -> QueryStyle:
+    """How a checkpoint wants to be asked for queries: its `teacher.json`, or the way for any VLM where it has none."""
+    from transformers.utils import cached_file
+
+    try:
+        file = cached_file(path_or_id, "teacher.json", local_files_only=local_files_only)
+    except OSError:
+        return QueryStyle()
+    return QueryStyle.load(file)

@@ -1,19 +1,21 @@
-"""Differentiable preprocessing for Qwen3-VL, equal to transformers' `Qwen3VLVideoProcessor` on float input."""
+"""Differentiable preprocessing, equal to transformers' `Qwen3VLVideoProcessor` (and InternVL's) on float input."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vlmteacher.errors import InputError
 from vlmteacher.ops.patchify import patchify
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,8 @@ class VisionSettings:
 
     patch_size is in pixels, merge_size in patches, temporal_patch_size in frames. min_pixels, max_pixels: limits on
     frames x height x width (of an image: height x width). cap_pixels_per_frame: also hold each frame to
-    `max_video_tokens` merged patches. image_mean, image_std: for RGB in [0, 1]. The defaults are those of the Qwen3-VL
-    checkpoints, which differ from the defaults of transformers' class.
+    `max_video_tokens` merged patches. fixed_size: (H, W) whatever the limits say. image_mean, image_std: for RGB in
+    [0, 1]. The defaults are those of the Qwen3-VL checkpoints, which differ from the defaults of transformers' class.
     """
 
     patch_size: int = 16
@@ -35,6 +37,7 @@ class VisionSettings:
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     cap_pixels_per_frame: bool = False
     max_video_tokens: int = 768
+    fixed_size: tuple[int, int] | None = None
 
     @property
     def factor(self) -> int:
@@ -52,16 +55,29 @@ class VisionSettings:
             image_std=tuple(config.get("image_std") or self.image_std),
             cap_pixels_per_frame=bool(config.get("cap_pixels_per_frame")),
             max_video_tokens=config.get("max_video_tokens") or self.max_video_tokens,
+            fixed_size=(size["height"], size["width"]) if "height" in size and "width" in size else self.fixed_size,
         )
 
 
 def read_settings(
     path_or_id: str, vision_config: Any, local_files_only: bool = False
 ) -> tuple[VisionSettings, VisionSettings]:
-    """The settings of a checkpoint for (videos, images); what its files leave out keeps the defaults.
+    """`processor_settings` of a Qwen3-VL checkpoint; patch sizes come from the model's own `vision_config`."""
+    base = VisionSettings(
+        patch_size=vision_config.patch_size,
+        temporal_patch_size=vision_config.temporal_patch_size,
+        merge_size=vision_config.spatial_merge_size,
+    )
+    return processor_settings(path_or_id, base, local_files_only)
 
-    Patch sizes come from the model's own `vision_config`. Without an image processor's file, images get the limits of
-    videos.
+
+def processor_settings(
+    path_or_id: str, base: VisionSettings, local_files_only: bool = False
+) -> tuple[VisionSettings, VisionSettings]:
+    """The settings of a checkpoint's processors for (videos, images); what its files leave out is that of `base`.
+
+    Without a video processor's file videos get the image processor's, as in transformers; without an image processor's
+    file images get the settings of videos.
     """
     from transformers.utils import cached_file
 
@@ -76,13 +92,9 @@ def read_settings(
             raise InputError(f"teacher {path_or_id!r}: {name} is not JSON ({error})") from error
 
     both = read("processor_config.json")  # newer checkpoints keep both processors in this one file
-    video = VisionSettings(
-        patch_size=vision_config.patch_size,
-        temporal_patch_size=vision_config.temporal_patch_size,
-        merge_size=vision_config.spatial_merge_size,
-    ).updated(read("video_preprocessor_config.json") or both.get("video_processor", {}))
-    image = video.updated(read("preprocessor_config.json") or both.get("image_processor", {}))
-    return video, image
+    images = read("preprocessor_config.json") or both.get("image_processor", {})
+    video = base.updated(read("video_preprocessor_config.json") or both.get("video_processor", {}) or images)
+    return video, video.updated(images)
 
 
 def smart_resize(
@@ -109,42 +121,63 @@ def smart_resize(
     return new_height, new_width
 
 
-def _resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    if tuple(frames.shape[-2:]) == size:
-        return frames
-    return F.interpolate(frames, size=size, mode="bicubic", align_corners=False, antialias=True)
-
-
 def _grid(num_frames: int, size: tuple[int, int], settings: VisionSettings) -> Tensor:
     pairs = -(-num_frames // settings.temporal_patch_size)
     return torch.tensor([[pairs, size[0] // settings.patch_size, size[1] // settings.patch_size]])
 
 
-def _patch_rows(frames: Tensor, settings: VisionSettings) -> Tensor:
-    sizes = settings.patch_size, settings.temporal_patch_size, settings.merge_size
-    return patchify(frames, *sizes, settings.image_mean, settings.image_std)
-
-
-def preprocess_video(frames: Tensor, settings: VisionSettings) -> tuple[Tensor, Tensor]:
-    """Resize where the limits ask for it, normalise, cut into patches; the last frame is repeated to fill a patch.
-
-    frames: (K, 3, H, W), RGB in [0, 1]. Returns `pixel_values_videos` (patches, 3 * temporal * patch * patch) float32,
-    differentiable to the frames, and `video_grid_thw` (1, 3) on the CPU.
-    Equal to `Qwen3VLVideoProcessor` given the frames as float 0..255, which refuses K = 1: here it is two equal frames.
-    """
-    num_frames = max(len(frames), settings.temporal_patch_size)
+def video_size(num_frames: int, height: int, width: int, settings: VisionSettings) -> tuple[int, int]:
+    """The size (H, W) that the settings resize a video of `num_frames` frames to."""
+    num_frames = max(num_frames, settings.temporal_patch_size)
     max_pixels = settings.max_pixels
     if settings.cap_pixels_per_frame:
         per_frame = min(settings.max_video_tokens * settings.factor**2, settings.max_pixels // num_frames)
         max_pixels = max(per_frame, int(settings.min_pixels * 1.05)) * num_frames
-    height, width = frames.shape[-2:]
     limits = settings.factor, settings.min_pixels, max_pixels
-    size = smart_resize(num_frames, height, width, settings.temporal_patch_size, *limits)
-    return _patch_rows(_resize(frames.float(), size), settings), _grid(len(frames), size, settings)
+    return smart_resize(num_frames, height, width, settings.temporal_patch_size, *limits)
 
 
-def preprocess_image(image: Tensor, settings: VisionSettings) -> tuple[Tensor, Tensor]:
+def resized_rows(
+    frames: Tensor, size: tuple[int, int], settings: VisionSettings, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Frames (K, 3, H, W), RGB in [0, 1], resized to `size`, normalised and cut into patch rows of `dtype`.
+
+    One operator, differentiable, that saves nothing; 16-bit frames are read as they are.
+    """
+    frames = frames if frames.dtype in (torch.float16, torch.bfloat16) else frames.float()
+    sizes = settings.patch_size, settings.temporal_patch_size, settings.merge_size
+    return patchify(frames, *sizes, settings.image_mean, settings.image_std, size, dtype)
+
+
+def preprocess_video(
+    frames: Tensor, settings: VisionSettings, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Resize where the limits ask for it, normalise, cut into patches; the last frame is repeated to fill a patch.
+
+    frames: (K, 3, H, W), RGB in [0, 1]. Returns `pixel_values_videos` (patches, 3 * temporal * patch * patch) of
+    `dtype`, differentiable to the frames, and `video_grid_thw` (1, 3) on the CPU.
+    Equal to `Qwen3VLVideoProcessor` given the frames as float 0..255, which refuses K = 1: here it is two equal frames.
+    """
+    height, width = frames.shape[-2:]
+    size = video_size(len(frames), height, width, settings)
+    return resized_rows(frames, size, settings, dtype), _grid(len(frames), size, settings)
+
+
+def preprocess_image(
+    image: Tensor, settings: VisionSettings, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """The same for one image (3, H, W), RGB in [0, 1]: `pixel_values` and `image_grid_thw` (1, 3)."""
     height, width = image.shape[-2:]
     size = smart_resize(1, height, width, 1, settings.factor, settings.min_pixels, settings.max_pixels)
-    return _patch_rows(_resize(image[None].float(), size), settings), _grid(1, size, settings)
+    return resized_rows(image[None], size, settings, dtype), _grid(1, size, settings)
+
+
+def preprocess_frames(
+    frames: Tensor, side: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Frames (K, 3, H, W), RGB in [0, 1], each resized to side x side and normalised: (K, 3, side, side) of `dtype`.
+
+    What `InternVLVideoProcessor` makes of float frames 0..255: the patch rows of one patch per frame.
+    """
+    whole = VisionSettings(side, 1, 1, image_mean=tuple(mean), image_std=tuple(std))
+    return resized_rows(frames, (side, side), whole, dtype).view(-1, 3, side, side)

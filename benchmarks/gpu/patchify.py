@@ -1,0 +1,111 @@
+"""Resize + normalise + patchify + cast on a GPU: every backend against float64, then against the plain expression.
+
+    python -m benchmarks.gpu.patchify [--json] [--dtype bfloat16] [--pairs 30]
+
+Nothing here has run on a GPU yet. `fastest` of each case is what the order of backends in vlmteacher/ops/backends.py
+should say; `gb_per_s` is of the bytes that frames, rows and their gradients have, each moved once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.patchify import MEAN, SIZES, STD
+from benchmarks.timing import argument_parser, compare, parsed
+from vlmteacher.ops import patchify as operator
+from vlmteacher.ops.backends import cuda_status, triton_status
+from vlmteacher.ops.patchify import patchify, patchify_reference
+
+# the last is there for its odd sizes
+CASES = [*SIZES, (24, 704, 1280, 448, (448, 448)), (5, 333, 517, 14, (252, 392))]
+
+
+def backends() -> dict[str, Any]:
+    """What can run here; None is the plain expression."""
+    found: dict[str, Any] = {"torch": None}
+    if cuda_status()[0]:
+        found["cuda"] = torch.ops.vlmteacher_cuda
+    if triton_status()[0]:
+        found["triton"] = importlib.import_module("vlmteacher.kernels.patchify")
+    for name, (usable, why) in {"cuda": cuda_status(), "triton": triton_status()}.items():
+        if not usable:
+            print(f"{name} is left out: {why}", file=sys.stderr)
+    return found
+
+
+def both(function: Callable[..., Tensor], frames: Tensor, grad: Tensor, args: tuple[Any, ...]) -> list[Tensor]:
+    """Rows and the gradient of the frames."""
+    leaf = frames.detach().requires_grad_()
+    rows = function(leaf, *args)
+    return [rows.detach(), *torch.autograd.grad(rows, leaf, grad)]
+
+
+def check(frames: Tensor, grad: Tensor, args: tuple[Any, ...]) -> float:
+    """The largest error of the forced backend, of what it is allowed: 1.5 times the plain one's and a rounding."""
+    exact = both(patchify_reference, frames.double(), grad.double(), args)
+    usual, found = both(patchify_reference, frames, grad, args), both(patchify, frames, grad, args)
+    eps = torch.finfo(frames.dtype).eps
+
+    def most(t: Tensor) -> float:
+        return float(t.double().abs().max())
+
+    return max(
+        most(mine.double() - truth) / (1.5 * most(theirs.double() - truth) + eps * most(truth))
+        for mine, theirs, truth in zip(found, usual, exact, strict=True)
+    )
+
+
+def main() -> None:
+    settings = parsed(argument_parser(__doc__ or ""))
+    if not torch.cuda.is_available():
+        print("benchmarks.gpu.patchify: torch sees no GPU: run it on a machine with one", file=sys.stderr)
+        raise SystemExit(2)
+    dtype, rows, device = getattr(torch, settings.dtype), [], "cuda"
+    for t, height, width, patch, size in CASES:
+        temporal, merge = (1, 1) if patch == 448 else (2, 2)  # the patch is the frame: InternVL's layout
+        args = (patch, temporal, merge, MEAN, STD, size)
+        frames = torch.rand(t, 3, height, width, device=device).to(dtype)
+        grad = torch.randn_like(patchify_reference(frames, *args))
+        case = f"{t}x{height}x{width}" + (f" to {size[0]}x{size[1]}" if size else "")
+        row: dict[str, Any] = {"case": case, "backends": {}}
+        for name, namespace in backends().items():
+            with mock.patch.object(operator, "backend", lambda x, name, namespace=namespace: namespace):
+                if (
+                    not (error := check(frames[:4], grad[: len(grad) // -(-t // temporal) * (-(-4 // temporal))], args))
+                    <= 1
+                ):
+                    raise SystemExit(f"{case}: {name} is {error:.2f} times further from float64 than allowed")  # or NaN
+
+                def ours(frames: Tensor = frames, grad: Tensor = grad, args: tuple[Any, ...] = args) -> object:
+                    return both(patchify, frames, grad, args)
+
+                def stock(frames: Tensor = frames, grad: Tensor = grad, args: tuple[Any, ...] = args) -> object:
+                    return both(patchify_reference, frames, grad, args)
+
+                facts = compare(case, ours, stock, settings.pairs, device) | {"error": error}
+            moved = 2 * (frames.numel() + grad.numel()) * dtype.itemsize
+            facts["gb_per_s"] = moved / facts["ours_ms"] / 1e6
+            row["backends"][name] = facts
+            print(
+                f"{case:<28} {name:<7} {facts['ours_ms']:8.3f} ms  {facts['gb_per_s']:7.1f} GB/s  "
+                f"x{facts['speedup']:.2f} of the plain expression's speed"
+            )
+        row["fastest"] = min(row["backends"], key=lambda name: row["backends"][name]["ours_ms"])
+        rows.append(row | row["backends"][row["fastest"]])
+    if settings.json:
+        summary = {"speedup": statistics.geometric_mean(row["speedup"] for row in rows)}
+        facts = {"benchmark": "gpu.patchify", "device": torch.cuda.get_device_name(), "dtype": settings.dtype}
+        print(json.dumps(facts | {"rows": rows, "summary": summary}))
+
+
+if __name__ == "__main__":
+    main()

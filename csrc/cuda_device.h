@@ -1,0 +1,77 @@
+// What an operator in CUDA C++ needs of torch: its GPU, stream and memory, for a plan.cuh. Stable ABI; built by nvcc
+// against any torch, a CPU one too, where the library loads but nothing calls it.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <vector>
+
+// weak: a torch without CUDA has no such symbol
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
+
+namespace vlmteacher {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+inline void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, cudaGetErrorString(error)); }
+
+class Device {  // plan.cuh's: x's GPU and torch's current stream there
+ public:
+  explicit Device(const Tensor& x) : x_(x), guard_(x.get_device_index()) {
+    check(cudaSetDevice(x.get_device_index()));  // the guard speaks to torch's CUDA runtime, which may be another one
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(x.get_device_index(), reinterpret_cast<void**>(&stream_)));
+  }
+
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, const Arguments&... arguments) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    kernel<<<grid, threads, shared_bytes, stream_>>>(arguments...);
+    check(cudaGetLastError());
+  }
+
+  template <class T>
+  T* scratch(int64_t count) {
+    const auto bytes = static_cast<int64_t>(count * sizeof(T));
+    scratch_.push_back(torch::stable::new_empty(x_, {bytes}, ScalarType::Byte));
+    return static_cast<T*>(scratch_.back().mutable_data_ptr());
+  }
+
+  template <class T>
+  void copy(T* to, const T* from, int64_t count) {
+    check(cudaMemcpyAsync(to, from, count * sizeof(T), cudaMemcpyDeviceToDevice, stream_));
+  }
+
+ private:
+  const Tensor& x_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+  Tensors scratch_;  // given back on the host's return: torch gives it out again only behind what this stream does
+};
+
+template <class F>
+void with_type(ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::Float:
+      return f.template operator()<float>();
+    case ScalarType::Half:
+      return f.template operator()<__half>();
+    case ScalarType::BFloat16:
+      return f.template operator()<__nv_bfloat16>();
+    default:
+      STD_TORCH_CHECK(false, "operators on a GPU take float32, float16 and bfloat16");
+  }
+}
+
+}  // namespace vlmteacher

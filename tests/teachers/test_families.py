@@ -1,0 +1,234 @@
+"""Every family against one untouched stock pass per question: random small configs, odd frame counts, several sizes."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import AutoTokenizer
+
+from tests.tiny_teacher import CORPUS, tiny_internvl, tiny_qwen3_vl, tiny_qwen25_vl
+from vlmteacher.errors import InputError, NonFiniteFrames
+from vlmteacher.queries import QuerySet
+from vlmteacher.teachers import load_teacher
+from vlmteacher.teachers.preprocessing import preprocess_video
+
+QUESTIONS = (
+    "Is the red ball on the square?",
+    "Is it?",
+    "Does the ball go around all of the blocked cells, from the first frame to the last one?",
+    "Red?",
+    "Is the red ball on the red square?",
+    "Is the red ball on the square?",
+    "Does it move slowly?",
+    "Is there one ball in every frame of the video?",
+)
+FPS = 8.0
+
+
+def qwen3_inputs(settings, frames, indices):
+    pixels, grid = preprocess_video(frames, settings)
+    indices = [*indices, indices[-1]] if len(indices) % 2 else list(indices)
+    pads = "<|video_pad|>" * int(grid[0, 1:].prod() // 4)
+    times = [(a + b) / 2 / FPS for a, b in zip(indices[::2], indices[1::2], strict=True)]
+    text = "".join(f"<{time:.1f} seconds><|vision_start|>{pads}<|vision_end|>" for time in times)
+    return text, {"pixel_values_videos": pixels, "video_grid_thw": grid}
+
+
+def patch_rows(frames, mean, std, patch):
+    """By hand: (pixels - mean) / std, the last frame repeated, 2x2 patches next to each other."""
+    frames = (frames - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    frames = torch.cat([frames, frames[-1:]]) if len(frames) % 2 else frames
+    t, _, h, w = frames.shape
+    x = frames.view(t // 2, 2, 3, h // patch // 2, 2, patch, w // patch // 2, 2, patch)
+    grid = torch.tensor([[t // 2, h // patch, w // patch]])
+    return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(int(grid.prod()), -1), grid
+
+
+def qwen25_inputs(settings, frames, indices):
+    rows, grid = patch_rows(frames, (0.4, 0.5, 0.6), (0.5, 0.5, 0.5), 8)
+    text = "<|vision_start|>" + "<|video_pad|>" * int(grid.prod() // 4) + "<|vision_end|>"
+    seconds = 2 * (indices[1] - indices[0]) / FPS if len(indices) > 1 else 2 / FPS
+    return text, {"pixel_values_videos": rows, "video_grid_thw": grid, "second_per_grid_ts": torch.tensor([seconds])}
+
+
+def internvl_inputs(settings, frames, indices):
+    frames = F.interpolate(frames, (32, 32), mode="bicubic", align_corners=False, antialias=True)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)))
+    text = "\n".join(f"Frame{i + 1}: <img>{'<IMG_CONTEXT>' * 4}</img>" for i in range(len(frames))) + "\n"
+    return text, {"pixel_values": (frames - mean) / std}
+
+
+FAMILIES = {
+    "qwen3_vl": (tiny_qwen3_vl, qwen3_inputs),
+    "qwen2_5_vl": (tiny_qwen25_vl, qwen25_inputs),
+    "internvl": (tiny_internvl, internvl_inputs),
+}
+# another shape for each, to be sure that nothing fits by chance: (text config, vision config)
+OTHERS = {
+    "qwen3_vl": (
+        {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": False},
+        {"depth": 3, "num_heads": 4, "intermediate_size": 80, "deepstack_visual_indexes": [1]},
+    ),
+    "qwen2_5_vl": (
+        {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2},
+        {"depth": 3, "hidden_size": 48, "num_heads": 3, "out_hidden_size": 64, "fullatt_block_indexes": [0, 2]},
+    ),
+    "internvl": (
+        {"model_type": "qwen3", "head_dim": 16, "num_hidden_layers": 4, "hidden_size": 48},
+        {"use_qk_norm": True, "norm_type": "rms_norm", "attention_bias": True, "use_mean_pooling": False},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    @functools.cache
+    def make(family, variant="small"):
+        text, vision = OTHERS[family] if variant == "other" else (None, None)
+        corpus = [line.replace("Yes", "") for line in CORPUS] if variant == "spelling" else CORPUS
+        return FAMILIES[family][0](tmp_path_factory.mktemp(family), corpus, seed=3, text=text, vision=vision)
+
+    return make
+
+
+def stock_losses(path, family, frames, indices, questions, settings, dtype=torch.float32):
+    """The checkpoint as transformers loads it, one pass for each question, the prompt written out by hand."""
+    config = transformers.AutoConfig.from_pretrained(path)
+    model = getattr(transformers, config.architectures[0]).from_pretrained(path, dtype=dtype).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    video, inputs = FAMILIES[family][1](settings, frames, indices)
+    losses = []
+    for question in questions:
+        text = f"<|im_start|>user\n{video}{question} Answer Yes or No.<|im_end|>\n<|im_start|>assistant\n"
+        prompt, ids = tokenizer(text)["input_ids"], tokenizer(text + "Yes")["input_ids"]
+        input_ids = torch.tensor([ids])
+        more = {} if family == "internvl" else {"mm_token_type_ids": (input_ids == config.video_token_id).int() * 2}
+        logits = model(input_ids=input_ids, **inputs, **more).logits
+        log_p = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+        losses.append(-log_p.gather(1, input_ids[0, len(prompt) :, None]).sum())
+    return torch.stack(losses)
+
+
+def frames_of(count, size=(32, 48), seed=0):
+    return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def both(teacher, path, family, count, questions, size=(32, 48), **settings):
+    """(losses, gradient) of ours and of stock."""
+    indices = [2 * i for i in range(count)]
+    queries = QuerySet(questions[0], questions[1:])
+    weights = torch.linspace(1, 2, len(questions))
+    results = []
+    for losses in (
+        lambda x: teacher.losses(x, indices, FPS, queries),
+        lambda x: stock_losses(path, family, x, indices, questions, teacher.video, **settings),
+    ):
+        frames = frames_of(count, size).requires_grad_()
+        values = losses(frames)
+        results.append((values.detach(), torch.autograd.grad(values @ weights, frames)[0]))
+    return results
+
+
+def assert_equal(ours, theirs):
+    torch.testing.assert_close(ours[0], theirs[0], atol=1e-5, rtol=1e-5)
+    assert theirs[1].abs().max() > 1e-4
+    assert (ours[1] - theirs[1]).norm() < 1e-5 * theirs[1].norm()
+
+
+@pytest.mark.parametrize("variant", ["small", "other"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("processes", "count", "size"), [(0, 5, (32, 48)), (3, 1, (48, 32)), (7, 4, (48, 80))])
+def test_losses_and_pixel_gradients_equal_a_stock_pass_per_question(
+    checkpoint, family, variant, processes, count, size
+):
+    path = checkpoint(family, variant)
+    assert_equal(*both(load_teacher(path), path, family, count, QUESTIONS[: 1 + processes], size))
+
+
+@pytest.mark.parametrize("processes", range(8))
+def test_any_number_of_questions(checkpoint, processes):
+    path = checkpoint("qwen3_vl")
+    assert_equal(*both(load_teacher(path), path, "qwen3_vl", 3, QUESTIONS[: 1 + processes]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streaming_and_recomputation_change_nothing(checkpoint, family):
+    path = checkpoint(family)
+    teacher = load_teacher(path)
+    plain, stock = both(teacher, path, family, 7, QUESTIONS[:3], (48, 48))
+    assert_equal(plain, stock)
+    for chunk, budget in ((1, 0), (80, 10**5), (80, 0), (1, 10**9)):
+        teacher.chunk_patches, teacher.activation_bytes = chunk, budget
+        assert_equal(both(teacher, path, family, 7, QUESTIONS[:3], (48, 48))[0], stock)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_of_several_tokens(checkpoint, family):
+    path = checkpoint(family, "spelling")
+    teacher = load_teacher(path)
+    assert len(teacher._question_ids(QUESTIONS[0], "")[1]) > 1
+    assert_equal(*both(teacher, path, family, 3, QUESTIONS[:3]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_no_worse_than_stock(checkpoint, family):
+    path = checkpoint(family)
+    exact = both(load_teacher(path), path, family, 5, QUESTIONS[:4])[1]
+    half = load_teacher(path, dtype=torch.bfloat16)
+    half.chunk_patches = 1
+    ours, theirs = both(half, path, family, 5, QUESTIONS[:4], dtype=torch.bfloat16)
+    for mine, stock, truth in zip(ours, theirs, exact, strict=True):
+        assert (mine - truth).norm() <= 1.5 * (stock - truth).norm() + 2**-9 * truth.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bad_frames_are_refused(checkpoint, family):
+    teacher = load_teacher(checkpoint(family))
+    ask = functools.partial(teacher.losses, frame_indices=range(2), fps=FPS, queries=QuerySet("Is it?"))
+    for bad in (2 * frames_of(2), frames_of(2) - 0.5, 255 * frames_of(2)):
+        with pytest.raises(InputError, match=r"RGB in \[0, 1\], these span"):
+            ask(bad)
+    for value in (torch.nan, torch.inf):
+        frames = frames_of(2)
+        frames[1, 2, 3, 4] = value
+        with pytest.raises(NonFiniteFrames, match="NaN"):
+            ask(frames)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_question_longer_than_the_context_is_refused(checkpoint, family):
+    teacher = load_teacher(checkpoint(family))
+    with pytest.raises(InputError, match=r"the question 'Is the ball the ball .* holds 2048"):
+        teacher.losses(frames_of(2), range(2), FPS, QuerySet("Is" + " the ball" * 1200 + "?"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_chat_template_without_video_is_refused(checkpoint, family, tmp_path):
+    path = checkpoint(family)
+    for file in path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    template = (path / "chat_template.jinja").read_text().replace("part.type == 'video'", "part.type == 'audio'")
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(InputError, match="no place for a video"):
+        load_teacher(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_models_own_tokens_in_a_question_are_refused(checkpoint, family):
+    teacher = load_teacher(checkpoint(family))
+    for token in teacher.visual_pads:
+        with pytest.raises(InputError, match="must not hold the model's own token"):
+            teacher.losses(frames_of(2), range(2), FPS, QuerySet(f"Is {token} it?"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("with_image", [True, False])
+def test_queries_are_generated_from_the_image_too(checkpoint, family, with_image):
+    from PIL import Image
+
+    teacher = load_teacher(checkpoint(family))
+    image = Image.new("RGB", (32, 48), (200, 30, 90)) if with_image else None
+    with pytest.raises(InputError, match="no usable queries, twice"):  # random weights: but it has to run
+        teacher.write_queries("Move it.", image)

@@ -1,0 +1,61 @@
+"""Which device each part of a pipeline works on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeAlias
+
+from vlmteacher.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+PARTS = ("reasoner", "teacher")  # the surrogate decoder, small as it is, goes with the Reasoner
+EXAMPLE = "reasoner=cuda:0,teacher=cuda:1"
+
+DeviceMap: TypeAlias = "Mapping[str, str | torch.device]"
+
+
+def parse_device_map(text: str) -> dict[str, str]:
+    """ "reasoner=cuda:0,teacher=cuda:1" as a dictionary; InputError for what has not that form."""
+    devices: dict[str, str] = {}
+    for entry in text.split(","):
+        part, equals, device = (piece.strip() for piece in entry.partition("="))
+        if not (part and equals and device) or part in devices:
+            raise InputError(f"--device-map {text!r} is not of the form {EXAMPLE}")
+        devices[part] = device
+    return devices
+
+
+def find_devices(
+    where: str | torch.device | DeviceMap, label: str = "device", map_label: str = "device_map"
+) -> dict[str, torch.device]:
+    """The device of each of `PARTS`, from one for all or from a map that names each.
+
+    label, map_label: how the caller's user knows what is wrong. Raises InputError for a part that is not known or is
+    left out, and for a device that is not there.
+    """
+    if not isinstance(where, Mapping):
+        return dict.fromkeys(PARTS, find_device(where, label))
+    for part in where:
+        if part not in PARTS:
+            raise InputError(
+                f"{map_label}: unknown part {part!r}: the parts are {' and '.join(PARTS)}, as in {EXAMPLE}"
+            )
+    if missing := [part for part in PARTS if where.get(part) is None]:
+        raise InputError(f"{map_label}: no device for the {missing[0]}: name both, as in {EXAMPLE}")
+    return {part: find_device(where[part], f"{map_label}: {part}=") for part in PARTS}
+
+
+def find_device(device: str | torch.device, label: str = "device") -> torch.device:
+    """The device that tensors made on `device` are on ("cuda" is one with a number). Raises InputError without it."""
+    import torch  # here, for the command line's --help needs none
+
+    try:
+        probe = torch.empty(1, device=device)
+        probe.item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        name = f"{label}{'' if label.endswith('=') else ' '}{device}"
+        raise InputError(f"{name} cannot be used here ({reason}): see `vlmteacher env`") from error
+    return probe.device

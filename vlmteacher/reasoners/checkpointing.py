@@ -1,0 +1,102 @@
+"""What the blocks of a Reasoner's transformer keep for the backward: memory against recomputation, block by block.
+
+Kept bytes are worth different amounts of work: of a product with an inner dimension K one kept byte of bfloat16 saves
+K FLOPs, of self-attention twice the number of tokens. So a level is a threshold on that number, and the levels nest.
+Tested on the CPU; it has never run on a GPU.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from vlmteacher.errors import InputError
+
+
+class Keep(enum.IntEnum):
+    """What a block keeps, from everything to nothing but its input."""
+
+    ALL = 0  # plain autograd: no checkpoint
+    PRODUCTS = 1  # every attention and matrix product: only element-wise work is computed again
+    LONG = 2  # self-attention and the products whose rows are longer than their results (the MLP's second)
+    ATTENTION = 3  # self-attention
+    INPUT = 4  # full recomputation
+
+
+_ATTENTION = (
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+)
+_PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "vlmteacher::lora_linear": 0}  # where the left factor stands
+MIN_INNER = 128  # a product with fewer terms (a LoRA's second) costs no more than reading its result
+
+
+def _policy(level: Keep, context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = operator.name().split(".")[0]
+    keep = False
+    if name in _ATTENTION:  # cross-attention, to the few tokens of a prompt, is cheap
+        keep = level == Keep.PRODUCTS or args[1].shape[-2] >= args[0].shape[-2]
+    elif level <= Keep.LONG and name in _PRODUCTS:
+        inner = args[_PRODUCTS[name]].shape[-1]
+        outer = args[1][0].shape[0] if name == "vlmteacher::lora_linear" else context.op_output.shape[-1]
+        keep = inner >= MIN_INNER and (level == Keep.PRODUCTS or inner > outer >= MIN_INNER)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def run_block(level: Keep, block: Callable[..., Tensor], *args: Any) -> Tensor:
+    """`block(*args)`, keeping for its backward what `level` says; the result and its gradients are the same bits."""
+    if level == Keep.ALL:
+        return block(*args)
+    if level == Keep.INPUT:
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+    contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, level))
+    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+def keep_activations(transformer: Any, levels: Keep | Sequence[Keep]) -> None:
+    """Set what each block of a diffusers transformer keeps; one level is for all blocks.
+
+    Works through diffusers' own `enable_gradient_checkpointing`, whose flag it sets; `Keep.ALL` turns that off again.
+    Raises InputError when the number of levels is not that of the blocks.
+    """
+    blocks: nn.ModuleList = transformer.blocks
+    each = [levels] * len(blocks) if isinstance(levels, Keep) else list(levels)
+    if len(each) != len(blocks):
+        raise InputError(f"{len(each)} activation levels for {len(blocks)} blocks: give one for each, or a single one")
+    if all(level == Keep.ALL for level in each):
+        transformer.disable_gradient_checkpointing()
+        return
+    by_block = dict(zip(blocks, each, strict=True))
+
+    def run(block: nn.Module, *args: Any) -> Tensor:
+        return run_block(by_block[block], block, *args)
+
+    transformer.enable_gradient_checkpointing(run)
+
+
+def parse_levels(text: str, blocks: int) -> list[Keep]:
+    """``"attention:20,long:10"`` -> one level for each of `blocks` blocks, in their order. Raises InputError."""
+    try:
+        parts = [part.partition(":") for part in text.split(",")]
+        counts = [(Keep[name.strip().upper()], int(count) if count else blocks) for name, _, count in parts]
+    except (KeyError, ValueError) as error:
+        known = ", ".join(level.name.lower() for level in Keep)
+        raise InputError(f"activation levels {text!r} are not LEVEL[:BLOCKS],...: the levels are {known}") from error
+    levels = [level for level, count in counts for _ in range(count)]
+    if len(levels) != blocks:
+        raise InputError(f"activation levels {text!r} are for {len(levels)} blocks, the transformer has {blocks}")
+    return levels
+
+
+def format_levels(levels: Sequence[Keep]) -> str:
+    """The inverse of `parse_levels`."""
+    return ",".join(f"{level.name.lower()}:{len(list(run))}" for level, run in itertools.groupby(levels))

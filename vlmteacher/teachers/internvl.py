@@ -1,0 +1,110 @@
+"""InternVL (InternVL3 and its like) as the Teacher, on transformers' own `InternVLForConditionalGeneration`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmteacher.errors import InputError
+from vlmteacher.teachers.preprocessing import (
+    CLIP_MEAN,
+    CLIP_STD,
+    VisionSettings,
+    preprocess_frames,
+    processor_settings,
+    resized_rows,
+)
+from vlmteacher.teachers.vlm import Clip, VLMTeacher
+
+
+class InternVLTeacher(VLMTeacher):
+    """A frozen InternVL. Every frame is an image of one fixed size, on a line of its own: `Frame1: <img>...`.
+
+    Images for the query synthesis are one tile of that size, where the stock processor may cut them into several.
+    """
+
+    architecture = "InternVLForConditionalGeneration"
+    frames_per_patch = 1
+
+    def __init__(self, model: Any, tokenizer: Any, video: VisionSettings, image: VisionSettings | None = None) -> None:
+        config = model.config
+        if config.vision_feature_layer != -1:
+            raise InputError(f"teacher: vision_feature_layer {config.vision_feature_layer} is not supported, only -1")
+        self.video, self.image = video, image or video
+        sizes = {side for settings in (self.video, self.image) for side in settings.fixed_size or ()}
+        if len(sizes) != 1:
+            raise InputError(f"teacher: its processors resize to sides of {sorted(sizes)} pixels; one square is known")
+        self.start, self.context, self.end = (
+            self._token(tokenizer, name) for name in ("start_image_token", "context_image_token", "end_image_token")
+        )
+        self.video_mark, self.image_mark = self._token(tokenizer, "video_token"), self.context
+        self.visual_pads = (self.video_mark, self.context)
+        super().__init__(model, tokenizer)
+
+    @staticmethod
+    def _token(tokenizer: Any, name: str) -> str:
+        token = getattr(tokenizer, name, None)
+        if not token:
+            raise InputError(
+                f"the teacher's tokenizer names no {name}: take a checkpoint of the transformers format (-hf)"
+            )
+        return token
+
+    @classmethod
+    def from_parts(cls, path_or_id: str, model: Any, tokenizer: Any, local_files_only: bool) -> InternVLTeacher:
+        vision = model.config.vision_config
+        base = VisionSettings(
+            patch_size=vision.patch_size[0],
+            temporal_patch_size=1,
+            merge_size=1,
+            image_mean=CLIP_MEAN,
+            image_std=CLIP_STD,
+            fixed_size=tuple(vision.image_size),
+        )
+        return cls(model, tokenizer, *processor_settings(path_or_id, base, local_files_only))
+
+    def resized(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
+        assert self.video.fixed_size is not None
+        return self.video.fixed_size
+
+    def patches_per_frame(self, size: tuple[int, int]) -> int:
+        return size[0] * size[1] // self.video.patch_size**2
+
+    def _image_text(self, size: tuple[int, int]) -> str:
+        tokens = int(self.patches_per_frame(size) * self.model.config.downsample_ratio**2)
+        return self.start + self.context * tokens + self.end
+
+    def video_text(self, clip: Clip) -> str:
+        image = self._image_text(clip.size)
+        return "\n".join(f"Frame{i + 1}: {image}" for i in range(clip.num_frames))
+
+    def positions(self, ids: Tensor, clip: Clip) -> Tensor:
+        return torch.arange(ids.shape[1])[None]
+
+    def encode(self, frames: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """See `VLMTeacher.encode`."""
+        model = self.model.model
+        tower, embeddings = model.vision_tower, model.vision_tower.embeddings
+        conv = embeddings.patch_embeddings.projection  # its stride is its kernel: a product of the patch rows
+        rows = resized_rows(frames, size, self.video, conv.weight.dtype)
+        x = F.linear(rows, conv.weight.flatten(1), conv.bias).unflatten(0, (len(frames), -1))
+        x = torch.cat([embeddings.cls_token.expand(len(x), -1, -1), x], 1)
+        if embeddings.position_embeddings is not None:
+            x = x + embeddings.interpolate_pos_encoding(x, *size)
+        for layer in tower.encoder.layer:
+            x = layer(x)
+        x = tower.layernorm(x)
+        if model.config.vision_feature_select_strategy == "default":
+            x = x[:, 1:]
+        grid = [side // self.video.patch_size for side in size]
+        x = model.pixel_shuffle(x.unflatten(1, grid), scale_factor=model.config.downsample_ratio)
+        return (model.multi_modal_projector(x.flatten(1, 2)).flatten(0, 1),)
+
+    def image_inputs(self, pixels: Tensor) -> tuple[str, dict[str, Tensor]]:
+        size = self.image.fixed_size
+        assert size is not None
+        values = preprocess_frames(pixels[None], size[0], self.image.image_mean, self.image.image_std)
+        return self._image_text(size), {"pixel_values": values}

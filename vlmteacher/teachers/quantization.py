@@ -1,0 +1,119 @@
+"""Frozen Teachers in 4 or 8 bits: bitsandbytes keeps the weights, the product is ours.
+
+bitsandbytes' own layers do not fit what a Teacher is for. On a CPU with AVX512-BF16 its 4-bit layer repacks the weights
+at the first product without a gradient, and passes none from then on. Its 8-bit layer rounds the activations too, for
+which it gives a straight-through gradient. Seen in bitsandbytes 0.50; never run on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmteacher.errors import InputError, MissingExtra
+
+Quantize = Literal["8bit", "4bit"]
+CHOICES = ("8bit", "4bit")
+# The vision tower stays as it is: a tenth of the weights, and every gradient to the pixels goes through it last.
+UNTOUCHED = [".*visual", ".*vision_tower", ".*multi_modal_projector", "lm_head"]
+
+
+def load_model(
+    model_class: Any,
+    path_or_id: str,
+    dtype: torch.dtype,
+    quantize: Quantize | None = None,
+    device: torch.device | None = None,
+    **hub: Any,
+) -> Any:
+    """`model_class.from_pretrained`; with `quantize` the language model's linear layers are in 8 or 4 bits (NF4).
+
+    device: where a quantised model is loaded to, and stays. Checkpoints that are quantised by bitsandbytes already load
+    without `quantize`. Raises InputError for another value of `quantize`, MissingExtra without bitsandbytes.
+    """
+    if quantize is None:
+        model = model_class.from_pretrained(path_or_id, dtype=dtype, **hub)
+    else:
+        check_quantize(quantize)
+        from transformers import BitsAndBytesConfig
+
+        four = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": dtype,
+        }
+        how = four if quantize == "4bit" else {"load_in_8bit": True}
+        config = BitsAndBytesConfig(**how, llm_int8_skip_modules=UNTOUCHED)
+        where = {"": device or torch.device("cpu")}
+        model = model_class.from_pretrained(
+            path_or_id, dtype=dtype, quantization_config=config, device_map=where, **hub
+        )
+    if is_quantized(model):
+        use_exact_products(model)
+    return model
+
+
+def check_quantize(quantize: str | None) -> None:
+    """Raise InputError for an unknown value, MissingExtra for a known one without bitsandbytes."""
+    if quantize is None:
+        return
+    if quantize not in CHOICES:
+        raise InputError(f"quantize {quantize!r} is not there: it can be {' or '.join(map(repr, CHOICES))}")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtra(f"a Teacher in {quantize} needs bitsandbytes: pip install 'vlmteacher[quantized]'")
+
+
+def is_quantized(model: nn.Module) -> bool:
+    return getattr(model, "quantization_method", None) == "bitsandbytes"
+
+
+def check_stays(model: Any, device: str | torch.device | None, dtype: torch.dtype | None) -> None:
+    """Raise InputError when a quantised model would have to move or to change its dtype."""
+    to = model.device if device is None else torch.empty(0, device=device).device
+    if to != model.device or dtype not in (None, model.dtype):
+        wish = to if to != model.device else str(dtype).removeprefix("torch.")
+        raise InputError(
+            f"a quantised Teacher cannot be sent to {wish} any more: choose device (device_map) and dtype when loading"
+        )
+
+
+def use_exact_products(model: nn.Module) -> None:
+    """Make every layer of bitsandbytes compute x W^T + b with its dequantised W, and pass the gradient to x alone."""
+    import bitsandbytes
+
+    for layer in model.modules():
+        if isinstance(layer, bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt):
+            layer.forward = MethodType(_forward, layer)
+
+
+def dequantize(layer: Any, dtype: torch.dtype) -> Tensor:
+    """W (out, in) of a layer of bitsandbytes."""
+    import bitsandbytes
+
+    weight = layer.weight
+    if isinstance(layer, bitsandbytes.nn.Linear4bit):
+        return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+    return (weight.data * (weight.SCB / 127)[:, None]).to(dtype)
+
+
+def _forward(layer: Any, x: Tensor) -> Tensor:
+    return _Product.apply(x, layer)
+
+
+class _Product(torch.autograd.Function):
+    """Saves neither x nor the dequantised W: W is made again for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, dequantize(layer, x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ dequantize(ctx.layer, grad.dtype), None

@@ -1,0 +1,298 @@
+"""All questions about one video in one pass of the language model: [shared prefix | question 0 | question 1 | ...].
+
+The chats of the questions begin with the same tokens, the video among them. Those are read once; every question sees
+them and itself, and its positions go on where they end. It equals one pass per question. The decoder layers are the
+checkpoint's own modules, run by functions that know the weights to be frozen and save little for the backward.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from vlmteacher.errors import InputError
+from vlmteacher.teachers.visual_checkpoint import rotate
+
+ACTIVATION_BYTES = 4 * 2**30  # where nobody says and no GPU tells
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything stands in the packed sequence of N tokens; all tensors on the model's device.
+
+    ids (N,): token ids. prefix: how many of them are shared. cos, sin (N, 1, d / 2): rotary angles, float32. video:
+    indices of the visual tokens. answers (A,): the positions whose next token is one of an answer's; targets (A,):
+    that token;
+    owners (A,): its question. suffix_mask (N - prefix, N), answer_mask (A, N): True where a query may look.
+    """
+
+    ids: Tensor
+    prefix: int
+    questions: int
+    cos: Tensor
+    sin: Tensor
+    video: Tensor
+    answers: Tensor
+    targets: Tensor
+    owners: Tensor
+    suffix_mask: Tensor
+    answer_mask: Tensor
+
+
+def shared_length(rows: Sequence[list[int]]) -> int:
+    """How many tokens all rows begin with."""
+    first = min(rows)
+    last = max(rows)  # lexicographic extremes differ wherever any two rows do
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+
+
+def lay_out(
+    chats: Sequence[tuple[Sequence[int], Sequence[int]]],
+    visual_token: int,
+    angles: Callable[[Tensor], tuple[Tensor, Tensor]],
+    device: torch.device,
+) -> Layout:
+    """Pack the chats of 1+M questions.
+
+    chats: (token ids of the prompt, token ids of the answer) of each; every prompt holds the video. angles: rotary
+    (cos, sin), each (n, d), float32, of a whole chat (1, n).
+    """
+    rows = [[*prompt, *answer[:-1]] for prompt, answer in chats]  # the last token of an answer is only a target
+    # The position before an answer belongs to its question, also where two chats are the same.
+    prefix = len(rows[0]) if len(rows) == 1 else min(shared_length(rows), *(len(prompt) - 1 for prompt, _ in chats))
+    ids: list[int] = []
+    targets: list[int] = []
+    owner, cos, sin, answers, owners = [], [], [], [], []
+    for question, (row, (prompt, answer)) in enumerate(zip(rows, chats, strict=True)):
+        start = 0 if question == 0 else prefix
+        shift = len(ids) - start
+        ids += row[start:]
+        owner += [question + 1] * (len(row) - start)
+        c, s = angles(torch.tensor([row]))
+        cos.append(c[start:])
+        sin.append(s[start:])
+        answers += [len(prompt) - 1 + i + shift for i in range(len(answer))]
+        targets += answer
+        owners += [question] * len(answer)
+    belongs = torch.tensor(owner)
+    belongs[:prefix] = 0
+    places, asked = torch.arange(len(ids)), torch.tensor(answers)
+    sees = (belongs[:, None] == belongs) | (belongs == 0)
+    mask = sees & (places[:, None] >= places)
+    tokens = torch.tensor(ids)
+    half = cos[0].shape[-1] // 2
+    tensors = {
+        "ids": tokens,
+        "cos": torch.cat(cos)[:, None, :half],
+        "sin": torch.cat(sin)[:, None, :half],
+        "video": (tokens == visual_token).nonzero().flatten(),
+        "answers": asked,
+        "targets": torch.tensor(targets),
+        "owners": torch.tensor(owners),
+        "suffix_mask": mask[prefix:],
+        "answer_mask": mask[asked],
+    }
+    on_device = {name: value.to(device) for name, value in tensors.items()}
+    return Layout(prefix=prefix, questions=len(chats), **on_device)
+
+
+class Keep(enum.IntEnum):
+    """What a decoder layer keeps for its backward."""
+
+    ALL = 0  # what no product has to be repeated for
+    ATTENTION = 1  # no MLP: its input's two products are computed again
+    INPUT = 2  # nothing but its input: the whole layer is computed again
+
+
+def how_much(layers: nn.ModuleList, tokens: int, budget: int | None, device: torch.device) -> Keep:
+    """The most that `tokens` tokens may keep in `budget` bytes (by default half of the GPU's free memory, or 4 GiB)."""
+    if budget is None:
+        budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else ACTIVATION_BYTES
+    layer: Any = layers[0]
+    attn, hidden = layer.self_attn, layer.input_layernorm.weight
+    q, k = (proj.out_features for proj in (attn.q_proj, attn.k_proj))
+    attention = 2 * len(hidden) + 2 * q + 2 * k  # x, x + attention; q, output; k, v
+    mlp = 2 * layer.mlp.gate_proj.out_features
+    before_norm = q + k if hasattr(attn, "q_norm") else 0
+    size = len(layers) * tokens * hidden.element_size()
+    return Keep(sum(size * n > budget for n in (attention + mlp + before_norm, attention)))
+
+
+def _inverse_rms(norm: Any, x: Tensor) -> Tensor:
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
+    return square.div_(x.shape[-1]).add_(norm.variance_epsilon).rsqrt_()
+
+
+def _normalized(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """RMSNorm of x, and 1 / RMS."""
+    inverse = _inverse_rms(norm, x)
+    return (x * inverse).to(x.dtype) * norm.weight, inverse
+
+
+def _norm_backward(norm: Any, x: Tensor, inverse: Tensor, grad: Tensor) -> Tensor:
+    unit = x * inverse
+    grad = (grad * norm.weight).float()
+    return (grad - unit * (grad * unit).mean(-1, keepdim=True)).mul_(inverse).to(x.dtype)
+
+
+def _through(linear: nn.Module, grad: Tensor) -> Tensor:
+    """The gradient of a frozen linear layer's input. Quantised ones know theirs better than we do."""
+    if type(linear) is nn.Linear:
+        return grad @ linear.weight
+    with torch.enable_grad():
+        x = grad.new_zeros(*grad.shape[:-1], linear.in_features, requires_grad=True)
+        return torch.autograd.grad(linear(x), x, grad)[0]
+
+
+class _Project(torch.autograd.Function):
+    """x (N, C) -> rotated queries of `rows` (all, if None), rotated keys and values, each (N, heads, d)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, layer: Any, cos: Tensor, sin: Tensor, rows: Tensor | None, keep: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        attn = layer.self_attn
+        h, inverse = _normalized(layer.input_layernorm, x)
+        asking = h if rows is None else h[rows]
+        q, k, v = (
+            proj(t).unflatten(-1, (-1, attn.head_dim))
+            for proj, t in ((attn.q_proj, asking), (attn.k_proj, h), (attn.v_proj, h))
+        )
+        ctx.layer, ctx.angles, ctx.rows = layer, (cos, sin), rows
+        ctx.has_norm = hasattr(attn, "q_norm")
+        ctx.save_for_backward(x, inverse, *((q, k) if ctx.has_norm and keep else ()))
+        if ctx.has_norm:
+            q, k = _normalized(attn.q_norm, q)[0], _normalized(attn.k_norm, k)[0]
+        return rotate(q, *_at(rows, cos, sin)), rotate(k, cos, sin), v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        x, inverse, *before = ctx.saved_tensors
+        attn, (cos, sin), rows = ctx.layer.self_attn, ctx.angles, ctx.rows
+        q_cos, q_sin = _at(rows, cos, sin)
+        dq, dk = rotate(dq, q_cos, -q_sin), rotate(dk, cos, -sin)
+        if ctx.has_norm:
+            if not before:
+                h = _normalized(ctx.layer.input_layernorm, x)[0]
+                before = [attn.q_proj(h if rows is None else h[rows]), attn.k_proj(h)]
+                before = [t.unflatten(-1, (-1, attn.head_dim)) for t in before]
+            q, k = before
+            dq = _norm_backward(attn.q_norm, q, _inverse_rms(attn.q_norm, q), dq)
+            dk = _norm_backward(attn.k_norm, k, _inverse_rms(attn.k_norm, k), dk)
+        asked = _through(attn.q_proj, dq.flatten(1))
+        grad = _through(attn.k_proj, dk.flatten(1)) + _through(attn.v_proj, dv.flatten(1))
+        grad = grad.add_(asked) if rows is None else grad.index_add_(0, rows, asked)
+        return _norm_backward(ctx.layer.input_layernorm, x, inverse, grad), None, None, None, None, None
+
+
+def _at(rows: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return (cos, sin) if rows is None else (cos[rows], sin[rows])
+
+
+class _Finish(torch.autograd.Function):
+    """The rest of a decoder layer: x (N, C) and the heads' outputs (N, H * d) -> output projection, residual, MLP."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, heads: Tensor, layer: Any, keep: bool) -> Tensor:
+        x = x + layer.self_attn.o_proj(heads)
+        h, inverse = _normalized(layer.post_attention_layernorm, x)
+        gate, up = layer.mlp.gate_proj(h), layer.mlp.up_proj(h)
+        ctx.layer = layer
+        ctx.save_for_backward(x, inverse, *((gate, up) if keep else ()))
+        return x + layer.mlp.down_proj(layer.mlp.act_fn(gate) * up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, inverse, *before = ctx.saved_tensors
+        layer, mlp = ctx.layer, ctx.layer.mlp
+        if not before:
+            h = _normalized(layer.post_attention_layernorm, x)[0]
+            before = [mlp.gate_proj(h), mlp.up_proj(h)]
+        inner = _through(mlp.down_proj, grad)
+        with torch.enable_grad():
+            gate, up = (t.detach().requires_grad_() for t in before)
+            d_gate, d_up = torch.autograd.grad(mlp.act_fn(gate) * up, (gate, up), inner)
+        dh = _through(mlp.gate_proj, d_gate) + _through(mlp.up_proj, d_up)
+        dx = grad + _norm_backward(layer.post_attention_layernorm, x, inverse, dh)
+        return dx, _through(layer.self_attn.o_proj, dx), None, None
+
+
+def _look(q: Tensor, k: Tensor, v: Tensor, layout: Layout, last: bool) -> Tensor:
+    """Attention of (N, heads, d) tensors under the layout's rules; returns (queries, heads * d)."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    if last:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.answer_mask, **grouped)
+        return out[0].transpose(0, 1).flatten(1)
+    # Two calls: the prefix stays on the fast causal path, and the mask has as many rows as the suffixes have tokens.
+    n = layout.prefix
+    out = F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True, **grouped)
+    out = out[0].transpose(0, 1).flatten(1)
+    if n == q.shape[2]:
+        return out
+    rest = F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=layout.suffix_mask, **grouped)
+    return torch.cat([out, rest[0].transpose(0, 1).flatten(1)])
+
+
+def _layer(x: Tensor, layer: Any, layout: Layout, last: bool, keep: Keep) -> Tensor:
+    rows = layout.answers if last else None  # nobody reads the other outputs of the last layer
+    q, k, v = _Project.apply(x, layer, layout.cos, layout.sin, rows, keep == Keep.ALL)
+    heads = _look(q, k, v, layout, last)
+    return _Finish.apply(x if rows is None else x[rows], heads, layer, keep == Keep.ALL)
+
+
+def check_language(language: Any, name: str) -> None:
+    """Raises InputError when the decoder layers are not of the Llama form, which is the one that is known here."""
+    norms = ("input_layernorm", "post_attention_layernorm")
+    parts = [f"{norm}.variance_epsilon" for norm in norms]
+    parts += [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    for part in parts:
+        value: Any = language.layers[0]
+        for step in part.split("."):
+            value = getattr(value, step, None)
+        if value is None:
+            raise InputError(f"teacher {name!r}: its language model has no {part}; Llama-like decoder layers are known")
+    if any(kind != "full_attention" for kind in getattr(language.config, "layer_types", None) or ()):
+        raise InputError(f"teacher {name!r}: its language model attends in sliding windows, which is not supported")
+
+
+def answer_losses(
+    language: Any,
+    head: nn.Module,
+    layout: Layout,
+    video: Tensor,
+    deepstack: Sequence[Tensor] = (),
+    activation_bytes: int | None = None,
+) -> Tensor:
+    """-log P(answer) of every question, natural logarithm, (1+M,) float32.
+
+    Args:
+        language: a frozen Llama-like model of transformers (`embed_tokens`, `layers`, `norm`); head: its LM head.
+        video: (visual tokens, C), the embeddings that replace the placeholders.
+        deepstack: the same for the outputs of the first layers, to be added there.
+        activation_bytes: what the layers may keep for the backward, see `how_much`.
+    """
+    keep = how_much(language.layers, len(layout.ids), activation_bytes, video.device)
+    embeds = language.embed_tokens(layout.ids)
+    x = embeds.index_copy(0, layout.video, video.to(embeds.dtype))
+    for index, layer in enumerate(language.layers):
+        last = index + 1 == len(language.layers)
+        if keep == Keep.INPUT and x.requires_grad:
+            x = checkpoint(_layer, x, layer, layout, last, Keep.ALL, use_reentrant=False)
+        else:
+            x = _layer(x, layer, layout, last, keep)
+        if index < len(deepstack) and not last:
+            x = x.index_add(0, layout.video, deepstack[index].to(x.dtype))
+    logits = head(language.norm(x)).float()
+    per_token = F.cross_entropy(logits, layout.targets, reduction="none")
+    return per_token.new_zeros(layout.questions).index_add(0, layout.owners, per_token)

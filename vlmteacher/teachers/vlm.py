@@ -1,0 +1,319 @@
+"""What the families share: a chat about a video, its questions in one pass, queries written by the model itself."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vlmteacher.errors import InputError, NonFiniteFrames
+from vlmteacher.queries import ANSWER_INSTRUCTION, QuerySet, QueryStyle, ask_for_queries, query_prompt
+from vlmteacher.teachers.base import Teacher, read_style
+from vlmteacher.teachers.quantization import Quantize, check_stays, is_quantized, load_model
+from vlmteacher.teachers.shared_prefix import Layout, answer_losses, check_language, lay_out
+from vlmteacher.teachers.visual_checkpoint import stream
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ANSWER = "Yes"
+MAX_NEW_TOKENS = 256
+RANGE_SLACK = 1e-3  # frames may leave [0, 1] by so much: rounding of a decoder in half precision
+CHUNK_PATCHES = {"cpu": 1024, "cuda": 16384}  # of the visual encoder; the caches of a CPU, the occupancy of a GPU
+LAYOUTS_KEPT = 4
+
+
+def question_text(question: str) -> str:
+    """What follows the video in the prompt of one question."""
+    return question.strip() + ANSWER_INSTRUCTION
+
+
+def check_frames(frames: Tensor, frame_indices: Sequence[int], fps: float) -> None:
+    """Raises InputError, and NonFiniteFrames, when `Teacher.losses` cannot take these."""
+    if frames.dim() != 4 or frames.shape[1] != 3 or len(frames) == 0:
+        raise InputError(f"frames must be (K, 3, H, W) with K >= 1, not {tuple(frames.shape)}")
+    if len(frame_indices) != len(frames):
+        raise InputError(f"{len(frame_indices)} frame indices for {len(frames)} frames")
+    if not (fps > 0 and math.isfinite(fps)):
+        raise InputError(f"fps must be positive, not {fps}")
+    low, high = (value.item() for value in frames.detach().aminmax())
+    if not math.isfinite(low + high):
+        raise NonFiniteFrames("the frames hold NaN or infinite values: try a lower learning rate or another dtype")
+    if low < -RANGE_SLACK or high > 1 + RANGE_SLACK:
+        raise InputError(f"frames must be RGB in [0, 1], these span [{low:.4g}, {high:.4g}]: clamp or rescale them")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What a video's place in the prompt depends on.
+
+    num_frames K, at `indices` of a video of `fps` frames a second; size (H, W) after resizing.
+    """
+
+    indices: tuple[int, ...]
+    fps: float
+    size: tuple[int, int]
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.indices)
+
+    def seconds(self, frames_per_patch: int) -> list[tuple[float, float]]:
+        """The times of the first and the last frame of every temporal patch; the last frame is repeated to fill one."""
+        indices = list(self.indices) + [self.indices[-1]] * (-len(self.indices) % frames_per_patch)
+        starts = range(0, len(indices), frames_per_patch)
+        return [(indices[i] / self.fps, indices[i + frames_per_patch - 1] / self.fps) for i in starts]
+
+
+class VLMTeacher(Teacher):
+    """A frozen VLM of transformers. A family is a subclass that fills in what is abstract here.
+
+    Args:
+        model: of the class `architecture`; it is frozen and set to evaluation mode.
+        tokenizer: its tokenizer, with a chat template.
+
+    Attributes:
+        style: how it is asked for queries.
+        activation_bytes: what the language model may keep for the backward; None: half of the GPU's free memory.
+        chunk_patches: patches that the visual encoder works on at a time; None: by device.
+        offload: keep what is saved for the backward in pinned host memory (GPUs only).
+
+    Raises InputError when the tokenizer has no chat template, or the chat template no place for a video.
+    """
+
+    architecture: ClassVar[str]
+    video_mark: str  # what the chat template writes for a video, and for an image
+    image_mark: str
+    visual_pads: tuple[str, ...]  # tokens that stand for visual features
+    frames_per_patch: int
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise InputError("the teacher's tokenizer has no chat template: take an instruction-tuned checkpoint")
+        self.model = model.requires_grad_(False).eval()
+        self.quantized = is_quantized(model)
+        self.tokenizer = tokenizer
+        self.style = QueryStyle()
+        self.activation_bytes: int | None = None
+        self.chunk_patches: int | None = None
+        self.offload = False
+        self._layouts: dict[tuple[Any, ...], Layout] = {}
+        check_language(self.language, model.config.model_type)
+        self._chat("", "video", "")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str,
+        dtype: torch.dtype = torch.float32,
+        local_files_only: bool = False,
+        quantize: Quantize | None = None,
+        device: torch.device | None = None,
+    ) -> VLMTeacher:
+        """Load model, tokenizer and processor settings from a local directory or a hub id."""
+        import transformers
+
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_id, local_files_only=local_files_only)
+            architecture = getattr(transformers, cls.architecture)
+            model = load_model(architecture, path_or_id, dtype, quantize, device, local_files_only=local_files_only)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"teacher {path_or_id!r} cannot be loaded: {reason}") from error
+        teacher = cls.from_parts(path_or_id, model, tokenizer, local_files_only)
+        teacher.style = read_style(path_or_id, local_files_only)
+        return teacher
+
+    @classmethod
+    @abstractmethod
+    def from_parts(cls, path_or_id: str, model: Any, tokenizer: Any, local_files_only: bool) -> VLMTeacher:
+        """The Teacher of a loaded model; reads the checkpoint's processor settings."""
+
+    @abstractmethod
+    def resized(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
+        """The size (H, W) that K frames are resized to. Raises InputError when they have no such size."""
+
+    @abstractmethod
+    def patches_per_frame(self, size: tuple[int, int]) -> int:
+        """Patches of one temporal patch."""
+
+    @abstractmethod
+    def video_text(self, clip: Clip) -> str:
+        """What stands in the prompt in the place of `video_mark`."""
+
+    @abstractmethod
+    def encode(self, frames: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Visual features of some of the frames (k, 3, H, W), RGB in [0, 1], resized to `size`: differentiable.
+
+        Returns the embeddings (visual tokens, C), then the DeepStack features, if there are any.
+        """
+
+    @abstractmethod
+    def positions(self, ids: Tensor, clip: Clip) -> Tensor:
+        """Position ids of a chat (1, n) for the language model's `rotary_emb`."""
+
+    @abstractmethod
+    def image_inputs(self, pixels: Tensor) -> tuple[str, dict[str, Tensor]]:
+        """What stands for an image (3, H, W), RGB in [0, 1], in the prompt, and the model's further inputs."""
+
+    @property
+    def language(self) -> Any:
+        return self.model.model.language_model
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> VLMTeacher:
+        if self.quantized:
+            check_stays(self.model, device, dtype)
+            return self
+        frequencies = {name: value for name, value in self.model.named_buffers() if name.endswith("inv_freq")}
+        self.model.to(device=device or self.device, dtype=dtype or self.model.dtype)
+        for name, value in frequencies.items():  # in bfloat16 late positions would fall together
+            parent, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), leaf, value.to(self.device))
+        self._layouts.clear()
+        return self
+
+    @torch.compiler.disable
+    def losses(self, frames: Tensor, frame_indices: Sequence[int], fps: float, queries: QuerySet) -> Tensor:
+        """See `Teacher.losses`. The video is encoded and read once, whatever the number of questions."""
+        check_frames(frames, frame_indices, fps)
+        size = self.resized(len(frames), *frames.shape[-2:])
+        layout = self._layout(Clip(tuple(int(i) for i in frame_indices), float(fps), size), queries)
+        return self.packed_losses(frames.to(self.device), layout, size)
+
+    def packed_losses(self, frames: Tensor, layout: Layout, size: tuple[int, int]) -> Tensor:
+        """`losses` without looking at values: frames (K, 3, H, W) are on the device, `layout` is of these questions."""
+        budget = self.chunk_patches or CHUNK_PATCHES.get(self.device.type, CHUNK_PATCHES["cuda"])
+        step = max(1, budget // self.patches_per_frame(size)) * self.frames_per_patch
+        offload: Any = contextlib.nullcontext()
+        if self.offload and self.device.type == "cuda":
+            offload = torch.autograd.graph.save_on_cpu(pin_memory=True)
+        with offload:
+            video, *deepstack = stream(lambda chunk: self.encode(chunk, size), frames, step)
+            head = self.model.get_output_embeddings()
+            return answer_losses(self.language, head, layout, video, deepstack, self.activation_bytes)
+
+    def _layout(self, clip: Clip, queries: QuerySet) -> Layout:
+        """The packed prompts; the same for every step of an optimisation, so it is kept."""
+        key = (clip, queries, self.device)
+        if key not in self._layouts:
+            placeholder = self.video_text(clip)
+            chats = [self._question_ids(question, placeholder) for question in queries.questions]
+            context = self.language.config.max_position_embeddings
+            for question, (prompt, answer) in zip(queries.questions, chats, strict=True):
+                if (tokens := len(prompt) + len(answer)) > context:
+                    raise InputError(
+                        f"the question {question[:60]!r} and the video take {tokens} tokens, the teacher's context "
+                        f"holds {context}: shorten it, or give fewer or smaller frames"
+                    )
+            while len(self._layouts) >= LAYOUTS_KEPT:
+                self._layouts.pop(next(iter(self._layouts)))
+            visual = self.tokenizer.convert_tokens_to_ids(self.visual_pads[-1])
+            self._layouts[key] = lay_out(chats, visual, lambda ids: self._angles(ids, clip), self.device)
+        return self._layouts[key]
+
+    def _angles(self, ids: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
+        positions = self.positions(ids, clip).to(self.device)
+        cos, sin = self.language.rotary_emb(torch.empty(0, device=self.device), positions)
+        return cos[0], sin[0]
+
+    def write_queries(self, prompt: str, image: Image | None = None) -> QuerySet:
+        """See `Teacher.write_queries`. Greedy first; the one retry is sampled, with a seed of its own."""
+        if not prompt.strip():
+            raise InputError("the prompt is empty: say what the video must show")
+        return ask_for_queries(
+            self.style, lambda later, sample: self._generate(self._query_inputs(prompt, image, later), sample)
+        )
+
+    def _query_inputs(self, prompt: str, image: Image | None, later: Sequence[str] = ()) -> dict[str, Tensor]:
+        """What `generate` takes to write the queries of a task, or to mend them after `later` turns."""
+        vision: dict[str, Tensor] = {}
+        placeholder = None
+        if image is not None:
+            rgb = image.convert("RGB")
+            pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3)
+            placeholder, vision = self.image_inputs(pixels.permute(2, 0, 1) / 255)
+        text = query_prompt(prompt, self.style.query_instruction)
+        ids = torch.tensor([self._encode(self._chat(text, "image", placeholder, later), placeholder or "")])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | vision | self.token_inputs(ids)
+        return {name: value.to(self.device) for name, value in inputs.items()}
+
+    def token_inputs(self, ids: Tensor) -> dict[str, Tensor]:
+        """Further inputs of the model's generation that follow from the token ids."""
+        return {}
+
+    @torch.no_grad()
+    def _generate(self, inputs: dict[str, Tensor], sample: bool) -> str:
+        how: dict[str, Any] = (
+            {"temperature": 0.7, "top_p": 0.9, "top_k": 0}
+            if sample
+            else dict.fromkeys(("temperature", "top_p", "top_k"))
+        )
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):  # generate() draws from the global generators
+            torch.manual_seed(0)
+            output = self.model.generate(
+                **inputs,
+                do_sample=sample,
+                **how,
+                max_new_tokens=MAX_NEW_TOKENS,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self._pad_token_id,
+            )
+        return self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def _chat(self, text: str, modality: str, placeholder: str | None, later: Sequence[str] = ()) -> str:
+        """One user turn and `later` ones, in the checkpoint's own template, with its vision token spelled out.
+
+        placeholder: None is no vision.
+        """
+        content = [{"type": "text", "text": text}]
+        if placeholder is not None:
+            content.insert(0, {"type": modality})
+        messages = [{"role": "user", "content": content}]
+        for turn, role in zip(later, cycle(("assistant", "user")), strict=False):
+            messages.append({"role": role, "content": [{"type": "text", "text": turn}]})
+        chat = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if placeholder is None:
+            return chat
+        mark = self.video_mark if modality == "video" else self.image_mark
+        if mark not in chat:
+            raise InputError(
+                f"the teacher's chat template has no place for a {modality} ({mark}): take one that sees videos"
+            )
+        return chat.replace(mark, placeholder, 1)
+
+    def _encode(self, text: str, placeholder: str) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        for pad in self.visual_pads:
+            if ids.count(self.tokenizer.convert_tokens_to_ids(pad)) != placeholder.count(pad):
+                raise InputError(f"the text must not hold the model's own token {pad}")
+        return ids
+
+    def _question_ids(self, question: str, placeholder: str) -> tuple[list[int], list[int]]:
+        """Token ids of the prompt and of the answer; what tokens the answer is made of, the tokenizer decides."""
+        prompt = self._chat(question_text(question), "video", placeholder)
+        before, ids = self._encode(prompt, placeholder), self._encode(prompt + ANSWER, placeholder)
+        shared = next((i for i, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]), len(before))
+        return ids[:shared], ids[shared:]
+
+    @property
+    def _pad_token_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+
+def freeze_patch_embed(tower: nn.Module, name: str, linear: type[nn.Module]) -> None:
+    """Replace a tower's convolution by the equal matrix product, once."""
+    if not isinstance(getattr(tower, name), linear):
+        setattr(tower, name, linear(getattr(tower, name)))
