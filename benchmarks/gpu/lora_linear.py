@@ -7,21 +7,18 @@ Nothing here has run on a GPU yet. `fastest` of each case is what the policy in 
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import backends, forced
 from benchmarks.lora_linear import Augmented, layers
 from benchmarks.timing import argument_parser, compare, parsed
 from vlmteacher.ops import lora_linear as operator
-from vlmteacher.ops.backends import cuda_status, triton_status
 
 # (case, tokens, K, N of each layer that shares x, rank); the last is there for its odd sizes
 SHAPES = [
@@ -33,25 +30,6 @@ SHAPES = [
     ("rank 128", 20240, 3072, (3072,), 128),
     ("odd sizes", 4093, 1001, (1003,), 5),
 ]
-
-
-def backends() -> dict[str, Any]:
-    """What can run here; None is the plain expression."""
-    found: dict[str, Any] = {"torch": None}
-    if cuda_status()[0]:
-        found["cuda"] = torch.ops.vlmteacher_cuda
-    if triton_status()[0]:
-        found["triton"] = importlib.import_module("vlmteacher.kernels.lora_linear")
-    for name, (usable, why) in {"cuda": cuda_status(), "triton": triton_status()}.items():
-        if not usable:
-            print(f"{name} is left out: {why}", file=sys.stderr)
-    return found
-
-
-@contextmanager
-def forced(namespace: Any) -> Iterator[None]:
-    with mock.patch.object(operator, "backend", lambda x, name: namespace):
-        yield
 
 
 def errors(
@@ -81,7 +59,7 @@ def plain(
 def check(namespace: Any, dtype: torch.dtype, tensors: Sequence[Any], grads: Sequence[Tensor]) -> float:
     """The largest error of a backend, of what it is allowed: 1.5 times the plain expression's and a rounding."""
     exact, usual = errors(plain, torch.float64, tensors, grads), errors(plain, dtype, tensors, grads)
-    with forced(namespace):
+    with forced(operator, namespace):
         found = errors(ours, dtype, tensors, grads)
 
     def rms(t: Tensor) -> float:
@@ -110,7 +88,7 @@ def main() -> None:
         tensors = (x.detach(), weights, biases, [t.detach() for t in a], [t.detach() for t in b])
         some = ([x.detach()[:2048], *tensors[1:]], [g[:2048] for g in grads])  # float64 is slow on most GPUs
         row: dict[str, Any] = {"case": case, "backends": {}}
-        for name, namespace in backends().items():
+        for name, namespace in ({"torch": None} | backends("lora_linear")).items():
             error = check(namespace, dtype, *some)
             if not error <= 1:  # a NaN is not
                 raise SystemExit(f"{case}: {name} is {error:.2f} times further from float64 than allowed")
@@ -126,7 +104,7 @@ def main() -> None:
             def frozen(layers: Any = stock, x: Tensor = x, g: Any = grads) -> object:
                 return torch.autograd.grad([layer.base_layer(x) for layer in layers], [x], g)
 
-            with forced(namespace):
+            with forced(operator, namespace):
                 facts = compare(case, step, peft, settings.pairs, device) | {"error": error}
                 facts["vs_frozen_linear"] = 1 / compare(case, step, frozen, settings.pairs, device)["speedup"]
                 if len(sizes) == 1:

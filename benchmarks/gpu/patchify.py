@@ -8,38 +8,23 @@ should say; `gb_per_s` is of the bytes that frames, rows and their gradients hav
 
 from __future__ import annotations
 
-import importlib
 import json
 import statistics
 import sys
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import backends, forced
 from benchmarks.patchify import MEAN, SIZES, STD
 from benchmarks.timing import argument_parser, compare, parsed
 from vlmteacher.ops import patchify as operator
-from vlmteacher.ops.backends import cuda_status, triton_status
 from vlmteacher.ops.patchify import patchify, patchify_reference
 
 # the last is there for its odd sizes
 CASES = [*SIZES, (24, 704, 1280, 448, (448, 448)), (5, 333, 517, 14, (252, 392))]
-
-
-def backends() -> dict[str, Any]:
-    """What can run here; None is the plain expression."""
-    found: dict[str, Any] = {"torch": None}
-    if cuda_status()[0]:
-        found["cuda"] = torch.ops.vlmteacher_cuda
-    if triton_status()[0]:
-        found["triton"] = importlib.import_module("vlmteacher.kernels.patchify")
-    for name, (usable, why) in {"cuda": cuda_status(), "triton": triton_status()}.items():
-        if not usable:
-            print(f"{name} is left out: {why}", file=sys.stderr)
-    return found
 
 
 def both(function: Callable[..., Tensor], frames: Tensor, grad: Tensor, args: tuple[Any, ...]) -> list[Tensor]:
@@ -77,8 +62,8 @@ def main() -> None:
         grad = torch.randn_like(patchify_reference(frames, *args))
         case = f"{t}x{height}x{width}" + (f" to {size[0]}x{size[1]}" if size else "")
         row: dict[str, Any] = {"case": case, "backends": {}}
-        for name, namespace in backends().items():
-            with mock.patch.object(operator, "backend", lambda x, name, namespace=namespace: namespace):
+        for name, namespace in ({"torch": None} | backends("patchify")).items():
+            with forced(operator, namespace):
                 if (
                     not (error := check(frames[:4], grad[: len(grad) // -(-t // temporal) * (-(-4 // temporal))], args))
                     <= 1

@@ -8,23 +8,20 @@ Nothing here has run on a GPU yet. `fastest` of each case is what the policy in 
 
 from __future__ import annotations
 
-import importlib
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.gpu import backends, forced
 from benchmarks.timing import argument_parser, compare, parsed
 from vlmteacher.decoders import TinyVideoDecoder
 from vlmteacher.ops import tiny_decoder as operator
-from vlmteacher.ops.backends import cuda_status, triton_status
 from vlmteacher.ops.tiny_decoder import pack_signs, unpack_bits
 from vlmteacher.optimization import teacher_frame_indices
 
@@ -92,25 +89,6 @@ def fold(weight: Tensor) -> Tensor:
     wide = F.pad(weight.float(), (0, 0, 1, 1, 1, 1)).flip(1, 2)
     wide = wide[:, 1:] + wide[:, :-1]
     return (wide[:, :, 1:] + wide[:, :, :-1]).to(weight.dtype)
-
-
-def backends() -> dict[str, Any]:
-    """What can run here."""
-    found: dict[str, Any] = {"vendor": Vendor}
-    if cuda_status()[0]:
-        found["cuda"] = torch.ops.vlmteacher_cuda
-    if triton_status()[0]:
-        found["triton"] = importlib.import_module("vlmteacher.kernels.tiny_decoder")
-    for name, (usable, why) in {"cuda": cuda_status(), "triton": triton_status()}.items():
-        if not usable:
-            print(f"{name} is left out: {why}", file=sys.stderr)
-    return found
-
-
-@contextmanager
-def forced(namespace: Any) -> Iterator[None]:
-    with mock.patch.object(operator, "backend", lambda x, name: namespace):
-        yield
 
 
 def rms(t: Tensor) -> float:
@@ -193,7 +171,7 @@ def check_decoder(namespace: Any, dtype: torch.dtype, device: str) -> float:
 
     exact = run(lambda z: exact_decoder.decode_batch(z)[0][indices], z.detach().double().requires_grad_())
     usual = run(lambda z: decoder.decode_batch(z)[0][indices], z)
-    with forced(namespace):
+    with forced(operator, namespace):
         ours = run(lambda z: decoder.decode(z, indices, chunk=4), z)
     if dtype == torch.float32:
         frames, gradient = (mine - truth for mine, truth in zip(ours, exact, strict=True))
@@ -236,8 +214,8 @@ def measure(preset: str, dtype: torch.dtype, pairs: int, chunk: int | None) -> d
     case = f"{preset}: {k} of {decoder.temporal_stride * (latents[0] - 1) + 1} frames"
     row: dict[str, Any] = {"case": case, "backends": {}}
     stock_peak = peak_bytes(both(plain))
-    for name, namespace in backends().items():
-        with forced(namespace):
+    for name, namespace in ({"vendor": Vendor} | backends("tiny_decoder")).items():
+        with forced(operator, namespace):
             facts = compare(case, both(ours), both(plain), pairs, "cuda")
             for what, wrap in (("forward", without_graph), ("backward", backward)):
                 facts[what] = compare(case, wrap(ours), wrap(plain), pairs, "cuda")
@@ -262,7 +240,7 @@ def main() -> None:
         raise SystemExit(2)
     dtype = getattr(torch, settings.dtype)
     torch.backends.cudnn.allow_tf32 = False
-    for name, namespace in backends().items():
+    for name, namespace in ({"vendor": Vendor} | backends("tiny_decoder")).items():
         for check in (check_convolutions, check_decoder):
             error = check(namespace, dtype, "cuda")
             if not error <= 1:  # a NaN is not

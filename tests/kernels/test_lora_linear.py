@@ -4,21 +4,14 @@ their interpreter, the CUDA source executed on the CPU; and what the GPU compile
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import itertools
-import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.static.tool import rows as compiled_rows
 from tests.kernels import simt
+from tests.kernels.compilers import compiled, interpreted, with_compilers, with_triton
 from tests.ops import test_lora_linear as cpu
 from tests.ops.test_lora_linear import each_backend, rms  # noqa: F401 (a fixture)
 from vlmteacher.ops.lora_linear import lora_linear, lora_linear_reference
@@ -192,32 +185,13 @@ def test_any_of_the_gradients_alone(library, needs):
         assert all(torch.equal(a, b) for a, b in zip(some[name], everything[name], strict=False))
 
 
-triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'vlmteacher[triton]'"
-)
-
-
-@triton
+@with_triton
 def test_triton_in_its_interpreter(tmp_path):
-    root = Path(__file__).parents[2]
-    variables = os.environ | {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.kernels.lora_linear_process"]
-    done = subprocess.run(command, env=variables, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = json.loads(done.stdout.splitlines()[-1])
+    rows = interpreted("lora_linear_process", tmp_path)
     assert len(rows) == 147
     assert not [row for row in rows if not row["error"] <= row["allowed"]]  # a NaN fails too
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [
-        pytest.param("triton", marks=triton),
-        pytest.param("cuda", marks=pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")),
-    ],
-)
+@with_compilers
 def test_compiles_for_ampere_and_hopper_without_spills(backend):
-    rows = compiled_rows((backend,), "lora_linear")
-    assert {row.architecture for row in rows} == {80, 90} and len(rows) >= 32
-    assert not [row for row in rows if row.spills]
-    assert min(row.occupancy for row in rows) > 0  # a block fits
+    assert len(compiled(backend, "lora_linear")) >= {"triton": 32, "cuda": 32}[backend]

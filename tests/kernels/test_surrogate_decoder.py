@@ -5,13 +5,6 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import importlib.util
-import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -19,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.static.tool import rows as compiled_rows
 from tests.kernels import simt
+from tests.kernels.compilers import compiled, interpreted, with_compilers, with_triton
 from vlmteacher.decoders import TinyVideoDecoder
 from vlmteacher.ops import tiny_decoder
 from vlmteacher.ops.tiny_decoder import conv3x3_backward_reference, conv3x3_reference, pack_signs, unpack_bits
@@ -231,32 +224,13 @@ def test_every_order_of_the_warps_gives_the_same_bits(library, dtype):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'vlmteacher[triton]'"
-)
-
-
-@triton
+@with_triton
 def test_triton_in_its_interpreter(tmp_path):
-    root = Path(__file__).parents[2]
-    variables = os.environ | {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.kernels.surrogate_decoder_process"]
-    done = subprocess.run(command, env=variables, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = json.loads(done.stdout.splitlines()[-1])
+    rows = interpreted("surrogate_decoder_process", tmp_path)
     assert len({row[0] for row in rows}) == sum(len(cases) for cases in INTERPRETED.values())
     assert not [row for row in rows if not row[2] <= row[3]]  # a NaN fails too
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [
-        pytest.param("triton", marks=triton),
-        pytest.param("cuda", marks=pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")),
-    ],
-)
+@with_compilers
 def test_compiles_for_ampere_and_hopper_without_spills(backend):
-    rows = compiled_rows((backend,), "tiny_decoder")
-    assert {row.architecture for row in rows} == {80, 90} and len(rows) >= 34
-    assert not [row for row in rows if row.spills]
-    assert min(row.occupancy for row in rows) > 0  # a block fits
+    assert len(compiled(backend, "tiny_decoder")) >= {"triton": 34, "cuda": 34}[backend]

@@ -1,27 +1,13 @@
 // csrc/lora_linear on the CPU: its own plan and kernels.
 #include "../../../csrc/lora_linear/plan.cuh"
 
-namespace {
-
-template <class F>
-void with_type(int bytes, bool brain, const F& f) {
-  if (bytes == 4)
-    f.template operator()<float>();
-  else if (brain)
-    f.template operator()<__nv_bfloat16>();
-  else
-    f.template operator()<__half>();
-}
-
-}  // namespace
-
 extern "C" {
 
 const char* run_forward(int bytes, bool brain, const void* x, int m, int k, int count, const void** weights,
                         const void** biases, const void** lora_a, const void** lora_b, const float* scaling,
                         const int* n, const int* ranks, void** y, void* s) {
   return simt::attempt([&] {
-    with_type(bytes, brain, [&]<class T>() {
+    simt::with_type(bytes, brain, [&]<class T>() {
       std::vector<lora_linear::Layer<T>> layers;
       for (int i = 0; i < count; ++i)
         layers.push_back({.weight = static_cast<const T*>(weights[i]),
@@ -42,7 +28,7 @@ const char* run_backward(int bytes, bool brain, const void** grads, const void* 
                          int count, const void** weights, const void** lora_a, const void** lora_b,
                          const float* scaling, const int* n, const int* ranks, void* dx, void** da, void** db) {
   return simt::attempt([&] {
-    with_type(bytes, brain, [&]<class T>() {
+    simt::with_type(bytes, brain, [&]<class T>() {
       std::vector<lora_linear::Layer<T>> layers;
       for (int i = 0; i < count; ++i)
         layers.push_back({.weight = static_cast<const T*>(weights[i]),

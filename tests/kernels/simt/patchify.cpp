@@ -1,20 +1,6 @@
 // csrc/patchify on the CPU: its own plan and kernels.
 #include "../../../csrc/patchify/plan.cuh"
 
-namespace {
-
-template <class F>
-void with_type(int bytes, bool brain, const F& f) {
-  if (bytes == 4)
-    f.template operator()<float>();
-  else if (brain)
-    f.template operator()<__nv_bfloat16>();
-  else
-    f.template operator()<__half>();
-}
-
-}  // namespace
-
 extern "C" {
 
 // stride: of frames, in elements; sizes: frames, height, width, patch, temporal patch, merge; a null start: no resize
@@ -23,8 +9,8 @@ const char* run_forward(int bytes, bool brain, int out_bytes, bool out_brain, co
                         const int* start_x, const float* weight_x, int taps_x, const double* mean, const double* std,
                         void* out) {
   return simt::attempt([&] {
-    with_type(bytes, brain, [&]<class T>() {
-      with_type(out_bytes, out_brain, [&]<class Out>() {
+    simt::with_type(bytes, brain, [&]<class T>() {
+      simt::with_type(out_bytes, out_brain, [&]<class Out>() {
         simt::Device device;
         const patchify::Pixels<const T> pixels{static_cast<const T*>(frames), stride[0], stride[1], stride[2],
                                                stride[3]};
@@ -40,8 +26,8 @@ const char* run_backward(int bytes, bool brain, int out_bytes, bool out_brain, c
                          int height, int width, const int* start_y, const float* weight_y, int taps_y,
                          const int* start_x, const float* weight_x, int taps_x, const double* std, void* out) {
   return simt::attempt([&] {
-    with_type(bytes, brain, [&]<class T>() {
-      with_type(out_bytes, out_brain, [&]<class Out>() {
+    simt::with_type(bytes, brain, [&]<class T>() {
+      simt::with_type(out_bytes, out_brain, [&]<class Out>() {
         simt::Device device;
         patchify::backward(device, static_cast<const T*>(grad),
                            {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]},

@@ -275,3 +275,18 @@ void mma(float (&sum)[4], const uint32_t (&left)[4], const uint32_t (&right)[2],
 }
 
 }  // namespace ptx
+
+namespace simt {
+
+// f with the element type that a tensor of such elements has.
+template <class F>
+void with_type(int bytes, bool brain, const F& f) {
+  if (bytes == 4)
+    f.template operator()<float>();
+  else if (brain)
+    f.template operator()<__nv_bfloat16>();
+  else
+    f.template operator()<__half>();
+}
+
+}  // namespace simt

@@ -3,16 +3,6 @@
 
 namespace {
 
-template <class F>
-void with_type(int bytes, bool brain, const F& f) {
-  if (bytes == 4)
-    f.template operator()<float>();
-  else if (brain)
-    f.template operator()<__nv_bfloat16>();
-  else
-    f.template operator()<__half>();
-}
-
 tiny_decoder::Shape shape_of(const int* s, float slope) {
   return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], slope};
 }
@@ -24,7 +14,7 @@ extern "C" {
 const char* run_forward(int bytes, bool brain, const void* x, const int* taps, const void* weight, const void* bias,
                         const void* residual, const int* rows, const int* shape, float slope, void* y, uint8_t* signs) {
   return simt::attempt([&] {
-    with_type(bytes, brain, [&]<class T>() {
+    simt::with_type(bytes, brain, [&]<class T>() {
       simt::Device device;
       tiny_decoder::forward(device, static_cast<const T*>(x), taps, static_cast<const T*>(weight),
                             static_cast<const T*>(bias), static_cast<const T*>(residual), rows, shape_of(shape, slope),
@@ -37,7 +27,7 @@ const char* run_backward(int bytes, bool brain, const void* grad, const uint8_t*
                          const void* weight, const void* residual, const uint8_t* residual_signs, const int* shape,
                          float slope, void* dx) {
   return simt::attempt([&] {
-    with_type(bytes, brain, [&]<class T>() {
+    simt::with_type(bytes, brain, [&]<class T>() {
       simt::Device device;
       tiny_decoder::backward(device, static_cast<const T*>(grad), signs, taps, static_cast<const T*>(weight),
                              static_cast<const T*>(residual), residual_signs, shape_of(shape, slope),
