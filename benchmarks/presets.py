@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from PIL import Image
@@ -206,54 +208,66 @@ def random_reasoner(size: Size, decoder: TinyVideoDecoder, dtype: torch.dtype) -
     return WanReasoner(transformer, vae, text_encoder, None, True, Sampling(fps=8.0))
 
 
-def random_teacher(size: Size, dtype: torch.dtype) -> QwenVLTeacher:
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+def qwen3_vl(
+    vision: Sequence[int], language: Sequence[int], deepstack: Sequence[int], patch: int, vocabulary: int | None = None
+) -> tuple[Any, Any]:
+    """(configuration, tokenizer) of a Qwen3-VL that knows `QUERIES`.
+
+    vision: depth, width, MLP width, heads; language: depth, width, MLP width, query heads, key heads, head width.
+    """
+    from transformers import Qwen3VLConfig
 
     tokenizer = build_tokenizer(
         [*QUERIES.questions, ANSWER_INSTRUCTION, "<0.123456789 seconds> user assistant Yes No"] * 2, vocab_size=600
     )
     ids = tokenizer.convert_tokens_to_ids
-    depth, width, mlp, heads = size.vision
-    layers, hidden, inner, q_heads, kv_heads, head_dim = size.language
+    depth, width, mlp, heads = vision
+    layers, hidden, inner, q_heads, kv_heads, head_dim = language
     third = head_dim // 6
-    model = Qwen3VLForConditionalGeneration(
-        Qwen3VLConfig(
-            text_config={
-                "vocab_size": len(tokenizer),
-                "hidden_size": hidden,
-                "intermediate_size": inner,
-                "num_hidden_layers": layers,
-                "num_attention_heads": q_heads,
-                "num_key_value_heads": kv_heads,
-                "head_dim": head_dim,
-                "max_position_embeddings": 262144,
-                "rope_parameters": {
-                    "rope_type": "default",
-                    "rope_theta": 5e6,
-                    "mrope_section": [head_dim // 2 - 2 * third, third, third],
-                    "mrope_interleaved": True,
-                },
-                "pad_token_id": tokenizer.pad_token_id,
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": vocabulary or len(tokenizer),
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": q_heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "max_position_embeddings": 262144,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_section": [head_dim // 2 - 2 * third, third, third],
+                "mrope_interleaved": True,
             },
-            vision_config={
-                "depth": depth,
-                "hidden_size": width,
-                "intermediate_size": mlp,
-                "num_heads": heads,
-                "patch_size": size.vision_patch,
-                "temporal_patch_size": 2,
-                "spatial_merge_size": 2,
-                "out_hidden_size": hidden,
-                "num_position_embeddings": 2304,
-                "deepstack_visual_indexes": list(size.deepstack),
-            },
-            image_token_id=ids("<|image_pad|>"),
-            video_token_id=ids("<|video_pad|>"),
-            vision_start_token_id=ids("<|vision_start|>"),
-            vision_end_token_id=ids("<|vision_end|>"),
-            tie_word_embeddings=True,
-        )
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "depth": depth,
+            "hidden_size": width,
+            "intermediate_size": mlp,
+            "num_heads": heads,
+            "patch_size": patch,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "out_hidden_size": hidden,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": list(deepstack),
+        },
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+        tie_word_embeddings=True,
     )
+    return config, tokenizer
+
+
+def random_teacher(size: Size, dtype: torch.dtype) -> QwenVLTeacher:
+    from transformers import Qwen3VLForConditionalGeneration
+
+    config, tokenizer = qwen3_vl(size.vision, size.language, size.deepstack, size.vision_patch)
+    model = Qwen3VLForConditionalGeneration(config)
     # The stock initialisation (0.02) is all but constant at these sizes: losses and gradients would say nothing.
     for weight in model.parameters():
         if weight.dim() > 1:

@@ -26,22 +26,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from vlmteacher.microworld.tokenizer import build_tokenizer
-from vlmteacher.queries import ANSWER_INSTRUCTION, QuerySet
+from benchmarks.presets import QUERIES, qwen3_vl
+from vlmteacher.queries import QuerySet
 from vlmteacher.teachers.preprocessing import VisionSettings, preprocess_video
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher
 from vlmteacher.teachers.shared_prefix import Layout
 from vlmteacher.teachers.visual_checkpoint import stream
 from vlmteacher.teachers.vlm import CHUNK_PATCHES, Clip
 
-QUERIES = QuerySet(
-    "Is the red ball on the green square at the end?",
-    (
-        "Does the ball keep its colour and its size in every frame?",
-        "Is there exactly one ball in every frame?",
-        "Does the ball stay outside of the blocked cells all the way?",
-    ),
-)
 FPS = 8.0
 # vision (depth, width, MLP), language (depth, width, MLP, heads, key heads, head dimension), patch, frames, height,
 # width
@@ -73,50 +65,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def build(preset: dict[str, Any], dtype: torch.dtype, device: str) -> tuple[Any, Any]:
     """(model with random weights, tokenizer)."""
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from transformers import Qwen3VLForConditionalGeneration
 
-    corpus = [*QUERIES.questions, ANSWER_INSTRUCTION, "<0.123456789 seconds> user assistant Yes No"]
-    tokenizer = build_tokenizer(corpus * 2, vocab_size=600)
-    ids = tokenizer.convert_tokens_to_ids
-    depth, width, mlp, heads = preset["vision"]
-    layers, hidden, inner, q_heads, kv_heads, head_dim = preset["language"]
-    third = head_dim // 6
-    config = Qwen3VLConfig(
-        text_config={
-            "vocab_size": preset.get("vocabulary", len(tokenizer)),
-            "hidden_size": hidden,
-            "intermediate_size": inner,
-            "num_hidden_layers": layers,
-            "num_attention_heads": q_heads,
-            "num_key_value_heads": kv_heads,
-            "head_dim": head_dim,
-            "max_position_embeddings": 262144,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 5e6,
-                "mrope_section": [head_dim // 2 - 2 * third, third, third],
-                "mrope_interleaved": True,
-            },
-            "pad_token_id": tokenizer.pad_token_id,
-        },
-        vision_config={
-            "depth": depth,
-            "hidden_size": width,
-            "intermediate_size": mlp,
-            "num_heads": heads,
-            "patch_size": preset["patch"],
-            "temporal_patch_size": 2,
-            "spatial_merge_size": 2,
-            "out_hidden_size": hidden,
-            "num_position_embeddings": 2304,
-            "deepstack_visual_indexes": preset["deepstack"],
-        },
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
-        tie_word_embeddings=True,
-    )
+    vision, language, deepstack, patch = (preset[name] for name in ("vision", "language", "deepstack", "patch"))
+    config, tokenizer = qwen3_vl(vision, language, deepstack, patch, preset.get("vocabulary"))
     torch.manual_seed(0)
     with torch.device(device):
         model = Qwen3VLForConditionalGeneration(config)
