@@ -207,8 +207,8 @@ def decoder(tmp_path: Path) -> TinyVideoDecoder:
 def test_decoder_flops_of_all_frames_are_those_of_the_plain_decoder(decoder: TinyVideoDecoder) -> None:
     latents = torch.randn(1, 8, 3, 4, 6).requires_grad_()
     planned = decoder_cost(decoder, range(12), 4, 6)
-    assert planned.forward == stock_count(lambda: decoder.decode(latents))
-    assert planned.forward + planned.backward == stock_count(lambda: decoder.decode(latents).sum().backward())
+    assert planned.forward == stock_count(lambda: decoder.decode_batch(latents))
+    assert planned.forward + planned.backward == stock_count(lambda: decoder.decode_batch(latents).sum().backward())
     meta = planning.build_decoder("taew2_2")
     stock = planning.stock_decoder_cost(meta, (1, 48, 3, 4, 6), [0, 8])
     full = decoder_cost(meta, range(12), 4, 6)
@@ -350,7 +350,7 @@ def test_parts_add_up_to_a_whole_step(level: Keep, narrow: None) -> None:
         trace.weights(reasoner.transformer, decoder, teacher.model)
         trace.inputs(text, first, noise.z1)
         z0 = reasoner.predict_clean(Condition(text, first, *shape), noise)
-        losses = teacher.packed_losses(decoder.decode(z0, indices), layout, size)
+        losses = teacher.packed_losses(decoder.decode_batch(z0)[0][indices], layout, size)
         torch.autograd.backward(losses.sum())
     assert planned.flops == sum(trace.flops.values())
     assert trace.peak[""] <= planned.peak_bytes <= 1.1 * trace.peak[""]

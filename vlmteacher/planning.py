@@ -437,7 +437,7 @@ def stock_decoder_cost(decoder: TinyVideoDecoder, shape: Sequence[int], frames: 
     """Of `decoder` in plain torch: all frames, of which some are looked at."""
     with META:
         latents = torch.empty(tuple(shape), requires_grad=True)
-    return measure(lambda: [decoder.decode(latents, frames)], [decoder], [latents])
+    return measure(lambda: [decoder.decode_batch(latents)[0][list(frames)]], [decoder], [latents])
 
 
 @dataclass(frozen=True)
