@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from benchmarks.memory import saved_bytes
 from benchmarks.timing import argument_parser, compare, parsed, publish
 from vlmteacher.ops.lora_linear import lora_linear_group
 
@@ -41,23 +42,6 @@ def layers(k: int, sizes: Sequence[int], dtype: torch.dtype, device: str, rank: 
         if ".lora_" in name:
             parameter.data = torch.randn_like(parameter, dtype=torch.float32) / k**0.5
     return list(model)
-
-
-def saved_bytes(function: Callable[[], Sequence[Tensor]], weights: Sequence[Tensor]) -> int:
-    """Of what autograd keeps for the backward pass, weights not counted."""
-    own = {w.untyped_storage().data_ptr() for w in weights}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        ys = function()
-    del ys
-    return sum(kept.values())
 
 
 class Augmented:
@@ -126,7 +110,7 @@ def main() -> None:
                 1 / compare(case, both(ours, trained), rival, settings.pairs, settings.device)["speedup"]
             )
         parameters = [*weights, *biases, *a, *b]
-        row["memory_ratio"] = saved_bytes(ours, parameters) / saved_bytes(theirs, parameters)
+        row["memory_ratio"] = saved_bytes(ours, parameters)[0] / saved_bytes(theirs, parameters)[0]
         rows.append(row)
         print(
             f"  {case:<24} {row['vs_frozen_linear']:.2f} of the frozen layers' time (PEFT: {row['ceiling']:.2f}),"

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from benchmarks.memory import saved_bytes
 from benchmarks.timing import arguments, compare, publish
 from vlmteacher.ops.patchify import patchify, patchify_reference
 
@@ -41,19 +42,6 @@ def peak_bytes(function: Callable[[], object]) -> int:
     return peak
 
 
-def saved_bytes(function: Callable[[], object]) -> int:
-    """What autograd keeps of `function` for its backward."""
-    found: dict[int, int] = {}
-
-    def keep(t: Tensor) -> Tensor:
-        found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        function()
-    return sum(found.values())
-
-
 def main() -> None:
     settings = arguments(__doc__ or "")
     dtype = getattr(torch, settings.dtype)
@@ -73,7 +61,7 @@ def main() -> None:
             ours, stock = (lambda run=run: run(patchify)), (lambda run=run: run(patchify_reference))
             row = compare(f"{case} {what}", ours, stock, settings.pairs, settings.device)
             row["memory_ratio"] = peak_bytes(ours) / peak_bytes(stock)
-            row["saved_bytes"], row["stock_saved_bytes"] = saved_bytes(ours), saved_bytes(stock)
+            row["saved_bytes"], row["stock_saved_bytes"] = saved_bytes(ours)[0], saved_bytes(stock)[0]
             rows.append(row)
     publish("patchify", settings, rows)
 

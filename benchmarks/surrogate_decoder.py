@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.lora_linear import saved_bytes
+from benchmarks.memory import saved_bytes
 from benchmarks.patchify import peak_bytes
 from benchmarks.timing import argument_parser, compare, parsed, publish
 from vlmteacher.decoders import TinyVideoDecoder
@@ -88,7 +88,7 @@ def main() -> None:
         row["cpu_time_speedup"] = processor_seconds(both(plain)) / processor_seconds(both(ours))
         row["memory_ratio"] = peak_bytes(both(ours)) / peak_bytes(both(plain))
         weights = list(decoder.parameters())
-        row["saved_ratio"] = saved_bytes(lambda: [ours()], weights) / saved_bytes(lambda: [plain()], weights)
+        row["saved_ratio"] = saved_bytes(ours, weights)[0] / saved_bytes(plain, weights)[0]
         layers = decoder.layers()
         some = decoder.plan((height, width), indices).multiply_adds(layers, height, width)
         full = decoder.plan((height, width), range(decoder.temporal_stride * (frames - 1) + 1))

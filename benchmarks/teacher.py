@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from benchmarks.memory import saved_bytes
 from benchmarks.presets import QUERIES, qwen3_vl
 from vlmteacher.queries import QuerySet
 from vlmteacher.teachers.preprocessing import VisionSettings, preprocess_video
@@ -104,22 +105,6 @@ def stock_losses(
         return F.cross_entropy(logits[0, :-1].float(), ids[0, -len(answer) :], reduction="sum")
 
     return [functools.partial(loss, ids, answer) for ids, answer in questions]
-
-
-def saved_bytes(function: Callable[[], Any], parameters: Sequence[Tensor]) -> tuple[int, Any]:
-    """(bytes that autograd keeps for the backward pass, weights not counted; what the function returned)."""
-    own = {p.untyped_storage().data_ptr() for p in parameters}
-    kept: dict[int, tuple[int, Tensor]] = {}  # the tensors, too: a freed storage's address comes back
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes(), t
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = function()
-    return sum(size for size, _ in kept.values()), result
 
 
 def memory(teacher: QwenVLTeacher, frames: Tensor, layout: Layout, size: tuple[int, int]) -> dict[str, float]:

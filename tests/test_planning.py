@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import memory
 from tests.test_cli import Run, run  # noqa: F401 (a fixture)
 from tests.tiny_models import tiny_wan_pipeline
 from tests.tiny_pair import PROMPT, QUERIES, tiny_decoder, tiny_pair
@@ -83,20 +84,9 @@ def stock_count(function: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def saved_bytes(function: Callable[[], Any], *weights: nn.Module) -> tuple[int, Any]:
-    """Bytes of real storages that autograd keeps, weights left out, and what the function returned."""
-    own = {t.untyped_storage().data_ptr() for m in weights for t in (*m.parameters(), *m.buffers())}
-    kept: dict[int, tuple[int, Tensor]] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes(), t
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = function()
-    return sum(size for size, _ in kept.values()), result
+def saved_bytes(function: Callable[[], Any], *modules: nn.Module) -> tuple[int, Any]:
+    """Bytes of real storages that autograd keeps, the modules' own left out, and what the function returned."""
+    return memory.saved_bytes(function, [t for m in modules for t in (*m.parameters(), *m.buffers())])
 
 
 # ---------------------------------------------------------------- the Reasoner

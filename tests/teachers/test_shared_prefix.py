@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.teacher import saved_bytes
+from benchmarks.memory import saved_bytes
 from tests.tiny_teacher import tiny_qwen3_vl
 from vlmteacher.errors import InputError
 from vlmteacher.queries import QuerySet

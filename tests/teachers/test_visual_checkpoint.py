@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.teacher import Flops, saved_bytes
+from benchmarks.memory import saved_bytes
+from benchmarks.teacher import Flops
 from tests.tiny_teacher import tiny_qwen3_vl
 from vlmteacher.queries import QuerySet
 from vlmteacher.teachers import load_teacher, visual_checkpoint
