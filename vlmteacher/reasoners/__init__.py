@@ -12,12 +12,19 @@ from safetensors import SafetensorError
 from vlmteacher.errors import InputError
 from vlmteacher.hub import only_local
 from vlmteacher.reasoners.base import Condition, Noise, Reasoner, Settings
+from vlmteacher.reasoners.ltx import load_ltx
 from vlmteacher.reasoners.wan import load_wan
 
 __all__ = ["Condition", "Noise", "Reasoner", "Settings", "load_reasoner"]
 
 # diffusers pipeline class -> loader of its family
-FAMILIES = {"WanPipeline": load_wan, "WanImageToVideoPipeline": load_wan}
+FAMILIES = {
+    "WanPipeline": load_wan,
+    "WanImageToVideoPipeline": load_wan,
+    "LTXPipeline": load_ltx,
+    "LTXImageToVideoPipeline": load_ltx,
+    "LTXConditionPipeline": load_ltx,
+}
 
 
 def load_reasoner(

@@ -1,0 +1,149 @@
+"""The LTX-Video family of diffusers (0.9.x), above all the distilled 0.9.8 checkpoints.
+
+Called as `LTXPipeline`, `LTXImageToVideoPipeline` and `LTXConditionPipeline` call the parts: latents packed to tokens,
+a first latent frame with timestep 0 where an image is given, positions in pixels and seconds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmteacher.errors import InputError
+from vlmteacher.reasoners.base import Condition, Reasoner, Settings, with_first_frame
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# How the decoders that take a timestep are run (configs of github.com/Lightricks/LTX-Video).
+DECODE_TIMESTEP = 0.05
+DECODE_NOISE = 0.025
+
+
+class LTXReasoner(Reasoner):
+    """`LTXVideoTransformer3DModel` + `AutoencoderKLLTXVideo` + a T5 text encoder.
+
+    Args:
+        transformer, vae, text_encoder, tokenizer: the parts of a diffusers LTX pipeline; they are frozen here.
+        causal_positions: `LTXConditionPipeline`'s: a latent frame stands at the time of the first frame that it holds,
+            for the first one holds a single frame; the older pipelines put latent frame k at frame 8 k.
+        settings: sampler and default sizes; `fps` is also told to the model.
+    """
+
+    image_conditioning = True
+
+    def __init__(
+        self,
+        transformer: Any,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        causal_positions: bool,
+        settings: Settings | None = None,
+    ) -> None:
+        self.transformer, self.vae, self.text_encoder = (
+            part.eval().requires_grad_(False) for part in (transformer, vae, text_encoder)
+        )
+        self.tokenizer = tokenizer
+        self.causal_positions = causal_positions
+        self.settings = settings or Settings()
+        self.dtype = transformer.dtype
+        self.latent_channels = vae.config.latent_channels
+        self.temporal_stride = vae.temporal_compression_ratio
+        self.spatial_stride = vae.spatial_compression_ratio
+        self.patch = (1, 1)
+        self.latents_mean = vae.latents_mean.float().view(1, -1, 1, 1, 1)
+        self.latents_std = vae.latents_std.float().view(1, -1, 1, 1, 1) / vae.config.scaling_factor
+        self.to(transformer.device)
+
+    @torch.no_grad()
+    def encode(self, prompt: str, image: Image | None, num_frames: int, height: int, width: int) -> Condition:
+        """See `Reasoner.encode`. The image is resized to `width` x `height` when it has another size."""
+        self.check(num_frames, height, width)
+        if not prompt.strip():
+            raise InputError("the prompt is empty: say what the video must show")
+        first_frame = None if image is None else self.encode_image(image, height, width)
+        embeds, mask = self._encode_text(prompt)
+        return Condition(embeds, first_frame, num_frames, height, width, {"encoder_attention_mask": mask})
+
+    def _encode_text(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """Embeddings (1, L, D) and mask (1, L); T5 itself is run without the mask, as the model was trained."""
+        tokens = self.tokenizer(
+            prompt,
+            padding="max_length",
+            max_length=self.settings.max_sequence_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        hidden = self.text_encoder(tokens.input_ids.to(self.text_encoder.device)).last_hidden_state
+        return hidden.to(self.device, self.dtype), tokens.attention_mask.to(self.device).bool()
+
+    def velocity(
+        self, condition: Condition, latents: Tensor, sigma: float | Tensor, *, transformer: nn.Module | None = None
+    ) -> Tensor:
+        """See `Reasoner.velocity`; with a first frame its tokens are clean and have timestep 0."""
+        batch, _, frames, height, width = latents.shape
+        timestep = torch.as_tensor(1000 * sigma, dtype=torch.float32, device=self.device).expand(batch)
+        if condition.first_frame is not None:
+            latents = with_first_frame(latents, condition.first_frame)
+            timestep = timestep[:, None].repeat(1, frames * height * width)
+            timestep[:, : height * width] = 0
+        network: Any = self.transformer if transformer is None else transformer
+        tokens = network(
+            hidden_states=latents.flatten(2).transpose(1, 2).to(self.dtype),
+            encoder_hidden_states=condition.prompt_embeds,
+            timestep=timestep,
+            video_coords=self._positions(frames, height, width).expand(batch, -1, -1),
+            return_dict=False,
+            **condition.inputs,
+        )[0]
+        return tokens.float().transpose(1, 2).unflatten(2, (frames, height, width))
+
+    def _positions(self, frames: int, height: int, width: int) -> Tensor:
+        """(1, 3, tokens) float32: second, and pixel down and across, of each token."""
+        time, down, across = (torch.arange(n, dtype=torch.float32, device=self.device) for n in (frames, height, width))
+        time = time * self.temporal_stride
+        if self.causal_positions:
+            time = (time + 1 - self.temporal_stride).clamp(min=0)
+        axes = (time / self.fps, down * self.spatial_stride, across * self.spatial_stride)
+        return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)[None]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Reasoner.decode`. A decoder that finishes the denoising gets its noise from a seed of its own."""
+        latents = (latents * self.latents_std + self.latents_mean).to(self.vae.dtype)
+        timestep = None
+        # The decoder itself may draw noise too (0.9.1), from the global generator.
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(0)
+            if self.vae.config.timestep_conditioning:
+                timestep = torch.full((1,), DECODE_TIMESTEP, dtype=latents.dtype, device=latents.device)
+                latents = latents.lerp(torch.randn(latents.shape).to(latents), DECODE_NOISE)
+            video = self.vae.decode(latents, timestep, return_dict=False)[0]
+        return ((video[0].float() + 1) / 2).clamp(0, 1).transpose(0, 1)
+
+
+def load_ltx(path_or_id: str, index: dict[str, Any], settings: Settings, dtype: torch.dtype, **hub: Any) -> LTXReasoner:
+    """The Reasoner of a diffusers LTX-Video pipeline, local or on the hub, whose model_index.json is `index`."""
+    from diffusers import AutoencoderKLLTXVideo, LTXVideoTransformer3DModel
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    transformer = LTXVideoTransformer3DModel.from_pretrained(
+        path_or_id, subfolder="transformer", torch_dtype=dtype, **hub
+    )
+    vae = AutoencoderKLLTXVideo.from_pretrained(path_or_id, subfolder="vae", torch_dtype=torch.float32, **hub)
+    if transformer.config.in_channels != vae.config.latent_channels:
+        raise InputError(
+            f"the transformer of {path_or_id} takes {transformer.config.in_channels} channels and its VAE makes"
+            f" {vae.config.latent_channels}: they are not of one LTX-Video model"
+        )
+    return LTXReasoner(
+        transformer,
+        vae,
+        T5EncoderModel.from_pretrained(path_or_id, subfolder="text_encoder", dtype=dtype, **hub),
+        AutoTokenizer.from_pretrained(path_or_id, subfolder="tokenizer", **hub),
+        index["_class_name"] == "LTXConditionPipeline",
+        settings,
+    )
