@@ -1,0 +1,182 @@
+"""HunyuanVideo-1.5 of diffusers, image- and text-to-video, above all the step-distilled 480p image-to-video one.
+
+Called as `HunyuanVideo15ImageToVideoPipeline` and `HunyuanVideo15Pipeline` call the parts, but for the padding of the
+prompts: the transformer is given the tokens that count and nothing else, so that its attention needs no mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vlmteacher.errors import InputError
+from vlmteacher.reasoners.base import Condition, Reasoner, Settings
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class HunyuanVideo15Reasoner(Reasoner):
+    """`HunyuanVideo15Transformer3DModel` + `AutoencoderKLHunyuanVideo15` + Qwen2.5-VL, ByT5 and SigLIP encoders.
+
+    A step-distilled transformer (``use_meanflow``) gives the mean velocity from one noise level to another, which it
+    is told too; in the one-step prediction that other level is 0.
+
+    Args:
+        transformer, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2: the parts of a diffusers pipeline;
+            they are frozen here, and the transformer's attention is replaced by one without mask.
+        image_encoder, feature_extractor: SigLIP, of image-to-video pipelines, which need an image; None of the others.
+        settings: sampler and default sizes.
+    """
+
+    def __init__(
+        self,
+        transformer: Any,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        text_encoder_2: Any,
+        tokenizer_2: Any,
+        image_encoder: Any = None,
+        feature_extractor: Any = None,
+        settings: Settings | None = None,
+    ) -> None:
+        from diffusers import HunyuanVideo15Pipeline
+
+        encoders = [part for part in (text_encoder, text_encoder_2, image_encoder) if part is not None]
+        self.transformer, self.vae, self.text_encoder = (
+            part.eval().requires_grad_(False) for part in (transformer, vae, nn.ModuleList(encoders))
+        )
+        self._prompts: Any = HunyuanVideo15Pipeline(
+            text_encoder, tokenizer, transformer, vae, None, text_encoder_2, tokenizer_2, None
+        )
+        self.image_encoder, self.feature_extractor = image_encoder, feature_extractor
+        self.image_conditioning = image_encoder is not None
+        self.settings = settings or Settings()
+        self.dtype = transformer.dtype
+        self.latent_channels = vae.config.latent_channels
+        self.temporal_stride = vae.temporal_compression_ratio
+        self.spatial_stride = vae.spatial_compression_ratio
+        self.patch = (transformer.config.patch_size, transformer.config.patch_size)
+        self.latents_mean = torch.zeros(1, self.latent_channels, 1, 1, 1)
+        self.latents_std = torch.full_like(self.latents_mean, 1 / vae.config.scaling_factor)
+        vae.enable_tiling()  # beyond 256 pixels, as all published examples do: whole frames take tens of gigabytes
+        for block in transformer.transformer_blocks:
+            block.attn.set_processor(_unmasked_attention())
+        self.to(transformer.device)
+
+    @torch.no_grad()
+    def encode(self, prompt: str, image: Image | None, num_frames: int, height: int, width: int) -> Condition:
+        """See `Reasoner.encode`. The image is resized to `width` x `height` when it has another size."""
+        self.check(num_frames, height, width)
+        if not prompt.strip():
+            raise InputError("the prompt is empty: say what the video must show")
+        if image is None and self.image_conditioning:
+            raise InputError("this Reasoner makes videos of an image (it is HunyuanVideo-1.5 I2V): give the first frame")
+        if image is not None and not self.image_conditioning:
+            raise InputError("this Reasoner takes no image (it is HunyuanVideo-1.5 T2V): give only a prompt")
+        _, channels, *size = self.latent_shape(num_frames, height, width)
+        known = torch.zeros(1, channels + 1, *size, device=self.device)  # clean latents, and where they are known
+        features = torch.zeros(1, 0, self.transformer.config.image_embed_dim, device=self.device, dtype=self.dtype)
+        if image is not None:
+            known[:, :-1, :1] = self.encode_image(image, height, width)
+            known[:, -1, 0] = 1
+            features = self._encode_features(image, height, width)
+        shared = {"known_latents": known.to(self.dtype), "image_embeds": features}
+        embeds, texts = self._encode_text(prompt)
+        return Condition(embeds, None, num_frames, height, width, texts | shared)
+
+    def _encode_text(self, prompt: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """Qwen's embeddings (1, L, D) and, as further inputs, those of the quoted words by ByT5; without padding."""
+        self._prompts.tokenizer_max_length = self.settings.max_sequence_length
+        where = self._prompts.text_encoder.device  # it may stay on the CPU: it runs once an instance
+        embeds, mask, glyphs, glyphs_mask = self._prompts.encode_prompt(prompt, where, self.dtype)
+        embeds, glyphs = (x[:, m[0].bool()].to(self.device) for x, m in ((embeds, mask), (glyphs, glyphs_mask)))
+        return embeds, {
+            "encoder_attention_mask": torch.ones(embeds.shape[:2], dtype=torch.bool, device=self.device),
+            "encoder_hidden_states_2": glyphs,
+            "encoder_attention_mask_2": torch.ones(glyphs.shape[:2], dtype=torch.bool, device=self.device),
+        }
+
+    def _encode_features(self, image: Image, height: int, width: int) -> Tensor:
+        """SigLIP's features (1, N, D) of the image in the video's size."""
+        pixels = self.feature_extractor(self.fit_image(image, height, width), return_tensors="pt").pixel_values
+        hidden = self.image_encoder(pixels.to(self.image_encoder.device, self.image_encoder.dtype)).last_hidden_state
+        return hidden.to(self.device, self.dtype)
+
+    def velocity(
+        self, condition: Condition, latents: Tensor, sigma: float | Tensor, *, transformer: nn.Module | None = None
+    ) -> Tensor:
+        """See `Reasoner.velocity`; the mean one down to 0 where the transformer gives means."""
+        return self._velocity(condition, latents, sigma, 0.0, transformer)
+
+    def mean_velocity(self, condition: Condition, latents: Tensor, sigma: float, until: float) -> Tensor:
+        velocity = self._velocity(condition, latents, sigma, until)
+        if condition.negative is None:
+            return velocity
+        return self._velocity(condition.negative, latents, sigma, until).lerp(velocity, self.settings.guidance_scale)
+
+    def _velocity(
+        self,
+        condition: Condition,
+        latents: Tensor,
+        sigma: float | Tensor,
+        until: float,
+        transformer: nn.Module | None = None,
+    ) -> Tensor:
+        inputs = dict(condition.inputs)
+        # The embedding of a timestep is computed in the timestep's dtype.
+        timestep, timestep_r = (
+            torch.as_tensor(1000 * level, dtype=self.dtype, device=self.device).expand(len(latents))
+            for level in (sigma, until)
+        )
+        network: Any = self.transformer if transformer is None else transformer
+        return network(
+            hidden_states=torch.cat([latents.to(self.dtype), inputs.pop("known_latents")], 1),
+            timestep=timestep,
+            timestep_r=timestep_r if network.config.use_meanflow else None,
+            encoder_hidden_states=condition.prompt_embeds,
+            return_dict=False,
+            **inputs,
+        )[0].float()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        video = self.vae.decode((latents * self.latents_std).to(self.vae.dtype), return_dict=False)[0]
+        return ((video[0].float() + 1) / 2).clamp(0, 1).transpose(0, 1)
+
+
+def _unmasked_attention() -> Any:
+    """HunyuanVideo-1.5's joint attention for prompts without padding.
+
+    The stock one makes a mask of (video and text tokens)^2 in every block, 2.5 GB each for 121 frames of 480p.
+    """
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+    from diffusers.models.embeddings import apply_rotary_emb
+    from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
+
+    class UnmaskedAttention(HunyuanVideo15AttnProcessor2_0):
+        def __call__(
+            self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor, image_rotary_emb: Any
+        ) -> tuple[Tensor, Tensor]:
+            def heads(x: Tensor) -> Tensor:
+                return x.unflatten(2, (attn.heads, -1))
+
+            video, text = hidden_states, encoder_hidden_states
+            query, key = (
+                torch.cat([apply_rotary_emb(norm(heads(own(video))), image_rotary_emb, sequence_dim=1), text_norm(heads(added(text)))], 1)
+                for own, norm, added, text_norm in (
+                    (attn.to_q, attn.norm_q, attn.add_q_proj, attn.norm_added_q),
+                    (attn.to_k, attn.norm_k, attn.add_k_proj, attn.norm_added_k),
+                )
+            )
+            value = torch.cat([heads(attn.to_v(video)), heads(attn.add_v_proj(text))], 1)
+            joint = dispatch_attention_fn(query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config)
+            video, text = joint.flatten(2).split([video.shape[1], text.shape[1]], 1)
+            return attn.to_out[0](video), attn.to_add_out(text)
+
+    return UnmaskedAttention()
