@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from vlmteacher.errors import InputError
 from vlmteacher.hub import only_local
 from vlmteacher.reasoners.base import Condition, Noise, Reasoner, Settings
+from vlmteacher.reasoners.hunyuan_video15 import load_hunyuan_video15
 from vlmteacher.reasoners.ltx import load_ltx
 from vlmteacher.reasoners.wan import load_wan
 
@@ -24,6 +25,8 @@ FAMILIES = {
     "LTXPipeline": load_ltx,
     "LTXImageToVideoPipeline": load_ltx,
     "LTXConditionPipeline": load_ltx,
+    "HunyuanVideo15Pipeline": load_hunyuan_video15,
+    "HunyuanVideo15ImageToVideoPipeline": load_hunyuan_video15,
 }
 
 

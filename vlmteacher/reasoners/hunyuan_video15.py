@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
-from vlmteacher.reasoners.base import Condition, Reasoner, Settings
+from vlmteacher.reasoners.base import Condition, Reasoner, Settings, fit_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,7 +66,7 @@ class HunyuanVideo15Reasoner(Reasoner):
         self.latents_std = torch.full_like(self.latents_mean, 1 / vae.config.scaling_factor)
         vae.enable_tiling()  # beyond 256 pixels, as all published examples do: whole frames take tens of gigabytes
         for block in transformer.transformer_blocks:
-            block.attn.set_processor(_unmasked_attention())
+            block.attn.set_processor(UnmaskedAttention())
         self.to(transformer.device)
 
     @torch.no_grad()
@@ -76,7 +76,9 @@ class HunyuanVideo15Reasoner(Reasoner):
         if not prompt.strip():
             raise InputError("the prompt is empty: say what the video must show")
         if image is None and self.image_conditioning:
-            raise InputError("this Reasoner makes videos of an image (it is HunyuanVideo-1.5 I2V): give the first frame")
+            raise InputError(
+                "this Reasoner makes videos of an image (it is HunyuanVideo-1.5 I2V): give the first frame"
+            )
         if image is not None and not self.image_conditioning:
             raise InputError("this Reasoner takes no image (it is HunyuanVideo-1.5 T2V): give only a prompt")
         _, channels, *size = self.latent_shape(num_frames, height, width)
@@ -104,7 +106,7 @@ class HunyuanVideo15Reasoner(Reasoner):
 
     def _encode_features(self, image: Image, height: int, width: int) -> Tensor:
         """SigLIP's features (1, N, D) of the image in the video's size."""
-        pixels = self.feature_extractor(self.fit_image(image, height, width), return_tensors="pt").pixel_values
+        pixels = self.feature_extractor(fit_image(image, height, width), return_tensors="pt").pixel_values
         hidden = self.image_encoder(pixels.to(self.image_encoder.device, self.image_encoder.dtype)).last_hidden_state
         return hidden.to(self.device, self.dtype)
 
@@ -150,33 +152,75 @@ class HunyuanVideo15Reasoner(Reasoner):
         return ((video[0].float() + 1) / 2).clamp(0, 1).transpose(0, 1)
 
 
-def _unmasked_attention() -> Any:
-    """HunyuanVideo-1.5's joint attention for prompts without padding.
+class UnmaskedAttention:
+    """The blocks' joint attention of video and text, for prompts without padding.
 
-    The stock one makes a mask of (video and text tokens)^2 in every block, 2.5 GB each for 121 frames of 480p.
+    The stock one makes a mask of (all tokens)^2 in every block: 2.5 GB for 121 frames of 480p, kept for the backward.
     """
-    from diffusers.models.attention_dispatch import dispatch_attention_fn
-    from diffusers.models.embeddings import apply_rotary_emb
-    from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 
-    class UnmaskedAttention(HunyuanVideo15AttnProcessor2_0):
-        def __call__(
-            self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor, image_rotary_emb: Any
-        ) -> tuple[Tensor, Tensor]:
-            def heads(x: Tensor) -> Tensor:
-                return x.unflatten(2, (attn.heads, -1))
+    _attention_backend = None  # diffusers' `set_attention_backend` sets it
+    _parallel_config = None
 
-            video, text = hidden_states, encoder_hidden_states
-            query, key = (
-                torch.cat([apply_rotary_emb(norm(heads(own(video))), image_rotary_emb, sequence_dim=1), text_norm(heads(added(text)))], 1)
-                for own, norm, added, text_norm in (
-                    (attn.to_q, attn.norm_q, attn.add_q_proj, attn.norm_added_q),
-                    (attn.to_k, attn.norm_k, attn.add_k_proj, attn.norm_added_k),
-                )
-            )
-            value = torch.cat([heads(attn.to_v(video)), heads(attn.add_v_proj(text))], 1)
-            joint = dispatch_attention_fn(query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config)
-            video, text = joint.flatten(2).split([video.shape[1], text.shape[1]], 1)
-            return attn.to_out[0](video), attn.to_add_out(text)
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+        from diffusers.models.embeddings import apply_rotary_emb
 
-    return UnmaskedAttention()
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(2, (attn.heads, -1))
+
+        def joint(project: nn.Module, norm: nn.Module, project_text: nn.Module, norm_text: nn.Module) -> Tensor:
+            turned = apply_rotary_emb(norm(heads(project(hidden_states))), image_rotary_emb, sequence_dim=1)
+            return torch.cat([turned, norm_text(heads(project_text(encoder_hidden_states)))], 1)
+
+        attended = dispatch_attention_fn(
+            joint(attn.to_q, attn.norm_q, attn.add_q_proj, attn.norm_added_q),
+            joint(attn.to_k, attn.norm_k, attn.add_k_proj, attn.norm_added_k),
+            torch.cat([heads(attn.to_v(hidden_states)), heads(attn.add_v_proj(encoder_hidden_states))], 1),
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        video, text = attended.flatten(2).split([hidden_states.shape[1], encoder_hidden_states.shape[1]], 1)
+        return attn.to_out[0](video), attn.to_add_out(text)
+
+
+def load_hunyuan_video15(
+    path_or_id: str, index: dict[str, Any], settings: Settings, dtype: torch.dtype, **hub: Any
+) -> HunyuanVideo15Reasoner:
+    """The Reasoner of a diffusers HunyuanVideo-1.5 pipeline, local or on the hub, whose index is `index`."""
+    from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
+    from transformers import AutoTokenizer, Qwen2_5_VLTextModel, SiglipImageProcessor, SiglipVisionModel, T5EncoderModel
+
+    def load(kind: Any, subfolder: str, **keywords: Any) -> Any:
+        return kind.from_pretrained(path_or_id, subfolder=subfolder, **keywords, **hub)
+
+    transformer = load(HunyuanVideo15Transformer3DModel, "transformer", torch_dtype=dtype)
+    vae = load(AutoencoderKLHunyuanVideo15, "vae", torch_dtype=torch.float32)
+    takes, makes = transformer.config.in_channels, 2 * vae.config.latent_channels + 1
+    if takes != makes:
+        raise InputError(
+            f"the transformer of {path_or_id} takes {takes} channels, with its VAE it would be given {makes} (latents,"
+            " known latents and a mask): they are not of one HunyuanVideo-1.5 model"
+        )
+    image_parts = {}
+    if index["_class_name"] == "HunyuanVideo15ImageToVideoPipeline":
+        image_parts = {
+            "image_encoder": load(SiglipVisionModel, "image_encoder", dtype=dtype),
+            "feature_extractor": load(SiglipImageProcessor, "feature_extractor"),
+        }
+    return HunyuanVideo15Reasoner(
+        transformer,
+        vae,
+        load(Qwen2_5_VLTextModel, "text_encoder", dtype=dtype),
+        load(AutoTokenizer, "tokenizer"),
+        load(T5EncoderModel, "text_encoder_2", dtype=dtype),
+        load(AutoTokenizer, "tokenizer_2"),
+        settings=settings,
+        **image_parts,
+    )
