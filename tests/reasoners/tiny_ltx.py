@@ -8,7 +8,7 @@ import torch
 
 from tests.tiny_models import PROMPT_WORDS
 
-FRAMES, HEIGHT, WIDTH = 17, 64, 96
+SIZE = (17, 64, 96)
 
 
 def tiny_ltx_pipeline(path: Path, kind: str = "LTXConditionPipeline", timestep_conditioning: bool = True) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -89,8 +88,11 @@ class HunyuanVideo15Reasoner(Reasoner):
             known[:, -1, 0] = 1
             features = self._encode_features(image, height, width)
         shared = {"known_latents": known.to(self.dtype), "image_embeds": features}
-        embeds, texts = self._encode_text(prompt)
-        return Condition(embeds, None, num_frames, height, width, texts | shared)
+        condition, negative = (
+            Condition(embeds, None, num_frames, height, width, texts | shared)
+            for embeds, texts in map(self._encode_text, (prompt, self.settings.negative_prompt))
+        )
+        return replace(condition, negative=negative) if self.settings.guided else condition
 
     def _encode_text(self, prompt: str) -> tuple[Tensor, dict[str, Tensor]]:
         """Qwen's embeddings (1, L, D) and, as further inputs, those of the quoted words by ByT5; without padding."""

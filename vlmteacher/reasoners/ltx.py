@@ -6,6 +6,7 @@ a first latent frame with timestep 0 where an image is given, positions in pixel
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,8 +28,9 @@ class LTXReasoner(Reasoner):
 
     Args:
         transformer, vae, text_encoder, tokenizer: the parts of a diffusers LTX pipeline; they are frozen here.
-        causal_positions: `LTXConditionPipeline`'s: a latent frame stands at the time of the first frame that it holds,
-            for the first one holds a single frame; the older pipelines put latent frame k at frame 8 k.
+        condition_pipeline: as `LTXConditionPipeline` (0.9.5 and later): T5 sees the prompt without its padding, and a
+            latent frame stands at the time of its first frame. The older pipelines let it see the padding and put
+            latent frame k at frame 8 k, as if the first one held 8 too.
         settings: sampler and default sizes; `fps` is also told to the model.
     """
 
@@ -40,14 +42,14 @@ class LTXReasoner(Reasoner):
         vae: Any,
         text_encoder: Any,
         tokenizer: Any,
-        causal_positions: bool,
+        condition_pipeline: bool,
         settings: Settings | None = None,
     ) -> None:
         self.transformer, self.vae, self.text_encoder = (
             part.eval().requires_grad_(False) for part in (transformer, vae, text_encoder)
         )
         self.tokenizer = tokenizer
-        self.causal_positions = causal_positions
+        self.condition_pipeline = condition_pipeline
         self.settings = settings or Settings()
         self.dtype = transformer.dtype
         self.latent_channels = vae.config.latent_channels
@@ -65,19 +67,24 @@ class LTXReasoner(Reasoner):
         if not prompt.strip():
             raise InputError("the prompt is empty: say what the video must show")
         first_frame = None if image is None else self.encode_image(image, height, width)
-        embeds, mask = self._encode_text(prompt)
-        return Condition(embeds, first_frame, num_frames, height, width, {"encoder_attention_mask": mask})
+        size = num_frames, height, width
+        condition, negative = (
+            Condition(embeds, first_frame, *size, {"encoder_attention_mask": mask})
+            for embeds, mask in map(self._encode_text, (prompt, self.settings.negative_prompt))
+        )
+        return replace(condition, negative=negative) if self.settings.guided else condition
 
     def _encode_text(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """Embeddings (1, L, D) and mask (1, L); T5 itself is run without the mask, as the model was trained."""
+        """Embeddings (1, L, D) and mask (1, L) of the prompt's own tokens."""
         tokens = self.tokenizer(
             prompt,
             padding="max_length",
             max_length=self.settings.max_sequence_length,
             truncation=True,
             return_tensors="pt",
-        )
-        hidden = self.text_encoder(tokens.input_ids.to(self.text_encoder.device)).last_hidden_state
+        ).to(self.text_encoder.device)  # it may stay on the CPU: it runs once an instance
+        seen = tokens.attention_mask if self.condition_pipeline else None
+        hidden = self.text_encoder(tokens.input_ids, seen).last_hidden_state
         return hidden.to(self.device, self.dtype), tokens.attention_mask.to(self.device).bool()
 
     def velocity(
@@ -105,7 +112,7 @@ class LTXReasoner(Reasoner):
         """(1, 3, tokens) float32: second, and pixel down and across, of each token."""
         time, down, across = (torch.arange(n, dtype=torch.float32, device=self.device) for n in (frames, height, width))
         time = time * self.temporal_stride
-        if self.causal_positions:
+        if self.condition_pipeline:
             time = (time + 1 - self.temporal_stride).clamp(min=0)
         axes = (time / self.fps, down * self.spatial_stride, across * self.spatial_stride)
         return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)[None]
