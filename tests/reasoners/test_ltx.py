@@ -1,6 +1,5 @@
 """The LTX-Video Reasoner against diffusers' own pipelines and scheduler."""
 
-import json
 import shutil
 
 import numpy as np
@@ -19,7 +18,6 @@ from tests.reasoners.tiny_ltx import SIZE, tiny_ltx_pipeline
 from tests.tiny_pair import QUERIES, tiny_decoder
 from tests.tiny_teacher import tiny_qwen3_vl
 from vlmteacher import InputError, QuerySet, TeacherPipeline
-from vlmteacher.decoders.taehv import TinyVideoDecoder, load_decoder
 from vlmteacher.lora import add_lora
 from vlmteacher.reasoners import Settings, load_reasoner
 

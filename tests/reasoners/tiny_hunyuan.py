@@ -8,7 +8,7 @@ import torch
 
 from vlmteacher.microworld.tokenizer import build_tokenizer
 
-FRAMES, HEIGHT, WIDTH = 5, 64, 64
+SIZE = (5, 64, 64)
 
 
 def tiny_hunyuan_pipeline(path: Path, kind: str = "HunyuanVideo15ImageToVideoPipeline", meanflow: bool = True) -> Path:
