@@ -233,5 +233,5 @@ def test_bad_input(reasoner, directory, tmp_path):
     AutoencoderKLLTXVideo(
         latent_channels=16, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4
     ).save_pretrained(copy / "vae")
-    with pytest.raises(InputError, match="takes 8 channels and its VAE makes 16"):
+    with pytest.raises(InputError, match="takes 8 channels, and its VAE makes 16"):
         load_reasoner(copy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +20,7 @@ from vlmteacher.reasoners.wan import load_wan
 __all__ = ["Condition", "Noise", "Reasoner", "Settings", "load_reasoner"]
 
 # diffusers pipeline class -> loader of its family
-FAMILIES = {
+FAMILIES: dict[str, Callable[..., Reasoner]] = {
     "WanPipeline": load_wan,
     "WanImageToVideoPipeline": load_wan,
     "LTXPipeline": load_ltx,

@@ -6,6 +6,7 @@ prompts: the transformer is given the tokens that count and nothing else, so tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners.base import Condition, Reasoner, Settings, fit_image
+from vlmteacher.reasoners.parts import load_transformers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -193,22 +195,38 @@ class UnmaskedAttention:
 
 
 def load_hunyuan_video15(
-    path_or_id: str, index: dict[str, Any], settings: Settings, dtype: torch.dtype, **hub: Any
+    path_or_id: str,
+    index: dict[str, Any],
+    settings: Settings,
+    dtype: torch.dtype,
+    local_files_only: bool,
+    **parts: Sequence[str],
 ) -> HunyuanVideo15Reasoner:
-    """The Reasoner of a diffusers HunyuanVideo-1.5 pipeline, local or on the hub, whose index is `index`."""
+    """The Reasoner of a diffusers HunyuanVideo-1.5 pipeline, local or on the hub, whose index is `index`.
+
+    parts: see `load_transformers`; LoRAs are refused, for diffusers has no loader for this pipeline.
+    """
     from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
     from transformers import AutoTokenizer, Qwen2_5_VLTextModel, SiglipImageProcessor, SiglipVisionModel, T5EncoderModel
 
     def load(kind: Any, subfolder: str, **keywords: Any) -> Any:
-        return kind.from_pretrained(path_or_id, subfolder=subfolder, **keywords, **hub)
+        return kind.from_pretrained(path_or_id, subfolder=subfolder, local_files_only=local_files_only, **keywords)
 
-    transformer = load(HunyuanVideo15Transformer3DModel, "transformer", torch_dtype=dtype)
+    transformer = load_transformers(
+        HunyuanVideo15Transformer3DModel, path_or_id, ["transformer"], dtype, local_files_only, **parts
+    )["transformer"]
     vae = load(AutoencoderKLHunyuanVideo15, "vae", torch_dtype=torch.float32)
+    text_encoder = load(Qwen2_5_VLTextModel, "text_encoder", dtype=dtype)
     takes, makes = transformer.config.in_channels, 2 * vae.config.latent_channels + 1
     if takes != makes:
         raise InputError(
             f"the transformer of {path_or_id} takes {takes} channels, with its VAE it would be given {makes} (latents,"
-            " known latents and a mask): they are not of one HunyuanVideo-1.5 model"
+            " known latents and a mask): they belong to different models"
+        )
+    if transformer.config.text_embed_dim != text_encoder.config.hidden_size:
+        raise InputError(
+            f"the transformer of {path_or_id} takes {transformer.config.text_embed_dim} values per word, and its text"
+            f" encoder makes {text_encoder.config.hidden_size}: they belong to different models"
         )
     image_parts = {}
     if index["_class_name"] == "HunyuanVideo15ImageToVideoPipeline":
@@ -219,7 +237,7 @@ def load_hunyuan_video15(
     return HunyuanVideo15Reasoner(
         transformer,
         vae,
-        load(Qwen2_5_VLTextModel, "text_encoder", dtype=dtype),
+        text_encoder,
         load(AutoTokenizer, "tokenizer"),
         load(T5EncoderModel, "text_encoder_2", dtype=dtype),
         load(AutoTokenizer, "tokenizer_2"),

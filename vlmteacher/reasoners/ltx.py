@@ -6,6 +6,7 @@ a first latent frame with timestep 0 where an image is given, positions in pixel
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners.base import Condition, Reasoner, Settings, with_first_frame
+from vlmteacher.reasoners.parts import load_transformers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -132,25 +134,39 @@ class LTXReasoner(Reasoner):
         return ((video[0].float() + 1) / 2).clamp(0, 1).transpose(0, 1)
 
 
-def load_ltx(path_or_id: str, index: dict[str, Any], settings: Settings, dtype: torch.dtype, **hub: Any) -> LTXReasoner:
-    """The Reasoner of a diffusers LTX-Video pipeline, local or on the hub, whose model_index.json is `index`."""
-    from diffusers import AutoencoderKLLTXVideo, LTXVideoTransformer3DModel
+def load_ltx(
+    path_or_id: str,
+    index: dict[str, Any],
+    settings: Settings,
+    dtype: torch.dtype,
+    local_files_only: bool,
+    **parts: Sequence[str],
+) -> LTXReasoner:
+    """The Reasoner of a diffusers LTX-Video pipeline, local or on the hub, whose model_index.json is `index`.
+
+    parts: see `load_transformers`.
+    """
+    from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
     from transformers import AutoTokenizer, T5EncoderModel
 
-    transformer = LTXVideoTransformer3DModel.from_pretrained(
-        path_or_id, subfolder="transformer", torch_dtype=dtype, **hub
-    )
+    hub: dict[str, Any] = {"local_files_only": local_files_only}
+    transformer = load_transformers(
+        LTXVideoTransformer3DModel, path_or_id, ["transformer"], dtype, local_files_only, loader=LTXPipeline, **parts
+    )["transformer"]
     vae = AutoencoderKLLTXVideo.from_pretrained(path_or_id, subfolder="vae", torch_dtype=torch.float32, **hub)
-    if transformer.config.in_channels != vae.config.latent_channels:
-        raise InputError(
-            f"the transformer of {path_or_id} takes {transformer.config.in_channels} channels and its VAE makes"
-            f" {vae.config.latent_channels}: they are not of one LTX-Video model"
-        )
-    return LTXReasoner(
-        transformer,
-        vae,
-        T5EncoderModel.from_pretrained(path_or_id, subfolder="text_encoder", dtype=dtype, **hub),
-        AutoTokenizer.from_pretrained(path_or_id, subfolder="tokenizer", **hub),
-        index["_class_name"] == "LTXConditionPipeline",
-        settings,
-    )
+    text_encoder = T5EncoderModel.from_pretrained(path_or_id, subfolder="text_encoder", dtype=dtype, **hub)
+    for what, wanted, got in (
+        ("channels, and its VAE makes", transformer.config.in_channels, vae.config.latent_channels),
+        (
+            "values per word, and its text encoder makes",
+            transformer.config.caption_channels,
+            text_encoder.config.d_model,
+        ),
+    ):
+        if wanted != got:
+            raise InputError(
+                f"the transformer of {path_or_id} takes {wanted} {what} {got}: they belong to different models"
+            )
+    tokenizer = AutoTokenizer.from_pretrained(path_or_id, subfolder="tokenizer", **hub)
+    condition_pipeline = index["_class_name"] == "LTXConditionPipeline"
+    return LTXReasoner(transformer, vae, text_encoder, tokenizer, condition_pipeline, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,40 @@ import torch
 
 from vlmteacher.errors import InputError
 from vlmteacher.hub import find_file
+
+
+def load_transformers(
+    kind: Any,
+    pipeline: str,
+    names: Sequence[str],
+    dtype: torch.dtype,
+    local_files_only: bool,
+    *,
+    transformer: Sequence[str] = (),
+    few_step_lora: Sequence[str] = (),
+    loader: Any = None,
+) -> dict[str, Any]:
+    """The transformers `names` of a diffusers pipeline, by name, all of class `kind`.
+
+    transformer: what comes in the place of its own ones, in this order (see `load_transformer`).
+    few_step_lora: files that are merged into them, in the same order, by the `loader` (see `merge_lora`); None
+        takes none.
+    """
+    if few_step_lora and loader is None:
+        raise InputError(
+            f"few_step_lora: diffusers has no LoRA loader for the pipeline of {pipeline}: give the few-step transformer"
+            " itself (`transformer`)"
+        )
+    for option, files in (("transformer", transformer), ("few_step_lora", few_step_lora)):
+        if len(files) > len(names):
+            raise InputError(f"{option}: {pipeline} has {len(names)} transformer(s), {len(files)} were given")
+    networks = {}
+    for number, name in enumerate(names):
+        given = transformer[number] if number < len(transformer) else None
+        networks[name] = load_transformer(kind, pipeline, name, given, dtype, local_files_only)
+        if number < len(few_step_lora):
+            merge_lora(networks[name], few_step_lora[number], loader)
+    return networks
 
 
 def load_transformer(
@@ -77,7 +112,8 @@ def merge_lora(transformer: Any, file: str, pipeline: Any) -> None:
     wrong = f"few_step_lora {path} is no LoRA for this {type(transformer).__name__}"
     try:
         state, metadata = pipeline.lora_state_dict(str(path), return_lora_metadata=True)
-        state = pipeline._maybe_expand_t2v_lora_for_i2v(transformer, state)
+        if hasattr(pipeline, "_maybe_expand_t2v_lora_for_i2v"):
+            state = pipeline._maybe_expand_t2v_lora_for_i2v(transformer, state)
     except (ValueError, KeyError, IndexError) as error:
         raise InputError(f"{wrong} ({' '.join(str(error).split())[:200]})") from error
     layers = dict(transformer.named_modules())
