@@ -78,10 +78,12 @@ def _from_directory(kind: Any, path_or_id: str, subfolder: str, dtype: torch.dty
 
 def _from_file(kind: Any, path: Path, pipeline: str, subfolder: str, dtype: torch.dtype, local: bool) -> Any:
     check_safetensors(path, "transformer")
-    network = kind.from_single_file(
-        str(path), config=pipeline, subfolder=subfolder, torch_dtype=dtype, local_files_only=local
-    )
-    _check_whole(str(path), [name for name, parameter in network.named_parameters() if parameter.is_meta])
+    try:
+        network = kind.from_single_file(
+            str(path), config=pipeline, subfolder=subfolder, torch_dtype=dtype, local_files_only=local
+        )
+    except NotImplementedError as error:  # what torch says of a weight that nobody brought
+        raise InputError(f"transformer {path} lacks weights of the {kind.__name__} in {pipeline}") from error
     keep = network._keep_in_fp32_modules or ()
     for name, parameter in network.named_parameters():
         if any(part in keep for part in name.split(".")):
@@ -112,8 +114,6 @@ def merge_lora(transformer: Any, file: str, pipeline: Any) -> None:
     wrong = f"few_step_lora {path} is no LoRA for this {type(transformer).__name__}"
     try:
         state, metadata = pipeline.lora_state_dict(str(path), return_lora_metadata=True)
-        if hasattr(pipeline, "_maybe_expand_t2v_lora_for_i2v"):
-            state = pipeline._maybe_expand_t2v_lora_for_i2v(transformer, state)
     except (ValueError, KeyError, IndexError) as error:
         raise InputError(f"{wrong} ({' '.join(str(error).split())[:200]})") from error
     layers = dict(transformer.named_modules())
@@ -123,11 +123,13 @@ def merge_lora(transformer: Any, file: str, pipeline: Any) -> None:
         sides = {"A.weight": (-1, 1), "B.weight": (0, 0), "B.bias": (0, 0)}.get(kind)
         if weight is None or sides is None:
             raise InputError(f"{wrong}: it has {key}")
+        if not value.isfinite().all():
+            raise InputError(f"{wrong}: {key} holds values that are not finite")
         if value.shape[sides[0]] != weight.shape[sides[1]]:
             raise InputError(f"{wrong}: {key} is {tuple(value.shape)}, the layer {tuple(weight.shape)}")
     transformer.load_lora_adapter(state, adapter_name="few_step", metadata=metadata)
     for name, parameter in transformer.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.float()
-    transformer.fuse_lora(safe_fusing=True)
+        if ".lora_" in name:  # which was rounded to the dtype of W
+            parameter.data = state[f"transformer.{name.replace('.few_step.', '.')}"].float()
+    transformer.fuse_lora()
     transformer.unload_lora()
