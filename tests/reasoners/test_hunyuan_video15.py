@@ -21,6 +21,7 @@ from tests.reasoners.tiny_hunyuan import SIZE, tiny_hunyuan_pipeline
 from tests.tiny_pair import QUERIES, tiny_decoder
 from tests.tiny_teacher import tiny_qwen3_vl
 from vlmteacher import InputError, QuerySet, TeacherPipeline
+from vlmteacher.decoders.taehv import load_decoder
 from vlmteacher.lora import add_lora
 from vlmteacher.reasoners import Settings, load_reasoner
 
@@ -237,3 +238,34 @@ def test_bad_input(directory, reasoner, image, tmp_path):
     )
     with pytest.raises(InputError, match="takes 17 channels, with its VAE it would be given 9"):
         load_reasoner(copy)
+
+
+def test_parts_that_diffusers_cannot_read(directory, tmp_path):
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(InputError, match="no single file of a HunyuanVideo15Transformer3DModel: give a directory"):
+        load_reasoner(directory, transformer=str(file))
+    with pytest.raises(
+        InputError, match=r"no LoRA loader for the pipeline of .*: give the few-step transformer itself"
+    ):
+        load_reasoner(directory, few_step_lora=str(file), preset="hunyuan-video-1.5-480p-i2v-step-distilled")
+
+
+def test_another_transformer_and_its_preset(directory, tmp_path):
+    """A directory that still has the hub's name brings its own way of sampling."""
+    name = "HunyuanVideo-1.5-Diffusers-480p_i2v_step_distilled"
+    other = shutil.copytree(directory / "transformer", tmp_path / name / "transformer")
+    reasoner = load_reasoner(directory, transformer=str(other.parent))
+    assert reasoner.settings.sigmas[1] == pytest.approx(7 * 0.875 / (1 + 6 * 0.875))
+    assert (len(reasoner.settings.timesteps), reasoner.settings.sampler, reasoner.width) == (8, "euler", 848)
+
+
+def test_decoders_of_its_latents(reasoner, tmp_path):
+    layout = {"space_upscale": (True,) * 3}
+    plain = load_decoder(tiny_decoder(tmp_path / "taehv1_5.safetensors", **layout), reasoner)
+    assert plain.latents_std is None  # takes what the transformer sees
+    light = load_decoder(tiny_decoder(tmp_path / "lighttaehy1_5.safetensors", **layout), reasoner)
+    torch.testing.assert_close(light.latents_std, reasoner.latents_std)  # takes the VAE's own
+    torch.testing.assert_close(light.latents_mean, reasoner.latents_mean)
+    with pytest.raises(InputError, match="latents of 16 channels, but the Reasoner's have 8"):
+        load_decoder(tiny_decoder(tmp_path / "taew2_1.safetensors", 16, **layout), reasoner)

@@ -18,6 +18,7 @@ from tests.reasoners.tiny_ltx import SIZE, tiny_ltx_pipeline
 from tests.tiny_pair import QUERIES, tiny_decoder
 from tests.tiny_teacher import tiny_qwen3_vl
 from vlmteacher import InputError, QuerySet, TeacherPipeline
+from vlmteacher.decoders.taehv import load_decoder
 from vlmteacher.lora import add_lora
 from vlmteacher.reasoners import Settings, load_reasoner
 
@@ -235,3 +236,59 @@ def test_bad_input(reasoner, directory, tmp_path):
     ).save_pretrained(copy / "vae")
     with pytest.raises(InputError, match="takes 8 channels, and its VAE makes 16"):
         load_reasoner(copy)
+
+
+def test_a_single_file_and_a_few_step_lora(directory, tmp_path):
+    """In the names of Lightricks' own files, as the 2B model is published."""
+    from diffusers import LTXVideoTransformer3DModel
+    from safetensors.torch import save_file
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        other = LTXVideoTransformer3DModel.from_config(
+            LTXVideoTransformer3DModel.load_config(directory / "transformer")
+        )
+        a, b = torch.randn(2, 32), torch.randn(32, 2)
+    names = {"proj_in.": "patchify_proj.", "time_embed.": "adaln_single.", "norm_q.": "q_norm.", "norm_k.": "k_norm."}
+    state = {}
+    for name, value in other.state_dict().items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        state[f"model.diffusion_model.{name}"] = value.contiguous()
+    save_file(state | {"vae.decoder.conv_in.conv.weight": torch.zeros(1)}, tmp_path / "ltxv.safetensors")
+    layer = "transformer_blocks.0.attn1.to_q"
+    lora = {f"diffusion_model.{layer}.lora_A.weight": a, f"diffusion_model.{layer}.lora_B.weight": b}
+    save_file(lora, tmp_path / "lora.safetensors")
+
+    reasoner = load_reasoner(
+        directory,
+        transformer=str(tmp_path / "ltxv.safetensors"),
+        few_step_lora=str(tmp_path / "lora.safetensors"),
+        preset="ltx-0.9.8-distilled",
+    )
+    found, expected = reasoner.transformer.state_dict(), other.state_dict()
+    expected[f"{layer}.weight"] = expected[f"{layer}.weight"] + b @ a
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+    assert reasoner.settings.timesteps[:2] == (1000, 993.7) and reasoner.settings.sampler == "euler"
+
+
+def test_the_decoder_of_ltx_2_is_refused(reasoner, tmp_path):
+    with pytest.raises(InputError, match="of LTX-2, which are not those of LTX-Video"):
+        load_decoder(ltx_decoder(tmp_path / "taeltx_2.safetensors"), reasoner)
+    with pytest.raises(InputError, match="upscales 8x in time and 8x in space, but the Reasoner's VAE 8x and 32x"):
+        load_decoder(tiny_decoder(tmp_path / "other.safetensors", time_upscale=(True,) * 3), reasoner)
+    assert load_decoder(ltx_decoder(tmp_path / "own.safetensors"), reasoner).spatial_stride == 32
+
+
+def test_a_decoder_can_be_distilled_from_its_vae(directory, reasoner):
+    """`vlmteacher distill decoder` encodes and decodes as the Reasoner does."""
+    from vlmteacher.distillation.decoder import VideoVAE
+
+    vae = VideoVAE(str(directory), torch.device("cpu"))
+    frames = np.random.default_rng(0).integers(0, 256, (17, 64, 96, 3), dtype=np.uint8)
+    latents = vae.encode(frames)
+    torch.testing.assert_close(latents, reasoner.encode_video(frames))
+    theirs = torch.from_numpy(vae.decode(latents)).permute(0, 3, 1, 2) / 255
+    torch.testing.assert_close(theirs, reasoner.decode(latents), atol=0.003, rtol=0)

@@ -121,17 +121,23 @@ class LTXReasoner(Reasoner):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """See `Reasoner.decode`. A decoder that finishes the denoising gets its noise from a seed of its own."""
-        latents = (latents * self.latents_std + self.latents_mean).to(self.vae.dtype)
-        timestep = None
-        # The decoder itself may draw noise too (0.9.1), from the global generator.
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(0)
-            if self.vae.config.timestep_conditioning:
-                timestep = torch.full((1,), DECODE_TIMESTEP, dtype=latents.dtype, device=latents.device)
-                latents = latents.lerp(torch.randn(latents.shape).to(latents), DECODE_NOISE)
-            video = self.vae.decode(latents, timestep, return_dict=False)[0]
+        video = decode_latents(self.vae, (latents * self.latents_std + self.latents_mean).to(self.vae.dtype))
         return ((video[0].float() + 1) / 2).clamp(0, 1).transpose(0, 1)
+
+
+def decode_latents(vae: Any, latents: Tensor) -> Tensor:
+    """The VAE's own latents (B, C, T, h, w) -> video (B, 3, F, H, W), about [-1, 1], by any `AutoencoderKLLTXVideo`.
+
+    Since 0.9.1 its decoder does the last step of denoising: it is given noise and a timestep. All noise is drawn from a
+    seed of its own, so that equal latents give equal videos.
+    """
+    device, timestep = latents.device, None
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        if vae.config.timestep_conditioning:
+            timestep = torch.full((len(latents),), DECODE_TIMESTEP, dtype=latents.dtype, device=device)
+            latents = latents.lerp(torch.randn(latents.shape).to(latents), DECODE_NOISE)
+        return vae.decode(latents, timestep, return_dict=False)[0]
 
 
 def load_ltx(

@@ -77,7 +77,11 @@ def _from_directory(kind: Any, path_or_id: str, subfolder: str, dtype: torch.dty
 
 
 def _from_file(kind: Any, path: Path, pipeline: str, subfolder: str, dtype: torch.dtype, local: bool) -> Any:
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
     check_safetensors(path, "transformer")
+    if kind.__name__ not in SINGLE_FILE_LOADABLE_CLASSES:
+        raise InputError(f"transformer {path}: diffusers reads no single file of a {kind.__name__}: give a directory")
     try:
         network = kind.from_single_file(
             str(path), config=pipeline, subfolder=subfolder, torch_dtype=dtype, local_files_only=local
