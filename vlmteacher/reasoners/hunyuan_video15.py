@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners.base import Condition, Reasoner, Settings, fit_image
-from vlmteacher.reasoners.parts import load_transformers
+from vlmteacher.reasoners.parts import load_part, load_transformers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -136,10 +136,7 @@ class HunyuanVideo15Reasoner(Reasoner):
     ) -> Tensor:
         inputs = dict(condition.inputs)
         # The embedding of a timestep is computed in the timestep's dtype.
-        timestep, timestep_r = (
-            torch.as_tensor(1000 * level, dtype=self.dtype, device=self.device).expand(len(latents))
-            for level in (sigma, until)
-        )
+        timestep, timestep_r = (self.timestep(level, len(latents)).to(self.dtype) for level in (sigma, until))
         network: Any = self.transformer if transformer is None else transformer
         return network(
             hidden_states=torch.cat([latents.to(self.dtype), inputs.pop("known_latents")], 1),
@@ -215,7 +212,7 @@ def load_hunyuan_video15(
     transformer = load_transformers(
         HunyuanVideo15Transformer3DModel, path_or_id, ["transformer"], dtype, local_files_only, **parts
     )["transformer"]
-    vae = load(AutoencoderKLHunyuanVideo15, "vae", torch_dtype=torch.float32)
+    vae = load_part(AutoencoderKLHunyuanVideo15, path_or_id, "vae", torch.float32, local_files_only)
     text_encoder = load(Qwen2_5_VLTextModel, "text_encoder", dtype=dtype)
     takes, makes = transformer.config.in_channels, 2 * vae.config.latent_channels + 1
     if takes != makes:
