@@ -52,7 +52,6 @@ def test_parts_add_up_to_a_whole_step(level: Keep, narrow: None) -> None:
         vision_costs(teacher, video, [2])[2],
         language_costs(teacher, video, 3)[shared_prefix.Keep.INPUT],
         weights={},
-        frames=video.frames(torch.bfloat16).nbytes,
     )
 
     keep_activations(reasoner.transformer, level)

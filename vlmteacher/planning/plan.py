@@ -45,7 +45,6 @@ class Step:
     vision: Cost
     language: Cost
     weights: dict[str, int]
-    frames: int  # bytes of the frames between decoder and Teacher
     passes: int = 1  # of the Teacher, one after the other
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -59,10 +58,10 @@ class Step:
         """FLOPs and the most bytes alive, weights included, by stage in the order of a step."""
         weights = sum(self.weights.values())
         between = weights + self.reasoner.kept
-        seen = between + self.decoder.kept + self.frames
+        seen = between + self.decoder.kept
         alive = {
             "reasoner": (weights, weights),
-            "decoder": (between, between + self.frames),
+            "decoder": (between, between),
             "preprocessing": (seen, seen),
             "teacher.vision": (seen, seen),
             "teacher.language": (seen + self.vision.kept, seen + self.vision.kept),
@@ -182,7 +181,6 @@ def make_plan(
         "lora gradient and AdamW": 3 * lora,
     }
     latents = the_reasoner.latent_shape(*shape)
-    trimmed = the_decoder.temporal_stride - 1
     costs = ReasonerCosts.of(the_reasoner, shape)
     pair = the_teacher.frames_per_patch
     resized = the_teacher.resized(teacher_frames, *shape[1:])
@@ -192,10 +190,9 @@ def make_plan(
     languages = language_costs(the_teacher, video, questions)
     ours = functools.partial(
         Step,
-        decoder=decoder_cost(the_decoder, [i + trimmed for i in indices], *latents[3:]),
+        decoder=decoder_cost(the_decoder, latents, indices),
         preprocessing=preprocessing_cost(the_teacher, video),
         weights=weights,
-        frames=video.frames(dtype).nbytes,
     )
     reasoners = [(levels, costs.total(levels)) for levels in mixes(costs.blocks)]
     candidates = [
@@ -233,7 +230,6 @@ def make_plan(
         stock_vision,
         stock_language,
         weights,
-        video.frames(dtype).nbytes,
         passes=questions,
         settings={"activations": format_levels([Keep.INPUT] * stock_costs.blocks), "teacher_passes": questions},
     )

@@ -102,6 +102,10 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int | None:
         frozen, down, up = (sum(t.numel() for t in part) for part in (weights, a, b))
         counted = need_x * (frozen + down) + need_a * down + need_b * up + (need_x or need_a) * up
         return 2 * len(x) * counted
+    if name in ("vlmteacher::conv3x3", "vlmteacher::conv3x3_backward"):  # nine taps, four where the image is upsampled
+        grows = args[-1] == 2
+        pixels, weight = (out[0], args[2]) if name.endswith("conv3x3") else (args[0], args[4])
+        return 2 * pixels.numel() // len(weight) * weight.numel() * (4 if grows else 9) // 9
     formula = flop_registry.get(func.overloadpacket)
     return None if formula is None else formula(*args, **kwargs, out_val=out)
 
