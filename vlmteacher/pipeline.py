@@ -199,9 +199,9 @@ class TeacherPipeline:
         return self
 
     def need(self, *names: str) -> None:
-        """With `offload`: these networks, "teacher" or of `Reasoner.networks`, on their devices, every other in main memory. Else all stay where they are.
+        """With `offload`: these on their devices, every other in main memory. Else all stay where they are.
 
-        A quantised Teacher always stays.
+        names: of `Reasoner.networks`, or "teacher"; a quantised one always stays.
         """
         if not self.offload:
             return
