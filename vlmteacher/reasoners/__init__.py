@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from safetensors import SafetensorError
@@ -12,13 +12,23 @@ from safetensors import SafetensorError
 from vlmteacher.errors import InputError
 from vlmteacher.hub import find_file, only_local
 from vlmteacher.reasoners.base import Condition, Noise, Reasoner, Settings
+from vlmteacher.reasoners.hunyuan_video15 import load_hunyuan_video15
+from vlmteacher.reasoners.ltx import load_ltx
 from vlmteacher.reasoners.presets import PRESETS, find_preset, known_preset
 from vlmteacher.reasoners.wan import load_wan
 
 __all__ = ["Condition", "Noise", "Reasoner", "Settings", "load_reasoner"]
 
 # diffusers pipeline class -> loader of its family
-FAMILIES = {"WanPipeline": load_wan, "WanImageToVideoPipeline": load_wan}
+FAMILIES: dict[str, Callable[..., Reasoner]] = {
+    "WanPipeline": load_wan,
+    "WanImageToVideoPipeline": load_wan,
+    "LTXPipeline": load_ltx,
+    "LTXImageToVideoPipeline": load_ltx,
+    "LTXConditionPipeline": load_ltx,
+    "HunyuanVideo15Pipeline": load_hunyuan_video15,
+    "HunyuanVideo15ImageToVideoPipeline": load_hunyuan_video15,
+}
 
 
 def load_reasoner(

@@ -13,7 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
+import numpy as np
 import torch
+from PIL import Image as PILImage
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
@@ -153,7 +155,9 @@ class Reasoner(ABC):
     Velocity convention (flow matching): x = (1 - sigma) x0 + sigma noise, v = noise - x0, so x0 = x - sigma v.
     """
 
-    transformer: nn.Module  # the LoRA goes on this one
+    transformer: Any  # the LoRA goes on this one
+    vae: Any
+    text_encoder: nn.Module  # all that encodes prompt and image
     settings: Settings
     device: torch.device
     dtype: torch.dtype  # of the transformer; latents between its calls are float32
@@ -281,13 +285,34 @@ class Reasoner(ABC):
         """Latents (1, C, T, h, w) -> frames (F, 3, H, W) float32 in [0, 1] by the standard VAE, without gradient."""
 
     @property
-    @abstractmethod
     def networks(self) -> dict[str, nn.Module]:
         """ "transformer", "vae" and "text_encoder": what can be moved for itself while it is not needed."""
+        return {"transformer": self.transformer, "vae": self.vae, "text_encoder": self.text_encoder}
 
-    @abstractmethod
-    def to(self, device: torch.device | str, *, networks: bool = True) -> Reasoner:
+    def to(self, device: torch.device | str, *, networks: bool = True) -> Self:
         """Work on `device` (the dtype is chosen when loading); `networks=False` leaves the networks where they are."""
+        self.device = torch.device(device)
+        for network in self.networks.values() if networks else ():
+            network.to(self.device)
+        self.latents_mean, self.latents_std = self.latents_mean.to(self.device), self.latents_std.to(self.device)
+        return self
+
+    @torch.no_grad()
+    def encode_video(self, frames: np.ndarray) -> Tensor:
+        """Frames (F, H, W, 3) uint8 -> normalised latents (1, C, T, h, w) float32, the mode of the VAE's posterior."""
+        pixels = torch.from_numpy(frames.astype(np.float32)).permute(3, 0, 1, 2)[None] / 127.5 - 1
+        latents = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.mode().float()
+        return (latents - self.latents_mean) / self.latents_std
+
+    def encode_image(self, image: Image, height: int, width: int) -> Tensor:
+        """An image, resized where it has another size -> normalised latents (1, C, 1, h, w) float32."""
+        return self.encode_video(np.array(fit_image(image, height, width))[None])
+
+
+def fit_image(image: Image, height: int, width: int) -> Image:
+    """`image` in RGB, resized where it has another size."""
+    image = image.convert("RGB")
+    return image if image.size == (width, height) else image.resize((width, height), PILImage.Resampling.LANCZOS)
 
 
 def with_first_frame(latents: Tensor, first_frame: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,40 @@ import torch
 
 from vlmteacher.errors import InputError
 from vlmteacher.hub import find_file
+
+
+def load_transformers(
+    kind: Any,
+    pipeline: str,
+    names: Sequence[str],
+    dtype: torch.dtype,
+    local_files_only: bool,
+    *,
+    transformer: Sequence[str] = (),
+    few_step_lora: Sequence[str] = (),
+    loader: Any = None,
+) -> dict[str, Any]:
+    """The transformers `names` of a diffusers pipeline, by name, all of class `kind`.
+
+    transformer: what comes in the place of its own ones, in this order (see `load_transformer`).
+    few_step_lora: files that are merged into them, in the same order, by the `loader` (see `merge_lora`); None
+        takes none.
+    """
+    if few_step_lora and loader is None:
+        raise InputError(
+            f"few_step_lora: diffusers has no LoRA loader for the pipeline of {pipeline}: give the few-step transformer"
+            " itself (`transformer`)"
+        )
+    for option, files in (("transformer", transformer), ("few_step_lora", few_step_lora)):
+        if len(files) > len(names):
+            raise InputError(f"{option}: {pipeline} has {len(names)} transformer(s), {len(files)} were given")
+    networks = {}
+    for number, name in enumerate(names):
+        given = transformer[number] if number < len(transformer) else None
+        networks[name] = load_transformer(kind, pipeline, name, given, dtype, local_files_only)
+        if number < len(few_step_lora):
+            merge_lora(networks[name], few_step_lora[number], loader)
+    return networks
 
 
 def load_transformer(
@@ -42,7 +77,11 @@ def _from_directory(kind: Any, path_or_id: str, subfolder: str, dtype: torch.dty
 
 
 def _from_file(kind: Any, path: Path, pipeline: str, subfolder: str, dtype: torch.dtype, local: bool) -> Any:
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
     check_safetensors(path, "transformer")
+    if kind.__name__ not in SINGLE_FILE_LOADABLE_CLASSES:
+        raise InputError(f"transformer {path}: diffusers reads no single file of a {kind.__name__}: give a directory")
     try:
         network = kind.from_single_file(
             str(path), config=pipeline, subfolder=subfolder, torch_dtype=dtype, local_files_only=local

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners.base import Condition, Reasoner, Settings, with_first_frame
-from vlmteacher.reasoners.parts import load_transformer, merge_lora
+from vlmteacher.reasoners.parts import load_transformers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -97,13 +97,6 @@ class WanReasoner(Reasoner):
     @property
     def networks(self) -> dict[str, nn.Module]:
         return self._networks
-
-    def to(self, device: torch.device | str, *, networks: bool = True) -> WanReasoner:
-        self.device = torch.device(device)
-        for network in self.networks.values() if networks else ():
-            network.to(self.device)
-        self.latents_mean, self.latents_std = self.latents_mean.to(self.device), self.latents_std.to(self.device)
-        return self
 
     @torch.no_grad()
     def encode(self, prompt: str, image: Image | None, num_frames: int, height: int, width: int) -> Condition:
@@ -277,8 +270,7 @@ def load_wan(
 ) -> WanReasoner:
     """The Reasoner of a diffusers Wan pipeline, local or on the hub, whose model_index.json is `index`.
 
-    transformer: what comes in the place of its own transformers, the high-noise one first (see `load_transformer`).
-    few_step_lora: files that are merged into them, in the same order (see `merge_lora`).
+    transformer, few_step_lora: see `load_transformers`; the high-noise expert comes first.
     """
     from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
     from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
@@ -291,15 +283,16 @@ def load_wan(
     if not there("transformer"):
         raise InputError(f"{path_or_id} has no transformer for the high noise levels, which is the one that is taught")
     names = ["transformer", *(["transformer_2"] if there("transformer_2") else [])]
-    for option, files in (("transformer", transformer), ("few_step_lora", few_step_lora)):
-        if len(files) > len(names):
-            raise InputError(f"{option}: {path_or_id} has {len(names)} transformer(s), {len(files)} were given")
-    networks = {}
-    for number, name in enumerate(names):
-        given = transformer[number] if number < len(transformer) else None
-        networks[name] = load_transformer(WanTransformer3DModel, path_or_id, name, given, dtype, local_files_only)
-        if number < len(few_step_lora):
-            merge_lora(networks[name], few_step_lora[number], WanPipeline)
+    networks = load_transformers(
+        WanTransformer3DModel,
+        path_or_id,
+        names,
+        dtype,
+        local_files_only,
+        transformer=transformer,
+        few_step_lora=few_step_lora,
+        loader=WanPipeline,
+    )
     # diffusers' Wan examples keep the VAE in float32; it runs once or twice an instance.
     vae = AutoencoderKLWan.from_pretrained(path_or_id, subfolder="vae", torch_dtype=torch.float32, **hub)
     image_encoder = image_processor = None
