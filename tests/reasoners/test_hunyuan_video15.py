@@ -78,9 +78,9 @@ def test_same_video_of_an_image_as_the_diffusers_pipeline(tmp_path, image, meanf
 def test_same_video_of_a_prompt_as_the_diffusers_pipeline(tmp_path):
     directory = tiny_hunyuan_pipeline(tmp_path, "HunyuanVideo15Pipeline", meanflow=False)
     reasoner = load(directory)
-    with reasoner.sampling(guidance_scale=3.0, negative_prompt="blurred"):
-        condition, noise = instance(reasoner, None)
-        ours = reasoner.decode(reasoner.sample(condition, noise))
+    guided = reasoner.with_sampling(guidance_scale=3.0, negative_prompt="blurred")
+    condition, noise = instance(guided, None)
+    ours = guided.decode(guided.sample(condition, noise))
     theirs = stock(
         HunyuanVideo15Pipeline,
         directory,
@@ -96,9 +96,9 @@ def test_same_video_of_a_prompt_as_the_diffusers_pipeline(tmp_path):
 
 
 def test_guided_mean_velocity(reasoner, image, directory):
-    with reasoner.sampling(guidance_scale=3.0, negative_prompt="blurred"):
-        condition, noise = instance(reasoner, image)
-        ours = reasoner.decode(reasoner.sample(condition, noise))
+    guided = reasoner.with_sampling(guidance_scale=3.0, negative_prompt="blurred")
+    condition, noise = instance(guided, image)
+    ours = guided.decode(guided.sample(condition, noise))
     theirs = stock(
         HunyuanVideo15ImageToVideoPipeline,
         directory,

@@ -70,9 +70,9 @@ def test_same_video_as_the_older_pipelines(tmp_path, image, kind, guidance_scale
     """Prompt and its mask, positions, a timestep per token, Euler, guidance, and a decoder that is given noise."""
     directory = tiny_ltx_pipeline(tmp_path, kind.__name__)
     reasoner = with_settings(load_reasoner(directory))
-    with reasoner.sampling(guidance_scale=guidance_scale, negative_prompt="red"):
-        condition, noise = instance(reasoner, image if kind is LTXImageToVideoPipeline else None, seed=7)
-        ours = reasoner.decode(reasoner.sample(condition, noise))
+    guided = reasoner.with_sampling(guidance_scale=guidance_scale, negative_prompt="red")
+    condition, noise = instance(guided, image if kind is LTXImageToVideoPipeline else None, seed=7)
+    ours = guided.decode(guided.sample(condition, noise))
 
     start = noise.z1
     if condition.first_frame is not None:

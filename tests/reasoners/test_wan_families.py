@@ -213,20 +213,19 @@ def test_guidance_moves_away_from_the_negative_prompt(checkpoint):
 def test_settings_of_one_call(checkpoint):
     reasoner = load(checkpoint("wan21_t2v"))
     before = reasoner.settings
-    with reasoner.sampling(num_inference_steps=5, sampler="euler", guidance_scale=2.0, negative_prompt=None) as inside:
-        assert reasoner.settings is inside
-        assert inside.timesteps == (1000, 800, 600, 400, 200) and inside.negative_prompt == ""
-        condition, noise = instance(reasoner, None)
-        assert condition.negative is not None and noise.steps == ()
-    assert reasoner.settings is before
+    other = reasoner.with_sampling(5, sampler="euler", guidance_scale=2.0, negative_prompt=None)
+    assert other.settings == replace(before, timesteps=(1000, 800, 600, 400, 200), sampler="euler", guidance_scale=2.0)
+    condition, noise = instance(other, None)
+    assert condition.negative is not None and noise.steps == ()
+    assert reasoner.settings is before and other.transformer is reasoner.transformer
     for wrong, said in (
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, not 0"),
         ({"guidance_scale": 0.5}, "guidance_scale must be 1 .no guidance. or more, not 0.5"),
         ({"sampler": "unipc"}, "sampler must be renoise or euler, not 'unipc'"),
         ({"shift": 0.0}, "shift must be greater than 0, not 0.0"),
     ):
-        with pytest.raises(InputError, match=said), reasoner.sampling(**wrong):
-            pass
+        with pytest.raises(InputError, match=said):
+            reasoner.with_sampling(**wrong)
     assert reasoner.settings is before
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -110,6 +110,12 @@ class Settings:
         return tuple(self.shift * t / (1 + (self.shift - 1) * t) for t in ts)
 
     @property
+    def sampling(self) -> dict[str, Any]:
+        """What makes the video from the noise: all but sizes, rate and text length."""
+        rest = {"num_frames", "height", "width", "fps", "max_sequence_length"}
+        return {name: value for name, value in asdict(self).items() if name not in rest}
+
+    @property
     def guided(self) -> bool:
         """Whether the negative prompt is looked at, anywhere on the way."""
         return self.guidance_scale != 1 or self.guidance_scale_2 not in (None, 1)
@@ -178,23 +184,18 @@ class Reasoner(ABC):
     def fps(self) -> float:
         return self.settings.fps
 
-    @contextmanager
-    def sampling(self, num_inference_steps: int | None = None, **changes: Any) -> Iterator[Settings]:
-        """Other `settings` inside the block: those given and not None; with `num_inference_steps`, evenly spaced.
+    def with_sampling(self, num_inference_steps: int | None = None, **changes: Any) -> Self:
+        """The same Reasoner, networks shared, with other `settings`: those given and not None.
 
-        The condition must be encoded inside, for guidance needs the negative prompt. Raises InputError.
+        num_inference_steps: timesteps evenly spaced. Raises InputError for what no sampler can work with.
         """
-        before = self.settings
         given = {name: value for name, value in changes.items() if value is not None}
         if num_inference_steps is not None:
             given["timesteps"] = even_timesteps(num_inference_steps)
-        changed = replace(before, **given)
-        changed.check()
-        self.settings = changed
-        try:
-            yield changed
-        finally:
-            self.settings = before
+        other = copy.copy(self)
+        other.settings = replace(self.settings, **given)
+        other.settings.check()
+        return other
 
     def check(self, num_frames: int, height: int, width: int) -> None:
         """Raise InputError, with the two nearest values that can be taken, unless the model can make this size."""
