@@ -17,6 +17,7 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVid
 from PIL import Image
 from torch.autograd.graph import saved_tensors_hooks
 
+from tests.other_device import other_device
 from tests.reasoners.tiny_hunyuan import SIZE, tiny_hunyuan_pipeline
 from tests.tiny_pair import QUERIES, tiny_decoder
 from tests.tiny_teacher import tiny_qwen3_vl
@@ -191,27 +192,40 @@ def test_bfloat16(directory, reasoner, image):
 
 
 def test_one_update_of_the_whole_pipeline(directory, tmp_path, image):
-    decoder = tiny_decoder(tmp_path / "decoder.safetensors", space_upscale=(True,) * 3)
-    pipe = TeacherPipeline.from_pretrained(directory, tiny_qwen3_vl(tmp_path / "teacher"), decoder)
-    pipe.reasoner.settings = STEPS
-    frames, height, width = SIZE
-    out = pipe(
-        PROMPT,
-        image,
-        num_frames=frames,
-        height=height,
-        width=width,
-        generator=torch.Generator().manual_seed(0),
-        queries=QuerySet.from_dict(QUERIES),
-        max_steps=1,
-        rank=2,
-        teacher_frames=4,
-        learning_rate=0.03,
-        progress=False,
-        output_type="pt",
+    """Here, and on another device with main memory for what is not needed."""
+    models = (
+        directory,
+        tiny_qwen3_vl(tmp_path / "teacher"),
+        tiny_decoder(tmp_path / "decoder.safetensors", space_upscale=(True,) * 3),
     )
+    size = dict(zip(("num_frames", "height", "width"), SIZE, strict=True))
+
+    def update(pipe):
+        pipe.reasoner.settings = STEPS
+        return pipe(
+            PROMPT,
+            image,
+            **size,
+            generator=torch.Generator().manual_seed(0),
+            queries=QuerySet.from_dict(QUERIES),
+            max_steps=1,
+            rank=2,
+            teacher_frames=4,
+            learning_rate=0.03,
+            progress=False,
+            output_type="pt",
+        )
+
+    out = update(TeacherPipeline.from_pretrained(*models))
+    change = (out.frames - out.frames_before).abs().max()
     assert out.updates == 1 and out.history[0]["grad_norm"] > 0
-    assert out.frames.shape == (5, 3, 64, 64) and (out.frames - out.frames_before).abs().max() > 1e-3
+    assert out.frames.shape == (5, 3, 64, 64) and change > 1e-3
+
+    pipe = TeacherPipeline.from_pretrained(*models, offload=True)
+    with other_device():
+        pipe.to("meta")
+        there = update(pipe).frames.to("cpu")
+    assert (there - out.frames).abs().max() < 0.02 * change
 
 
 def test_large_frames_are_decoded_in_tiles(reasoner):

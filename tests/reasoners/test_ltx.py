@@ -15,6 +15,7 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.other_device import other_device
 from tests.reasoners.tiny_ltx import SIZE, tiny_ltx_pipeline
 from tests.tiny_pair import QUERIES, tiny_decoder
 from tests.tiny_teacher import tiny_qwen3_vl
@@ -202,28 +203,36 @@ def test_bfloat16(directory, reasoner, image):
 
 
 def test_one_update_of_the_whole_pipeline(directory, tmp_path, image):
-    pipe = TeacherPipeline.from_pretrained(
-        directory, tiny_qwen3_vl(tmp_path / "teacher"), ltx_decoder(tmp_path / "decoder.safetensors")
-    )
-    with_settings(pipe.reasoner)
-    frames, height, width = SIZE
-    out = pipe(
-        PROMPT,
-        image,
-        num_frames=frames,
-        height=height,
-        width=width,
-        generator=torch.Generator().manual_seed(0),
-        queries=QuerySet.from_dict(QUERIES),
-        max_steps=1,
-        rank=2,
-        teacher_frames=4,
-        learning_rate=0.03,
-        progress=False,
-        output_type="pt",
-    )
+    """Here, and on another device with main memory for what is not needed."""
+    models = directory, tiny_qwen3_vl(tmp_path / "teacher"), ltx_decoder(tmp_path / "decoder.safetensors")
+    size = dict(zip(("num_frames", "height", "width"), SIZE, strict=True))
+
+    def update(pipe):
+        pipe.reasoner.settings = STEPS
+        return pipe(
+            PROMPT,
+            image,
+            **size,
+            generator=torch.Generator().manual_seed(0),
+            queries=QuerySet.from_dict(QUERIES),
+            max_steps=1,
+            rank=2,
+            teacher_frames=4,
+            learning_rate=0.03,
+            progress=False,
+            output_type="pt",
+        )
+
+    out = update(TeacherPipeline.from_pretrained(*models))
+    change = (out.frames - out.frames_before).abs().max()
     assert out.updates == 1 and out.history[0]["grad_norm"] > 0
-    assert out.frames.shape == (17, 3, 64, 96) and (out.frames - out.frames_before).abs().max() > 1e-3
+    assert out.frames.shape == (17, 3, 64, 96) and change > 1e-3
+
+    pipe = TeacherPipeline.from_pretrained(*models, offload=True)
+    with other_device():
+        pipe.to("meta")
+        there = update(pipe).frames.to("cpu")
+    assert (there - out.frames).abs().max() < 0.02 * change
 
 
 @pytest.mark.parametrize(
