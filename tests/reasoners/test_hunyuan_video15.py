@@ -1,6 +1,7 @@
 """The HunyuanVideo-1.5 Reasoner against diffusers' own pipelines and scheduler."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from diffusers import (
 )
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from tests.other_device import other_device
@@ -164,9 +166,20 @@ def test_attention_keeps_no_mask(reasoner, image):
         return saved.count((joint, joint))
 
     assert masks_kept() == 0
+    del reasoner.transformer.forward
     for block in reasoner.transformer.transformer_blocks:
         block.attn.set_processor(HunyuanVideo15AttnProcessor2_0())
     assert masks_kept() >= 2
+
+
+def test_it_can_be_traced(reasoner, image):
+    """Nothing in the prediction asks what a tensor holds: fake tensors, which hold nothing, go through."""
+    condition, noise = instance(reasoner, image)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        inputs = {name: mode.from_tensor(value) for name, value in condition.inputs.items()}
+        condition = replace(condition, prompt_embeds=mode.from_tensor(condition.prompt_embeds), inputs=inputs)
+        fake = reasoner.predict_clean(condition, replace(noise, z1=mode.from_tensor(noise.z1)))
+    assert fake.shape == noise.z1.shape
 
 
 def test_gradient_reaches_every_lora_b(reasoner, image):
