@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -315,7 +314,7 @@ class TeacherPipeline:
             with timed(seconds, "after"):
                 video = self.sample(condition, noise) if loop.updates else video_before
                 losses = self.judge(video, frame_indices, queries)
-                lora = lora_file(reasoner.transformer)
+                lora = export_lora(reasoner.transformer)
         except (KeyboardInterrupt, NonFiniteError):
             if run:
                 run.interrupt(loop.history)
@@ -432,14 +431,6 @@ def convert(video: Tensor, output_type: Literal["pil", "np", "pt"]) -> Frames:
     if output_type == "np":
         return video.permute(0, 2, 3, 1).float().cpu().numpy()
     return [Image.fromarray(frame) for frame in TeacherPipelineOutput.uint8(video)]
-
-
-def lora_file(transformer: torch.nn.Module) -> bytes:
-    """The bytes of lora.safetensors for the adapter on `transformer`."""
-    with TemporaryDirectory() as directory:
-        path = Path(directory) / "lora.safetensors"
-        export_lora(transformer, path)
-        return path.read_bytes()
 
 
 def digest(values: np.ndarray) -> str:
