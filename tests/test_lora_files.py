@@ -160,6 +160,8 @@ KEY = "transformer.blocks.0.attn1.to_q.lora_A.weight"
         (save({}), "holds no tensors"),
         (broken(lambda t: t.pop(KEY)), "only lora_B of transformer.blocks.0.attn1.to_q"),
         (broken(lambda t: t[KEY].view(-1)[3:4].fill_(torch.nan)), "no finite numbers"),
+        (broken(lambda t: t.update({KEY: t[KEY].to(torch.float8_e4m3fn)})), "float8_e4m3fn: only"),
+        (broken(lambda t: t.update({KEY.replace("lora_A.weight", "alpha"): torch.tensor(torch.inf)})), "no finite"),
         (broken(lambda t: t.update({KEY: torch.ones(3, 32)})), "of rank 3 and 4"),
         (broken(lambda t: t.update({"transformer.proj_out.diff": torch.ones(3)})), "only plain LoRA factors"),
         (broken(lambda t: t.update({"lora_unet_double_x.lora_up.weight": torch.ones(3, 3)})), "no model known here"),

@@ -33,6 +33,7 @@ Style = Literal["diffusers", "comfyui", "musubi"]
 STYLES: tuple[Style, ...] = get_args(Style)
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps PEFT's configuration
 PART = re.compile(r"(.+?)\.(?:(lora_A|lora_B|lora_down|lora_up)(?:\.default)?\.weight|(alpha))")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
 
 
@@ -235,10 +236,12 @@ def read_lora(source: str | os.PathLike[str] | bytes, name: str | None = None) -
         a, b = parts["lora_A"], parts["lora_B"]
         if a.shape[0] != b.shape[1] or not a.shape[0]:
             raise InputError(f"{name}: the factors of {key} are of rank {a.shape[0]} and {b.shape[1]}")
-        if not (a.is_floating_point() and b.is_floating_point() and a.isfinite().all() and b.isfinite().all()):
-            raise InputError(f"{name} holds values of {key} that are no finite numbers: the training broke down")
-        alpha = float(parts["alpha"]) if "alpha" in parts else _alpha(config, layer, a.shape[0])
-        layers |= _split_qkv(layer, Factors(a, b, alpha))
+        alpha = parts["alpha"].float() if "alpha" in parts else _alpha(config, layer, a.shape[0])
+        if any(each.dtype not in DTYPES for each in (a, b)):
+            raise InputError(f"{name} holds {key} in {a.dtype}: only {', '.join(map(str, DTYPES))} can be used")
+        if not all(each.isfinite().all() for each in (a, b, alpha)):
+            raise InputError(f"{name} holds values of {key} that are no finite numbers: its training broke down")
+        layers |= _split_qkv(layer, Factors(a, b, alpha.item()))
     return LoRA(layers, name)
 
 
@@ -264,15 +267,15 @@ def _read_safetensors(source: str | os.PathLike[str] | bytes, name: str) -> tupl
     return tensors, config
 
 
-def _alpha(config: Mapping[str, Any], layer: str, rank: int) -> float:
+def _alpha(config: Mapping[str, Any], layer: str, rank: int) -> Tensor:
     """Of `layer` by PEFT's configuration; `rank` where there is none, as diffusers takes it."""
-    alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
+    alpha, patterns = config.get("lora_alpha", rank), config.get("alpha_pattern")
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
         if f".{layer}".endswith("." + pattern.removeprefix("^")):
             alpha = value
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         raise InputError(f"the LoRA's metadata give alpha as {alpha!r}: a number is needed")
-    return float(alpha)
+    return torch.tensor(float(alpha), dtype=torch.float64)
 
 
 def _theirs(name: str, names: Names, source: str) -> str:
