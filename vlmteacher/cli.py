@@ -83,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--num-inference-steps", type=int, metavar="N", help="evenly spaced, instead of the preset's")
     sub.add_argument("--guidance-scale", type=float, metavar="X", help="1: no guidance (default: the preset's)")
     sub.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from (default: the preset's)")
+    sub.add_argument("--lora", metavar="FILE", help="go on from this LoRA (default: a fresh one)")
     sub.add_argument("--num-frames", type=int, metavar="F", help="frames of the video")
     sub.add_argument("--height", type=int, metavar="H", help="pixels")
     sub.add_argument("--width", type=int, metavar="W", help="pixels")
@@ -114,6 +115,15 @@ def parser() -> argparse.ArgumentParser:
     sub = add("queries", queries, "only write the Teacher's queries, to read and edit them")
     _add_instance(sub)
     sub.add_argument("-o", "--output", metavar="FILE.json", help="where to (default: standard output)")
+
+    sub = add("lora", lora, "LoRA files in the names that other tools use")
+    kinds = sub.add_subparsers(required=True, metavar="WHAT", parser_class=Parser)
+    kind = kinds.add_parser("convert", help="write a LoRA of any of the three styles in another one")
+    kind.add_argument("file", metavar="FILE", help="diffusers', ComfyUI's or musubi-tuner's .safetensors")
+    kind.add_argument(
+        "--to", required=True, choices=("diffusers", "comfyui", "musubi"), help="whose names the new file has"
+    )
+    kind.add_argument("-o", "--output", required=True, metavar="FILE", help="where to")
 
     sub = add("bench", bench, "a sweep over the instances of a benchmark")
     sub.add_argument("benchmark", choices=("microworld", "vbvr", "ruler"))
@@ -241,11 +251,14 @@ def demo(arguments: argparse.Namespace) -> None:
 def solve(arguments: argparse.Namespace) -> None:
     image = _open_image(arguments.image)
     _check_instance(arguments)
+    from vlmteacher.lora_files import read_lora
     from vlmteacher.queries import QuerySet
     from vlmteacher.run_folder import RunFolder
 
     RunFolder(arguments.out, arguments.resume)
     query_set = None if arguments.queries is None else QuerySet.load(arguments.queries)
+    if arguments.lora is not None:
+        read_lora(arguments.lora)  # one that cannot be read shows before any model is loaded
     from vlmteacher.quiet import quiet
 
     quiet()
@@ -267,6 +280,8 @@ def solve(arguments: argparse.Namespace) -> None:
     settings = {name: value for name, value in names.items() if value is not None}
     Settings(**settings)  # bad values show before any model is loaded
     pipe = _pipeline(arguments)
+    if arguments.lora is not None:
+        pipe.load_lora(arguments.lora)
     if arguments.activations is not None:
         from vlmteacher.reasoners.checkpointing import keep_activations, parse_levels
 
@@ -321,6 +336,23 @@ def queries(arguments: argparse.Namespace) -> None:
         print(f"Edit {arguments.output} if you like, then: vlmteacher solve --queries {arguments.output} ...")
     else:
         print(written.to_json())
+
+
+def lora(arguments: argparse.Namespace) -> None:
+    output = Path(arguments.output)
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise InputError(f"-o {output}: give the name of a file in a directory that exists")
+    from vlmteacher.lora_files import read_lora
+    from vlmteacher.run_folder import replacing
+
+    read = read_lora(arguments.file)
+    data = read.to_bytes(arguments.to)
+    try:
+        with replacing(output) as temporary:
+            temporary.write_bytes(data)
+    except OSError as error:
+        raise InputError(f"{output} cannot be written ({error.strerror})") from error
+    print(f"{len(read.layers)} layers, rank {read.rank}, alpha {read.alpha:g}, as {arguments.to} names them: {output}")
 
 
 def bench(arguments: argparse.Namespace) -> None:
