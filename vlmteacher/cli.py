@@ -283,10 +283,10 @@ def solve(arguments: argparse.Namespace) -> None:
     if arguments.lora is not None:
         pipe.load_lora(arguments.lora)
     if arguments.activations is not None:
-        from vlmteacher.reasoners.checkpointing import keep_activations, parse_levels
+        from vlmteacher.reasoners.checkpointing import block_list, keep_activations, parse_levels
 
         transformer = pipe.reasoner.transformer
-        keep_activations(transformer, parse_levels(arguments.activations, len(transformer.blocks)))
+        keep_activations(transformer, parse_levels(arguments.activations, len(block_list(transformer))))
     output = pipe(
         arguments.prompt,
         image,

@@ -27,6 +27,7 @@ from vlmteacher import InputError, QuerySet, TeacherPipeline
 from vlmteacher.decoders.taehv import load_decoder
 from vlmteacher.lora import add_lora
 from vlmteacher.reasoners import Settings, load_reasoner
+from vlmteacher.reasoners.checkpointing import Keep, keep_activations
 
 PROMPT = 'Move the red ball to the box that says "here" and "there".'
 STEPS = Settings(timesteps=(1000, 500), shift=7.0, sampler="euler", max_sequence_length=1000)
@@ -188,6 +189,19 @@ def test_gradient_reaches_every_lora_b(reasoner, image):
     (reasoner.predict_clean(condition, noise) ** 2).sum().backward()
     found = {n: p.grad for n, p in reasoner.transformer.named_parameters() if "lora_B" in n}
     assert len(found) >= 6 and all(grad is not None and grad.abs().max() > 0 for grad in found.values())
+
+
+def test_what_the_blocks_keep_changes_no_bit(reasoner, image):
+    add_lora(reasoner.transformer, rank=2, seed=0)
+    condition, noise = instance(reasoner, image)
+    gradients = []
+    for level in Keep:
+        keep_activations(reasoner.transformer, level)
+        reasoner.predict_clean(condition, noise).square().sum().backward()
+        found = [p for n, p in reasoner.transformer.named_parameters() if "lora_B" in n and p.grad is not None]
+        gradients.append(torch.cat([p.grad.flatten() for p in found]))
+        reasoner.transformer.zero_grad()
+    assert gradients[0].abs().max() > 0 and all(torch.equal(g, gradients[0]) for g in gradients[1:])
 
 
 def test_bfloat16(directory, reasoner, image):

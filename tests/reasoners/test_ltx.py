@@ -23,6 +23,7 @@ from vlmteacher import InputError, QuerySet, TeacherPipeline
 from vlmteacher.decoders.taehv import load_decoder
 from vlmteacher.lora import add_lora
 from vlmteacher.reasoners import Settings, load_reasoner
+from vlmteacher.reasoners.checkpointing import Keep, keep_activations
 
 PROMPT = "Move the red ball to the green square."
 STEPS = Settings(timesteps=(1000, 750, 500, 250), sampler="euler", fps=24.0, max_sequence_length=12)
@@ -186,6 +187,19 @@ def test_batched_velocity_is_that_of_each(reasoner, image):
 
 def ltx_decoder(path, **changes):
     return tiny_decoder(path, time_upscale=(True,) * 3, space_upscale=(True,) * 3, patch=4, **changes)
+
+
+def test_what_the_blocks_keep_changes_no_bit(reasoner, image):
+    add_lora(reasoner.transformer, rank=2, seed=0)
+    condition, noise = instance(reasoner, image)
+    gradients = []
+    for level in Keep:
+        keep_activations(reasoner.transformer, level)
+        reasoner.predict_clean(condition, noise).square().sum().backward()
+        found = [p for n, p in reasoner.transformer.named_parameters() if "lora_B" in n and p.grad is not None]
+        gradients.append(torch.cat([p.grad.flatten() for p in found]))
+        reasoner.transformer.zero_grad()
+    assert gradients[0].abs().max() > 0 and all(torch.equal(g, gradients[0]) for g in gradients[1:])
 
 
 def test_bfloat16(directory, reasoner, image):
