@@ -218,7 +218,7 @@ def test_bfloat16(directory, reasoner, image):
     with torch.no_grad():
         expected = reasoner.predict_clean(*instance(reasoner, image))
     assert z0.dtype == torch.float32 and (z0 - expected).abs().mean() < 0.02
-    assert all(p.grad.isfinite().all() for n, p in low.transformer.named_parameters() if "lora_B" in n)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in low.transformer.parameters())
 
 
 def test_one_update_of_the_whole_pipeline(directory, tmp_path, image):
