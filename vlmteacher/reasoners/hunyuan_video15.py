@@ -90,11 +90,13 @@ class HunyuanVideo15Reasoner(Reasoner):
             known[:, -1, 0] = 1
             features = self._encode_features(image, height, width)
         shared = {"known_latents": known.to(self.dtype), "image_embeds": features}
-        condition, negative = (
-            Condition(embeds, None, num_frames, height, width, texts | shared)
-            for embeds, texts in map(self._encode_text, (prompt, self.settings.negative_prompt))
-        )
-        return replace(condition, negative=negative) if self.settings.guided else condition
+
+        def condition(text: str) -> Condition:
+            embeds, inputs = self._encode_text(text)
+            return Condition(embeds, None, num_frames, height, width, inputs | shared)
+
+        found = condition(prompt)
+        return replace(found, negative=condition(self.settings.negative_prompt)) if self.settings.guided else found
 
     def _encode_text(self, prompt: str) -> tuple[Tensor, dict[str, Tensor]]:
         """Qwen's embeddings (1, L, D) and, as further inputs, those of the quoted words by ByT5; without padding."""

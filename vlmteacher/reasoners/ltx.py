@@ -70,12 +70,13 @@ class LTXReasoner(Reasoner):
         if not prompt.strip():
             raise InputError("the prompt is empty: say what the video must show")
         first_frame = None if image is None else self.encode_image(image, height, width)
-        size = num_frames, height, width
-        condition, negative = (
-            Condition(embeds, first_frame, *size, {"encoder_attention_mask": mask})
-            for embeds, mask in map(self._encode_text, (prompt, self.settings.negative_prompt))
-        )
-        return replace(condition, negative=negative) if self.settings.guided else condition
+
+        def condition(text: str) -> Condition:
+            embeds, mask = self._encode_text(text)
+            return Condition(embeds, first_frame, num_frames, height, width, {"encoder_attention_mask": mask})
+
+        found = condition(prompt)
+        return replace(found, negative=condition(self.settings.negative_prompt)) if self.settings.guided else found
 
     def _encode_text(self, prompt: str) -> tuple[Tensor, Tensor]:
         """Embeddings (1, L, D) and mask (1, L) of the prompt's own tokens."""
