@@ -30,7 +30,7 @@ class Condition:
     """What the video must answer, encoded once for the instance.
 
     Attributes:
-        prompt_embeds: (B, L, D), zero beyond the prompt's own tokens; B = 1 but in training.
+        prompt_embeds: (B, L, D), zero beyond the prompt's own tokens or masked by `inputs`; B = 1 but in training.
         first_frame: (B, C, 1, h, w) normalised latents of the given image where the model keeps them as the video's
             first latent frame, or None (text only, or the image comes in by `inputs`).
         num_frames, height, width: size of the video in frames and pixels.
@@ -215,6 +215,13 @@ class Reasoner(ABC):
         """(1, C, T, h, w) of a video of this size."""
         stride = self.spatial_stride
         return 1, self.latent_channels, (num_frames - 1) // self.temporal_stride + 1, height // stride, width // stride
+
+    def timestep(self, sigma: float | Tensor, batch: int) -> Tensor:
+        """(batch,) float32: 1000 sigma, of a number or of (batch,)."""
+        if isinstance(sigma, Tensor):
+            return (1000 * sigma).to(self.device, torch.float32).expand(batch)
+        # Filled on the device: copying a number there cannot be part of a CUDA graph.
+        return torch.full((batch,), 1000 * sigma, dtype=torch.float32, device=self.device)
 
     def noise(self, condition: Condition, generator: torch.Generator | None = None) -> Noise:
         """Draw z1 and every later draw of the sampler, in this order, in float32 on the generator's device."""
