@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vlmteacher.errors import InputError
-from vlmteacher.hub import find_file
+from vlmteacher.hub import find_file, unknown_model
 
 
 def load_transformers(
@@ -59,12 +59,14 @@ def load_transformer(
     """
     if given is None:
         return load_part(kind, pipeline, subfolder, dtype, local_files_only)
-    path = Path(os.path.expanduser(given))
-    if path.is_file():
+    path = Path(given)
+    if path.is_file() or path.suffix == ".safetensors":
         return _from_file(kind, path, pipeline, subfolder, dtype, local_files_only)
     for folder in (subfolder, ""):
-        if find_file(str(path) if path.is_dir() else given, os.path.join(folder, "config.json"), local_files_only):
+        if find_file(given, os.path.join(folder, "config.json"), local_files_only):
             return load_part(kind, given, folder, dtype, local_files_only)
+    if not path.is_dir() and local_files_only:
+        raise unknown_model(given)
     raise InputError(f"transformer {given} has no config.json, neither in {subfolder}/ nor at its top")
 
 
@@ -117,7 +119,7 @@ def merge_lora(transformer: Any, file: str, pipeline: Any) -> None:
     file: ``.safetensors`` in any key style that `pipeline`, a diffusers class with a LoRA loader, reads.
     Raises InputError, without changing a weight, for a LoRA of another model.
     """
-    path = Path(os.path.expanduser(file))
+    path = Path(file)
     check_safetensors(path, "few_step_lora")
     wrong = f"few_step_lora {path} is no LoRA for this {type(transformer).__name__}"
     try:
@@ -138,6 +140,7 @@ def merge_lora(transformer: Any, file: str, pipeline: Any) -> None:
     transformer.load_lora_adapter(state, adapter_name="few_step", metadata=metadata)
     for name, parameter in transformer.named_parameters():
         if ".lora_" in name:  # which was rounded to the dtype of W
-            parameter.data = state[f"transformer.{name.replace('.few_step.', '.')}"].float()
+            key = f"transformer.{name.replace('.few_step.', '.')}"
+            parameter.data = state.get(key, torch.zeros(parameter.shape)).float()  # some layers may have no bias
     transformer.fuse_lora()
     transformer.unload_lora()

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+TEXT_TOKENS = 512  # what diffusers' attention counts on where image features stand before the text
+
+
 class WanReasoner(Reasoner):
     """`WanTransformer3DModel` + `AutoencoderKLWan` + a UMT5-class text encoder.
 
@@ -108,6 +111,11 @@ class WanReasoner(Reasoner):
             raise InputError("this Reasoner takes no image (it is a text-to-video model): give only a prompt")
         if image is None and self.image_channels:
             raise InputError("this Reasoner needs an image (it is an image-to-video model): give the first frame")
+        if self.image_encoder is not None and self.settings.max_sequence_length != TEXT_TOKENS:
+            raise InputError(
+                f"max_sequence_length must be {TEXT_TOKENS} for a model with CLIP's image features (Wan 2.1 I2V), not"
+                f" {self.settings.max_sequence_length}"
+            )
         first_frame, inputs = None, {}
         if image is not None and self.image_channels:
             inputs = self._encode_image_channels(image.convert("RGB"), num_frames, height, width)
