@@ -25,6 +25,7 @@ from vlmteacher.lora_files import LoRA, read_lora
 from vlmteacher.optimization import NonFiniteError, Optimization, Settings, teacher_frame_indices
 from vlmteacher.placement import DeviceMap, find_devices
 from vlmteacher.queries import QuerySet
+from vlmteacher.reasoners.base import check_prompt
 from vlmteacher.reward import vqa_objective
 from vlmteacher.run_folder import RunFolder
 
@@ -460,11 +461,6 @@ def read_pair(path: str | os.PathLike[str] | None = None) -> tuple[Path, dict[st
     if missing:
         raise InputError(f"{directory / 'pair.json'} does not name its {' and '.join(missing)}")
     return directory, description
-
-
-def check_prompt(prompt: str) -> None:
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise InputError("the prompt is empty: say what the video must show")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

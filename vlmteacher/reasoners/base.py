@@ -306,7 +306,7 @@ class Reasoner(ABC):
 
     @torch.no_grad()
     def encode_video(self, frames: np.ndarray) -> Tensor:
-        """Frames (F, H, W, 3) uint8 -> normalised latents (1, C, T, h, w) float32, the mode of the VAE's posterior."""
+        """Frames (F, H, W, 3), 0 to 255 -> normalised latents (1, C, T, h, w) float32, the posterior's mode."""
         pixels = torch.from_numpy(frames.astype(np.float32)).permute(3, 0, 1, 2)[None] / 127.5 - 1
         latents = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.mode().float()
         return (latents - self.latents_mean) / self.latents_std
@@ -314,6 +314,12 @@ class Reasoner(ABC):
     def encode_image(self, image: Image, height: int, width: int) -> Tensor:
         """An image, resized where it has another size -> normalised latents (1, C, 1, h, w) float32."""
         return self.encode_video(np.array(fit_image(image, height, width))[None])
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise InputError for a prompt that says nothing."""
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError("the prompt is empty: say what the video must show")
 
 
 def fit_image(image: Image, height: int, width: int) -> Image:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
-from vlmteacher.reasoners.base import Condition, Reasoner, Settings, fit_image
+from vlmteacher.reasoners.base import Condition, Reasoner, Settings, check_prompt, fit_image
 from vlmteacher.reasoners.parts import load_part, load_transformers
 
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ class HunyuanVideo15Reasoner(Reasoner):
     def encode(self, prompt: str, image: Image | None, num_frames: int, height: int, width: int) -> Condition:
         """See `Reasoner.encode`. The image is resized to `width` x `height` when it has another size."""
         self.check(num_frames, height, width)
-        if not prompt.strip():
-            raise InputError("the prompt is empty: say what the video must show")
+        check_prompt(prompt)
         if image is None and self.image_conditioning:
             raise InputError(
                 "this Reasoner makes videos of an image (it is HunyuanVideo-1.5 I2V): give the first frame"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
-from vlmteacher.reasoners.base import Condition, Reasoner, Settings, with_first_frame
+from vlmteacher.reasoners.base import Condition, Reasoner, Settings, check_prompt, with_first_frame
 from vlmteacher.reasoners.parts import load_part, load_transformers
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ class LTXReasoner(Reasoner):
     def encode(self, prompt: str, image: Image | None, num_frames: int, height: int, width: int) -> Condition:
         """See `Reasoner.encode`. The image is resized to `width` x `height` when it has another size."""
         self.check(num_frames, height, width)
-        if not prompt.strip():
-            raise InputError("the prompt is empty: say what the video must show")
+        check_prompt(prompt)
         first_frame = None if image is None else self.encode_image(image, height, width)
 
         def condition(text: str) -> Condition:
