@@ -68,7 +68,7 @@ def keep_activations(transformer: Any, levels: Keep | Sequence[Keep]) -> None:
     Works through diffusers' own `enable_gradient_checkpointing`, whose flag it sets; `Keep.ALL` turns that off again.
     Raises InputError when the number of levels is not that of the blocks.
     """
-    blocks: nn.ModuleList = transformer.blocks
+    blocks: nn.ModuleList = transformer.blocks if hasattr(transformer, "blocks") else transformer.transformer_blocks
     each = [levels] * len(blocks) if isinstance(levels, Keep) else list(levels)
     if len(each) != len(blocks):
         raise InputError(f"{len(each)} activation levels for {len(blocks)} blocks: give one for each, or a single one")
