@@ -168,8 +168,13 @@ def parser() -> argparse.ArgumentParser:
     _add_training(sub, "the many-step video model: hub id or directory")
 
     sub = add("plan", plan, "FLOPs and peak memory of one optimisation step, ours and stock, at any size; needs no GPU")
-    sub.add_argument("--reasoner", required=True, metavar="ID", help="known video model, packaged, or local directory")
-    sub.add_argument("--teacher", required=True, metavar="ID", help="known VLM, packaged, or local directory")
+    sub.add_argument("--reasoner", metavar="ID", help="known video model, packaged, or local directory")
+    sub.add_argument("--teacher", metavar="ID", help="known VLM, packaged, or local directory")
+    sub.add_argument(
+        "--verify",
+        action="store_true",
+        help="instead of a plan, run one whole step of every known video model (or of --reasoner) without data",
+    )
     sub.add_argument("--decoder", metavar="ID", help="taew2_1, taew2_2 or a checkpoint file (default: the Reasoner's)")
     sub.add_argument("--num-frames", type=int, metavar="F", help="frames of the video (default: the Reasoner's)")
     sub.add_argument("--height", type=int, metavar="H", help="pixels")
@@ -179,7 +184,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--rank", type=int, default=16, metavar="R", help="rank of the LoRA (default: 16)")
     sub.add_argument("--memory", type=float, default=48, metavar="GB", help="of the device, 10^9 bytes (default: 48)")
     sub.add_argument(
-        "--text-encoder", choices=("device", "cpu"), default="device", help="where it waits during the steps"
+        "--text-encoder",
+        choices=("device", "cpu"),
+        default="device",
+        help="where it, an image encoder and a low-noise expert wait during the steps",
     )
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     sub.add_argument("--json", action="store_true", help="machine-readable")
@@ -453,12 +461,23 @@ def distill(arguments: argparse.Namespace) -> None:
 def plan(arguments: argparse.Namespace) -> None:
     if not arguments.memory > 0:
         raise InputError(f"--memory must be a number of GB above 0, not {arguments.memory:g}")
+    if not arguments.verify and not (arguments.reasoner and arguments.teacher):
+        raise InputError("--reasoner and --teacher are needed to plan a step; --verify runs all known video models")
     from vlmteacher.quiet import quiet
 
     quiet()
     import torch
 
     from vlmteacher.planning import format_plan, make_plan
+
+    if arguments.verify:
+        from vlmteacher.planning.verify import HEADER, format_verified, verify
+
+        if not arguments.json:
+            print(HEADER)
+        for row in verify(arguments.reasoner, arguments.teacher):
+            print(json.dumps(row) if arguments.json else format_verified(row), flush=True)
+        return
 
     found = make_plan(
         arguments.reasoner,
