@@ -40,9 +40,13 @@ _PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "vlmteacher::lora_linear": 0}  # w
 MIN_INNER = 128  # a product with fewer terms (a LoRA's second) costs no more than reading its result
 
 
-def block_list(transformer: Any) -> nn.ModuleList:
-    """The blocks of a diffusers transformer, which its class calls `blocks` (Wan) or `transformer_blocks`."""
-    return transformer.blocks if hasattr(transformer, "blocks") else transformer.transformer_blocks
+def blocks_name(transformer: nn.Module) -> str:
+    """What the class of a diffusers transformer calls the list of its blocks."""
+    return "blocks" if hasattr(transformer, "blocks") else "transformer_blocks"
+
+
+def block_list(transformer: nn.Module) -> nn.ModuleList:
+    return getattr(transformer, blocks_name(transformer))
 
 
 def _policy(level: Keep, context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
