@@ -74,6 +74,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--queries", metavar="FILE.json", help="the Teacher's queries (default: it writes them)")
     sub.add_argument("--reasoner", metavar="ID", help="video model: hub id or directory (default: the packaged one)")
     sub.add_argument("--decoder", metavar="FILE", help="surrogate decoder: checkpoint file (default: the packaged one)")
+    both = "; two for the experts of Wan 2.2 A14B, high noise first"
+    sub.add_argument(
+        "--transformer", nargs="+", metavar="ID", help=f"instead of the Reasoner's: directory, hub id or file{both}"
+    )
+    sub.add_argument("--few-step-lora", nargs="+", metavar="FILE", help=f"merged into the Reasoner{both}")
+    sub.add_argument("--preset", metavar="NAME", help="how the Reasoner samples (default: reasoner.json, or by hub id)")
+    sub.add_argument("--num-inference-steps", type=int, metavar="N", help="evenly spaced, instead of the preset's")
+    sub.add_argument("--guidance-scale", type=float, metavar="X", help="1: no guidance (default: the preset's)")
+    sub.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from (default: the preset's)")
     sub.add_argument("--lora", metavar="FILE", help="go on from this LoRA (default: a fresh one)")
     sub.add_argument("--num-frames", type=int, metavar="F", help="frames of the video")
     sub.add_argument("--height", type=int, metavar="H", help="pixels")
@@ -282,16 +291,19 @@ def solve(arguments: argparse.Namespace) -> None:
     if arguments.lora is not None:
         pipe.load_lora(arguments.lora)
     if arguments.activations is not None:
-        from vlmteacher.reasoners.checkpointing import keep_activations, parse_levels
+        from vlmteacher.reasoners.checkpointing import block_list, keep_activations, parse_levels
 
         transformer = pipe.reasoner.transformer
-        keep_activations(transformer, parse_levels(arguments.activations, len(transformer.blocks)))
+        keep_activations(transformer, parse_levels(arguments.activations, len(block_list(transformer))))
     output = pipe(
         arguments.prompt,
         image,
         num_frames=arguments.num_frames,
         height=arguments.height,
         width=arguments.width,
+        num_inference_steps=arguments.num_inference_steps,
+        guidance_scale=arguments.guidance_scale,
+        negative_prompt=arguments.negative_prompt,
         generator=torch.Generator().manual_seed(arguments.seed),
         queries=query_set,
         run_dir=arguments.out,
@@ -559,6 +571,9 @@ def _pipeline(arguments: argparse.Namespace) -> TeacherPipeline:
         device_map=devices,
         offload=arguments.offload,
         quantize=arguments.quantize,
+        transformer=arguments.transformer,
+        few_step_lora=arguments.few_step_lora,
+        preset=arguments.preset,
     )
 
 

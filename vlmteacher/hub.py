@@ -37,14 +37,14 @@ def find_file(name: str, file: str, local_files_only: bool) -> Path | None:
     except LocalEntryNotFoundError as error:
         if file != "model_index.json":  # optional, and the pipeline itself was found in the cache
             return None
-        raise _unknown(name) from error
+        raise unknown_model(name) from error
     except EntryNotFoundError:
         return None
     except (HFValidationError, OSError) as error:
-        raise _unknown(name) from error
+        raise unknown_model(name) from error
 
 
-def _unknown(name: str) -> InputError:
+def unknown_model(name: str) -> InputError:
     return InputError(
         f"{name} is neither a directory nor a model that can be reached on the hub: check the name and the network, or"
         " give a local directory (`hf download OWNER/MODEL --local-dir DIR`)"

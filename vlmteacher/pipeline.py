@@ -25,6 +25,7 @@ from vlmteacher.lora_files import LoRA, read_lora
 from vlmteacher.optimization import NonFiniteError, Optimization, Settings, teacher_frame_indices
 from vlmteacher.placement import DeviceMap, find_devices
 from vlmteacher.queries import QuerySet
+from vlmteacher.reasoners.base import check_prompt
 from vlmteacher.reward import vqa_objective
 from vlmteacher.run_folder import RunFolder
 
@@ -142,6 +143,9 @@ class TeacherPipeline:
         device_map: str | torch.device | DeviceMap = "cpu",
         offload: bool = False,
         quantize: Quantize | None = None,
+        transformer: str | Sequence[str] | None = None,
+        few_step_lora: str | Sequence[str] | None = None,
+        preset: str | None = None,
     ) -> TeacherPipeline:
         """Load the models: hub ids or local directories for `reasoner` and `teacher`, a checkpoint file for `decoder`.
 
@@ -149,6 +153,7 @@ class TeacherPipeline:
         own default settings hold as long as the Reasoner is the pair's.
         device_map: one device, or {"reasoner": "cuda:0", "teacher": "cuda:1"} (see `to`). offload: see `need`.
         quantize: keep the Teacher's language model in "8bit" or "4bit" (the extra `quantized`); it stays on its device.
+        transformer, few_step_lora, preset: parts of the Reasoner from elsewhere, and how it samples (`load_reasoner`).
         Raises InputError: no such model, an unknown family, models that do not fit together, a device that is not
         there; MissingExtra.
         """
@@ -169,7 +174,14 @@ class TeacherPipeline:
             defaults = description.get("defaults", {}) if reasoner is None else {}
         else:
             paths = models
-        the_reasoner = load_reasoner(paths["reasoner"], dtype=dtype)
+        changes = {"transformer": transformer, "few_step_lora": few_step_lora}
+        for name, files in changes.items():
+            for file in [files] if isinstance(files, str) else files or ():
+                path = os.path.abspath(file) if os.path.exists(file) else file
+                models[name] = f"{models[name]}, {path}" if name in models else path
+        the_reasoner = load_reasoner(
+            paths["reasoner"], dtype=dtype, transformer=transformer, few_step_lora=few_step_lora, preset=preset
+        )
         the_decoder = load_decoder(
             paths["decoder"], the_reasoner, dtype=dtype
         )  # a misfit shows before the Teacher loads
@@ -190,10 +202,10 @@ class TeacherPipeline:
         self.need()
         return self
 
-    def need(self, *names: Literal["transformer", "vae", "text_encoder", "teacher"]) -> None:
-        """With `offload`: these networks on their devices, every other in main memory. Else all stay where they are.
+    def need(self, *names: str) -> None:
+        """With `offload`: these on their devices, every other in main memory. Else all stay where they are.
 
-        A quantised Teacher always stays.
+        names: of `Reasoner.networks`, or "teacher"; a quantised one always stays.
         """
         if not self.offload:
             return
@@ -212,6 +224,9 @@ class TeacherPipeline:
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
         generator: torch.Generator | None = None,
         queries: QuerySet | None = None,
         max_steps: int | None = None,
@@ -237,6 +252,8 @@ class TeacherPipeline:
             prompt: the task. image: the first frame, or None for a text-only instance; an image of another size but
                 the same shape is resized.
             num_frames, height, width: of the video; None is the Reasoner's own size.
+            num_inference_steps, guidance_scale, negative_prompt: how the Reasoner samples; None is its preset's. The
+                steps are evenly spaced (before the shift); guidance, 1 for none, holds in the one-step prediction too.
             generator: the source of the instance's noise and of the LoRA's start; None draws a new seed.
             queries: None lets the Teacher write them.
             max_steps, threshold, goal_weight, teacher_frames, rank, learning_rate, keep, check_final, fused_lora: see
@@ -250,7 +267,10 @@ class TeacherPipeline:
         Raises InputError for what cannot be used, NonFiniteError when the optimisation breaks down.
         """
         start = time.perf_counter()
-        reasoner, teacher, decoder = self.reasoner, self.teacher, self.decoder
+        teacher, decoder = self.teacher, self.decoder
+        reasoner = self.reasoner.with_sampling(
+            num_inference_steps, guidance_scale=guidance_scale, negative_prompt=negative_prompt
+        )
         overrides = {
             "max_steps": max_steps,
             "threshold": threshold,
@@ -285,6 +305,7 @@ class TeacherPipeline:
             **settings.to_dict(),
             "target": target,
             **size,
+            "sampling": reasoner.settings.sampling,
             "seed": seed,
             "generator": digest(generator.get_state().numpy()),  # one that was used before has the same seed
             "image": None if image is None else digest(np.asarray(image)),
@@ -295,7 +316,7 @@ class TeacherPipeline:
             queries = queries or QuerySet.from_dict(recorded["queries"])
             run.check_same({"prompt": prompt, "config": config, "models": self.models, "queries": queries.to_dict()})
         seconds: dict[str, float] = {}
-        self.need("text_encoder", "vae")
+        self.need(*(name for name in reasoner.networks if not name.startswith("transformer")))
         condition = reasoner.encode(prompt, image, **size)
 
         # 1. The Teacher writes one goal query and M process queries.
@@ -307,11 +328,11 @@ class TeacherPipeline:
         add_lora(reasoner.transformer, settings.rank, seed=seed, start=self.lora, fused=settings.fused_lora)
         try:
             with timed(seconds, "before"):
-                video_before = self.sample(condition, noise)
+                video_before = self.sample(condition, noise, reasoner)
                 losses_before = self.judge(video_before, frame_indices, queries)
             if run and not recorded:
                 run.begin({"prompt": prompt, "config": config, "models": self.models, "queries": queries.to_dict()})
-            self.need("transformer", "teacher", *(("vae",) if settings.check_final else ()))
+            self.need("transformer", "teacher", *(("transformer_2", "vae") if settings.check_final else ()))
             loop = Optimization(reasoner, decoder, teacher, condition, noise, queries, settings)
             try:
                 # 3. Look at the one-step prediction; stop if the Teacher is content, else update; at most N times.
@@ -322,7 +343,7 @@ class TeacherPipeline:
 
                 # 4. The few-step video of the adapted Reasoner from the same noise.
                 with timed(seconds, "after"):
-                    video = self.sample(condition, noise) if loop.updates else video_before
+                    video = self.sample(condition, noise, reasoner) if loop.updates else video_before
                     losses = self.judge(video, frame_indices, queries)
                     lora = export_lora(reasoner.transformer)
             except (KeyboardInterrupt, NonFiniteError):
@@ -393,10 +414,13 @@ class TeacherPipeline:
         self.need("teacher")
         return self.teacher.write_queries(prompt, image)
 
-    def sample(self, condition: Condition, noise: Noise) -> Tensor:
-        """The few-step video (F, 3, H, W) of the Reasoner, as it is now, from this noise; float32 in [0, 1]."""
+    def sample(self, condition: Condition, noise: Noise, reasoner: Reasoner | None = None) -> Tensor:
+        """The video (F, 3, H, W) of the Reasoner, as it is now, from this noise; float32 in [0, 1].
+
+        reasoner: our own with other settings (`with_sampling`).
+        """
         self.need("transformer")
-        latents = self.reasoner.sample(condition, noise)
+        latents = (reasoner or self.reasoner).sample(condition, noise)
         self.need("vae")
         return self.reasoner.decode(latents)
 
@@ -437,11 +461,6 @@ def read_pair(path: str | os.PathLike[str] | None = None) -> tuple[Path, dict[st
     if missing:
         raise InputError(f"{directory / 'pair.json'} does not name its {' and '.join(missing)}")
     return directory, description
-
-
-def check_prompt(prompt: str) -> None:
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise InputError("the prompt is empty: say what the video must show")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

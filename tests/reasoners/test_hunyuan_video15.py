@@ -1,6 +1,7 @@
 """The HunyuanVideo-1.5 Reasoner against diffusers' own pipelines and scheduler."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from diffusers import (
 )
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
+from tests.other_device import other_device
 from tests.reasoners.tiny_hunyuan import SIZE, tiny_hunyuan_pipeline
 from tests.tiny_pair import QUERIES, tiny_decoder
 from tests.tiny_teacher import tiny_qwen3_vl
@@ -24,9 +27,10 @@ from vlmteacher import InputError, QuerySet, TeacherPipeline
 from vlmteacher.decoders.taehv import load_decoder
 from vlmteacher.lora import add_lora
 from vlmteacher.reasoners import Settings, load_reasoner
+from vlmteacher.reasoners.checkpointing import Keep, keep_activations
 
 PROMPT = 'Move the red ball to the box that says "here" and "there".'
-STEPS = Settings(timesteps=(1000, 750, 500, 250), shift=7.0, sampler="euler", max_sequence_length=1000)
+STEPS = Settings(timesteps=(1000, 500), shift=7.0, sampler="euler", max_sequence_length=1000)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +64,7 @@ def instance(reasoner, image, seed=0, prompt=PROMPT):
 def stock(kind, directory, guidance_scale=1.0, **given):
     pipe = kind.from_pretrained(directory, guider=ClassifierFreeGuidance(guidance_scale=guidance_scale))
     pipe.set_progress_bar_config(disable=True)
-    return pipe(num_frames=SIZE[0], num_inference_steps=4, output_type="pt", **given).frames[0]
+    return pipe(num_frames=SIZE[0], num_inference_steps=2, output_type="pt", **given).frames[0]
 
 
 @pytest.mark.parametrize("meanflow, prompt", [(True, PROMPT), (False, "no quoted words")])
@@ -78,9 +82,9 @@ def test_same_video_of_an_image_as_the_diffusers_pipeline(tmp_path, image, meanf
 def test_same_video_of_a_prompt_as_the_diffusers_pipeline(tmp_path):
     directory = tiny_hunyuan_pipeline(tmp_path, "HunyuanVideo15Pipeline", meanflow=False)
     reasoner = load(directory)
-    with reasoner.sampling(guidance_scale=3.0, negative_prompt="blurred"):
-        condition, noise = instance(reasoner, None)
-        ours = reasoner.decode(reasoner.sample(condition, noise))
+    guided = reasoner.with_sampling(guidance_scale=3.0, negative_prompt="blurred")
+    condition, noise = instance(guided, None)
+    ours = guided.decode(guided.sample(condition, noise))
     theirs = stock(
         HunyuanVideo15Pipeline,
         directory,
@@ -96,9 +100,9 @@ def test_same_video_of_a_prompt_as_the_diffusers_pipeline(tmp_path):
 
 
 def test_guided_mean_velocity(reasoner, image, directory):
-    with reasoner.sampling(guidance_scale=3.0, negative_prompt="blurred"):
-        condition, noise = instance(reasoner, image)
-        ours = reasoner.decode(reasoner.sample(condition, noise))
+    guided = reasoner.with_sampling(guidance_scale=3.0, negative_prompt="blurred")
+    condition, noise = instance(guided, image)
+    ours = guided.decode(guided.sample(condition, noise))
     theirs = stock(
         HunyuanVideo15ImageToVideoPipeline,
         directory,
@@ -163,9 +167,20 @@ def test_attention_keeps_no_mask(reasoner, image):
         return saved.count((joint, joint))
 
     assert masks_kept() == 0
+    del reasoner.transformer.forward
     for block in reasoner.transformer.transformer_blocks:
         block.attn.set_processor(HunyuanVideo15AttnProcessor2_0())
     assert masks_kept() >= 2
+
+
+def test_it_can_be_traced(reasoner, image):
+    """Nothing in the prediction asks what a tensor holds: fake tensors, which hold nothing, go through."""
+    condition, noise = instance(reasoner, image)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        inputs = {name: mode.from_tensor(value) for name, value in condition.inputs.items()}
+        condition = replace(condition, prompt_embeds=mode.from_tensor(condition.prompt_embeds), inputs=inputs)
+        fake = reasoner.predict_clean(condition, replace(noise, z1=mode.from_tensor(noise.z1)))
+    assert fake.shape == noise.z1.shape
 
 
 def test_gradient_reaches_every_lora_b(reasoner, image):
@@ -179,28 +194,68 @@ def test_gradient_reaches_every_lora_b(reasoner, image):
     assert len(found) == 24 and used == {name for name in found if not name.startswith(unread)}
 
 
+def test_what_the_blocks_keep_changes_no_bit(reasoner, image):
+    add_lora(reasoner.transformer, rank=2, seed=0)
+    condition, noise = instance(reasoner, image)
+    gradients = []
+    for level in Keep:
+        keep_activations(reasoner.transformer, level)
+        reasoner.predict_clean(condition, noise).square().sum().backward()
+        found = [p for n, p in reasoner.transformer.named_parameters() if "lora_B" in n and p.grad is not None]
+        gradients.append(torch.cat([p.grad.flatten() for p in found]))
+        reasoner.transformer.zero_grad()
+    assert gradients[0].abs().max() > 0 and all(torch.equal(g, gradients[0]) for g in gradients[1:])
+
+
+def test_bfloat16(directory, reasoner, image):
+    """The latents stay float32, and so does the LoRA."""
+    low = load_reasoner(directory, torch.bfloat16)
+    low.settings = STEPS
+    add_lora(low.transformer, rank=2, seed=0)
+    condition, noise = instance(low, image)
+    z0 = low.predict_clean(condition, noise)
+    z0.square().mean().backward()
+    with torch.no_grad():
+        expected = reasoner.predict_clean(*instance(reasoner, image))
+    assert z0.dtype == torch.float32 and (z0 - expected).abs().mean() < 0.02
+    assert all(p.grad is None or p.grad.isfinite().all() for p in low.transformer.parameters())
+
+
 def test_one_update_of_the_whole_pipeline(directory, tmp_path, image):
-    decoder = tiny_decoder(tmp_path / "decoder.safetensors", space_upscale=(True,) * 3)
-    pipe = TeacherPipeline.from_pretrained(directory, tiny_qwen3_vl(tmp_path / "teacher"), decoder)
-    pipe.reasoner.settings = STEPS
-    frames, height, width = SIZE
-    out = pipe(
-        PROMPT,
-        image,
-        num_frames=frames,
-        height=height,
-        width=width,
-        generator=torch.Generator().manual_seed(0),
-        queries=QuerySet.from_dict(QUERIES),
-        max_steps=1,
-        rank=2,
-        teacher_frames=4,
-        learning_rate=0.03,
-        progress=False,
-        output_type="pt",
+    """Here, and on another device with main memory for what is not needed."""
+    models = (
+        directory,
+        tiny_qwen3_vl(tmp_path / "teacher"),
+        tiny_decoder(tmp_path / "decoder.safetensors", space_upscale=(True,) * 3),
     )
+    size = dict(zip(("num_frames", "height", "width"), SIZE, strict=True))
+
+    def update(pipe):
+        pipe.reasoner.settings = STEPS
+        return pipe(
+            PROMPT,
+            image,
+            **size,
+            generator=torch.Generator().manual_seed(0),
+            queries=QuerySet.from_dict(QUERIES),
+            max_steps=1,
+            rank=2,
+            teacher_frames=4,
+            learning_rate=0.03,
+            progress=False,
+            output_type="pt",
+        )
+
+    out = update(TeacherPipeline.from_pretrained(*models))
+    change = (out.frames - out.frames_before).abs().max()
     assert out.updates == 1 and out.history[0]["grad_norm"] > 0
-    assert out.frames.shape == (5, 3, 64, 64) and (out.frames - out.frames_before).abs().max() > 1e-3
+    assert out.frames.shape == (5, 3, 64, 64) and change > 1e-3
+
+    pipe = TeacherPipeline.from_pretrained(*models, offload=True)
+    with other_device():
+        pipe.to("meta")
+        there = update(pipe).frames.to("cpu")
+    assert (there - out.frames).abs().max() < 0.02 * change
 
 
 def test_large_frames_are_decoded_in_tiles(reasoner):

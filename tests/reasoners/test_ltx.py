@@ -13,7 +13,9 @@ from diffusers import (
     LTXPipeline,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from tests.other_device import other_device
 from tests.reasoners.tiny_ltx import SIZE, tiny_ltx_pipeline
 from tests.tiny_pair import QUERIES, tiny_decoder
 from tests.tiny_teacher import tiny_qwen3_vl
@@ -21,6 +23,7 @@ from vlmteacher import InputError, QuerySet, TeacherPipeline
 from vlmteacher.decoders.taehv import load_decoder
 from vlmteacher.lora import add_lora
 from vlmteacher.reasoners import Settings, load_reasoner
+from vlmteacher.reasoners.checkpointing import Keep, keep_activations
 
 PROMPT = "Move the red ball to the green square."
 STEPS = Settings(timesteps=(1000, 750, 500, 250), sampler="euler", fps=24.0, max_sequence_length=12)
@@ -69,9 +72,9 @@ def test_same_video_as_the_older_pipelines(tmp_path, image, kind, guidance_scale
     """Prompt and its mask, positions, a timestep per token, Euler, guidance, and a decoder that is given noise."""
     directory = tiny_ltx_pipeline(tmp_path, kind.__name__)
     reasoner = with_settings(load_reasoner(directory))
-    with reasoner.sampling(guidance_scale=guidance_scale, negative_prompt="red"):
-        condition, noise = instance(reasoner, image if kind is LTXImageToVideoPipeline else None, seed=7)
-        ours = reasoner.decode(reasoner.sample(condition, noise))
+    guided = reasoner.with_sampling(guidance_scale=guidance_scale, negative_prompt="red")
+    condition, noise = instance(guided, image if kind is LTXImageToVideoPipeline else None, seed=7)
+    ours = guided.decode(guided.sample(condition, noise))
 
     start = noise.z1
     if condition.first_frame is not None:
@@ -186,29 +189,64 @@ def ltx_decoder(path, **changes):
     return tiny_decoder(path, time_upscale=(True,) * 3, space_upscale=(True,) * 3, patch=4, **changes)
 
 
+def test_what_the_blocks_keep_changes_no_bit(reasoner, image):
+    add_lora(reasoner.transformer, rank=2, seed=0)
+    condition, noise = instance(reasoner, image)
+    gradients = []
+    for level in Keep:
+        keep_activations(reasoner.transformer, level)
+        reasoner.predict_clean(condition, noise).square().sum().backward()
+        found = [p for n, p in reasoner.transformer.named_parameters() if "lora_B" in n and p.grad is not None]
+        gradients.append(torch.cat([p.grad.flatten() for p in found]))
+        reasoner.transformer.zero_grad()
+    assert gradients[0].abs().max() > 0 and all(torch.equal(g, gradients[0]) for g in gradients[1:])
+
+
+def test_bfloat16(directory, reasoner, image):
+    """The latents stay float32, and so does the LoRA."""
+    low = load_reasoner(directory, torch.bfloat16)
+    low.settings = STEPS
+    add_lora(low.transformer, rank=2, seed=0)
+    condition, noise = instance(low, image)
+    z0 = low.predict_clean(condition, noise)
+    z0.square().mean().backward()
+    with torch.no_grad():
+        expected = reasoner.predict_clean(*instance(reasoner, image))
+    assert z0.dtype == torch.float32 and (z0 - expected).abs().mean() < 0.02
+    assert all(p.grad is None or p.grad.isfinite().all() for p in low.transformer.parameters())
+
+
 def test_one_update_of_the_whole_pipeline(directory, tmp_path, image):
-    pipe = TeacherPipeline.from_pretrained(
-        directory, tiny_qwen3_vl(tmp_path / "teacher"), ltx_decoder(tmp_path / "decoder.safetensors")
-    )
-    with_settings(pipe.reasoner)
-    frames, height, width = SIZE
-    out = pipe(
-        PROMPT,
-        image,
-        num_frames=frames,
-        height=height,
-        width=width,
-        generator=torch.Generator().manual_seed(0),
-        queries=QuerySet.from_dict(QUERIES),
-        max_steps=1,
-        rank=2,
-        teacher_frames=4,
-        learning_rate=0.03,
-        progress=False,
-        output_type="pt",
-    )
+    """Here, and on another device with main memory for what is not needed."""
+    models = directory, tiny_qwen3_vl(tmp_path / "teacher"), ltx_decoder(tmp_path / "decoder.safetensors")
+    size = dict(zip(("num_frames", "height", "width"), SIZE, strict=True))
+
+    def update(pipe):
+        pipe.reasoner.settings = STEPS
+        return pipe(
+            PROMPT,
+            image,
+            **size,
+            generator=torch.Generator().manual_seed(0),
+            queries=QuerySet.from_dict(QUERIES),
+            max_steps=1,
+            rank=2,
+            teacher_frames=4,
+            learning_rate=0.03,
+            progress=False,
+            output_type="pt",
+        )
+
+    out = update(TeacherPipeline.from_pretrained(*models))
+    change = (out.frames - out.frames_before).abs().max()
     assert out.updates == 1 and out.history[0]["grad_norm"] > 0
-    assert out.frames.shape == (17, 3, 64, 96) and (out.frames - out.frames_before).abs().max() > 1e-3
+    assert out.frames.shape == (17, 3, 64, 96) and change > 1e-3
+
+    pipe = TeacherPipeline.from_pretrained(*models, offload=True)
+    with other_device():
+        pipe.to("meta")
+        there = update(pipe).frames.to("cpu")
+    assert (there - out.frames).abs().max() < 0.02 * change
 
 
 @pytest.mark.parametrize(
@@ -228,6 +266,10 @@ def test_bad_input(reasoner, directory, tmp_path):
     with pytest.raises(InputError, match="prompt is empty"):
         reasoner.encode(" ", None, *SIZE)
     copy = shutil.copytree(directory, tmp_path / "copy")
+    weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({n: v for n, v in load_file(weights).items() if n != "latents_mean"}, weights)
+    with pytest.raises(InputError, match=r"\(vae\) lacks 1 weights \(latents_mean"):
+        load_reasoner(copy)
     shutil.rmtree(copy / "vae")
     with pytest.raises(InputError, match="is the copy complete"):
         load_reasoner(copy)
@@ -241,7 +283,6 @@ def test_bad_input(reasoner, directory, tmp_path):
 def test_a_single_file_and_a_few_step_lora(directory, tmp_path):
     """In the names of Lightricks' own files, as the 2B model is published."""
     from diffusers import LTXVideoTransformer3DModel
-    from safetensors.torch import save_file
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)

@@ -127,6 +127,10 @@ def test_files_that_are_no_such_transformer(t2v, i2v, tmp_path):
         load_reasoner(t2v, transformer=str(tmp_path / "model.pt"))
     with pytest.raises(InputError, match=r"has no config.json"):
         load_reasoner(t2v, transformer=str(tmp_path))
+    with pytest.raises(InputError, match=r"none.safetensors is no file"):
+        load_reasoner(t2v, transformer=str(tmp_path / "none.safetensors"))
+    with pytest.raises(InputError, match="no-such/model is neither a directory nor a model that can be reached"):
+        load_reasoner(t2v, transformer="no-such/model", local_files_only=True)
 
 
 def test_a_directory_that_lacks_weights(t2v, tmp_path):
@@ -222,6 +226,19 @@ def test_the_merged_model_is_diffusers_model_with_the_lora(t2v, tmp_path):
         theirs = pipe.transformer(noise.z1, torch.tensor([1000.0]), condition.prompt_embeds, return_dict=False)[0]
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert (ours - plain).abs().mean() > 1e-3
+
+
+def test_a_lora_with_biases(t2v, tmp_path):
+    """As LightX2V's: ``diff_b`` beside the factors, here of one layer only."""
+    lora = lora_of(t2v / "transformer")
+    file = write_lora(tmp_path / "lora.safetensors", lora, "comfyui")
+    bias = torch.linspace(-1, 1, 32)
+    save_file(load_file(file) | {"diffusion_model.blocks.0.self_attn.q.diff_b": bias}, file)
+    merged = load_reasoner(t2v, few_step_lora=file, preset="wan2.1-lightx2v-4step").transformer.state_dict()
+    own = weights(t2v / "transformer")
+    changed = {name for name in own if name.endswith(".bias") and not torch.equal(own[name], merged[name])}
+    assert changed == {"blocks.0.attn1.to_q.bias"}
+    torch.testing.assert_close(merged["blocks.0.attn1.to_q.bias"], own["blocks.0.attn1.to_q.bias"] + bias)
 
 
 def test_each_expert_has_its_lora(a14b, tmp_path):

@@ -46,7 +46,7 @@ def image():
 
 def load(directory: Path, **settings: Any) -> WanReasoner:
     reasoner = load_reasoner(directory)
-    reasoner.settings = replace(Settings(max_sequence_length=12), **settings)
+    reasoner.settings = Settings(**settings)
     return reasoner
 
 
@@ -75,7 +75,6 @@ def diffusers_video(directory: Path, scheduler: Any, image: Image.Image | None, 
         height=HEIGHT,
         width=WIDTH,
         latents=z1,
-        max_sequence_length=12,
         output_type="pt",
         **call,
     ).frames[0]
@@ -159,6 +158,12 @@ def test_the_image_reaches_an_i2v_model(checkpoint, image):
         with torch.no_grad():
             a, b = (reasoner.predict_clean(c, noise) for c in (condition, other))
         assert (a - b).abs().max() > 1e-3
+        if family == "wan21_i2v":
+            features = condition.inputs["encoder_hidden_states_image"]
+            assert features.shape == (1, 5, 16)  # 2 x 2 patches and the class token
+            blind = replace(condition, inputs={**condition.inputs, "encoder_hidden_states_image": 0 * features})
+            with torch.no_grad():
+                assert (reasoner.predict_clean(blind, noise) - a).abs().max() > 1e-3
     assert "encoder_hidden_states_image" not in condition.inputs  # Wan 2.2 has no CLIP
 
 
@@ -213,21 +218,26 @@ def test_guidance_moves_away_from_the_negative_prompt(checkpoint):
 def test_settings_of_one_call(checkpoint):
     reasoner = load(checkpoint("wan21_t2v"))
     before = reasoner.settings
-    with reasoner.sampling(num_inference_steps=5, sampler="euler", guidance_scale=2.0, negative_prompt=None) as inside:
-        assert reasoner.settings is inside
-        assert inside.timesteps == (1000, 800, 600, 400, 200) and inside.negative_prompt == ""
-        condition, noise = instance(reasoner, None)
-        assert condition.negative is not None and noise.steps == ()
-    assert reasoner.settings is before
+    other = reasoner.with_sampling(5, sampler="euler", guidance_scale=2.0, negative_prompt=None)
+    assert other.settings == replace(before, timesteps=(1000, 800, 600, 400, 200), sampler="euler", guidance_scale=2.0)
+    condition, noise = instance(other, None)
+    assert condition.negative is not None and noise.steps == ()
+    assert reasoner.settings is before and other.transformer is reasoner.transformer
     for wrong, said in (
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, not 0"),
         ({"guidance_scale": 0.5}, "guidance_scale must be 1 .no guidance. or more, not 0.5"),
         ({"sampler": "unipc"}, "sampler must be renoise or euler, not 'unipc'"),
         ({"shift": 0.0}, "shift must be greater than 0, not 0.0"),
     ):
-        with pytest.raises(InputError, match=said), reasoner.sampling(**wrong):
-            pass
+        with pytest.raises(InputError, match=said):
+            reasoner.with_sampling(**wrong)
     assert reasoner.settings is before
+
+
+def test_a_text_of_another_length_would_be_taken_for_the_image(checkpoint, image):
+    """diffusers takes the last 512 tokens for the text and the others, of which there are none, for CLIP's."""
+    with pytest.raises(InputError, match=r"max_sequence_length must be 512 .* not 12"):
+        load(checkpoint("wan21_i2v"), max_sequence_length=12).encode(PROMPT, image, *SIZE)
 
 
 # ---------------------------------------------------------------- parts that do not fit

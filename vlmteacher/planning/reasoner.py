@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from vlmteacher.lora import lora_parameters
 from vlmteacher.planning.costs import META, Cost, measure, per_layer, stack
 from vlmteacher.reasoners.base import Condition, Noise
-from vlmteacher.reasoners.checkpointing import Keep, keep_activations
+from vlmteacher.reasoners.checkpointing import Keep, blocks_name, keep_activations
 from vlmteacher.reasoners.hunyuan_video15 import HunyuanVideo15Reasoner
 from vlmteacher.reasoners.ltx import LTXReasoner
 
@@ -55,31 +54,16 @@ def blank_instance(reasoner: Any, size: tuple[int, int, int]) -> tuple[Condition
         return condition, Noise(torch.empty(shape), ())
 
 
-class NothingPadded(TorchFunctionMode):
-    """Answers what HunyuanVideo-1.5 asks of values, which meta tensors have none of: there is an image, and every token
-    counts, so that sorting the tokens by their masks leaves them as they are."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.all and args[0].is_meta:
-            return torch.tensor(False)
-        if func is Tensor.__invert__ and args[0].is_meta:
-            return torch.zeros(args[0].shape, dtype=torch.bool)  # not meta: says no below
-        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype is torch.bool:
-            return args[0] if args[1].is_meta else args[0][:0]
-        return func(*args, **(kwargs or {}))
-
-
 def reasoner_cost(reasoner: Any, size: tuple[int, int, int], level: Keep, depth: int) -> Cost:
     """Of a forward and backward through `reasoner.transformer`, cut to `depth` blocks; it has its LoRA."""
     network = reasoner.transformer
-    where = "blocks" if hasattr(network, "blocks") else "transformer_blocks"
+    where = blocks_name(network)
     blocks = getattr(network, where)
     setattr(network, where, blocks[:depth])
     try:
         keep_activations(network, level)
         condition, noise = blank_instance(reasoner, size)
-        with NothingPadded():
-            return measure(lambda: [reasoner.predict_clean(condition, noise)], [network], lora_parameters(network))
+        return measure(lambda: [reasoner.predict_clean(condition, noise)], [network], lora_parameters(network))
     finally:
         setattr(network, where, blocks)
         keep_activations(network, Keep.ALL)

@@ -13,7 +13,7 @@ from vlmteacher.lora import add_lora, lora_parameters
 from vlmteacher.optimization import teacher_frame_indices
 from vlmteacher.planning.models import build_decoder, build_reasoner, build_teacher, known_models
 from vlmteacher.planning.plan import GB, nbytes
-from vlmteacher.planning.reasoner import NothingPadded, blank_instance
+from vlmteacher.planning.reasoner import blank_instance
 from vlmteacher.planning.teacher import query_set
 from vlmteacher.planning.tracing import tracing
 from vlmteacher.reasoners.checkpointing import Keep, keep_activations
@@ -51,8 +51,7 @@ def verify_step(name: str, teacher: Any) -> dict[str, Any]:
     with tracing() as trace:
         trace.weights(network, decoder, teacher.model)
         trace.inputs(condition.prompt_embeds, noise.z1, *condition.inputs.values())
-        with NothingPadded():
-            latents = reasoner.predict_clean(condition, noise)
+        latents = reasoner.predict_clean(condition, noise)
         frames = decoder.decode(latents, indices)
         losses = teacher.packed_losses(frames, layout, seen)
         vqa_objective(losses, 0.5).backward()

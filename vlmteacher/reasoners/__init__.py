@@ -59,8 +59,14 @@ def load_reasoner(
         InputError: it cannot be found or read, is of no known family, or the parts do not fit together.
     """
     name = os.path.expanduser(os.fspath(path_or_id))
+    parts = {
+        option: [os.path.expanduser(each) for each in ([given] if isinstance(given, str) else given)]
+        for option, given in (("transformer", transformer), ("few_step_lora", few_step_lora))
+        if given
+    }
     if local_files_only is None:
-        local_files_only = only_local(name)
+        away = [each for each in (name, *parts.get("transformer", ())) if not os.path.exists(each)]
+        local_files_only = not away or only_local(away[0])
     index_file = find_file(name, "model_index.json", local_files_only)
     if index_file is None:
         raise InputError(f"{name} is no diffusers pipeline: it has no model_index.json")
@@ -71,11 +77,6 @@ def load_reasoner(
         raise InputError(f"{index_file} is no diffusers pipeline index") from error
     if family not in FAMILIES:
         raise InputError(f"{name} is a {family}: the known Reasoners are {', '.join(FAMILIES)}")
-    parts = {
-        option: [given] if isinstance(given, str) else list(given)
-        for option, given in (("transformer", transformer), ("few_step_lora", few_step_lora))
-        if given
-    }
     if preset is not None:
         settings = find_preset(preset)
     elif settings_file := find_file(name, "reasoner.json", local_files_only):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +30,7 @@ class Condition:
     """What the video must answer, encoded once for the instance.
 
     Attributes:
-        prompt_embeds: (B, L, D), zero beyond the prompt's own tokens; B = 1 but in training.
+        prompt_embeds: (B, L, D), zero beyond the prompt's own tokens or masked by `inputs`; B = 1 but in training.
         first_frame: (B, C, 1, h, w) normalised latents of the given image where the model keeps them as the video's
             first latent frame, or None (text only, or the image comes in by `inputs`).
         num_frames, height, width: size of the video in frames and pixels.
@@ -110,6 +110,12 @@ class Settings:
         return tuple(self.shift * t / (1 + (self.shift - 1) * t) for t in ts)
 
     @property
+    def sampling(self) -> dict[str, Any]:
+        """What makes the video from the noise: all but sizes, rate and text length."""
+        rest = {"num_frames", "height", "width", "fps", "max_sequence_length"}
+        return {name: value for name, value in asdict(self).items() if name not in rest}
+
+    @property
     def guided(self) -> bool:
         """Whether the negative prompt is looked at, anywhere on the way."""
         return self.guidance_scale != 1 or self.guidance_scale_2 not in (None, 1)
@@ -178,23 +184,18 @@ class Reasoner(ABC):
     def fps(self) -> float:
         return self.settings.fps
 
-    @contextmanager
-    def sampling(self, num_inference_steps: int | None = None, **changes: Any) -> Iterator[Settings]:
-        """Other `settings` inside the block: those given and not None; with `num_inference_steps`, evenly spaced.
+    def with_sampling(self, num_inference_steps: int | None = None, **changes: Any) -> Self:
+        """The same Reasoner, networks shared, with other `settings`: those given and not None.
 
-        The condition must be encoded inside, for guidance needs the negative prompt. Raises InputError.
+        num_inference_steps: timesteps evenly spaced. Raises InputError for what no sampler can work with.
         """
-        before = self.settings
         given = {name: value for name, value in changes.items() if value is not None}
         if num_inference_steps is not None:
             given["timesteps"] = even_timesteps(num_inference_steps)
-        changed = replace(before, **given)
-        changed.check()
-        self.settings = changed
-        try:
-            yield changed
-        finally:
-            self.settings = before
+        other = copy.copy(self)
+        other.settings = replace(self.settings, **given)
+        other.settings.check()
+        return other
 
     def check(self, num_frames: int, height: int, width: int) -> None:
         """Raise InputError, with the two nearest values that can be taken, unless the model can make this size."""
@@ -214,6 +215,13 @@ class Reasoner(ABC):
         """(1, C, T, h, w) of a video of this size."""
         stride = self.spatial_stride
         return 1, self.latent_channels, (num_frames - 1) // self.temporal_stride + 1, height // stride, width // stride
+
+    def timestep(self, sigma: float | Tensor, batch: int) -> Tensor:
+        """(batch,) float32: 1000 sigma, of a number or of (batch,)."""
+        if isinstance(sigma, Tensor):
+            return (1000 * sigma).to(self.device, torch.float32).expand(batch)
+        # Filled on the device: copying a number there cannot be part of a CUDA graph.
+        return torch.full((batch,), 1000 * sigma, dtype=torch.float32, device=self.device)
 
     def noise(self, condition: Condition, generator: torch.Generator | None = None) -> Noise:
         """Draw z1 and every later draw of the sampler, in this order, in float32 on the generator's device."""
@@ -298,7 +306,7 @@ class Reasoner(ABC):
 
     @torch.no_grad()
     def encode_video(self, frames: np.ndarray) -> Tensor:
-        """Frames (F, H, W, 3) uint8 -> normalised latents (1, C, T, h, w) float32, the mode of the VAE's posterior."""
+        """Frames (F, H, W, 3), 0 to 255 -> normalised latents (1, C, T, h, w) float32, the posterior's mode."""
         pixels = torch.from_numpy(frames.astype(np.float32)).permute(3, 0, 1, 2)[None] / 127.5 - 1
         latents = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.mode().float()
         return (latents - self.latents_mean) / self.latents_std
@@ -306,6 +314,12 @@ class Reasoner(ABC):
     def encode_image(self, image: Image, height: int, width: int) -> Tensor:
         """An image, resized where it has another size -> normalised latents (1, C, 1, h, w) float32."""
         return self.encode_video(np.array(fit_image(image, height, width))[None])
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise InputError for a prompt that says nothing."""
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError("the prompt is empty: say what the video must show")
 
 
 def fit_image(image: Image, height: int, width: int) -> Image:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
-from vlmteacher.reasoners.base import Condition, Reasoner, Settings, fit_image
-from vlmteacher.reasoners.parts import load_transformers
+from vlmteacher.reasoners.base import Condition, Reasoner, Settings, check_prompt, fit_image
+from vlmteacher.reasoners.parts import load_part, load_transformers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,7 +30,7 @@ class HunyuanVideo15Reasoner(Reasoner):
 
     Args:
         transformer, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2: the parts of a diffusers pipeline;
-            they are frozen here, and the transformer's attention is replaced by one without mask.
+            they are frozen here, and the transformer runs without masks (`drop_masks`).
         image_encoder, feature_extractor: SigLIP, of image-to-video pipelines, which need an image; None of the others.
         settings: sampler and default sizes.
     """
@@ -66,16 +67,14 @@ class HunyuanVideo15Reasoner(Reasoner):
         self.latents_mean = torch.zeros(1, self.latent_channels, 1, 1, 1)
         self.latents_std = torch.full_like(self.latents_mean, 1 / vae.config.scaling_factor)
         vae.enable_tiling()  # beyond 256 pixels, as all published examples do: whole frames take tens of gigabytes
-        for block in transformer.transformer_blocks:
-            block.attn.set_processor(UnmaskedAttention())
+        drop_masks(transformer)
         self.to(transformer.device)
 
     @torch.no_grad()
     def encode(self, prompt: str, image: Image | None, num_frames: int, height: int, width: int) -> Condition:
         """See `Reasoner.encode`. The image is resized to `width` x `height` when it has another size."""
         self.check(num_frames, height, width)
-        if not prompt.strip():
-            raise InputError("the prompt is empty: say what the video must show")
+        check_prompt(prompt)
         if image is None and self.image_conditioning:
             raise InputError(
                 "this Reasoner makes videos of an image (it is HunyuanVideo-1.5 I2V): give the first frame"
@@ -90,11 +89,13 @@ class HunyuanVideo15Reasoner(Reasoner):
             known[:, -1, 0] = 1
             features = self._encode_features(image, height, width)
         shared = {"known_latents": known.to(self.dtype), "image_embeds": features}
-        condition, negative = (
-            Condition(embeds, None, num_frames, height, width, texts | shared)
-            for embeds, texts in map(self._encode_text, (prompt, self.settings.negative_prompt))
-        )
-        return replace(condition, negative=negative) if self.settings.guided else condition
+
+        def condition(text: str) -> Condition:
+            embeds, inputs = self._encode_text(text)
+            return Condition(embeds, None, num_frames, height, width, inputs | shared)
+
+        found = condition(prompt)
+        return replace(found, negative=condition(self.settings.negative_prompt)) if self.settings.guided else found
 
     def _encode_text(self, prompt: str) -> tuple[Tensor, dict[str, Tensor]]:
         """Qwen's embeddings (1, L, D) and, as further inputs, those of the quoted words by ByT5; without padding."""
@@ -136,10 +137,7 @@ class HunyuanVideo15Reasoner(Reasoner):
     ) -> Tensor:
         inputs = dict(condition.inputs)
         # The embedding of a timestep is computed in the timestep's dtype.
-        timestep, timestep_r = (
-            torch.as_tensor(1000 * level, dtype=self.dtype, device=self.device).expand(len(latents))
-            for level in (sigma, until)
-        )
+        timestep, timestep_r = (self.timestep(level, len(latents)).to(self.dtype) for level in (sigma, until))
         network: Any = self.transformer if transformer is None else transformer
         return network(
             hidden_states=torch.cat([latents.to(self.dtype), inputs.pop("known_latents")], 1),
@@ -156,11 +154,52 @@ class HunyuanVideo15Reasoner(Reasoner):
         return ((video[0].float() + 1) / 2).clamp(0, 1).transpose(0, 1)
 
 
-class UnmaskedAttention:
-    """The blocks' joint attention of video and text, for prompts without padding.
+def drop_masks(transformer: Any) -> None:
+    """Let a `HunyuanVideo15Transformer3DModel` take every text token that it is given; its masks say nothing then.
 
-    The stock one makes a mask of (all tokens)^2 in every block: 2.5 GB for 121 frames of 480p, kept for the backward.
+    The stock one makes a mask of (all tokens)^2 in every block, 2.5 GB for 121 frames of 480p, kept for the backward;
+    and it sorts the padding out by boolean indices, whose sizes no trace and no CUDA graph can know.
     """
+    transformer.forward = MethodType(_forward, transformer)
+    for block in transformer.transformer_blocks:
+        block.attn.set_processor(UnmaskedAttention())
+
+
+def _forward(
+    self: Any,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor,
+    encoder_attention_mask: Tensor,
+    timestep_r: Tensor | None = None,
+    encoder_hidden_states_2: Tensor | None = None,
+    encoder_attention_mask_2: Tensor | None = None,
+    image_embeds: Tensor | None = None,
+    return_dict: bool = False,
+) -> tuple[Tensor]:
+    """The stock forward where nothing is padding: image, quoted words and prompt, in this order, then the blocks."""
+    rotary = self.rope(hidden_states)
+    temb = self.time_embed(timestep, timestep_r=timestep_r)
+    texts = (
+        self.context_embedder(encoder_hidden_states, timestep),
+        self.context_embedder_2(encoder_hidden_states_2),
+        self.image_embedder(image_embeds),
+    )
+    text = torch.cat([x + kind for x, kind in zip(texts, self.cond_type_embed.weight, strict=True)][::-1], 1)
+    size = [n // p for n, p in zip(hidden_states.shape[2:], self.x_embedder.proj.kernel_size, strict=True)]
+    video = self.x_embedder(hidden_states)
+    for block in self.transformer_blocks:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            video, text = self._gradient_checkpointing_func(block, video, text, temb, None, rotary)
+        else:
+            video, text = block(video, text, temb, None, rotary)
+    patches = self.proj_out(self.norm_out(video, temb)).unflatten(1, size)  # (B, T, h, w, C p_t p p)
+    patches = patches.unflatten(-1, (-1, *self.x_embedder.proj.kernel_size)).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    return (patches.flatten(6, 7).flatten(4, 5).flatten(2, 3),)
+
+
+class UnmaskedAttention:
+    """The blocks' joint attention of video and text without a mask."""
 
     _attention_backend = None  # diffusers' `set_attention_backend` sets it
     _parallel_config = None
@@ -170,7 +209,7 @@ class UnmaskedAttention:
         attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
-        attention_mask: Tensor,
+        attention_mask: None,
         image_rotary_emb: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -215,7 +254,7 @@ def load_hunyuan_video15(
     transformer = load_transformers(
         HunyuanVideo15Transformer3DModel, path_or_id, ["transformer"], dtype, local_files_only, **parts
     )["transformer"]
-    vae = load(AutoencoderKLHunyuanVideo15, "vae", torch_dtype=torch.float32)
+    vae = load_part(AutoencoderKLHunyuanVideo15, path_or_id, "vae", torch.float32, local_files_only)
     text_encoder = load(Qwen2_5_VLTextModel, "text_encoder", dtype=dtype)
     takes, makes = transformer.config.in_channels, 2 * vae.config.latent_channels + 1
     if takes != makes:

@@ -1,7 +1,8 @@
 """The LTX-Video family of diffusers (0.9.x), above all the distilled 0.9.8 checkpoints.
 
 Called as `LTXPipeline`, `LTXImageToVideoPipeline` and `LTXConditionPipeline` call the parts: latents packed to tokens,
-a first latent frame with timestep 0 where an image is given, positions in pixels and seconds.
+a first latent frame with timestep 0 where an image is given, positions in pixels and seconds. The image is given as it
+is: the noise that the last of them would lay over it at every step (``image_cond_noise_scale``) is left out.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
-from vlmteacher.reasoners.base import Condition, Reasoner, Settings, with_first_frame
-from vlmteacher.reasoners.parts import load_transformers
+from vlmteacher.reasoners.base import Condition, Reasoner, Settings, check_prompt, with_first_frame
+from vlmteacher.reasoners.parts import load_part, load_transformers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,15 +67,15 @@ class LTXReasoner(Reasoner):
     def encode(self, prompt: str, image: Image | None, num_frames: int, height: int, width: int) -> Condition:
         """See `Reasoner.encode`. The image is resized to `width` x `height` when it has another size."""
         self.check(num_frames, height, width)
-        if not prompt.strip():
-            raise InputError("the prompt is empty: say what the video must show")
+        check_prompt(prompt)
         first_frame = None if image is None else self.encode_image(image, height, width)
-        size = num_frames, height, width
-        condition, negative = (
-            Condition(embeds, first_frame, *size, {"encoder_attention_mask": mask})
-            for embeds, mask in map(self._encode_text, (prompt, self.settings.negative_prompt))
-        )
-        return replace(condition, negative=negative) if self.settings.guided else condition
+
+        def condition(text: str) -> Condition:
+            embeds, mask = self._encode_text(text)
+            return Condition(embeds, first_frame, num_frames, height, width, {"encoder_attention_mask": mask})
+
+        found = condition(prompt)
+        return replace(found, negative=condition(self.settings.negative_prompt)) if self.settings.guided else found
 
     def _encode_text(self, prompt: str) -> tuple[Tensor, Tensor]:
         """Embeddings (1, L, D) and mask (1, L) of the prompt's own tokens."""
@@ -94,7 +95,7 @@ class LTXReasoner(Reasoner):
     ) -> Tensor:
         """See `Reasoner.velocity`; with a first frame its tokens are clean and have timestep 0."""
         batch, _, frames, height, width = latents.shape
-        timestep = torch.as_tensor(1000 * sigma, dtype=torch.float32, device=self.device).expand(batch)
+        timestep = self.timestep(sigma, batch)
         if condition.first_frame is not None:
             latents = with_first_frame(latents, condition.first_frame)
             timestep = timestep[:, None].repeat(1, frames * height * width)
@@ -155,11 +156,11 @@ def load_ltx(
     from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
     from transformers import AutoTokenizer, T5EncoderModel
 
-    hub: dict[str, Any] = {"local_files_only": local_files_only}
+    hub = {"local_files_only": local_files_only}
     transformer = load_transformers(
         LTXVideoTransformer3DModel, path_or_id, ["transformer"], dtype, local_files_only, loader=LTXPipeline, **parts
     )["transformer"]
-    vae = AutoencoderKLLTXVideo.from_pretrained(path_or_id, subfolder="vae", torch_dtype=torch.float32, **hub)
+    vae = load_part(AutoencoderKLLTXVideo, path_or_id, "vae", torch.float32, local_files_only)
     text_encoder = T5EncoderModel.from_pretrained(path_or_id, subfolder="text_encoder", dtype=dtype, **hub)
     for what, wanted, got in (
         ("channels, and its VAE makes", transformer.config.in_channels, vae.config.latent_channels),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vlmteacher.errors import InputError
-from vlmteacher.hub import find_file
+from vlmteacher.hub import find_file, unknown_model
 
 
 def load_transformers(
@@ -58,21 +58,32 @@ def load_transformer(
     Raises InputError: it is not there, of another kind, or lacks weights.
     """
     if given is None:
-        return _from_directory(kind, pipeline, subfolder, dtype, local_files_only)
-    path = Path(os.path.expanduser(given))
-    if path.is_file():
+        return load_part(kind, pipeline, subfolder, dtype, local_files_only)
+    path = Path(given)
+    if path.is_file() or path.suffix == ".safetensors":
         return _from_file(kind, path, pipeline, subfolder, dtype, local_files_only)
     for folder in (subfolder, ""):
-        if find_file(str(path) if path.is_dir() else given, os.path.join(folder, "config.json"), local_files_only):
-            return _from_directory(kind, given, folder, dtype, local_files_only)
+        if find_file(given, os.path.join(folder, "config.json"), local_files_only):
+            return load_part(kind, given, folder, dtype, local_files_only)
+    if not path.is_dir() and local_files_only:
+        raise unknown_model(given)
     raise InputError(f"transformer {given} has no config.json, neither in {subfolder}/ nor at its top")
 
 
-def _from_directory(kind: Any, path_or_id: str, subfolder: str, dtype: torch.dtype, local: bool) -> Any:
+def load_part(kind: Any, path_or_id: str, subfolder: str, dtype: torch.dtype, local_files_only: bool) -> Any:
+    """A network of the diffusers class `kind`, whole. Raises InputError when its files lack weights."""
     network, info = kind.from_pretrained(
-        path_or_id, subfolder=subfolder or None, torch_dtype=dtype, local_files_only=local, output_loading_info=True
+        path_or_id,
+        subfolder=subfolder or None,
+        torch_dtype=dtype,
+        local_files_only=local_files_only,
+        output_loading_info=True,
     )
-    _check_whole(f"{path_or_id} ({subfolder or 'transformer'})", info["missing_keys"])
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"{path_or_id} ({subfolder or kind.__name__}) lacks {len(missing)} weights ({missing[0]}, ...):"
+            " is the copy complete?"
+        )
     return network
 
 
@@ -95,11 +106,6 @@ def _from_file(kind: Any, path: Path, pipeline: str, subfolder: str, dtype: torc
     return network
 
 
-def _check_whole(name: str, missing: list[str]) -> None:
-    if missing:
-        raise InputError(f"transformer {name} lacks {len(missing)} weights ({missing[0]}, ...): is the copy complete?")
-
-
 def check_safetensors(path: Path, option: str) -> None:
     if not path.is_file():
         raise InputError(f"{option} {path} is no file")
@@ -113,7 +119,7 @@ def merge_lora(transformer: Any, file: str, pipeline: Any) -> None:
     file: ``.safetensors`` in any key style that `pipeline`, a diffusers class with a LoRA loader, reads.
     Raises InputError, without changing a weight, for a LoRA of another model.
     """
-    path = Path(os.path.expanduser(file))
+    path = Path(file)
     check_safetensors(path, "few_step_lora")
     wrong = f"few_step_lora {path} is no LoRA for this {type(transformer).__name__}"
     try:
@@ -134,6 +140,7 @@ def merge_lora(transformer: Any, file: str, pipeline: Any) -> None:
     transformer.load_lora_adapter(state, adapter_name="few_step", metadata=metadata)
     for name, parameter in transformer.named_parameters():
         if ".lora_" in name:  # which was rounded to the dtype of W
-            parameter.data = state[f"transformer.{name.replace('.few_step.', '.')}"].float()
+            key = f"transformer.{name.replace('.few_step.', '.')}"
+            parameter.data = state.get(key, torch.zeros(parameter.shape)).float()  # some layers may have no bias
     transformer.fuse_lora()
     transformer.unload_lora()

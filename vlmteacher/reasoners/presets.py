@@ -42,7 +42,8 @@ PRESETS: dict[str, Settings] = {
     "fastwan2.1-t2v-480p": Settings(_FASTWAN, num_frames=61, height=448, width=832, fps=16.0),
     # Wan 2.2
     "wan2.2-ti2v-5b": Settings(even_timesteps(50), shift=5.0, sampler="euler", guidance_scale=5.0, num_frames=121),
-    "wan2.2-ti2v-5b-turbo": Settings(_FOUR_STEPS),
+    "wan2.2-ti2v-5b-turbo": Settings(_FOUR_STEPS),  # its inference takes the levels as they are ...
+    "wan2.2-ti2v-5b-turbo-shifted": Settings(_FOUR_STEPS, shift=5.0),  # ... and its training shifts them
     "fastwan2.2-ti2v-5b": Settings(_FASTWAN, num_frames=121),
     "wan2.2-t2v-a14b": replace(
         _WAN_720P, timesteps=even_timesteps(40), shift=12.0, guidance_scale=4.0, guidance_scale_2=3.0

@@ -24,11 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
-from vlmteacher.reasoners.base import Condition, Reasoner, Settings, with_first_frame
+from vlmteacher.reasoners.base import Condition, Reasoner, Settings, check_prompt, fit_image, with_first_frame
 from vlmteacher.reasoners.parts import load_transformers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+TEXT_TOKENS = 512  # what diffusers' attention counts on where image features stand before the text
 
 
 class WanReasoner(Reasoner):
@@ -102,17 +105,21 @@ class WanReasoner(Reasoner):
     def encode(self, prompt: str, image: Image | None, num_frames: int, height: int, width: int) -> Condition:
         """See `Reasoner.encode`. The image is resized to `width` x `height` when it has another size."""
         self.check(num_frames, height, width)
-        if not prompt.strip():
-            raise InputError("the prompt is empty: say what the video must show")
+        check_prompt(prompt)
         if image is not None and not (self.image_conditioning or self.image_channels):
             raise InputError("this Reasoner takes no image (it is a text-to-video model): give only a prompt")
         if image is None and self.image_channels:
             raise InputError("this Reasoner needs an image (it is an image-to-video model): give the first frame")
+        if self.image_encoder is not None and self.settings.max_sequence_length != TEXT_TOKENS:
+            raise InputError(
+                f"max_sequence_length must be {TEXT_TOKENS} for a model with CLIP's image features (Wan 2.1 I2V), not"
+                f" {self.settings.max_sequence_length}"
+            )
         first_frame, inputs = None, {}
         if image is not None and self.image_channels:
             inputs = self._encode_image_channels(image.convert("RGB"), num_frames, height, width)
         elif image is not None:
-            first_frame = self.encode_video(_pixels(image, height, width)[None])
+            first_frame = self.encode_image(image, height, width)
         condition = Condition(self.encode_prompt(prompt), first_frame, num_frames, height, width, inputs)
         if not self.settings.guided:
             return condition
@@ -143,7 +150,7 @@ class WanReasoner(Reasoner):
         of a video (mid grey, 0) that begins with it.
         """
         video = np.full((num_frames, height, width, 3), 127.5, dtype=np.float32)
-        video[0] = _pixels(image, height, width)
+        video[0] = np.array(fit_image(image, height, width))
         latents = self.encode_video(video)
         mask = latents.new_zeros(1, self.temporal_stride, *latents.shape[2:])
         mask[:, :, 0] = 1
@@ -155,13 +162,6 @@ class WanReasoner(Reasoner):
             inputs["encoder_hidden_states_image"] = features.to(self.device, self.dtype)
         return inputs
 
-    @torch.no_grad()
-    def encode_video(self, frames: np.ndarray) -> Tensor:
-        """Frames (F, H, W, 3), 0 to 255 -> normalised latents (1, C, T, h, w) float32, the posterior's mode."""
-        pixels = torch.from_numpy(frames.astype(np.float32)).permute(3, 0, 1, 2)[None] / 127.5 - 1
-        latents = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.mode().float()
-        return (latents - self.latents_mean) / self.latents_std
-
     def velocity(
         self, condition: Condition, latents: Tensor, sigma: float | Tensor, *, transformer: nn.Module | None = None
     ) -> Tensor:
@@ -170,7 +170,7 @@ class WanReasoner(Reasoner):
         Of two experts the one of the level works (with a level for each of a batch, that of the lowest).
         """
         # WanPipeline repeats the timestep for each token of a text-only video; one for all gives the same at less cost.
-        timestep = torch.as_tensor(1000 * sigma, dtype=torch.float32, device=self.device).expand(len(latents))
+        timestep = self.timestep(sigma, len(latents))
         if condition.first_frame is not None:
             latents = with_first_frame(latents, condition.first_frame)
             frames, height, width = latents.shape[2:]
@@ -223,16 +223,6 @@ def clean_prompt(prompt: str) -> str:
     except ImportError:
         pass
     return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
-
-
-def _pixels(image: Image, height: int, width: int) -> np.ndarray:
-    """An image as (H, W, 3) uint8 of this size."""
-    from PIL import Image as PILImage
-
-    image = image.convert("RGB")
-    if image.size != (width, height):
-        image = image.resize((width, height), PILImage.Resampling.LANCZOS)
-    return np.array(image)
 
 
 def check_parts(transformer: Any, vae: Any, text_encoder: Any, name: str = "transformer") -> None:
