@@ -251,7 +251,7 @@ def check_parts(transformer: Any, vae: Any, text_encoder: Any, name: str = "tran
 def load_wan(
     path_or_id: str,
     index: dict[str, Any],
-    settings: Settings,
+    settings: Settings | None,
     dtype: torch.dtype,
     local_files_only: bool,
     *,
