@@ -62,19 +62,19 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
 def build_reasoner(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Reasoner, str | None]:
     """(the Reasoner on the meta device, the name of its family's decoder, if known). Raises InputError."""
     directory = PACKAGED / "reasoner" if name == "packaged" else Path(name)
-    settings = known_preset(name) or Settings()
     if directory.is_dir():
+        settings = known_preset(name) or Settings()
         index = _read(directory / "model_index.json")
-        facts: dict[str, Any] = index | {"pipeline": index.get("_class_name")}
+        facts: dict[str, Any] = {name: index.get(name) for name in ("expand_timesteps", "boundary_ratio")}
+        facts["pipeline"] = index.get("_class_name")
         for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder"):
-            if part in ("transformer", "vae", "text_encoder") or (index.get(part) or [None])[0]:
+            if part in ("transformer", "vae", "text_encoder") or (index.get(part) or [None])[0]:  # the others: if any
                 facts[part] = _read(directory / part / "config.json")
         if (directory / "reasoner.json").is_file():
             settings = Settings.load(directory / "reasoner.json")
     else:
         facts = known_facts(name, "reasoner")
-        if "preset" in facts:
-            settings = find_preset(facts["preset"])
+        settings = find_preset(facts["preset"]) if "preset" in facts else Settings()
     if facts["pipeline"] not in FAMILIES:
         raise InputError(f"{name} is a {facts['pipeline']}: the plan knows {', '.join(FAMILIES)}")
     try:

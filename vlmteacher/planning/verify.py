@@ -98,5 +98,5 @@ def format_verified(row: dict[str, Any]) -> str:
 
 
 HEADER = """\
-| Reasoner | transformer | video | latents | tokens | guided | decoder | LoRA gradients | TFLOP | weights, GB | peak, GB |
+| Reasoner | size | video | latents | tokens | guided | decoder | LoRA gradients | TFLOP | weights, GB | peak, GB |
 |---|---|---|---|---|---|---|---|---|---|---|"""
