@@ -194,7 +194,8 @@ class WanReasoner(Reasoner):
         return self.settings.guidance_scale if low is None or self._high_noise(sigma) else low
 
     def _high_noise(self, sigma: float | Tensor) -> bool:
-        return self.boundary_ratio is None or bool((torch.as_tensor(sigma) >= self.boundary_ratio).all())
+        lowest = float(sigma.min()) if isinstance(sigma, Tensor) else sigma
+        return self.boundary_ratio is None or lowest >= self.boundary_ratio
 
     def _expert(self, sigma: float | Tensor) -> nn.Module:
         """The transformer of a noise level; where networks wait in main memory, the two take turns on the device."""
@@ -202,7 +203,7 @@ class WanReasoner(Reasoner):
             return self.transformer
         pair = (self.transformer, self.transformer_2)
         expert, other = pair if self._high_noise(sigma) else pair[::-1]
-        if expert.device != self.device:
+        if expert.device.type != self.device.type:
             other.to("cpu")
             expert.to(self.device)
         return expert
