@@ -193,6 +193,13 @@ def test_a_lora_is_converted_and_gone_on_from(run: Run, solve: Any, tmp_path: Pa
     assert not (tmp_path / "bad").exists()
 
 
+def test_the_documented_commands_for_loras() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "lora_files.md").read_text()
+    commands = re.findall(r"^    (vlmteacher .+)$", text, re.MULTILINE)
+    parsed = [parser().parse_args(shlex.split(command)[1:]) for command in commands]
+    assert [each.command.__name__ for each in parsed] == ["lora", "lora", "solve"]
+
+
 def test_placement(run: Run, solve: Any, tmp_path: Path) -> None:
     """What can be said where there is no second device."""
     status, _, err = run(*solve(out=tmp_path / "run"), "--offload")

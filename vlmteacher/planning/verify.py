@@ -27,8 +27,9 @@ QUESTIONS, TEACHER_FRAMES, RANK = 4, 24, 16
 def verify_step(name: str, teacher: Any) -> dict[str, Any]:
     """Run a step of the Reasoner `name` in one piece, as `Optimization` does: prediction, decoder, Teacher, backward.
 
-    All that Reasoner and Teacher can recompute is recomputed. Returns the shapes on the way, FLOPs, the most bytes
-    alive with the weights of transformer, decoder and Teacher, and how many LoRA tensors got a gradient.
+    All that Reasoner and Teacher can recompute is recomputed. Returns the shapes on the way, FLOPs, the bytes of the
+    weights (transformer, LoRA and AdamW's moments, decoder, Teacher) and the most alive with them, and how many of the
+    LoRA's tensors got a gradient.
     """
     start = time.perf_counter()
     reasoner, decoder_name = build_reasoner(name)
@@ -56,7 +57,7 @@ def verify_step(name: str, teacher: Any) -> dict[str, Any]:
         losses = teacher.packed_losses(frames, layout, seen)
         vqa_objective(losses, 0.5).backward()
     assert frames.shape == (len(indices), 3, *size[1:]) and losses.shape == (QUESTIONS,)
-    weights = nbytes(network, decoder, teacher.model)
+    weights = nbytes(network, decoder, teacher.model) + 2 * sum(parameter.nbytes for parameter in loras)
     return {
         "reasoner": name,
         "decoder": decoder_name,
