@@ -119,6 +119,9 @@ def test_files_that_are_no_such_transformer(t2v, i2v, tmp_path):
     save_file(weights(i2v / "transformer"), file)  # 20 input channels
     with pytest.raises(InputError, match=r"patch_embedding.weight expected shape"):
         load_reasoner(t2v, transformer=str(file))
+    save_file({name: value.to(torch.float8_e4m3fn) for name, value in state.items()}, file)
+    with pytest.raises(InputError, match="holds F8_E4M3 values: give weights that are not quantised"):
+        load_reasoner(t2v, transformer=str(file))
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(InputError, match="cannot be loaded"):
         load_reasoner(t2v, transformer=str(file))
