@@ -338,6 +338,29 @@ def test_which_settings_are_taken(t2v, tmp_path):
     assert load_reasoner(t2v).settings == Settings()
 
 
+def test_by_hub_id_from_the_cache(t2v, a14b, tmp_path, monkeypatch):
+    """As after a download: pipeline, transformer and the config for a single file come by id, and bring a preset."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    ids = {"Wan-AI/Wan2.1-T2V-1.3B-Diffusers": t2v, "FastVideo/FastWan2.1-T2V-1.3B-Diffusers": a14b}
+    for name, directory in ids.items():
+        cached = tmp_path / f"models--{name.replace('/', '--')}"
+        shutil.copytree(directory, cached / "snapshots" / commit)
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text(commit)
+    base, other = ids
+    reasoner = load_reasoner(base, local_files_only=True)
+    assert reasoner.settings == PRESETS["wan2.1-t2v-480p"]
+    assert same_weights(reasoner.transformer, weights(t2v / "transformer"))
+    fast = load_reasoner(base, local_files_only=True, transformer=other)
+    assert fast.settings == PRESETS["fastwan2.1-t2v-480p"]
+    assert same_weights(fast.transformer, weights(a14b / "transformer"))
+    file = tmp_path / "model.safetensors"
+    save_file(original_names(weights(a14b / "transformer_2")), file)
+    single = load_reasoner(base, local_files_only=True, transformer=str(file))
+    assert same_weights(single.transformer, weights(a14b / "transformer_2"))
+
+
 def test_a_few_step_lora_asks_how_it_is_sampled(t2v, tmp_path):
     file = write_lora(tmp_path / "lora.safetensors", lora_of(t2v / "transformer"), "diffusers")
     with pytest.raises(InputError, match=r"changes how .* is sampled: name a preset .wan2.1-t2v-480p"):
