@@ -124,7 +124,8 @@ def test_stock_diffusers_makes_the_same_video_of_the_packaged_pair(with_image, t
 def test_the_card_says_what_the_lora_is_for(pipe, tmp_path):
     prompt = "move | the *ball*\n```\n<script>to</script> the green square"
     out = call(pipe, image=IMAGE, prompt=prompt)
-    out.models = {**out.models, "reasoner": "quanhaol/Wan2.2-TI2V-5B-Turbo"}
+    fast = "lightx2v/fast, /home/me/low_noise.safetensors"
+    out.models = {**out.models, "reasoner": "quanhaol/Wan2.2-TI2V-5B-Turbo", "few_step_lora": fast}
     out.save(tmp_path / "run")
     card = (tmp_path / "run" / "README.md").read_text()
     _, front, body = card.split("---\n", 2)
@@ -135,7 +136,8 @@ def test_the_card_says_what_the_lora_is_for(pipe, tmp_path):
     for question, before, after in zip(out.queries.questions, out.p_yes_before, out.p_yes_after, strict=True):
         assert f"| {question} | {before:.2f} | {after:.2f} |" in body
     assert 'pipe.load_lora_weights(".", weight_name="lora.safetensors")' in body and "| seed | 0 |" in body
-    assert str(tmp_path.parent) not in card  # where the other models lie
+    assert r"needed too: the few-step LoRA lightx2v/fast, low\_noise.safetensors." in body
+    assert str(tmp_path.parent) not in card and "/home" not in card  # where the other models lie
 
 
 def test_the_card_of_a_local_model_has_no_base_model(pipe, tmp_path):

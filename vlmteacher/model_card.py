@@ -20,7 +20,9 @@ def model_card(output: TeacherPipelineOutput) -> str:
     import yaml
 
     record, lora = output.record(), read_lora(output.lora)
-    models = {name: _public(model) for name, model in record["models"].items()}
+    models = {name: ", ".join(map(_public, model.split(", "))) for name, model in record["models"].items()}
+    changes = {"transformer": "the transformer", "few_step_lora": "the few-step LoRA", "fused": "the fused LoRA"}
+    changed = "; ".join(f"{text} {_text(models[name])}" for name, text in changes.items() if name in models)
     base = models.get("reasoner", "a Reasoner without a name")
     on_hub = HUB_ID.fullmatch(base) is not None
     has_image = record["config"]["image"] is not None
@@ -49,10 +51,10 @@ def model_card(output: TeacherPipelineOutput) -> str:
 
 # A LoRA for one video
 
-It makes {_text(base)} answer this one prompt{" with this one first frame" if has_image else ""} better.
-It was trained at test time by [vlmteacher](https://arxiv.org/abs/2606.02564): a vision-language model
-({_text(models.get("teacher", "the Teacher"))}) looked at the video and answered the questions below, and the gradient
-of its answers went into the LoRA.{" Other LoRAs had been fused into the base model." if "fused" in models else ""}
+For {_text(base)} and one prompt{" with one first frame" if has_image else ""}, trained at test time by
+[vlmteacher](https://arxiv.org/abs/2606.02564): a vision-language model ({_text(models.get("teacher", "the Teacher"))})
+looked at the video and answered the questions below, and the gradient of its answers went into the LoRA.
+{f"Not of that model, and needed too: {changed}." if changed else ""}
 
 {_fenced(record["prompt"], "text")}
 

@@ -13,12 +13,13 @@ from vlmteacher.lora import add_lora
 from vlmteacher.planning import GB, Step
 from vlmteacher.planning.costs import META
 from vlmteacher.planning.decoder import stock_decoder_cost
-from vlmteacher.planning.models import PACKAGED, build_decoder, build_reasoner, build_teacher
+from vlmteacher.planning.models import PACKAGED, build_decoder, build_reasoner, build_teacher, known_models
 from vlmteacher.planning.reasoner import ReasonerCosts
 from vlmteacher.planning.teacher import Video, language_costs, preprocessing_cost, query_set, vision_costs
 from vlmteacher.planning.tracing import tracing
 from vlmteacher.reasoners.base import Condition, Noise
 from vlmteacher.reasoners.checkpointing import Keep, keep_activations
+from vlmteacher.reasoners.presets import HUB_IDS, PRESETS
 from vlmteacher.teachers import shared_prefix
 from vlmteacher.teachers.vlm import Clip
 
@@ -168,3 +169,16 @@ def test_verify_runs_a_whole_step_at_full_size(run: Run) -> None:  # noqa: F811
     assert row["peak_bytes"] > row["weights_bytes"] > 2 * (row["parameters"] + 4e9)  # and the Teacher's, bfloat16
     assert "known are hunyuan-video-1.5-480p-i2v" in run("plan", "--verify", "--reasoner", "wan9")[2]
     assert "--verify knows hunyuan-video" in run("plan", "--verify", "--reasoner", PACKAGED / "reasoner")[2]
+
+
+def test_the_documented_models_are_those_that_are_known() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    presets = [row for row in rows if row[1] in PRESETS]
+    assert {row[0]: row[1] for row in presets if "/" in row[0]} == HUB_IDS
+    assert {row[1] for row in presets} == set(PRESETS)
+    for _, name, steps, guidance in presets:
+        settings = PRESETS[name]
+        assert steps == f"{len(settings.timesteps)}, {settings.sampler}, shift {settings.shift:g}"
+        assert guidance == (f"{settings.guidance_scale:g}" if settings.guided else "none")
+    assert [row[0] for row in rows if row[0] in known_models("reasoner")] == known_models("reasoner")

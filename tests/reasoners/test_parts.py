@@ -89,10 +89,12 @@ def test_a_transformer_from_another_directory(t2v, a14b):
         load_reasoner(t2v, transformer=[str(a14b), str(a14b)])
 
 
-def test_experts_from_other_directories(t2v, a14b):
+def test_experts_from_other_directories(t2v, a14b, i2v):
     reasoner = load_reasoner(a14b, transformer=[str(t2v), str(a14b / "transformer")])
     assert same_weights(reasoner.transformer, weights(t2v / "transformer"))
     assert same_weights(reasoner.transformer_2, weights(a14b / "transformer"))
+    with pytest.raises(InputError, match="one expert takes 20 channels and the other 8"):
+        load_reasoner(a14b, transformer=str(i2v))
     own = load_reasoner(a14b, transformer=str(t2v))
     assert same_weights(own.transformer_2, weights(a14b / "transformer_2"))
 
@@ -118,6 +120,9 @@ def test_files_that_are_no_such_transformer(t2v, i2v, tmp_path):
         load_reasoner(t2v, transformer=str(file))
     save_file(weights(i2v / "transformer"), file)  # 20 input channels
     with pytest.raises(InputError, match=r"patch_embedding.weight expected shape"):
+        load_reasoner(t2v, transformer=str(file))
+    save_file({name: value.to(torch.float8_e4m3fn) for name, value in state.items()}, file)
+    with pytest.raises(InputError, match="holds F8_E4M3 values: give weights that are not quantised"):
         load_reasoner(t2v, transformer=str(file))
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(InputError, match="cannot be loaded"):
@@ -333,6 +338,29 @@ def test_which_settings_are_taken(t2v, tmp_path):
     assert load_reasoner(directory).settings == Settings(timesteps=(1000, 400), sampler="euler")
     assert load_reasoner(directory, preset="wan2.1-lightx2v-4step").settings == PRESETS["wan2.1-lightx2v-4step"]
     assert load_reasoner(t2v).settings == Settings()
+
+
+def test_by_hub_id_from_the_cache(t2v, a14b, tmp_path, monkeypatch):
+    """As after a download: pipeline, transformer and the config for a single file come by id, and bring a preset."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    ids = {"Wan-AI/Wan2.1-T2V-1.3B-Diffusers": t2v, "FastVideo/FastWan2.1-T2V-1.3B-Diffusers": a14b}
+    for name, directory in ids.items():
+        cached = tmp_path / f"models--{name.replace('/', '--')}"
+        shutil.copytree(directory, cached / "snapshots" / commit)
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text(commit)
+    base, other = ids
+    reasoner = load_reasoner(base, local_files_only=True)
+    assert reasoner.settings == PRESETS["wan2.1-t2v-480p"]
+    assert same_weights(reasoner.transformer, weights(t2v / "transformer"))
+    fast = load_reasoner(base, local_files_only=True, transformer=other)
+    assert fast.settings == PRESETS["fastwan2.1-t2v-480p"]
+    assert same_weights(fast.transformer, weights(a14b / "transformer"))
+    file = tmp_path / "model.safetensors"
+    save_file(original_names(weights(a14b / "transformer_2")), file)
+    single = load_reasoner(base, local_files_only=True, transformer=str(file))
+    assert same_weights(single.transformer, weights(a14b / "transformer_2"))
 
 
 def test_a_few_step_lora_asks_how_it_is_sampled(t2v, tmp_path):

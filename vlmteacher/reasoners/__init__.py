@@ -86,8 +86,11 @@ def load_reasoner(
         raise InputError(f"{few_step_lora} changes how {name} is sampled: name a preset ({', '.join(PRESETS)})")
     else:
         settings = known_preset(*parts.get("transformer", ()), name)
+    # A cached model is opened as the directory that it is: by its id, transformers looks for a tokenizer/config.json
+    # that is not there, and takes its absence for a lost connection.
+    where = str(index_file.parent) if local_files_only else name
     try:
-        return FAMILIES[family](name, index, settings, dtype, local_files_only, **parts)
+        return FAMILIES[family](where, index, settings, dtype, local_files_only, **parts)
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

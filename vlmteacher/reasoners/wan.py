@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners.base import Condition, Reasoner, Settings, check_prompt, fit_image, with_first_frame
-from vlmteacher.reasoners.parts import load_transformers
+from vlmteacher.reasoners.parts import load_part, load_transformers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -62,9 +62,14 @@ class WanReasoner(Reasoner):
         image_encoder: Any = None,
         image_processor: Any = None,
     ) -> None:
-        check_parts(transformer, vae, text_encoder)
+        check_channels(transformer, vae)
         if transformer_2 is not None:
-            check_parts(transformer_2, vae, text_encoder, "transformer_2")
+            check_channels(transformer_2, vae, "transformer_2")
+            if transformer_2.config.in_channels != transformer.config.in_channels:
+                raise InputError(
+                    f"one expert takes {transformer.config.in_channels} channels and the other"
+                    f" {transformer_2.config.in_channels}: one is of an image-to-video model, one is not"
+                )
         if (transformer.config.image_dim is None) != (image_encoder is None):
             raise InputError(
                 "a transformer with an image_dim (Wan 2.1 I2V) needs an image_encoder, and only such a one takes it"
@@ -194,7 +199,8 @@ class WanReasoner(Reasoner):
         return self.settings.guidance_scale if low is None or self._high_noise(sigma) else low
 
     def _high_noise(self, sigma: float | Tensor) -> bool:
-        return self.boundary_ratio is None or bool((torch.as_tensor(sigma) >= self.boundary_ratio).all())
+        lowest = float(sigma.min()) if isinstance(sigma, Tensor) else sigma
+        return self.boundary_ratio is None or lowest >= self.boundary_ratio
 
     def _expert(self, sigma: float | Tensor) -> nn.Module:
         """The transformer of a noise level; where networks wait in main memory, the two take turns on the device."""
@@ -202,7 +208,7 @@ class WanReasoner(Reasoner):
             return self.transformer
         pair = (self.transformer, self.transformer_2)
         expert, other = pair if self._high_noise(sigma) else pair[::-1]
-        if expert.device != self.device:
+        if expert.device.type != self.device.type:
             other.to("cpu")
             expert.to(self.device)
         return expert
@@ -225,19 +231,14 @@ def clean_prompt(prompt: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
 
 
-def check_parts(transformer: Any, vae: Any, text_encoder: Any, name: str = "transformer") -> None:
-    """Raise InputError, with the numbers that differ, unless the parts of a Wan pipeline fit together."""
+def check_channels(transformer: Any, vae: Any, name: str = "transformer") -> None:
+    """Raise InputError, with the numbers that differ, unless transformer and VAE have the same latents."""
     taken, channels = transformer.config.in_channels, vae.config.z_dim
     with_image = 2 * channels + vae.config.scale_factor_temporal
     if taken not in (channels, with_image) or transformer.config.out_channels != channels:
         raise InputError(
             f"the {name} takes {taken} channels and gives {transformer.config.out_channels}, but the VAE has"
             f" {channels}: it must take {channels}, or {with_image} with the image as channels, and give {channels}"
-        )
-    if transformer.config.text_dim != text_encoder.config.d_model:
-        raise InputError(
-            f"the {name} takes text of width {transformer.config.text_dim} and the text encoder gives"
-            f" {text_encoder.config.d_model}: they belong to different models"
         )
     if transformer.config.pos_embed_seq_len is not None:
         raise InputError(f"the {name} takes a first and a last frame (FLF2V): Wan models with one image can be taught")
@@ -284,7 +285,14 @@ def load_wan(
         loader=WanPipeline,
     )
     # diffusers' Wan examples keep the VAE in float32; it runs once or twice an instance.
-    vae = AutoencoderKLWan.from_pretrained(path_or_id, subfolder="vae", torch_dtype=torch.float32, **hub)
+    vae = load_part(AutoencoderKLWan, path_or_id, "vae", torch.float32, local_files_only)
+    text_encoder = UMT5EncoderModel.from_pretrained(path_or_id, subfolder="text_encoder", dtype=dtype, **hub)
+    for name, network in networks.items():
+        if network.config.text_dim != text_encoder.config.d_model:
+            raise InputError(
+                f"the {name} takes text of width {network.config.text_dim} and the text encoder gives"
+                f" {text_encoder.config.d_model}: they belong to different models"
+            )
     image_encoder = image_processor = None
     if there("image_encoder") and networks["transformer"].config.image_dim is not None:
         image_encoder = CLIPVisionModel.from_pretrained(path_or_id, subfolder="image_encoder", dtype=dtype, **hub)
@@ -292,7 +300,7 @@ def load_wan(
     return WanReasoner(
         networks["transformer"],
         vae,
-        UMT5EncoderModel.from_pretrained(path_or_id, subfolder="text_encoder", dtype=dtype, **hub),
+        text_encoder,
         AutoTokenizer.from_pretrained(path_or_id, subfolder="tokenizer", **hub),
         bool(index.get("expand_timesteps")),
         settings,
