@@ -89,10 +89,12 @@ def test_a_transformer_from_another_directory(t2v, a14b):
         load_reasoner(t2v, transformer=[str(a14b), str(a14b)])
 
 
-def test_experts_from_other_directories(t2v, a14b):
+def test_experts_from_other_directories(t2v, a14b, i2v):
     reasoner = load_reasoner(a14b, transformer=[str(t2v), str(a14b / "transformer")])
     assert same_weights(reasoner.transformer, weights(t2v / "transformer"))
     assert same_weights(reasoner.transformer_2, weights(a14b / "transformer"))
+    with pytest.raises(InputError, match="one expert takes 20 channels and the other 8"):
+        load_reasoner(a14b, transformer=str(i2v))
     own = load_reasoner(a14b, transformer=str(t2v))
     assert same_weights(own.transformer_2, weights(a14b / "transformer_2"))
 

@@ -94,12 +94,12 @@ def _from_file(kind: Any, path: Path, pipeline: str, subfolder: str, dtype: torc
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
     check_safetensors(path, "transformer")
+    if kind.__name__ not in SINGLE_FILE_LOADABLE_CLASSES:
+        raise InputError(f"transformer {path}: diffusers reads no single file of a {kind.__name__}: give a directory")
     with safe_open(path, "pt") as file:
         dtypes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (a file, no dict)
     if quantised := sorted(dtypes - {"F32", "F16", "BF16"}):
         raise InputError(f"transformer {path} holds {quantised[0]} values: give weights that are not quantised")
-    if kind.__name__ not in SINGLE_FILE_LOADABLE_CLASSES:
-        raise InputError(f"transformer {path}: diffusers reads no single file of a {kind.__name__}: give a directory")
     try:
         network = kind.from_single_file(
             str(path), config=pipeline, subfolder=subfolder, torch_dtype=dtype, local_files_only=local

@@ -65,6 +65,11 @@ class WanReasoner(Reasoner):
         check_channels(transformer, vae)
         if transformer_2 is not None:
             check_channels(transformer_2, vae, "transformer_2")
+            if transformer_2.config.in_channels != transformer.config.in_channels:
+                raise InputError(
+                    f"one expert takes {transformer.config.in_channels} channels and the other"
+                    f" {transformer_2.config.in_channels}: one is of an image-to-video model, one is not"
+                )
         if (transformer.config.image_dim is None) != (image_encoder is None):
             raise InputError(
                 "a transformer with an image_dim (Wan 2.1 I2V) needs an image_encoder, and only such a one takes it"
