@@ -244,8 +244,7 @@ def load_hunyuan_video15(
 ) -> HunyuanVideo15Reasoner:
     """The Reasoner of a diffusers HunyuanVideo-1.5 pipeline, local or on the hub, whose index is `index`.
 
-    settings: None follows the configs of transformer, scheduler and guider. parts: see `load_transformers`; LoRAs are
-    refused, for diffusers has no loader for this pipeline.
+    settings: None follows the configs of transformer, scheduler and guider. parts: see `load_transformers`.
     """
     from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
     from transformers import AutoTokenizer, Qwen2_5_VLTextModel, SiglipImageProcessor, SiglipVisionModel, T5EncoderModel
