@@ -26,6 +26,7 @@ def add_lora(
     seed: int | None = None,
     target_modules: Sequence[str] | None = None,
     fused: bool = True,
+    blocks: str | None = None,
 ) -> None:
     """Put a fresh LoRA, y = W x + (alpha / rank) B A x with B = 0, on `transformer`; a previous one is removed.
 
@@ -36,6 +37,7 @@ def add_lora(
         seed: fixes the draw of A whatever was drawn before; None uses torch's global generator.
         target_modules: ends of the names of the layers to adapt, by default those of Wan.
         fused: compute the layers by our operator (`LoRALinear`) instead of PEFT's expression.
+        blocks: "last:n": only in the last n blocks.
 
     The weights are float32 whatever the transformer's dtype: updates of 3e-5 are lost in bfloat16.
     """
@@ -43,13 +45,16 @@ def add_lora(
 
     if rank < 1:
         raise InputError(f"the LoRA rank must be at least 1, not {rank}")
+    some = adapted_blocks(transformer, blocks)
     remove_lora(transformer)
+    only = {} if blocks is None else {"layers_to_transform": list(some), "layers_pattern": "blocks"}
     transformer.add_adapter(
         LoraConfig(
             r=rank,
             lora_alpha=rank if alpha is None else alpha,  # a fraction is fine too
             lora_dropout=0.0,
             target_modules=list(target_modules or TARGET_MODULES),
+            **only,
         ),
         adapter_name=ADAPTER,
     )
@@ -64,6 +69,23 @@ def add_lora(
         from vlmteacher.lora_linear import fuse_lora
 
         fuse_lora(transformer)
+
+
+def parse_blocks(text: str) -> int:
+    """The n of "last:n". Raises InputError."""
+    name, _, count = text.partition(":")
+    if name != "last" or not count.isdecimal() or int(count) < 1:
+        raise InputError(f"lora_blocks must be of the form last:n, n at least 1, not {text!r}")
+    return int(count)
+
+
+def adapted_blocks(transformer: Any, blocks: str | None) -> range:
+    """The places of the blocks that get a LoRA: all, or those that "last:n" says. Raises InputError."""
+    total = len(transformer.blocks) if blocks is not None else 0
+    count = total if blocks is None else parse_blocks(blocks)
+    if count > total:
+        raise InputError(f"lora_blocks {blocks}: the transformer has {total} blocks")
+    return range(total - count, total)
 
 
 def remove_lora(transformer: Any) -> None:

@@ -112,7 +112,10 @@ class WanReasoner(Reasoner):
     ) -> Tensor:
         """See `Reasoner.velocity`; with a first frame its tokens are clean and have timestep 0."""
         # WanPipeline repeats the timestep for each token of a text-only video; one for all gives the same at less cost.
-        timestep = torch.as_tensor(1000 * sigma, dtype=torch.float32, device=self.device).expand(len(latents))
+        if isinstance(sigma, Tensor):
+            timestep = (1000 * sigma).to(self.device, torch.float32).expand(len(latents))
+        else:  # filled on the device: copying a number there cannot be part of a CUDA graph
+            timestep = torch.full((len(latents),), 1000 * sigma, dtype=torch.float32, device=self.device)
         if condition.first_frame is not None:
             latents = with_first_frame(latents, condition.first_frame)
             frames, height, width = latents.shape[2:]
