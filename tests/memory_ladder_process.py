@@ -27,7 +27,7 @@ pair = Path(sys.argv[1])
 pipe = TeacherPipeline.from_pretrained(pair / "reasoner", pair / "teacher", pair / "decoder.safetensors")
 condition = pipe.reasoner.encode(PROMPT, None, 17, 128, 160)
 noise = pipe.reasoner.noise(condition, torch.Generator().manual_seed(0))
-settings = Settings(max_steps=2, threshold=1e-6, teacher_frames=16, rank=2, learning_rate=1e-2)
+settings = Settings(max_steps=1, threshold=1e-6, teacher_frames=16, rank=2, learning_rate=1e-2)
 
 
 def loop() -> Optimization:
@@ -50,9 +50,7 @@ with Trace() as trace:
     traced.step()
 peak = trace.peak[""]
 found: dict[str, Any] = {"expected": expected, "taken": []}
-for share in range(
-    110, 50, -2
-):  # what torch needs besides is not known
+for share in range(100, 60, -4):  # what torch needs besides is not known: less and less, until a rung is taken
     capped = loop()
     cap(peak * share // 100)
     try:
