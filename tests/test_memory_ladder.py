@@ -54,7 +54,7 @@ def make(pipe: TeacherPipeline) -> Iterator[Any]:
 
     def make(**settings: Any) -> Optimization:
         add_lora(reasoner.transformer, 2, seed=0)
-        values: dict[str, Any] = {"max_steps": 3, "threshold": 1e-6, "teacher_frames": 16, "rank": 2}
+        values: dict[str, Any] = {"max_steps": 2, "threshold": 1e-6, "teacher_frames": 16, "rank": 2}
         chosen = Settings(**values | {"learning_rate": 1e-2} | settings)
         parts = (reasoner, pipe.decoder, pipe.teacher, condition, noise)
         loops.append(Optimization(*parts, QuerySet.from_dict(QUERIES), chosen))
@@ -90,7 +90,7 @@ def test_a_full_memory_costs_rungs_and_no_loss(make: Any, caplog: pytest.LogCapt
             rows += list(loop)
         taken = RUNGS[:count]
         assert loop.ladder.taken == rows[1]["out_of_memory"] == taken
-        assert "out_of_memory" not in rows[0] | rows[2]
+        assert "out_of_memory" not in rows[0]
         assert [record.getMessage().rpartition(" with ")[2] for record in caplog.records] == taken
         assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-6)
         found = lora_state_dict(loop.reasoner.transformer)
@@ -122,6 +122,27 @@ def test_another_error_is_raised_as_it_is(make: Any) -> None:
     with pytest.raises(RuntimeError, match="size"):
         loop.step()
     assert not loop.ladder.taken
+
+
+def test_the_update_survives_a_rung_taken_for_the_few_step_video(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    final, failures = Optimization._final_loss, [torch.OutOfMemoryError("full")]
+
+    def full(loop: Optimization) -> float:
+        if failures:
+            raise failures.pop()
+        return final(loop) + loop.settings.threshold  # never good enough
+
+    monkeypatch.setattr(Optimization, "_final_loss", full)
+    found = []
+    for _ in range(2):
+        loop = make(threshold=100.0, check_final=True, max_steps=1)
+        (row,) = loop
+        assert row["grad_norm"] > 0 and "final_loss" in row
+        found.append((row.get("out_of_memory"), lora_state_dict(loop.reasoner.transformer)))
+        loop.close()
+    assert [taken for taken, _ in found] == [RUNGS[:1], None]
+    assert all(torch.equal(found[0][1][name], value) for name, value in found[1][1].items())
+    assert any(value.any() for name, value in found[0][1].items() if "lora_B" in name)
 
 
 def test_a_resumed_run_stands_on_the_same_rung_and_a_closed_one_on_none(make: Any, pipe: TeacherPipeline) -> None:

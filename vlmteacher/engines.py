@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmteacher.errors import InputError
+from vlmteacher.memory_ladder import is_out_of_memory
 from vlmteacher.reasoners.checkpointing import Keep, kept_levels
 
 if TYPE_CHECKING:
@@ -114,32 +115,48 @@ class CudaGraph(Eager):
     def facts(self) -> list[float]:
         if self.loop.offload:  # copies to pinned memory are no part of a graph
             return super().facts()
-        if self.warm < WARM_UP_STEPS:
-            self.warm += 1
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self.stream):
-                found = super().facts()
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
-            return found
-        if self.step is None:
-            self.loop.optimizer.zero_grad(set_to_none=True)
-            step = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(step, stream=self.stream):
+        with torch.cuda.device(self.device):
+            if self.warm < WARM_UP_STEPS:
+                self.warm += 1
+                self.stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(self.stream):
+                    found = super().facts()
+                torch.cuda.current_stream().wait_stream(self.stream)
+                return found
+            if self.step is None:
+                self.step = self._record_step()
+            self.step.replay()
+            assert self.found is not None
+            return self.found.tolist()
+
+    def _record_step(self) -> torch.cuda.CUDAGraph:
+        self.loop.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
                 self.found = self.loop.differentiate(*self.loop.look())
-            self.step = step
-        self.step.replay()
-        assert self.found is not None
-        return self.found.tolist()
+        except RuntimeError as error:
+            for each in (error, error.__context__):  # ending a broken recording raises once more
+                if each is not None and is_out_of_memory(each):
+                    raise torch.OutOfMemoryError(str(each)) from None
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(f'a step cannot be recorded as a CUDA graph ({reason}): take engine "eager"') from error
+        return graph
 
     def update(self) -> None:
         if self.step is None:
             return super().update()
-        if self.apply is None:
-            apply = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(apply, pool=self.step.pool(), stream=self.stream):
-                self.loop.optimizer.step()
-            self.apply = apply
-        self.apply.replay()
+        with torch.cuda.device(self.device):
+            if self.apply is None:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self.step.pool(), stream=self.stream):
+                    self.loop.optimizer.step()
+                self.apply = graph
+            self.apply.replay()
+
+    def close(self) -> None:
+        self.reset()
+        self.loop.optimizer.zero_grad(set_to_none=True)  # the gradients are in the graph's memory
 
 
 def make_engine(engine: Engine, loop: Optimization) -> Eager:

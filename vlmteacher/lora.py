@@ -45,9 +45,11 @@ def add_lora(
 
     if rank < 1:
         raise InputError(f"the LoRA rank must be at least 1, not {rank}")
-    some = adapted_blocks(transformer, blocks)
+    first = frozen_blocks(transformer, blocks)
     remove_lora(transformer)
-    only = {} if blocks is None else {"layers_to_transform": list(some), "layers_pattern": "blocks"}
+    only: dict[str, Any] = {}
+    if blocks is not None:
+        only = {"layers_to_transform": list(range(first, len(transformer.blocks))), "layers_pattern": "blocks"}
     transformer.add_adapter(
         LoraConfig(
             r=rank,
@@ -79,13 +81,14 @@ def parse_blocks(text: str) -> int:
     return int(count)
 
 
-def adapted_blocks(transformer: Any, blocks: str | None) -> range:
-    """The places of the blocks that get a LoRA: all, or those that "last:n" says. Raises InputError."""
-    total = len(transformer.blocks) if blocks is not None else 0
-    count = total if blocks is None else parse_blocks(blocks)
-    if count > total:
+def frozen_blocks(transformer: Any, blocks: str | None) -> int:
+    """How many blocks stand before the first that `blocks` ("last:n"; None: all) gives a LoRA. Raises InputError."""
+    if blocks is None:
+        return 0
+    total = len(transformer.blocks)
+    if (count := parse_blocks(blocks)) > total:
         raise InputError(f"lora_blocks {blocks}: the transformer has {total} blocks")
-    return range(total - count, total)
+    return total - count
 
 
 def remove_lora(transformer: Any) -> None:

@@ -53,7 +53,6 @@ class MemoryLadder:
 
     def down(self, why: str) -> bool:
         """Take the next rung that makes a difference; False where there is none."""
-        self.loop.optimizer.zero_grad(set_to_none=True)
         while self._rungs:
             name = next(iter(self._rungs))
             if self._rungs.pop(name)():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlmteacher.engines import ENGINES, Engine, make_engine
 from vlmteacher.errors import InputError, NonFiniteFrames, OutOfMemory
-from vlmteacher.lora import adapted_blocks, load_lora_state, lora_parameters, lora_state_dict, parse_blocks
+from vlmteacher.lora import frozen_blocks, load_lora_state, lora_parameters, lora_state_dict, parse_blocks
 from vlmteacher.memory_ladder import MemoryLadder, is_out_of_memory
 from vlmteacher.reasoners.frozen_front import FrozenFront
 from vlmteacher.reward import vqa_objective
@@ -167,9 +167,9 @@ class Optimization:
         self.stopped: Literal["threshold", "max_steps"] | None = None if settings.max_steps else "max_steps"
         self.decoder_chunk: int | None = None
         self.offload = False  # of what the Reasoner saves for the backward, to pinned host memory
-        first = adapted_blocks(reasoner.transformer, settings.lora_blocks).start
+        frozen = frozen_blocks(reasoner.transformer, settings.lora_blocks)
         self.front: AbstractContextManager[object] = (
-            FrozenFront(reasoner.transformer, first) if first else nullcontext()
+            FrozenFront(reasoner.transformer, frozen) if frozen else nullcontext()
         )
         self.ladder = MemoryLadder(self, make_room)
         self.engine = make_engine(settings.engine, self)
@@ -268,7 +268,7 @@ class Optimization:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                why = (str(error).strip().splitlines() or [type(error).__name__])[0]
             # Here the error is gone, and with its traceback the tensors of the step.
             if not self.ladder.down(why):
                 taken = ", ".join(self.ladder.taken) or "nothing that could be smaller"

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from vlmteacher.engines import Engine, check_engine
 from vlmteacher.errors import InputError, OutOfMemory
-from vlmteacher.lora import adapted_blocks, add_lora, export_lora, remove_lora
+from vlmteacher.lora import add_lora, export_lora, frozen_blocks, remove_lora
 from vlmteacher.optimization import NonFiniteError, Optimization, Settings, teacher_frame_indices
 from vlmteacher.placement import DeviceMap, find_devices
 from vlmteacher.queries import QuerySet
@@ -268,7 +268,7 @@ class TeacherPipeline:
         }
         settings = Settings(**self.defaults.to_dict() | {k: v for k, v in overrides.items() if v is not None})
         check_engine(settings.engine, reasoner, teacher)
-        adapted_blocks(reasoner.transformer, settings.lora_blocks)
+        frozen_blocks(reasoner.transformer, settings.lora_blocks)
         given = {"num_frames": num_frames, "height": height, "width": width}
         size = {name: getattr(reasoner, name) if value is None else value for name, value in given.items()}
         check_prompt(prompt)
