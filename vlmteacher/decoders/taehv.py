@@ -44,6 +44,9 @@ FIRST_STAGE_KEEPS_TIME = (16, 32, 48)  # latent channels of the families whose f
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 
 
+CPU = torch.device("cpu")
+
+
 class SoftClamp(nn.Module):
     """3 tanh(x / 3): keeps latents within what the decoder was trained on."""
 
@@ -198,7 +201,7 @@ class TinyVideoDecoder(nn.Module):
         indices = self._check(latents, frame_indices, chunk, check)
         if any(p.requires_grad for p in self.parameters()):
             return self.decode_batch(latents)[0][indices]
-        layers, plan = self.layers(), self.plan(latents.shape[-2:], indices, chunk)
+        layers, plan = self.layers(), self.plan(latents.shape[-2:], indices, chunk, latents.device)
         x = self.decoder[0](self._network_latents(latents))[0].permute(1, 2, 3, 0).contiguous()
         frames = tiny_decoder.decode(x, layers, plan, self.config["patch"])
         trim = self.temporal_stride - 1
@@ -206,9 +209,14 @@ class TinyVideoDecoder(nn.Module):
         order = [place[i] for i in indices]
         return frames if order == list(range(len(place))) else frames[tiny_decoder.indices(order, frames.device)]
 
-    def plan(self, size: Sequence[int], frame_indices: Sequence[int], chunk: int | None = None) -> Plan:
-        """The work that these frames take, for latents of `size` (h, w), on the weights' device."""
-        device = self.decoder[1].weight.device
+    def plan(
+        self,
+        size: Sequence[int],
+        frame_indices: Sequence[int],
+        chunk: int | None = None,
+        device: torch.device = CPU,
+    ) -> Plan:
+        """The work that these frames take, for latents of `size` (h, w), with its indices on `device`."""
         wanted = sorted({i + self.temporal_stride - 1 for i in frame_indices})
         if chunk is None:
             pixels = size[0] * size[1] * 4 ** sum(self.config["space_upscale"])
