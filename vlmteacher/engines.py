@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlmteacher.errors import InputError
 from vlmteacher.memory_ladder import is_out_of_memory
-from vlmteacher.reasoners.checkpointing import Keep, kept_levels
+from vlmteacher.reasoners.checkpointing import Keep, block_list, kept_levels
 
 if TYPE_CHECKING:
     from vlmteacher.optimization import Optimization
@@ -79,7 +79,7 @@ class Compiled(Eager):
 
     def __init__(self, loop: Optimization) -> None:
         super().__init__(loop)
-        self.blocks: list[Any] = list(loop.reasoner.transformer.blocks)
+        self.blocks: list[Any] = list(block_list(loop.reasoner.transformer))
         for block in self.blocks:
             block.compile()
 
