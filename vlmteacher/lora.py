@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
 from vlmteacher.lora_files import LoRA, diffusers_bytes
-from vlmteacher.reasoners.checkpointing import block_list, blocks_name
+from vlmteacher.reasoners.checkpointing import block_list
 
 ADAPTER = "default"
 # Every linear layer of the blocks but their modulation. PEFT: ends of names, or an expression for the whole name where
@@ -59,6 +59,7 @@ def add_lora(
     The weights are float32 whatever the transformer's dtype: updates of 3e-5 are lost in bfloat16.
     """
     from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
 
     if rank < 1:
         raise InputError(f"the LoRA rank must be at least 1, not {rank}")
@@ -68,14 +69,11 @@ def add_lora(
         start.check_fits(transformer)
         config = start.config()
     else:
-        where = blocks_name(transformer)
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=rank if alpha is None else alpha,  # a fraction is fine too
-            lora_dropout=0.0,
-            target_modules=target_modules(transformer),
-            exclude_modules=rf"{where}\.({'|'.join(map(str, range(first)))})\..*" if first else None,
-        )
+        alpha = rank if alpha is None else alpha  # a fraction is fine too
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=target_modules(transformer))
+        if first:
+            names = [name for name, _ in transformer.named_modules() if check_target_module_exists(config, name)]
+            config.target_modules = {name for name in names if int(name.split(".")[1]) >= first}  # "blocks.5.attn1..."
     transformer.add_adapter(config, adapter_name=ADAPTER)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     for name, parameter in transformer.named_parameters():

@@ -10,12 +10,14 @@ import torch
 
 from tests.test_cli import Run, run  # noqa: F401 (a fixture)
 from tests.tiny_pair import PROMPT, QUERIES
-from vlmteacher.lora import add_lora, lora_parameters, lora_state_dict, remove_lora
+from tests.tiny_transformers import FAMILIES, call, tiny_transformer
+from vlmteacher.errors import InputError
+from vlmteacher.lora import add_lora, export_lora, lora_parameters, lora_state_dict, remove_lora
 from vlmteacher.optimization import Optimization, Settings
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners import frozen_front
-from vlmteacher.reasoners.checkpointing import Keep, keep_activations
+from vlmteacher.reasoners.checkpointing import Keep, block_list, keep_activations
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,61 @@ def test_sampling_inside_the_loop_uses_the_whole_network(pipe: TeacherPipeline) 
         assert torch.equal(reasoner.sample(condition, noise), expected)  # B is 0
     finally:
         remove_lora(reasoner.transformer)
+
+
+def test_guidance_has_two_forwards_in_a_pass(pipe: TeacherPipeline) -> None:
+    reasoner = pipe.reasoner.with_sampling(guidance_scale=3.0, negative_prompt="red")
+    condition = reasoner.encode(PROMPT, None, 5, 32, 48)
+    noise = reasoner.noise(condition, torch.Generator().manual_seed(0))
+    assert condition.negative is not None
+    add_lora(reasoner.transformer, 2, seed=0, blocks="last:1")
+    try:
+        front = frozen_front.FrozenFront(reasoner.transformer, 1)
+        parameters = lora_parameters(reasoner.transformer)
+        for step in range(3):
+            expected = reasoner.predict_clean(condition, noise)
+            with front:
+                found = reasoner.predict_clean(condition, noise)
+            assert torch.equal(found, expected)
+            gradients = [torch.autograd.grad(z0.square().sum(), parameters) for z0 in (found, expected)]
+            assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True)), step
+            for parameter in parameters:
+                parameter.data.add_(0.1)
+    finally:
+        remove_lora(reasoner.transformer)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_familys_blocks(family: str) -> None:
+    """Also those that are called by keywords (LTX), or hand on video and text (HunyuanVideo)."""
+    model = tiny_transformer(family)
+    blocks = block_list(model)
+    add_lora(model, 4, seed=0, blocks="last:1")
+    assert {name.split(".")[1] for name in lora_state_dict(model)} == {"1"}
+    front = frozen_front.FrozenFront(model, 1)
+    calls = []
+    blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    outputs = []
+    for _ in range(2):
+        with front:
+            found = call(model)
+        assert len(calls) == 1 and block_list(model) is blocks
+        outputs.append((found, call(model)))
+        calls.pop()
+        for parameter in lora_parameters(model):
+            parameter.data.add_(0.1)
+    assert all(torch.equal(found, whole) for found, whole in outputs)
+    assert not torch.equal(outputs[0][0], outputs[1][0])
+
+
+def test_a_lora_to_go_on_from_has_its_own_layers(models: dict[str, str], tmp_path: Path, run: Run) -> None:  # noqa: F811
+    pipe = TeacherPipeline.from_pretrained(**models)
+    add_lora(pipe.reasoner.transformer, 2, seed=0)
+    (tmp_path / "lora.safetensors").write_bytes(export_lora(pipe.reasoner.transformer))
+    remove_lora(pipe.reasoner.transformer)
+    pipe.load_lora(tmp_path / "lora.safetensors")
+    with pytest.raises(InputError, match="has its own layers: it cannot go on with lora_blocks"):
+        pipe(PROMPT, queries=QuerySet.from_dict(QUERIES), lora_blocks="last:1", progress=False)
 
 
 def test_solve_writes_it_down(models: dict[str, str], tmp_path: Path, run: Run) -> None:  # noqa: F811
