@@ -13,7 +13,7 @@ import numpy as np
 
 from vlmteacher.microworld import world
 from vlmteacher.microworld.families import FAMILIES
-from vlmteacher.microworld.families.base import free_point, other_boxes, straight
+from vlmteacher.microworld.families.base import other_boxes, straight
 from vlmteacher.microworld.scene import NUM_FRAMES, SIZE, Scene, Thing, Track, distance_to_block, perform, rerouted
 
 
@@ -36,6 +36,12 @@ def _other_color(rng: np.random.Generator, *used: str) -> str:
 def _interval(rng: np.random.Generator, shortest: int = 2) -> tuple[int, int]:
     first = int(rng.integers(1, NUM_FRAMES - shortest + 1))
     return first, int(rng.integers(first + shortest, NUM_FRAMES + 1))
+
+
+def _is_seen(track: Track, right: Track, thing: Thing) -> bool:
+    """Whether half of the thing's area or more looks otherwise than in the right track, in three frames or more."""
+    difference = np.sqrt(((world.draw(track) - world.draw(right)) ** 2).sum(-1)) > 0.35
+    return bool((difference.sum((1, 2)) >= 0.5 * world.mask(thing).sum()).sum() >= 3)
 
 
 def static(scene: Scene, rng: np.random.Generator) -> Track:
@@ -123,22 +129,21 @@ def fade_through(scene: Scene, rng: np.random.Generator) -> Track:
 
 def duplicate(scene: Scene, rng: np.random.Generator) -> Track:
     """A second one of the same kind: a still one left behind, or one on its way elsewhere."""
-    first, last = _interval(rng)
     track, actor = perform(scene), _actor(scene, rng)
     start = scene.things[actor]
-    moves = np.hypot(start.x - track[-1][actor].x, start.y - track[-1][actor].y) > 2 * start.size
-    if moves and rng.random() < 0.4:
+    while True:
+        first, last = _interval(rng)
         way = np.repeat([start.at], NUM_FRAMES, 0)
-        first = max(first, 5)
-        last = max(last, first + 2)
-    else:
-        way = world.trajectory((start.at, free_point(scene, rng, 16 + max(0.0, start.size - 5))))
-        first, last = max(first, 6), max(last, 9)
-    alpha = float(rng.uniform(0.6, 1.0))
-    return [
-        (*things, replace(start.moved((float(x), float(y))), alpha=alpha if first <= t < last else 0.0))
-        for t, (things, (x, y)) in enumerate(zip(track, way, strict=True))
-    ]
+        if rng.random() < 0.6:
+            way = world.trajectory((start.at, (float(rng.uniform(7, SIZE - 7)), float(rng.uniform(7, SIZE - 7)))))
+        alpha = float(rng.uniform(0.6, 1.0))
+        far = [np.hypot(*np.subtract(things[actor].at, place)) for things, place in zip(track, way, strict=True)]
+        sizes = [start.size + things[actor].size for things in track]
+        if sum(far[t] > sizes[t] + 1 for t in range(first, last)) >= 3:
+            return [
+                (*things, replace(start.moved((float(x), float(y))), alpha=alpha if first <= t < last else 0.0))
+                for t, (things, (x, y)) in enumerate(zip(track, way, strict=True))
+            ]
 
 
 def ghost(scene: Scene, rng: np.random.Generator) -> Track:
@@ -163,19 +168,25 @@ def wrong_color(scene: Scene, rng: np.random.Generator) -> Track:
 
 
 def eroded_scenery(scene: Scene, rng: np.random.Generator) -> Track:
-    """One of the things that should stay fades, moves or changes colour."""
-    first, kind = int(rng.integers(1, 9)), int(rng.integers(3))
-    which = int(rng.choice([i for i in range(len(scene.things)) if i not in scene.actors]))
-    thing = scene.things[which]
-    change: dict[str, Any] = {"alpha": float(rng.uniform(0, 0.4))}
-    if kind == 1:
-        change = {"color": _other_color(rng, thing.color, *(actor.color for actor in scene.moving))}
-    elif kind == 2:
-        shift = rng.choice([-1, 1], 2) * rng.uniform(5, 9, 2)
-        x, y = np.clip(np.add(thing.at, shift), 9, SIZE - 9)
-        if max(abs(x - thing.x), abs(y - thing.y)) >= 4:
-            change = {"x": float(x), "y": float(y)}
-    return _edit(perform(scene), which, lambda t, _: change if t >= first else {})
+    """One of the things that should stay fades, moves or changes colour, where it can be seen."""
+    right = perform(scene)
+    while True:
+        first, kind = int(rng.integers(1, 9)), int(rng.integers(3))
+        which = int(rng.choice([i for i in range(len(scene.things)) if i not in scene.actors]))
+        thing = scene.things[which]
+        change: dict[str, Any] = {"alpha": float(rng.uniform(0, 0.4))}
+        if kind == 1:
+            change = {"color": _other_color(rng, thing.color, *(actor.color for actor in scene.moving))}
+        elif kind == 2:
+            shift = rng.choice([-1, 1], 2) * rng.uniform(5, 9, 2)
+            x, y = np.clip(np.add(thing.at, shift), 9, SIZE - 9)
+            if max(abs(x - thing.x), abs(y - thing.y)) >= 4:
+                change = {"x": float(x), "y": float(y)}
+        track = right[:first] + [
+            tuple(replace(x, **change) if i == which else x for i, x in enumerate(s)) for s in right[first:]
+        ]
+        if _is_seen(track, right, thing):
+            return track
 
 
 def disguise(scene: Scene, rng: np.random.Generator) -> Track:

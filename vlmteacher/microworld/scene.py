@@ -200,7 +200,7 @@ def between(start: Thing, end: Thing, share: float) -> Thing:
         start,
         size=start.size + share * (end.size - start.size),
         angle=start.angle + share * (end.angle - start.angle),
-        other=end.other,
+        other=end.other if share else start.other,
         blend=share * end.blend,
     )
 

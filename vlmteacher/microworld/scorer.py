@@ -24,12 +24,12 @@ _PALETTE = np.asarray([world.BACKGROUND, *world.PAINTS.values()], np.float32)
 NEAREST = 0.35  # a pixel further than this from every colour of the world belongs to none
 AREA = (0.4, 1.9)  # of a mover's true area
 SPREAD = 8  # pixels by which the longer side of a mover's bounding box may be longer than it is
-STRAY = 20  # pixels of a mover's colour outside it
+STRAY = 20  # pixels of a mover's colour outside it; pixels that have no right stage's colour
 JUMP = 11.0  # pixels from frame to frame; the fastest right video makes 8
 AT_GOAL = 4.0  # pixels from the goal, per axis
 AT_START = 4.0
 INTACT = 0.6  # share of a thing's visible pixels that must keep its colour
-DEBRIS = 50  # pixels that are neither scenery nor actor nor background
+DEBRIS = 0.64  # of the smallest thing's area, and of a ball's at most, may be neither thing nor ground
 GRACE = 1  # frames in which codec blur may spoil a mover, the scenery or the ground
 STAGES = np.arange(-1.2, 2.21, 0.05)  # of a change: 0 is the start and 1 the goal
 AT_STAGE = 0.2
@@ -105,15 +105,17 @@ def _judge_motion(frames: np.ndarray, scene: Scene) -> dict[str, float]:
         "one": _graced(one.all(0)),
         "smooth": float((steps <= JUMP).all(0).mean()),
         "scenery": _graced(np.stack(kept).all(0)) if kept else 1.0,
-        "clean": _graced(debris.sum((1, 2)) <= DEBRIS),
+        "clean": _graced(debris.sum((1, 2)) <= _debris(scene)),
         **FAMILIES[scene.family].rules(scene, ways),
     }
 
 
 def _classify(frames: np.ndarray) -> np.ndarray:
     """Index into `_NAMES` of each pixel's colour, -1 for none: (T, H, W)."""
-    squared = (frames**2).sum(-1, keepdims=True) - 2 * frames @ _PALETTE.T + (_PALETTE**2).sum(-1)
-    return np.where(squared.min(-1) < NEAREST**2, squared.argmin(-1), -1)
+    pixels = frames.reshape(-1, 3).T
+    squared = (_PALETTE**2).sum(-1)[:, None] - 2 * _PALETTE @ pixels
+    kinds = np.where(squared.min(0) + (pixels**2).sum(0) < NEAREST**2, squared.argmin(0), -1)
+    return kinds.reshape(frames.shape[:3])
 
 
 def _follow(kinds: np.ndarray, scene: Scene, actor: Thing) -> tuple[np.ndarray, np.ndarray]:
@@ -179,6 +181,12 @@ def _kept(right: np.ndarray, where: np.ndarray, free: np.ndarray) -> np.ndarray:
     return (count < 8) | ((right & visible).sum((1, 2)) >= INTACT * count)
 
 
+def _debris(scene: Scene) -> float:
+    """Pixels that may be neither one of the scene's things nor ground."""
+    areas = [world.mask(thing).sum() for thing in scene.things]
+    return DEBRIS * min(np.pi * world.RADIUS**2, *areas)
+
+
 def _plain(scene: Scene) -> np.ndarray:
     """(H, W) where only the ground is, but for the actors."""
     return np.abs(world.draw_still(scene.scenery) - np.asarray(world.BACKGROUND, np.float32)).max(-1) < 0.02
@@ -202,17 +210,11 @@ def _judge_change(frames: np.ndarray, scene: Scene) -> dict[str, float]:
     stage = stages[best]
     wrong = ((frames - pictures[best]) ** 2).sum(-1) > NEAREST**2
 
-    covers = np.stack([world.mask(thing) for thing in scene.things])
     own = masks([states[b][index] for b in best]) > 0.9
-    above = covers[index + 1 :].max(0, initial=0.0) > 0.1
-    whole = (wrong & own & ~above).sum((1, 2)) <= (1 - INTACT) * (own & ~above).sum((1, 2))
-    kept, known = [], own | above
-    for i, cover in enumerate(covers):
-        if i != index:
-            hidden = covers[i + 1 :].max(0, initial=0.0) > 0.1
-            free = np.broadcast_to(~hidden, own.shape) & ~(own & (i < index))
-            kept.append(_kept(~wrong, cover > 0.9, free))
-            known = known | (cover > 0.1)
+    covers = np.stack([world.mask(thing) for thing in scene.things])
+    shown = [~(covers[i + 1 :].max(0, initial=0.0) > 0.1) for i in range(len(covers))]  # not under what is drawn later
+    whole = (wrong & own & shown[index]).sum((1, 2)) <= (1 - INTACT) * (own & shown[index]).sum((1, 2))
+    kept = [_kept(~wrong, covers[i] > 0.9, shown[i] & ~(own & (i < index))) for i in range(len(covers)) if i != index]
     steps = np.diff(stage)
     back = np.maximum.accumulate(stage) - stage
     return {
@@ -222,5 +224,17 @@ def _judge_change(frames: np.ndarray, scene: Scene) -> dict[str, float]:
         "smooth": float((np.abs(steps) <= LEAP).mean()),
         "direct": float((back <= BACK).mean()),
         "scenery": _graced(np.stack(kept).all(0)),
-        "clean": _graced((wrong & ~known).sum((1, 2)) <= DEBRIS),
+        "clean": _graced((wrong & _even(pictures)[best]).sum((1, 2)) <= STRAY),
     }
+
+
+def _even(pictures: np.ndarray) -> np.ndarray:
+    """(N, H, W) where a picture has one colour for two pixels around: what blur leaves as it is."""
+    edges = np.zeros(pictures.shape[:3], bool)
+    edges[:, 1:] |= np.abs(np.diff(pictures, axis=1)).max(-1) > 0.05
+    edges[:, :, 1:] |= np.abs(np.diff(pictures, axis=2)).max(-1) > 0.05
+    grown = edges.copy()
+    for axis in (1, 2):
+        for shift in (-1, 1):
+            grown |= np.roll(edges, shift, axis)
+    return ~grown

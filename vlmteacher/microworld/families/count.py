@@ -9,7 +9,7 @@ from vlmteacher.microworld.scene import Point, Scene, Thing, ball, rerouted, sce
 
 BOXES = 4
 DOT = 4.0  # radius
-BOX = 7.5  # four of them fill a row
+BOX = 7.0  # half its side: four fill a row
 
 
 def _way(start: Point, end: Point) -> tuple[Point, ...]:
@@ -31,11 +31,11 @@ class Count(BallToBox):
         own, dots, boxes = draw_colors(rng, 3)
         left, top = float(rng.integers(6, 15)), float(rng.integers(7, 14))
         start = (float(rng.integers(7, 58)), float(rng.integers(30, 37)))
-        end = (8.5 + 16 * (number - 1), 55.5)
+        end = (8.0 + 16 * (number - 1), 55.0)
         if abs(start[0] - end[0]) < 4:
             return None
         things = [Thing("disc", dots, left + 14 * k, top, DOT) for k in range(number)]
-        things += [Thing("square", boxes, 8.5 + 16 * k, 55.5, BOX, outline=True) for k in range(BOXES)]
+        things += [Thing("square", boxes, 8.0 + 16 * k, 55.0, BOX, outline=True) for k in range(BOXES)]
         things.append(ball(own, start))
         return scene_of("count", things, {len(things) - 1: _way(start, end)}, [2 * number - 1])
 

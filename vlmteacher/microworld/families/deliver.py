@@ -36,7 +36,7 @@ class Deliver(Family):
         if centres is None or starts is None or not all(far_apart(s, centres, 15) for s in starts):
             return None
         for i, start in enumerate(starts):
-            if np.hypot(*(start - centres[i])) < 20:
+            if np.hypot(*(start - centres[i])) < 22:
                 return None
             if not clear_way(start, centres[i], [c for k, c in enumerate(centres) if k != i], 14):
                 return None

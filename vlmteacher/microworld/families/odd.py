@@ -27,7 +27,7 @@ class Odd(BallToBox):
         if centres is None:
             return None
         start = rng.integers(8, SIZE - 7, size=2).astype(np.float64)
-        if not far_apart(start, centres, 15) or np.hypot(*(start - centres[0])) < 20:
+        if not far_apart(start, centres, 15) or np.hypot(*(start - centres[0])) < 22:
             return None
         if not clear_way(start, centres[0], centres[1:], 15):
             return None

@@ -11,7 +11,14 @@ from vlmteacher.microworld.scene import COLORS, Scene, Thing, scene_of
 
 SHAPE = 8.0  # radius, or half a side
 _NAMES = list(COLORS)
-_INSTEAD = {"purple": ("red", "blue"), "cyan": ("green", "red"), "yellow": ("blue", "green")}
+_INSTEAD = {  # of the named colour, the first that the shape does not have yet
+    "red": ("blue", "green"),
+    "green": ("red", "blue"),
+    "blue": ("green", "red"),
+    "yellow": ("blue", "green"),
+    "purple": ("red", "blue"),
+    "cyan": ("green", "red"),
+}
 
 
 class Recolor(Family):
@@ -47,7 +54,7 @@ class Recolor(Family):
 
     def mistaken(self, scene: Scene) -> Scene:
         """Into another colour, always the same one."""
-        first, second = _INSTEAD.get(scene.goals[0].other, ("red", "blue"))
+        first, second = _INSTEAD[scene.goals[0].other]
         instead = second if first == scene.ball_color else first
         return replace(scene, goals=(replace(scene.goals[0], other=instead),))
 
