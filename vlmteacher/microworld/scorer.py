@@ -24,13 +24,14 @@ _PALETTE = np.asarray([world.BACKGROUND, *world.PAINTS.values()], np.float32)
 NEAREST = 0.35  # a pixel further than this from every colour of the world belongs to none
 AREA = (0.4, 1.9)  # of a mover's true area
 SPREAD = 8  # pixels by which the longer side of a mover's bounding box may be longer than it is
-STRAY = 20  # pixels of a mover's colour outside it; pixels that have no right stage's colour
+STRAY = 20  # pixels of a mover's colour outside it
 JUMP = 11.0  # pixels from frame to frame; the fastest right video makes 8
 AT_GOAL = 4.0  # pixels from the goal, per axis
 AT_START = 4.0
 INTACT = 0.6  # share of a thing's visible pixels that must keep its colour
 DEBRIS = 0.64  # of the smallest thing's area, and of a ball's at most, may be neither thing nor ground
 GRACE = 1  # frames in which codec blur may spoil a mover, the scenery or the ground
+SPOTS = 12  # pixels of a wrong colour where the right stage has none near an edge
 STAGES = np.arange(-1.2, 2.21, 0.05)  # of a change: 0 is the start and 1 the goal
 AT_STAGE = 0.2
 LEAP = 0.35  # of a change, from frame to frame; the right video makes 0.1
@@ -224,15 +225,15 @@ def _judge_change(frames: np.ndarray, scene: Scene) -> dict[str, float]:
         "smooth": float((np.abs(steps) <= LEAP).mean()),
         "direct": float((back <= BACK).mean()),
         "scenery": _graced(np.stack(kept).all(0)),
-        "clean": _graced((wrong & _even(pictures)[best]).sum((1, 2)) <= STRAY),
+        "clean": _graced((wrong & _even(pictures[best])).sum((1, 2)) <= SPOTS),
     }
 
 
 def _even(pictures: np.ndarray) -> np.ndarray:
     """(N, H, W) where a picture has one colour for two pixels around: what blur leaves as it is."""
     edges = np.zeros(pictures.shape[:3], bool)
-    edges[:, 1:] |= np.abs(np.diff(pictures, axis=1)).max(-1) > 0.05
-    edges[:, :, 1:] |= np.abs(np.diff(pictures, axis=2)).max(-1) > 0.05
+    edges[:, 1:] |= (np.abs(np.diff(pictures, axis=1)) > 0.05) @ np.ones(3, bool)
+    edges[:, :, 1:] |= (np.abs(np.diff(pictures, axis=2)) > 0.05) @ np.ones(3, bool)
     grown = edges.copy()
     for axis in (1, 2):
         for shift in (-1, 1):

@@ -126,7 +126,7 @@ class BallToBox(Family):
     """One ball has to come to rest in the right one of several boxes."""
 
     def names(self, scene: Scene) -> dict[str, str]:
-        return {"ball": scene.ball_color, "box": scene.target.color}
+        return {"ball": scene.ball_color}
 
     def key_color(self, scene: Scene) -> str:
         return scene.target.color

@@ -14,7 +14,7 @@ from vlmteacher.microworld.families.base import (
     point,
     straight,
 )
-from vlmteacher.microworld.scene import Scene, ball, box, far_apart, scene_of, trajectory
+from vlmteacher.microworld.scene import Scene, ball, box, scene_of, trajectory
 
 
 class Deliver(Family):
@@ -32,8 +32,8 @@ class Deliver(Family):
         count = balls + (0 if unseen else int(rng.integers(2)))  # a box more than balls, at times
         colors = draw_colors(rng, count)
         centres = draw_places(rng, count, 10, 19)
-        starts = draw_places(rng, balls, 8, 14)
-        if centres is None or starts is None or not all(far_apart(s, centres, 15) for s in starts):
+        starts = draw_places(rng, balls, 8, 15, centres) if centres else None
+        if centres is None or starts is None:
             return None
         for i, start in enumerate(starts):
             if np.hypot(*(start - centres[i])) < 22:

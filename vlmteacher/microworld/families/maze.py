@@ -68,6 +68,9 @@ class Maze(BallToBox):
         things = [*blocks, box(colors[1], path[-1]), ball(colors[0], path[0])]
         return scene_of("maze", things, {len(blocks) + 1: path}, [len(blocks)])
 
+    def names(self, scene: Scene) -> dict[str, str]:
+        return {"ball": scene.ball_color, "box": scene.target.color}
+
     def is_unseen(self, scene: Scene) -> bool:
         return len(scene.blocks) > 5
 

@@ -49,6 +49,9 @@ class Move(BallToBox):
         things = [*boxes, ball(colors[0], point(start))]
         return scene_of("move", things, {count: (point(start), point(centres[0]))}, [int(np.argmin(order))])
 
+    def names(self, scene: Scene) -> dict[str, str]:
+        return {"ball": scene.ball_color, "box": scene.target.color}
+
     def is_unseen(self, scene: Scene) -> bool:
         return len(scene.boxes) > 3
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from vlmteacher.microworld.families.base import BallToBox, clear_way, draw_colors, draw_places, point
-from vlmteacher.microworld.scene import SIZE, Scene, ball, box, far_apart, scene_of
+from vlmteacher.microworld.scene import Scene, ball, box, scene_of
 
 
 class Odd(BallToBox):
@@ -26,9 +26,10 @@ class Odd(BallToBox):
         centres = draw_places(rng, count, 10, 19)
         if centres is None:
             return None
-        start = rng.integers(8, SIZE - 7, size=2).astype(np.float64)
-        if not far_apart(start, centres, 15) or np.hypot(*(start - centres[0])) < 22:
+        starts = draw_places(rng, 1, 8, 15, centres)
+        if starts is None or np.hypot(*(starts[0] - centres[0])) < 22:
             return None
+        start = starts[0]
         if not clear_way(start, centres[0], centres[1:], 15):
             return None
         boxes = [box(common, point(centre)) for centre in centres]

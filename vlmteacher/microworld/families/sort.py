@@ -24,7 +24,10 @@ def _arc(start: Point, x: float) -> tuple[Point, ...]:
         return (start,)
     s = np.linspace(0, 1, STEPS + 1)
     height = np.sign(x - start[0]) * HEIGHT * np.sin(np.pi * s)
-    arc = [(float(start[0] + (x - start[0]) * a), float(start[1] - h)) for a, h in zip(s, height, strict=True)]
+    arc = [
+        (round(float(start[0] + (x - start[0]) * a), 3), round(float(start[1] - h), 3))
+        for a, h in zip(s, height, strict=True)
+    ]
     return (*arc[:-1], (x, start[1]))
 
 
