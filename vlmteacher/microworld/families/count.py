@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from vlmteacher.microworld.families.base import BallToBox, draw_colors
-from vlmteacher.microworld.scene import Point, Scene, Thing, ball, rerouted, scene_of
+from vlmteacher.microworld.scene import Point, Scene, Thing, rerouted, scene_of
 
 BOXES = 4
-DOT = 4.0  # radius
+DOT = BALL = 4.0  # radii
 BOX = 7.0  # half its side: four fill a row
 
 
@@ -36,7 +36,7 @@ class Count(BallToBox):
             return None
         things = [Thing("disc", dots, left + 14 * k, top, DOT) for k in range(number)]
         things += [Thing("square", boxes, 8.0 + 16 * k, 55.0, BOX, outline=True) for k in range(BOXES)]
-        things.append(ball(own, start))
+        things.append(Thing("disc", own, *start, BALL))
         return scene_of("count", things, {len(things) - 1: _way(start, end)}, [2 * number - 1])
 
     def is_unseen(self, scene: Scene) -> bool:
