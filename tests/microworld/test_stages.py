@@ -73,7 +73,7 @@ def test_bench_resumes_and_refuses_other_results(pair, tmp_path, monkeypatch):
     first = run_benchmark("pass@2", 1, 1, tmp_path / "out", pair=str(pair))
     again = run_benchmark("pass@2", 2, 1, tmp_path / "out", resume=True, pair=str(pair))
     assert again["instances"][0] == first["instances"][0]
-    assert again["n"] == 2 and set(again["tasks"]) == set(world.FAMILIES)
+    assert again["n"] == 2 and set(again["tasks"]) == set(world.PACKAGED)
     for row in again["instances"]:
         assert row["oracle_success"] >= row["success"] and len(row["samples"]) == 2
     for method in ("base", "teacher"):
