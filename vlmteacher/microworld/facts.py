@@ -28,6 +28,7 @@ STYLE = QueryStyle(
     "all the way. "
     'Answer only with JSON: {"goal": "...", "process": ["...", "..."]}',
     own_wording=True,
+    preservation_query="Do all boxes and blocks stay as they are?",
 )
 
 
