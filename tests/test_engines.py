@@ -21,9 +21,10 @@ from vlmteacher.optimization import Optimization, Settings
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.planning.costs import META
 from vlmteacher.planning.models import build_decoder, build_reasoner, build_teacher
+from vlmteacher.planning.reasoner import blank_instance
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners.base import Condition, Noise
-from vlmteacher.reasoners.checkpointing import Keep, keep_activations
+from vlmteacher.reasoners.checkpointing import Keep, block_list, blocks_name, keep_activations
 from vlmteacher.reasoners.wan import WanReasoner
 
 # ---------------------------------------------------------------- what a CUDA graph may hold
@@ -106,6 +107,20 @@ def test_a_step_never_waits_for_the_host(image: bool, level: Keep, settings: dic
     assert facts.shape == (9 + 3 + 1,)
     with pytest.raises(RuntimeError, match="meta"):
         facts.tolist()
+
+
+@pytest.mark.parametrize("name", ["wan2.1-i2v-14b-480p", "ltx-0.9.8-2b-distilled", "hunyuan-video-1.5-480p-i2v"])
+def test_nor_does_the_prediction_of_another_family(name: str) -> None:
+    reasoner: Any = build_reasoner(name)[0]
+    network = reasoner.transformer
+    setattr(network, blocks_name(network), block_list(network)[:2])
+    add_lora(network, 4)
+    rows, columns = (4 * reasoner.spatial_stride * patch for patch in reasoner.patch)
+    condition, noise = blank_instance(reasoner, (2 * reasoner.temporal_stride + 1, rows, columns))
+    with NoTransfers() as before:
+        reasoner.predict_clean(condition, noise).sum().backward()
+    with NoNumbers(), NoTransfers(before):
+        reasoner.predict_clean(condition, noise).sum().backward()
 
 
 def test_the_check_sees_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
