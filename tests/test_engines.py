@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from vlmteacher.optimization import Optimization, Settings
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.planning.costs import META
 from vlmteacher.planning.models import build_decoder, build_reasoner, build_teacher
+from vlmteacher.planning.reasoner import blank_instance
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners.base import Condition, Noise
-from vlmteacher.reasoners.checkpointing import Keep, keep_activations
+from vlmteacher.reasoners.checkpointing import Keep, block_list, blocks_name, keep_activations
 from vlmteacher.reasoners.wan import WanReasoner
 
 # ---------------------------------------------------------------- what a CUDA graph may hold
@@ -106,6 +108,20 @@ def test_a_step_never_waits_for_the_host(image: bool, level: Keep, settings: dic
     assert facts.shape == (9 + 3 + 1,)
     with pytest.raises(RuntimeError, match="meta"):
         facts.tolist()
+
+
+@pytest.mark.parametrize("name", ["wan2.1-i2v-14b-480p", "ltx-0.9.8-2b-distilled", "hunyuan-video-1.5-480p-i2v"])
+def test_nor_does_the_prediction_of_another_family(name: str) -> None:
+    reasoner: Any = build_reasoner(name)[0]
+    network = reasoner.transformer
+    setattr(network, blocks_name(network), block_list(network)[:2])
+    add_lora(network, 4)
+    rows, columns = (4 * reasoner.spatial_stride * patch for patch in reasoner.patch)
+    condition, noise = blank_instance(reasoner, (2 * reasoner.temporal_stride + 1, rows, columns))
+    with NoTransfers() as before:
+        reasoner.predict_clean(condition, noise).sum().backward()
+    with NoNumbers(), NoTransfers(before):
+        reasoner.predict_clean(condition, noise).sum().backward()
 
 
 def test_the_check_sees_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,3 +232,84 @@ def test_a_cuda_graph_needs_a_gpu(models: dict[str, str], tmp_path: Path, run: R
     apart = [type("Part", (), {"device": torch.device("cuda", n)})() for n in (0, 1)]
     with pytest.raises(InputError, match="they are on cuda:0 and cuda:1"):
         engines.check_engine("cuda_graph", *apart)
+
+
+# ---------------------------------------------------------------- recorded and played again
+
+
+class RecordedOnCPU(TorchDispatchMode):
+    """What a CUDA graph is, made of the CPU's operators: the same calls on the same memory, without the Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.calls:
+            for kept, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(kept, Tensor) and kept.data_ptr() != new.data_ptr():
+                    kept.copy_(new)
+
+
+@pytest.fixture
+def cuda_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls of torch.cuda that `CudaGraph` makes; recording is the CPU's."""
+
+    class Stream:
+        def __init__(self, *_: Any) -> None: ...
+
+        def wait_stream(self, _: Any) -> None: ...
+
+    for name, value in {
+        "CUDAGraph": RecordedOnCPU,
+        "graph": lambda graph, **_: graph,
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": lambda _: nullcontext(),
+        "device": lambda _: nullcontext(),
+        "mem_get_info": lambda _: (2**40, 2**40),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+@pytest.mark.parametrize(
+    ("level", "settings"), [(Keep.ALL, {}), (Keep.INPUT, {"lora_blocks": "last:1"}), (Keep.LONG, {"check_final": True})]
+)
+def test_a_recorded_step_played_again_is_the_step(
+    make: Any, pipe: TeacherPipeline, level: Keep, settings: dict[str, Any], cuda_of_the_cpu: None
+) -> None:
+    """On the CPU's memory: every later step depends on the LoRA's weights alone. AdamW is not recorded here, for only
+    GPUs have a capturable one."""
+    keep_activations(pipe.reasoner.transformer, level)
+    try:
+        many = {"max_steps": 6, "threshold": 1e-6, **settings}
+        expected = [without_time(row) for row in make(**many)]
+        loop = make(**many)
+        loop.engine = engine = engines.CudaGraph(loop)
+        looks = []
+        look, engine.update = loop.look, loop.optimizer.step  # type: ignore[method-assign]
+        loop.look = lambda: looks.append(1) or look()  # type: ignore[method-assign]
+        rows = [without_time(row) for row in loop]
+        assert len(looks) == engines.WARM_UP_STEPS + 1  # the last one was recorded
+        assert rows == expected and rows[5]["loss"] < rows[0]["loss"]
+
+        loop.stopped = None
+        loop.ladder.down("a test")  # another way to compute: it must be recorded anew
+        engine.reset()
+        for _ in range(4):
+            loop.step()
+        assert len(looks) == 2 * (engines.WARM_UP_STEPS + 1)
+        loop.close()
+        assert all(parameter.grad is None for parameter in loop.parameters) and pipe.teacher.activation_bytes is None
+    finally:
+        keep_activations(pipe.reasoner.transformer, Keep.ALL)
+
+
+def without_time(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "seconds"}

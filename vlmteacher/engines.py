@@ -94,8 +94,9 @@ class CudaGraph(Eager):
     So that a step that is not finite, or is good enough, changes nothing. The first steps run eagerly on the stream
     that the graphs are recorded on. Follows "CUDA Graphs" in PyTorch's notes: gradients are None before recording, so
     that they get a place in the graph's memory, and are never set to None while it is played; the optimiser is
-    `capturable`. It has never run on a GPU; `tests/test_engines.py` checks on tensors without data that nothing between
-    the inputs and the facts reads from the device or copies to it.
+    `capturable`. It has never run on a GPU; `tests/test_engines.py` records the CPU's operators instead and plays them
+    again, and checks on tensors without data that nothing between the inputs and the facts reads from the device or
+    copies to it.
     """
 
     def __init__(self, loop: Optimization) -> None:
