@@ -139,7 +139,9 @@ def write_results(out: Path, bench: Bench, method: str, rows: list[Row]) -> dict
 
 
 def described(bench: Bench) -> dict[str, Any]:
-    return {name: value for name, value in asdict(bench).items() if value not in (None, False)}
+    """What makes the results what they are, as JSON has it."""
+    given = {name: value for name, value in asdict(bench).items() if value not in (None, False)}
+    return given | {"families": list(bench.families)}
 
 
 def summary(rows: list[Row]) -> dict[str, Any]:
@@ -172,7 +174,7 @@ class Folder:
 
     def __init__(self, path: Path, bench: Bench, method: Method, resume: bool) -> None:
         self.path, self.method = path, method
-        what = json.loads(json.dumps({"benchmark": "microworld", "method": list(method.rows), **described(bench)}))
+        what = {"benchmark": "microworld", "method": list(method.rows), **described(bench)}
         try:
             path.mkdir(parents=True, exist_ok=True)
             settings, log = path / "settings.json", path / "instances.jsonl"

@@ -209,7 +209,7 @@ def format_table(result: Row, table: Table) -> str:
         cells += [f"{entry['updates_mean']:.1f}", f"{entry['seconds_mean']:.1f}", str(entry["n"])]
         lines.append(cells)
         if "oracle" in entry:
-            rest = [""] * (len(columns) - 4 - len(table.splits))
+            rest = [""] * (len(columns) - 3 - len(table.splits))
             oracle = entry["oracle"]
             lines.append(
                 [
