@@ -124,7 +124,7 @@ def run_benchmark(
     found = find_method(method)
     bench.check(found)
     todo = instances([split], limit, noises)
-    with Folder(out, bench, found, resume) as folder, start_workers(workers, bench) as work:
+    with Folder(out, bench, found, [split], resume) as folder, start_workers(workers, bench) as work:
         rows = folder.complete(todo, work, {})
     return write_results(out, bench, method, rows[found.rows[0]])
 
@@ -172,9 +172,9 @@ class Folder:
     Raises InputError: not writable; holding other results, or any without `resume`.
     """
 
-    def __init__(self, path: Path, bench: Bench, method: Method, resume: bool) -> None:
+    def __init__(self, path: Path, bench: Bench, method: Method, splits: Sequence[str], resume: bool) -> None:
         self.path, self.method = path, method
-        what = {"benchmark": "microworld", "method": list(method.rows), **described(bench)}
+        what = {"benchmark": "microworld", "methods": list(method.rows), "splits": list(splits), **described(bench)}
         try:
             path.mkdir(parents=True, exist_ok=True)
             settings, log = path / "settings.json", path / "instances.jsonl"

@@ -97,7 +97,7 @@ def run_table(
                 except InputError as error:
                     missing[name] = str(error)
                     continue
-                with Folder(out / method.name, bench, method, resume) as folder:
+                with Folder(out / method.name, bench, method, table.splits, resume) as folder:
                     found |= folder.complete(wanted[name], work, queries)
                 queries = queries or {(row["split"], row["index"]): queries_of(row) for row in found[name]}
             write_results(out / name, bench, name, found[name])
