@@ -41,7 +41,9 @@ def main() -> None:
     instances = json.loads((wanted.results / "results.json").read_text())["instances"]
     instances = [each for each in instances if each["steps"]]
 
-    plt.rcParams.update({"svg.hashsalt": "vlmteacher", "font.size": 9, "axes.spines.top": False})
+    plt.rcParams.update(
+        {"svg.hashsalt": "vlmteacher", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
+    )
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
     loss, score = (curves(instances, lambda row, name=name: row[name]) for name in ("loss", "score"))
     mean_curve(left, loss, "Teacher's loss", "C0")
@@ -65,8 +67,9 @@ def main() -> None:
 
     for place, name in enumerate(GUARDS):
         values = curves(instances, lambda row, name=name: row["guards"][name])
-        right.plot(values.mean(0) / values[:, 0].mean(), color=f"C{place}", label=name.replace("_", " "))
-    right.set(xlabel="step", title="guards, relative to the first step")
+        whole = 6.0 if name == "colour_entropy" else 1.0  # bits
+        right.plot((values.mean(0) - values[:, 0].mean()) / whole, color=f"C{place}", label=name.replace("_", " "))
+    right.set(xlabel="step", title="guards: change, as a share of their range")
     right.legend(frameon=False)
     figure.savefig(wanted.picture, metadata={"Date": None})
     print(f"loss {loss[:, 0].mean():.3f} -> {loss[:, -1].mean():.3f}, score {score[:, 0].mean():.3f} -> ", end="")
