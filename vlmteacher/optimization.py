@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vlmteacher.errors import InputError, NonFiniteFrames
 from vlmteacher.lora import load_lora_state, lora_parameters, lora_state_dict
+from vlmteacher.ops.patchify import PatchRows
 from vlmteacher.reward import vqa_objective
 
 if TYPE_CHECKING:
@@ -80,15 +81,16 @@ def teacher_frame_indices(num_frames: int, count: int) -> list[int]:
 
 
 @torch.no_grad()
-def frame_guards(frames: Tensor) -> dict[str, float]:
+def frame_guards(frames: Tensor | PatchRows) -> dict[str, float]:
     """Cheap signs of reward hacking, to be watched over the steps (the detectors of UniRL#407).
 
-    frames: (K, 3, H, W) in [0, 1]. Returns brightness and dark_fraction (luma below 0.1), edge_density (share of pixels
-    whose luma differs from a neighbour's by more than 0.1), colour_entropy (bits, of 64 colour bins: 0..6) and
-    temporal_jump (largest mean absolute change between two neighbouring frames), all measured on about 128x128 pixels.
+    frames: (K, 3, H, W) in [0, 1], or their patch rows. Returns brightness and dark_fraction (luma below 0.1),
+    edge_density (share of pixels whose luma differs from a neighbour's by more than 0.1), colour_entropy (bits, of 64
+    colour bins: 0..6) and temporal_jump (largest mean absolute change between two neighbouring frames), all measured on
+    about 128x128 pixels.
     """
     stride = max(1, max(frames.shape[-2:]) // 128)
-    frames = frames[..., ::stride, ::stride].float()
+    frames = frames.pixels(stride) if isinstance(frames, PatchRows) else frames[..., ::stride, ::stride].float()
     luma = (frames * frames.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1)
     edges = torch.maximum(
         luma[:, 1:, :-1].sub(luma[:, :-1, :-1]).abs(),
@@ -159,7 +161,7 @@ class Optimization:
             raise NonFiniteError(
                 f"the prediction of step {len(self.history)} holds NaN: try a lower learning rate or another dtype"
             )
-        frames = self.decoder.decode(latents, self.frame_indices)
+        frames = self._decode(latents)
         try:
             losses = self.teacher.losses(frames, self.frame_indices, self.reasoner.fps, self.queries)
         except NonFiniteFrames as error:
@@ -189,6 +191,14 @@ class Optimization:
         elif len(self.history) >= self.settings.max_steps:
             self.stopped = "max_steps"
         return row
+
+    def _decode(self, latents: Tensor) -> Tensor | PatchRows:
+        """What the Teacher sees: where it would not resize the frames, its own patch rows right from the decoder."""
+        height, width = (side * self.decoder.spatial_stride for side in latents.shape[-2:])
+        layout = self.teacher.patch_layout(len(self.frame_indices), height, width)
+        if layout is None:
+            return self.decoder.decode(latents, self.frame_indices)
+        return self.decoder.decode_rows(latents, layout, self.frame_indices)
 
     @torch.no_grad()
     def _final_loss(self) -> float:

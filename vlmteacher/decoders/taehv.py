@@ -36,6 +36,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from vlmteacher.errors import InputError
 from vlmteacher.ops import tiny_decoder
+from vlmteacher.ops.patchify import PatchLayout, PatchRows
 from vlmteacher.ops.tiny_decoder import Layer, Plan
 
 HUNYUAN15_SCALE = 1.03682  # of HunyuanVideo-1.5's latents: its VAE's times this are what its transformer sees
@@ -189,15 +190,36 @@ class TinyVideoDecoder(nn.Module):
             InputError: latents of another shape or with NaN, unknown frames or none, a chunk below 1.
         """
         indices = self._check(latents, frame_indices, chunk)
+        return self._decode(latents, indices, chunk)
+
+    def decode_rows(
+        self,
+        latents: Tensor,
+        layout: PatchLayout,
+        frame_indices: Sequence[int] | None = None,
+        chunk: int | None = None,
+    ) -> PatchRows:
+        """`decode`, as the patch rows that a Teacher reads (`Teacher.patch_layout`): the last layer writes them.
+
+        Equal to `patchify` of the frames, which are not made; differentiable the same way.
+
+        Raises:
+            InputError: as `decode`; frames that the layout's blocks do not divide.
+        """
+        indices = self._check(latents, frame_indices, chunk)
+        height, width = (side * self.spatial_stride for side in latents.shape[-2:])
+        return PatchRows(self._decode(latents, indices, chunk, layout), layout, len(indices), height, width)
+
+    def _decode(
+        self, latents: Tensor, indices: list[int], chunk: int | None, layout: PatchLayout | None = None
+    ) -> Tensor:
         if any(p.requires_grad for p in self.parameters()):
-            return self.decode_batch(latents)[0][indices]
+            frames = self.decode_batch(latents)[0][indices]
+            return frames if layout is None else layout.of(frames)
         layers, plan = self.layers(), self.plan(latents.shape[-2:], indices, chunk)
         x = self.decoder[0](self._network_latents(latents))[0].permute(1, 2, 3, 0).contiguous()
-        frames = tiny_decoder.decode(x, layers, plan.to(x.device), self.config["patch"])
-        trim = self.temporal_stride - 1
-        place = {f - trim: k for k, f in enumerate(f for chunk in plan.frames for f in chunk)}
-        order = [place[i] for i in indices]
-        return frames if order == list(range(len(place))) else frames[order]
+        raw = [i + self.temporal_stride - 1 for i in indices]  # the first latent frame gives fewer frames
+        return tiny_decoder.decode(x, layers, plan.to(x.device), self.config["patch"], raw, layout)
 
     def plan(self, size: Sequence[int], frame_indices: Sequence[int], chunk: int | None = None) -> Plan:
         """The work that these frames take, for latents of `size` (h, w)."""

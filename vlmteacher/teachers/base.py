@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlmteacher.errors import InputError
 from vlmteacher.hub import only_local
+from vlmteacher.ops.patchify import PatchLayout, PatchRows
 from vlmteacher.queries import QuerySet, QueryStyle
 from vlmteacher.teachers.quantization import Quantize, check_quantize
 
@@ -42,13 +43,18 @@ class Teacher(ABC):
         Raises InputError when the model's answer is not a valid set of queries, also at the second try.
         """
 
+    def patch_layout(self, num_frames: int, height: int, width: int) -> PatchLayout | None:
+        """How `losses` takes frames of this size as patch rows; None: it takes the frames alone, to resize them."""
+        return None
+
     @abstractmethod
-    def losses(self, frames: Tensor, frame_indices: Sequence[int], fps: float, queries: QuerySet) -> Tensor:
+    def losses(self, frames: Tensor | PatchRows, frame_indices: Sequence[int], fps: float, queries: QuerySet) -> Tensor:
         """-log P("Yes" | frames, question), natural logarithm, for every question in the order of `queries.questions`.
 
-        frames: (K, 3, H, W), RGB in [0, 1]; frame_indices: their K places in the video, which runs at `fps` frames a
-        second (they become the timestamps in the prompt). Returns (1+M,) float32, differentiable to the frames.
-        Raises InputError on frames of another shape, an index count other than K, or fps <= 0.
+        frames: (K, 3, H, W), RGB in [0, 1], or the same video in `patch_layout`; frame_indices: their K places in the
+        video, which runs at `fps` frames a second (they become the timestamps in the prompt). Returns (1+M,) float32,
+        differentiable to the frames. Raises InputError on frames of another shape or layout, an index count other than
+        K, or fps <= 0.
         """
 
     @abstractmethod
