@@ -250,6 +250,12 @@ class PatchLayout:
         pairs = -(-num_frames // self.temporal_patch)
         return pairs * height * width // self.patch**2, 3 * self.temporal_patch * self.patch**2
 
+    @property
+    def limits(self) -> tuple[float, float]:
+        """What frames in [0, 1] become lies between these."""
+        channels = list(zip(self.mean, self.std, strict=True))
+        return min((0 - m) / s for m, s in channels), max((1 - m) / s for m, s in channels)
+
     def of(self, frames: Tensor) -> Tensor:
         """The rows of frames (T, 3, H, W): `patchify`."""
         return patchify(frames, self.patch, self.temporal_patch, self.merge, self.mean, self.std, dtype=self.dtype)

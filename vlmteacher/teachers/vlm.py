@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 ANSWER = "Yes"
 MAX_NEW_TOKENS = 256
 RANGE_SLACK = 1e-3  # frames may leave [0, 1] by so much: rounding of a decoder in half precision
+ROWS_SLACK = 1e-2  # and normalised ones by such a share of their range
 CHUNK_PATCHES = {"cpu": 1024, "cuda": 16384}  # of the visual encoder; the caches of a CPU, the occupancy of a GPU
 LAYOUTS_KEPT = 4
 
@@ -45,11 +46,15 @@ def check_frames(frames: Tensor | PatchRows, frame_indices: Sequence[int], fps: 
         raise InputError(f"{len(frame_indices)} frame indices for {len(frames)} frames")
     if not (fps > 0 and math.isfinite(fps)):
         raise InputError(f"fps must be positive, not {fps}")
-    low, high = (value.item() for value in (frames if isinstance(frames, Tensor) else frames.rows).detach().aminmax())
+    rows = isinstance(frames, PatchRows)
+    values, (least, most) = (frames.rows, frames.layout.limits) if isinstance(frames, PatchRows) else (frames, (0, 1))
+    low, high = (value.item() for value in values.detach().aminmax())
     if not math.isfinite(low + high):
         raise NonFiniteFrames("the frames hold NaN or infinite values: try a lower learning rate or another dtype")
-    if isinstance(frames, Tensor) and (low < -RANGE_SLACK or high > 1 + RANGE_SLACK):
-        raise InputError(f"frames must be RGB in [0, 1], these span [{low:.4g}, {high:.4g}]: clamp or rescale them")
+    slack = RANGE_SLACK if not rows else ROWS_SLACK * (most - least)
+    if low < least - slack or high > most + slack:
+        what = "frames must be RGB in [0, 1]" if not rows else f"rows of such frames lie in [{least:.4g}, {most:.4g}]"
+        raise InputError(f"{what}, these span [{low:.4g}, {high:.4g}]: clamp or rescale them")
 
 
 @dataclass(frozen=True)
