@@ -3,7 +3,7 @@
     python -m benchmarks.hand_over [--json] [--dtype bfloat16]
 
 Stock of the first rows, which are of that step alone: pixel shuffle, clamp and its bits in torch, then `patchify`, then
-back. Of the last ones, which are of a whole decoder forward and backward: its frames, which a Teacher that resizes gets,
+back. Of the last ones, which are of a whole decoder forward and backward: its frames, as for a Teacher that resizes,
 and `patchify`. `memory_ratio` is of the most bytes that tensors take at one time.
 """
 
