@@ -32,10 +32,10 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 
 from vlmteacher.errors import InputError
 from vlmteacher.ops import tiny_decoder
+from vlmteacher.ops.backends import without_data
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
 from vlmteacher.ops.tiny_decoder import Layer, Plan
 
@@ -292,7 +292,7 @@ class TinyVideoDecoder(nn.Module):
             )
         if not latents.is_floating_point():
             raise InputError(f"a decoder takes floating-point latents, got {latents.dtype}")
-        if not (latents.is_meta or is_fake(latents)) and latents.isnan().any():
+        if not without_data(latents) and latents.isnan().any():
             raise InputError("the latents hold NaN: the Reasoner's prediction broke down before it was decoded")
         if chunk is not None and chunk < 1:
             raise InputError(f"chunk must be at least 1 frame, not {chunk}")

@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from vlmteacher.errors import InputError
-from vlmteacher.ops.backends import backend
+from vlmteacher.ops.backends import backend, without_data
 from vlmteacher.ops.bits import pack_bits, unpack_bits
 
 
@@ -380,7 +379,7 @@ def _video(rows: Tensor, layout: Rows, height: int, width: int) -> Tensor:
 
 def shuffle_to_rows(y: Tensor, slots: Tensor, rows: Tensor, upscale: int, layout: Rows) -> Tensor:
     """`shuffle_to_rows_reference` by the backend of y's device."""
-    if is_fake(y):
+    if without_data(y):
         g, h, w, _ = y.shape
         return y.new_empty(g, 3, h * upscale, (w * upscale + 7) // 8, dtype=torch.uint8)
     if fast := _fast(y, rows):
@@ -392,7 +391,7 @@ def shuffle_to_rows_backward(
     grad: Tensor, slots: Tensor, inside: Tensor, size: tuple[int, int], upscale: int, layout: Rows, dtype: torch.dtype
 ) -> Tensor:
     """`shuffle_to_rows_backward_reference` by the backend of grad's device."""
-    if is_fake(grad):
+    if without_data(grad):
         return grad.new_empty(len(slots), *size, 3 * upscale**2, dtype=dtype)
     if fast := _fast(grad, grad.new_empty(0, dtype=dtype)):
         return fast.shuffle_to_rows_backward(grad, slots, inside, *size, upscale, *layout, dtype)

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from vlmteacher.ops.backends import backend, cpp_status
+from vlmteacher.ops.backends import backend, cpp_status, without_data
 from vlmteacher.ops.bits import pack_bits, unpack_bits
 from vlmteacher.ops.patchify import PatchLayout, Rows, shuffle_to_rows, shuffle_to_rows_backward
 
@@ -148,18 +147,16 @@ def _fast(x: Tensor) -> Any:
 
 def conv3x3(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """`conv3x3_reference` by the backend of x's device."""
-    return _forward_operator(x, *rest) if _no_data(x) else (_fast(x) or _Reference).conv3x3(x, *rest)
+    return _forward_operator(x, *rest) if without_data(x) else (_fast(x) or _Reference).conv3x3(x, *rest)
 
 
 def conv3x3_backward(grad: Tensor, *rest: Any) -> Tensor:
     """`conv3x3_backward_reference` by the backend of grad's device."""
-    return (
-        _backward_operator(grad, *rest) if _no_data(grad) else (_fast(grad) or _Reference).conv3x3_backward(grad, *rest)
+    if without_data(grad):
+        return _backward_operator(grad, *rest)
+    return (_fast(grad) or _Reference).conv3x3_backward(grad, *rest)
+        else (_fast(grad) or _Reference).conv3x3_backward(grad, *rest)
     )
-
-
-def _no_data(x: Tensor) -> bool:
-    return x.is_meta or is_fake(x)
 
 
 # The same as operators, for tensors without data, which count what a clip of full size would take.
