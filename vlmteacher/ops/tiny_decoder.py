@@ -155,8 +155,6 @@ def conv3x3_backward(grad: Tensor, *rest: Any) -> Tensor:
     if without_data(grad):
         return _backward_operator(grad, *rest)
     return (_fast(grad) or _Reference).conv3x3_backward(grad, *rest)
-        else (_fast(grad) or _Reference).conv3x3_backward(grad, *rest)
-    )
 
 
 # The same as operators, for tensors without data, which count what a clip of full size would take.
