@@ -31,10 +31,8 @@ Tensor empty(const Tensor& t, int64_t rows, int64_t columns) {
 
 Tensor transposed(const Tensor& t) {
   const int64_t sizes[] = {t.size(1), t.size(0)}, strides[] = {t.stride(1), t.stride(0)};
-  int64_t offset;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
   AtenTensorHandle found;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, offset, &found));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, 0, &found));  // 0: from t's own
   return Tensor(found);
 }
 
