@@ -339,6 +339,15 @@ def test_a_decoder_in_float64_gives_float32_rows():
         torch.testing.assert_close(narrow.double(), wide, atol=1e-6, rtol=1e-6)
 
 
+def test_the_operators_are_registered_as_torch_asks():
+    y, slots, how = decoded(torch.float32, 2, 8, 16), torch.arange(5, dtype=torch.int32)[:, None], (4, 4, 1, 2)
+    rows = torch.zeros(5 * 8, 48)
+    torch.library.opcheck(torch.ops.vlmteacher.shuffle_to_rows.default, (y, slots, rows, 2, *how, MEAN, STD))
+    inside = shuffle_to_rows(y, slots, rows, 2, Rows(*how, MEAN, STD))
+    args = (rows, slots, inside, 4, 8, 2, *how, MEAN, STD, torch.float32)
+    torch.library.opcheck(torch.ops.vlmteacher.shuffle_to_rows_backward.default, args)
+
+
 def test_what_a_decoder_breaks_stays_broken(each_backend):
     y = torch.tensor([torch.nan, -torch.inf, torch.inf]).expand(1, 2, 2, 3).contiguous()
     rows = torch.empty(1, 12)

@@ -380,8 +380,7 @@ def _video(rows: Tensor, layout: Rows, height: int, width: int) -> Tensor:
 def shuffle_to_rows(y: Tensor, slots: Tensor, rows: Tensor, upscale: int, layout: Rows) -> Tensor:
     """`shuffle_to_rows_reference` by the backend of y's device."""
     if without_data(y):
-        g, h, w, _ = y.shape
-        return y.new_empty(g, 3, h * upscale, (w * upscale + 7) // 8, dtype=torch.uint8)
+        return _shuffle_operator(y, slots, rows, upscale, *layout)
     if fast := _fast(y, rows):
         return fast.shuffle_to_rows(y, slots, rows, upscale, *layout)
     return shuffle_to_rows_reference(y, slots, rows, upscale, layout)
@@ -392,10 +391,40 @@ def shuffle_to_rows_backward(
 ) -> Tensor:
     """`shuffle_to_rows_backward_reference` by the backend of grad's device."""
     if without_data(grad):
-        return grad.new_empty(len(slots), *size, 3 * upscale**2, dtype=dtype)
+        return _unshuffle_operator(grad, slots, inside, *size, upscale, *layout, dtype)
     if fast := _fast(grad, grad.new_empty(0, dtype=dtype)):
         return fast.shuffle_to_rows_backward(grad, slots, inside, *size, upscale, *layout, dtype)
     return shuffle_to_rows_backward_reference(grad, slots, inside, size, upscale, layout, dtype)
+
+
+# The same as operators, for tensors without data.
+@torch.library.custom_op("vlmteacher::shuffle_to_rows", mutates_args=("rows",))
+def _shuffle_operator(
+    y: Tensor, slots: Tensor, rows: Tensor, upscale: int, patch_height: int, patch_width: int, temporal_patch: int,
+    merge: int, mean: Sequence[float], std: Sequence[float],
+) -> Tensor:  # fmt: skip
+    layout = Rows(patch_height, patch_width, temporal_patch, merge, list(mean), list(std))
+    return shuffle_to_rows(y, slots, rows, upscale, layout)
+
+
+@torch.library.custom_op("vlmteacher::shuffle_to_rows_backward", mutates_args=())
+def _unshuffle_operator(
+    grad: Tensor, slots: Tensor, inside: Tensor, height: int, width: int, upscale: int, patch_height: int,
+    patch_width: int, temporal_patch: int, merge: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    layout = Rows(patch_height, patch_width, temporal_patch, merge, list(mean), list(std))
+    return shuffle_to_rows_backward(grad, slots, inside, (height, width), upscale, layout, dtype)
+
+
+@_shuffle_operator.register_fake
+def _(y: Tensor, slots: Tensor, rows: Tensor, upscale: int, *layout: Any) -> Tensor:
+    g, h, w, _ = y.shape
+    return y.new_empty(g, 3, h * upscale, (w * upscale + 7) // 8, dtype=torch.uint8)
+
+
+@_unshuffle_operator.register_fake
+def _(grad: Tensor, slots: Tensor, inside: Tensor, height: int, width: int, upscale: int, *rest: Any) -> Tensor:
+    return grad.new_empty(len(slots), height, width, 3 * upscale**2, dtype=rest[-1])
 
 
 def _fast(x: Tensor, other: Tensor) -> Any:
