@@ -1,5 +1,7 @@
 """The fused decoder where it is used: in the optimisation of the packaged pair, and beside a training."""
 
+from typing import Any
+
 import pytest
 import torch
 from PIL import Image
@@ -24,7 +26,9 @@ class Plain:
     def __init__(self, decoder: TinyVideoDecoder) -> None:
         self.decoder, self.spatial_stride = decoder, decoder.spatial_stride
 
-    def decode_rows(self, latents: Tensor, layout: PatchLayout, indices: list[int]) -> PatchRows:
+    def decode_rows(
+        self, latents: Tensor, layout: PatchLayout, indices: list[int], *rest: Any, **how: Any
+    ) -> PatchRows:
         frames = plain(self.decoder, latents, indices)
         return PatchRows(layout.of(frames), layout, len(frames), *frames.shape[-2:])
 

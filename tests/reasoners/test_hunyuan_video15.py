@@ -30,6 +30,7 @@ from vlmteacher.lora import add_lora, export_lora, lora_parameters
 from vlmteacher.lora_files import read_lora
 from vlmteacher.reasoners import Settings, load_reasoner
 from vlmteacher.reasoners.checkpointing import Keep, keep_activations
+from vlmteacher.reasoners.presets import PRESETS
 
 PROMPT = 'Move the red ball to the box that says "here" and "there".'
 STEPS = Settings(timesteps=(1000, 500), shift=7.0, sampler="euler", max_sequence_length=1000)
@@ -336,6 +337,13 @@ def test_another_transformer_and_its_preset(directory, tmp_path):
     reasoner = load_reasoner(directory, transformer=str(other.parent))
     assert reasoner.settings.sigmas[1] == pytest.approx(7 * 0.875 / (1 + 6 * 0.875))
     assert (len(reasoner.settings.timesteps), reasoner.settings.sampler, reasoner.width) == (8, "euler", 848)
+
+
+def test_settings_of_a_checkpoint_of_unknown_name(directory, tmp_path):
+    distilled, base = load_reasoner(directory).settings, load_reasoner(tiny_hunyuan_pipeline(tmp_path, meanflow=False))
+    assert distilled == PRESETS["hunyuan-video-1.5-480p-i2v-step-distilled"]
+    shift, guidance = {"shift": 7.0}, {"guidance_scale": 1.0}  # of this scheduler and this guider
+    assert base.settings == replace(PRESETS["hunyuan-video-1.5-480p"], **shift, **guidance)
 
 
 def test_decoders_of_its_latents(reasoner, tmp_path):

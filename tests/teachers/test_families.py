@@ -270,7 +270,7 @@ def test_patch_rows_that_the_teacher_does_not_take(checkpoint):
         ask(other, (32, 32))
     with pytest.raises(InputError, match=r"this teacher takes frames, which it resizes"):
         ask(layout, (16, 16))  # fewer pixels than it wants
-    with pytest.raises(InputError, match=r"rows of such frames lie in \[-1, 1\], these span \[1.5, 1.5\]"):
+    with pytest.raises(InputError, match=r"frames must be RGB in \[0, 1\], these span \[1.25, 1.25\]"):
         ask(layout, (32, 32), 1.5)
     with pytest.raises(NonFiniteFrames):
         ask(layout, (32, 32), float("nan"))

@@ -249,12 +249,6 @@ class PatchLayout:
         pairs = -(-num_frames // self.temporal_patch)
         return pairs * height * width // self.patch**2, 3 * self.temporal_patch * self.patch**2
 
-    @property
-    def limits(self) -> tuple[float, float]:
-        """What frames in [0, 1] become lies between these."""
-        channels = list(zip(self.mean, self.std, strict=True))
-        return min((0 - m) / s for m, s in channels), max((1 - m) / s for m, s in channels)
-
     def of(self, frames: Tensor) -> Tensor:
         """The rows of frames (T, 3, H, W): `patchify`."""
         return patchify(frames, self.patch, self.temporal_patch, self.merge, self.mean, self.std, dtype=self.dtype)
@@ -312,7 +306,17 @@ class PatchRows:
             t // layout.temporal_patch, row[0], column[0], row[1], column[1], c, t % layout.temporal_patch, row[2],
             column[2],
         ].float()  # fmt: skip
-        return values * values.new_tensor(layout.std).view(3, 1, 1) + values.new_tensor(layout.mean).view(3, 1, 1)
+        channels = zip(values.unbind(1), layout.mean, layout.std, strict=True)
+        return torch.stack([channel * s + m for channel, m, s in channels], 1)
+
+    def aminmax(self) -> tuple[Tensor, Tensor]:
+        """The frames' extremes, without what the rounding of the rows may have added to them."""
+        less = 1 - torch.finfo(self.rows.dtype).eps
+        found = []
+        for rows, m, s in zip(self.rows.detach().chunk(3, 1), self.layout.mean, self.layout.std, strict=True):
+            low, high = rows.aminmax()
+            found += [low.float() * (s * less) + m, high.float() * (s * less) + m]
+        return torch.stack(found[::2]).amin(), torch.stack(found[1::2]).amax()
 
 
 class Rows(NamedTuple):

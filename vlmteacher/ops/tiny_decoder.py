@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -265,11 +265,13 @@ class Plan:
         frames: by chunk, the frames that come out, in that order.
         first: by chunk, the frames that go in, rising.
         steps: by chunk, by layer.
+        places: what `slots` made.
     """
 
     frames: list[list[int]]
     first: list[list[int]]
     steps: list[list[Step]]
+    places: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @classmethod
     def make(cls, layers: Sequence[Layer], wanted: Sequence[int], chunk: int) -> Plan:
@@ -316,7 +318,20 @@ class Plan:
             [replace(step, taps=tuple(next(moved).view(t.shape) for t in step.taps)) for step in steps]
             for steps in self.steps
         ]
-        return replace(self, steps=steps)
+        return replace(self, steps=steps, places={})
+
+    def slots(self, indices: Sequence[int], temporal_patch: int) -> Tensor:
+        """(G, R) int32, on the taps' device: where in a video of the frames `indices` each frame that comes out stands;
+        -1 is none. The last of the video is repeated to fill a temporal patch. Made once."""
+        key = (*indices, -temporal_patch)
+        if key not in self.places:
+            places: dict[int, list[int]] = {f: [] for chunk in self.frames for f in chunk}
+            for slot, f in enumerate([*indices, *[indices[-1]] * (-len(indices) % temporal_patch)]):
+                places[f].append(slot)
+            most = max(map(len, places.values()))
+            table = [found + [-1] * (most - len(found)) for found in places.values()]
+            self.places[key] = torch.tensor(table, dtype=torch.int32).to(self.steps[0][0].taps[0].device)
+        return self.places[key]
 
     def multiply_adds(self, layers: Sequence[Layer], height: int, width: int) -> int:
         """Of the forward pass for inputs of this size; the backward pass has as many."""
@@ -360,18 +375,9 @@ def decode(
     else:
         rows = Rows(layout.patch, layout.patch, layout.temporal_patch, layout.merge, [*layout.mean], [*layout.std])
         shape, dtype = layout.rows(len(indices), height, width), layout.dtype
-    slots = _slots(plan, indices, rows.temporal_patch).to(x.device)
+    slots = plan.slots(indices, rows.temporal_patch)
     made = _Decode.apply(x, layers, plan, patch, slots, rows, shape, dtype)
     return made.view(-1, 3, height, width) if layout is None else made
-
-
-def _slots(plan: Plan, indices: Sequence[int], temporal_patch: int) -> Tensor:
-    """(G, R) int32: where in the video the plan's frames stand; the last is repeated to fill a temporal patch."""
-    places: dict[int, list[int]] = {f: [] for chunk in plan.frames for f in chunk}
-    for slot, f in enumerate([*indices, *[indices[-1]] * (-len(indices) % temporal_patch)]):
-        places[f].append(slot)
-    most = max(map(len, places.values()))
-    return torch.tensor([found + [-1] * (most - len(found)) for found in places.values()], dtype=torch.int32)
 
 
 class _Decode(torch.autograd.Function):
@@ -396,7 +402,7 @@ class _Decode(torch.autograd.Function):
         out = x.new_empty(shape, dtype=dtype)
         places = slots.split([len(f) for f in plan.frames])
         for first, steps, at in zip(plan.first, plan.steps, places, strict=True):
-            y = x[_where(first)]
+            y = x[_where(first, x.device)]
             blocks: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, the bank and its rows that a residual will add
             for i, (layer, step) in enumerate(zip(layers, steps, strict=True)):
                 bank = torch.cat([latest[i], y]) if step.carry else y
@@ -463,12 +469,22 @@ class _Decode(torch.autograd.Function):
                     late[i] = found[:1].clone()
                 dy = found[1:] if step.carry else found
                 del found
-            dx[_where(first)] = dy
+            dx[_where(first, dx.device)] = dy
         return dx, *[None] * 7
 
 
-def _where(frames: Sequence[int]) -> Any:
-    """An index of rising frames: a slice, which needs no copy to the device, where they follow each other."""
+def _where(frames: Sequence[int], device: torch.device) -> Any:
+    """An index of rising frames: a slice where they follow each other."""
     if not frames:
         return slice(0, 0)
-    return slice(frames[0], frames[-1] + 1) if frames[-1] - frames[0] == len(frames) - 1 else list(frames)
+    return slice(frames[0], frames[-1] + 1) if frames[-1] - frames[0] == len(frames) - 1 else indices(frames, device)
+
+
+def indices(places: Sequence[int], device: torch.device) -> Tensor:
+    """An index on the device, copied there at the first call only."""
+    return _indices(tuple(places), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _indices(places: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(places, device=device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vlmteacher.errors import InputError, NonFiniteFrames
+from vlmteacher.errors import InputError
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
 from vlmteacher.queries import ANSWER_INSTRUCTION, QuerySet, QueryStyle, ask_for_queries, query_prompt
-from vlmteacher.teachers.base import Teacher, read_style
+from vlmteacher.teachers.base import Teacher, check_frames, check_range, read_style
 from vlmteacher.teachers.preprocessing import VisionSettings, resized_rows
 from vlmteacher.teachers.quantization import Quantize, check_stays, is_quantized, load_model
 from vlmteacher.teachers.shared_prefix import Layout, answer_losses, check_language, lay_out
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 
 ANSWER = "Yes"
 MAX_NEW_TOKENS = 256
-RANGE_SLACK = 1e-3  # frames may leave [0, 1] by so much: rounding of a decoder in half precision
-ROWS_SLACK = 1e-2  # and normalised ones by such a share of their range
 CHUNK_PATCHES = {"cpu": 1024, "cuda": 16384}  # of the visual encoder; the caches of a CPU, the occupancy of a GPU
 LAYOUTS_KEPT = 4
 
@@ -36,25 +33,6 @@ LAYOUTS_KEPT = 4
 def question_text(question: str) -> str:
     """What follows the video in the prompt of one question."""
     return question.strip() + ANSWER_INSTRUCTION
-
-
-def check_frames(frames: Tensor | PatchRows, frame_indices: Sequence[int], fps: float) -> None:
-    """Raises InputError, and NonFiniteFrames, when `Teacher.losses` cannot take these."""
-    if len(frames.shape) != 4 or frames.shape[1] != 3 or len(frames) == 0:
-        raise InputError(f"frames must be (K, 3, H, W) with K >= 1, not {tuple(frames.shape)}")
-    if len(frame_indices) != len(frames):
-        raise InputError(f"{len(frame_indices)} frame indices for {len(frames)} frames")
-    if not (fps > 0 and math.isfinite(fps)):
-        raise InputError(f"fps must be positive, not {fps}")
-    rows = isinstance(frames, PatchRows)
-    values, (least, most) = (frames.rows, frames.layout.limits) if isinstance(frames, PatchRows) else (frames, (0, 1))
-    low, high = (value.item() for value in values.detach().aminmax())
-    if not math.isfinite(low + high):
-        raise NonFiniteFrames("the frames hold NaN or infinite values: try a lower learning rate or another dtype")
-    slack = RANGE_SLACK if not rows else ROWS_SLACK * (most - least)
-    if low < least - slack or high > most + slack:
-        what = "frames must be RGB in [0, 1]" if not rows else f"rows of such frames lie in [{least:.4g}, {most:.4g}]"
-        raise InputError(f"{what}, these span [{low:.4g}, {high:.4g}]: clamp or rescale them")
 
 
 @dataclass(frozen=True)
@@ -88,9 +66,6 @@ class VLMTeacher(Teacher):
 
     Attributes:
         style: how it is asked for queries.
-        activation_bytes: what the language model may keep for the backward; None: half of the GPU's free memory.
-        chunk_patches: patches that the visual encoder works on at a time; None: by device.
-        offload: keep what is saved for the backward in pinned host memory (GPUs only).
 
     Raises InputError when the tokenizer has no chat template, or the chat template no place for a video.
     """
@@ -109,9 +84,6 @@ class VLMTeacher(Teacher):
         self.quantized = is_quantized(model)
         self.tokenizer = tokenizer
         self.style = QueryStyle()
-        self.activation_bytes: int | None = None
-        self.chunk_patches: int | None = None
-        self.offload = False
         self._layouts: dict[tuple[Any, ...], Layout] = {}
         check_language(self.language, model.config.model_type)
         self._chat("", "video", "")
@@ -207,13 +179,23 @@ class VLMTeacher(Teacher):
         return self.video.layout(self.visual.dtype)
 
     @torch.compiler.disable
-    def losses(self, frames: Tensor | PatchRows, frame_indices: Sequence[int], fps: float, queries: QuerySet) -> Tensor:
+    def losses(
+        self,
+        frames: Tensor | PatchRows,
+        frame_indices: Sequence[int],
+        fps: float,
+        queries: QuerySet,
+        check: bool = True,
+    ) -> Tensor:
         """See `Teacher.losses`. The video is encoded and read once, whatever the number of questions."""
         check_frames(frames, frame_indices, fps)
         height, width = frames.shape[-2:]
         size = self.resized(len(frames), height, width)
         if isinstance(frames, PatchRows) and frames.layout != (ours := self.patch_layout(len(frames), height, width)):
             raise InputError(f"patch rows of {frames.layout}: this teacher takes {ours or 'frames, which it resizes'}")
+        if check:
+            low, high = (frames if isinstance(frames, PatchRows) else frames.detach()).aminmax()
+            check_range(*torch.stack([low, high]).tolist())
         layout = self._layout(Clip(tuple(int(i) for i in frame_indices), float(fps), size), queries)
         return self.packed_losses(frames.to(self.device), layout, size)
 
