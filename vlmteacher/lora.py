@@ -35,7 +35,8 @@ def add_lora(
         alpha: `rank` by default, so that the scale is 1.
         seed: fixes the draw of A whatever was drawn before; None uses torch's global generator.
         target_modules: ends of the names of the layers to adapt, by default those of Wan.
-        fused: compute the layers by our operator (`LoRALinear`) instead of PEFT's expression.
+        fused: compute the layers by our operator (`LoRALinear`) instead of PEFT's expression, and what stands between
+            them by ours too where the transformer is known (`fuse_blocks`).
 
     The weights are float32 whatever the transformer's dtype: updates of 3e-5 are lost in bfloat16.
     """
@@ -62,12 +63,17 @@ def add_lora(
                 parameter.data.copy_(draw)
     if fused:
         from vlmteacher.lora_linear import fuse_lora
+        from vlmteacher.reasoners.wan_blocks import fuse_blocks
 
         fuse_lora(transformer)
+        fuse_blocks(transformer)
 
 
 def remove_lora(transformer: Any) -> None:
     """Take the LoRA off again, leaving the transformer as it was before `add_lora`."""
+    from vlmteacher.reasoners.wan_blocks import unfuse_blocks
+
+    unfuse_blocks(transformer)
     if getattr(transformer, "peft_config", None):
         transformer.unload_lora()
 
