@@ -10,7 +10,7 @@ namespace vlmteacher::qk_norm_rope {
 template <class T>
 struct Work {
   using A = Accumulate<T>;
-  int64_t tokens, width, channels;  // of an item of the batch; channels of a head, even, of which width is a multiple
+  int64_t tokens, width, channels;  // of an item of the batch; an even number of channels to a head
   A eps;
   const T *x, *weight, *grad;  // grad: null forward
   const A *cos, *sin;          // (tokens, channels / 2), or null: nothing is turned

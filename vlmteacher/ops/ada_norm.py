@@ -75,7 +75,7 @@ def _forward(x: Tensor, *rest: Any) -> list[Tensor]:
 
 
 def _backward(grad_out: Tensor | None, grad_norm: Tensor | None, *rest: Any) -> list[Tensor]:
-    fast = backend(grad_norm if grad_out is None else grad_out, "ada_norm")  # type: ignore[arg-type]
+    fast = backend(grad_norm if grad_out is None else grad_out, "ada_norm")
     return (fast.ada_norm_backward if fast else ada_norm_backward_reference)(grad_out, grad_norm, *rest)
 
 

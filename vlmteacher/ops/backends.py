@@ -14,7 +14,7 @@ from torch import Tensor
 
 _CPP_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_CUDA_OPERATORS = ("lora_linear", "patchify", "tiny_decoder")  # Triton has every one
+_CUDA_OPERATORS = ("ada_norm", "lora_linear", "patchify", "qk_norm_rope", "tiny_decoder")  # Triton has every one
 
 
 def build_facts() -> dict[str, Any]:

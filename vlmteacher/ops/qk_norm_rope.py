@@ -126,7 +126,7 @@ def qk_norm_rope(
             expression.
         rope: cos and sin, both (N, C / heads / 2) float32 (float64 for float64), the angles of each head's
             neighbouring channels, which are turned in pairs; None leaves the positions out.
-        heads: of which C is a multiple, an even one under `rope`.
+        heads: which share C in equal, even parts.
         eps: added to the mean square.
 
     Returns:
@@ -155,8 +155,8 @@ def _check(xs: Sequence[Tensor], weights: Sequence[Tensor], rope: tuple[Tensor, 
             raise InputError(f"qk_norm_rope takes floating-point (B, N, C) of one dtype and device, got {kinds}")
         if weight.shape != x.shape[-1:] or weight.device != x.device:
             raise InputError(f"a weight of {tuple(weight.shape)} on {weight.device} does not fit {tuple(x.shape)}")
-        if heads < 1 or x.shape[2] % heads or (rope and x.shape[2] // heads % 2):
-            raise InputError(f"{x.shape[2]} channels make no {heads} heads of {'whole pairs' if rope else 'one size'}")
+        if heads < 1 or x.shape[2] % (2 * heads):
+            raise InputError(f"{x.shape[2]} channels make no {heads} heads of whole pairs")
         for table in rope or ():
             wide, shape = torch.promote_types(x.dtype, torch.float32), (x.shape[1], x.shape[2] // heads // 2)
             if table.shape != shape or table.dtype != wide or table.device != x.device:
