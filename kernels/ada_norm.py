@@ -6,6 +6,8 @@ is in the definition. Never run on a GPU yet: in Triton's interpreter, and compi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -73,7 +75,9 @@ def backward_kernel(
         tl.store(dy + at, gated.to(dy.dtype.element_ty), mask=inside)
 
 
-def _launch(kernel, like: Tensor, tables: tuple[Tensor | None, ...], first: int, eps: float, *tensors: Tensor | None):  # type: ignore[no-untyped-def]
+def _launch(
+    kernel: Any, like: Tensor, tables: tuple[Tensor | None, ...], first: int, eps: float, *tensors: Tensor | None
+):
     """The kernel over the tokens of `like`, with tensors and tables in its order."""
     items, tokens, width = like.shape
     batches, rows = next((t.shape[:2] for t in tables if t is not None), (1, 1))

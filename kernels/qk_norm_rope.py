@@ -57,7 +57,7 @@ def backward_kernel(grad, x, weight, cos, sin, dx, tokens, width, pairs, eps, BL
 
 def _launch(
     kernel, x: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, eps: float, *tensors: Tensor
-) -> Tensor:  # type: ignore[no-untyped-def]
+) -> Tensor:
     """The kernel over the tokens of x; `tensors` are what it reads before the angles."""
     items, tokens, width = x.shape
     block = max(triton.next_power_of_2(width), 2)

@@ -21,6 +21,8 @@ from vlmteacher.ops.ada_norm import ada_norm, gated_residual, residual_ada_norm
 from vlmteacher.ops.qk_norm_rope import qk_norm_rope
 from vlmteacher.reasoners.wan import by_token
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of float64 diffusers does a part in float32
+
 
 class Modulation(NamedTuple):
     """What a block's modulation depends on: (B, R, 6, D) projected timesteps, R of them 1 or 2, the first of two for
@@ -41,7 +43,7 @@ class WanTransformerBlock(stock.WanTransformerBlock):
             return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
         x, first = hidden_states, temb.first
         tables = temb.timesteps.permute(2, 0, 1, 3).float() + self.scale_shift_table.permute(1, 0, 2)[:, :, None]
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = tables.to(_wide(x.dtype))
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = tables
         eps = self.norm1.eps
 
         norm = ada_norm(x, 1 + scale, shift, first, eps)
@@ -49,7 +51,7 @@ class WanTransformerBlock(stock.WanTransformerBlock):
         if isinstance(self.norm2, nn.Identity):
             x = norm = gated_residual(x, y, gate, first)
         else:
-            weight, bias = (t.to(shift.dtype).expand_as(gate) for t in (self.norm2.weight, self.norm2.bias))
+            weight, bias = (t.float().expand_as(gate) for t in (self.norm2.weight, self.norm2.bias))
             x, norm = residual_ada_norm(x, y, gate, weight, bias, first, self.norm2.eps)
         y = self._attend(self.attn2, norm, encoder_hidden_states, None)
         x, norm = residual_ada_norm(x, y, None, 1 + ffn_scale, ffn_shift, first, self.norm3.eps)
@@ -104,8 +106,7 @@ class WanTransformer3DModel(diffusers.WanTransformer3DModel):
 
         first = height * width if by_frame else 0
         cos, sin = self.rope(hidden_states)  # each value twice, for the two channels of a pair
-        wide = _wide(hidden_states.dtype)
-        rope = cos[0, :, 0, ::2].to(wide).contiguous(), sin[0, :, 0, ::2].to(wide).contiguous()
+        rope = cos[0, :, 0, ::2].contiguous(), sin[0, :, 0, ::2].contiguous()
         x = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
         count = 2 if by_frame else 1
         temb, timesteps, text, _ = self.condition_embedder(
@@ -118,15 +119,11 @@ class WanTransformer3DModel(diffusers.WanTransformer3DModel):
             else:
                 x = block(x, text, modulation, rope)
 
-        shift, scale = (self.scale_shift_table.unsqueeze(0) + temb.unsqueeze(2)).to(wide).unbind(2)
+        shift, scale = (self.scale_shift_table.unsqueeze(0) + temb.unsqueeze(2)).float().unbind(2)
         x = self.proj_out(ada_norm(x, 1 + scale, shift, first, self.norm_out.eps))
         x = x.reshape(len(x), frames, height, width, *self.config.patch_size, -1)
         sample = x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _covers(block: nn.Module) -> bool:
@@ -163,7 +160,7 @@ def _prove(transformer: Any) -> None:
         draw(1, 6, width),
     )
     cos, sin = transformer.rope(draw(1, 1, *patches))
-    rope = tuple(t[0, :, 0, ::2].to(_wide(dtype)).contiguous() for t in (cos, sin))
+    rope = tuple(t[0, :, 0, ::2].contiguous() for t in (cos, sin))
     with torch.enable_grad():
         for_ours, for_theirs = (Modulation(timesteps, 2), rope), (by_token(timesteps, 2, 6), (cos, sin))
         ours, theirs = (
@@ -184,13 +181,14 @@ def fuse_blocks(transformer: Any) -> bool:
 
     The first block is proved against diffusers' own first. Raises InputError where they differ; all is then as it was.
     """
-    if type(transformer) is not diffusers.WanTransformer3DModel or not all(map(_covers, transformer.blocks)):
+    known = type(transformer) is diffusers.WanTransformer3DModel and transformer.dtype in DTYPES
+    if not known or not all(map(_covers, transformer.blocks)):
         return False
     transformer.__class__ = WanTransformer3DModel
     for block in transformer.blocks:
         block.__class__ = WanTransformerBlock
     try:
-        if transformer.dtype in TOLERANCE and transformer.device.type != "meta":
+        if transformer.device.type != "meta":
             _prove(transformer)
     except InputError:
         unfuse_blocks(transformer)
