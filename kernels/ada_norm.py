@@ -77,7 +77,7 @@ def backward_kernel(
 
 def _launch(
     kernel: Any, like: Tensor, tables: tuple[Tensor | None, ...], first: int, eps: float, *tensors: Tensor | None
-):
+) -> None:
     """The kernel over the tokens of `like`, with tensors and tables in its order."""
     items, tokens, width = like.shape
     batches, rows = next((t.shape[:2] for t in tables if t is not None), (1, 1))
