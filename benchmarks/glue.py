@@ -22,7 +22,7 @@ from benchmarks.timing import arguments, compare, publish
 from vlmteacher.lora import add_lora, lora_parameters
 from vlmteacher.ops.ada_norm import ada_norm, gated_residual, residual_ada_norm
 from vlmteacher.ops.qk_norm_rope import qk_norm_rope
-from vlmteacher.planning import cast
+from vlmteacher.planning.models import cast
 from vlmteacher.reasoners.wan import by_token
 from vlmteacher.reasoners.wan_blocks import Modulation, unfuse_blocks
 

@@ -122,21 +122,17 @@ class LoRALinear(PeftLinear):
                 )
 
 
-def linear_group(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+def linear_group(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
     """Each layer's result of the x that they share, by one call of the operator where all are `LoRALinear`s."""
-    found: list[tuple[Tensor, Tensor, float]] = []
-    for layer in layers:
-        plain = type(layer) is LoRALinear and not layer._forward_hooks and not layer._forward_pre_hooks
-        factors = layer._factors(x) if plain else None
-        if factors is None:
-            return [layer(x) for layer in layers]
-        found.append(factors)
-    bases = [layer.base_layer for layer in layers]
-    biases = [base.bias for base in bases]
-    if any(bias is None for bias in biases):
+    plain = all(type(each) is LoRALinear and not each._forward_hooks and not each._forward_pre_hooks for each in layers)
+    factors = [layer._factors(x) for layer in layers] if plain else []
+    found = [each for each in factors if each is not None]
+    biases = [layer.base_layer.bias for layer in layers] if found else []
+    if len(found) < len(layers) or len({bias is None for bias in biases}) > 1:
         return [layer(x) for layer in layers]
     a, b, scaling = zip(*found, strict=True)
-    return lora_linear_group(x, [base.weight for base in bases], biases, a, b, scaling)
+    weights = [layer.base_layer.weight for layer in layers]
+    return lora_linear_group(x, weights, None if biases[0] is None else biases, a, b, scaling)
 
 
 def fuse_lora(model: nn.Module) -> list[str]:
