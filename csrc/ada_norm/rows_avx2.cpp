@@ -5,11 +5,7 @@ namespace vlmteacher::ada_norm {
 
 template <class T>
 Rows<T> rows_avx2() {
-#ifdef __AVX2__
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {forward<T>, backward<T>};
-#endif
-  return {};
+  return supported() ? Rows<T>{forward, backward} : Rows<T>{};
 }
 
 template Rows<float> rows_avx2();

@@ -5,13 +5,7 @@ namespace vlmteacher::ada_norm {
 
 template <class T>
 Rows<T> rows_avx512() {
-#ifdef __AVX512F__
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("fma"))
-    return {forward<T>, backward<T>};
-#endif
-  return {};
+  return supported() ? Rows<T>{forward, backward} : Rows<T>{};
 }
 
 template Rows<float> rows_avx512();

@@ -5,11 +5,7 @@ namespace vlmteacher::qk_norm_rope {
 
 template <class T>
 Rows<T>* rows_avx2() {
-#ifdef __AVX2__
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return rows<T>;
-#endif
-  return nullptr;
+  return supported() ? rows<T> : nullptr;
 }
 
 template Rows<float>* rows_avx2();
