@@ -81,6 +81,8 @@ def _launch(
     """The kernel over the tokens of `like`, with tensors and tables in its order."""
     items, tokens, width = like.shape
     batches, rows = next((t.shape[:2] for t in tables if t is not None), (1, 1))
+    if not like.numel():
+        return
     block = triton.next_power_of_2(width)
     with torch.cuda.device_of(like):
         kernel[(items * tokens,)](

@@ -60,8 +60,10 @@ def _launch(
 ) -> Tensor:
     """The kernel over the tokens of x; `tensors` are what it reads before the angles."""
     items, tokens, width = x.shape
-    block = max(triton.next_power_of_2(width), 2)
+    block = triton.next_power_of_2(width)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if not x.numel():
+        return out
     with torch.cuda.device_of(x):
         kernel[(items * tokens,)](
             *(t.contiguous() for t in tensors), cos, sin, out,

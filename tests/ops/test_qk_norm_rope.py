@@ -8,7 +8,6 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanRotaryPosEmbed
 from torch import Tensor
 
 from tests.ops.test_ada_norm import DTYPES, check
@@ -90,6 +89,8 @@ def test_error_against_float64(case, dtype, each_backend):
 
 def test_the_definition_is_what_diffusers_does(each_backend, monkeypatch):
     """Its norms and, inside its processor, its rotation, seen where they enter the attention."""
+    from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanRotaryPosEmbed
+
     torch.manual_seed(0)
     heads, channels, tokens = 2, 12, 6
     attention = WanAttention(heads * channels, heads, channels, processor=WanAttnProcessor()).double()

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vlmteacher.errors import InputError
-from vlmteacher.ops.backends import backend, plain
+from vlmteacher.ops.backends import backend, differentiable_once, plain
 
 
 def _each(table: Tensor, tokens: int, first: int) -> Tensor:
@@ -120,7 +119,7 @@ class _AdaNorm(torch.autograd.Function):
         return tuple(found)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         first, eps, residual = ctx.facts
         kept, gate, weight = ctx.saved_tensors

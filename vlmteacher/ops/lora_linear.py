@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from vlmteacher.errors import InputError
-from vlmteacher.ops.backends import backend, plain
+from vlmteacher.ops.backends import backend, differentiable_once, plain
 
 
 def lora_linear_reference(
@@ -162,32 +161,25 @@ class _LoRALinear(torch.autograd.Function):
         return tuple(ys) if rows is x else tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        # once_differentiable refuses a second derivative; where none can follow it only costs time
-        return (_second_is_refused if torch.is_grad_enabled() else _gradients)(ctx, *grads)
-
-
-def _gradients(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    n, scaling, shape, need_x, need_a, need_b = ctx.facts
-    rows, s, *tensors = ctx.saved_tensors
-    weights, a, b = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-    flat = [(g if g.dim() == 2 else g.reshape(-1, g.shape[-1])).contiguous() for g in grads]
-    run = _backward if plain(flat[0]) else _backward_operator
-    found = run(flat, rows, s, weights, a, b, scaling, need_x, need_a, need_b)
-    dx = None
-    if need_x:
-        dx, *found = found
-        dx = dx if len(shape) == 2 else dx.view(shape)
-    adapters = [*(found[:n] if need_a else [None] * n), *(found[-n:] if need_b else [None] * n)]
-    for i, dtype in enumerate(ctx.dtypes):
-        d = adapters[i]
-        if d is not None and d.dtype != dtype:
-            adapters[i] = d.to(dtype)
-    biases = [g.sum(0) if need else None for g, need in zip(flat, ctx.biases, strict=False)] if ctx.biases else []
-    return (dx, None, None, *[None] * n, *biases, *adapters)
-
-
-_second_is_refused = once_differentiable(_gradients)
+        n, scaling, shape, need_x, need_a, need_b = ctx.facts
+        rows, s, *tensors = ctx.saved_tensors
+        weights, a, b = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        flat = [(g if g.dim() == 2 else g.reshape(-1, g.shape[-1])).contiguous() for g in grads]
+        run = _backward if plain(flat[0]) else _backward_operator
+        found = run(flat, rows, s, weights, a, b, scaling, need_x, need_a, need_b)
+        dx = None
+        if need_x:
+            dx, *found = found
+            dx = dx if len(shape) == 2 else dx.view(shape)
+        adapters = [*(found[:n] if need_a else [None] * n), *(found[-n:] if need_b else [None] * n)]
+        for i, dtype in enumerate(ctx.dtypes):
+            d = adapters[i]
+            if d is not None and d.dtype != dtype:
+                adapters[i] = d.to(dtype)
+        biases = [g.sum(0) if need else None for g, need in zip(flat, ctx.biases, strict=False)] if ctx.biases else []
+        return (dx, None, None, *[None] * n, *biases, *adapters)
 
 
 def lora_linear(

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vlmteacher.errors import InputError
-from vlmteacher.ops.backends import backend, plain
+from vlmteacher.ops.backends import backend, differentiable_once, plain
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
@@ -101,7 +100,7 @@ class _QKNormRope(torch.autograd.Function):
         return tuple(found)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         heads, eps = ctx.facts
         cos, sin, *tensors = ctx.saved_tensors
