@@ -165,7 +165,7 @@ def _prove(transformer: Any) -> None:
         for_ours, for_theirs = (Modulation(timesteps, 2), rope), (by_token(timesteps, 2, 6), (cos, sin))
         ours, theirs = (
             (y.detach(), *torch.autograd.grad(y, x, grad))
-            for y in (block(x, text, *each) for each in (for_ours, for_theirs))
+            for y in (block.forward(x, text, *each) for each in (for_ours, for_theirs))
         )
     for what, mine, stocks in zip(("output", "dx"), ours, theirs, strict=True):
         difference = float((mine - stocks).float().square().mean().sqrt() / stocks.float().square().mean().sqrt())
