@@ -18,6 +18,7 @@ from vlmteacher.engines import ENGINES, Engine, make_engine
 from vlmteacher.errors import InputError, NonFiniteFrames, OutOfMemory
 from vlmteacher.lora import frozen_blocks, load_lora_state, lora_parameters, lora_state_dict, parse_blocks
 from vlmteacher.memory_ladder import MemoryLadder, is_out_of_memory
+from vlmteacher.ops.patchify import PatchRows
 from vlmteacher.reasoners.base import Target
 from vlmteacher.reasoners.frozen_front import FrozenFront
 from vlmteacher.reward import vqa_objective
@@ -46,10 +47,11 @@ class Settings:
     K >= 1, frames that the Teacher sees; rank >= 1 of the LoRA; learning_rate > 0 of AdamW; keep: after N updates
     the "last" LoRA, or the "best" one, which had the lowest loss seen. check_final: where the one-step prediction is
     good enough, look at the few-step video too, and go on while that is not (the paper does not). fused_lora: compute
-    the LoRA layers by our operator, not by PEFT's expression; the results agree to rounding. engine: how the steps
-    are run (`vlmteacher/engines.py`). lora_blocks: "last:n" adapts the last n blocks of the Reasoner only, which is
-    another method than the paper's: what comes before them is computed once. target: which latents the Teacher looks
-    at, and through what the gradient goes (`Reasoner.predict_target`); the paper's is the "first_step".
+    the LoRA layers and what is between them by our operators, not by PEFT's and diffusers' expressions; the results
+    agree to rounding. engine: how the steps are run (`vlmteacher/engines.py`). lora_blocks: "last:n" adapts the last n
+    blocks of the Reasoner only, which is another method than the paper's: what comes before them is computed once.
+    target: which latents the Teacher looks at, and through what the gradient goes (`Reasoner.predict_target`); the
+    paper's is the "first_step".
 
     Remedies against videos that please only the Teacher, all off: preserve asks for what the task does not change, by a
     process question of the Teacher's (`QueryStyle.preservation_query`). frame_jitter >= 0, pixels by which the frames
@@ -118,16 +120,16 @@ GUARDS = ("brightness", "dark_fraction", "edge_density", "colour_entropy", "temp
 
 
 @torch.no_grad()
-def frame_guards(frames: Tensor) -> Tensor:
+def frame_guards(frames: Tensor | PatchRows) -> Tensor:
     """Cheap signs of reward hacking, to be watched over the steps (the detectors of UniRL#407).
 
-    frames: (K, 3, H, W) in [0, 1]. Returns (5,) float32 on their device, in the order of `GUARDS`: brightness and
-    dark_fraction (luma below 0.1), edge_density (share of pixels whose luma differs from a neighbour's by more than
-    0.1), colour_entropy (bits, of 64 colour bins: 0..6) and temporal_jump (largest mean absolute change between two
-    neighbouring frames), all measured on about 128x128 pixels.
+    frames: (K, 3, H, W) in [0, 1], or their patch rows. Returns (5,) float32 on their device, in the order of `GUARDS`:
+    brightness and dark_fraction (luma below 0.1), edge_density (share of pixels whose luma differs from a neighbour's
+    by more than 0.1), colour_entropy (bits, of 64 colour bins: 0..6) and temporal_jump (largest mean absolute change
+    between two neighbouring frames), all measured on about 128x128 pixels.
     """
     stride = max(1, max(frames.shape[-2:]) // 128)
-    frames = frames[..., ::stride, ::stride].float()
+    frames = frames.pixels(stride) if isinstance(frames, PatchRows) else frames[..., ::stride, ::stride].float()
     red, green, blue = frames.unbind(1)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     edges = torch.maximum(
@@ -216,7 +218,7 @@ class Optimization:
         offload: Any = torch.autograd.graph.save_on_cpu(pin_memory=True) if self.offload else nullcontext()
         with offload, self.front:
             latents = self.reasoner.predict_target(self.condition, self.noise, self.settings.target)
-        frames = self.decoder.decode(latents, self.frame_indices, self.decoder_chunk, check=False)
+        frames = self._decode(latents)
         looked_at = self._jittered(frames) if self.settings.frame_jitter else frames
         losses = self.teacher.losses(looked_at, self.frame_indices, self.reasoner.fps, self.queries, check=False)
         loss = vqa_objective(losses, self.settings.goal_weight)
@@ -229,8 +231,9 @@ class Optimization:
             loss = loss + self.settings.pull * (latents - self.anchor).square().mean().to(loss)
         return loss, facts
 
-    def _jittered(self, frames: Tensor) -> Tensor:
+    def _jittered(self, frames: Tensor | PatchRows) -> Tensor:
         """The frames (K, 3, H, W) shifted as the step's number says, edges repeated."""
+        assert isinstance(frames, Tensor)  # see `_decode`
         most = self.settings.frame_jitter
         draw = random.Random(len(self.history))
         down, across = (most + draw.randint(-most, most) for _ in range(2))
@@ -287,6 +290,17 @@ class Optimization:
         elif len(self.history) >= self.settings.max_steps:
             self.stopped = "max_steps"
         return row
+
+    def _decode(self, latents: Tensor) -> Tensor | PatchRows:
+        """What the Teacher sees: where it would not resize the frames, its own patch rows right from the decoder.
+
+        What is still to be shifted must be frames.
+        """
+        height, width = (side * self.decoder.spatial_stride for side in latents.shape[-2:])
+        layout = self.teacher.patch_layout(len(self.frame_indices), height, width)
+        if layout is None or self.settings.frame_jitter:
+            return self.decoder.decode(latents, self.frame_indices, self.decoder_chunk, check=False)
+        return self.decoder.decode_rows(latents, layout, self.frame_indices, self.decoder_chunk, check=False)
 
     def _check(self, row: dict[str, Any], nan: bool, extremes: Sequence[float]) -> None:
         if nan:

@@ -104,10 +104,14 @@ def test_pass_at_n_takes_what_the_teacher_likes(pipe: TeacherPipeline, image: Im
     row = one(pipe, image, "pass@3")
     outs = [call(pipe, image, seed, max_steps=0) for seed in range(3)]
     best = min(outs, key=lambda out: out.loss_after)
-    assert row["score"] == judge(best.frames)["score"] and row["loss_final"] == pytest.approx(best.loss_after)
+    # to rounding: a call samples with a LoRA on, through the operators of the optimisation
+    assert row["score"] == pytest.approx(judge(best.frames)["score"], rel=1e-7)
+    assert row["loss_final"] == pytest.approx(best.loss_after, rel=1e-4)
+    others = [judge(out.frames)["score"] for out in outs if out is not best]
+    assert all(other != pytest.approx(row["score"], rel=1e-5) for other in others)
     verdicts = [judge(out.frames) for out in outs]
     assert row["samples"] == [verdict["success"] for verdict in verdicts]
-    assert row["oracle_score"] == max(verdict["score"] for verdict in verdicts)
+    assert row["oracle_score"] == pytest.approx(max(verdict["score"] for verdict in verdicts), rel=1e-7)
     assert row["oracle_success"] == any(verdict["success"] for verdict in verdicts)
 
 
