@@ -23,6 +23,7 @@ SECOND = 0.33  # response, away from the thing, that counts as one too many
 CHANGED = 0.16  # mean difference in RGB over a thing's own pixels; untouched scenery comes out below it
 TOUCH = 4.3
 ALIKE = 0.05  # squared distance in RGB below which scenery hides a colour
+SEEN = 0.6  # share of a disc that is made up for where scenery hides the rest
 COLORED = 0.3  # distance in RGB to the nearest of the six colours, at most, that counts as that colour
 _COLORS = list(world.COLORS)
 _PALETTE = np.asarray(list(world.COLORS.values()), np.float32)
@@ -34,20 +35,25 @@ def _kernel(radius: float) -> np.ndarray:
     return np.conj(np.fft.rfft2(np.fft.ifftshift(kernel / kernel.sum())))
 
 
+def _differs(scenery: np.ndarray, color: str) -> np.ndarray:
+    """(H, W) where `color` can be told from the scenery."""
+    return ((np.asarray(world.COLORS[color], np.float32) - scenery) ** 2).sum(-1) > ALIKE
+
+
 def _likeness(frames: np.ndarray, scenery: np.ndarray, color: str) -> np.ndarray:
     """(T, H, W): the opacity in [0, 1] of `color` over the scenery at each pixel, as least squares sees it."""
     direction = np.asarray(world.COLORS[color], np.float32) - scenery
-    scale = (direction**2).sum(-1)
-    differs = scale > ALIKE
-    scale = np.maximum(scale, ALIKE)
-    along = differs * ((frames - scenery) * direction).sum(-1) / scale
+    scale = np.maximum((direction**2).sum(-1), ALIKE)
+    along = _differs(scenery, color) * ((frames - scenery) * direction).sum(-1) / scale
     across = np.sqrt((((frames - scenery) - along[..., None] * direction) ** 2).sum(-1) / scale)
     return np.clip(along, 0, 1) * np.clip(1.25 - across, 0, 1)
 
 
-def _response(likeness: np.ndarray, radius: float) -> np.ndarray:
-    """(T, H, W): the mean likeness in a disc around each pixel."""
-    return np.fft.irfft2(np.fft.rfft2(likeness) * _kernel(radius), s=likeness.shape[-2:])
+def _response(likeness: np.ndarray, differs: np.ndarray, radius: float) -> np.ndarray:
+    """(T, H, W): the mean likeness in a disc around each pixel, of what can be told from the scenery there."""
+    both = np.concatenate([likeness, differs[None]])
+    mean = np.fft.irfft2(np.fft.rfft2(both) * _kernel(radius), s=likeness.shape[-2:])
+    return mean[:-1] / np.maximum(mean[-1], SEEN)
 
 
 def _peak(response: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -80,8 +86,11 @@ def _moving(frames: np.ndarray, scenery: np.ndarray, thing: Thing, rivals: set[s
     found = _Found(len(frames), thing)
     names = [thing.color, *(c for c in _COLORS if c not in taken and c != thing.color)]
     rival = np.stack([_likeness(frames, scenery, c) for c in rivals]).max(0) if rivals else 0.0
-    likenesses = (_likeness(frames, scenery, c) for c in names)
-    responses = [_response(np.where(likeness >= rival, likeness, 0), thing.size) for likeness in likenesses]
+    responses = []
+    for name in names:
+        likeness = _likeness(frames, scenery, name)
+        likeness = np.where(likeness >= rival, likeness, 0)
+        responses.append(_response(likeness, _differs(scenery, name), thing.size))
     heights, places = zip(*(_peak(r) for r in responses), strict=True)
     best = np.where(heights[0] >= THERE, 0, np.argmax(heights, 0))
     row = np.arange(len(frames))
@@ -119,7 +128,8 @@ def _staying(frames: np.ndarray, scenery: np.ndarray, thing: Thing, room: float)
         found.size = np.sqrt(area / np.pi)
     other = found.color != _COLORS.index(thing.color)
     found.size[other], found.angle[other] = thing.size, thing.angle % 180  # not to be told from the first colour
-    height, place = _peak(_response(likeness, min(thing.size, BAR_HALF)) * (world.disc_mask(*thing.at, room + 3) == 0))
+    away = _response(likeness, _differs(scenery, thing.color), min(thing.size, BAR_HALF))
+    height, place = _peak(away * (world.disc_mask(*thing.at, room + 3) == 0))
     found.count = np.where(opacity >= THERE, 1 + (height >= SECOND), height >= THERE).astype(int)
     aside = (opacity < TRACE) & (height >= THERE)
     found.position[aside] = place[aside]
