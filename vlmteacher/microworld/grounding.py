@@ -235,8 +235,9 @@ def _rows(at: Tensor, like: Tensor) -> Tensor:
 
 
 def _looking(weights: Tensor, cells: Tensor, there: Tensor) -> Tensor:
-    """(n,) cross-entropy of attention (n, heads, cells + 1) against `cells`, or against the last where not `there`."""
-    return torch.where(there, -(cells * weights[..., :-1]).sum(-1), -weights[..., -1]).mean(-1)
+    """(n,) divergence of attention (n, heads, cells + 1) from `cells`, or from the last where not `there`."""
+    from_cells = torch.xlogy(cells, cells).sum(-1) - (cells * weights[..., :-1]).sum(-1)
+    return torch.where(there, from_cells, -weights[..., -1]).mean(-1)
 
 
 def _bce(logits: Tensor, truth: Tensor) -> Tensor:
