@@ -149,7 +149,8 @@ def duplicate(scene: Scene, rng: np.random.Generator) -> Track:
 def ghost(scene: Scene, rng: np.random.Generator) -> Track:
     """Two half-transparent actors, one as is right and one as is wrong: an undecided Reasoner's prediction."""
     share = float(rng.uniform(0.05, 0.95))
-    track, wrong, actor = perform(scene), wrong_target(scene, rng), scene.actors[0]
+    track, wrong = perform(scene), wrong_target(scene, rng)
+    actor = next(i for i in scene.actors if any(a[i] != b[i] for a, b in zip(track, wrong, strict=True)))
     faded = _edit(track, actor, lambda t, _: {"alpha": share if t else 1.0})
     return [
         (*things, replace(other[actor], alpha=1 - share if t else 0.0))

@@ -127,7 +127,7 @@ class Scene:
 
     @property
     def target(self) -> Thing:
-        """What the task names: the only target, or the last one."""
+        """What the task names: the last of the targets, mostly the only one."""
         return self.things[self.targets[-1]]
 
     @property

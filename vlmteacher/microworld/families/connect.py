@@ -22,7 +22,7 @@ class Connect(Family):
         "The {ball} ball goes to {order}.",
         "Move the {ball} ball to {order}.",
         "Let the {ball} ball visit {order}.",
-        "Lead the {ball} ball to {order} and leave the dots in place.",
+        "Lead the {ball} ball to {order}.",
     )
 
     def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
