@@ -391,15 +391,16 @@ RULES = {  # the scorer's sub-score that a kind of question is about; the others
 
 
 def recognise(text: str, scene: Scene, facts: Facts) -> Question | None:
-    """The question that a Teacher wrote, if it is one of the world's about things that are there (or colours)."""
+    """The question that a Teacher wrote, if it is one of the world's, about things and colours of the world."""
     for kind, entry in KINDS.items():
         for wording, form in enumerate(entry.wordings):
             pattern = re.escape(form).replace(r"\{noun\}", r"\w+").replace(r"\{verb\}", r"\w+")
             pattern = pattern.replace(r"\{kept\}", r"[\w ]+")
             found = re.fullmatch(re.sub(r"\\{([abc])\\}", r"(?P<\1>[\\w ]+?)", pattern), text)
             if found:
-                named = [_named(scene, kind, *item) for item in sorted(found.groupdict().items())]
-                return question(scene, facts, kind, tuple(named), wording)
+                named = tuple(_named(scene, kind, *item) for item in sorted(found.groupdict().items()))
+                if all(isinstance(name, int) or name in _COLORS for name in named):
+                    return question(scene, facts, kind, named, wording)
     return None
 
 

@@ -64,7 +64,7 @@ MIX = {
     "duplicate": 2.0,
     "ghost": 3.0,
     "wrong_color": 1.5,
-    "eroded_scenery": 4.0,
+    "eroded_scenery": 7.0,
     "disguise": 4.0,
 }
 # More wordings than the Reasoner's prompts, so that a task typed by hand is understood.
