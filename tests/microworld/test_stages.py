@@ -19,7 +19,7 @@ SMALL = {
     "decoder": {"widths": [16, 8, 8, 8], "batch": 1, "steps": 1},
     "latents": {"shards": 1, "videos": 16},
     "reasoner": {"layers": 1, "heads": 1, "ffn_dim": 64, "batch": 2, "steps": 2},
-    "teacher": {"width": 32, "layers": 2, "mlp": 48, "vision_layers": 2, "vision_mlp": 48, "batch": 1, "steps": 2},
+    "teacher": {"width": 32, "layers": 3, "mlp": 48, "vision_layers": 2, "vision_mlp": 48, "batch": 1, "steps": 2},
     "teacher_finetune": {"steps": 2, "collected": {"lessons": 1, "optimised": 1}},
     "collect": {
         "lessons": {"shards": 1, "videos": 8},

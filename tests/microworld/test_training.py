@@ -16,7 +16,7 @@ from vlmteacher.microworld.tokenizer import build_tokenizer
 from vlmteacher.microworld.training import random_clip, to_video, train
 from vlmteacher.queries import QuerySet
 
-TINY_TEACHER = {"width": 32, "layers": 2, "mlp": 48, "vision_layers": 2, "vision_mlp": 48, "answer_weight": 1.0}
+TINY_TEACHER = {"width": 32, "layers": 3, "mlp": 48, "vision_layers": 2, "vision_mlp": 48, "answer_weight": 1.0}
 
 
 def fit(out, stop_at: int | None = None) -> torch.Tensor:
@@ -45,9 +45,16 @@ def test_interrupted_training_resumes_to_the_same_weights(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def lesson():
+def lesson(tmp_path_factory):
     torch.manual_seed(0)
-    return train_teacher.Lesson(train_teacher.build(TINY_TEACHER), TINY_TEACHER)
+    vocabulary = tmp_path_factory.mktemp("teacher") / "tokenizer"
+    return train_teacher.Lesson(train_teacher.build(TINY_TEACHER, vocabulary), TINY_TEACHER)
+
+
+def test_the_vocabulary_is_kept(tmp_path, monkeypatch):
+    first = train_teacher.build(TINY_TEACHER, tmp_path / "tokenizer").tokenizer.get_vocab()
+    monkeypatch.setattr(train_teacher, "corpus", lambda: ["a world that has changed since"])
+    assert train_teacher.build(TINY_TEACHER, tmp_path / "tokenizer").tokenizer.get_vocab() == first
 
 
 def test_packed_questions_equal_the_teachers_own_losses(lesson):

@@ -4,7 +4,8 @@ What decides whether so small a model learns to ground words: one layer's heads 
 thing named covers: an actor's in each frame pair (one head for each), another's in the first pair, whose first frame is
 given and cannot be optimised (to the first token where there is no such thing). After that layer the word's own state
 tells where the thing is, how large, how turned and of which colour; one layer later the last of these words and the
-question mark tell in which pairs what is asked holds. The readouts are thrown away.
+question mark tell in which pairs what is asked holds, and the mark of a question about all of the scenery looks to the
+cells that have changed. The readouts are thrown away.
 """
 
 from __future__ import annotations
@@ -140,24 +141,24 @@ def coverage(where: Tensor, half: Tensor) -> Tensor:
 
 
 class Look:
-    """Records what `LAYER`'s attention is given, to compute some of its weights beside it."""
+    """Records what the attention of a layer is given, to compute some of its weights beside it."""
 
-    def __init__(self, language: Any) -> None:
-        self.attention = language.layers[LAYER].self_attn
+    def __init__(self, language: Any, layer: int) -> None:
+        self.attention = language.layers[layer].self_attn
         self.hook = self.attention.register_forward_pre_hook(self._record, with_kwargs=True)
 
     def _record(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.hidden, (self.cos, self.sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
 
-    def log_weights(self, words: Words, prefix: int) -> Tensor:
-        """(n, heads, prefix): log of the attention from each word to the video's tokens, among these."""
+    def log_weights(self, b: Tensor, at: Tensor, prefix: int) -> Tensor:
+        """(n, heads, prefix): log of the attention from token `at` of row `b` to the video's tokens, among these."""
         attention = self.attention
         shape = (-1, attention.head_dim)
-        q = attention.q_norm(attention.q_proj(self.hidden[words.b, words.at]).unflatten(-1, shape))
+        q = attention.q_norm(attention.q_proj(self.hidden[b, at]).unflatten(-1, shape))
         k = attention.k_norm(attention.k_proj(self.hidden[:, :prefix]).unflatten(-1, shape))
-        q = _rotate(q, self.cos[words.b, words.at], self.sin[words.b, words.at])
+        q = _rotate(q, self.cos[b, at], self.sin[b, at])
         k = _rotate(k, self.cos[:, :prefix], self.sin[:, :prefix])
-        logits = torch.einsum("nhd,nphd->nhp", q.float(), k.float()[words.b]) * attention.scaling
+        logits = torch.einsum("nhd,nphd->nhp", q.float(), k.float()[b]) * attention.scaling
         return logits.log_softmax(-1)
 
     def back(self, visual: Tensor) -> Tensor:
@@ -194,19 +195,29 @@ class Grounding(nn.Module):
         self.holds = nn.Linear(width, pairs)
 
     def forward(
-        self, look: Look, states: list[Tensor], visual: Tensor, words: Words, marks: Tensor, holds: Tensor, prefix: int
+        self,
+        looks: tuple[Look, Look],
+        states: list[Tensor],
+        visual: Tensor,
+        words: Words,
+        marks: Tensor,
+        holds: Tensor,
+        scenery: Tensor,
+        changed: Tensor,
+        prefix: int,
     ) -> dict[str, Tensor]:
-        """states: (B, S, C) after each layer; visual (pairs * cells,): the visual tokens' indices.
+        """looks: at `LAYER` and the next; states: (B, S, C) after each; visual (pairs * cells,): indices of the tokens.
 
-        marks (B, Q): token indices of the question marks; holds (B, Q, pairs): whether what is asked holds.
+        marks (B, Q): token indices of the question marks; holds (B, Q, pairs): whether what is asked holds; scenery
+        (B, Q): the question is about all of the scenery; changed (B, pairs, cells): where that is not what it was.
         """
+        look, seek = looks
         at_word = states[LAYER][words.b, words.at].float()
         later = states[LAYER + 1][words.b, words.at].float()
         where = (words.states[..., :2] + 0.5) * world.SIZE  # (n, pairs, 2 frames, 2)
         cells = coverage(where, words.half[:, None, None].expand(where.shape[:-1])).mean(-2)
-        weights = look.log_weights(words, prefix)
-        own = weights[:, : self.pairs, visual].unflatten(-1, (self.pairs, -1)).diagonal(dim1=1, dim2=2).transpose(1, 2)
-        own = torch.cat([own, weights[:, : self.pairs, :1]], -1)
+        weights = look.log_weights(words.b, words.at, prefix)
+        own = self._own(weights, visual)
         first = weights[:, :FIXED][..., torch.cat([visual[: SIDE**2], torch.zeros(1, dtype=torch.long)])]
 
         acts, stands = words.acts, ~words.acts & words.there[:, 0]
@@ -227,7 +238,22 @@ class Grounding(nn.Module):
             "related": 3 * _bce(self.related(later)[words.last], words.related[words.last]),
             "holds": 3 * _bce(self.holds(states[LAYER + 1].gather(1, _rows(marks, states[0])).float()), holds),
             "look_back": look.back(visual),
+            "scenery_look": self._seeking(seek, visual, marks, scenery, changed, prefix),
         }
+
+    def _seeking(
+        self, seek: Look, visual: Tensor, marks: Tensor, scenery: Tensor, changed: Tensor, prefix: int
+    ) -> Tensor:
+        """From the question mark to the cells that have changed, once these know it: one layer later than they do."""
+        b, q = scenery.nonzero(as_tuple=True)
+        own = self._own(seek.log_weights(b, marks[b, q], prefix), visual)
+        cells = changed[b] / changed[b].sum(-1, keepdim=True).clamp_min(1)
+        return _looking(own, cells, changed[b].any(-1)).sum() / max(1, len(b))
+
+    def _own(self, weights: Tensor, visual: Tensor) -> Tensor:
+        """(n, pairs, cells + 1): log attention of head p to the cells of pair p, and to the first token."""
+        own = weights[:, : self.pairs, visual].unflatten(-1, (self.pairs, -1)).diagonal(dim1=1, dim2=2).transpose(1, 2)
+        return torch.cat([own, weights[:, : self.pairs, :1]], -1)
 
 
 def _rows(at: Tensor, like: Tensor) -> Tensor:

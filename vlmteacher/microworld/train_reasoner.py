@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImag
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from vlmteacher.microworld import world
-from vlmteacher.microworld.tokenizer import build_tokenizer
+from vlmteacher.microworld.tokenizer import kept_tokenizer
 from vlmteacher.microworld.training import adopt, load_config, to_video, train
 
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
@@ -89,7 +89,7 @@ def main(out: Path, latents: Path, vae: Path, init: Path | None = None) -> None:
     """Stage ``reasoner``, from scratch or from the weights of a diffusers directory in `init`."""
     config = load_config("reasoner")
     torch.manual_seed(config["seed"])
-    tokenizer = build_tokenizer(prompts(), 600)
+    tokenizer = kept_tokenizer(out / "tokenizer", prompts, 600)
     transformer, encoder = build(len(tokenizer), config)
     if init:
         adopt(transformer, WanTransformer3DModel.from_pretrained(init / "transformer", torch_dtype=torch.float32))

@@ -24,10 +24,10 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 from vlmteacher.microworld import corruptions, world
 from vlmteacher.microworld.collect import load
 from vlmteacher.microworld.facts import FASTEST, Facts, facts_of
-from vlmteacher.microworld.grounding import STATE, Grounding, Look, by_color, find_words, in_pairs
+from vlmteacher.microworld.grounding import LAYER, STATE, Grounding, Look, by_color, find_words, in_pairs
 from vlmteacher.microworld.questions import STYLE, Question, ask, right_queries
 from vlmteacher.microworld.scene import Scene, Track
-from vlmteacher.microworld.tokenizer import build_tokenizer
+from vlmteacher.microworld.tokenizer import kept_tokenizer
 from vlmteacher.microworld.training import adopt, load_config, train
 from vlmteacher.ops.patchify import patchify
 from vlmteacher.optimization import teacher_frame_indices
@@ -119,9 +119,9 @@ def task_text(scene: Scene, rng: np.random.Generator) -> str:
     return text.format(ball=scene.ball_color, box=scene.target.color, tail=tail)
 
 
-def build(config: dict[str, Any]) -> QwenVLTeacher:
-    """The untrained Teacher: real class, small config, own tokenizer."""
-    tokenizer = build_tokenizer(corpus(), 1000)
+def build(config: dict[str, Any], vocabulary: Path) -> QwenVLTeacher:
+    """The untrained Teacher: real class, small config, own tokenizer, kept in the folder `vocabulary`."""
+    tokenizer = kept_tokenizer(vocabulary, corpus, 1000)
     ids = tokenizer.convert_tokens_to_ids
     width = config["width"]
     model = Qwen3VLForConditionalGeneration(
@@ -320,7 +320,8 @@ def cell_truth(frames: Tensor) -> Tensor:
 
 REPORTED = (
     *("l_states", "l_there", "l_flags", "cells", "changed"),
-    *("actor_look", "actor_state", "actor_color", "once", "fixed_look", "fixed_place", "related", "holds", "look_back"),
+    *("actor_look", "actor_state", "actor_color", "once", "fixed_look", "fixed_place", "related", "holds"),
+    *("look_back", "scenery_look"),
 )
 
 
@@ -331,7 +332,8 @@ class Lesson:
         width = config["width"]
         self.teacher, self.config = teacher, config
         self.packed = PackedForward(teacher)
-        self.look = Look(teacher.model.model.language_model)
+        language = teacher.model.model.language_model
+        self.looks = Look(language, LAYER), Look(language, LAYER + 1)
         self.heads = nn.ModuleDict(
             {
                 "pair_vision": Readout(2 * width),
@@ -411,15 +413,15 @@ class Lesson:
         cells = self.heads["cells"](merged.float()).view(batch, pairs, -1, 8)
         losses["cells"] = 5 * F.smooth_l1_loss(cells, cell_truth(frames), beta=0.1)
         visual = (ids[0, :prefix] == self.video_pad).nonzero()[:, 0]
-        changed = np.stack([f.changed[self.indices[1::2]] for f in facts])
-        seen = self.heads["changed"](states[len(states) // 2 - 1][:, visual].float()).view(changed.shape)
-        target = torch.from_numpy(changed).float()
-        losses["changed"] = 4 * F.binary_cross_entropy_with_logits(seen, target, 1 + 9 * target)
+        changed = torch.from_numpy(np.stack([f.changed[self.indices[1::2]] for f in facts])).float()
+        seen = self.heads["changed"](states[LAYER][:, visual].float()).view(changed.shape)
+        losses["changed"] = 4 * F.binary_cross_entropy_with_logits(seen, changed, 1 + 9 * changed)
         suffix = ids[:, prefix:].unflatten(1, (-1, longest))
         words = find_words(suffix, self.color_ids, prefix, asked, scenes, facts, self.indices)
         marks = prefix + torch.arange(count) * longest + (suffix == self.mark).float().argmax(-1)
         holds = torch.from_numpy(np.stack([[in_pairs(q.holds, self.indices) for q in row] for row in asked]))
-        losses |= self.heads["grounding"](self.look, states, visual, words, marks, holds, prefix)
+        scenery = torch.tensor([[q.kind == "scenery" for q in row] for row in asked])
+        losses |= self.heads["grounding"](self.looks, states, visual, words, marks, holds, scenery, changed, prefix)
         report = {k: float(v.detach()) for k, v in losses.items() if k in REPORTED}
         right = ((logits[..., self.yes] > logits[..., self.no]) == truth).tolist()
         report |= accuracies(asked, scenes, right)
@@ -478,7 +480,7 @@ def main(out: Path, init: Path | None = None) -> None:
     """Stage ``teacher``, from scratch or from the weights of a pair's Teacher in `init`."""
     config = load_config("teacher")
     torch.manual_seed(config["seed"])
-    lessons = Lesson(build(config), config)
+    lessons = Lesson(build(config, out / "tokenizer"), config)
     if init:
         known = Qwen3VLForConditionalGeneration.from_pretrained(init, dtype=torch.float32)
         adopt(lessons.teacher.model, known, lessons.teacher.tokenizer, AutoTokenizer.from_pretrained(init))
@@ -489,7 +491,7 @@ def finetune(start: Path, collected: Path, out: Path) -> None:
     """Stage ``teacher-finetune``: go on from `start`; `collected` rows of each batch are of these kinds."""
     config = load_config("teacher") | load_config("teacher_finetune")
     torch.manual_seed(config["seed"])
-    lessons = Lesson(build(config), config)
+    lessons = Lesson(build(config, start.parent / "tokenizer"), config)
     modules = torch.load(start, weights_only=True)["modules"]
     lessons.teacher.model.load_state_dict(modules["teacher"])
     lessons.heads.load_state_dict(modules["heads"], strict=False)  # a head added since starts afresh
