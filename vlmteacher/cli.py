@@ -100,6 +100,8 @@ def parser() -> argparse.ArgumentParser:
         help="stop only when the few-step video is good enough too (default: the pair's)",
     )
     _add_fused(sub)
+    sub.add_argument("--engine", choices=("eager", "compile", "cuda_graph"), help="how a step is run (default: eager)")
+    _add_lora_blocks(sub)
     sub.add_argument("--device-map", metavar="MAP", help=f"a device for each, {EXAMPLE}, instead of --device")
     sub.add_argument("--offload", action="store_true", help="what is not needed waits in main memory")
     sub.add_argument("--keep", choices=("last", "best"), help="which LoRA to use after N updates")
@@ -133,6 +135,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--split", default="id", metavar="NAME", help="id (default), ood or validation")
     _add_families(sub)
     sub.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
+    _add_lora_blocks(sub)
     sub.add_argument("--out", required=True, metavar="DIR", help="where results.json goes")
     sub.add_argument("--resume", action="store_true", help="keep the instances that --out already has")
 
@@ -215,7 +218,15 @@ def _add_fused(sub: argparse.ArgumentParser) -> None:
         "--fused-lora",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="compute the LoRA layers by our operator (default) or by PEFT's expression",
+        help="compute the LoRA layers and what is between them by our operators (default) or by PEFT's and diffusers'",
+    )
+
+
+def _add_lora_blocks(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--lora-blocks",
+        metavar="last:N",
+        help="adapt the last N blocks of the video model only; faster, and another method (default: all)",
     )
 
 
@@ -297,6 +308,8 @@ def solve(arguments: argparse.Namespace) -> None:
         "keep": arguments.keep,
         "check_final": arguments.check_final,
         "fused_lora": arguments.fused_lora,
+        "engine": arguments.engine,
+        "lora_blocks": arguments.lora_blocks,
     }
     settings = {name: value for name, value in names.items() if value is not None}
     Settings(**settings)  # bad values show before any model is loaded
@@ -394,6 +407,7 @@ def bench(arguments: argparse.Namespace) -> None:
         out=Path(arguments.out),
         workers=arguments.workers,
         resume=arguments.resume,
+        lora_blocks=arguments.lora_blocks,
         split=arguments.split,
         chosen=_families(arguments),
     )

@@ -34,6 +34,7 @@ def run_benchmark(
     workers: int = 1,
     resume: bool = False,
     pair: str | None = None,
+    lora_blocks: str | None = None,
     split: str = "id",
     chosen: Sequence[str] = world.PACKAGED,
 ) -> dict[str, Any]:
@@ -41,18 +42,31 @@ def run_benchmark(
 
     Instance k has the same scene, prompt and noise for every method, so that methods can be compared pair by pair.
     Each finished instance is kept in ``instances.jsonl``; with `resume` those that are there are not run again.
+    lora_blocks: of the method "teacher", see `Settings`.
 
     Raises:
         InputError: an unknown method, split or family; `out` not writable, or holding other results (or any, without
             `resume`).
     """
+    from vlmteacher.lora import parse_blocks
+    from vlmteacher.pipeline import read_pair
+
     samples = _samples(method)
     world.check(split, chosen)
     what = {"benchmark": "microworld", "method": method, "seed": seed, "split": split, "families": list(chosen)}
+    steps: dict[str, Any] = {"max_steps": 0} if method == "base" else {}
+    if lora_blocks is not None:
+        if method != "teacher":
+            raise InputError(f"lora_blocks {lora_blocks} is of the method teacher, not of {method}")
+        directory, description = read_pair(pair)
+        config = json.loads((directory / description["reasoner"] / "transformer" / "config.json").read_text())
+        if parse_blocks(lora_blocks) > config["num_layers"]:
+            raise InputError(f"lora_blocks {lora_blocks}: the transformer has {config['num_layers']} blocks")
+        what["lora_blocks"] = steps["lora_blocks"] = lora_blocks
     rows = {row["index"]: row for row in _open(out, what, resume)}
     todo = [index for index in range(limit) if index not in rows]
     with (out / "instances.jsonl").open("a", encoding="utf-8") as log:
-        one = functools.partial(_instance, samples=samples, seed=seed, split=split, chosen=chosen)
+        one = functools.partial(_instance, samples=samples, seed=seed, split=split, chosen=chosen, steps=steps)
         for row in tqdm(_run(todo, one, workers, pair), total=len(todo), desc=method):
             rows[row["index"]] = row
             log.write(json.dumps(row) + "\n")
@@ -152,7 +166,9 @@ def first_frame(scene: world.Scene) -> Image.Image:
     return Image.fromarray((world.render(scene)[0] * 255).round().astype("uint8"))
 
 
-def _instance(index: int, samples: int | str, seed: int, split: str, chosen: Sequence[str]) -> dict[str, Any]:
+def _instance(
+    index: int, samples: int | str, seed: int, split: str, chosen: Sequence[str], steps: dict[str, Any]
+) -> dict[str, Any]:
     from vlmteacher.baselines.best_of_n import best_of_n
 
     scene, prompt = world.instance(index, seed, split, chosen)
@@ -168,7 +184,6 @@ def _instance(index: int, samples: int | str, seed: int, split: str, chosen: Seq
         extra = {"oracle_success": any(v.success for v in verdicts), "samples": [v.success for v in verdicts]}
         updates = 0
     else:
-        steps = {"max_steps": 0} if samples == "base" else {}
         generator = torch.Generator().manual_seed(noise_seed)
         made = _pipe(prompt, image, generator=generator, output_type="pt", progress=False, **steps)
         verdict, updates = judge(made.frames, scene), made.updates

@@ -288,7 +288,8 @@ def answer_losses(
     for index, layer in enumerate(language.layers):
         last = index + 1 == len(language.layers)
         if keep == Keep.INPUT and x.requires_grad:
-            x = checkpoint(_layer, x, layer, layout, last, Keep.ALL, use_reentrant=False)
+            rest = (layer, layout, last, Keep.ALL)
+            x = checkpoint(_layer, x, *rest, use_reentrant=False, preserve_rng_state=False)
         else:
             x = _layer(x, layer, layout, last, keep)
         if index < len(deepstack) and not last:
