@@ -93,34 +93,31 @@ def find_words(
 ) -> Words:
     """suffix (B, Q, L) token ids of the questions -> their colour words, each with the truth about what it names."""
     rows: dict[str, list[Any]] = {name: [] for name in Words.__annotations__}
-    pairs = len(indices) // 2
-    nowhere = torch.full((pairs, 2, STATE), float("nan"))
     is_color = torch.isin(suffix, color_ids)
     for b, (questions, scene, fact) in enumerate(zip(asked, scenes, facts, strict=True)):
-        states = thing_states(fact, scene, indices).unflatten(0, (pairs, 2))
+        nothing = ((0, 0), (0, 1))  # behind the things stands what a word names that names none of them
+        states = F.pad(thing_states(fact, scene, indices), (0, 0, 0, 1), value=torch.nan).unflatten(0, (-1, 2))
+        once = torch.from_numpy(in_pairs(np.pad(fact.count == 1, nothing), indices))
+        color = torch.from_numpy(np.pad(fact.color[indices[1::2]], nothing, constant_values=NONE))
+        halves = [*(reach(x) for x in scene.things), 1.0]
         for q, question in enumerate(questions):
             places = is_color[b, q].nonzero()[:, 0].tolist()
-            related = in_pairs(question.holds, indices)
-            for k, (place, thing) in enumerate(zip(places, question.names, strict=True)):
-                seen = nowhere if thing is None else states[:, :, thing]
+            for k, (place, name) in enumerate(zip(places, question.names, strict=True)):
+                i = len(scene.things) if name is None else name
                 values = {
                     "b": b,
                     "at": prefix + q * suffix.shape[-1] + place,
-                    "acts": k == 0 if thing is None else thing in scene.actors,
-                    "there": seen.isfinite().all(-1).all(-1),
-                    "once": torch.zeros(pairs)
-                    if thing is None
-                    else torch.from_numpy(in_pairs(fact.count[:, thing] == 1, indices)),
-                    "states": seen.nan_to_num(),
-                    "color": torch.full((pairs,), NONE)
-                    if thing is None
-                    else torch.from_numpy(fact.color[indices[1::2], thing]),
-                    "half": 1.0 if thing is None else reach(scene.things[thing]),
-                    "related": torch.from_numpy(related),
+                    "acts": i in scene.actors or (name is None and k == 0),
+                    "there": states[:, :, i].isfinite().all(-1).all(-1),
+                    "once": once[:, i],
+                    "states": states[:, :, i].nan_to_num(),
+                    "color": color[:, i],
+                    "half": halves[i],
+                    "related": torch.from_numpy(in_pairs(question.holds, indices)),
                     "last": k == len(places) - 1,
                 }
-                for name, value in values.items():
-                    rows[name].append(value)
+                for field, value in values.items():
+                    rows[field].append(value)
     return Words(
         **{
             name: torch.stack(column) if isinstance(column[0], Tensor) else torch.tensor(column)
