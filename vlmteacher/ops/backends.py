@@ -78,3 +78,14 @@ def backend(x: Tensor, operator: str) -> Any:
         if triton_status()[0]:
             return importlib.import_module(f"vlmteacher.kernels.{operator}")
     return None
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether nobody watches (torch.compile, fake tensors, a dispatch mode), so that a backend may be called directly.
+
+    Selective checkpointing and counters want to see one operator, whatever the backend launches.
+    """
+    return type(tensor) in _PLAIN and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()

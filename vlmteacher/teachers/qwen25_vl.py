@@ -85,7 +85,7 @@ class Qwen25VLTeacher(QwenTokens):
         for index, block in enumerate(visual.blocks):
             q, k, v = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(2)
             segments = [x.shape[1]] if index in visual.fullatt_block_indexes else windows
-            heads = attend_segments(rotate(q, cos, sin), rotate(k, cos, sin), v, segments)
+            heads = attend_segments(rotate(q, cos, sin), rotate(k, cos, sin), v, segments, self.attention_backend)
             x = x + block.attn.proj(heads)
             x = x + block.mlp(block.norm2(x))
         merged = visual.merger(x.flatten(0, 1)).unflatten(0, (-1, len(order)))

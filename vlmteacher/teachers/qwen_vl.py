@@ -112,7 +112,7 @@ class QwenVLTeacher(QwenTokens):
         deepstack = []
         for index, block in enumerate(visual.blocks):
             q, k, v = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(2)
-            x = x + block.attn.proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v))
+            x = x + block.attn.proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v, self.attention_backend))
             x = x + block.mlp(block.norm2(x))
             if index in visual.deepstack_visual_indexes:
                 merger = visual.deepstack_merger_list[visual.deepstack_visual_indexes.index(index)]

@@ -83,6 +83,7 @@ class VLMTeacher(Teacher):
         style: how it is asked for queries.
         activation_bytes: what the language model may keep for the backward; None: half of the GPU's free memory.
         chunk_patches: patches that the visual encoder works on at a time; None: by device.
+        attention_backend: what computes attention, see `ops.attention`; None: our own on the CPU, else torch's.
         offload: keep what is saved for the backward in pinned host memory (GPUs only).
 
     Raises InputError when the tokenizer has no chat template, or the chat template no place for a video.
@@ -103,6 +104,7 @@ class VLMTeacher(Teacher):
         self.style = QueryStyle()
         self.activation_bytes: int | None = None
         self.chunk_patches: int | None = None
+        self.attention_backend: str | None = None
         self.offload = False
         self._layouts: dict[tuple[Any, ...], Layout] = {}
         check_language(self.language, model.config.model_type)
@@ -201,7 +203,9 @@ class VLMTeacher(Teacher):
         with offload:
             video, *deepstack = stream(lambda chunk: self.encode(chunk, size), frames, step)
             head = self.model.get_output_embeddings()
-            return answer_losses(self.language, head, layout, video, deepstack, self.activation_bytes)
+            return answer_losses(
+                self.language, head, layout, video, deepstack, self.activation_bytes, self.attention_backend
+            )
 
     def _layout(self, clip: Clip, queries: QuerySet) -> Layout:
         """The packed prompts; the same for every step of an optimisation, so it is kept."""
