@@ -15,7 +15,7 @@ struct Heads {
 struct Problem {
   bool half;  // bfloat16, whose dim is even; else float32
   int64_t batch, heads, key_heads, queries, keys, dim;
-  float scale;
+  double scale;
   const int32_t* spans;  // (queries, 3): one sees the keys [0, a) and [b, c); null: all
   Heads q, k, v, out;
   // (batch, heads, queries): the largest exponent, in base 2, and 1 / the sum of exponentials. Not the logarithm of the

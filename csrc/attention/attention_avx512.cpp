@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kRows = 12, kPanel = 2 * kLanes;  // 12 x 2 vectors of sums of 32 registers
 constexpr int64_t kChunk = 256;                     // keys of which the forward holds scores at a time
-constexpr float kLog2e = 1.44269504f;
+constexpr double kLog2e = 1.4426950408889634;
 
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -65,7 +65,7 @@ void store_pair(char* to, __m512 first, __m512 second) {
 template <class T, int V>
 void multiply(bool add, float* out, int64_t stride, const char* left, int64_t row_step, int64_t word_step,
               const char* panel, int64_t words) {
-  constexpr int64_t kRun = T::kDepth == 2 ? 128 : 32;
+  constexpr int64_t kRun = T::kDepth == 2 ? 128 : 16;
   for (int64_t stop; words > 0; words -= stop, add = true) {
     __m512 sums[kRows][V];
     UNROLL for (auto& row : sums) UNROLL for (auto& vector : row) vector = _mm512_setzero_ps();
@@ -185,7 +185,8 @@ struct ForwardTile {
     for (int64_t j = 0; j < count; j += kPanel)
       multiply<T, 2>(false, scores[0] + j, kChunk + kLanes, q, width.words * 4, 4,
                      keys + (begin + j) * width.words * 4, width.words);
-    const __m512 scale = _mm512_set1_ps(p.scale * kLog2e);
+    const float factor = float(p.scale * kLog2e);
+    const __m512 scale = _mm512_set1_ps(factor);
     for (int64_t i = 0; i < rows; ++i) {
       const int32_t* span = spans ? spans + 3 * i : nullptr;
       float* row = scores[i];
@@ -194,7 +195,7 @@ struct ForwardTile {
         const __mmask16 mask = masked ? sees(span, begin + j, p.keys) : kAll;
         highest = _mm512_mask_max_ps(highest, mask, highest, _mm512_load_ps(row + j));
       }
-      const float now = _mm512_reduce_max_ps(highest) * p.scale * kLog2e;
+      const float now = _mm512_reduce_max_ps(highest) * factor;
       const float before = top[i], after = now > before ? now : before;
       const __m512 minus_top = _mm512_set1_ps(after == -INFINITY ? 0 : -after);  // so far it has seen nothing
       __m512 sums = _mm512_setzero_ps();
@@ -311,7 +312,7 @@ struct BackwardBlock {
   void probability_tile(const Problem& p, const Width<T>& width, const BackwardHead<T>& h, int64_t key, int64_t query,
                         int64_t bytes, char* to, bool masked) {
     multiply<T, 2>(false, tile[0], kPanel, h.k + key * bytes, bytes, 4, h.q + query * bytes, width.words);
-    const __m512 scale = _mm512_set1_ps(p.scale * kLog2e);
+    const __m512 scale = _mm512_set1_ps(float(p.scale * kLog2e));
     __m512 top[2], inverse[2];
     __m512i a[2], b[2], c[2];
     UNROLL for (int v = 0; v < 2; ++v) {
@@ -445,9 +446,9 @@ void backward_of(const Problem& p, int64_t batch, int64_t key_head) {
         const bool masked = j_end > p.keys || i_end > p.queries || !sight.all(j, j_end);
         block->run(p, width, h, j, j_end - j, i, i_end - i, keys, queries, masked);
       }
-    write<T>(h.dq, width, p.scale, p.queries, p.dq.at(batch, head), p.dq.token);
+    write<T>(h.dq, width, float(p.scale), p.queries, p.dq.at(batch, head), p.dq.token);
   }
-  write<T>(h.dk, width, p.scale, p.keys, p.dk.at(batch, key_head), p.dk.token);
+  write<T>(h.dk, width, float(p.scale), p.keys, p.dk.at(batch, key_head), p.dk.token);
   write<T>(h.dv, width, 1, p.keys, p.dv.at(batch, key_head), p.dv.token);
 }
 

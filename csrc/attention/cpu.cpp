@@ -36,7 +36,7 @@ attention::Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, co
   p.dim = q.size(3);
   p.keys = k.size(1);
   p.key_heads = k.size(2);
-  p.scale = static_cast<float>(scale);
+  p.scale = scale;
   p.spans = spans ? static_cast<const int32_t*>(spans->const_data_ptr()) : nullptr;
   p.q = heads(q);
   p.k = heads(k);

@@ -155,9 +155,12 @@ def _native(q: Tensor, k: Tensor, v: Tensor, spans: Spans | None) -> Tensor:
     return output
 
 
-@functools.cache
+_available = functools.cache(lambda: cpp_status()[0] and torch.ops.vlmteacher_cpp.attention_available())
+
+
+@torch.compiler.assume_constant_result
 def _avx512() -> bool:
-    return cpp_status()[0] and torch.ops.vlmteacher_cpp.attention_available()
+    return _available()
 
 
 def is_native(q: Tensor) -> bool:
