@@ -206,7 +206,7 @@ class TinyVideoDecoder(nn.Module):
             pixels = size[0] * size[1] * 4 ** sum(self.config["space_upscale"])
             weight = self.decoder[1].weight
             frame = pixels * max(self.config["widths"][2:]) * weight.element_size()
-            chunk = max(self.temporal_stride, CHUNK_BYTES.get(weight.device.type, 32 << 20) // frame)
+            chunk = max(self.temporal_stride, CHUNK_BYTES["cpu" if weight.device.type == "cpu" else "cuda"] // frame)
         key = (*wanted, -chunk)
         if key not in self._plans:
             if len(self._plans) >= 8:
@@ -270,7 +270,7 @@ class TinyVideoDecoder(nn.Module):
             )
         if not latents.is_floating_point():
             raise InputError(f"a decoder takes floating-point latents, got {latents.dtype}")
-        if not is_fake(latents) and latents.isnan().any():
+        if not (latents.is_meta or is_fake(latents)) and latents.isnan().any():
             raise InputError("the latents hold NaN: the Reasoner's prediction broke down before it was decoded")
         if chunk is not None and chunk < 1:
             raise InputError(f"chunk must be at least 1 frame, not {chunk}")

@@ -158,14 +158,18 @@ def _fast(x: Tensor) -> Any:
 
 def conv3x3(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """`conv3x3_reference` by the backend of x's device."""
-    return _forward_operator(x, *rest) if is_fake(x) else (_fast(x) or _Reference).conv3x3(x, *rest)
+    return _forward_operator(x, *rest) if _no_data(x) else (_fast(x) or _Reference).conv3x3(x, *rest)
 
 
 def conv3x3_backward(grad: Tensor, *rest: Any) -> Tensor:
     """`conv3x3_backward_reference` by the backend of grad's device."""
     return (
-        _backward_operator(grad, *rest) if is_fake(grad) else (_fast(grad) or _Reference).conv3x3_backward(grad, *rest)
+        _backward_operator(grad, *rest) if _no_data(grad) else (_fast(grad) or _Reference).conv3x3_backward(grad, *rest)
     )
+
+
+def _no_data(x: Tensor) -> bool:
+    return x.is_meta or is_fake(x)
 
 
 # The same as operators, for tensors without data, which count what a clip of full size would take.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -27,8 +27,11 @@ class Condition:
 
     Attributes:
         prompt_embeds: (B, L, D), zero beyond the prompt's own tokens; B = 1 but in training.
-        first_frame: (B, C, 1, h, w) normalised latents of the given image, or None (text only).
+        first_frame: (B, C, 1, h, w) normalised latents of the given image where the model keeps them as the video's
+            first latent frame, or None (text only, or the image comes in by `inputs`).
         num_frames, height, width: size of the video in frames and pixels.
+        inputs: what else the family's transformer is given, by name: masks, image features, a second text; (B, ...).
+        negative: the same instance with the negative prompt, for models that need guidance; None for the others.
     """
 
     prompt_embeds: Tensor
@@ -36,6 +39,8 @@ class Condition:
     num_frames: int
     height: int
     width: int
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    negative: Condition | None = None
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -62,12 +67,15 @@ class Settings:
     Attributes:
         timesteps: where the few-step sampler predicts, from 1000 (pure noise) downwards.
         shift: s in sigma = s t / (1 + (s - 1) t) with t = timestep / 1000.
+        guidance_scale: g in v_negative + g (v - v_negative), in sampling and in the one-step prediction; 1 is none,
+            what distilled models need.
         num_frames, height, width, fps: the video made when the caller does not say.
         max_sequence_length: prompt tokens, padded or cut to this length.
     """
 
     timesteps: tuple[float, ...] = (1000, 750, 500, 250)
     shift: float = 1.0
+    guidance_scale: float = 1.0
     num_frames: int = 89
     height: int = 704
     width: int = 1280
@@ -169,14 +177,24 @@ class Reasoner(ABC):
     ) -> Tensor:
         """The model's v (B, C, T, h, w) float32 at noise level `sigma`, a number or (B,), for noisy `latents`.
 
-        transformer: other weights of the same class, to be run in the place of the Reasoner's own.
+        Without guidance. transformer: other weights of the same class, to be run in the place of the Reasoner's own.
         """
+
+    def guided_velocity(
+        self, condition: Condition, latents: Tensor, sigma: float | Tensor, *, transformer: nn.Module | None = None
+    ) -> Tensor:
+        """v_negative + g (v - v_negative) where the condition brings a negative one, else v."""
+        velocity = self.velocity(condition, latents, sigma, transformer=transformer)
+        if condition.negative is None:
+            return velocity
+        without = self.velocity(condition.negative, latents, sigma, transformer=transformer)
+        return without.lerp(velocity, self.settings.guidance_scale)
 
     def predict_clean_at(
         self, condition: Condition, latents: Tensor, sigma: float | Tensor, *, transformer: nn.Module | None = None
     ) -> Tensor:
-        """x0 = x - sigma v, with the known first latent frame put back."""
-        velocity = self.velocity(condition, latents, sigma, transformer=transformer)
+        """x0 = x - sigma v, guided where the model needs it, with the known first latent frame put back."""
+        velocity = self.guided_velocity(condition, latents, sigma, transformer=transformer)
         scale = sigma.view(-1, 1, 1, 1, 1) if isinstance(sigma, Tensor) else sigma
         return with_first_frame(latents - scale * velocity, condition.first_frame)
 
@@ -214,5 +232,11 @@ def collate(conditions: Sequence[Condition]) -> Condition:
     known = [c.first_frame for c in conditions if c.first_frame is not None]
     if len(known) not in (0, len(conditions)) or any(c.size != first.size for c in conditions):
         raise ValueError("conditions of several sizes, or some with and some without a first frame, are no batch")
-    embeds = torch.cat([c.prompt_embeds for c in conditions])
-    return replace(first, prompt_embeds=embeds, first_frame=torch.cat(known) if known else None)
+    negatives = [c.negative for c in conditions if c.negative is not None]
+    return replace(
+        first,
+        prompt_embeds=torch.cat([c.prompt_embeds for c in conditions]),
+        first_frame=torch.cat(known) if known else None,
+        inputs={name: torch.cat([c.inputs[name] for c in conditions]) for name in first.inputs},
+        negative=collate(negatives) if negatives else None,
+    )

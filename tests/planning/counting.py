@@ -1,0 +1,41 @@
+"""What the plan is compared with: torch's own counter, and the bytes that autograd saves on real tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import memory
+
+
+def flash_flops(
+    query: Sequence[int], key: Sequence[int], _: Any, __: float = 0.0, is_causal: bool = False, **___: Any
+) -> int:
+    b, h, n, d = query
+    return 2 * 2 * b * h * n * key[2] * d // (1 + is_causal)  # two products; not taken from the planner
+
+
+def flash_backward_flops(grad: Sequence[int], query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> int:
+    b, h, n, d = query
+    return 5 * 2 * b * h * n * key[2] * d
+
+
+def stock_count(function: Callable[[], Any]) -> int:
+    """torch's own counter, told about the CPU's attention."""
+    aten = torch.ops.aten
+    mapping = {
+        aten._scaled_dot_product_flash_attention_for_cpu: flash_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: flash_backward_flops,
+    }
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def saved_bytes(function: Callable[[], Any], *modules: nn.Module) -> tuple[int, Any]:
+    """Bytes of real storages that autograd keeps, the modules' own left out, and what the function returned."""
+    return memory.saved_bytes(function, [t for m in modules for t in (*m.parameters(), *m.buffers())])

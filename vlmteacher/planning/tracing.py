@@ -1,0 +1,140 @@
+"""Counts what a computation costs while it runs, on tensors without data: FLOPs and live bytes."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+
+def attention_flops(query: Sequence[int], key: Sequence[int], causal: bool) -> int:
+    """Of one forward, (B, H, N, d) by (B, h, M, d): two products, halved where it is causal. The backward has five."""
+    batch, heads, n, d = query
+    return 4 * batch * heads * n * key[-2] * d // (2 if causal else 1)
+
+
+class Trace(TorchDispatchMode):
+    """Counts FLOPs and live bytes under the name of the stage that runs.
+
+    FLOPs: of products, convolutions and attention, 2 for a multiplication and an addition; not of element-wise work.
+    peak: the most bytes alive in each stage, without the weights and inputs that were noted before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops: Counter[str] = Counter()
+        self.peak: dict[str, int] = {}
+        self.live = 0
+        self.stage = ""
+        self._storages: dict[int, Any] = {}
+
+    def weights(self, *modules: nn.Module) -> None:
+        """Note modules' parameters and buffers: views of them are no new memory."""
+        for tensor in (t for m in modules for t in (*m.parameters(), *m.buffers())):
+            storage = tensor.untyped_storage()
+            self._storages[storage._cdata] = storage  # held, so that the address stays theirs
+
+    def inputs(self, *tensors: Tensor) -> None:
+        """The same for tensors that were made before the trace and outlive it."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._storages[storage._cdata] = storage
+
+    @contextmanager
+    def at(self, stage: str) -> Iterator[None]:
+        before, self.stage = self.stage, stage
+        self._note()
+        try:
+            yield
+        finally:
+            self.stage = before
+
+    def _note(self) -> None:
+        self.peak[self.stage] = max(self.live, self.peak.get(self.stage, 0))
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._storages:
+            size = storage.nbytes()
+            self.live += size
+            self._storages[key] = weakref.ref(storage, functools.partial(self._gone, key, size))
+
+    def _gone(self, key: int, size: int, _: Any) -> None:
+        self.live -= size
+        self._storages.pop(key, None)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._see(leaf)
+        self._note()
+        if (count := _flops(func, args, kwargs, out)) is not None:
+            self.flops[self.stage] += count
+        return out
+
+
+def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int | None:
+    name = func._schema.name
+    if name == "aten::_scaled_dot_product_flash_attention_for_cpu":
+        return attention_flops(
+            args[0].shape, args[1].shape, (args[4] if len(args) > 4 else kwargs.get("is_causal", False))
+        )
+    if name == "aten::_scaled_dot_product_flash_attention_for_cpu_backward":
+        return attention_flops(args[1].shape, args[2].shape, args[7]) * 5 // 2
+    if name == "vlmteacher::lora_linear":
+        x, weights, _, a, b, _ = args
+        return 2 * len(x) * sum(t.numel() for t in (*weights, *a, *b))
+    if name == "vlmteacher::lora_linear_backward":
+        x, _, weights, a, b, _, need_x, need_a, need_b = args[1:]
+        frozen, down, up = (sum(t.numel() for t in part) for part in (weights, a, b))
+        counted = need_x * (frozen + down) + need_a * down + need_b * up + (need_x or need_a) * up
+        return 2 * len(x) * counted
+    if name in ("vlmteacher::conv3x3", "vlmteacher::conv3x3_backward"):  # nine taps, four where the image is upsampled
+        grows = args[-1] == 2
+        pixels, weight = (out[0], args[2]) if name.endswith("conv3x3") else (args[0], args[4])
+        return 2 * pixels.numel() // len(weight) * weight.numel() * (4 if grows else 9) // 9
+    formula = flop_registry.get(func.overloadpacket)
+    return None if formula is None else formula(*args, **kwargs, out_val=out)
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention as one operator that keeps its inputs, its output and a logarithm per row, as it is on GPUs.
+
+    Meta tensors would get the plain expression, whose N x M matrix nobody makes.
+    """
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return operator(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+@contextmanager
+def tracing() -> Iterator[Trace]:
+    """A `Trace`, with attention as on a GPU. (A TorchFunctionMode does not reach what a backward computes again.)"""
+    stock = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = _flash
+    try:
+        with Trace() as trace:
+            yield trace
+    finally:
+        F.scaled_dot_product_attention = stock
