@@ -46,7 +46,11 @@ class Spans:
         if table.dim() != 2 or table.shape[1] != 3 or table.dtype != torch.int32 or not table.is_contiguous():
             raise InputError(f"spans are a contiguous (N, 3) int32, not {tuple(table.shape)} {table.dtype}")
         a, b, c = table.unbind(1)
-        if len(table) and not table.is_meta and bool(((table < 0) | (table > self.keys)).any() | ((a < 1) & (b >= c)).any()):
+        if (
+            len(table)
+            and not table.is_meta
+            and bool(((table < 0) | (table > self.keys)).any() | ((a < 1) & (b >= c)).any())
+        ):
             raise InputError(f"spans must lie within the {self.keys} keys, and every query must see one")
 
     @staticmethod

@@ -119,7 +119,7 @@ def attend_segments(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], bac
     for length, group in groupby(lengths):
         stop = start + length * len(list(group))
         block = [x[:, start:stop].reshape(-1, length, *x.shape[2:]) for x in (q, k, v)]
-        outputs.append(attend(*block, backend).view(len(q), stop - start, -1))
+        outputs.append(attend(*block, backend=backend).view(len(q), stop - start, -1))
         start = stop
     return torch.cat(outputs, 1)
 
