@@ -52,5 +52,28 @@ struct Float32 {
   static __m512i words(const char* first, const char*, __mmask16 mask) { return _mm512_maskz_loadu_epi32(mask, first); }
 };
 
+// 2^x for x far below the float's largest exponent; -inf is not among them.
+template <class T>
+inline __m512 exp2(__m512 x) {
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_sub_ps(x, whole);
+  __m512 p;
+  if constexpr (T::kDepth == 2) {  // to be rounded to bfloat16: 4e-7 is enough
+    p = _mm512_set1_ps(0.0012692681f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0096565578f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.055521049f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.24022551f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69314677f));
+  } else {
+    p = _mm512_set1_ps(0.00014788161f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0013385445f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0096204160f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.055503771f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.24022633f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69314718f));
+  }
+  return _mm512_scalef_ps(_mm512_fmadd_ps(p, f, _mm512_set1_ps(1)), whole);
+}
+
 }  // namespace
 }  // namespace vlmteacher

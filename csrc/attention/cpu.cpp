@@ -98,7 +98,7 @@ bool available() { return attention::available(); }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vlmteacher_cpp, m) {
-  m.def("attention_available() -> bool");
+  m.def("avx512_bf16() -> bool");  // of this processor and this build
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? spans, float scale) -> Tensor[]");
   m.def(
       "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, Tensor? spans, "
@@ -106,7 +106,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmteacher_cpp, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlmteacher_cpp, CompositeExplicitAutograd, m) {
-  m.impl("attention_available", TORCH_BOX(&available));
+  m.impl("avx512_bf16", TORCH_BOX(&available));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlmteacher_cpp, CPU, m) {

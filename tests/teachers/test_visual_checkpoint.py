@@ -6,10 +6,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.memory import saved_bytes
 from benchmarks.teacher import Flops
 from tests.tiny_teacher import tiny_qwen3_vl
+from vlmteacher.ops.elementwise import rotate
 from vlmteacher.queries import QuerySet
 from vlmteacher.teachers import load_teacher
 from vlmteacher.teachers.preprocessing import preprocess_video
-from vlmteacher.teachers.visual_checkpoint import attend, attend_segments, rotate, stream
+from vlmteacher.teachers.visual_checkpoint import attend, attend_segments, stream
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlmteacher.errors import InputError, MissingExtra
-from vlmteacher.ops.backends import cpp_status, is_plain
+from vlmteacher.ops.backends import has_avx512_bf16, is_plain
 
 BACKENDS = ("native", "sdpa", "flex", "xformers", "flash")
 
@@ -159,18 +159,10 @@ def _native(q: Tensor, k: Tensor, v: Tensor, spans: Spans | None) -> Tensor:
     return output
 
 
-_available = functools.cache(lambda: cpp_status()[0] and torch.ops.vlmteacher_cpp.attention_available())
-
-
-@torch.compiler.assume_constant_result
-def _avx512() -> bool:
-    return _available()
-
-
 def is_native(q: Tensor) -> bool:
     """Whether our own operator takes tensors like q."""
     takes = q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and q.shape[-1] % 2 == 0)
-    return takes and q.device.type == "cpu" and q.numel() > 0 and _avx512()
+    return takes and q.device.type == "cpu" and q.numel() > 0 and has_avx512_bf16()
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:

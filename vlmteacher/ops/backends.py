@@ -80,6 +80,15 @@ def backend(x: Tensor, operator: str) -> Any:
     return None
 
 
+_avx512_bf16 = functools.cache(lambda: cpp_status()[0] and torch.ops.vlmteacher_cpp.avx512_bf16())
+
+
+@torch.compiler.assume_constant_result
+def has_avx512_bf16() -> bool:
+    """Whether the C++ operators that need it can run: of the processor, and of the compiler that built them."""
+    return _avx512_bf16()
+
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlmteacher.errors import InputError
 from vlmteacher.ops.attention import Spans, attention
-from vlmteacher.teachers.visual_checkpoint import rotate
+from vlmteacher.ops.elementwise import rotate
 
 ACTIVATION_BYTES = 4 * 2**30  # where nobody says and no GPU tells
 

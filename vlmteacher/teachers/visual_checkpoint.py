@@ -69,38 +69,6 @@ def stream(encode: Encode, frames: Tensor, step: int) -> tuple[Tensor, ...]:
     return _in_chunks(frames, encode, step)
 
 
-class _Rotate(torch.autograd.Function):
-    """Rotary embedding in float32; saves the angles only, for its gradient is the rotation back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, -sin), None, None
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.float().chunk(2, -1)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    half = a.shape[-1]
-    out[..., :half] = torch.addcmul(a * cos, b, sin, value=-1)
-    out[..., half:] = torch.addcmul(b * cos, a, sin)
-    return out
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, `x cos + rotate_half(x) sin`, in float32, in the dtype of x.
-
-    x: (..., d); cos, sin: broadcastable to (..., d / 2), float32: the first half, which the second repeats.
-    """
-    return _Rotate.apply(x, cos, sin)
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str | None = None) -> Tensor:
     """Attention of (B, N, H, d) tensors, all segments B in one call; returns (B, N, H * d). See `ops.attention`."""
     return attention(q, k, v, backend=backend).flatten(2)
