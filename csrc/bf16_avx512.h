@@ -1,5 +1,5 @@
-// Vectors of 16 numbers in float32, from bfloat16 or float32 in memory. For files that are compiled with AVX-512 BF16 flags
-// only; all of it has internal linkage, so that no linker shares it with code that runs anywhere.
+// Vectors of 16 numbers in float32, from bfloat16 or float32 in memory. For files compiled with AVX-512 BF16 flags
+// only: all of it has internal linkage, so that no linker shares it with code that runs anywhere.
 #pragma once
 #include <immintrin.h>
 
@@ -19,7 +19,7 @@ inline __mmask16 lanes(int64_t count) {
   return count >= kLanes ? kAll : count <= 0 ? __mmask16(0) : __mmask16((1u << count) - 1);
 }
 
-// A word is what one lane of a product's operand holds: two bfloat16 that follow each other along the sum, or one float32.
+// A word is what a lane of an operand holds: two bfloat16 that follow each other along the sum, or one float32.
 struct BFloat16 {
   static constexpr int64_t kDepth = 2, kBytes = 2;
   static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {

@@ -80,8 +80,7 @@ struct Width {
     int64_t column = 0;
     for (; column + kPanel <= columns; column += kPanel)
       multiply<T, 2>(true, out + column, columns, left, row_step, word_step, at(column, 2), words);
-    if (column < columns)
-      multiply<T, 1>(true, out + column, columns, left, row_step, word_step, at(column, 1), words);
+    if (column < columns) multiply<T, 1>(true, out + column, columns, left, row_step, word_step, at(column, 1), words);
   }
 };
 
@@ -152,7 +151,8 @@ inline __mmask16 sees(const int32_t* span, int64_t key, int64_t keys) {
 // Of kRows queries against the keys [begin, end), whose panels are in `packed`.
 template <class T>
 struct ForwardTile {
-  alignas(64) float scores[kRows][kChunk + kLanes];  // not a power of two: rows would fall into the same sets of a cache
+  alignas(
+      64) float scores[kRows][kChunk + kLanes];  // not a power of two: rows would fall into the same sets of a cache
   float top[kRows], sum[kRows];
   float* out;  // (kRows, columns)
 
@@ -160,8 +160,8 @@ struct ForwardTile {
              const char* keys, const char* values, int64_t begin, int64_t end, bool masked) {
     const int64_t count = end - begin, row_bytes = sizeof scores[0];
     for (int64_t j = 0; j < count; j += kPanel)
-      multiply<T, 2>(false, scores[0] + j, kChunk + kLanes, q, width.words * 4, 4,
-                     keys + (begin + j) * width.words * 4, width.words);
+      multiply<T, 2>(false, scores[0] + j, kChunk + kLanes, q, width.words * 4, 4, keys + (begin + j) * width.words * 4,
+                     width.words);
     const float factor = float(p.scale * kLog2e);
     const __m512 scale = _mm512_set1_ps(factor);
     for (int64_t i = 0; i < rows; ++i) {
@@ -246,12 +246,12 @@ void forward_of(const Problem& p, int64_t batch, int64_t head, int64_t first, co
 // Of one head: everything that its blocks need, and where the gradients are summed.
 template <class T>
 struct BackwardHead {
-  const char *k, *v;                           // rows (keys, dim), zeros up to whole tiles
-  const char *k_pairs;                         // see pack_pairs
-  char *q, *grad, *q_pairs, *grad_pairs;       // q and grad: see pack_transposed
-  float *top, *inverse, *delta;                // of a query; delta: sum of grad * out
-  int32_t *a, *b, *c;                          // what a query sees
-  float *dq, *dk, *dv;                         // (tokens, columns)
+  const char *k, *v;                      // rows (keys, dim), zeros up to whole tiles
+  const char* k_pairs;                    // see pack_pairs
+  char *q, *grad, *q_pairs, *grad_pairs;  // q and grad: see pack_transposed
+  float *top, *inverse, *delta;           // of a query; delta: sum of grad * out
+  int32_t *a, *b, *c;                     // what a query sees
+  float *dq, *dk, *dv;                    // (tokens, columns)
 };
 
 template <class T>
@@ -322,9 +322,9 @@ struct BackwardBlock {
     multiply<T, 2>(false, slope[0], kPanel, h.v + key * bytes, bytes, 4, h.grad + query * bytes, width.words);
     __m512 delta[2];
     UNROLL for (int v = 0; v < 2; ++v) delta[v] = _mm512_load_ps(h.delta + query + v * kLanes);
-    const __m512i interleave = _mm512_setr_epi32(0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006,
-                                                 0x170007, 0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d,
-                                                 0x1e000e, 0x1f000f);
+    const __m512i interleave =
+        _mm512_setr_epi32(0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008,
+                          0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
     for (int64_t r = 0; r < kRows; r += 2, to += 2 * kBlock * T::kBytes, words += kBlock * 4) {
       __m512 s[2][2];
       UNROLL for (int i = 0; i < 2; ++i) {
@@ -333,8 +333,7 @@ struct BackwardBlock {
                           _mm512_sub_ps(_mm512_load_ps(slope[r + i] + v * kLanes), delta[v]));
         store_pair<T>(to + i * kBlock * T::kBytes, s[i][0], s[i][1]);
       }
-      if constexpr (T::kDepth == 2)
-        UNROLL for (int v = 0; v < 2; ++v) {
+      if constexpr (T::kDepth == 2) UNROLL for (int v = 0; v < 2; ++v) {
           const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(s[1][v], s[0][v]);
           _mm512_store_si512(words + v * 64, _mm512_permutexvar_epi16(interleave, both));
         }

@@ -62,7 +62,8 @@ std::vector<Tensor> forward(const Tensor& any_q, const Tensor& any_k, const Tens
   const std::unique_ptr<char, decltype(&std::free)> packed(
       static_cast<char*>(std::aligned_alloc(64, bytes * p.batch * p.key_heads + 64)), std::free);
   torch::stable::parallel_for(0, p.batch * p.key_heads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) attention::pack(p, i / p.key_heads, i % p.key_heads, packed.get() + i * bytes);
+    for (int64_t i = begin; i < end; ++i)
+      attention::pack(p, i / p.key_heads, i % p.key_heads, packed.get() + i * bytes);
   });
   torch::stable::parallel_for(0, p.batch * p.heads * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

@@ -1,5 +1,5 @@
-// Element-wise operators on the CPU where the processor has AVX-512 BF16 (elsewhere they are torch's). The definitions are
-// in vlmteacher/ops/elementwise.py.
+// Element-wise operators on the CPU where the processor has AVX-512 BF16 (elsewhere they are torch's). The definitions
+// are in vlmteacher/ops/elementwise.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -27,7 +27,8 @@ Tensor rotate(const Tensor& any_x, const Tensor& any_cos, const Tensor& any_sin,
   const Tensor cos = dense(any_cos), sin = dense(any_sin);
   const int64_t tokens = x.size(1), heads = x.size(2), width = x.size(3) / 2, size = x.element_size();
   Tensor out = torch::stable::new_empty(x, {x.size(0), tokens, heads, x.size(3)});
-  const float *c = static_cast<const float*>(cos.const_data_ptr()), *s = static_cast<const float*>(sin.const_data_ptr());
+  const float *c = static_cast<const float*>(cos.const_data_ptr()),
+              *s = static_cast<const float*>(sin.const_data_ptr());
   const char* from = bytes(x);
   char* to = bytes(out);
   const int64_t row = heads * 2 * width;

@@ -30,7 +30,7 @@ void rotate_of(bool back, int64_t heads, int64_t width, const char* x, int64_t s
 template <class T>
 void gelu_of(int64_t count, const char* x, const char* grad, char* out) {
   const __m512 one = _mm512_set1_ps(1), limit = _mm512_set1_ps(126);
-  const __m512 linear = _mm512_set1_ps(2.3022082f), cubic = _mm512_set1_ps(0.10294324f);  // 2 log2(e) times u's
+  const __m512 linear = _mm512_set1_ps(2.3022082f), cubic = _mm512_set1_ps(0.10294324f);        // 2 log2(e) times u's
   const __m512 slope = _mm512_set1_ps(1.5957691f), square_slope = _mm512_set1_ps(0.21406445f);  // of 2 u'
   for (int64_t i = 0; i < count; i += kLanes) {
     const __mmask16 mask = lanes(count - i);
