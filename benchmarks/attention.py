@@ -8,6 +8,7 @@ questions in two calls, the prefix on its causal path, which is how the Teacher 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -43,23 +44,23 @@ def main() -> None:
     dtype = getattr(torch, settings.dtype)
     rows = []
     for case, (batch, queries, keys, heads, key_heads, dim) in SHAPES.items():
-        tensors = [
+        q, k, v = (
             torch.randn(batch, n, h, dim, device=settings.device).to(dtype).requires_grad_()
             for n, h in ((queries, heads), (keys, key_heads), (keys, key_heads))
-        ]
-        grad = torch.randn_like(tensors[0])
+        )
         spans = packed(queries) if "packed" in case else None
+        forward = functools.partial(attention, q, k, v, spans)
 
         def both(
-            backend: str | None, inputs: list[Tensor] = tensors, spans: Spans | None = spans, grad: Tensor = grad
+            backend: str | None,
+            forward: Callable[..., Tensor] = forward,
+            inputs: tuple[Tensor, ...] = (q, k, v),
+            grad: Tensor = torch.randn_like(q),  # noqa: B008
         ) -> Callable[[], object]:
-            return lambda: torch.autograd.grad(attention(*inputs, spans, backend=backend), inputs, grad)
+            return lambda: torch.autograd.grad(forward(backend), inputs, grad)
 
         row = compare(case, both(None), both("sdpa"), settings.pairs, settings.device)
-        ours, theirs = (
-            saved_bytes(lambda: attention(*tensors, spans, backend=backend))[0]  # noqa: B023
-            for backend in (None, "sdpa")
-        )
+        ours, theirs = (saved_bytes(functools.partial(forward, backend))[0] for backend in (None, "sdpa"))
         rows.append(row | {"memory_ratio": ours / theirs})
     publish("attention", settings, rows)
 

@@ -86,8 +86,8 @@ def attend_segments(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], bac
     outputs, start = [], 0
     for length, group in groupby(lengths):
         stop = start + length * len(list(group))
-        block = [x[:, start:stop].reshape(-1, length, *x.shape[2:]) for x in (q, k, v)]
-        outputs.append(attend(*block, backend=backend).view(len(q), stop - start, -1))
+        some_q, some_k, some_v = (x[:, start:stop].reshape(-1, length, *x.shape[2:]) for x in (q, k, v))
+        outputs.append(attend(some_q, some_k, some_v, backend).view(len(q), stop - start, -1))
         start = stop
     return torch.cat(outputs, 1)
 
