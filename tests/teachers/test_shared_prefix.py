@@ -97,6 +97,21 @@ def test_other_linear_layers_give_the_same_gradient(teacher, tmp_path):
     assert (a - b).norm() < 1e-5 * a.norm()
 
 
+def test_torchs_attention_gives_the_same_gradient(teacher, monkeypatch):
+    frames = torch.rand(4, 3, 32, 48, requires_grad=True)
+    queries = QuerySet("Is it red?", ("Is it?", "Does the ball move?"))
+    found = []
+    for backend in (None, "sdpa"):
+        monkeypatch.setattr(teacher, "attention_backend", backend)
+        losses = teacher.losses(frames, range(4), 8.0, queries)
+        found.append((losses.detach(), torch.autograd.grad(losses.sum(), frames)[0]))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() < 1e-5 * a.norm()
+    monkeypatch.setattr(teacher, "attention_backend", "fast")
+    with pytest.raises(InputError, match="'fast' is none of native, sdpa"):
+        teacher.losses(frames, range(4), 8.0, queries)
+
+
 def test_layouts_are_kept_but_not_all(teacher):
     frames = torch.rand(2, 3, 32, 32)
     for index in range(LAYOUTS_KEPT + 2):
