@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.presets import PRESETS, Instance, build
 from benchmarks.timing import argument_parser, parsed
-from vlmteacher.lora import TARGET_MODULES
+from vlmteacher.lora import target_modules
 from vlmteacher.optimization import GRADIENT_CLIP
 from vlmteacher.teachers.qwen_vl import video_placeholder
 from vlmteacher.teachers.visual_checkpoint import LinearPatchEmbed
@@ -92,7 +92,7 @@ class StockLoop:
         for model in self.modules:
             model.requires_grad_(False)
 
-        targets = list(TARGET_MODULES)
+        targets = target_modules(self.transformer)
         self.transformer.add_adapter(
             LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=targets), adapter_name="default"
         )

@@ -116,7 +116,8 @@ def test_a_run_folder_holds_the_contract(pipe: TeacherPipeline, image: Image.Ima
     out = call(pipe, image=image)
     out.save(tmp_path / "run")
     names = {file.name for file in (tmp_path / "run").iterdir()}
-    assert names == {"before.mp4", "after.mp4", "lora.safetensors", "queries.json", "run.json", "report.html"}
+    texts = {"queries.json", "run.json", "report.html", "README.md"}
+    assert names == {"before.mp4", "after.mp4", "lora.safetensors"} | texts
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert {"version", "prompt", "config", "queries", "steps", "stopped", "updates", "seconds", "models"} <= set(record)
     assert record["steps"] == out.history and record["queries"] == QUERIES and record["updates"] == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,20 +20,28 @@ TINY_SETTINGS = {
 }
 
 
-def tiny_wan_pipeline(path: Path, expand_timesteps: bool = True) -> Path:
-    """Save a random Wan pipeline with a reasoner.json: 8 latent channels, x4 in time, x8 in space."""
-    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+def tiny_tokenizer() -> Any:
+    """A fast tokenizer of `PROMPT_WORDS` that ends a text as T5's does."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+    from transformers import PreTrainedTokenizerFast
 
     words = ["<pad>", "</s>", "<unk>", *PROMPT_WORDS]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def tiny_wan_pipeline(path: Path, expand_timesteps: bool = True) -> Path:
+    """Save a random Wan pipeline with a reasoner.json: 8 latent channels, x4 in time, x8 in space."""
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    tokenizer = tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         text_encoder = UMT5EncoderModel(
-            UMT5Config(vocab_size=len(words), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+            UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
         )
         transformer = WanTransformer3DModel(
             num_attention_heads=2,
@@ -61,9 +70,7 @@ def tiny_wan_pipeline(path: Path, expand_timesteps: bool = True) -> Path:
             latents_std=[1 + 0.1 * i for i in range(8)],
         )
     WanPipeline(
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-        ),
+        tokenizer=tokenizer,
         text_encoder=text_encoder,
         transformer=transformer,
         vae=vae,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,10 +15,13 @@ PROMPT = "move the red ball to the green square"
 QUERIES = {"goal": "Is the ball on the square?", "process": ["Is there one ball?", "Does it move?"]}
 
 
-def tiny_decoder(path: Path, latent_channels: int = 8) -> Path:
+def tiny_decoder(path: Path, latent_channels: int = 8, **layout: Any) -> Path:
+    """Save a random decoder, of the tiny Wan's latents if `layout` does not say otherwise."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        decoder = TinyVideoDecoder(latent_channels, (16, 16, 8, 8), patch=2, space_upscale=(True, True, False))
+        decoder = TinyVideoDecoder(
+            latent_channels, (16, 16, 8, 8), **({"patch": 2, "space_upscale": (True, True, False)} | layout)
+        )
         with torch.no_grad():
             decoder.decoder[-1].bias.fill_(0.5)  # mid grey: away from the clamp, where gradients would be lost
             decoder.decoder[-1].weight.mul_(30)

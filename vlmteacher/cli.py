@@ -74,6 +74,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--queries", metavar="FILE.json", help="the Teacher's queries (default: it writes them)")
     sub.add_argument("--reasoner", metavar="ID", help="video model: hub id or directory (default: the packaged one)")
     sub.add_argument("--decoder", metavar="FILE", help="surrogate decoder: checkpoint file (default: the packaged one)")
+    both = "; two for the experts of Wan 2.2 A14B, high noise first"
+    sub.add_argument(
+        "--transformer", nargs="+", metavar="ID", help=f"instead of the Reasoner's: directory, hub id or file{both}"
+    )
+    sub.add_argument("--few-step-lora", nargs="+", metavar="FILE", help=f"merged into the Reasoner{both}")
+    sub.add_argument("--preset", metavar="NAME", help="how the Reasoner samples (default: reasoner.json, or by hub id)")
+    sub.add_argument("--num-inference-steps", type=int, metavar="N", help="evenly spaced, instead of the preset's")
+    sub.add_argument("--guidance-scale", type=float, metavar="X", help="1: no guidance (default: the preset's)")
+    sub.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from (default: the preset's)")
+    sub.add_argument("--lora", metavar="FILE", help="go on from this LoRA (default: a fresh one)")
     sub.add_argument("--num-frames", type=int, metavar="F", help="frames of the video")
     sub.add_argument("--height", type=int, metavar="H", help="pixels")
     sub.add_argument("--width", type=int, metavar="W", help="pixels")
@@ -105,6 +115,15 @@ def parser() -> argparse.ArgumentParser:
     sub = add("queries", queries, "only write the Teacher's queries, to read and edit them")
     _add_instance(sub)
     sub.add_argument("-o", "--output", metavar="FILE.json", help="where to (default: standard output)")
+
+    sub = add("lora", lora, "LoRA files in the names that other tools use")
+    kinds = sub.add_subparsers(required=True, metavar="WHAT", parser_class=Parser)
+    kind = kinds.add_parser("convert", help="write a LoRA of any of the three styles in another one")
+    kind.add_argument("file", metavar="FILE", help="diffusers', ComfyUI's or musubi-tuner's .safetensors")
+    kind.add_argument(
+        "--to", required=True, choices=("diffusers", "comfyui", "musubi"), help="whose names the new file has"
+    )
+    kind.add_argument("-o", "--output", required=True, metavar="FILE", help="where to")
 
     sub = add("bench", bench, "a sweep over the instances of a benchmark")
     sub.add_argument("benchmark", choices=("microworld", "vbvr", "ruler"))
@@ -149,8 +168,13 @@ def parser() -> argparse.ArgumentParser:
     _add_training(sub, "the many-step video model: hub id or directory")
 
     sub = add("plan", plan, "FLOPs and peak memory of one optimisation step, ours and stock, at any size; needs no GPU")
-    sub.add_argument("--reasoner", required=True, metavar="ID", help="known video model, packaged, or local directory")
-    sub.add_argument("--teacher", required=True, metavar="ID", help="known VLM, packaged, or local directory")
+    sub.add_argument("--reasoner", metavar="ID", help="known video model, packaged, or local directory")
+    sub.add_argument("--teacher", metavar="ID", help="known VLM, packaged, or local directory")
+    sub.add_argument(
+        "--verify",
+        action="store_true",
+        help="instead of a plan, run one whole step of every known video model (or of --reasoner) without data",
+    )
     sub.add_argument("--decoder", metavar="ID", help="taew2_1, taew2_2 or a checkpoint file (default: the Reasoner's)")
     sub.add_argument("--num-frames", type=int, metavar="F", help="frames of the video (default: the Reasoner's)")
     sub.add_argument("--height", type=int, metavar="H", help="pixels")
@@ -160,7 +184,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--rank", type=int, default=16, metavar="R", help="rank of the LoRA (default: 16)")
     sub.add_argument("--memory", type=float, default=48, metavar="GB", help="of the device, 10^9 bytes (default: 48)")
     sub.add_argument(
-        "--text-encoder", choices=("device", "cpu"), default="device", help="where it waits during the steps"
+        "--text-encoder",
+        choices=("device", "cpu"),
+        default="device",
+        help="where it, an image encoder and a low-noise expert wait during the steps",
     )
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     sub.add_argument("--json", action="store_true", help="machine-readable")
@@ -232,11 +259,14 @@ def demo(arguments: argparse.Namespace) -> None:
 def solve(arguments: argparse.Namespace) -> None:
     image = _open_image(arguments.image)
     _check_instance(arguments)
+    from vlmteacher.lora_files import read_lora
     from vlmteacher.queries import QuerySet
     from vlmteacher.run_folder import RunFolder
 
     RunFolder(arguments.out, arguments.resume)
     query_set = None if arguments.queries is None else QuerySet.load(arguments.queries)
+    if arguments.lora is not None:
+        read_lora(arguments.lora)  # one that cannot be read shows before any model is loaded
     from vlmteacher.quiet import quiet
 
     quiet()
@@ -258,17 +288,22 @@ def solve(arguments: argparse.Namespace) -> None:
     settings = {name: value for name, value in names.items() if value is not None}
     Settings(**settings)  # bad values show before any model is loaded
     pipe = _pipeline(arguments)
+    if arguments.lora is not None:
+        pipe.load_lora(arguments.lora)
     if arguments.activations is not None:
-        from vlmteacher.reasoners.checkpointing import keep_activations, parse_levels
+        from vlmteacher.reasoners.checkpointing import block_list, keep_activations, parse_levels
 
         transformer = pipe.reasoner.transformer
-        keep_activations(transformer, parse_levels(arguments.activations, len(transformer.blocks)))
+        keep_activations(transformer, parse_levels(arguments.activations, len(block_list(transformer))))
     output = pipe(
         arguments.prompt,
         image,
         num_frames=arguments.num_frames,
         height=arguments.height,
         width=arguments.width,
+        num_inference_steps=arguments.num_inference_steps,
+        guidance_scale=arguments.guidance_scale,
+        negative_prompt=arguments.negative_prompt,
         generator=torch.Generator().manual_seed(arguments.seed),
         queries=query_set,
         run_dir=arguments.out,
@@ -309,6 +344,23 @@ def queries(arguments: argparse.Namespace) -> None:
         print(f"Edit {arguments.output} if you like, then: vlmteacher solve --queries {arguments.output} ...")
     else:
         print(written.to_json())
+
+
+def lora(arguments: argparse.Namespace) -> None:
+    output = Path(arguments.output)
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise InputError(f"-o {output}: give the name of a file in a directory that exists")
+    from vlmteacher.lora_files import read_lora
+    from vlmteacher.run_folder import replacing
+
+    read = read_lora(arguments.file)
+    data = read.to_bytes(arguments.to)
+    try:
+        with replacing(output) as temporary:
+            temporary.write_bytes(data)
+    except OSError as error:
+        raise InputError(f"{output} cannot be written ({error.strerror})") from error
+    print(f"{len(read.layers)} layers, rank {read.rank}, alpha {read.alpha:g}, as {arguments.to} names them: {output}")
 
 
 def bench(arguments: argparse.Namespace) -> None:
@@ -409,12 +461,23 @@ def distill(arguments: argparse.Namespace) -> None:
 def plan(arguments: argparse.Namespace) -> None:
     if not arguments.memory > 0:
         raise InputError(f"--memory must be a number of GB above 0, not {arguments.memory:g}")
+    if not arguments.verify and not (arguments.reasoner and arguments.teacher):
+        raise InputError("--reasoner and --teacher are needed to plan a step; --verify runs all known video models")
     from vlmteacher.quiet import quiet
 
     quiet()
     import torch
 
     from vlmteacher.planning import format_plan, make_plan
+
+    if arguments.verify:
+        from vlmteacher.planning.verify import HEADER, format_verified, verify
+
+        if not arguments.json:
+            print(HEADER)
+        for row in verify(arguments.reasoner, arguments.teacher):
+            print(json.dumps(row) if arguments.json else format_verified(row), flush=True)
+        return
 
     found = make_plan(
         arguments.reasoner,
@@ -508,6 +571,9 @@ def _pipeline(arguments: argparse.Namespace) -> TeacherPipeline:
         device_map=devices,
         offload=arguments.offload,
         quantize=arguments.quantize,
+        transformer=arguments.transformer,
+        few_step_lora=arguments.few_step_lora,
+        preset=arguments.preset,
     )
 
 

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
+from vlmteacher.lora_files import LoRA, diffusers_bytes
 
 ADAPTER = "default"
-# Every linear layer of a Wan block: self- and cross-attention, and the feed-forward pair.
-TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+# Every linear layer of the blocks but their modulation. PEFT: ends of names, or an expression for the whole name where
+# other layers (HunyuanVideo's text refiner) have the same ends.
+TARGET_MODULES: dict[str, list[str] | str] = {
+    "WanTransformer3DModel": [
+        "to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj", "ffn.net.0.proj", "ffn.net.2",
+    ],
+    "LTXVideoTransformer3DModel": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"],
+    "HunyuanVideo15Transformer3DModel": (
+        r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2))"
+    ),
+}  # fmt: skip
+
+
+def target_modules(transformer: nn.Module) -> list[str] | str:
+    """`LoraConfig.target_modules` for a transformer of diffusers. Raises InputError for a class not known here."""
+    kind = type(transformer).__name__
+    if kind not in TARGET_MODULES:
+        raise InputError(f"which layers of a {kind} to adapt is not known, only of {', '.join(TARGET_MODULES)}")
+    return TARGET_MODULES[kind]
 
 
 def add_lora(
@@ -24,17 +38,19 @@ def add_lora(
     rank: int = 16,
     alpha: float | None = None,
     seed: int | None = None,
-    target_modules: Sequence[str] | None = None,
+    start: LoRA | None = None,
     fused: bool = True,
 ) -> None:
-    """Put a fresh LoRA, y = W x + (alpha / rank) B A x with B = 0, on `transformer`; a previous one is removed.
+    """Put a LoRA, y = W x + (alpha / rank) B A x, on `transformer`; a previous one is removed.
+
+    A fresh one has B = 0 and is on the layers of `TARGET_MODULES`.
 
     Args:
         transformer: a diffusers model (`PeftAdapterMixin`).
         rank: at least 1.
         alpha: `rank` by default, so that the scale is 1.
         seed: fixes the draw of A whatever was drawn before; None uses torch's global generator.
-        target_modules: ends of the names of the layers to adapt, by default those of Wan.
+        start: a LoRA to go on from: its layers, ranks and alphas take the place of all of these.
         fused: compute the layers by our operator (`LoRALinear`) instead of PEFT's expression.
 
     The weights are float32 whatever the transformer's dtype: updates of 3e-5 are lost in bfloat16.
@@ -44,15 +60,13 @@ def add_lora(
     if rank < 1:
         raise InputError(f"the LoRA rank must be at least 1, not {rank}")
     remove_lora(transformer)
-    transformer.add_adapter(
-        LoraConfig(
-            r=rank,
-            lora_alpha=rank if alpha is None else alpha,  # a fraction is fine too
-            lora_dropout=0.0,
-            target_modules=list(target_modules or TARGET_MODULES),
-        ),
-        adapter_name=ADAPTER,
-    )
+    if start:
+        start.check_fits(transformer)
+        config = start.config()
+    else:
+        alpha = rank if alpha is None else alpha  # a fraction is fine too
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=target_modules(transformer))
+    transformer.add_adapter(config, adapter_name=ADAPTER)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     for name, parameter in transformer.named_parameters():
         if ".lora_" in name:
@@ -60,6 +74,8 @@ def add_lora(
             if "lora_A" in name and generator is not None:
                 draw = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=math.sqrt(5), generator=generator)
                 parameter.data.copy_(draw)
+    if start:
+        load_lora_state(transformer, start.state_dict())
     if fused:
         from vlmteacher.lora_linear import fuse_lora
 
@@ -96,31 +112,28 @@ def load_lora_state(transformer: Any, state: dict[str, Tensor]) -> None:
             parameter.copy_(state[name])
 
 
-def export_lora(transformer: Any, path: str | os.PathLike[str]) -> None:
-    """Write the adapter for ``WanPipeline.load_lora_weights``: ``transformer.`` keys, rank and alpha in the metadata.
+def export_lora(transformer: Any) -> bytes:
+    """The adapter as a file for ``load_lora_weights``: ``transformer.`` keys, rank and alpha in the metadata.
 
     Equal adapters give equal bytes, so that a resumed run can be compared with an uninterrupted one.
     """
-    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-    from safetensors.torch import save
-
-    path = Path(path)
-    config = transformer.peft_config[ADAPTER].to_dict()
-    # PEFT keeps the layer names in a set, whose order changes from run to run.
-    metadata = {
-        f"transformer.{name}": sorted(value) if isinstance(value, set) else value for name, value in config.items()
-    }
-    state = {f"transformer.{name}": value.contiguous() for name, value in lora_state_dict(transformer).items()}
-    written = json.dumps(metadata, indent=2, sort_keys=True)
-    data = _ordered(save(state, metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: written}))
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    return diffusers_bytes(lora_state_dict(transformer), transformer.peft_config[ADAPTER].to_dict())
 
 
-def _ordered(data: bytes) -> bytes:
-    """The same safetensors file with its header sorted: the library orders metadata differently by call."""
-    size = int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + data[8 + size :]
+@torch.no_grad()
+def merge_lora(transformer: nn.Module, lora: LoRA) -> float:
+    """Add `lora` to the weights of `transformer`, in float32, rounded to their dtype once.
+
+    Returns the share of the update that the rounding lost: RMS(rounding) / RMS(update), about 0 in float32. Raises
+    InputError when it does not fit; the weights are then as they were.
+    """
+    lora.check_fits(transformer)
+    lost = size = 0.0
+    for name, layer in lora.layers.items():
+        weight = transformer.get_submodule(name).weight
+        update = layer.update().to(weight.device)
+        wanted = weight.float() + update
+        weight.copy_(wanted)
+        lost += float((weight.float() - wanted).square().sum())
+        size += float(update.square().sum())
+    return math.sqrt(lost / size) if size else 0.0

@@ -6,11 +6,11 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -20,10 +20,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vlmteacher.errors import InputError
-from vlmteacher.lora import add_lora, export_lora, remove_lora
+from vlmteacher.lora import add_lora, export_lora, merge_lora, remove_lora
+from vlmteacher.lora_files import LoRA, read_lora
 from vlmteacher.optimization import NonFiniteError, Optimization, Settings, teacher_frame_indices
 from vlmteacher.placement import DeviceMap, find_devices
 from vlmteacher.queries import QuerySet
+from vlmteacher.reasoners.base import check_prompt
 from vlmteacher.reward import vqa_objective
 from vlmteacher.run_folder import RunFolder
 
@@ -44,10 +46,10 @@ Frames: TypeAlias = list[Image.Image] | np.ndarray | Tensor
 class TeacherPipelineOutput:
     """What one call gives.
 
-    frames, frames_before: the final video with and without the LoRA, of the same noise. history: one row per step (see
-    `Optimization`). stopped: "threshold" or "max_steps". p_yes_before, p_yes_after: the Teacher's P(Yes) for each
-    query, goal first, on the two final videos; loss_before, loss_after: the objective there. lora: the bytes of
-    lora.safetensors. seconds: wall time of each part.
+    frames, frames_before: the final video with the trained LoRA and with what that started from, of the same noise.
+    history: one row per step (see `Optimization`). stopped: "threshold" or "max_steps". p_yes_before, p_yes_after: the
+    Teacher's P(Yes) for each query, goal first, on the two final videos; loss_before, loss_after: the objective there.
+    lora: the bytes of lora.safetensors. seconds: wall time of each part.
     """
 
     frames: Frames
@@ -85,7 +87,8 @@ class TeacherPipelineOutput:
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a run folder: before.mp4, after.mp4, lora.safetensors, queries.json, run.json, report.html.
+        """Write a run folder: before.mp4, after.mp4, lora.safetensors and its README.md, queries.json, run.json,
+        report.html.
 
         Raises InputError when `path` cannot be written to or already holds a run.
         """
@@ -126,6 +129,7 @@ class TeacherPipeline:
         self.devices = {"reasoner": reasoner.device, "teacher": teacher.device}
         self.defaults = Settings(**(defaults or {}))
         self.models = models or {}
+        self.lora: LoRA | None = None
 
     @classmethod
     def from_pretrained(
@@ -139,6 +143,9 @@ class TeacherPipeline:
         device_map: str | torch.device | DeviceMap = "cpu",
         offload: bool = False,
         quantize: Quantize | None = None,
+        transformer: str | Sequence[str] | None = None,
+        few_step_lora: str | Sequence[str] | None = None,
+        preset: str | None = None,
     ) -> TeacherPipeline:
         """Load the models: hub ids or local directories for `reasoner` and `teacher`, a checkpoint file for `decoder`.
 
@@ -146,6 +153,7 @@ class TeacherPipeline:
         own default settings hold as long as the Reasoner is the pair's.
         device_map: one device, or {"reasoner": "cuda:0", "teacher": "cuda:1"} (see `to`). offload: see `need`.
         quantize: keep the Teacher's language model in "8bit" or "4bit" (the extra `quantized`); it stays on its device.
+        transformer, few_step_lora, preset: parts of the Reasoner from elsewhere, and how it samples (`load_reasoner`).
         Raises InputError: no such model, an unknown family, models that do not fit together, a device that is not
         there; MissingExtra.
         """
@@ -166,7 +174,14 @@ class TeacherPipeline:
             defaults = description.get("defaults", {}) if reasoner is None else {}
         else:
             paths = models
-        the_reasoner = load_reasoner(paths["reasoner"], dtype=dtype)
+        changes = {"transformer": transformer, "few_step_lora": few_step_lora}
+        for name, files in changes.items():
+            for file in [files] if isinstance(files, str) else files or ():
+                path = os.path.abspath(file) if os.path.exists(file) else file
+                models[name] = f"{models[name]}, {path}" if name in models else path
+        the_reasoner = load_reasoner(
+            paths["reasoner"], dtype=dtype, transformer=transformer, few_step_lora=few_step_lora, preset=preset
+        )
         the_decoder = load_decoder(
             paths["decoder"], the_reasoner, dtype=dtype
         )  # a misfit shows before the Teacher loads
@@ -187,10 +202,10 @@ class TeacherPipeline:
         self.need()
         return self
 
-    def need(self, *names: Literal["transformer", "vae", "text_encoder", "teacher"]) -> None:
-        """With `offload`: these networks on their devices, every other in main memory. Else all stay where they are.
+    def need(self, *names: str) -> None:
+        """With `offload`: these on their devices, every other in main memory. Else all stay where they are.
 
-        A quantised Teacher always stays.
+        names: of `Reasoner.networks`, or "teacher"; a quantised one always stays.
         """
         if not self.offload:
             return
@@ -209,6 +224,9 @@ class TeacherPipeline:
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
         generator: torch.Generator | None = None,
         queries: QuerySet | None = None,
         max_steps: int | None = None,
@@ -234,6 +252,8 @@ class TeacherPipeline:
             prompt: the task. image: the first frame, or None for a text-only instance; an image of another size but
                 the same shape is resized.
             num_frames, height, width: of the video; None is the Reasoner's own size.
+            num_inference_steps, guidance_scale, negative_prompt: how the Reasoner samples; None is its preset's. The
+                steps are evenly spaced (before the shift); guidance, 1 for none, holds in the one-step prediction too.
             generator: the source of the instance's noise and of the LoRA's start; None draws a new seed.
             queries: None lets the Teacher write them.
             max_steps, threshold, goal_weight, teacher_frames, rank, learning_rate, keep, check_final, fused_lora: see
@@ -247,7 +267,10 @@ class TeacherPipeline:
         Raises InputError for what cannot be used, NonFiniteError when the optimisation breaks down.
         """
         start = time.perf_counter()
-        reasoner, teacher, decoder = self.reasoner, self.teacher, self.decoder
+        teacher, decoder = self.teacher, self.decoder
+        reasoner = self.reasoner.with_sampling(
+            num_inference_steps, guidance_scale=guidance_scale, negative_prompt=negative_prompt
+        )
         overrides = {
             "max_steps": max_steps,
             "threshold": threshold,
@@ -259,6 +282,10 @@ class TeacherPipeline:
             "check_final": check_final,
             "fused_lora": fused_lora,
         }
+        if self.lora:
+            if rank not in (None, self.lora.rank):
+                raise InputError(f"{self.lora.source} is of rank {self.lora.rank}: it cannot go on with rank {rank}")
+            overrides["rank"] = self.lora.rank
         settings = Settings(**self.defaults.to_dict() | {k: v for k, v in overrides.items() if v is not None})
         given = {"num_frames": num_frames, "height": height, "width": width}
         size = {name: getattr(reasoner, name) if value is None else value for name, value in given.items()}
@@ -278,16 +305,18 @@ class TeacherPipeline:
             **settings.to_dict(),
             "target": target,
             **size,
+            "sampling": reasoner.settings.sampling,
             "seed": seed,
             "generator": digest(generator.get_state().numpy()),  # one that was used before has the same seed
             "image": None if image is None else digest(np.asarray(image)),
             "dtype": str(reasoner.dtype).removeprefix("torch."),
+            "lora": self.lora and fingerprint(self.lora),
         }
         if run and recorded:
             queries = queries or QuerySet.from_dict(recorded["queries"])
             run.check_same({"prompt": prompt, "config": config, "models": self.models, "queries": queries.to_dict()})
         seconds: dict[str, float] = {}
-        self.need("text_encoder", "vae")
+        self.need(*(name for name in reasoner.networks if not name.startswith("transformer")))
         condition = reasoner.encode(prompt, image, **size)
 
         # 1. The Teacher writes one goal query and M process queries.
@@ -296,30 +325,31 @@ class TeacherPipeline:
 
         # 2. One noise for the whole instance, and a LoRA that changes nothing yet.
         noise = reasoner.noise(condition, generator)
-        with timed(seconds, "before"):
-            video_before = self.sample(condition, noise)
-            losses_before = self.judge(video_before, frame_indices, queries)
-        if run and not recorded:
-            run.begin({"prompt": prompt, "config": config, "models": self.models, "queries": queries.to_dict()})
-        self.need("transformer", "teacher", *(("vae",) if settings.check_final else ()))
-        add_lora(reasoner.transformer, settings.rank, seed=seed, fused=settings.fused_lora)
-        loop = Optimization(reasoner, decoder, teacher, condition, noise, queries, settings)
+        add_lora(reasoner.transformer, settings.rank, seed=seed, start=self.lora, fused=settings.fused_lora)
         try:
-            # 3. Look at the one-step prediction; stop if the Teacher is content, else update; at most N times.
-            for row in watch(loop, run, progress):
-                if callback_on_step_end:
-                    callback_on_step_end(self, row["step"], row)
-            loop.finish()
+            with timed(seconds, "before"):
+                video_before = self.sample(condition, noise, reasoner)
+                losses_before = self.judge(video_before, frame_indices, queries)
+            if run and not recorded:
+                run.begin({"prompt": prompt, "config": config, "models": self.models, "queries": queries.to_dict()})
+            self.need("transformer", "teacher", *(("transformer_2", "vae") if settings.check_final else ()))
+            loop = Optimization(reasoner, decoder, teacher, condition, noise, queries, settings)
+            try:
+                # 3. Look at the one-step prediction; stop if the Teacher is content, else update; at most N times.
+                for row in watch(loop, run, progress):
+                    if callback_on_step_end:
+                        callback_on_step_end(self, row["step"], row)
+                loop.finish()
 
-            # 4. The few-step video of the adapted Reasoner from the same noise.
-            with timed(seconds, "after"):
-                video = self.sample(condition, noise) if loop.updates else video_before
-                losses = self.judge(video, frame_indices, queries)
-                lora = lora_file(reasoner.transformer)
-        except (KeyboardInterrupt, NonFiniteError):
-            if run:
-                run.interrupt(loop.history)
-            raise
+                # 4. The few-step video of the adapted Reasoner from the same noise.
+                with timed(seconds, "after"):
+                    video = self.sample(condition, noise, reasoner) if loop.updates else video_before
+                    losses = self.judge(video, frame_indices, queries)
+                    lora = export_lora(reasoner.transformer)
+            except (KeyboardInterrupt, NonFiniteError):
+                if run:
+                    run.interrupt(loop.history)
+                raise
         finally:
             remove_lora(reasoner.transformer)
             self.need()
@@ -351,15 +381,46 @@ class TeacherPipeline:
             return (output.frames,)  # type: ignore[return-value]  # diffusers' other form, for those who ask for it
         return output
 
+    def load_lora(self, lora: str | os.PathLike[str] | TeacherPipelineOutput | None) -> None:
+        """Let every following call go on from this LoRA instead of a fresh one; None: from a fresh one again.
+
+        lora: a file in the names of diffusers, ComfyUI or musubi-tuner (see `read_lora`), or the output of a call. Its
+        layers, rank and alpha stay as they are, and `frames_before` is made with it. Raises InputError for a file that
+        cannot be read or a LoRA for another model.
+        """
+        self.lora = None if lora is None else self._read_lora(lora)
+
+    def fuse(self, lora: str | os.PathLike[str] | TeacherPipelineOutput) -> None:
+        """Add a LoRA (see `load_lora`) to the Reasoner's weights for good; following calls start from them.
+
+        The sum is made in float32. Weights of a smaller dtype lose a part of the update, of which a warning tells:
+        `load_lora` loses nothing. Raises InputError as `load_lora` does; the weights are then as they were.
+        """
+        read = self._read_lora(lora)
+        lost = merge_lora(self.reasoner.transformer, read)
+        if lost > 0.01:
+            dtype = str(self.reasoner.dtype).removeprefix("torch.")
+            warnings.warn(f"rounding to {dtype} lost {lost:.0%} of the update by {read.source}", stacklevel=2)
+        fused = f"{self.models['fused']}, " if "fused" in self.models else ""
+        self.models = {**self.models, "fused": f"{fused}{read.source} ({fingerprint(read)})"}
+
+    def _read_lora(self, lora: str | os.PathLike[str] | TeacherPipelineOutput) -> LoRA:
+        read = read_lora(lora.lora, "the output's LoRA") if isinstance(lora, TeacherPipelineOutput) else read_lora(lora)
+        read.check_fits(self.reasoner.transformer)
+        return read
+
     def write_queries(self, prompt: str, image: Image.Image | None = None) -> QuerySet:
         """The Teacher's queries for a task (see `Teacher.write_queries`)."""
         self.need("teacher")
         return self.teacher.write_queries(prompt, image)
 
-    def sample(self, condition: Condition, noise: Noise) -> Tensor:
-        """The few-step video (F, 3, H, W) of the Reasoner, as it is now, from this noise; float32 in [0, 1]."""
+    def sample(self, condition: Condition, noise: Noise, reasoner: Reasoner | None = None) -> Tensor:
+        """The video (F, 3, H, W) of the Reasoner, as it is now, from this noise; float32 in [0, 1].
+
+        reasoner: our own with other settings (`with_sampling`).
+        """
         self.need("transformer")
-        latents = self.reasoner.sample(condition, noise)
+        latents = (reasoner or self.reasoner).sample(condition, noise)
         self.need("vae")
         return self.reasoner.decode(latents)
 
@@ -402,11 +463,6 @@ def read_pair(path: str | os.PathLike[str] | None = None) -> tuple[Path, dict[st
     return directory, description
 
 
-def check_prompt(prompt: str) -> None:
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise InputError("the prompt is empty: say what the video must show")
-
-
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise InputError(f"{name} {value!r} is not there: it can be {' or '.join(map(repr, choices))}")
@@ -434,12 +490,8 @@ def convert(video: Tensor, output_type: Literal["pil", "np", "pt"]) -> Frames:
     return [Image.fromarray(frame) for frame in TeacherPipelineOutput.uint8(video)]
 
 
-def lora_file(transformer: torch.nn.Module) -> bytes:
-    """The bytes of lora.safetensors for the adapter on `transformer`."""
-    with TemporaryDirectory() as directory:
-        path = Path(directory) / "lora.safetensors"
-        export_lora(transformer, path)
-        return path.read_bytes()
+def fingerprint(lora: LoRA) -> str:
+    return hashlib.sha256(lora.to_bytes("diffusers")).hexdigest()[:16]
 
 
 def digest(values: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""A run on disk: videos, LoRA, queries, run.json, a page to look at, and the state to resume from."""
+"""A run on disk: videos, LoRA and its card, queries, run.json, a page to look at, and the state to resume from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
     from vlmteacher.pipeline import TeacherPipelineOutput
 
-FILES = ("run.json", "before.mp4", "after.mp4", "lora.safetensors", "queries.json", "report.html", "state.pt")
+FILES = (
+    *("run.json", "before.mp4", "after.mp4", "lora.safetensors", "queries.json"),
+    *("report.html", "README.md", "state.pt"),
+)
 WRITING_SHARE = (
     0.05  # the state of a large LoRA is not written after every step, but for at most this share of the time
 )
@@ -80,11 +83,13 @@ class RunFolder:
             raise InputError(f"output directory {self.path}: {existing} is not a directory")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise InputError(f"output directory {self.path}: {existing} is not writable")
-        if not any((self.path / name).exists() for name in FILES):
+        found = [name for name in FILES if (self.path / name).exists()]
+        if not found:
             return
         if not resume:
             raise InputError(
-                f"output directory {self.path} already holds a run: give another one, or --resume to take it up"
+                f"output directory {self.path} already holds a run ({found[0]}): give another one, or --resume to take"
+                " it up"
             )
         try:
             self.record = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
@@ -153,11 +158,15 @@ class RunFolder:
 
     def finish(self, output: TeacherPipelineOutput) -> None:
         """Write the results; run.json comes last, so that a run that says it is done has all its files."""
+        from vlmteacher.model_card import model_card
+
         write_video(self.path / "before.mp4", output.uint8(output.frames_before), output.fps)
         write_video(self.path / "after.mp4", output.uint8(output.frames), output.fps)
         with replacing(self.path / "lora.safetensors") as temporary:
             temporary.write_bytes(output.lora)
         write_json(self.path / "queries.json", output.queries.to_dict())
+        with replacing(self.path / "README.md") as temporary:
+            temporary.write_text(model_card(output), encoding="utf-8")
         with replacing(self.path / "report.html") as temporary:
             temporary.write_text(report(output.record()), encoding="utf-8")
         self.write_record(output.record())

@@ -13,12 +13,13 @@ from vlmteacher.lora import add_lora
 from vlmteacher.planning import GB, Step
 from vlmteacher.planning.costs import META
 from vlmteacher.planning.decoder import stock_decoder_cost
-from vlmteacher.planning.models import build_decoder, build_reasoner, build_teacher
+from vlmteacher.planning.models import PACKAGED, build_decoder, build_reasoner, build_teacher, known_models
 from vlmteacher.planning.reasoner import ReasonerCosts
 from vlmteacher.planning.teacher import Video, language_costs, preprocessing_cost, query_set, vision_costs
 from vlmteacher.planning.tracing import tracing
 from vlmteacher.reasoners.base import Condition, Noise
 from vlmteacher.reasoners.checkpointing import Keep, keep_activations
+from vlmteacher.reasoners.presets import HUB_IDS, PRESETS
 from vlmteacher.teachers import shared_prefix
 from vlmteacher.teachers.vlm import Clip
 
@@ -101,11 +102,11 @@ def test_plan_of_directories_says_what_does_not_fit(models: dict[str, str], run:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"reasoner": "wan9"}, "known are wan2.1-t2v-1.3b, wan2.1-t2v-14b, wan2.2-ti2v-5b, packaged"),
+        ({"reasoner": "wan9"}, "wan2.1-t2v-14b, wan2.2-i2v-a14b, wan2.2-t2v-a14b, wan2.2-ti2v-5b, packaged"),
         ({"reasoner": "../../etc/passwd"}, "is unknown"),
         ({"reasoner": "qwen3-vl-4b"}, "is unknown"),
         ({"teacher": "gpt"}, "known are qwen3-vl-2b, qwen3-vl-32b, qwen3-vl-4b, qwen3-vl-8b, packaged"),
-        ({"decoder": "taew9"}, "known are taew2_1, taew2_2"),
+        ({"decoder": "taew9"}, "known are ltx-distilled, taehv1_5, taew2_1, taew2_2"),
         ({"decoder": "taew2_1"}, "decodes latents of 16 channels"),
         ({"num_frames": 12}, "the nearest are 9 and 13"),
         ({"height": 60}, "the nearest are 48 and 64"),
@@ -150,3 +151,34 @@ def test_plan_at_the_papers_scale(run: Run) -> None:  # noqa: F811
         assert stages[name] == pytest.approx(expected, rel=0.04)
     stock = {name: stage["flops"] / 1e12 for name, stage in plan["stock"]["stages"].items() if "reasoner" in name}
     assert sum(stock.values()) == pytest.approx(1229, rel=0.01)
+
+
+def test_what_a_plan_needs(run: Run) -> None:  # noqa: F811
+    for given in ([], ["--reasoner", "packaged"], ["--teacher", "packaged"]):
+        status, out, err = run("plan", *given)
+        assert (status, out) == (2, "") and "--reasoner and --teacher are needed" in err and err.count("\n") == 1
+
+
+def test_verify_runs_a_whole_step_at_full_size(run: Run) -> None:  # noqa: F811
+    status, out, err = run("plan", "--verify", "--reasoner", "ltx-0.9.8-2b-distilled", "--json")
+    row = json.loads(out)
+    assert (status, err) == (0, "") and row["parameters"] == pytest.approx(1.92e9, rel=0.01)  # "2B"
+    assert row["latents"] == [1, 128, 16, 22, 38] and row["tokens"] == 16 * 22 * 38
+    assert row["frames"] == [24, 3, 704, 1216] and row["losses"] == [4]
+    assert row["lora_gradients"] == row["lora_tensors"] == 28 * 10 * 2  # blocks, layers, A and B
+    assert row["peak_bytes"] > row["weights_bytes"] > 2 * (row["parameters"] + 4e9)  # and the Teacher's, bfloat16
+    assert "known are hunyuan-video-1.5-480p-i2v" in run("plan", "--verify", "--reasoner", "wan9")[2]
+    assert "--verify knows hunyuan-video" in run("plan", "--verify", "--reasoner", PACKAGED / "reasoner")[2]
+
+
+def test_the_documented_models_are_those_that_are_known() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    presets = [row for row in rows if row[1] in PRESETS]
+    assert {row[0]: row[1] for row in presets if "/" in row[0]} == HUB_IDS
+    assert {row[1] for row in presets} == set(PRESETS)
+    for _, name, steps, guidance in presets:
+        settings = PRESETS[name]
+        assert steps == f"{len(settings.timesteps)}, {settings.sampler}, shift {settings.shift:g}"
+        assert guidance == (f"{settings.guidance_scale:g}" if settings.guided else "none")
+    assert [row[0] for row in rows if row[0] in known_models("reasoner")] == known_models("reasoner")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ import torch
 from torch import nn
 
 from tests.planning.counting import saved_bytes, stock_count
+from tests.reasoners import tiny_checkpoints, tiny_hunyuan, tiny_ltx
 from tests.test_cli import Run, run  # noqa: F401 (a fixture)
 from tests.tiny_pair import PROMPT, QUERIES
 from vlmteacher.errors import InputError
 from vlmteacher.lora import add_lora, lora_parameters
 from vlmteacher.planning.models import KNOWN, build_reasoner, cast
-from vlmteacher.planning.reasoner import ReasonerCosts, reasoner_cost
+from vlmteacher.planning.reasoner import ReasonerCosts, blank_instance, reasoner_cost
 from vlmteacher.reasoners import checkpointing, load_reasoner
-from vlmteacher.reasoners.base import Condition, Noise
+from vlmteacher.reasoners.base import Condition, Noise, Settings
 from vlmteacher.reasoners.checkpointing import Keep, format_levels, keep_activations, parse_levels
 
 SIZE = (9, 64, 96)
@@ -44,6 +46,65 @@ def test_reasoner_flops_and_saved_bytes_are_those_counted_on_real_tensors(models
     saved, z0 = saved_bytes(lambda: real.predict_clean(condition, noise), real.transformer)
     # alive, but not saved: the result, and what is an input there and computed here (time embedding)
     assert saved <= planned.kept <= 1.05 * saved + z0.nbytes
+
+
+FAMILIES = {
+    "Wan 2.1 I2V": (tiny_checkpoints.wan21_i2v, tiny_checkpoints.SIZE),
+    "Wan 2.2 A14B": (tiny_checkpoints.wan22_t2v_a14b, tiny_checkpoints.SIZE),
+    "LTX-Video": (tiny_ltx.tiny_ltx_pipeline, tiny_ltx.SIZE),
+    "HunyuanVideo-1.5": (tiny_hunyuan.tiny_hunyuan_pipeline, tiny_hunyuan.SIZE),
+}
+
+
+def real_instance(reasoner: Any, size: tuple[int, int, int]) -> tuple[Condition, Noise]:
+    """`blank_instance` with values, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+
+    def fill(blank: torch.Tensor) -> torch.Tensor:
+        return (
+            torch.ones(blank.shape).bool()
+            if blank.dtype == torch.bool
+            else torch.randn(blank.shape, generator=generator)
+        )
+
+    blank, noise = blank_instance(reasoner, size)
+    first = None if blank.first_frame is None else fill(blank.first_frame)
+    inputs = {name: fill(value) for name, value in blank.inputs.items()}
+    condition = replace(blank, prompt_embeds=fill(blank.prompt_embeds), first_frame=first, inputs=inputs, negative=None)
+    if blank.negative is not None:
+        condition = replace(condition, negative=condition)
+    return condition, Noise(fill(noise.z1), ())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_counted_as_on_real_tensors_and_keeps_what_it_is_told(
+    family: str, tmp_path: Path, narrow: None
+) -> None:
+    write, size = FAMILIES[family]
+    directory = write(tmp_path)
+    guidance_scale = 2.0 if "A14B" in family else 1.0
+    real, (meta, _) = load_reasoner(directory), build_reasoner(str(directory), torch.float32)
+    real.settings = meta.settings = Settings(max_sequence_length=12, guidance_scale=guidance_scale)
+    for reasoner in (real, meta):
+        add_lora(reasoner.transformer, 4, seed=0, fused=False)
+    condition, noise = real_instance(meta, size)
+    planned = ReasonerCosts.of(meta, size, ()).total([Keep.ALL] * 2)
+    forward = stock_count(lambda: real.predict_clean(condition, noise))
+    both = stock_count(lambda: real.predict_clean(condition, noise).sum().backward())
+    assert (planned.forward, planned.forward + planned.backward) == (forward, both)
+
+    parameters = lora_parameters(real.transformer)
+    for parameter in parameters:
+        parameter.data.add_(0.01)
+    found, saved = [], []
+    for level in (Keep.ALL, Keep.ATTENTION, Keep.INPUT):
+        keep_activations(real.transformer, level)
+        kept, z0 = saved_bytes(lambda: real.predict_clean(condition, noise), real.transformer)
+        saved.append(kept)
+        found.append([z0, *torch.autograd.grad(z0.square().mean(), parameters, allow_unused=True)])
+    assert saved[0] > 2 * max(saved[1:])
+    for other in found[1:]:
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_the_fused_lora_counts_as_peft_does(models: dict[str, str]) -> None:

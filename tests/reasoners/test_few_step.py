@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from vlmteacher.reasoners.base import Noise
-from vlmteacher.reasoners.few_step import sample, trajectory
+from vlmteacher.errors import InputError
+from vlmteacher.reasoners.base import Noise, Settings, even_timesteps
+from vlmteacher.reasoners.few_step import euler, sample, trajectory
 
 
 def draws(count: int) -> Noise:
@@ -62,3 +64,37 @@ def test_the_spread_of_a_gaussian():
             variance = weight(sigma) ** 2 * ((1 - sigma) ** 2 * variance + sigma**2)
         assert float(found.mean()) == pytest.approx(mean, abs=0.01)
         assert float(found.std()) == pytest.approx(variance**0.5, rel=0.01, abs=1e-6)
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+@pytest.mark.parametrize("steps", [1, 4, 50])
+def test_euler_is_diffusers_euler(steps, shift):
+    """The same levels, up to UniPC's 1e-6 below 1, and the same steps; what a step is told is where it goes to."""
+    settings = Settings(even_timesteps(steps), shift=shift, sampler="euler")
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=[1 - k / steps for k in range(steps)])
+    unipc = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    unipc.set_timesteps(steps)
+    levels = torch.tensor((*settings.sigmas, 0.0))
+    torch.testing.assert_close(levels, scheduler.sigmas)
+    if steps > 1:  # whose own levels for n steps are even up to its last trained level, 1 / 1000
+        torch.testing.assert_close(levels, unipc.sigmas, atol=2e-3 * shift, rtol=0)
+
+    told = []
+
+    def velocity(latents, sigma, until):
+        told.append((sigma, until))
+        return torch.tanh(latents) + sigma
+
+    z1 = draws(1).z1
+    found, expected = euler(velocity, settings.sigmas, z1), z1
+    for t in scheduler.timesteps:
+        expected = scheduler.step(torch.tanh(expected) + t / 1000, t, expected, return_dict=False)[0]
+    torch.testing.assert_close(found, expected)
+    assert [until for _, until in told] == [*settings.sigmas[1:], 0.0]
+    assert [sigma for sigma, _ in told] == list(settings.sigmas)
+
+
+def test_no_steps():
+    with pytest.raises(InputError, match="at least 1, not 0"):
+        even_timesteps(0)

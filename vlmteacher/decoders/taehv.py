@@ -8,7 +8,7 @@ checkpoint            channels  patch  time        space
 taew2_1, taehv        16        1      (1, 2, 2)   x8
 taew2_2               48        2      (1, 2, 2)   x16
 taehv1_5              32        2      (1, 2, 2)   x16
-taeltx_2              128       4      (2, 2, 2)   x32
+taeltx_2              128       4      (2, 2, 2)   x32 (of LTX-2, whose latents are not LTX-Video's)
 lighttaew2_1, _2_2    16, 48    1, 2   (1, 2, 2)   x8, x16 (takes de-normalised latents)
 lighttaehy1_5         32        2      (1, 2, 2)   x16 (takes de-scaled latents, LeakyReLU, gives [-1, 1])
 ====================  ========  =====  ==========  =========
@@ -345,6 +345,11 @@ def load_decoder(path: str | os.PathLike[str], reasoner: Any, dtype: torch.dtype
     """
     decoder = TinyVideoDecoder.from_checkpoint(path, dtype)
     check_decoder(decoder, reasoner, name=str(path))
+    if Path(path).name.startswith("taeltx"):  # channels and strides are the same
+        raise InputError(
+            f"{path} decodes the latents of LTX-2, which are not those of LTX-Video 0.9: there is no published decoder"
+            " for these, train one with `vlmteacher distill decoder`"
+        )
     if Path(path).name.startswith("lighttae") and not _is_hunyuan15(Path(path)):
         decoder.latents_mean, decoder.latents_std = reasoner.latents_mean.clone(), reasoner.latents_std.clone()
     return decoder.to(reasoner.device)
@@ -362,7 +367,7 @@ def check_decoder(decoder: TinyVideoDecoder, reasoner: Any, name: str = "the dec
         raise InputError(
             f"{name} decodes latents of {decoder.latent_channels} channels, but the Reasoner's have"
             f" {reasoner.latent_channels}: give a decoder of the Reasoner's family"
-            " (taew2_1: 16 channels, taehv1_5: 32, taew2_2: 48)"
+            " (taew2_1: 16 channels, taehv1_5: 32, taew2_2: 48; for LTX-Video's 128 `vlmteacher distill decoder`)"
         )
     ours = (decoder.temporal_stride, decoder.spatial_stride)
     theirs = (reasoner.temporal_stride, reasoner.spatial_stride)

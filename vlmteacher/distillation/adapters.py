@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
-from vlmteacher.lora import TARGET_MODULES, remove_lora
+from vlmteacher.lora import remove_lora, target_modules
 
 Role = Literal["student", "fake", "real"]
 
@@ -86,7 +86,8 @@ class SharedBackbone(Networks):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
             for role in self.trained:
-                config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=list(TARGET_MODULES))
+                targets = target_modules(transformer)
+                config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=targets)
                 transformer.add_adapter(config, adapter_name=role)
         self.transformer = transformer
         self.layers = {name: m for name, m in transformer.named_modules() if isinstance(m, BaseTunerLayer)}

@@ -49,6 +49,8 @@ class LatentDataset:
         """
         if not isinstance(reasoner, WanReasoner):
             raise InputError(f"a {type(reasoner).__name__} cannot be trained: only the Wan family can")
+        if reasoner.image_channels or reasoner.boundary_ratio is not None:
+            raise InputError("a Wan model that takes images as channels or has two experts (A14B) cannot be trained")
         reasoner.check(num_frames, height, width)
         size = (num_frames, height, width)
         instances = find_instances(folder)

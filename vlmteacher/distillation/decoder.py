@@ -21,6 +21,7 @@ from vlmteacher.distillation.training import read_settings
 from vlmteacher.errors import InputError
 from vlmteacher.microworld.train_vae import reconstruction_loss
 from vlmteacher.optimization import NonFiniteError
+from vlmteacher.reasoners.ltx import decode_latents
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -109,7 +110,11 @@ class VideoVAE:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """The inverse of `encode`."""
-        video = self.model.decode(latents * self.std + self.mean, return_dict=False)[0]
+        latents = latents * self.std + self.mean
+        if "timestep_conditioning" in self.model.config:  # LTX-Video's
+            video = decode_latents(self.model, latents)
+        else:
+            video = self.model.decode(latents, return_dict=False)[0]
         return ((video[0].float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
 
 

@@ -155,7 +155,14 @@ def run(settings: Settings, resume: bool = False) -> Path:
     """
     out = Path(settings.out)
     accelerator, reasoner, data = begin(settings.reasoner, settings.data, settings.cache, out, settings.train, resume)
-    reasoner.settings = replace(reasoner.settings, timesteps=settings.timesteps, shift=settings.shift)
+    reasoner.settings = replace(
+        reasoner.settings,
+        timesteps=settings.timesteps,
+        shift=settings.shift,
+        sampler="renoise",  # what its losses train; and the student needs no guidance
+        guidance_scale=1.0,
+        guidance_scale_2=None,
+    )
     distillation = Distillation(settings, reasoner, data, accelerator)
     return finish(
         distillation, settings.to_dict(), settings.reasoner, out, resume, lambda step: distillation.validate(step, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ import torch
 from vlmteacher.decoders.taehv import TinyVideoDecoder
 from vlmteacher.errors import InputError
 from vlmteacher.planning.costs import META
-from vlmteacher.reasoners.base import Settings
-from vlmteacher.reasoners.wan import WanReasoner
+from vlmteacher.reasoners import FAMILIES
+from vlmteacher.reasoners.base import Reasoner, Settings
+from vlmteacher.reasoners.hunyuan_video15 import HunyuanVideo15Reasoner, load_hunyuan_video15
+from vlmteacher.reasoners.ltx import LTXReasoner, load_ltx
+from vlmteacher.reasoners.presets import find_preset, known_preset
+from vlmteacher.reasoners.wan import WanReasoner, load_wan
 from vlmteacher.teachers.preprocessing import VisionSettings, read_settings
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher
 
@@ -54,35 +59,99 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def build_reasoner(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[WanReasoner, str | None]:
+def build_reasoner(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Reasoner, str | None]:
     """(the Reasoner on the meta device, the name of its family's decoder, if known). Raises InputError."""
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
-    from transformers import UMT5Config, UMT5EncoderModel
-
     directory = PACKAGED / "reasoner" if name == "packaged" else Path(name)
-    settings, decoder = Settings(), None
     if directory.is_dir():
+        settings = known_preset(name) or Settings()
         index = _read(directory / "model_index.json")
-        if index.get("_class_name") not in ("WanPipeline", "WanImageToVideoPipeline"):
-            raise InputError(f"{name} is a {index.get('_class_name')}: the plan knows Wan pipelines")
-        facts: dict[str, Any] = {
-            part: _read(directory / part / "config.json") for part in ("transformer", "vae", "text_encoder")
-        } | {"expand_timesteps": bool(index.get("expand_timesteps"))}
+        facts: dict[str, Any] = {name: index.get(name) for name in ("expand_timesteps", "boundary_ratio")}
+        facts["pipeline"] = index.get("_class_name")
+        for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder"):
+            if part in ("transformer", "vae", "text_encoder") or (index.get(part) or [None])[0]:  # the others: if any
+                facts[part] = _read(directory / part / "config.json")
         if (directory / "reasoner.json").is_file():
             settings = Settings.load(directory / "reasoner.json")
     else:
         facts = known_facts(name, "reasoner")
-        decoder = facts["decoder"]
+        settings = find_preset(facts["preset"]) if "preset" in facts else Settings()
+    if facts["pipeline"] not in FAMILIES:
+        raise InputError(f"{name} is a {facts['pipeline']}: the plan knows {', '.join(FAMILIES)}")
     try:
         with META:
-            transformer = cast(WanTransformer3DModel.from_config(facts["transformer"]), dtype)
-            vae = AutoencoderKLWan.from_config(facts["vae"])
-            text_encoder = UMT5EncoderModel(UMT5Config(**facts["text_encoder"])).to(dtype)
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            return BUILDERS[FAMILIES[facts["pipeline"]]](facts, settings, dtype), facts.get("decoder")
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"--reasoner {name!r}: its configs make no model ({str(error).splitlines()[0]})") from error
-    if transformer.config.in_channels != vae.config.z_dim:
-        raise InputError(f"--reasoner {name!r} appends its image as channels (Wan 2.1 I2V): it cannot be taught")
-    return WanReasoner(transformer, vae, text_encoder, None, facts["expand_timesteps"], settings), decoder
+
+
+def _wan(facts: dict[str, Any], settings: Settings, dtype: torch.dtype) -> WanReasoner:
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+
+    def transformer() -> Any:
+        return cast(WanTransformer3DModel.from_config(facts["transformer"]), dtype)
+
+    boundary = facts.get("boundary_ratio")
+    clip = facts.get("image_encoder")
+    return WanReasoner(
+        transformer(),
+        AutoencoderKLWan.from_config(facts["vae"]),
+        UMT5EncoderModel(UMT5Config(**facts["text_encoder"])).to(dtype),
+        None,
+        bool(facts.get("expand_timesteps")),
+        settings,
+        transformer_2=None if boundary is None else transformer(),
+        boundary_ratio=boundary,
+        image_encoder=None if clip is None else CLIPVisionModel(CLIPVisionConfig(**clip)).to(dtype),
+    )
+
+
+def _ltx(facts: dict[str, Any], settings: Settings, dtype: torch.dtype) -> LTXReasoner:
+    from diffusers import AutoencoderKLLTXVideo, LTXVideoTransformer3DModel
+    from transformers import T5Config, T5EncoderModel
+
+    return LTXReasoner(
+        cast(LTXVideoTransformer3DModel.from_config(facts["transformer"]), dtype),
+        AutoencoderKLLTXVideo.from_config(facts["vae"]),
+        T5EncoderModel(T5Config(**facts["text_encoder"])).to(dtype),
+        None,
+        facts["pipeline"] == "LTXConditionPipeline",
+        settings,
+    )
+
+
+def _hunyuan_video15(facts: dict[str, Any], settings: Settings, dtype: torch.dtype) -> HunyuanVideo15Reasoner:
+    from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
+    from transformers import (
+        Qwen2_5_VLTextConfig,
+        Qwen2_5_VLTextModel,
+        SiglipVisionConfig,
+        SiglipVisionModel,
+        T5Config,
+        T5EncoderModel,
+    )
+
+    siglip = facts.get("image_encoder")
+    return HunyuanVideo15Reasoner(
+        cast(HunyuanVideo15Transformer3DModel.from_config(facts["transformer"]), dtype),
+        AutoencoderKLHunyuanVideo15.from_config(facts["vae"]),
+        Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**facts["text_encoder"])).to(dtype),
+        None,
+        T5EncoderModel(T5Config(**facts["text_encoder_2"])).to(dtype),
+        None,
+        None if siglip is None else SiglipVisionModel(SiglipVisionConfig(**siglip)).to(dtype),
+        settings=settings,
+    )
+
+
+# the loader of a pipeline class (see `vlmteacher.reasoners`) -> the same model without weights
+BUILDERS: dict[Any, Callable[[dict[str, Any], Settings, torch.dtype], Reasoner]] = {
+    load_wan: _wan,
+    load_ltx: _ltx,
+    load_hunyuan_video15: _hunyuan_video15,
+}
 
 
 def build_teacher(name: str, dtype: torch.dtype = torch.bfloat16) -> QwenVLTeacher:
@@ -118,4 +187,5 @@ def build_decoder(name: str, dtype: torch.dtype = torch.bfloat16) -> TinyVideoDe
         return TinyVideoDecoder.from_checkpoint(name, dtype).to(META)
     facts = known_facts(name, "decoder")
     with META:
-        return TinyVideoDecoder(facts["latent_channels"], patch=facts["patch"]).to(dtype).eval().requires_grad_(False)
+        decoder = TinyVideoDecoder(**{key: value for key, value in facts.items() if key not in ("kind", "source")})
+        return decoder.to(dtype).eval().requires_grad_(False)

@@ -18,7 +18,7 @@ from vlmteacher.lora import add_lora
 from vlmteacher.optimization import teacher_frame_indices
 from vlmteacher.planning.costs import Cost
 from vlmteacher.planning.decoder import decoder_cost, stock_decoder_cost
-from vlmteacher.planning.models import build_decoder, build_reasoner, build_teacher, known_facts
+from vlmteacher.planning.models import build_decoder, build_reasoner, build_teacher, known_facts, known_models
 from vlmteacher.planning.reasoner import ReasonerCosts
 from vlmteacher.planning.teacher import (
     Video,
@@ -137,7 +137,8 @@ def make_plan(
             which only configs are read. The decoder is by default the Reasoner's family's.
         num_frames, height, width: of the video, by default the Reasoner's own.
         questions: 1 + M, the goal's and the process questions. teacher_frames: K, by default 24 or all.
-        memory: GB (10^9 bytes) of the device. text_encoder: where it waits, "device" or "cpu".
+        memory: GB (10^9 bytes) of the device. text_encoder: where it waits, "device" or "cpu", and with it what else a
+            step does not need: an image encoder, the low-noise one of two experts.
 
     Returns:
         {"ours", "stock": {"flops", "peak_bytes", "stages": {name: {"flops", "peak_bytes"}}, "weights", "settings"},
@@ -161,7 +162,8 @@ def make_plan(
     indices = teacher_frame_indices(size["num_frames"], teacher_frames)
     decoder = decoder or family_decoder or ("packaged" if reasoner == "packaged" else None)
     if decoder is None:
-        raise InputError("--decoder is needed for a Reasoner in a directory: taew2_1 (16 channels) or taew2_2 (48)")
+        known = ", ".join(known_models("decoder"))
+        raise InputError(f"--decoder is needed for a Reasoner in a directory: a checkpoint file or one of {known}")
     the_decoder = build_decoder(decoder, dtype)
     check_decoder(the_decoder, the_reasoner, decoder)
     the_teacher = build_teacher(teacher, dtype)
@@ -172,9 +174,10 @@ def make_plan(
     weights = {"reasoner": nbytes(network)}
     add_lora(network, rank)
     lora = nbytes(network) - weights["reasoner"]
+    waiting = {name: part for name, part in the_reasoner.networks.items() if name not in ("transformer", "vae")}
     weights |= {
         "vae": nbytes(the_reasoner.vae),
-        "text_encoder": nbytes(the_reasoner.text_encoder) if text_encoder == "device" else 0,
+        **{name: nbytes(part) if text_encoder == "device" else 0 for name, part in waiting.items()},
         "decoder": nbytes(the_decoder),
         "teacher": nbytes(the_teacher.model),
         "lora": lora,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
+import numpy as np
 import torch
+from PIL import Image as PILImage
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
@@ -26,7 +30,7 @@ class Condition:
     """What the video must answer, encoded once for the instance.
 
     Attributes:
-        prompt_embeds: (B, L, D), zero beyond the prompt's own tokens; B = 1 but in training.
+        prompt_embeds: (B, L, D), zero beyond the prompt's own tokens or masked by `inputs`; B = 1 but in training.
         first_frame: (B, C, 1, h, w) normalised latents of the given image where the model keeps them as the video's
             first latent frame, or None (text only, or the image comes in by `inputs`).
         num_frames, height, width: size of the video in frames and pixels.
@@ -60,22 +64,39 @@ class Noise:
     steps: tuple[Tensor, ...]
 
 
+Sampler = Literal["renoise", "euler"]
+
+
+def even_timesteps(steps: int) -> tuple[float, ...]:
+    """`steps` timesteps evenly spaced from 1000 down, the last of which goes to 0: what many-step sampling takes."""
+    if steps < 1:
+        raise InputError(f"num_inference_steps must be at least 1, not {steps}")
+    return tuple(1000 * (steps - k) / steps for k in range(steps))
+
+
 @dataclass(frozen=True)
 class Settings:
-    """How a Reasoner samples; `reasoner.json` beside `model_index.json` overrides any of it.
+    """How a Reasoner samples: a preset's (see ``presets.py``), or that of `reasoner.json` beside `model_index.json`.
 
     Attributes:
-        timesteps: where the few-step sampler predicts, from 1000 (pure noise) downwards.
+        timesteps: where the sampler predicts, from 1000 (pure noise) downwards.
         shift: s in sigma = s t / (1 + (s - 1) t) with t = timestep / 1000.
+        sampler: "renoise" predicts x0 and puts new noise back, as models distilled by DMD were trained; "euler"
+            follows the ODE and draws nothing more.
         guidance_scale: g in v_negative + g (v - v_negative), in sampling and in the one-step prediction; 1 is none,
             what distilled models need.
+        guidance_scale_2: the same below the boundary of a model with two experts; None is `guidance_scale`.
+        negative_prompt: what v_negative is asked for.
         num_frames, height, width, fps: the video made when the caller does not say.
         max_sequence_length: prompt tokens, padded or cut to this length.
     """
 
     timesteps: tuple[float, ...] = (1000, 750, 500, 250)
     shift: float = 1.0
+    sampler: Sampler = "renoise"
     guidance_scale: float = 1.0
+    guidance_scale_2: float | None = None
+    negative_prompt: str = ""
     num_frames: int = 89
     height: int = 704
     width: int = 1280
@@ -88,6 +109,31 @@ class Settings:
         ts = [timestep / 1000 for timestep in self.timesteps]
         return tuple(self.shift * t / (1 + (self.shift - 1) * t) for t in ts)
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What makes the video from the noise: all but sizes, rate and text length."""
+        rest = {"num_frames", "height", "width", "fps", "max_sequence_length"}
+        return {name: value for name, value in asdict(self).items() if name not in rest}
+
+    @property
+    def guided(self) -> bool:
+        """Whether the negative prompt is looked at, anywhere on the way."""
+        return self.guidance_scale != 1 or self.guidance_scale_2 not in (None, 1)
+
+    def check(self) -> None:
+        """Raise InputError for the first entry that no sampler can work with."""
+        ts = self.timesteps
+        if not ts or ts[0] != 1000 or ts[-1] <= 0 or any(a <= b for a, b in pairwise(ts)):
+            raise InputError(f"timesteps must fall from 1000 and stay above 0, not {list(ts)}")
+        if self.sampler not in get_args(Sampler):
+            raise InputError(f"sampler must be {' or '.join(get_args(Sampler))}, not {self.sampler!r}")
+        if not (self.shift > 0 and math.isfinite(self.shift)):
+            raise InputError(f"shift must be greater than 0, not {self.shift}")
+        for name in ("guidance_scale", "guidance_scale_2"):
+            scale = getattr(self, name)
+            if scale is not None and not 1 <= scale < math.inf:
+                raise InputError(f"{name} must be 1 (no guidance) or more, not {scale}")
+
     @classmethod
     def load(cls, path: Path) -> Settings:
         """Read a `reasoner.json`; InputError names the entry that cannot be used."""
@@ -97,9 +143,7 @@ class Settings:
             if unknown:
                 raise ValueError(f"unknown entry {unknown[0]!r}")
             settings = cls(**values | {"timesteps": tuple(values.get("timesteps", cls.timesteps))})
-            ts = settings.timesteps
-            if not ts or ts[0] != 1000 or ts[-1] <= 0 or any(a <= b for a, b in pairwise(ts)):
-                raise ValueError(f"timesteps must fall from 1000 and stay above 0, not {list(ts)}")
+            settings.check()
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{path} cannot be used: {error}") from error
         return settings
@@ -111,7 +155,9 @@ class Reasoner(ABC):
     Velocity convention (flow matching): x = (1 - sigma) x0 + sigma noise, v = noise - x0, so x0 = x - sigma v.
     """
 
-    transformer: nn.Module  # the LoRA goes on this one
+    transformer: Any  # the LoRA goes on this one
+    vae: Any
+    text_encoder: nn.Module  # all that encodes prompt and image
     settings: Settings
     device: torch.device
     dtype: torch.dtype  # of the transformer; latents between its calls are float32
@@ -138,6 +184,19 @@ class Reasoner(ABC):
     def fps(self) -> float:
         return self.settings.fps
 
+    def with_sampling(self, num_inference_steps: int | None = None, **changes: Any) -> Self:
+        """The same Reasoner, networks shared, with other `settings`: those given and not None.
+
+        num_inference_steps: timesteps evenly spaced. Raises InputError for what no sampler can work with.
+        """
+        given = {name: value for name, value in changes.items() if value is not None}
+        if num_inference_steps is not None:
+            given["timesteps"] = even_timesteps(num_inference_steps)
+        other = copy.copy(self)
+        other.settings = replace(self.settings, **given)
+        other.settings.check()
+        return other
+
     def check(self, num_frames: int, height: int, width: int) -> None:
         """Raise InputError, with the two nearest values that can be taken, unless the model can make this size."""
         rows, columns = (self.spatial_stride * side for side in self.patch)
@@ -157,14 +216,20 @@ class Reasoner(ABC):
         stride = self.spatial_stride
         return 1, self.latent_channels, (num_frames - 1) // self.temporal_stride + 1, height // stride, width // stride
 
+    def timestep(self, sigma: float | Tensor, batch: int) -> Tensor:
+        """(batch,) float32: 1000 sigma, of a number or of (batch,)."""
+        if isinstance(sigma, Tensor):
+            return (1000 * sigma).to(self.device, torch.float32).expand(batch)
+        # Filled on the device: copying a number there cannot be part of a CUDA graph.
+        return torch.full((batch,), 1000 * sigma, dtype=torch.float32, device=self.device)
+
     def noise(self, condition: Condition, generator: torch.Generator | None = None) -> Noise:
-        """Draw z1 and every later sampler draw, in this order, in float32 on the generator's device."""
+        """Draw z1 and every later draw of the sampler, in this order, in float32 on the generator's device."""
         one = self.latent_shape(condition.num_frames, condition.height, condition.width)
         shape = (len(condition.prompt_embeds), *one[1:])
         where = generator.device if generator is not None else torch.device("cpu")
-        z1, *steps = (
-            torch.randn(shape, generator=generator, device=where).to(self.device) for _ in self.settings.timesteps
-        )
+        count = len(self.settings.timesteps) if self.settings.sampler == "renoise" else 1
+        z1, *steps = (torch.randn(shape, generator=generator, device=where).to(self.device) for _ in range(count))
         return Noise(z1, tuple(steps))
 
     @abstractmethod
@@ -188,7 +253,11 @@ class Reasoner(ABC):
         if condition.negative is None:
             return velocity
         without = self.velocity(condition.negative, latents, sigma, transformer=transformer)
-        return without.lerp(velocity, self.settings.guidance_scale)
+        return without.lerp(velocity, self.guidance_scale(sigma))
+
+    def guidance_scale(self, sigma: float | Tensor) -> float:
+        """The scale of the guidance at a noise level."""
+        return self.settings.guidance_scale
 
     def predict_clean_at(
         self, condition: Condition, latents: Tensor, sigma: float | Tensor, *, transformer: nn.Module | None = None
@@ -202,23 +271,61 @@ class Reasoner(ABC):
         """One-step clean latents z0 = z1 - u(z1, t = 1, c): one differentiable call (method, step 3)."""
         return self.predict_clean_at(condition, noise.z1, 1.0)
 
+    def mean_velocity(self, condition: Condition, latents: Tensor, sigma: float, until: float) -> Tensor:
+        """The guided v that carries `latents` from `sigma` to `until` in one step: the one at `sigma`.
+
+        Models that learnt the mean over the step (MeanFlow) say more.
+        """
+        return self.guided_velocity(condition, latents, sigma)
+
     @torch.no_grad()
     def sample(self, condition: Condition, noise: Noise) -> Tensor:
-        """The few-step sampler from the same noise (see ``few_step.py``)."""
-        return few_step.sample(partial(self.predict_clean_at, condition), self.settings.sigmas, noise)
+        """Clean latents (B, C, T, h, w) by the sampler of `settings`, from the same noise (see ``few_step.py``)."""
+        sigmas = self.settings.sigmas
+        if self.settings.sampler == "renoise":
+            return few_step.sample(partial(self.predict_clean_at, condition), sigmas, noise)
+        latents = few_step.euler(partial(self.mean_velocity, condition), sigmas, noise.z1)
+        return with_first_frame(latents, condition.first_frame)
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (1, C, T, h, w) -> frames (F, 3, H, W) float32 in [0, 1] by the standard VAE, without gradient."""
 
     @property
-    @abstractmethod
     def networks(self) -> dict[str, nn.Module]:
         """ "transformer", "vae" and "text_encoder": what can be moved for itself while it is not needed."""
+        return {"transformer": self.transformer, "vae": self.vae, "text_encoder": self.text_encoder}
 
-    @abstractmethod
-    def to(self, device: torch.device | str, *, networks: bool = True) -> Reasoner:
+    def to(self, device: torch.device | str, *, networks: bool = True) -> Self:
         """Work on `device` (the dtype is chosen when loading); `networks=False` leaves the networks where they are."""
+        self.device = torch.device(device)
+        for network in self.networks.values() if networks else ():
+            network.to(self.device)
+        self.latents_mean, self.latents_std = self.latents_mean.to(self.device), self.latents_std.to(self.device)
+        return self
+
+    @torch.no_grad()
+    def encode_video(self, frames: np.ndarray) -> Tensor:
+        """Frames (F, H, W, 3), 0 to 255 -> normalised latents (1, C, T, h, w) float32, the posterior's mode."""
+        pixels = torch.from_numpy(frames.astype(np.float32)).permute(3, 0, 1, 2)[None] / 127.5 - 1
+        latents = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.mode().float()
+        return (latents - self.latents_mean) / self.latents_std
+
+    def encode_image(self, image: Image, height: int, width: int) -> Tensor:
+        """An image, resized where it has another size -> normalised latents (1, C, 1, h, w) float32."""
+        return self.encode_video(np.array(fit_image(image, height, width))[None])
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise InputError for a prompt that says nothing."""
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError("the prompt is empty: say what the video must show")
+
+
+def fit_image(image: Image, height: int, width: int) -> Image:
+    """`image` in RGB, resized where it has another size."""
+    image = image.convert("RGB")
+    return image if image.size == (width, height) else image.resize((width, height), PILImage.Resampling.LANCZOS)
 
 
 def with_first_frame(latents: Tensor, first_frame: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from vlmteacher.errors import InputError
@@ -41,6 +41,15 @@ _PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "vlmteacher::lora_linear": 0}  # w
 MIN_INNER = 128  # a product with fewer terms (a LoRA's second) costs no more than reading its result
 
 
+def blocks_name(transformer: nn.Module) -> str:
+    """What the class of a diffusers transformer calls the list of its blocks."""
+    return "blocks" if hasattr(transformer, "blocks") else "transformer_blocks"
+
+
+def block_list(transformer: nn.Module) -> nn.ModuleList:
+    return getattr(transformer, blocks_name(transformer))
+
+
 def _policy(level: Keep, context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = operator.name().split(".")[0]
     keep = False
@@ -54,7 +63,7 @@ def _policy(level: Keep, context: Any, operator: Any, *args: Any, **kwargs: Any)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def run_block(level: Keep, block: Callable[..., Tensor], *args: Any) -> Tensor:
+def run_block(level: Keep, block: Callable[..., Any], *args: Any) -> Any:
     """`block(*args)`, keeping for its backward what `level` says; the result and its gradients are the same bits."""
     if level == Keep.ALL:
         return block(*args)
@@ -70,7 +79,7 @@ def keep_activations(transformer: Any, levels: Keep | Sequence[Keep]) -> None:
     Works through diffusers' own `enable_gradient_checkpointing`, whose flag it sets; `Keep.ALL` turns that off again.
     Raises InputError when the number of levels is not that of the blocks.
     """
-    blocks: nn.ModuleList = transformer.blocks
+    blocks = block_list(transformer)
     each = [levels] * len(blocks) if isinstance(levels, Keep) else list(levels)
     if len(each) != len(blocks):
         raise InputError(f"{len(each)} activation levels for {len(blocks)} blocks: give one for each, or a single one")
@@ -79,7 +88,7 @@ def keep_activations(transformer: Any, levels: Keep | Sequence[Keep]) -> None:
         return
     by_block = dict(zip(blocks, each, strict=True))
 
-    def run(block: nn.Module, *args: Any) -> Tensor:
+    def run(block: nn.Module, *args: Any) -> Any:
         return run_block(by_block[block], block, *args)
 
     transformer.enable_gradient_checkpointing(run)

@@ -1,4 +1,4 @@
-"""The sampler of few-step models: predict x0, put noise back for the next level, predict again.
+"""The samplers: predict x0, put noise back for the next level, predict again; or follow the ODE.
 
 Every draw is given beforehand (`Noise`), so that the same noise means the same video.
 """
@@ -6,6 +6,7 @@ Every draw is given beforehand (`Noise`), so that the same noise means the same 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from vlmteacher.reasoners.base import Noise
 
 Predict = Callable[[Tensor, float], Tensor]  # noisy latents and their noise level -> x0, both (B, C, T, h, w)
+Velocity = Callable[[Tensor, float, float], Tensor]  # the same, the level and the next one -> v
 
 
 def sample(predict: Predict, sigmas: Sequence[float], noise: Noise) -> Tensor:
@@ -27,6 +29,13 @@ def trajectory(predict: Predict, sigmas: Sequence[float], noise: Noise, stop: in
     latents = noise.z1
     for level, following, draw in zip(sigmas[:stop], sigmas[1:], noise.steps, strict=False):
         latents = (1 - following) * predict(latents, level) + following * draw
+    return latents
+
+
+def euler(velocity: Velocity, sigmas: Sequence[float], latents: Tensor) -> Tensor:
+    """Euler steps of dx / dsigma = v over the falling levels `sigmas`, from `latents` at the first of them to 0."""
+    for level, following in pairwise((*sigmas, 0.0)):
+        latents = latents + (following - level) * velocity(latents, level, following)
     return latents
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
-from vlmteacher.reasoners.base import Condition, Noise, Reasoner, with_first_frame
+from vlmteacher.reasoners.base import Condition, Noise, Reasoner, even_timesteps, with_first_frame
+from vlmteacher.reasoners.few_step import euler
 
 
 def guided_velocity(
@@ -64,13 +64,9 @@ def sample_many(
     reasoner: Reasoner, condition: Condition, empty: Tensor | None, noise: Noise, *, steps: int, guidance: float
 ) -> Tensor:
     """The many-step video of `noise.z1`, in latents: the ODE over `steps` timesteps, evenly spaced before the shift."""
-    if steps < 1:
-        raise InputError(f"the many-step sampler takes at least 1 step, not {steps}")
-    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    shift = reasoner.settings.shift
-    sigmas = (shift * t / (1 + (shift - 1) * t)).float().to(noise.z1.device)
-    latents = noise.z1
-    for sigma, until in pairwise(sigmas):
-        each = (value.expand(len(latents)) for value in (sigma, until))
-        latents = ode_step(reasoner, condition, empty, latents, *each, guidance=guidance, substeps=1)
-    return latents
+    sigmas = replace(reasoner.settings, timesteps=even_timesteps(steps)).sigmas
+
+    def velocity(latents: Tensor, sigma: float, until: float) -> Tensor:
+        return guided_velocity(reasoner, condition, empty, latents, sigma, guidance)
+
+    return with_first_frame(euler(velocity, sigmas, noise.z1), condition.first_frame)

@@ -1,13 +1,22 @@
-"""The Wan family of diffusers: Wan 2.1 T2V, Wan 2.2 TI2V-5B and their few-step distillations.
+"""The Wan family of diffusers: Wan 2.1 T2V and I2V, Wan 2.2 TI2V-5B and A14B, and their few-step distillations.
 
 The pipelines themselves run under ``no_grad``; their parts are called here as `WanPipeline` and
-`WanImageToVideoPipeline` (``expand_timesteps``) of diffusers call them.
+`WanImageToVideoPipeline` of diffusers call them. How a model takes the first frame follows from its transformer:
+
+- TI2V-5B (``expand_timesteps``): as a clean first latent frame with a timestep of its own, 0;
+- I2V: as further channels, a mask and the latents of the image followed by nothing; 2.1 sees it by CLIP's features too;
+- T2V: not at all.
+
+A14B has two experts: `transformer` for the noise levels from the boundary upwards, which is the one that is taught, and
+`transformer_2` for those below, where only sampling comes.
 """
 
 from __future__ import annotations
 
 import html
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,10 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
-from vlmteacher.reasoners.base import Condition, Reasoner, Settings, with_first_frame
+from vlmteacher.reasoners.base import Condition, Reasoner, Settings, check_prompt, fit_image, with_first_frame
+from vlmteacher.reasoners.parts import load_part, load_transformers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+TEXT_TOKENS = 512  # what diffusers' attention counts on where image features stand before the text
 
 
 class WanReasoner(Reasoner):
@@ -29,6 +42,10 @@ class WanReasoner(Reasoner):
         image_conditioning: the pipeline's ``expand_timesteps``: the model takes a timestep per token, so that a clean
             first latent frame (t = 0) can stand beside noisy ones.
         settings: sampler and default sizes.
+        transformer_2, boundary_ratio: the low-noise expert and the noise level below which it works.
+        image_encoder, image_processor: CLIP's, for a transformer with an ``image_dim``.
+
+    Raises InputError when the parts do not fit together.
     """
 
     def __init__(
@@ -39,12 +56,42 @@ class WanReasoner(Reasoner):
         tokenizer: Any,
         image_conditioning: bool,
         settings: Settings | None = None,
+        *,
+        transformer_2: Any = None,
+        boundary_ratio: float | None = None,
+        image_encoder: Any = None,
+        image_processor: Any = None,
     ) -> None:
-        self.transformer, self.vae, self.text_encoder = (
-            part.eval().requires_grad_(False) for part in (transformer, vae, text_encoder)
-        )
-        self.tokenizer = tokenizer
+        check_channels(transformer, vae)
+        if transformer_2 is not None:
+            check_channels(transformer_2, vae, "transformer_2")
+            if transformer_2.config.in_channels != transformer.config.in_channels:
+                raise InputError(
+                    f"one expert takes {transformer.config.in_channels} channels and the other"
+                    f" {transformer_2.config.in_channels}: one is of an image-to-video model, one is not"
+                )
+        if (transformer.config.image_dim is None) != (image_encoder is None):
+            raise InputError(
+                "a transformer with an image_dim (Wan 2.1 I2V) needs an image_encoder, and only such a one takes it"
+            )
+        if (transformer_2 is None) != (boundary_ratio is None):
+            raise InputError(
+                "two experts (Wan 2.2 A14B) are a transformer_2 and a boundary_ratio: one of them is not there"
+            )
+        parts = {
+            "transformer": transformer,
+            "transformer_2": transformer_2,
+            "vae": vae,
+            "text_encoder": text_encoder,
+            "image_encoder": image_encoder,
+        }
+        self._networks = {name: part.eval().requires_grad_(False) for name, part in parts.items() if part is not None}
+        self.transformer, self.transformer_2, self.vae = transformer, transformer_2, vae
+        self.text_encoder, self.image_encoder = text_encoder, image_encoder
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.boundary_ratio = boundary_ratio
         self.image_conditioning = image_conditioning
+        self.image_channels: bool = transformer.config.in_channels != vae.config.z_dim
         self.settings = settings or Settings()
         self.dtype = transformer.dtype
         self.latent_channels = vae.config.z_dim
@@ -57,25 +104,34 @@ class WanReasoner(Reasoner):
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        return {"transformer": self.transformer, "vae": self.vae, "text_encoder": self.text_encoder}
-
-    def to(self, device: torch.device | str, *, networks: bool = True) -> WanReasoner:
-        self.device = torch.device(device)
-        for network in self.networks.values() if networks else ():
-            network.to(self.device)
-        self.latents_mean, self.latents_std = self.latents_mean.to(self.device), self.latents_std.to(self.device)
-        return self
+        return self._networks
 
     @torch.no_grad()
     def encode(self, prompt: str, image: Image | None, num_frames: int, height: int, width: int) -> Condition:
         """See `Reasoner.encode`. The image is resized to `width` x `height` when it has another size."""
         self.check(num_frames, height, width)
-        if not prompt.strip():
-            raise InputError("the prompt is empty: say what the video must show")
-        if image is not None and not self.image_conditioning:
-            raise InputError("this Reasoner takes no image (its pipeline has no expand_timesteps): give only a prompt")
-        first_frame = None if image is None else self._encode_image(image, height, width)
-        return Condition(self.encode_prompt(prompt), first_frame, num_frames, height, width)
+        check_prompt(prompt)
+        if image is not None and not (self.image_conditioning or self.image_channels):
+            raise InputError("this Reasoner takes no image (it is a text-to-video model): give only a prompt")
+        if image is None and self.image_channels:
+            raise InputError("this Reasoner needs an image (it is an image-to-video model): give the first frame")
+        if self.image_encoder is not None and self.settings.max_sequence_length != TEXT_TOKENS:
+            raise InputError(
+                f"max_sequence_length must be {TEXT_TOKENS} for a model with CLIP's image features (Wan 2.1 I2V), not"
+                f" {self.settings.max_sequence_length}"
+            )
+        first_frame, inputs = None, {}
+        if image is not None and self.image_channels:
+            inputs = self._encode_image_channels(image.convert("RGB"), num_frames, height, width)
+        elif image is not None:
+            first_frame = self.encode_image(image, height, width)
+        condition = Condition(self.encode_prompt(prompt), first_frame, num_frames, height, width, inputs)
+        if not self.settings.guided:
+            return condition
+        return replace(
+            condition,
+            negative=replace(condition, prompt_embeds=self.encode_prompt(self.settings.negative_prompt)),
+        )
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str) -> Tensor:
@@ -92,40 +148,70 @@ class WanReasoner(Reasoner):
         # The transformer attends to all positions without a mask and was trained with zeros beyond the prompt.
         return (hidden * tokens.attention_mask[..., None]).to(self.device, self.dtype)
 
-    def _encode_image(self, image: Image, height: int, width: int) -> Tensor:
-        from PIL import Image as PILImage
+    def _encode_image_channels(self, image: Image, num_frames: int, height: int, width: int) -> dict[str, Tensor]:
+        """What an I2V transformer is given beside the noisy latents: `image_latents` as channels, CLIP's features.
 
-        image = image.convert("RGB")
-        if image.size != (width, height):
-            image = image.resize((width, height), PILImage.Resampling.LANCZOS)
-        return self.encode_video(np.array(image)[None])
-
-    @torch.no_grad()
-    def encode_video(self, frames: np.ndarray) -> Tensor:
-        """Frames (F, H, W, 3) uint8 -> normalised latents (1, C, T, h, w) float32, the mode of the VAE's posterior."""
-        pixels = torch.from_numpy(frames.astype(np.float32)).permute(3, 0, 1, 2)[None] / 127.5 - 1
-        latents = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.mode().float()
-        return (latents - self.latents_mean) / self.latents_std
+        The first are a mask, of one channel for each frame of a latent frame, that is 1 on the image, and the latents
+        of a video (mid grey, 0) that begins with it.
+        """
+        video = np.full((num_frames, height, width, 3), 127.5, dtype=np.float32)
+        video[0] = np.array(fit_image(image, height, width))
+        latents = self.encode_video(video)
+        mask = latents.new_zeros(1, self.temporal_stride, *latents.shape[2:])
+        mask[:, :, 0] = 1
+        inputs = {"image_latents": torch.cat([mask, latents], 1)}
+        if self.image_encoder is not None:
+            pixels = self.image_processor(images=image, return_tensors="pt").pixel_values
+            pixels = pixels.to(self.image_encoder.device, self.image_encoder.dtype)
+            features = self.image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
+            inputs["encoder_hidden_states_image"] = features.to(self.device, self.dtype)
+        return inputs
 
     def velocity(
         self, condition: Condition, latents: Tensor, sigma: float | Tensor, *, transformer: nn.Module | None = None
     ) -> Tensor:
-        """See `Reasoner.velocity`; with a first frame its tokens are clean and have timestep 0."""
+        """See `Reasoner.velocity`; with a first frame its tokens are clean and have timestep 0.
+
+        Of two experts the one of the level works (with a level for each of a batch, that of the lowest).
+        """
         # WanPipeline repeats the timestep for each token of a text-only video; one for all gives the same at less cost.
-        timestep = torch.as_tensor(1000 * sigma, dtype=torch.float32, device=self.device).expand(len(latents))
+        timestep = self.timestep(sigma, len(latents))
         if condition.first_frame is not None:
             latents = with_first_frame(latents, condition.first_frame)
             frames, height, width = latents.shape[2:]
             per_frame = (height // self.patch[0]) * (width // self.patch[1])
             timestep = timestep[:, None].repeat(1, frames * per_frame)
             timestep[:, :per_frame] = 0
-        network: Any = self.transformer if transformer is None else transformer
+        inputs = dict(condition.inputs)
+        if "image_latents" in inputs:
+            latents = torch.cat([latents, inputs.pop("image_latents")], 1)
+        network: Any = self._expert(sigma) if transformer is None else transformer
         return network(
             hidden_states=latents.to(self.dtype),
             timestep=timestep,
             encoder_hidden_states=condition.prompt_embeds,
             return_dict=False,
+            **inputs,
         )[0].float()
+
+    def guidance_scale(self, sigma: float | Tensor) -> float:
+        low = self.settings.guidance_scale_2
+        return self.settings.guidance_scale if low is None or self._high_noise(sigma) else low
+
+    def _high_noise(self, sigma: float | Tensor) -> bool:
+        lowest = float(sigma.min()) if isinstance(sigma, Tensor) else sigma
+        return self.boundary_ratio is None or lowest >= self.boundary_ratio
+
+    def _expert(self, sigma: float | Tensor) -> nn.Module:
+        """The transformer of a noise level; where networks wait in main memory, the two take turns on the device."""
+        if self.boundary_ratio is None:
+            return self.transformer
+        pair = (self.transformer, self.transformer_2)
+        expert, other = pair if self._high_noise(sigma) else pair[::-1]
+        if expert.device.type != self.device.type:
+            other.to("cpu")
+            expert.to(self.device)
+        return expert
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -145,26 +231,81 @@ def clean_prompt(prompt: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
 
 
-def load_wan(path_or_id: str, index: dict[str, Any], settings: Settings, dtype: torch.dtype, **hub: Any) -> WanReasoner:
-    """The Reasoner of a diffusers Wan pipeline, local or on the hub, whose model_index.json is `index`."""
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
-    from transformers import AutoTokenizer, UMT5EncoderModel
-
-    if (index.get("transformer_2") or [None])[0]:
-        raise InputError(f"{path_or_id} has two transformers (A14B): only Wan models with one can be taught")
-    transformer = WanTransformer3DModel.from_pretrained(path_or_id, subfolder="transformer", torch_dtype=dtype, **hub)
-    # diffusers' Wan examples keep the VAE in float32; it runs once or twice an instance.
-    vae = AutoencoderKLWan.from_pretrained(path_or_id, subfolder="vae", torch_dtype=torch.float32, **hub)
-    if transformer.config.in_channels != vae.config.z_dim:
+def check_channels(transformer: Any, vae: Any, name: str = "transformer") -> None:
+    """Raise InputError, with the numbers that differ, unless transformer and VAE have the same latents."""
+    taken, channels = transformer.config.in_channels, vae.config.z_dim
+    with_image = 2 * channels + vae.config.scale_factor_temporal
+    if taken not in (channels, with_image) or transformer.config.out_channels != channels:
         raise InputError(
-            f"the transformer of {path_or_id} takes {transformer.config.in_channels} channels and its VAE makes"
-            f" {vae.config.z_dim}: image models that append the image as channels (Wan 2.1 I2V) cannot be taught"
+            f"the {name} takes {taken} channels and gives {transformer.config.out_channels}, but the VAE has"
+            f" {channels}: it must take {channels}, or {with_image} with the image as channels, and give {channels}"
         )
+    if transformer.config.pos_embed_seq_len is not None:
+        raise InputError(f"the {name} takes a first and a last frame (FLF2V): Wan models with one image can be taught")
+    for statistic in ("latents_mean", "latents_std"):
+        if len(getattr(vae.config, statistic, None) or ()) != channels:
+            raise InputError(
+                f"the VAE's config has no {statistic} of {channels} values: take the config.json of the model's own VAE"
+            )
+
+
+def load_wan(
+    path_or_id: str,
+    index: dict[str, Any],
+    settings: Settings,
+    dtype: torch.dtype,
+    local_files_only: bool,
+    *,
+    transformer: Sequence[str] = (),
+    few_step_lora: Sequence[str] = (),
+) -> WanReasoner:
+    """The Reasoner of a diffusers Wan pipeline, local or on the hub, whose model_index.json is `index`.
+
+    transformer, few_step_lora: see `load_transformers`; the high-noise expert comes first.
+    """
+    from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
+
+    hub: dict[str, Any] = {"local_files_only": local_files_only}
+
+    def there(part: str) -> bool:
+        return bool((index.get(part) or [None])[0])
+
+    if not there("transformer"):
+        raise InputError(f"{path_or_id} has no transformer for the high noise levels, which is the one that is taught")
+    names = ["transformer", *(["transformer_2"] if there("transformer_2") else [])]
+    networks = load_transformers(
+        WanTransformer3DModel,
+        path_or_id,
+        names,
+        dtype,
+        local_files_only,
+        transformer=transformer,
+        few_step_lora=few_step_lora,
+        loader=WanPipeline,
+    )
+    # diffusers' Wan examples keep the VAE in float32; it runs once or twice an instance.
+    vae = load_part(AutoencoderKLWan, path_or_id, "vae", torch.float32, local_files_only)
+    text_encoder = UMT5EncoderModel.from_pretrained(path_or_id, subfolder="text_encoder", dtype=dtype, **hub)
+    for name, network in networks.items():
+        if network.config.text_dim != text_encoder.config.d_model:
+            raise InputError(
+                f"the {name} takes text of width {network.config.text_dim} and the text encoder gives"
+                f" {text_encoder.config.d_model}: they belong to different models"
+            )
+    image_encoder = image_processor = None
+    if there("image_encoder") and networks["transformer"].config.image_dim is not None:
+        image_encoder = CLIPVisionModel.from_pretrained(path_or_id, subfolder="image_encoder", dtype=dtype, **hub)
+        image_processor = CLIPImageProcessor.from_pretrained(path_or_id, subfolder="image_processor", **hub)
     return WanReasoner(
-        transformer,
+        networks["transformer"],
         vae,
-        UMT5EncoderModel.from_pretrained(path_or_id, subfolder="text_encoder", dtype=dtype, **hub),
+        text_encoder,
         AutoTokenizer.from_pretrained(path_or_id, subfolder="tokenizer", **hub),
         bool(index.get("expand_timesteps")),
         settings,
+        transformer_2=networks.get("transformer_2"),
+        boundary_ratio=index.get("boundary_ratio"),
+        image_encoder=image_encoder,
+        image_processor=image_processor,
     )

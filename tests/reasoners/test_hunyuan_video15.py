@@ -1,0 +1,329 @@
+"""The HunyuanVideo-1.5 Reasoner against diffusers' own pipelines and scheduler."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKLHunyuanVideo15,
+    ClassifierFreeGuidance,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15ImageToVideoPipeline,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
+)
+from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
+from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from tests.other_device import other_device
+from tests.reasoners.tiny_hunyuan import SIZE, tiny_hunyuan_pipeline
+from tests.tiny_pair import QUERIES, tiny_decoder
+from tests.tiny_teacher import tiny_qwen3_vl
+from vlmteacher import InputError, QuerySet, TeacherPipeline
+from vlmteacher.decoders.taehv import load_decoder
+from vlmteacher.lora import add_lora
+from vlmteacher.reasoners import Settings, load_reasoner
+from vlmteacher.reasoners.checkpointing import Keep, keep_activations
+
+PROMPT = 'Move the red ball to the box that says "here" and "there".'
+STEPS = Settings(timesteps=(1000, 500), shift=7.0, sampler="euler", max_sequence_length=1000)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """Step-distilled image-to-video."""
+    return tiny_hunyuan_pipeline(tmp_path_factory.mktemp("hunyuan"))
+
+
+@pytest.fixture()
+def reasoner(directory):
+    return load(directory)
+
+
+def load(directory):
+    reasoner = load_reasoner(directory)
+    reasoner.settings = STEPS
+    return reasoner
+
+
+@pytest.fixture(scope="module")
+def image():
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+
+def instance(reasoner, image, seed=0, prompt=PROMPT):
+    condition = reasoner.encode(prompt, image, *SIZE)
+    return condition, reasoner.noise(condition, torch.Generator().manual_seed(seed))
+
+
+def stock(kind, directory, guidance_scale=1.0, **given):
+    pipe = kind.from_pretrained(directory, guider=ClassifierFreeGuidance(guidance_scale=guidance_scale))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(num_frames=SIZE[0], num_inference_steps=2, output_type="pt", **given).frames[0]
+
+
+@pytest.mark.parametrize("meanflow, prompt", [(True, PROMPT), (False, "no quoted words")])
+def test_same_video_of_an_image_as_the_diffusers_pipeline(tmp_path, image, meanflow, prompt):
+    """Three encoders, known latents and mask, shift, the level that each step goes to; theirs with all the padding."""
+    directory = tiny_hunyuan_pipeline(tmp_path, meanflow=meanflow)
+    reasoner = load(directory)
+    condition, noise = instance(reasoner, image, prompt=prompt)
+    ours = reasoner.decode(reasoner.sample(condition, noise))
+    theirs = stock(HunyuanVideo15ImageToVideoPipeline, directory, prompt=prompt, image=image, latents=noise.z1)
+    assert ours.shape == (5, 3, 64, 64) and ours.std() > 0.01
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+def test_same_video_of_a_prompt_as_the_diffusers_pipeline(tmp_path):
+    directory = tiny_hunyuan_pipeline(tmp_path, "HunyuanVideo15Pipeline", meanflow=False)
+    reasoner = load(directory)
+    guided = reasoner.with_sampling(guidance_scale=3.0, negative_prompt="blurred")
+    condition, noise = instance(guided, None)
+    ours = guided.decode(guided.sample(condition, noise))
+    theirs = stock(
+        HunyuanVideo15Pipeline,
+        directory,
+        guidance_scale=3.0,
+        prompt=PROMPT,
+        negative_prompt="blurred",
+        height=64,
+        width=64,
+        latents=noise.z1,
+    )
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+    assert (reasoner.decode(reasoner.sample(*instance(reasoner, None))) - ours).abs().max() > 1e-3  # without guidance
+
+
+def test_guided_mean_velocity(reasoner, image, directory):
+    guided = reasoner.with_sampling(guidance_scale=3.0, negative_prompt="blurred")
+    condition, noise = instance(guided, image)
+    ours = guided.decode(guided.sample(condition, noise))
+    theirs = stock(
+        HunyuanVideo15ImageToVideoPipeline,
+        directory,
+        guidance_scale=3.0,
+        prompt=PROMPT,
+        negative_prompt="blurred",
+        image=image,
+        latents=noise.z1,
+    )
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+def test_one_step_prediction_is_one_euler_step_to_zero(directory, reasoner, image):
+    """The stock transformer with stock attention, asked for the mean velocity from 1 to 0."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    scheduler.set_timesteps(sigmas=[1.0])
+    (t,) = scheduler.timesteps
+    condition, noise = instance(reasoner, image)
+    inputs = dict(condition.inputs)
+    transformer = HunyuanVideo15Transformer3DModel.from_pretrained(directory / "transformer")
+    x = torch.cat([noise.z1, inputs.pop("known_latents")], 1)
+
+    def step(until):
+        u = transformer(
+            x,
+            t.expand(1),
+            condition.prompt_embeds,
+            timestep_r=torch.full((1,), until),
+            return_dict=False,
+            **inputs,
+        )[0]
+        return scheduler.step(u, t, noise.z1, return_dict=False)[0]
+
+    with torch.no_grad():
+        ours = reasoner.predict_clean(condition, noise)
+        torch.testing.assert_close(ours, step(0.0), atol=1e-5, rtol=1e-5)
+        assert (ours - noise.z1).abs().mean() > 0.01
+        scheduler._step_index = None
+        assert not torch.allclose(ours, step(500.0), atol=1e-4)  # the level it goes to matters
+
+
+def test_the_image_comes_in_as_known_latents(reasoner, image):
+    condition, _ = instance(reasoner, image)
+    frame = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None, :, None] / 255 * 2 - 1
+    known = condition.inputs["known_latents"]
+    expected = reasoner.vae.encode(frame).latent_dist.mode() * reasoner.vae.config.scaling_factor
+    torch.testing.assert_close(known[:, :-1, :1], expected)
+    assert known[:, -1, 0].eq(1).all() and known[:, :, 1:].eq(0).all()
+
+
+def test_attention_keeps_no_mask(reasoner, image):
+    """The stock attention keeps one of (video and text tokens)^2 in every block."""
+    add_lora(reasoner.transformer, rank=2, seed=0)
+    condition, noise = instance(reasoner, image)
+    text = [condition.prompt_embeds, condition.inputs["encoder_hidden_states_2"], condition.inputs["image_embeds"]]
+    joint = noise.z1[0, 0].numel() + sum(x.shape[1] for x in text)
+
+    def masks_kept():
+        saved = []
+        with saved_tensors_hooks(lambda x: (saved.append(x.shape[-2:]), x)[1], lambda x: x):
+            reasoner.predict_clean(condition, noise)
+        return saved.count((joint, joint))
+
+    assert masks_kept() == 0
+    del reasoner.transformer.forward
+    for block in reasoner.transformer.transformer_blocks:
+        block.attn.set_processor(HunyuanVideo15AttnProcessor2_0())
+    assert masks_kept() >= 2
+
+
+def test_it_can_be_traced(reasoner, image):
+    """Nothing in the prediction asks what a tensor holds: fake tensors, which hold nothing, go through."""
+    condition, noise = instance(reasoner, image)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        inputs = {name: mode.from_tensor(value) for name, value in condition.inputs.items()}
+        condition = replace(condition, prompt_embeds=mode.from_tensor(condition.prompt_embeds), inputs=inputs)
+        fake = reasoner.predict_clean(condition, replace(noise, z1=mode.from_tensor(noise.z1)))
+    assert fake.shape == noise.z1.shape
+
+
+def test_gradient_reaches_every_lora_b(reasoner, image):
+    add_lora(reasoner.transformer, rank=4, seed=0)
+    condition, noise = instance(reasoner, image)
+    (reasoner.predict_clean(condition, noise) ** 2).sum().backward()
+    found = {n: p.grad for n, p in reasoner.transformer.named_parameters() if "lora_B" in n}
+    last = len(reasoner.transformer.transformer_blocks) - 1  # what it makes of the text is read by nobody
+    unread = tuple(f"transformer_blocks.{last}.{x}" for x in ("attn.add_q_proj", "attn.to_add_out", "ff_context"))
+    used = {name for name, grad in found.items() if grad is not None and grad.abs().max() > 0}
+    assert len(found) == 24 and used == {name for name in found if not name.startswith(unread)}
+
+
+def test_what_the_blocks_keep_changes_no_bit(reasoner, image):
+    add_lora(reasoner.transformer, rank=2, seed=0)
+    condition, noise = instance(reasoner, image)
+    gradients = []
+    for level in Keep:
+        keep_activations(reasoner.transformer, level)
+        reasoner.predict_clean(condition, noise).square().sum().backward()
+        found = [p for n, p in reasoner.transformer.named_parameters() if "lora_B" in n and p.grad is not None]
+        gradients.append(torch.cat([p.grad.flatten() for p in found]))
+        reasoner.transformer.zero_grad()
+    assert gradients[0].abs().max() > 0 and all(torch.equal(g, gradients[0]) for g in gradients[1:])
+
+
+def test_bfloat16(directory, reasoner, image):
+    """The latents stay float32, and so does the LoRA."""
+    low = load_reasoner(directory, torch.bfloat16)
+    low.settings = STEPS
+    add_lora(low.transformer, rank=2, seed=0)
+    condition, noise = instance(low, image)
+    z0 = low.predict_clean(condition, noise)
+    z0.square().mean().backward()
+    with torch.no_grad():
+        expected = reasoner.predict_clean(*instance(reasoner, image))
+    assert z0.dtype == torch.float32 and (z0 - expected).abs().mean() < 0.02
+    assert all(p.grad is None or p.grad.isfinite().all() for p in low.transformer.parameters())
+
+
+def test_one_update_of_the_whole_pipeline(directory, tmp_path, image):
+    """Here, and on another device with main memory for what is not needed."""
+    models = (
+        directory,
+        tiny_qwen3_vl(tmp_path / "teacher"),
+        tiny_decoder(tmp_path / "decoder.safetensors", space_upscale=(True,) * 3),
+    )
+    size = dict(zip(("num_frames", "height", "width"), SIZE, strict=True))
+
+    def update(pipe):
+        pipe.reasoner.settings = STEPS
+        return pipe(
+            PROMPT,
+            image,
+            **size,
+            generator=torch.Generator().manual_seed(0),
+            queries=QuerySet.from_dict(QUERIES),
+            max_steps=1,
+            rank=2,
+            teacher_frames=4,
+            learning_rate=0.03,
+            progress=False,
+            output_type="pt",
+        )
+
+    out = update(TeacherPipeline.from_pretrained(*models))
+    change = (out.frames - out.frames_before).abs().max()
+    assert out.updates == 1 and out.history[0]["grad_norm"] > 0
+    assert out.frames.shape == (5, 3, 64, 64) and change > 1e-3
+
+    pipe = TeacherPipeline.from_pretrained(*models, offload=True)
+    with other_device():
+        pipe.to("meta")
+        there = update(pipe).frames.to("cpu")
+    assert (there - out.frames).abs().max() < 0.02 * change
+
+
+def test_large_frames_are_decoded_in_tiles(reasoner):
+    latents = torch.randn(1, 8, 1, 20, 4, generator=torch.Generator().manual_seed(0))
+    tiled = reasoner.decode(latents)
+    reasoner.vae.disable_tiling()
+    whole = reasoner.decode(latents)
+    assert tiled.shape == whole.shape == (1, 3, 320, 64) and not torch.equal(tiled, whole)
+
+
+@pytest.mark.parametrize(
+    "size, said",
+    [
+        ((6, 64, 64), "num_frames must be 4k .* not 6: the nearest are 5 and 9"),
+        ((5, 72, 64), "height must be a multiple of 16, not 72: the nearest are 64 and 80"),
+    ],
+)
+def test_sizes_it_cannot_take(reasoner, image, size, said):
+    with pytest.raises(InputError, match=said):
+        reasoner.encode(PROMPT, image, *size)
+
+
+def test_bad_input(directory, reasoner, image, tmp_path):
+    with pytest.raises(InputError, match="prompt is empty"):
+        reasoner.encode("", image, *SIZE)
+    with pytest.raises(InputError, match="give the first frame"):
+        reasoner.encode(PROMPT, None, *SIZE)
+    text_only = load(tiny_hunyuan_pipeline(tmp_path / "text", "HunyuanVideo15Pipeline"))
+    with pytest.raises(InputError, match="takes no image"):
+        text_only.encode(PROMPT, image, *SIZE)
+    copy = shutil.copytree(directory, tmp_path / "copy")
+    shutil.rmtree(copy / "image_encoder")
+    with pytest.raises(InputError, match="is the copy complete"):
+        load_reasoner(copy)
+    shutil.rmtree(copy / "vae")
+    AutoencoderKLHunyuanVideo15(latent_channels=4, block_out_channels=(8,) * 5, layers_per_block=1).save_pretrained(
+        copy / "vae"
+    )
+    with pytest.raises(InputError, match="takes 17 channels, with its VAE it would be given 9"):
+        load_reasoner(copy)
+
+
+def test_parts_that_diffusers_cannot_read(directory, tmp_path):
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(InputError, match="no single file of a HunyuanVideo15Transformer3DModel: give a directory"):
+        load_reasoner(directory, transformer=str(file))
+    with pytest.raises(
+        InputError, match=r"no LoRA loader for the pipeline of .*: give the few-step transformer itself"
+    ):
+        load_reasoner(directory, few_step_lora=str(file), preset="hunyuan-video-1.5-480p-i2v-step-distilled")
+
+
+def test_another_transformer_and_its_preset(directory, tmp_path):
+    """A directory that still has the hub's name brings its own way of sampling."""
+    name = "HunyuanVideo-1.5-Diffusers-480p_i2v_step_distilled"
+    other = shutil.copytree(directory / "transformer", tmp_path / name / "transformer")
+    reasoner = load_reasoner(directory, transformer=str(other.parent))
+    assert reasoner.settings.sigmas[1] == pytest.approx(7 * 0.875 / (1 + 6 * 0.875))
+    assert (len(reasoner.settings.timesteps), reasoner.settings.sampler, reasoner.width) == (8, "euler", 848)
+
+
+def test_decoders_of_its_latents(reasoner, tmp_path):
+    layout = {"space_upscale": (True,) * 3}
+    plain = load_decoder(tiny_decoder(tmp_path / "taehv1_5.safetensors", **layout), reasoner)
+    assert plain.latents_std is None  # takes what the transformer sees
+    light = load_decoder(tiny_decoder(tmp_path / "lighttaehy1_5.safetensors", **layout), reasoner)
+    torch.testing.assert_close(light.latents_std, reasoner.latents_std)  # takes the VAE's own
+    torch.testing.assert_close(light.latents_mean, reasoner.latents_mean)
+    with pytest.raises(InputError, match="latents of 16 channels, but the Reasoner's have 8"):
+        load_decoder(tiny_decoder(tmp_path / "taew2_1.safetensors", 16, **layout), reasoner)

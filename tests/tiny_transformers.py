@@ -1,0 +1,65 @@
+"""Random transformers of the real classes, with inputs for one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+FAMILIES = ("wan", "wan_i2v", "ltx", "hunyuan_video15")
+
+
+def tiny_transformer(family: str) -> Any:
+    """Two blocks of width 32. wan_i2v: Wan 2.1's, with keys and values of image features."""
+    from diffusers import HunyuanVideo15Transformer3DModel, LTXVideoTransformer3DModel, WanTransformer3DModel
+
+    heads = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if family.startswith("wan"):
+            image = {"image_dim": 12, "added_kv_proj_dim": 32} if family == "wan_i2v" else {}
+            sizes = {"in_channels": 8, "out_channels": 8, "text_dim": 32, "freq_dim": 32, "ffn_dim": 64}
+            model: Any = WanTransformer3DModel(**heads, **sizes, **image)
+        elif family == "ltx":
+            model = LTXVideoTransformer3DModel(
+                in_channels=8, out_channels=8, cross_attention_dim=32, caption_channels=24, **heads
+            )
+        else:
+            model = HunyuanVideo15Transformer3DModel(
+                in_channels=17,
+                out_channels=8,
+                num_refiner_layers=1,
+                mlp_ratio=2.0,
+                text_embed_dim=24,
+                text_embed_2_dim=20,
+                image_embed_dim=12,
+                rope_axes_dim=(4, 6, 6),
+                use_meanflow=True,
+                **heads,
+            )
+    return model.eval().requires_grad_(False)
+
+
+def call(model: Any) -> torch.Tensor:
+    """The velocity for fixed random inputs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    name = type(model).__name__
+    inputs: dict[str, Any] = {"timestep": torch.tensor([700.0])}
+    if name == "WanTransformer3DModel":
+        inputs |= {"hidden_states": draw(1, 8, 2, 4, 6), "encoder_hidden_states": draw(1, 12, 32)}
+        if model.config.image_dim:
+            inputs["encoder_hidden_states_image"] = draw(1, 5, 12)
+    elif name == "LTXVideoTransformer3DModel":
+        inputs |= {"hidden_states": draw(1, 12, 8), "encoder_hidden_states": draw(1, 6, 24)}
+        inputs |= {"encoder_attention_mask": torch.ones(1, 6), "num_frames": 2, "height": 2, "width": 3}
+    else:
+        inputs |= {"hidden_states": draw(1, 17, 2, 4, 6), "encoder_hidden_states": draw(1, 6, 24)}
+        inputs |= {"encoder_hidden_states_2": draw(1, 4, 20), "image_embeds": draw(1, 5, 12)}
+        inputs |= {"encoder_attention_mask": torch.ones(1, 6), "encoder_attention_mask_2": torch.ones(1, 4)}
+        inputs["timestep_r"] = torch.tensor([0.0])
+    with torch.no_grad():
+        return model(**inputs, return_dict=False)[0]

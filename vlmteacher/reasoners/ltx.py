@@ -1,0 +1,179 @@
+"""The LTX-Video family of diffusers (0.9.x), above all the distilled 0.9.8 checkpoints.
+
+Called as `LTXPipeline`, `LTXImageToVideoPipeline` and `LTXConditionPipeline` call the parts: latents packed to tokens,
+a first latent frame with timestep 0 where an image is given, positions in pixels and seconds. The image is given as it
+is: the noise that the last of them would lay over it at every step (``image_cond_noise_scale``) is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmteacher.errors import InputError
+from vlmteacher.reasoners.base import Condition, Reasoner, Settings, check_prompt, with_first_frame
+from vlmteacher.reasoners.parts import load_part, load_transformers
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# How the decoders that take a timestep are run (configs of github.com/Lightricks/LTX-Video).
+DECODE_TIMESTEP = 0.05
+DECODE_NOISE = 0.025
+
+
+class LTXReasoner(Reasoner):
+    """`LTXVideoTransformer3DModel` + `AutoencoderKLLTXVideo` + a T5 text encoder.
+
+    Args:
+        transformer, vae, text_encoder, tokenizer: the parts of a diffusers LTX pipeline; they are frozen here.
+        condition_pipeline: as `LTXConditionPipeline` (0.9.5 and later): T5 sees the prompt without its padding, and a
+            latent frame stands at the time of its first frame. The older pipelines let it see the padding and put
+            latent frame k at frame 8 k, as if the first one held 8 too.
+        settings: sampler and default sizes; `fps` is also told to the model.
+    """
+
+    image_conditioning = True
+
+    def __init__(
+        self,
+        transformer: Any,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        condition_pipeline: bool,
+        settings: Settings | None = None,
+    ) -> None:
+        self.transformer, self.vae, self.text_encoder = (
+            part.eval().requires_grad_(False) for part in (transformer, vae, text_encoder)
+        )
+        self.tokenizer = tokenizer
+        self.condition_pipeline = condition_pipeline
+        self.settings = settings or Settings()
+        self.dtype = transformer.dtype
+        self.latent_channels = vae.config.latent_channels
+        self.temporal_stride = vae.temporal_compression_ratio
+        self.spatial_stride = vae.spatial_compression_ratio
+        self.patch = (1, 1)
+        self.latents_mean = vae.latents_mean.float().view(1, -1, 1, 1, 1)
+        self.latents_std = vae.latents_std.float().view(1, -1, 1, 1, 1) / vae.config.scaling_factor
+        self.to(transformer.device)
+
+    @torch.no_grad()
+    def encode(self, prompt: str, image: Image | None, num_frames: int, height: int, width: int) -> Condition:
+        """See `Reasoner.encode`. The image is resized to `width` x `height` when it has another size."""
+        self.check(num_frames, height, width)
+        check_prompt(prompt)
+        first_frame = None if image is None else self.encode_image(image, height, width)
+
+        def condition(text: str) -> Condition:
+            embeds, mask = self._encode_text(text)
+            return Condition(embeds, first_frame, num_frames, height, width, {"encoder_attention_mask": mask})
+
+        found = condition(prompt)
+        return replace(found, negative=condition(self.settings.negative_prompt)) if self.settings.guided else found
+
+    def _encode_text(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """Embeddings (1, L, D) and mask (1, L) of the prompt's own tokens."""
+        tokens = self.tokenizer(
+            prompt,
+            padding="max_length",
+            max_length=self.settings.max_sequence_length,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.text_encoder.device)  # it may stay on the CPU: it runs once an instance
+        seen = tokens.attention_mask if self.condition_pipeline else None
+        hidden = self.text_encoder(tokens.input_ids, seen).last_hidden_state
+        return hidden.to(self.device, self.dtype), tokens.attention_mask.to(self.device).bool()
+
+    def velocity(
+        self, condition: Condition, latents: Tensor, sigma: float | Tensor, *, transformer: nn.Module | None = None
+    ) -> Tensor:
+        """See `Reasoner.velocity`; with a first frame its tokens are clean and have timestep 0."""
+        batch, _, frames, height, width = latents.shape
+        timestep = self.timestep(sigma, batch)
+        if condition.first_frame is not None:
+            latents = with_first_frame(latents, condition.first_frame)
+            timestep = timestep[:, None].repeat(1, frames * height * width)
+            timestep[:, : height * width] = 0
+        network: Any = self.transformer if transformer is None else transformer
+        tokens = network(
+            hidden_states=latents.flatten(2).transpose(1, 2).to(self.dtype),
+            encoder_hidden_states=condition.prompt_embeds,
+            timestep=timestep,
+            video_coords=self._positions(frames, height, width).expand(batch, -1, -1),
+            return_dict=False,
+            **condition.inputs,
+        )[0]
+        return tokens.float().transpose(1, 2).unflatten(2, (frames, height, width))
+
+    def _positions(self, frames: int, height: int, width: int) -> Tensor:
+        """(1, 3, tokens) float32: second, and pixel down and across, of each token."""
+        time, down, across = (torch.arange(n, dtype=torch.float32, device=self.device) for n in (frames, height, width))
+        time = time * self.temporal_stride
+        if self.condition_pipeline:
+            time = (time + 1 - self.temporal_stride).clamp(min=0)
+        axes = (time / self.fps, down * self.spatial_stride, across * self.spatial_stride)
+        return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)[None]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        video = decode_latents(self.vae, (latents * self.latents_std + self.latents_mean).to(self.vae.dtype))
+        return ((video[0].float() + 1) / 2).clamp(0, 1).transpose(0, 1)
+
+
+def decode_latents(vae: Any, latents: Tensor) -> Tensor:
+    """The VAE's own latents (B, C, T, h, w) -> video (B, 3, F, H, W), about [-1, 1], by any `AutoencoderKLLTXVideo`.
+
+    Since 0.9.1 its decoder does the last step of denoising: it is given noise and a timestep. All noise is drawn from a
+    seed of its own, so that equal latents give equal videos.
+    """
+    device, timestep = latents.device, None
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        if vae.config.timestep_conditioning:
+            timestep = torch.full((len(latents),), DECODE_TIMESTEP, dtype=latents.dtype, device=device)
+            latents = latents.lerp(torch.randn(latents.shape).to(latents), DECODE_NOISE)
+        return vae.decode(latents, timestep, return_dict=False)[0]
+
+
+def load_ltx(
+    path_or_id: str,
+    index: dict[str, Any],
+    settings: Settings,
+    dtype: torch.dtype,
+    local_files_only: bool,
+    **parts: Sequence[str],
+) -> LTXReasoner:
+    """The Reasoner of a diffusers LTX-Video pipeline, local or on the hub, whose model_index.json is `index`.
+
+    parts: see `load_transformers`.
+    """
+    from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    hub = {"local_files_only": local_files_only}
+    transformer = load_transformers(
+        LTXVideoTransformer3DModel, path_or_id, ["transformer"], dtype, local_files_only, loader=LTXPipeline, **parts
+    )["transformer"]
+    vae = load_part(AutoencoderKLLTXVideo, path_or_id, "vae", torch.float32, local_files_only)
+    text_encoder = T5EncoderModel.from_pretrained(path_or_id, subfolder="text_encoder", dtype=dtype, **hub)
+    for what, wanted, got in (
+        ("channels, and its VAE makes", transformer.config.in_channels, vae.config.latent_channels),
+        (
+            "values per word, and its text encoder makes",
+            transformer.config.caption_channels,
+            text_encoder.config.d_model,
+        ),
+    ):
+        if wanted != got:
+            raise InputError(
+                f"the transformer of {path_or_id} takes {wanted} {what} {got}: they belong to different models"
+            )
+    tokenizer = AutoTokenizer.from_pretrained(path_or_id, subfolder="tokenizer", **hub)
+    condition_pipeline = index["_class_name"] == "LTXConditionPipeline"
+    return LTXReasoner(transformer, vae, text_encoder, tokenizer, condition_pipeline, settings)
