@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlmteacher.errors import InputError, MissingExtra
-from vlmteacher.ops.backends import has_avx512_bf16, is_plain
+from vlmteacher.ops.backends import has_avx512_bf16, plain
 
 BACKENDS = ("native", "sdpa", "flex", "xformers", "flash")
 
@@ -142,7 +142,7 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]
 class _Native(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None) -> Tensor:
-        output, softmax = (_forward if is_plain(q) else _forward_operator)(q, k, v, table)
+        output, softmax = (_forward if plain(q) else _forward_operator)(q, k, v, table)
         ctx.save_for_backward(q, k, v, output, softmax)
         ctx.table = table
         return output
@@ -150,7 +150,7 @@ class _Native(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        run = _backward if is_plain(grad) else _backward_operator
+        run = _backward if plain(grad) else _backward_operator
         return *run(grad, *ctx.saved_tensors, ctx.table), None
 
 

@@ -34,6 +34,15 @@ def cpp_status() -> tuple[bool, str]:
     return True, ""
 
 
+_avx512_bf16 = functools.cache(lambda: cpp_status()[0] and torch.ops.vlmteacher_cpp.avx512_bf16())
+
+
+@torch.compiler.assume_constant_result
+def has_avx512_bf16() -> bool:
+    """Whether the C++ operators that need it can run: of the processor, and of the compiler that built them."""
+    return _avx512_bf16()
+
+
 def _no_gpu() -> str:
     kind = f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "CPU"
     return f"torch {torch.__version__} ({kind} build) sees no GPU"
@@ -80,21 +89,12 @@ def backend(x: Tensor, operator: str) -> Any:
     return None
 
 
-_avx512_bf16 = functools.cache(lambda: cpp_status()[0] and torch.ops.vlmteacher_cpp.avx512_bf16())
-
-
-@torch.compiler.assume_constant_result
-def has_avx512_bf16() -> bool:
-    """Whether the C++ operators that need it can run: of the processor, and of the compiler that built them."""
-    return _avx512_bf16()
-
-
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether nobody watches (torch.compile, fake tensors, a dispatch mode), so that a backend may be called directly.
+def plain(tensor: Tensor) -> bool:
+    """Whether nobody looks on, so that an operator's backend can be called without the registration around it.
 
-    Selective checkpointing and counters want to see one operator, whatever the backend launches.
+    A dispatch mode (selective checkpointing, counters) wants to see one operator, whatever the backend launches.
     """
     return type(tensor) in _PLAIN and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()

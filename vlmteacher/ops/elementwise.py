@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlmteacher.ops.backends import has_avx512_bf16, is_plain
+from vlmteacher.ops.backends import has_avx512_bf16, plain
 
 
 def _is_fast(x: Tensor) -> bool:
     own = x.dtype in (torch.bfloat16, torch.float32) and x.device.type == "cpu"
-    return own and x.numel() > 0 and is_plain(x) and has_avx512_bf16()
+    return own and x.numel() > 0 and plain(x) and has_avx512_bf16()
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from vlmteacher.errors import InputError
-from vlmteacher.ops.backends import backend, is_plain
+from vlmteacher.ops.backends import backend, plain
 
 
 def lora_linear_reference(
@@ -152,7 +152,7 @@ class _LoRALinear(torch.autograd.Function):
             factors = tuple(t if t.dtype == dtype else t.to(dtype) for t in factors)
         weights, biases, a, b = frozen[:layers], frozen[layers:], factors[:layers], factors[layers:]
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        *ys, s = (_forward if is_plain(x) else _forward_operator)(rows, weights, biases, a, b, scaling)
+        *ys, s = (_forward if plain(x) else _forward_operator)(rows, weights, biases, a, b, scaling)
         needs = ctx.needs_input_grad
         need_a, need_b = any(needs[-2 * layers : -layers]), any(needs[-layers:])
         ctx.facts = layers, scaling, x.shape, needs[0], need_a, need_b
@@ -172,7 +172,7 @@ def _gradients(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     rows, s, *tensors = ctx.saved_tensors
     weights, a, b = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
     flat = [(g if g.dim() == 2 else g.reshape(-1, g.shape[-1])).contiguous() for g in grads]
-    run = _backward if is_plain(flat[0]) else _backward_operator
+    run = _backward if plain(flat[0]) else _backward_operator
     found = run(flat, rows, s, weights, a, b, scaling, need_x, need_a, need_b)
     dx = None
     if need_x:
