@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kRows = 12, kPanel = 2 * kLanes;  // 12 x 2 vectors of sums of 32 registers
 constexpr int64_t kChunk = 256;                     // keys of which the forward holds scores at a time
+static_assert(kBlock % kRows == 0 && kBlock % kPanel == 0);
 constexpr double kLog2e = 1.4426950408889634;
 
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -42,7 +43,7 @@ void store_pair(char* to, __m512 first, __m512 second) {
 template <class T, int V>
 void multiply(bool add, float* out, int64_t stride, const char* left, int64_t row_step, int64_t word_step,
               const char* panel, int64_t words) {
-  constexpr int64_t kRun = T::kDepth == 2 ? 128 : 16;
+  constexpr int64_t kRun = T::kDepth == 2 ? 128 : 16;  // words
   for (int64_t stop; words > 0; words -= stop, add = true) {
     __m512 sums[kRows][V];
     UNROLL for (auto& row : sums) UNROLL for (auto& vector : row) vector = _mm512_setzero_ps();
