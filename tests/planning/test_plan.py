@@ -129,6 +129,11 @@ def test_broken_directories(tmp_path: Path, run: Run) -> None:  # noqa: F811
     assert "model_index.json" in run("plan", "--reasoner", tmp_path, "--teacher", "packaged")[2]
     (tmp_path / "config.json").write_text("{")
     assert "config.json" in run("plan", "--reasoner", "packaged", "--teacher", tmp_path)[2]
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    assert (
+        "is a FluxPipeline: the plan knows WanPipeline"
+        in run("plan", "--reasoner", tmp_path, "--teacher", "packaged")[2]
+    )
     tiny = tiny_wan_pipeline(tmp_path / "wan")
     assert "--decoder is needed" in run("plan", "--reasoner", tiny, "--teacher", "packaged")[2]
 

@@ -16,6 +16,7 @@ from diffusers import (
 )
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 from PIL import Image
+from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -25,9 +26,11 @@ from tests.tiny_pair import QUERIES, tiny_decoder
 from tests.tiny_teacher import tiny_qwen3_vl
 from vlmteacher import InputError, QuerySet, TeacherPipeline
 from vlmteacher.decoders.taehv import load_decoder
-from vlmteacher.lora import add_lora
+from vlmteacher.lora import add_lora, export_lora, lora_parameters
+from vlmteacher.lora_files import read_lora
 from vlmteacher.reasoners import Settings, load_reasoner
 from vlmteacher.reasoners.checkpointing import Keep, keep_activations
+from vlmteacher.reasoners.presets import PRESETS
 
 PROMPT = 'Move the red ball to the box that says "here" and "there".'
 STEPS = Settings(timesteps=(1000, 500), shift=7.0, sampler="euler", max_sequence_length=1000)
@@ -298,15 +301,33 @@ def test_bad_input(directory, reasoner, image, tmp_path):
         load_reasoner(copy)
 
 
-def test_parts_that_diffusers_cannot_read(directory, tmp_path):
+def test_parts_that_cannot_be_read(directory, tmp_path):
     file = tmp_path / "weights.safetensors"
-    file.write_bytes(b"")
+    save_file({"x": torch.ones(1)}, file)
     with pytest.raises(InputError, match="no single file of a HunyuanVideo15Transformer3DModel: give a directory"):
         load_reasoner(directory, transformer=str(file))
-    with pytest.raises(
-        InputError, match=r"no LoRA loader for the pipeline of .*: give the few-step transformer itself"
-    ):
-        load_reasoner(directory, few_step_lora=str(file), preset="hunyuan-video-1.5-480p-i2v-step-distilled")
+    file.rename(tmp_path / "weights.bin")
+    preset = "hunyuan-video-1.5-480p-i2v-step-distilled"
+    for name, message in (("weights.bin", "is no .safetensors file"), ("none.safetensors", "is no file")):
+        with pytest.raises(InputError, match=f"{name} {message}"):
+            load_reasoner(directory, few_step_lora=str(tmp_path / name), preset=preset)
+
+
+@pytest.mark.parametrize("style", ["diffusers", "comfyui", "musubi"])
+def test_a_few_step_lora_is_in_the_weights(directory, reasoner, image, tmp_path, style):
+    """diffusers has no LoRA loader for this pipeline."""
+    add_lora(reasoner.transformer, rank=4, alpha=2.0, seed=0)
+    with torch.no_grad():
+        for parameter in lora_parameters(reasoner.transformer):
+            parameter += 0.1
+    file = tmp_path / "few_step.safetensors"
+    file.write_bytes(read_lora(export_lora(reasoner.transformer)).to_bytes(style))
+    merged = load_reasoner(directory, few_step_lora=str(file), preset="hunyuan-video-1.5-480p-i2v-step-distilled")
+    condition, noise = instance(reasoner, image)
+    with torch.no_grad():
+        ours, expected = (each.velocity(condition, noise.z1, 1.0) for each in (merged, reasoner))
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
+    assert not any("lora" in name for name, _ in merged.transformer.named_parameters())
 
 
 def test_another_transformer_and_its_preset(directory, tmp_path):
@@ -316,6 +337,13 @@ def test_another_transformer_and_its_preset(directory, tmp_path):
     reasoner = load_reasoner(directory, transformer=str(other.parent))
     assert reasoner.settings.sigmas[1] == pytest.approx(7 * 0.875 / (1 + 6 * 0.875))
     assert (len(reasoner.settings.timesteps), reasoner.settings.sampler, reasoner.width) == (8, "euler", 848)
+
+
+def test_settings_of_a_checkpoint_of_unknown_name(directory, tmp_path):
+    distilled, base = load_reasoner(directory).settings, load_reasoner(tiny_hunyuan_pipeline(tmp_path, meanflow=False))
+    assert distilled == PRESETS["hunyuan-video-1.5-480p-i2v-step-distilled"]
+    shift, guidance = {"shift": 7.0}, {"guidance_scale": 1.0}  # of this scheduler and this guider
+    assert base.settings == replace(PRESETS["hunyuan-video-1.5-480p"], **shift, **guidance)
 
 
 def test_decoders_of_its_latents(reasoner, tmp_path):

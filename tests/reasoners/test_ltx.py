@@ -24,6 +24,7 @@ from vlmteacher.decoders.taehv import load_decoder
 from vlmteacher.lora import add_lora
 from vlmteacher.reasoners import Settings, load_reasoner
 from vlmteacher.reasoners.checkpointing import Keep, keep_activations
+from vlmteacher.reasoners.presets import PRESETS
 
 PROMPT = "Move the red ball to the green square."
 STEPS = Settings(timesteps=(1000, 750, 500, 250), sampler="euler", fps=24.0, max_sequence_length=12)
@@ -313,6 +314,10 @@ def test_a_single_file_and_a_few_step_lora(directory, tmp_path):
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
     assert reasoner.settings.timesteps[:2] == (1000, 993.7) and reasoner.settings.sampler == "euler"
+
+
+def test_a_checkpoint_of_unknown_name_is_taken_for_a_distilled_one(directory):
+    assert load_reasoner(directory).settings == PRESETS["ltx-0.9.8-distilled"]
 
 
 def test_the_decoder_of_ltx_2_is_refused(reasoner, tmp_path):

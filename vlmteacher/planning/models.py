@@ -22,6 +22,7 @@ from vlmteacher.teachers.preprocessing import VisionSettings, read_settings
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher
 
 KNOWN = Path(__file__).parent.parent / "known_models"
+PARTS = ("transformer", "vae", "text_encoder")
 PACKAGED = Path(__file__).parent.parent / "microworld" / "models"
 
 
@@ -63,20 +64,19 @@ def build_reasoner(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Reas
     """(the Reasoner on the meta device, the name of its family's decoder, if known). Raises InputError."""
     directory = PACKAGED / "reasoner" if name == "packaged" else Path(name)
     if directory.is_dir():
-        settings = known_preset(name) or Settings()
         index = _read(directory / "model_index.json")
         facts: dict[str, Any] = {name: index.get(name) for name in ("expand_timesteps", "boundary_ratio")}
         facts["pipeline"] = index.get("_class_name")
-        for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder"):
-            if part in ("transformer", "vae", "text_encoder") or (index.get(part) or [None])[0]:  # the others: if any
-                facts[part] = _read(directory / part / "config.json")
-        if (directory / "reasoner.json").is_file():
-            settings = Settings.load(directory / "reasoner.json")
     else:
         facts = known_facts(name, "reasoner")
-        settings = find_preset(facts["preset"]) if "preset" in facts else Settings()
     if facts["pipeline"] not in FAMILIES:
         raise InputError(f"{name} is a {facts['pipeline']}: the plan knows {', '.join(FAMILIES)}")
+    settings = find_preset(facts["preset"]) if "preset" in facts else Settings()
+    if directory.is_dir():
+        optional = [part for part in ("text_encoder_2", "image_encoder") if (index.get(part) or [None])[0]]
+        facts |= {part: _read(directory / part / "config.json") for part in (*PARTS, *optional)}
+        own = directory / "reasoner.json"
+        settings = Settings.load(own) if own.is_file() else known_preset(name) or settings
     try:
         with META:
             return BUILDERS[FAMILIES[facts["pipeline"]]](facts, settings, dtype), facts.get("decoder")

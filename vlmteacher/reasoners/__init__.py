@@ -43,7 +43,7 @@ def load_reasoner(
     """Load the Reasoner of a diffusers pipeline: a local directory or a hub id.
 
     The family follows from the class in ``model_index.json``. How it samples, and its sizes, are those of `preset`, of
-    a ``reasoner.json`` beside the index, or of the preset that is known for the hub id, in this order.
+    a ``reasoner.json`` beside the index, of the preset that is known for the hub id, or the family's, in this order.
 
     Args:
         dtype: of the transformer and the text encoder.
@@ -77,6 +77,7 @@ def load_reasoner(
         raise InputError(f"{index_file} is no diffusers pipeline index") from error
     if family not in FAMILIES:
         raise InputError(f"{name} is a {family}: the known Reasoners are {', '.join(FAMILIES)}")
+    settings: Settings | None
     if preset is not None:
         settings = find_preset(preset)
     elif settings_file := find_file(name, "reasoner.json", local_files_only):
@@ -84,7 +85,7 @@ def load_reasoner(
     elif few_step_lora:
         raise InputError(f"{few_step_lora} changes how {name} is sampled: name a preset ({', '.join(PRESETS)})")
     else:
-        settings = known_preset(*parts.get("transformer", ()), name) or Settings()
+        settings = known_preset(*parts.get("transformer", ()), name)
     # A cached model is opened as the directory that it is: by its id, transformers looks for a tokenizer/config.json
     # that is not there, and takes its absence for a lost connection.
     where = str(index_file.parent) if local_files_only else name

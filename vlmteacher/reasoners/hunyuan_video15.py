@@ -18,6 +18,7 @@ from vlmteacher.errors import InputError
 from vlmteacher.reasoners.attention import attend
 from vlmteacher.reasoners.base import Condition, Reasoner, Settings, check_prompt, fit_image
 from vlmteacher.reasoners.parts import load_part, load_transformers
+from vlmteacher.reasoners.presets import PRESETS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -235,14 +236,14 @@ class UnmaskedAttention:
 def load_hunyuan_video15(
     path_or_id: str,
     index: dict[str, Any],
-    settings: Settings,
+    settings: Settings | None,
     dtype: torch.dtype,
     local_files_only: bool,
     **parts: Sequence[str],
 ) -> HunyuanVideo15Reasoner:
     """The Reasoner of a diffusers HunyuanVideo-1.5 pipeline, local or on the hub, whose index is `index`.
 
-    parts: see `load_transformers`; LoRAs are refused, for diffusers has no loader for this pipeline.
+    settings: None follows the configs of transformer, scheduler and guider. parts: see `load_transformers`.
     """
     from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
     from transformers import AutoTokenizer, Qwen2_5_VLTextModel, SiglipImageProcessor, SiglipVisionModel, T5EncoderModel
@@ -279,6 +280,19 @@ def load_hunyuan_video15(
         load(AutoTokenizer, "tokenizer"),
         load(T5EncoderModel, "text_encoder_2", dtype=dtype),
         load(AutoTokenizer, "tokenizer_2"),
-        settings=settings,
+        settings=settings or _settings(path_or_id, transformer.config, local_files_only),
         **image_parts,
     )
+
+
+def _settings(path_or_id: str, config: Any, local_files_only: bool) -> Settings:
+    """How a checkpoint of an unknown name is sampled, by what its configs say."""
+    from diffusers import ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler
+
+    size = "480p" if config.target_size <= 640 else "720p-i2v"
+    known = PRESETS[f"hunyuan-video-1.5-{'480p-i2v-step-distilled' if config.use_meanflow else size}"]
+    scheduler, guider = (
+        kind.load_config(path_or_id, subfolder=subfolder, local_files_only=local_files_only)
+        for kind, subfolder in ((FlowMatchEulerDiscreteScheduler, "scheduler"), (ClassifierFreeGuidance, "guider"))
+    )
+    return replace(known, shift=scheduler["shift"], guidance_scale=guider["guidance_scale"])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners.base import Condition, Reasoner, Settings, check_prompt, with_first_frame
 from vlmteacher.reasoners.parts import load_part, load_transformers
+from vlmteacher.reasoners.presets import PRESETS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -144,14 +145,14 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
 def load_ltx(
     path_or_id: str,
     index: dict[str, Any],
-    settings: Settings,
+    settings: Settings | None,
     dtype: torch.dtype,
     local_files_only: bool,
     **parts: Sequence[str],
 ) -> LTXReasoner:
     """The Reasoner of a diffusers LTX-Video pipeline, local or on the hub, whose model_index.json is `index`.
 
-    parts: see `load_transformers`.
+    settings: None takes it for a distilled model. parts: see `load_transformers`.
     """
     from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
     from transformers import AutoTokenizer, T5EncoderModel
@@ -176,4 +177,5 @@ def load_ltx(
             )
     tokenizer = AutoTokenizer.from_pretrained(path_or_id, subfolder="tokenizer", **hub)
     condition_pipeline = index["_class_name"] == "LTXConditionPipeline"
+    settings = settings or PRESETS["ltx-0.9.8-distilled"]
     return LTXReasoner(transformer, vae, text_encoder, tokenizer, condition_pipeline, settings)

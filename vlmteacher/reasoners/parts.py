@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from vlmteacher import lora
 from vlmteacher.errors import InputError
 from vlmteacher.hub import find_file, unknown_model
+from vlmteacher.lora_files import read_lora
 
 
 def load_transformers(
@@ -28,14 +30,9 @@ def load_transformers(
     """The transformers `names` of a diffusers pipeline, by name, all of class `kind`.
 
     transformer: what comes in the place of its own ones, in this order (see `load_transformer`).
-    few_step_lora: files that are merged into them, in the same order, by the `loader` (see `merge_lora`); None
-        takes none.
+    few_step_lora: files that are merged into them, in the same order, read by the `loader` (see `merge_lora`), or where
+        diffusers has none by `vlmteacher.lora_files`.
     """
-    if few_step_lora and loader is None:
-        raise InputError(
-            f"few_step_lora: diffusers has no LoRA loader for the pipeline of {pipeline}: give the few-step transformer"
-            " itself (`transformer`)"
-        )
     for option, files in (("transformer", transformer), ("few_step_lora", few_step_lora)):
         if len(files) > len(names):
             raise InputError(f"{option}: {pipeline} has {len(names)} transformer(s), {len(files)} were given")
@@ -44,7 +41,12 @@ def load_transformers(
         given = transformer[number] if number < len(transformer) else None
         networks[name] = load_transformer(kind, pipeline, name, given, dtype, local_files_only)
         if number < len(few_step_lora):
-            merge_lora(networks[name], few_step_lora[number], loader)
+            file = few_step_lora[number]
+            if loader is None:
+                check_safetensors(Path(file), "few_step_lora")
+                lora.merge_lora(networks[name], read_lora(file, f"few_step_lora {file}"))
+            else:
+                merge_lora(networks[name], file, loader)
     return networks
 
 

@@ -252,7 +252,7 @@ def check_channels(transformer: Any, vae: Any, name: str = "transformer") -> Non
 def load_wan(
     path_or_id: str,
     index: dict[str, Any],
-    settings: Settings,
+    settings: Settings | None,
     dtype: torch.dtype,
     local_files_only: bool,
     *,
