@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from vlmteacher.errors import InputError, MissingExtra
 from vlmteacher.ops.backends import has_avx512_bf16, plain
 
+_AVX512_BF16 = has_avx512_bf16()  # asked here, for torch.compile must not look into the question
 BACKENDS = ("native", "sdpa", "flex", "xformers", "flash")
 
 
@@ -162,7 +163,7 @@ def _native(q: Tensor, k: Tensor, v: Tensor, spans: Spans | None) -> Tensor:
 def is_native(q: Tensor) -> bool:
     """Whether our own operator takes tensors like q."""
     takes = q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and q.shape[-1] % 2 == 0)
-    return takes and q.device.type == "cpu" and q.numel() > 0 and has_avx512_bf16()
+    return takes and q.device.type == "cpu" and q.numel() > 0 and _AVX512_BF16
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:

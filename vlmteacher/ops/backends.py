@@ -34,13 +34,10 @@ def cpp_status() -> tuple[bool, str]:
     return True, ""
 
 
-_avx512_bf16 = functools.cache(lambda: cpp_status()[0] and torch.ops.vlmteacher_cpp.avx512_bf16())
-
-
-@torch.compiler.assume_constant_result
+@functools.cache
 def has_avx512_bf16() -> bool:
     """Whether the C++ operators that need it can run: of the processor, and of the compiler that built them."""
-    return _avx512_bf16()
+    return cpp_status()[0] and torch.ops.vlmteacher_cpp.avx512_bf16()
 
 
 def _no_gpu() -> str:
