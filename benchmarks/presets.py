@@ -97,7 +97,8 @@ SMOKE = Size(
     teacher_frames=5,  # odd: the last frame fills a pair
     dtype=torch.float32,
 )
-SIZES = {"smoke": SMOKE, "mid": MID, "mid-long": MID.at(17)}
+SIZES = {"smoke": SMOKE, "smoke-long": SMOKE.at(5), "mid": MID, "mid-long": MID.at(17)}
+SHORTER = {"smoke-long": "smoke", "mid-long": "mid"}  # the same with fewer frames
 PRESETS = ("tiny", *SIZES)
 
 

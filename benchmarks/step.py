@@ -5,13 +5,15 @@ python -m benchmarks.step [--preset tiny|mid|mid-long] [--json] [--pairs N] [--v
 Ours is `Optimization.step()` itself; stock is `benchmarks.stock`, from the same weights, LoRA, noise and questions.
 Both make real updates, and their losses over the first five steps must agree (relative 1e-5 in float32, 1e-3 in half
 precision), or the exit status is 1. `speedup` and `memory_ratio` are against the first variant (checkpointed unless
-told otherwise), `vs_best_stock` against the fastest one that was run. The parts: docs/performance.md.
+told otherwise), `vs_best_stock` against the fastest one that was run. The parts: docs/performance.md. A long preset is
+followed by the shorter one of the same models: `exponent` is x in seconds ~ tokens^x, for the step and its parts.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import statistics
 import sys
 import time
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.presets import PRESETS, Instance, build
+from benchmarks.presets import PRESETS, SHORTER, Instance, build
 from benchmarks.stock import PARTS, VARIANTS, StockLoop, Variant, Watch
 from benchmarks.timing import argument_parser, compare, parsed, publish
 from vlmteacher.lora import add_lora, load_lora_state, lora_state_dict
@@ -265,6 +267,32 @@ def measure_preprocessing(instance: Instance, stock: StockLoop, device: str) -> 
     )
 
 
+def tokens(instance: Instance) -> int:
+    """Of the video, as the Reasoner sees it."""
+    return instance.noise.z1[0, 0].numel() // math.prod(instance.reasoner.patch)
+
+
+def exponents(long: dict[str, Any], short: dict[str, Any], counts: tuple[int, int]) -> dict[str, Any]:
+    """x in time ~ tokens^x between two rows, by side, for the step (clock and processor) and what the Reasoner and the
+    decoder do; the Teacher sees as many frames in both. counts: tokens of the long one and of the short one."""
+
+    def of(side: str, milliseconds: Callable[[dict[str, Any]], float]) -> float:
+        times = [milliseconds(row["sides"][side]) for row in (long, short)]
+        return math.log(times[0] / times[1]) / math.log(counts[0] / counts[1])
+
+    def part(name: str) -> Callable[[dict[str, Any]], float]:
+        return lambda side: sum(side["parts_ms"][f"{name}_{way}"] for way in ("forward", "backward"))
+
+    ways: dict[str, Callable[[dict[str, Any]], float]] = {
+        "step": lambda side: side["ms"],
+        "step_cpu": lambda side: side["cpu_ms"],
+        "reasoner": part("reasoner"),
+        "decode": part("decode"),
+    }
+    found = {side: {name: of(side, way) for name, way in ways.items()} for side in long["sides"]}
+    return {"tokens": list(counts), **found}
+
+
 def show(row: dict[str, Any]) -> None:
     sides = row["sides"]
     print(" " * 22 + "".join(f"{name:>14}" for name in sides))
@@ -297,10 +325,22 @@ def main() -> None:
     settings = parsed(parser)
     rounds = settings.pairs or (4 if settings.preset.startswith("mid") else 9)
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
-    instance = build(settings.preset, dtype, settings.device)
-    settings.dtype = str(instance.reasoner.dtype).removeprefix("torch.")
-    row = measure(settings.preset, instance, settings.variants, rounds, settings.device)
+
+    def measured(preset: str) -> tuple[dict[str, Any], int]:
+        instance = build(preset, dtype, settings.device)
+        settings.dtype = str(instance.reasoner.dtype).removeprefix("torch.")
+        return measure(preset, instance, settings.variants, rounds, settings.device), tokens(instance)
+
+    row, count = measured(settings.preset)
     show(row)
+    if settings.preset in SHORTER:
+        short, fewer = measured(SHORTER[settings.preset])
+        show(short)
+        row["exponent"] = exponents(row, short, (count, fewer))
+        row["shorter"] = short
+        for side, values in row["exponent"].items():
+            if side != "tokens":
+                print(f"  time ~ tokens^x, {side}: " + ", ".join(f"{k} {v:.2f}" for k, v in values.items()))
     publish("step", settings, [row])
     if not row["same_losses"]:
         differences = ", ".join(f"{value:.1e} ({name})" for name, value in row["loss_difference"].items())

@@ -135,3 +135,26 @@ def test_equal_adapters_give_equal_bytes(transformer):
 def test_rank_below_one(transformer):
     with pytest.raises(InputError, match="at least 1, not 0"):
         add_lora(transformer, rank=0)
+
+
+def test_only_the_last_blocks(transformer, directory, tmp_path):
+    add_lora(transformer, rank=4, seed=0)
+    names = list(lora_state_dict(transformer))
+    whole = lora_state_dict(transformer)
+    add_lora(transformer, rank=4, seed=0, blocks="last:2")  # there are two
+    assert all(torch.equal(whole[name], value) for name, value in lora_state_dict(transformer).items())
+    add_lora(transformer, rank=4, seed=0, blocks="last:1")
+    assert list(lora_state_dict(transformer)) == [name for name in names if name.startswith("blocks.1.")]
+    train(transformer)
+    expected = run(transformer)
+    (tmp_path / "lora.safetensors").write_bytes(export_lora(transformer))
+    pipe = WanPipeline.from_pretrained(directory)
+    pipe.load_lora_weights(tmp_path / "lora.safetensors")
+    torch.testing.assert_close(run(pipe.transformer), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", ["2", "first:2", "last:0", "last:-1", "last:two", "last", "last:3"])
+def test_bad_blocks_are_named(transformer, bad):
+    with pytest.raises(InputError, match=f"lora_blocks.*{bad}"):
+        add_lora(transformer, rank=4, blocks=bad)
+    assert not lora_parameters(transformer)

@@ -12,7 +12,14 @@ from torch import Tensor
 from tests.tiny_pair import PROMPT, QUERIES
 from vlmteacher.errors import InputError
 from vlmteacher.lora import add_lora, lora_state_dict, remove_lora
-from vlmteacher.optimization import NonFiniteError, Optimization, Settings, frame_guards, teacher_frame_indices
+from vlmteacher.optimization import (
+    GUARDS,
+    NonFiniteError,
+    Optimization,
+    Settings,
+    frame_guards,
+    teacher_frame_indices,
+)
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import QuerySet
 from vlmteacher.reward import vqa_objective
@@ -50,6 +57,10 @@ def make(pipe: TeacherPipeline) -> Any:
 
 def without_seconds(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
+
+
+def guards(frames: Tensor) -> dict[str, float]:
+    return dict(zip(GUARDS, frame_guards(frames).tolist(), strict=True))
 
 
 def test_check_final_goes_on_until_the_few_step_video_is_good_enough_too(make: Any) -> None:
@@ -126,7 +137,7 @@ def test_a_row_says_what_the_teacher_saw_before_the_update(make: Any, pipe: Teac
     assert row["step"] == 0 and row["seconds"] > 0 and row["grad_norm"] > 0
     assert row["p_yes"] == pytest.approx(losses.neg().exp().tolist(), rel=1e-4)
     assert row["loss"] == pytest.approx(vqa_objective(losses, 0.5).item(), rel=1e-5)
-    assert row["guards"] == pytest.approx(frame_guards(frames), abs=1e-3)
+    assert row["guards"] == pytest.approx(guards(frames), abs=1e-3)
 
 
 def test_stops_before_the_update(make: Any, pipe: TeacherPipeline) -> None:
@@ -188,8 +199,8 @@ class Poisoned:
     def __init__(self, teacher: Any, gradient_only: bool) -> None:
         self.teacher, self.gradient_only = teacher, gradient_only
 
-    def losses(self, frames: Tensor, *rest: Any) -> Tensor:
-        losses = self.teacher.losses(frames, *rest)
+    def losses(self, frames: Tensor, *rest: Any, **how: Any) -> Tensor:
+        losses = self.teacher.losses(frames, *rest, **how)
         if not self.gradient_only:
             return losses * torch.nan
         losses.register_hook(lambda gradient: gradient * torch.nan)
@@ -215,16 +226,16 @@ def test_what_is_not_finite_stops_with_the_last_good_state(
 
 def test_guards_on_pictures_whose_values_are_known() -> None:
     grey = torch.full((3, 3, 16, 16), 0.5)
-    assert frame_guards(grey) == pytest.approx(
+    assert guards(grey) == pytest.approx(
         {"brightness": 0.5, "dark_fraction": 0, "edge_density": 0, "colour_entropy": 0, "temporal_jump": 0}, abs=1e-6
     )
     halves = torch.zeros(2, 3, 16, 16)
     halves[..., 8:] = 1
     halves[1] = 1 - halves[1]
-    assert frame_guards(halves) == pytest.approx(
+    assert guards(halves) == pytest.approx(
         {"brightness": 0.5, "dark_fraction": 0.5, "edge_density": 1 / 15, "colour_entropy": 1, "temporal_jump": 1},
         abs=1e-6,
     )
-    assert frame_guards(grey[:1])["temporal_jump"] == 0
+    assert guards(grey[:1])["temporal_jump"] == 0
     large = torch.rand(1, 3, 704, 1280, generator=torch.Generator().manual_seed(0))
-    assert frame_guards(large)["brightness"] == pytest.approx(0.5, abs=0.01)
+    assert guards(large)["brightness"] == pytest.approx(0.5, abs=0.01)

@@ -100,6 +100,8 @@ def parser() -> argparse.ArgumentParser:
         help="stop only when the few-step video is good enough too (default: the pair's)",
     )
     _add_fused(sub)
+    sub.add_argument("--engine", choices=("eager", "compile", "cuda_graph"), help="how a step is run (default: eager)")
+    _add_lora_blocks(sub)
     sub.add_argument("--device-map", metavar="MAP", help=f"a device for each, {EXAMPLE}, instead of --device")
     sub.add_argument("--offload", action="store_true", help="what is not needed waits in main memory")
     sub.add_argument("--keep", choices=("last", "best"), help="which LoRA to use after N updates")
@@ -131,6 +133,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--limit", type=int, default=100, metavar="N", help="instances (default: 100)")
     sub.add_argument("--seed", type=int, default=1, metavar="N", help="of the held-out split (default: 1)")
     sub.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
+    _add_lora_blocks(sub)
     sub.add_argument("--out", required=True, metavar="DIR", help="where results.json goes")
     sub.add_argument("--resume", action="store_true", help="keep the instances that --out already has")
 
@@ -203,6 +206,14 @@ def _add_fused(sub: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=None,
         help="compute the LoRA layers by our operator (default) or by PEFT's expression",
+    )
+
+
+def _add_lora_blocks(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--lora-blocks",
+        metavar="last:N",
+        help="adapt the last N blocks of the video model only; faster, and another method (default: all)",
     )
 
 
@@ -284,6 +295,8 @@ def solve(arguments: argparse.Namespace) -> None:
         "keep": arguments.keep,
         "check_final": arguments.check_final,
         "fused_lora": arguments.fused_lora,
+        "engine": arguments.engine,
+        "lora_blocks": arguments.lora_blocks,
     }
     settings = {name: value for name, value in names.items() if value is not None}
     Settings(**settings)  # bad values show before any model is loaded
@@ -381,6 +394,7 @@ def bench(arguments: argparse.Namespace) -> None:
         out=Path(arguments.out),
         workers=arguments.workers,
         resume=arguments.resume,
+        lora_blocks=arguments.lora_blocks,
     )
     print(f"{results['benchmark']}, method {results['method']}")
     print(f"{'split':8} {'n':>5} {'success':>8} {'score':>6}")

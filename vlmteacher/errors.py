@@ -9,5 +9,9 @@ class NonFiniteFrames(InputError):
     """Frames hold NaN or infinite values: what made them has broken down."""
 
 
+class OutOfMemory(InputError):
+    """A step does not fit in memory, whatever is done about it; the LoRA is left as it was before that step."""
+
+
 class MissingExtra(ImportError):
     """An optional package is not installed. The message names the extra that brings it."""

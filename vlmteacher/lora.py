@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
 from vlmteacher.lora_files import LoRA, diffusers_bytes
+from vlmteacher.reasoners.checkpointing import block_list
 
 ADAPTER = "default"
 # Every linear layer of the blocks but their modulation. PEFT: ends of names, or an expression for the whole name where
@@ -40,6 +41,7 @@ def add_lora(
     seed: int | None = None,
     start: LoRA | None = None,
     fused: bool = True,
+    blocks: str | None = None,
 ) -> None:
     """Put a LoRA, y = W x + (alpha / rank) B A x, on `transformer`; a previous one is removed.
 
@@ -50,15 +52,18 @@ def add_lora(
         rank: at least 1.
         alpha: `rank` by default, so that the scale is 1.
         seed: fixes the draw of A whatever was drawn before; None uses torch's global generator.
-        start: a LoRA to go on from: its layers, ranks and alphas take the place of all of these.
+        start: a LoRA to go on from: its layers, ranks and alphas take the place of all of these, and of `blocks`.
         fused: compute the layers by our operator (`LoRALinear`) instead of PEFT's expression.
+        blocks: "last:n": only in the last n blocks.
 
     The weights are float32 whatever the transformer's dtype: updates of 3e-5 are lost in bfloat16.
     """
     from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
 
     if rank < 1:
         raise InputError(f"the LoRA rank must be at least 1, not {rank}")
+    first = frozen_blocks(transformer, blocks)
     remove_lora(transformer)
     if start:
         start.check_fits(transformer)
@@ -66,6 +71,9 @@ def add_lora(
     else:
         alpha = rank if alpha is None else alpha  # a fraction is fine too
         config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=target_modules(transformer))
+        if first:
+            names = [name for name, _ in transformer.named_modules() if check_target_module_exists(config, name)]
+            config.target_modules = {name for name in names if int(name.split(".")[1]) >= first}  # "blocks.5.attn1..."
     transformer.add_adapter(config, adapter_name=ADAPTER)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     for name, parameter in transformer.named_parameters():
@@ -80,6 +88,24 @@ def add_lora(
         from vlmteacher.lora_linear import fuse_lora
 
         fuse_lora(transformer)
+
+
+def parse_blocks(text: str) -> int:
+    """The n of "last:n". Raises InputError."""
+    name, _, count = text.partition(":")
+    if name != "last" or not count.isdecimal() or int(count) < 1:
+        raise InputError(f"lora_blocks must be of the form last:n, n at least 1, not {text!r}")
+    return int(count)
+
+
+def frozen_blocks(transformer: Any, blocks: str | None) -> int:
+    """How many blocks stand before the first that `blocks` ("last:n"; None: all) gives a LoRA. Raises InputError."""
+    if blocks is None:
+        return 0
+    total = len(block_list(transformer))
+    if (count := parse_blocks(blocks)) > total:
+        raise InputError(f"lora_blocks {blocks}: the transformer has {total} blocks")
+    return total - count
 
 
 def remove_lora(transformer: Any) -> None:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from vlmteacher.errors import InputError, NonFiniteFrames
-from vlmteacher.lora import load_lora_state, lora_parameters, lora_state_dict
+from vlmteacher.engines import ENGINES, Engine, make_engine
+from vlmteacher.errors import InputError, NonFiniteFrames, OutOfMemory
+from vlmteacher.lora import frozen_blocks, load_lora_state, lora_parameters, lora_state_dict, parse_blocks
+from vlmteacher.memory_ladder import MemoryLadder, is_out_of_memory
+from vlmteacher.reasoners.frozen_front import FrozenFront
 from vlmteacher.reward import vqa_objective
+from vlmteacher.teachers.base import check_range
 
 if TYPE_CHECKING:
     from vlmteacher.decoders.taehv import TinyVideoDecoder
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
 
 GRADIENT_CLIP = 1.0
 REMEDY = "try a lower learning rate or another dtype"
+T = TypeVar("T")
 
 
 class NonFiniteError(ArithmeticError):
@@ -38,7 +44,9 @@ class Settings:
     K >= 1, frames that the Teacher sees; rank >= 1 of the LoRA; learning_rate > 0 of AdamW; keep: after N updates
     the "last" LoRA, or the "best" one, which had the lowest loss seen. check_final: where the one-step prediction is
     good enough, look at the few-step video too, and go on while that is not (the paper does not). fused_lora: compute
-    the LoRA layers by our operator, not by PEFT's expression; the results agree to rounding. Raises InputError.
+    the LoRA layers by our operator, not by PEFT's expression; the results agree to rounding. engine: how the steps
+    are run (`vlmteacher/engines.py`). lora_blocks: "last:n" adapts the last n blocks of the Reasoner only, which is
+    another method than the paper's: what comes before them is computed once. Raises InputError.
     """
 
     max_steps: int = 40
@@ -50,6 +58,8 @@ class Settings:
     keep: Literal["last", "best"] = "last"
     check_final: bool = False
     fused_lora: bool = True
+    engine: Engine = "eager"
+    lora_blocks: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("max_steps", 0), ("teacher_frames", 1), ("rank", 1)):
@@ -64,6 +74,10 @@ class Settings:
             raise InputError(f"goal_weight must lie between 0 and 1, not {self.goal_weight}")
         if self.keep not in ("last", "best"):
             raise InputError(f'keep must be "last" or "best", not {self.keep!r}')
+        if self.engine not in ENGINES:
+            raise InputError(f"engine must be {' or '.join(ENGINES)}, not {self.engine!r}")
+        if self.lora_blocks is not None:
+            parse_blocks(self.lora_blocks)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -79,36 +93,40 @@ def teacher_frame_indices(num_frames: int, count: int) -> list[int]:
     return [round(k * (num_frames - 1) / max(count - 1, 1)) for k in range(count)]
 
 
+GUARDS = ("brightness", "dark_fraction", "edge_density", "colour_entropy", "temporal_jump")
+
+
 @torch.no_grad()
-def frame_guards(frames: Tensor) -> dict[str, float]:
+def frame_guards(frames: Tensor) -> Tensor:
     """Cheap signs of reward hacking, to be watched over the steps (the detectors of UniRL#407).
 
-    frames: (K, 3, H, W) in [0, 1]. Returns brightness and dark_fraction (luma below 0.1), edge_density (share of pixels
-    whose luma differs from a neighbour's by more than 0.1), colour_entropy (bits, of 64 colour bins: 0..6) and
-    temporal_jump (largest mean absolute change between two neighbouring frames), all measured on about 128x128 pixels.
+    frames: (K, 3, H, W) in [0, 1]. Returns (5,) float32 on their device, in the order of `GUARDS`: brightness and
+    dark_fraction (luma below 0.1), edge_density (share of pixels whose luma differs from a neighbour's by more than
+    0.1), colour_entropy (bits, of 64 colour bins: 0..6) and temporal_jump (largest mean absolute change between two
+    neighbouring frames), all measured on about 128x128 pixels.
     """
     stride = max(1, max(frames.shape[-2:]) // 128)
     frames = frames[..., ::stride, ::stride].float()
-    luma = (frames * frames.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1)
+    red, green, blue = frames.unbind(1)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
     edges = torch.maximum(
         luma[:, 1:, :-1].sub(luma[:, :-1, :-1]).abs(),
         luma[:, :-1, 1:].sub(luma[:, :-1, :-1]).abs(),
     )
     levels = (frames * 4).long().clamp(0, 3)
-    bins = torch.bincount((levels[:, 0] * 16 + levels[:, 1] * 4 + levels[:, 2]).flatten(), minlength=64)
-    share = bins[bins > 0] / bins.sum()
+    places = (levels[:, 0] * 16 + levels[:, 1] * 4 + levels[:, 2]).flatten()
+    # not bincount, which waits for the device to know how many bins there are
+    share = frames.new_zeros(64).index_add_(0, places, frames.new_ones(()).expand(len(places))) / len(places)
     jumps = frames.diff(dim=0).abs().mean((1, 2, 3))
-    values = torch.stack(
+    return torch.stack(
         [
             luma.mean(),
             (luma < 0.1).float().mean(),
             (edges > 0.1).float().mean(),
-            -(share * share.log2()).sum() + 0.0,
+            torch.special.entr(share).sum() / math.log(2),
             jumps.max() if len(jumps) else luma.new_zeros(()),
         ]
-    ).tolist()
-    names = ("brightness", "dark_fraction", "edge_density", "colour_entropy", "temporal_jump")
-    return dict(zip(names, values, strict=True))
+    )
 
 
 class Optimization:
@@ -116,8 +134,11 @@ class Optimization:
 
     Iterating yields the history row of each step until `stopped` is set; `step()` does one. A row is
     `{"step", "loss", "p_yes": [1+M floats], "grad_norm": float | None, "guards": {...}, "seconds"}`; loss and P(Yes)
-    are measured before the step's update, and grad_norm is None where no update followed. Nothing in a step is drawn
-    at random, so that `state_dict()` / `load_state_dict()` between any two steps change no bit of the result.
+    are measured before the step's update, and grad_norm is None where no update followed; "out_of_memory" names the
+    rungs (`MemoryLadder`) that the step took. Nothing in a step is drawn at random, so that `state_dict()` /
+    `load_state_dict()` between any two steps change no bit of the result.
+
+    make_room: moves to main memory what no step needs, where memory runs out. `close()` when it is not used any more.
     """
 
     def __init__(
@@ -129,15 +150,29 @@ class Optimization:
         noise: Noise,
         queries: QuerySet,
         settings: Settings,
+        make_room: Callable[[], object] = lambda: None,
     ) -> None:
         self.reasoner, self.decoder, self.teacher = reasoner, decoder, teacher
         self.condition, self.noise, self.queries, self.settings = condition, noise, queries, settings
         self.frame_indices = teacher_frame_indices(condition.num_frames, settings.teacher_frames)
         self.parameters = list(lora_parameters(reasoner.transformer))
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=settings.learning_rate,
+            weight_decay=0.0,
+            capturable=settings.engine == "cuda_graph",
+        )
         self.history: list[dict[str, Any]] = []
         self.best: tuple[float, dict[str, Tensor]] | None = None
         self.stopped: Literal["threshold", "max_steps"] | None = None if settings.max_steps else "max_steps"
+        self.decoder_chunk: int | None = None
+        self.offload = False  # of what the Reasoner saves for the backward, to pinned host memory
+        frozen = frozen_blocks(reasoner.transformer, settings.lora_blocks)
+        self.front: AbstractContextManager[object] = (
+            FrozenFront(reasoner.transformer, frozen) if frozen else nullcontext()
+        )
+        self.ladder = MemoryLadder(self, make_room)
+        self.engine = make_engine(settings.engine, self)
 
     @property
     def updates(self) -> int:
@@ -148,39 +183,64 @@ class Optimization:
         while self.stopped is None:
             yield self.step()
 
+    def look(self) -> tuple[Tensor, Tensor]:
+        """(the loss of the one-step prediction, what the host wants to know of the step), nothing read from the device.
+
+        The second is (9 + 1+M,) float32: the loss, whether the latents hold NaN, the frames' extremes, `GUARDS`, P(Yes)
+        of each query.
+        """
+        offload: Any = torch.autograd.graph.save_on_cpu(pin_memory=True) if self.offload else nullcontext()
+        with offload, self.front:
+            latents = self.reasoner.predict_clean(self.condition, self.noise)
+        frames = self.decoder.decode(latents, self.frame_indices, self.decoder_chunk, check=False)
+        losses = self.teacher.losses(frames, self.frame_indices, self.reasoner.fps, self.queries, check=False)
+        loss = vqa_objective(losses, self.settings.goal_weight)
+        with torch.no_grad():
+            seen = (latents.isnan().any(), *frames.aminmax(), frame_guards(frames), losses.neg().exp())
+            return loss, torch.cat([each.to(loss.device, torch.float32).view(-1) for each in (loss, *seen)])
+
+    def differentiate(self, loss: Tensor, facts: Tensor) -> Tensor:
+        """Leave the clipped gradient of `loss` on the parameters; `facts` with its norm before clipping at the end."""
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP)
+        return torch.cat([facts, norm.to(facts).view(1)])
+
+    def needs_gradient(self, facts: Sequence[float]) -> bool:
+        """Whether an update can follow a look with these facts."""
+        return facts[0] > self.settings.threshold or self.settings.check_final
+
     def step(self) -> dict[str, Any]:
         """Look at the one-step prediction through the Teacher; stop if it is good enough, else update the LoRA.
 
-        Raises NonFiniteError; the state is then what it was before the step.
+        Raises NonFiniteError and OutOfMemory; the state is then what it was before the step.
         """
-        start = time.perf_counter()
-        latents = self.reasoner.predict_clean(self.condition, self.noise)
-        if latents.isnan().any():  # the decoder refuses them
-            raise NonFiniteError(
-                f"the prediction of step {len(self.history)} holds NaN: try a lower learning rate or another dtype"
-            )
-        frames = self.decoder.decode(latents, self.frame_indices)
-        try:
-            losses = self.teacher.losses(frames, self.frame_indices, self.reasoner.fps, self.queries)
-        except NonFiniteFrames as error:
-            raise NonFiniteError(f"step {len(self.history)}: {error}") from error
-        loss = vqa_objective(losses, self.settings.goal_weight)
-        row = {"step": len(self.history), "loss": loss.item(), "p_yes": losses.detach().neg().exp().tolist()}
-        if not math.isfinite(row["loss"]):
-            raise NonFiniteError(
-                f"the loss of step {row['step']} is {row['loss']}: try a lower learning rate or another dtype"
-            )
+        start, rungs = time.perf_counter(), len(self.ladder.taken)
+        facts = self._within_memory(self.engine.facts)
+        row: dict[str, Any] = {
+            "step": len(self.history),
+            "loss": facts[0],
+            "p_yes": facts[9 : 10 + len(self.queries.process)],
+        }
+        guards = dict(zip(GUARDS, facts[4:9], strict=True))
+        self._check(row, nan=bool(facts[1]), extremes=facts[2:4])
 
         best = self.best
         if self.settings.keep == "best" and (best is None or row["loss"] < best[0]):
             best = row["loss"], lora_state_dict(self.reasoner.transformer)
         stop = row["loss"] <= self.settings.threshold
         if stop and self.settings.check_final:
-            row["final_loss"] = self._final_loss()
+            row["final_loss"] = self._within_memory(self._final_loss)
             stop = row["final_loss"] <= self.settings.threshold
-        row["grad_norm"] = None if stop else self._update(loss, row["step"])
+        row["grad_norm"] = None if stop else facts[-1]
+        if not stop:
+            if not math.isfinite(facts[-1]):
+                raise NonFiniteError(f"the gradient of step {row['step']} is not finite: {REMEDY}")
+            # Out of the ladder's reach: done halfway it could not be repeated. What the backward held is free by now.
+            self.engine.update()
 
-        row["guards"] = frame_guards(frames)
+        row["guards"] = guards
+        if taken := self.ladder.taken[rungs:]:
+            row["out_of_memory"] = taken
         row["seconds"] = time.perf_counter() - start
         self.best = best
         self.history.append(row)
@@ -190,6 +250,34 @@ class Optimization:
             self.stopped = "max_steps"
         return row
 
+    def _check(self, row: dict[str, Any], nan: bool, extremes: Sequence[float]) -> None:
+        if nan:
+            raise NonFiniteError(f"the prediction of step {row['step']} holds NaN: {REMEDY}")
+        try:
+            check_range(*extremes)
+        except NonFiniteFrames as error:
+            raise NonFiniteError(f"step {row['step']}: {error}") from error
+        if not math.isfinite(row["loss"]):
+            raise NonFiniteError(f"the loss of step {row['step']} is {row['loss']}: {REMEDY}")
+
+    def _within_memory(self, work: Callable[[], T]) -> T:
+        """`work()`, which changes no state, again and again down the ladder as long as the memory does not suffice."""
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            # Here the error is gone, and with its traceback the tensors of the step.
+            if not self.ladder.down(why):
+                taken = ", ".join(self.ladder.taken) or "nothing that could be smaller"
+                raise OutOfMemory(
+                    f"step {len(self.history)} does not fit in memory ({why}), with {taken}: give fewer or smaller"
+                    " frames, a smaller or quantized Teacher, or offload; `vlmteacher plan` says what fits"
+                )
+            self.engine.reset()
+
     @torch.no_grad()
     def _final_loss(self) -> float:
         """The objective on the few-step video that the adapted Reasoner would give now."""
@@ -197,18 +285,6 @@ class Optimization:
         frames = video[self.frame_indices]
         losses = self.teacher.losses(frames, self.frame_indices, self.reasoner.fps, self.queries)
         return vqa_objective(losses, self.settings.goal_weight).item()
-
-    def _update(self, loss: Tensor, step: int) -> float:
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP).item()
-        if not math.isfinite(norm):
-            raise NonFiniteError(
-                f"the gradient of step {step} is not finite: try a lower learning rate or another dtype"
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
 
     def finish(self) -> None:
         """Leave on the transformer the LoRA that `settings.keep` asks for."""
@@ -223,6 +299,7 @@ class Optimization:
             "history": copy.deepcopy(self.history),
             "best": self.best,
             "stopped": self.stopped,
+            "rungs": list(self.ladder.taken),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -232,3 +309,9 @@ class Optimization:
             self.optimizer.load_state_dict(state["optimizer"])
         self.history = copy.deepcopy(state["history"])
         self.best, self.stopped = state["best"], state["stopped"]
+        self.ladder.take(state["rungs"])
+
+    def close(self) -> None:
+        """Leave the models as they were, but for the LoRA."""
+        self.engine.close()
+        self.ladder.restore()

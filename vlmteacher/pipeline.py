@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vlmteacher.errors import InputError
-from vlmteacher.lora import add_lora, export_lora, merge_lora, remove_lora
+from vlmteacher.engines import Engine, check_engine
+from vlmteacher.errors import InputError, OutOfMemory
+from vlmteacher.lora import add_lora, export_lora, frozen_blocks, merge_lora, remove_lora
 from vlmteacher.lora_files import LoRA, read_lora
 from vlmteacher.optimization import NonFiniteError, Optimization, Settings, teacher_frame_indices
 from vlmteacher.placement import DeviceMap, find_devices
@@ -238,6 +239,8 @@ class TeacherPipeline:
         keep: Literal["last", "best"] | None = None,
         check_final: bool | None = None,
         fused_lora: bool | None = None,
+        engine: Engine | None = None,
+        lora_blocks: str | None = None,
         target: Literal["first_step"] = "first_step",
         output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
@@ -256,15 +259,16 @@ class TeacherPipeline:
                 steps are evenly spaced (before the shift); guidance, 1 for none, holds in the one-step prediction too.
             generator: the source of the instance's noise and of the LoRA's start; None draws a new seed.
             queries: None lets the Teacher write them.
-            max_steps, threshold, goal_weight, teacher_frames, rank, learning_rate, keep, check_final, fused_lora: see
-                `Settings`; None is the pair's default, where it has one, or else the paper's.
+            max_steps, threshold, goal_weight, teacher_frames, rank, learning_rate, keep, check_final, fused_lora,
+                engine, lora_blocks: see `Settings`; None is the pair's default, where it has one, or else the paper's.
             target: which prediction the Teacher looks at; only "first_step", the paper's, is there.
             output_type: what the videos come as (see `Frames`). return_dict: False returns `(frames,)`.
             callback_on_step_end: called as `callback(pipe, step, row)` after each step.
             run_dir: a folder to write the run to while it goes on; an interrupted one (KeyboardInterrupt, kill, power)
                 is taken up by the same call with `resume=True`, and ends in the same LoRA as if nothing had happened.
 
-        Raises InputError for what cannot be used, NonFiniteError when the optimisation breaks down.
+        Raises InputError for what cannot be used, NonFiniteError when the optimisation breaks down, OutOfMemory when a
+        step does not fit, however little is kept (`vlmteacher/memory_ladder.py`).
         """
         start = time.perf_counter()
         teacher, decoder = self.teacher, self.decoder
@@ -281,12 +285,18 @@ class TeacherPipeline:
             "keep": keep,
             "check_final": check_final,
             "fused_lora": fused_lora,
+            "engine": engine,
+            "lora_blocks": lora_blocks,
         }
         if self.lora:
             if rank not in (None, self.lora.rank):
                 raise InputError(f"{self.lora.source} is of rank {self.lora.rank}: it cannot go on with rank {rank}")
             overrides["rank"] = self.lora.rank
         settings = Settings(**self.defaults.to_dict() | {k: v for k, v in overrides.items() if v is not None})
+        check_engine(settings.engine, reasoner, teacher)
+        frozen_blocks(reasoner.transformer, settings.lora_blocks)
+        if self.lora and settings.lora_blocks is not None:
+            raise InputError(f"{self.lora.source} has its own layers: it cannot go on with lora_blocks")
         given = {"num_frames": num_frames, "height": height, "width": width}
         size = {name: getattr(reasoner, name) if value is None else value for name, value in given.items()}
         check_prompt(prompt)
@@ -325,15 +335,29 @@ class TeacherPipeline:
 
         # 2. One noise for the whole instance, and a LoRA that changes nothing yet.
         noise = reasoner.noise(condition, generator)
-        add_lora(reasoner.transformer, settings.rank, seed=seed, start=self.lora, fused=settings.fused_lora)
+        add_lora(
+            reasoner.transformer,
+            settings.rank,
+            seed=seed,
+            start=self.lora,
+            fused=settings.fused_lora,
+            blocks=settings.lora_blocks,
+        )
         try:
             with timed(seconds, "before"):
                 video_before = self.sample(condition, noise, reasoner)
                 losses_before = self.judge(video_before, frame_indices, queries)
             if run and not recorded:
                 run.begin({"prompt": prompt, "config": config, "models": self.models, "queries": queries.to_dict()})
-            self.need("transformer", "teacher", *(("transformer_2", "vae") if settings.check_final else ()))
-            loop = Optimization(reasoner, decoder, teacher, condition, noise, queries, settings)
+            working = ("transformer", "teacher", *(("transformer_2", "vae") if settings.check_final else ()))
+            self.need(*working)
+            offload = self.offload
+
+            def make_room() -> None:
+                self.offload = True
+                self.need(*working)
+
+            loop = Optimization(reasoner, decoder, teacher, condition, noise, queries, settings, make_room)
             try:
                 # 3. Look at the one-step prediction; stop if the Teacher is content, else update; at most N times.
                 for row in watch(loop, run, progress):
@@ -346,10 +370,15 @@ class TeacherPipeline:
                     video = self.sample(condition, noise, reasoner) if loop.updates else video_before
                     losses = self.judge(video, frame_indices, queries)
                     lora = export_lora(reasoner.transformer)
-            except (KeyboardInterrupt, NonFiniteError):
+            except (KeyboardInterrupt, NonFiniteError, OutOfMemory):
                 if run:
                     run.interrupt(loop.history)
                 raise
+            finally:
+                loop.close()
+                if self.offload and not offload:  # memory ran out; the next instance may be smaller
+                    self.offload = False
+                    self.to(self.devices)
         finally:
             remove_lora(reasoner.transformer)
             self.need()
@@ -444,7 +473,7 @@ def watch(loop: Optimization, run: RunFolder | None, progress: bool) -> Iterator
                 if run:
                     run.save_state(loop.state_dict, force=loop.stopped is not None)
                 yield row
-        except NonFiniteError:  # raised before the step changed anything
+        except (NonFiniteError, OutOfMemory):  # raised before the step changed anything
             if run:
                 run.save_state(loop.state_dict, force=True)
             raise

@@ -1,8 +1,4 @@
-"""pytest benchmarks/suite: forward + backward of one group of layers at a time, by pytest-benchmark.
-
-For watching one machine over time (--benchmark-save, --benchmark-compare). Ratios, which a busy machine bends less,
-come from `python -m benchmarks.lora_linear`.
-"""
+"""Forward + backward of one group of LoRA layers at a time; see README.md here."""
 
 from __future__ import annotations
 

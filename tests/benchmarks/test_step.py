@@ -135,3 +135,18 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit, match="the losses differ by"):
         step.main()
     assert not json.loads(capsys.readouterr().out.splitlines()[-1])["rows"][0]["same_losses"]
+
+
+def test_the_exponent_of_a_long_preset(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["step", "--preset", "smoke-long", "--pairs", "1", "--variants", "plain", "--device", "cpu", "--json"]
+    monkeypatch.setattr("sys.argv", arguments)
+    step.main()
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    exponent = row["exponent"]
+    assert exponent["tokens"] == [5 * 2 * 3, 3 * 2 * 3]
+    for side in ("ours", "plain"):
+        times = [each["sides"][side]["ms"] for each in (row, row["shorter"])]
+        assert times[1] * (5 / 3) ** exponent[side]["step"] == pytest.approx(times[0])
+        parts = [each["sides"][side]["parts_ms"] for each in (row, row["shorter"])]
+        decoded = [each["decode_forward"] + each["decode_backward"] for each in parts]
+        assert decoded[1] * (5 / 3) ** exponent[side]["decode"] == pytest.approx(decoded[0])

@@ -1,5 +1,7 @@
 """The fused decoder where it is used: in the optimisation of the packaged pair, and beside a training."""
 
+from typing import Any
+
 import pytest
 import torch
 from PIL import Image
@@ -23,7 +25,7 @@ class Plain:
     def __init__(self, decoder: TinyVideoDecoder) -> None:
         self.decoder = decoder
 
-    def decode(self, latents: Tensor, indices: list[int]) -> Tensor:
+    def decode(self, latents: Tensor, indices: list[int], *rest: Any, **how: Any) -> Tensor:
         return plain(self.decoder, latents, indices)
 
 

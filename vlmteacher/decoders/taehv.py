@@ -44,6 +44,9 @@ FIRST_STAGE_KEEPS_TIME = (16, 32, 48)  # latent channels of the families whose f
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 
 
+CPU = torch.device("cpu")
+
+
 class SoftClamp(nn.Module):
     """3 tanh(x / 3): keeps latents within what the decoder was trained on."""
 
@@ -136,7 +139,7 @@ class TinyVideoDecoder(nn.Module):
         self.register_buffer("latents_mean", None, persistent=False)
         self.register_buffer("latents_std", None, persistent=False)
         self._layers: tuple[list[Any], list[Layer]] | None = None  # made from the weights by `layers`
-        self._plans: dict[tuple[int, ...], Plan] = {}
+        self._plans: dict[tuple[Any, ...], Plan] = {}
 
     @property
     def latent_channels(self) -> int:
@@ -170,7 +173,13 @@ class TinyVideoDecoder(nn.Module):
         frames = frames / 2 + 0.5 if self.config["signed"] else frames
         return frames.clamp(0, 1) if clamp else frames
 
-    def decode(self, latents: Tensor, frame_indices: Sequence[int] | None = None, chunk: int | None = None) -> Tensor:
+    def decode(
+        self,
+        latents: Tensor,
+        frame_indices: Sequence[int] | None = None,
+        chunk: int | None = None,
+        check: bool = True,
+    ) -> Tensor:
         """Decode the wanted frames of one clip, and nothing that they do not need.
 
         With frozen weights this keeps one bit per activation for the backward pass, goes through the frames in chunks
@@ -181,6 +190,7 @@ class TinyVideoDecoder(nn.Module):
             latents: (1, C, T, h, w), normalised as the Reasoner's transformer sees them; finite.
             frame_indices: of the F = temporal_stride * (T - 1) + 1 frames, in any order, also repeated; None is all.
             chunk: frames at a time, which bounds the memory and changes no frame; None chooses.
+            check: look for NaN in the latents, which waits for the device; without, NaN may or may not show in frames.
 
         Returns:
             (K, 3, H, W) in [0, 1], in the order of `frame_indices`.
@@ -188,30 +198,36 @@ class TinyVideoDecoder(nn.Module):
         Raises:
             InputError: latents of another shape or with NaN, unknown frames or none, a chunk below 1.
         """
-        indices = self._check(latents, frame_indices, chunk)
+        indices = self._check(latents, frame_indices, chunk, check)
         if any(p.requires_grad for p in self.parameters()):
             return self.decode_batch(latents)[0][indices]
-        layers, plan = self.layers(), self.plan(latents.shape[-2:], indices, chunk)
+        layers, plan = self.layers(), self.plan(latents.shape[-2:], indices, chunk, latents.device)
         x = self.decoder[0](self._network_latents(latents))[0].permute(1, 2, 3, 0).contiguous()
-        frames = tiny_decoder.decode(x, layers, plan.to(x.device), self.config["patch"])
+        frames = tiny_decoder.decode(x, layers, plan, self.config["patch"])
         trim = self.temporal_stride - 1
         place = {f - trim: k for k, f in enumerate(f for chunk in plan.frames for f in chunk)}
         order = [place[i] for i in indices]
-        return frames if order == list(range(len(place))) else frames[order]
+        return frames if order == list(range(len(place))) else frames[tiny_decoder.indices(order, frames.device)]
 
-    def plan(self, size: Sequence[int], frame_indices: Sequence[int], chunk: int | None = None) -> Plan:
-        """The work that these frames take, for latents of `size` (h, w)."""
+    def plan(
+        self,
+        size: Sequence[int],
+        frame_indices: Sequence[int],
+        chunk: int | None = None,
+        device: torch.device = CPU,
+    ) -> Plan:
+        """The work that these frames take, for latents of `size` (h, w), with its indices on `device`."""
         wanted = sorted({i + self.temporal_stride - 1 for i in frame_indices})
         if chunk is None:
             pixels = size[0] * size[1] * 4 ** sum(self.config["space_upscale"])
             weight = self.decoder[1].weight
             frame = pixels * max(self.config["widths"][2:]) * weight.element_size()
             chunk = max(self.temporal_stride, CHUNK_BYTES["cpu" if weight.device.type == "cpu" else "cuda"] // frame)
-        key = (*wanted, -chunk)
+        key = (device, *wanted, -chunk)
         if key not in self._plans:
             if len(self._plans) >= 8:
                 self._plans.clear()
-            self._plans[key] = Plan.make(self.layers(), wanted, chunk)
+            self._plans[key] = Plan.make(self.layers(), wanted, chunk).to(device)
         return self._plans[key]
 
     def layers(self) -> list[Layer]:
@@ -258,7 +274,9 @@ class TinyVideoDecoder(nn.Module):
             return [*layers, Layer((last(weight.to(head.weight.dtype)),), bias.to(head.bias.dtype))]
         return [*layers, Layer((last(head.weight),), head.bias.detach())]
 
-    def _check(self, latents: Tensor, frame_indices: Sequence[int] | None, chunk: int | None) -> list[int]:
+    def _check(
+        self, latents: Tensor, frame_indices: Sequence[int] | None, chunk: int | None, values: bool
+    ) -> list[int]:
         """The frames that are meant; raises InputError."""
         shape = tuple(latents.shape)
         if latents.dim() != 5 or shape[0] != 1 or 0 in shape:
@@ -270,7 +288,7 @@ class TinyVideoDecoder(nn.Module):
             )
         if not latents.is_floating_point():
             raise InputError(f"a decoder takes floating-point latents, got {latents.dtype}")
-        if not (latents.is_meta or is_fake(latents)) and latents.isnan().any():
+        if values and not (latents.is_meta or is_fake(latents)) and latents.isnan().any():
             raise InputError("the latents hold NaN: the Reasoner's prediction broke down before it was decoded")
         if chunk is not None and chunk < 1:
             raise InputError(f"chunk must be at least 1 frame, not {chunk}")

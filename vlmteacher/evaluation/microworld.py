@@ -26,22 +26,42 @@ METHODS = "base, teacher, pass@N (N from 1 to 64)"
 
 
 def run_benchmark(
-    method: str, limit: int, seed: int, out: Path, workers: int = 1, resume: bool = False, pair: str | None = None
+    method: str,
+    limit: int,
+    seed: int,
+    out: Path,
+    workers: int = 1,
+    resume: bool = False,
+    pair: str | None = None,
+    lora_blocks: str | None = None,
 ) -> dict[str, Any]:
     """Run `method` on the first `limit` instances of the held-out split `seed`; write and return results.json.
 
     Instance k has the same scene, prompt and noise for every method, so that methods can be compared pair by pair.
     Each finished instance is kept in ``instances.jsonl``; with `resume` those that are there are not run again.
+    lora_blocks: of the method "teacher", see `Settings`.
 
     Raises:
         InputError: an unknown method; `out` not writable, or holding other results (or any, without `resume`).
     """
+    from vlmteacher.lora import parse_blocks
+    from vlmteacher.pipeline import read_pair
+
     samples = _samples(method)
     what = {"benchmark": "microworld", "method": method, "seed": seed}
+    steps: dict[str, Any] = {"max_steps": 0} if method == "base" else {}
+    if lora_blocks is not None:
+        if method != "teacher":
+            raise InputError(f"lora_blocks {lora_blocks} is of the method teacher, not of {method}")
+        directory, description = read_pair(pair)
+        config = json.loads((directory / description["reasoner"] / "transformer" / "config.json").read_text())
+        if parse_blocks(lora_blocks) > config["num_layers"]:
+            raise InputError(f"lora_blocks {lora_blocks}: the transformer has {config['num_layers']} blocks")
+        what["lora_blocks"] = steps["lora_blocks"] = lora_blocks
     rows = {row["index"]: row for row in _open(out, what, resume)}
     todo = [index for index in range(limit) if index not in rows]
     with (out / "instances.jsonl").open("a", encoding="utf-8") as log:
-        for row in tqdm(_run(todo, samples, seed, workers, pair), total=len(todo), desc=method):
+        for row in tqdm(_run(todo, samples, seed, workers, pair, steps), total=len(todo), desc=method):
             rows[row["index"]] = row
             log.write(json.dumps(row) + "\n")
             log.flush()
@@ -103,13 +123,15 @@ def _open(out: Path, what: dict[str, Any], resume: bool) -> list[dict[str, Any]]
     return []
 
 
-def _run(todo: list[int], samples: int | str, seed: int, workers: int, pair: str | None) -> Iterator[dict[str, Any]]:
+def _run(
+    todo: list[int], samples: int | str, seed: int, workers: int, pair: str | None, steps: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
     if workers == 1:
         _load(pair)
-        yield from (_instance(index, samples, seed) for index in todo)
+        yield from (_instance(index, samples, seed, steps) for index in todo)
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_load, initargs=(pair, 1)) as pool:
-        yield from pool.map(_instance, todo, [samples] * len(todo), [seed] * len(todo))
+        yield from pool.map(_instance, todo, *([each] * len(todo) for each in (samples, seed, steps)))
 
 
 _pipe: Any = None  # each worker process loads the models once
@@ -136,7 +158,7 @@ def first_frame(scene: world.Scene) -> Image.Image:
     return Image.fromarray((world.render(scene)[0] * 255).round().astype("uint8"))
 
 
-def _instance(index: int, samples: int | str, seed: int) -> dict[str, Any]:
+def _instance(index: int, samples: int | str, seed: int, steps: dict[str, Any]) -> dict[str, Any]:
     from vlmteacher.baselines.best_of_n import best_of_n
 
     scene, prompt = world.instance(index, seed)
@@ -152,7 +174,6 @@ def _instance(index: int, samples: int | str, seed: int) -> dict[str, Any]:
         extra = {"oracle_success": any(v.success for v in verdicts), "samples": [v.success for v in verdicts]}
         updates = 0
     else:
-        steps = {"max_steps": 0} if samples == "base" else {}
         generator = torch.Generator().manual_seed(noise_seed)
         made = _pipe(prompt, image, generator=generator, output_type="pt", progress=False, **steps)
         verdict, updates = judge(made.frames, scene), made.updates

@@ -362,7 +362,7 @@ class _Decode(torch.autograd.Function):
         added = {layer.residual for layer in layers}
         frames: list[Tensor] = []
         for first, steps in zip(plan.first, plan.steps, strict=True):
-            y = x[_where(first)]
+            y = x[_where(first, x.device)]
             blocks: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, the bank and its rows that a residual will add
             for i, (layer, step) in enumerate(zip(layers, steps, strict=True)):
                 bank = torch.cat([latest[i], y]) if step.carry else y
@@ -428,12 +428,22 @@ class _Decode(torch.autograd.Function):
                     late[i] = found[:1].clone()
                 dy = found[1:] if step.carry else found
                 del found
-            dx[_where(first)] = dy
+            dx[_where(first, dx.device)] = dy
         return dx, None, None, None
 
 
-def _where(frames: Sequence[int]) -> Any:
-    """An index of rising frames: a slice, which needs no copy to the device, where they follow each other."""
+def _where(frames: Sequence[int], device: torch.device) -> Any:
+    """An index of rising frames: a slice where they follow each other."""
     if not frames:
         return slice(0, 0)
-    return slice(frames[0], frames[-1] + 1) if frames[-1] - frames[0] == len(frames) - 1 else list(frames)
+    return slice(frames[0], frames[-1] + 1) if frames[-1] - frames[0] == len(frames) - 1 else indices(frames, device)
+
+
+def indices(places: Sequence[int], device: torch.device) -> Tensor:
+    """An index on the device, copied there at the first call only."""
+    return _indices(tuple(places), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _indices(places: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(places, device=device)

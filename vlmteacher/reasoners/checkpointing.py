@@ -83,15 +83,21 @@ def keep_activations(transformer: Any, levels: Keep | Sequence[Keep]) -> None:
     each = [levels] * len(blocks) if isinstance(levels, Keep) else list(levels)
     if len(each) != len(blocks):
         raise InputError(f"{len(each)} activation levels for {len(blocks)} blocks: give one for each, or a single one")
+    transformer.kept_levels = each
     if all(level == Keep.ALL for level in each):
         transformer.disable_gradient_checkpointing()
         return
     by_block = dict(zip(blocks, each, strict=True))
 
     def run(block: nn.Module, *args: Any) -> Any:
-        return run_block(by_block[block], block, *args)
+        return run_block(by_block.get(block, Keep.ALL), block, *args)
 
     transformer.enable_gradient_checkpointing(run)
+
+
+def kept_levels(transformer: Any) -> list[Keep]:
+    """What `keep_activations` has set, block by block."""
+    return getattr(transformer, "kept_levels", [Keep.ALL] * len(block_list(transformer)))
 
 
 def parse_levels(text: str, blocks: int) -> list[Keep]:

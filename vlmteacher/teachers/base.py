@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vlmteacher.errors import InputError
+from vlmteacher.errors import InputError, NonFiniteFrames
 from vlmteacher.hub import only_local
 from vlmteacher.queries import QuerySet, QueryStyle
 from vlmteacher.teachers.quantization import Quantize, check_quantize
@@ -26,14 +27,42 @@ FAMILIES = {
     "internvl": ("internvl", "InternVLTeacher"),
 }
 
+RANGE_SLACK = 1e-3  # frames may leave [0, 1] by so much: rounding of a decoder in half precision
+
+
+def check_frames(frames: Tensor, frame_indices: Sequence[int], fps: float) -> None:
+    """Raises InputError when `Teacher.losses` cannot take these, whatever their values are."""
+    if frames.dim() != 4 or frames.shape[1] != 3 or len(frames) == 0:
+        raise InputError(f"frames must be (K, 3, H, W) with K >= 1, not {tuple(frames.shape)}")
+    if len(frame_indices) != len(frames):
+        raise InputError(f"{len(frame_indices)} frame indices for {len(frames)} frames")
+    if not (fps > 0 and math.isfinite(fps)):
+        raise InputError(f"fps must be positive, not {fps}")
+
+
+def check_range(low: float, high: float) -> None:
+    """Raises InputError, and NonFiniteFrames, when frames with these extremes are no pictures."""
+    if not math.isfinite(low + high):
+        raise NonFiniteFrames("the frames hold NaN or infinite values: try a lower learning rate or another dtype")
+    if low < -RANGE_SLACK or high > 1 + RANGE_SLACK:
+        raise InputError(f"frames must be RGB in [0, 1], these span [{low:.4g}, {high:.4g}]: clamp or rescale them")
+
 
 class Teacher(ABC):
     """A frozen vision-language model. P(Yes) of a question is `exp(-loss)`.
 
     quantized: its weights are in 4 or 8 bits, and stay on the device that they were loaded to.
+    activation_bytes: what the language model may keep for the backward; None: half of the GPU's free memory.
+    chunk_patches: patches that the visual encoder works on at a time; None: by device.
+    attention_backend: what computes attention, see `ops.attention`; None: our own on the CPU, else torch's.
+    offload: keep what is saved for the backward in pinned host memory (GPUs only).
     """
 
     quantized: bool = False
+    activation_bytes: int | None = None
+    chunk_patches: int | None = None
+    attention_backend: str | None = None
+    offload: bool = False
 
     @abstractmethod
     def write_queries(self, prompt: str, image: Image | None = None) -> QuerySet:
@@ -43,12 +72,15 @@ class Teacher(ABC):
         """
 
     @abstractmethod
-    def losses(self, frames: Tensor, frame_indices: Sequence[int], fps: float, queries: QuerySet) -> Tensor:
+    def losses(
+        self, frames: Tensor, frame_indices: Sequence[int], fps: float, queries: QuerySet, check: bool = True
+    ) -> Tensor:
         """-log P("Yes" | frames, question), natural logarithm, for every question in the order of `queries.questions`.
 
         frames: (K, 3, H, W), RGB in [0, 1]; frame_indices: their K places in the video, which runs at `fps` frames a
         second (they become the timestamps in the prompt). Returns (1+M,) float32, differentiable to the frames.
-        Raises InputError on frames of another shape, an index count other than K, or fps <= 0.
+        check: look at the frames' values, which waits for the device. Raises InputError on frames of another shape, an
+        index count other than K, or fps <= 0, and where it checks, on values outside [0, 1] (NonFiniteFrames: NaN).
         """
 
     @abstractmethod

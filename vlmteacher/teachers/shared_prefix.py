@@ -273,7 +273,8 @@ def answer_losses(
     for index, layer in enumerate(language.layers):
         last = index + 1 == len(language.layers)
         if keep == Keep.INPUT and x.requires_grad:
-            x = checkpoint(_layer, x, layer, layout, last, Keep.ALL, attention_backend, use_reentrant=False)
+            rest = (layer, layout, last, Keep.ALL, attention_backend)
+            x = checkpoint(_layer, x, *rest, use_reentrant=False, preserve_rng_state=False)
         else:
             x = _layer(x, layer, layout, last, keep, attention_backend)
         if index < len(deepstack) and not last:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vlmteacher.errors import InputError, NonFiniteFrames
+from vlmteacher.errors import InputError
 from vlmteacher.queries import ANSWER_INSTRUCTION, QuerySet, QueryStyle, ask_for_queries, query_prompt
-from vlmteacher.teachers.base import Teacher, read_style
+from vlmteacher.teachers.base import Teacher, check_frames, check_range, read_style
 from vlmteacher.teachers.quantization import Quantize, check_stays, is_quantized, load_model
 from vlmteacher.teachers.shared_prefix import Layout, answer_losses, check_language, lay_out
 from vlmteacher.teachers.visual_checkpoint import stream
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 ANSWER = "Yes"
 MAX_NEW_TOKENS = 256
-RANGE_SLACK = 1e-3  # frames may leave [0, 1] by so much: rounding of a decoder in half precision
 CHUNK_PATCHES = {"cpu": 1024, "cuda": 16384}  # of the visual encoder; the caches of a CPU, the occupancy of a GPU
 LAYOUTS_KEPT = 4
 
@@ -33,21 +31,6 @@ LAYOUTS_KEPT = 4
 def question_text(question: str) -> str:
     """What follows the video in the prompt of one question."""
     return question.strip() + ANSWER_INSTRUCTION
-
-
-def check_frames(frames: Tensor, frame_indices: Sequence[int], fps: float) -> None:
-    """Raises InputError, and NonFiniteFrames, when `Teacher.losses` cannot take these."""
-    if frames.dim() != 4 or frames.shape[1] != 3 or len(frames) == 0:
-        raise InputError(f"frames must be (K, 3, H, W) with K >= 1, not {tuple(frames.shape)}")
-    if len(frame_indices) != len(frames):
-        raise InputError(f"{len(frame_indices)} frame indices for {len(frames)} frames")
-    if not (fps > 0 and math.isfinite(fps)):
-        raise InputError(f"fps must be positive, not {fps}")
-    low, high = (value.item() for value in frames.detach().aminmax())
-    if not math.isfinite(low + high):
-        raise NonFiniteFrames("the frames hold NaN or infinite values: try a lower learning rate or another dtype")
-    if low < -RANGE_SLACK or high > 1 + RANGE_SLACK:
-        raise InputError(f"frames must be RGB in [0, 1], these span [{low:.4g}, {high:.4g}]: clamp or rescale them")
 
 
 @dataclass(frozen=True)
@@ -81,10 +64,6 @@ class VLMTeacher(Teacher):
 
     Attributes:
         style: how it is asked for queries.
-        activation_bytes: what the language model may keep for the backward; None: half of the GPU's free memory.
-        chunk_patches: patches that the visual encoder works on at a time; None: by device.
-        attention_backend: what computes attention, see `ops.attention`; None: our own on the CPU, else torch's.
-        offload: keep what is saved for the backward in pinned host memory (GPUs only).
 
     Raises InputError when the tokenizer has no chat template, or the chat template no place for a video.
     """
@@ -102,10 +81,6 @@ class VLMTeacher(Teacher):
         self.quantized = is_quantized(model)
         self.tokenizer = tokenizer
         self.style = QueryStyle()
-        self.activation_bytes: int | None = None
-        self.chunk_patches: int | None = None
-        self.attention_backend: str | None = None
-        self.offload = False
         self._layouts: dict[tuple[Any, ...], Layout] = {}
         check_language(self.language, model.config.model_type)
         self._chat("", "video", "")
@@ -186,9 +161,13 @@ class VLMTeacher(Teacher):
         return self
 
     @torch.compiler.disable
-    def losses(self, frames: Tensor, frame_indices: Sequence[int], fps: float, queries: QuerySet) -> Tensor:
+    def losses(
+        self, frames: Tensor, frame_indices: Sequence[int], fps: float, queries: QuerySet, check: bool = True
+    ) -> Tensor:
         """See `Teacher.losses`. The video is encoded and read once, whatever the number of questions."""
         check_frames(frames, frame_indices, fps)
+        if check:
+            check_range(*torch.stack(frames.detach().aminmax()).tolist())
         size = self.resized(len(frames), *frames.shape[-2:])
         layout = self._layout(Clip(tuple(int(i) for i in frame_indices), float(fps), size), queries)
         return self.packed_losses(frames.to(self.device), layout, size)

@@ -1,0 +1,57 @@
+"""The part of a transformer that no LoRA touches, computed once for inputs that stay the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmteacher.reasoners.checkpointing import block_list, blocks_name
+
+
+class _Remembered(nn.Module):
+    """Stands in the place of some blocks: what they gave in the same forward of the first pass."""
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.outputs: list[Any] = []  # a hidden state, or several, of each forward of a pass (guidance has two)
+        self.forwards = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The arguments of a block; what a block returns takes the place of its first arguments in the next."""
+        self.forwards += 1
+        if len(self.outputs) < self.forwards:
+            first = [kwargs.pop("hidden_states")] if not args else []
+            args = (*first, *args)
+            output = args[0]
+            with torch.no_grad():
+                for block in self.blocks:
+                    output = block(*args, **kwargs)
+                    several = output if isinstance(output, tuple) else (output,)
+                    args = (*several, *args[len(several) :])
+            self.outputs.append(output)
+        return self.outputs[self.forwards - 1]
+
+
+class FrozenFront:
+    """Inside `with front:` the first `count` blocks of `transformer` give what they gave the first time.
+
+    For passes (each one `with`) whose forwards have the same inputs, while nothing in these blocks, nor before them, is
+    trained: then results and gradients are those of the whole network, to the bit. Outside, the transformer is as it
+    was.
+    """
+
+    def __init__(self, transformer: Any, count: int) -> None:
+        self.transformer, self.name = transformer, blocks_name(transformer)
+        self.blocks = block_list(transformer)
+        self.front = _Remembered(self.blocks[:count])
+        self._some = nn.ModuleList([self.front, *self.blocks[count:]])
+
+    def __enter__(self) -> None:
+        self.front.forwards = 0
+        setattr(self.transformer, self.name, self._some)
+
+    def __exit__(self, *_: object) -> None:
+        setattr(self.transformer, self.name, self.blocks)
