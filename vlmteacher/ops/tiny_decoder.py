@@ -7,6 +7,7 @@ A `Plan` says which frames each layer computes, chunk by chunk over time: those 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
