@@ -1,7 +1,6 @@
 """Element-wise work between the products of a transformer: each one pass, forward and backward, in float32 inside.
 
-On the CPU it is C++ where the processor has AVX-512 BF16. Elsewhere, and for whoever must see through it
-(torch.compile, fake tensors, a dispatch mode), it is torch's own operators.
+On the CPU it is C++ where the processor has AVX-512 BF16; elsewhere it is torch's own operators.
 """
 
 from __future__ import annotations
@@ -15,10 +14,12 @@ from torch.autograd.function import once_differentiable
 
 from vlmteacher.ops.backends import has_avx512_bf16, plain
 
+_AVX512_BF16 = has_avx512_bf16()  # asked here, for torch.compile must not look into the question
+
 
 def _is_fast(x: Tensor) -> bool:
     own = x.dtype in (torch.bfloat16, torch.float32) and x.device.type == "cpu"
-    return own and x.numel() > 0 and plain(x) and has_avx512_bf16()
+    return own and x.numel() > 0 and _AVX512_BF16
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -31,12 +32,43 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
-    if not _is_fast(x) or cos.dtype != torch.float32:
-        return rotate_reference(x, cos, -sin if back else sin)
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     batch = x if x.dim() == 4 else x[None]
     out: Tensor = torch.ops.vlmteacher_cpp.rotate(batch, cos, sin, back)
     return out.view(x.shape)
+
+
+def _gelu(x: Tensor, grad: Tensor | None) -> Tensor:
+    """gelu(x), or grad * gelu'(x)."""
+    out: Tensor = torch.ops.vlmteacher_cpp.gelu(x, grad)
+    return out
+
+
+# The same as operators, for whoever must see through them; see lora_linear.py.
+@torch.library.custom_op("vlmteacher::rotate", mutates_args=())
+def _rotate_operator(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    return _rotate(x, cos, sin, back)
+
+
+@torch.library.custom_op("vlmteacher::gelu", mutates_args=())
+def _gelu_operator(x: Tensor, grad: Tensor | None) -> Tensor:
+    return _gelu(x, grad)
+
+
+@_rotate_operator.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_gelu_operator.register_fake
+def _(x: Tensor, grad: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    if not _is_fast(x) or cos.dtype != torch.float32:
+        return rotate_reference(x, cos, -sin if back else sin)
+    return (_rotate if plain(x) else _rotate_operator)(x, cos, sin, back)
 
 
 class _Rotate(torch.autograd.Function):
@@ -68,14 +100,13 @@ class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        out: Tensor = torch.ops.vlmteacher_cpp.gelu(x, None)
-        return out
+        return (_gelu if plain(x) else _gelu_operator)(x, None)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        out: Tensor = torch.ops.vlmteacher_cpp.gelu(*ctx.saved_tensors, grad)
-        return out
+        (x,) = ctx.saved_tensors
+        return (_gelu if plain(grad) else _gelu_operator)(x, grad)
 
 
 def gelu(x: Tensor) -> Tensor:
