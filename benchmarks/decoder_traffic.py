@@ -74,8 +74,8 @@ def ours(decoder: TinyVideoDecoder, latents: tuple[int, int, int], indices: list
                 total.backward += 3 * (len(step.taps[0]) + step.carry) * frame
             size *= layer.upscale**2
         pixels = size * layers[-1].channels[1] * fresh
-        total.forward += pixels * (3 * WIDE + 1 / 8) + pixels * WIDE  # bits of the clamp, then shuffle and clamp
-        total.backward += pixels * (4 * WIDE + 1 / 8)
+        total.forward += pixels * (2 * WIDE + 1 / 8)  # pixel shuffle, clamp and its bits, to frames or to patch rows
+        total.backward += pixels * (2 * WIDE + 1 / 8)
         total.kept += pixels / 8
     return total
 

@@ -27,6 +27,7 @@ from benchmarks.presets import PRESETS, SHORTER, Instance, build
 from benchmarks.stock import PARTS, VARIANTS, StockLoop, Variant, Watch
 from benchmarks.timing import argument_parser, compare, parsed, publish
 from vlmteacher.lora import add_lora, load_lora_state, lora_state_dict
+from vlmteacher.ops.patchify import PatchRows
 from vlmteacher.optimization import Optimization
 from vlmteacher.teachers.preprocessing import preprocess_video
 
@@ -49,16 +50,17 @@ class OurLoop:
         for owner, name, part, gradient in (
             (reasoner, "predict_clean", "reasoner_forward", "decode_backward"),
             (decoder, "decode", "decode_forward", "teacher_backward"),
+            (decoder, "decode_rows", "decode_forward", "teacher_backward"),
             (teacher, "losses", "teacher_forward", None),
         ):
             setattr(owner, name, self._watched(getattr(owner, name), part, gradient))
         self.loop.optimizer.register_step_pre_hook(lambda *_: self.watch.mark("reasoner_backward"))
 
-    def _watched(self, call: Callable[..., Tensor], part: str, gradient: str | None) -> Callable[..., Tensor]:
-        def watched(*args: Any, **kwargs: Any) -> Tensor:
+    def _watched(self, call: Callable[..., Any], part: str, gradient: str | None) -> Callable[..., Any]:
+        def watched(*args: Any, **kwargs: Any) -> Any:
             result = call(*args, **kwargs)
             if gradient:
-                self.watch.at_gradient(result, gradient)
+                self.watch.at_gradient(result.rows if isinstance(result, PatchRows) else result, gradient)
             self.watch.mark(part)
             return result
 

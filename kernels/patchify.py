@@ -3,7 +3,8 @@
 Every kernel gathers: a program owns a run of outputs, so that nothing is written twice, and neither the repeated last
 frame nor the gradient of a resize needs atomics. A resize is two kernels: rows are added up on their own, columns where
 the patches are written (or, backward, read); what lies between is float32. Without one there is one kernel, which reads
-and writes the pixels once. Arithmetic is in float32 and rounded once. The definition is vlmteacher/ops/patchify.py.
+and writes the pixels once. From and to a decoder's last convolution (`shuffle_to_rows`) a program owns all lines that
+stem from neighbours in it. Arithmetic is in float32 and rounded once. The definition is vlmteacher/ops/patchify.py.
 
 Never run on a GPU yet: in Triton's interpreter, and compiled ahead of time.
 """
@@ -126,6 +127,79 @@ def patchify_backward_kernel(
     tl.store(out + i, value.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _line(row, g, height, width, first, UPSCALE: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of the lines, `upscale` of each channel, that row `row` of frame g of y becomes, some columns: channel (LINES),
+    line within the frame, x (COLUMNS), which of them are real, their offsets in y, and the bits' offsets and mask."""
+    line, x = tl.arange(0, LINES), first + tl.arange(0, COLUMNS)
+    channel, y = line // UPSCALE, row * UPSCALE + line % UPSCALE
+    real = (line < 3 * UPSCALE)[:, None] & (x < width * UPSCALE)[None, :]
+    pixel = (g * height + row) * width + x // UPSCALE
+    at = (pixel[None, :] * (3 * UPSCALE) + line[:, None]) * UPSCALE + (x % UPSCALE)[None, :]
+    bytes_of_line = (width * UPSCALE + 7) // 8
+    byte = first // 8 + tl.arange(0, COLUMNS // 8)
+    bits = ((g * 3 + channel) * height * UPSCALE + y)[:, None] * bytes_of_line + byte[None, :]
+    return channel, y, x, real, at, bits, (line < 3 * UPSCALE)[:, None] & (byte < bytes_of_line)[None, :]
+
+
+@triton.jit
+def _place(
+    slot, channel, y, x, height, width,
+    HIGH: tl.constexpr, WIDE: tl.constexpr, TEMPORAL: tl.constexpr, MERGE: tl.constexpr,
+):  # fmt: skip
+    """Offsets (lines, columns) in the rows of pixels of the frame at `slot` of a video of height x width."""
+    down, right = y // HIGH, x // WIDE
+    block_row = (slot // TEMPORAL * (height // (HIGH * MERGE)) + down // MERGE) * (width // (WIDE * MERGE))
+    block = block_row[:, None] + (right // MERGE)[None, :]
+    row = (block * MERGE + (down % MERGE)[:, None]) * MERGE + (right % MERGE)[None, :]
+    area = (row * 3 + channel[:, None]) * TEMPORAL + slot % TEMPORAL
+    return (area * HIGH + (y % HIGH)[:, None]) * WIDE + (x % WIDE)[None, :]
+
+
+@triton.jit
+def shuffle_to_rows_kernel(
+    y, slots, rows, inside, height, width, mean_r, mean_g, mean_b, std_r, std_g, std_b,
+    REPEATS: tl.constexpr, UPSCALE: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr, TEMPORAL: tl.constexpr,
+    MERGE: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Grid: (rows of y x tiles of columns, frames of y); height and width are those of y."""
+    tiles, g = tl.cdiv(width * UPSCALE, COLUMNS), tl.program_id(1).to(tl.int64)
+    row, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * COLUMNS
+    channel, line, x, real, at, byte, stored = _line(row, g, height, width, first, UPSCALE, LINES, COLUMNS)
+    value = tl.load(y + at, mask=real, other=-1.0).to(tl.float32)
+    bits = tl.reshape(((value >= 0) & (value <= 1)).to(tl.int32), [LINES, COLUMNS // 8, 8]) << tl.arange(0, 8)
+    tl.store(inside + byte, tl.sum(bits, 2).to(tl.uint8), mask=stored)
+    value = tl.where(value < 0, 0.0, tl.where(value > 1, 1.0, value))  # a NaN stays
+    mean, std = _channel(channel, mean_r, mean_g, mean_b), _channel(channel, std_r, std_g, std_b)
+    value = ((value - mean[:, None]) / std[:, None]).to(rows.dtype.element_ty)
+    for r in tl.static_range(REPEATS):
+        slot = tl.load(slots + g * REPEATS + r).to(tl.int64)
+        to = _place(slot, channel, line, x, height * UPSCALE, width * UPSCALE, HIGH, WIDE, TEMPORAL, MERGE)
+        tl.store(rows + to, value, mask=real & (x < tl.where(slot < 0, 0, width * UPSCALE))[None, :])
+
+
+@triton.jit
+def shuffle_to_rows_backward_kernel(
+    grad, slots, inside, dy, height, width, std_r, std_g, std_b,
+    REPEATS: tl.constexpr, UPSCALE: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr, TEMPORAL: tl.constexpr,
+    MERGE: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The same grid."""
+    tiles, g = tl.cdiv(width * UPSCALE, COLUMNS), tl.program_id(1).to(tl.int64)
+    row, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * COLUMNS
+    channel, line, x, real, at, byte, stored = _line(row, g, height, width, first, UPSCALE, LINES, COLUMNS)
+    packed = tl.load(inside + byte, mask=stored, other=0)
+    passes = tl.reshape((packed[:, :, None] >> tl.arange(0, 8)[None, None, :].to(tl.uint8)) & 1, [LINES, COLUMNS]) != 0
+    total = tl.zeros([LINES, COLUMNS], dtype=tl.float32)
+    for r in tl.static_range(REPEATS):
+        slot = tl.load(slots + g * REPEATS + r).to(tl.int64)
+        of = _place(slot, channel, line, x, height * UPSCALE, width * UPSCALE, HIGH, WIDE, TEMPORAL, MERGE)
+        here = (x < tl.where(slot < 0, 0, width * UPSCALE))[None, :]
+        total += tl.load(grad + of, mask=real & passes & here, other=0.0).to(tl.float32)
+    total = total / _channel(channel, std_r, std_g, std_b)[:, None]
+    tl.store(dy + at, total.to(dy.dtype.element_ty), mask=real)
+
+
 def _resize_rows(x: Tensor, start: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     height, taps = weight.shape
     num_frames, channels, _, width = x.shape
@@ -178,3 +252,44 @@ def patchify_backward(
             PATCH=patch, TEMPORAL=temporal_patch, MERGE=merge, BLOCK=block,
         )  # fmt: skip
         return _resize_rows(out, start_y, weight_y, dtype) if bands else out
+
+
+def _shuffle_launch(frames: int, height: int, width: int, upscale: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """The grid, and the tile as the kernels' constants."""
+    lines = triton.next_power_of_2(3 * upscale)
+    columns = max(8, min(BLOCK // lines, triton.next_power_of_2(width * upscale)))
+    return (triton.cdiv(width * upscale, columns) * height, frames), {"LINES": lines, "COLUMNS": columns}
+
+
+def shuffle_to_rows(
+    y: Tensor, slots: Tensor, rows: Tensor, upscale: int, patch_height: int, patch_width: int, temporal_patch: int,
+    merge: int, mean: Sequence[float], std: Sequence[float],
+) -> Tensor:  # fmt: skip
+    """Writes `rows`; returns the bits (G, 3, upscale h, ceil(upscale w / 8))."""
+    g, height, width, _ = y.shape
+    size = (g, 3, height * upscale, (width * upscale + 7) // 8)
+    inside = torch.empty(size, dtype=torch.uint8, device=y.device)
+    if g:
+        grid, tile = _shuffle_launch(g, height, width, upscale)
+        with torch.cuda.device_of(y):
+            shuffle_to_rows_kernel[grid](
+                y, slots, rows, inside, height, width, *mean, *std, REPEATS=slots.shape[1], UPSCALE=upscale,
+                HIGH=patch_height, WIDE=patch_width, TEMPORAL=temporal_patch, MERGE=merge, **tile,
+            )  # fmt: skip
+    return inside
+
+
+def shuffle_to_rows_backward(
+    grad: Tensor, slots: Tensor, inside: Tensor, height: int, width: int, upscale: int, patch_height: int,
+    patch_width: int, temporal_patch: int, merge: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """dy (G, height, width, 3 upscale^2) of `dtype`."""
+    dy = torch.empty(len(slots), height, width, 3 * upscale**2, dtype=dtype, device=grad.device)
+    if len(slots):
+        grid, tile = _shuffle_launch(len(slots), height, width, upscale)
+        with torch.cuda.device_of(grad):
+            shuffle_to_rows_backward_kernel[grid](
+                grad, slots, inside, dy, height, width, *std, REPEATS=slots.shape[1], UPSCALE=upscale,
+                HIGH=patch_height, WIDE=patch_width, TEMPORAL=temporal_patch, MERGE=merge, **tile,
+            )  # fmt: skip
+    return dy

@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.tiny_pair import PROMPT, QUERIES
 from vlmteacher.errors import InputError
 from vlmteacher.lora import add_lora, lora_state_dict, remove_lora
+from vlmteacher.ops.patchify import PatchRows
 from vlmteacher.optimization import (
     GUARDS,
     NonFiniteError,
@@ -198,8 +199,9 @@ class Poisoned:
 
     def __init__(self, teacher: Any, gradient_only: bool) -> None:
         self.teacher, self.gradient_only = teacher, gradient_only
+        self.patch_layout = teacher.patch_layout
 
-    def losses(self, frames: Tensor, *rest: Any, **how: Any) -> Tensor:
+    def losses(self, frames: Tensor | PatchRows, *rest: Any, **how: Any) -> Tensor:
         losses = self.teacher.losses(frames, *rest, **how)
         if not self.gradient_only:
             return losses * torch.nan
@@ -222,6 +224,23 @@ def test_what_is_not_finite_stops_with_the_last_good_state(
     assert all(torch.equal(good[n], state["lora"][n]) for n in good)
     loop.teacher = pipe.teacher
     assert math.isfinite(loop.step()["loss"])
+
+
+def test_the_hand_over_in_patch_rows_changes_no_loss(make: Any, pipe: TeacherPipeline, monkeypatch: Any) -> None:
+    """Rows right from the decoder, then frames that the Teacher cuts: the same losses and LoRA, guards to rounding."""
+    loop = make()
+    assert pipe.teacher.patch_layout(len(loop.frame_indices), 32, 48) is not None
+    with monkeypatch.context() as patch:  # frames would have to come from `decode`
+        patch.setattr(type(pipe.decoder), "decode", None)
+        rows, lora = [loop.step() for _ in range(2)], lora_state_dict(pipe.reasoner.transformer)
+    monkeypatch.setattr(type(pipe.teacher), "patch_layout", lambda *_: None)
+    loop = make()
+    frames, expected = [loop.step() for _ in range(2)], lora_state_dict(pipe.reasoner.transformer)
+    for ours, theirs in zip(rows, frames, strict=True):
+        for name in ("loss", "grad_norm", "guards"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-5, rel=1e-5), name
+    for name, value in expected.items():
+        torch.testing.assert_close(lora[name], value, atol=1e-5, rtol=1e-5)
 
 
 def test_guards_on_pictures_whose_values_are_known() -> None:

@@ -131,7 +131,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("benchmark", choices=("microworld", "vbvr", "ruler"))
     sub.add_argument("--method", required=True, metavar="NAME", help="base, teacher, pass@N")
     sub.add_argument("--limit", type=int, default=100, metavar="N", help="instances (default: 100)")
-    sub.add_argument("--seed", type=int, default=1, metavar="N", help="of the held-out split (default: 1)")
+    sub.add_argument("--seed", type=int, default=1, metavar="N", help="draws the split (default: 1)")
+    sub.add_argument("--split", default="id", metavar="NAME", help="id (default), ood or validation")
+    _add_families(sub)
     sub.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
     _add_lora_blocks(sub)
     sub.add_argument("--out", required=True, metavar="DIR", help="where results.json goes")
@@ -147,8 +149,9 @@ def parser() -> argparse.ArgumentParser:
     kind.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     kind.add_argument("--count", type=int, default=100, metavar="N", help="instances (default: 100)")
     kind.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the instances (default: 0)")
-    kind.add_argument("--split", default="train", metavar="NAME", help="train (default) or held-out")
-    kind.add_argument("--flawed", action="store_true", help="videos with the packaged Reasoner's documented flaw")
+    kind.add_argument("--split", default="train", metavar="NAME", help="train (default), id, ood or validation")
+    _add_families(kind)
+    kind.add_argument("--flawed", action="store_true", help="videos with the Reasoner's documented flaw")
     kind = kinds.add_parser("measure", help="rule score, distance and one-step agreement on held-out instances")
     kind.add_argument("--reasoner", metavar="ID", help="hub id or directory (default: the packaged one)")
     kind.add_argument("--teacher", metavar="ID", help="judge of both videos (default: the packaged one)")
@@ -198,6 +201,15 @@ def parser() -> argparse.ArgumentParser:
     sub = add("env", env, "devices, compiled backends and versions; why a backend is missing")
     sub.add_argument("--json", action="store_true", help="machine-readable")
     return top
+
+
+def _add_families(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--family",
+        action="append",
+        metavar="NAME",
+        help="of tasks, more than once for more, or all (default: those that the packaged pair knows)",
+    )
 
 
 def _add_fused(sub: argparse.ArgumentParser) -> None:
@@ -395,12 +407,14 @@ def bench(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         resume=arguments.resume,
         lora_blocks=arguments.lora_blocks,
+        split=arguments.split,
+        chosen=_families(arguments),
     )
     print(f"{results['benchmark']}, method {results['method']}")
-    print(f"{'split':8} {'n':>5} {'success':>8} {'score':>6}")
+    print(f"{'split':10} {'n':>5} {'success':>8} {'score':>6}")
     for name, row in {**results.get("splits", {}), "all": results}.items():
         if row["n"]:
-            print(f"{name:8} {row['n']:5} {row['success_rate']:8.2f} {row['score']:6.3f}")
+            print(f"{name:10} {row['n']:5} {row['success_rate']:8.2f} {row['score']:6.3f}")
     print(f"{results['updates_mean']:.1f} updates and {results['seconds_mean']:.1f} s per instance")
     print(f"Results: {Path(arguments.out) / 'results.json'}")
 
@@ -421,7 +435,7 @@ def microworld(arguments: argparse.Namespace) -> None:
     if arguments.what == "export":
         from vlmteacher.microworld.export import export
 
-        export(out, arguments.count, arguments.seed, arguments.split, arguments.flawed)
+        export(out, arguments.count, arguments.seed, arguments.split, arguments.flawed, chosen=_families(arguments))
         print(f"{arguments.count} instances in VBVR's layout: {out}")
         return
     from vlmteacher.evaluation.few_step import report
@@ -538,6 +552,16 @@ def _add_training(sub: argparse.ArgumentParser, reasoner: str) -> None:
 
 def _overrides(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
+def _families(arguments: argparse.Namespace) -> Sequence[str]:
+    """The families of --family, in the world's order whatever the order of the flags."""
+    from vlmteacher.microworld import world
+
+    if not arguments.family:
+        return world.PACKAGED
+    world.check("id", [name for name in arguments.family if name != "all"])
+    return [name for name in world.FAMILIES if {name, "all"} & {*arguments.family}]
 
 
 def _seed(text: str) -> int:

@@ -17,6 +17,7 @@ from vlmteacher.engines import ENGINES, Engine, make_engine
 from vlmteacher.errors import InputError, NonFiniteFrames, OutOfMemory
 from vlmteacher.lora import frozen_blocks, load_lora_state, lora_parameters, lora_state_dict, parse_blocks
 from vlmteacher.memory_ladder import MemoryLadder, is_out_of_memory
+from vlmteacher.ops.patchify import PatchRows
 from vlmteacher.reasoners.frozen_front import FrozenFront
 from vlmteacher.reward import vqa_objective
 from vlmteacher.teachers.base import check_range
@@ -97,16 +98,16 @@ GUARDS = ("brightness", "dark_fraction", "edge_density", "colour_entropy", "temp
 
 
 @torch.no_grad()
-def frame_guards(frames: Tensor) -> Tensor:
+def frame_guards(frames: Tensor | PatchRows) -> Tensor:
     """Cheap signs of reward hacking, to be watched over the steps (the detectors of UniRL#407).
 
-    frames: (K, 3, H, W) in [0, 1]. Returns (5,) float32 on their device, in the order of `GUARDS`: brightness and
-    dark_fraction (luma below 0.1), edge_density (share of pixels whose luma differs from a neighbour's by more than
-    0.1), colour_entropy (bits, of 64 colour bins: 0..6) and temporal_jump (largest mean absolute change between two
-    neighbouring frames), all measured on about 128x128 pixels.
+    frames: (K, 3, H, W) in [0, 1], or their patch rows. Returns (5,) float32 on their device, in the order of `GUARDS`:
+    brightness and dark_fraction (luma below 0.1), edge_density (share of pixels whose luma differs from a neighbour's
+    by more than 0.1), colour_entropy (bits, of 64 colour bins: 0..6) and temporal_jump (largest mean absolute change
+    between two neighbouring frames), all measured on about 128x128 pixels.
     """
     stride = max(1, max(frames.shape[-2:]) // 128)
-    frames = frames[..., ::stride, ::stride].float()
+    frames = frames.pixels(stride) if isinstance(frames, PatchRows) else frames[..., ::stride, ::stride].float()
     red, green, blue = frames.unbind(1)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     edges = torch.maximum(
@@ -192,7 +193,7 @@ class Optimization:
         offload: Any = torch.autograd.graph.save_on_cpu(pin_memory=True) if self.offload else nullcontext()
         with offload, self.front:
             latents = self.reasoner.predict_clean(self.condition, self.noise)
-        frames = self.decoder.decode(latents, self.frame_indices, self.decoder_chunk, check=False)
+        frames = self._decode(latents)
         losses = self.teacher.losses(frames, self.frame_indices, self.reasoner.fps, self.queries, check=False)
         loss = vqa_objective(losses, self.settings.goal_weight)
         with torch.no_grad():
@@ -249,6 +250,14 @@ class Optimization:
         elif len(self.history) >= self.settings.max_steps:
             self.stopped = "max_steps"
         return row
+
+    def _decode(self, latents: Tensor) -> Tensor | PatchRows:
+        """What the Teacher sees: where it would not resize the frames, its own patch rows right from the decoder."""
+        height, width = (side * self.decoder.spatial_stride for side in latents.shape[-2:])
+        layout = self.teacher.patch_layout(len(self.frame_indices), height, width)
+        if layout is None:
+            return self.decoder.decode(latents, self.frame_indices, self.decoder_chunk, check=False)
+        return self.decoder.decode_rows(latents, layout, self.frame_indices, self.decoder_chunk, check=False)
 
     def _check(self, row: dict[str, Any], nan: bool, extremes: Sequence[float]) -> None:
         if nan:

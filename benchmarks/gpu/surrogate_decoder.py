@@ -22,7 +22,8 @@ from benchmarks.gpu import backends, forced
 from benchmarks.timing import argument_parser, compare, parsed
 from vlmteacher.decoders import TinyVideoDecoder
 from vlmteacher.ops import tiny_decoder as operator
-from vlmteacher.ops.tiny_decoder import pack_signs, unpack_bits
+from vlmteacher.ops.bits import unpack_bits
+from vlmteacher.ops.tiny_decoder import pack_signs
 from vlmteacher.optimization import teacher_frame_indices
 
 PRESETS = {"paper": ((23, 44, 80), 24), "mid": ((9, 24, 24), 24)}  # latents (T, h, w), frames that the Teacher sees

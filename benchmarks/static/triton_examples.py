@@ -17,7 +17,7 @@ import torch
 
 
 def patchify() -> None:
-    """Frames as they are, and resized in every dtype."""
+    """Frames as they are, and resized in every dtype; patch rows and frames from a decoder's last layer."""
     from vlmteacher.kernels import patchify as kernels
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -31,6 +31,12 @@ def patchify() -> None:
             frames = empty(4, 3, 64, 64, dtype=dtype)
             rows = kernels.patchify(frames, 16, 2, 2, [0.5] * 3, [0.5] * 3, dtype, bands)
             kernels.patchify_backward(rows, 4, 64, 64, 16, 2, 2, [0.5] * 3, size, size, dtype, back)
+        y, slots = empty(4, 352, 640, 12, dtype=dtype), empty(4, 1, dtype=torch.int32)
+        for high, wide, pair, merge in ((16, 16, 2, 2), (704, 1280, 1, 1)):
+            rows = empty(4 * 704 * 1280 // (pair * high * wide), 3 * pair * high * wide, dtype=dtype)
+            layout = (2, high, wide, pair, merge, [0.5] * 3, [0.5] * 3)
+            inside = kernels.shuffle_to_rows(y, slots, rows, *layout)
+            kernels.shuffle_to_rows_backward(rows, slots, inside, 352, 640, *layout, dtype)
 
 
 def lora_linear() -> None:

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -17,7 +18,23 @@ namespace skinny = vlmteacher::skinny;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+// (rows, columns), contiguous, of t's dtype. This and `transposed` ask torch directly: through its dispatcher, by name,
+// a small layer's handful of them takes as long as its products with the rank.
+Tensor empty(const Tensor& t, int64_t rows, int64_t columns) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {std::max<int64_t>(columns, 1), 1};
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  AtenTensorHandle found;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &found));
+  return Tensor(found);
+}
+
+Tensor transposed(const Tensor& t) {
+  const int64_t sizes[] = {t.size(1), t.size(0)}, strides[] = {t.stride(1), t.stride(0)};
+  AtenTensorHandle found;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, 0, &found));  // 0: from t's own
+  return Tensor(found);
+}
 
 // Columns [first, first + count) of a matrix, or their transpose. Every view that torch makes costs microseconds, which
 // the products with the rank do not take at small sizes: a tensor of it is made for the vendor only.
@@ -59,33 +76,85 @@ Tensor as(ScalarType dtype, const Tensor& t) {
 
 // out = alpha left right + (accumulate ? out : 0) where one of the sides is the rank; all have contiguous rows. The
 // gradient of a float32 factor may come from bfloat16 operands.
-void with_rank(const Operand& out, const Operand& left, const Operand& right, double alpha, bool accumulate) {
-  static const bool available = skinny::available();
-  const ScalarType dtype = left.of.scalar_type();
-  const bool half = dtype == ScalarType::BFloat16, wide = out.of.scalar_type() == ScalarType::Float;
-  const int64_t m = out.rows(), n = out.columns(), k = left.columns();
-  const skinny::Matrix l{left.data(), left.of.stride(0), left.turned},
-      r{right.data(), right.of.stride(0), right.turned};
-  // A handful of float32 sums (one row of x) is no work to save: theirs then round as the plain expression's do.
-  const bool own = half ? skinny::takes_bfloat16(l, r, k) : dtype == ScalarType::Float && m * n >= 256;
-  if (!available || !own) {
-    const Tensor to = out.tensor();
-    if (dtype == to.scalar_type()) return vendor(to, to, left.tensor(), right.tensor(), alpha, accumulate ? 1 : 0);
-    const Tensor narrow = torch::stable::new_empty(to, {m, n}, dtype);
-    vendor(narrow, narrow, left.tensor(), right.tensor(), alpha, 0);
+class WithRank {
+ public:
+  WithRank(const Operand& out, const Operand& left, const Operand& right, double alpha, bool accumulate)
+      : out_(out), left_(left), right_(right), alpha_(alpha), accumulate_(accumulate) {
+    static const bool available = skinny::available();
+    const ScalarType dtype = left.of.scalar_type();
+    half_ = dtype == ScalarType::BFloat16, wide_ = out.of.scalar_type() == ScalarType::Float;
+    m_ = out.rows(), n_ = out.columns(), k_ = left.columns();
+    l_ = {left.data(), left.of.stride(0), left.turned}, r_ = {right.data(), right.of.stride(0), right.turned};
+    to_ = out.data(), stride_ = out.of.stride(0);
+    // A handful of float32 sums (one row of x) is no work to save: theirs then round as the plain expression's do.
+    own_ = available && (half_ ? skinny::takes_bfloat16(l_, r_, k_) : dtype == ScalarType::Float && m_ * n_ >= 256);
+  }
+
+  bool own() const { return own_; }
+  bool by_rows() const { return m_ >= n_; }  // the longer side is the one to divide
+  int64_t extent() const { return by_rows() ? m_ : n_; }
+
+  // Rows [begin, end) of out, or columns. Only where `own`.
+  void part(bool by_rows, int64_t begin, int64_t end) const {
+    skinny::Matrix l = l_, r = r_;
+    skinny::Matrix& some = by_rows ? l : r;
+    const bool strided = by_rows != some.transposed;  // elements of that side stand a row apart
+    some.data = static_cast<const char*>(some.data) + begin * (half_ ? 2 : 4) * (strided ? some.stride : 1);
+    skinny::product(half_, by_rows ? end - begin : m_, by_rows ? n_ : end - begin, k_, static_cast<float>(alpha_), l, r,
+                    accumulate_, to_ + begin * (wide_ ? 4 : 2) * (by_rows ? stride_ : 1), stride_, wide_);
+  }
+
+  void by_vendor() const {
+    const Tensor to = out_.tensor();
+    const ScalarType dtype = left_.of.scalar_type();
+    if (dtype == to.scalar_type()) return vendor(to, to, left_.tensor(), right_.tensor(), alpha_, accumulate_ ? 1 : 0);
+    const Tensor narrow = torch::stable::new_empty(to, {m_, n_}, dtype);
+    vendor(narrow, narrow, left_.tensor(), right_.tensor(), alpha_, 0);
     Tensor whole = to;
     torch::stable::copy_(whole, narrow);
-    return;
   }
-  const int64_t bytes = half ? 2 : 4, out_bytes = wide ? 4 : 2, stride = out.of.stride(0);
-  const bool by_rows = m >= n;  // the work is divided along the longer side
-  torch::stable::parallel_for(0, by_rows ? m : n, 64, [&](int64_t begin, int64_t end) {
-    skinny::Matrix some_l = l, some_r = r;
-    skinny::Matrix& some = by_rows ? some_l : some_r;
-    const bool strided = by_rows != some.transposed;  // elements of that side stand a row apart
-    some.data = static_cast<const char*>(some.data) + begin * bytes * (strided ? some.stride : 1);
-    skinny::product(half, by_rows ? end - begin : m, by_rows ? n : end - begin, k, static_cast<float>(alpha), some_l,
-                    some_r, accumulate, out.data() + begin * out_bytes * (by_rows ? stride : 1), stride, wide);
+
+ private:
+  Operand out_, left_, right_;
+  double alpha_;
+  bool accumulate_, half_, wide_, own_;
+  int64_t m_, n_, k_, stride_;
+  skinny::Matrix l_, r_;
+  char* to_;
+};
+
+constexpr int64_t kGrain = 64;  // rows or columns that are worth a thread
+
+// Products that do not read one another's results, in one parallel region: at small sizes a region costs as much as
+// they do.
+void at_once(const std::vector<WithRank>& products) {
+  std::vector<const WithRank*> own;
+  int64_t parts = 0;
+  for (const WithRank& product : products)
+    if (product.own())
+      own.push_back(&product), parts += (product.extent() + kGrain - 1) / kGrain;
+    else
+      product.by_vendor();
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (const WithRank* product : own) {  // its parts are [0, count) of what is left of the range
+      const int64_t count = (product->extent() + kGrain - 1) / kGrain;
+      if (begin < count && end > 0)
+        product->part(product->by_rows(), std::max<int64_t>(begin, 0) * kGrain,
+                      std::min(std::min(end, count) * kGrain, product->extent()));
+      begin -= count, end -= count;
+    }
+  });
+}
+
+// Products that read, row by row, what those before them wrote: in one region too, divided along the rows they share.
+void in_turn(int64_t rows, const std::vector<WithRank>& products) {
+  for (const WithRank& product : products)
+    if (!product.own()) {
+      for (const WithRank& each : products) at_once({each});
+      return;
+    }
+  torch::stable::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
+    for (const WithRank& product : products) product.part(true, begin, end);
   });
 }
 
@@ -96,7 +165,7 @@ Tensor stack(const Tensor& x, const std::vector<Tensor>& tensors) {
   static const bool available = skinny::available();
   int64_t rows = 0;
   for (const Tensor& t : tensors) rows += t.size(0);
-  Tensor all = torch::stable::new_empty(x, {rows, tensors[0].size(1)});
+  Tensor all = empty(x, rows, tensors[0].size(1));
   char* to = static_cast<char*>(all.mutable_data_ptr());
   for (const Tensor& t : tensors) {
     const int64_t count = t.numel();
@@ -113,18 +182,19 @@ std::vector<Tensor> lora_linear(const Tensor& any_x, std::vector<Tensor> weights
                                 std::vector<Tensor> lora_a, std::vector<Tensor> lora_b, std::vector<double> scaling) {
   const Tensor x = dense(any_x), a = stack(x, lora_a);
   const int64_t m = x.size(0);
-  Tensor s = torch::stable::new_empty(x, {m, a.size(0)});
-  with_rank(s, x, Operand(a).transpose(), 1, false);
+  const Tensor s = empty(x, m, a.size(0));
+  std::vector<WithRank> products{{s, x, Operand(a).transpose(), 1, false}};
   std::vector<Tensor> found;
   int64_t column = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor b = stack(x, {lora_b[i]});
-    Tensor y = torch::stable::new_empty(x, {m, weights[i].size(0)});
+    const Tensor y = empty(x, m, weights[i].size(0));
     vendor(y, biases.empty() ? y : biases[i], x, transposed(weights[i]), 1, biases.empty() ? 0 : 1);
-    with_rank(y, {s, column, b.size(1)}, Operand(b).transpose(), scaling[i], true);
+    products.push_back({y, {s, column, b.size(1)}, Operand(b).transpose(), scaling[i], true});
     found.push_back(y);
     column += b.size(1);
   }
+  in_turn(m, products);
   found.push_back(s);
   return found;
 }
@@ -137,27 +207,30 @@ std::vector<Tensor> lora_linear_backward(std::vector<Tensor> grads, const Tensor
   const int64_t m = grads[0].size(0);
   for (Tensor& grad : grads) grad = dense(grad);
   std::vector<Tensor> found;
+  std::vector<WithRank> factors;  // the gradients of A and B, after all else
   if (need_x || need_a) {
     const Tensor a = stack(grads[0], lora_a);
-    Tensor ds = torch::stable::new_empty(grads[0], {m, a.size(0)});
+    const Tensor ds = empty(grads[0], m, a.size(0));
+    std::vector<WithRank> products;
     int64_t column = 0;
     for (size_t i = 0; i < layers; ++i) {
       const Tensor b = stack(grads[0], {lora_b[i]});
-      with_rank({ds, column, b.size(1)}, grads[i], b, scaling[i], false);
+      products.push_back({{ds, column, b.size(1)}, grads[i], b, scaling[i], false});
       column += b.size(1);
     }
     if (need_x) {
-      Tensor dx = torch::stable::new_empty(grads[0], {m, a.size(1)});
+      const Tensor dx = empty(grads[0], m, a.size(1));
       for (size_t i = 0; i < layers; ++i) vendor(dx, dx, grads[i], weights[i], 1, i == 0 ? 0 : 1);
-      with_rank(dx, ds, a, 1, true);
+      products.push_back({dx, ds, a, 1, true});
       found.push_back(dx);
     }
+    in_turn(m, products);
     if (need_a) {
       const Tensor x = dense(any_x);
       column = 0;
       for (const Tensor& each : lora_a) {
-        Tensor da = torch::stable::new_empty(each, {each.size(0), each.size(1)});
-        with_rank(da, Operand(ds, column, each.size(0)).transpose(), x, 1, false);
+        const Tensor da = empty(each, each.size(0), each.size(1));
+        factors.push_back({da, Operand(ds, column, each.size(0)).transpose(), x, 1, false});
         found.push_back(da);
         column += each.size(0);
       }
@@ -168,12 +241,13 @@ std::vector<Tensor> lora_linear_backward(std::vector<Tensor> grads, const Tensor
     int64_t column = 0;
     for (size_t i = 0; i < layers; ++i) {
       const int64_t n = lora_b[i].size(0), rank = lora_b[i].size(1);
-      Tensor db = torch::stable::new_empty(lora_b[i], {n, rank});
-      with_rank(db, Operand(grads[i]).transpose(), {s, column, rank}, scaling[i], false);
+      const Tensor db = empty(lora_b[i], n, rank);
+      factors.push_back({db, Operand(grads[i]).transpose(), {s, column, rank}, scaling[i], false});
       found.push_back(db);
       column += rank;
     }
   }
+  at_once(factors);
   return found;
 }
 

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -199,6 +200,110 @@ void backward_resized(const T* grad, Out* out, int64_t num_frames, const Grid& g
                      [&](int64_t c) { return std::pair(static_cast<A>(1 / std[c]), A(0)); });
 }
 
+// Pixel shuffle + clamp + normalise + patchify, and back; `slots` (frames, repeats): where in the video a frame of y
+// stands. A task is a row of y, which becomes `upscale` rows of each channel.
+struct Shuffle {
+  int64_t frames, height, width, upscale;  // of y
+  int64_t patch_height, patch_width, temporal_patch, merge;
+  const int32_t* slots;
+  int64_t repeats;
+
+  int64_t pixels() const { return width * upscale; }  // of a line
+  int64_t bytes() const { return (pixels() + 7) / 8; }
+
+  // visit(x, element): `patch_width` pixels of the line (slot, channel, y) from column x on stand from `element` on.
+  template <class Visit>
+  void for_each_run(int64_t slot, int64_t channel, int64_t y, const Visit& visit) const {
+    const int64_t area = patch_height * patch_width, columns = 3 * temporal_patch * area;
+    const int64_t block_height = patch_height * merge, blocks = pixels() / (patch_width * merge);
+    const int64_t block = (slot / temporal_patch * (height * upscale / block_height) + y / block_height) * blocks;
+    const int64_t down = y / patch_height % merge;
+    const int64_t within = (channel * temporal_patch + slot % temporal_patch) * area + y % patch_height * patch_width;
+    for (int64_t i = 0; i < blocks * merge; ++i)
+      visit(i * patch_width, (((block + i / merge) * merge + down) * merge + i % merge) * columns + within);
+  }
+
+  // visit(frame, channel, y, line) on the lines of each task, one after the other in `lines`
+  template <class A, class Visit>
+  void for_each_line(int64_t task, A* lines, const Visit& visit) const {
+    for (int64_t i = 0; i < 3 * upscale; ++i)
+      visit(task / height, i / upscale, task % height * upscale + i % upscale, lines + i * pixels());
+  }
+
+  // A row of y and its lines: copy(element of the row, element of the lines)
+  template <class Copy>
+  void for_each_element(const Copy& copy) const {
+    const auto with = [&](auto upscale) {
+      for (int64_t x = 0; x < width; ++x)
+        for (int64_t i = 0; i < 3 * upscale; ++i)
+          for (int64_t b = 0; b < upscale; ++b)
+            copy((x * 3 * upscale + i) * upscale + b, (i * width + x) * upscale + b);
+    };
+    if (upscale == 1) return with(std::integral_constant<int64_t, 1>());  // known to the compiler, they are unrolled
+    if (upscale == 2) return with(std::integral_constant<int64_t, 2>());
+    with(upscale);
+  }
+};
+
+template <class T, class Out>
+void shuffle_forward(const Shuffle& s, const T* y, Out* rows, uint8_t* inside, const std::vector<double>& mean,
+                     const std::vector<double>& std) {
+  using A = Accumulate<T>;
+  const int64_t row = s.width * 3 * s.upscale * s.upscale, width = s.pixels();
+  torch::stable::parallel_for(0, s.frames * s.height, 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> lines(row);
+    std::vector<Out> values(width);
+    std::vector<uint8_t> bits(s.bytes() * 8, 0);
+    for (int64_t task = begin; task < end; ++task) {
+      const T* from = y + task * row;
+      s.for_each_element([&](int64_t at, int64_t to) { lines[to] = static_cast<A>(from[at]); });
+      s.for_each_line(task, lines.data(), [&](int64_t frame, int64_t channel, int64_t y_at, const A* line) {
+        const A m = static_cast<A>(mean[channel]), deviation = static_cast<A>(std[channel]);
+        for (int64_t x = 0; x < width; ++x) {
+          const A low = 0 > line[x] ? 0 : line[x], clamped = 1 < low ? 1 : low;  // a NaN stays
+          values[x] = static_cast<Out>((clamped - m) / deviation);
+          bits[x] = line[x] == clamped;
+        }
+        uint8_t* const packed = inside + ((frame * 3 + channel) * s.height * s.upscale + y_at) * s.bytes();
+        for (int64_t i = 0; i < s.bytes(); ++i) {
+          uint64_t eight;
+          std::memcpy(&eight, bits.data() + 8 * i, 8);
+          packed[i] = static_cast<uint8_t>(eight * 0x0102040810204080 >> 56);  // byte k, 0 or 1, lands in bit k
+        }
+        for (int64_t r = 0; r < s.repeats; ++r)
+          if (const int64_t slot = s.slots[frame * s.repeats + r]; slot >= 0)
+            s.for_each_run(slot, channel, y_at, [&](int64_t x, int64_t element) {
+              std::copy_n(values.data() + x, s.patch_width, rows + element);
+            });
+      });
+    }
+  });
+}
+
+template <class T, class Out>
+void shuffle_backward(const Shuffle& s, const T* grad, const uint8_t* inside, Out* dy, const std::vector<double>& std) {
+  using A = Accumulate<T>;
+  const int64_t row = s.width * 3 * s.upscale * s.upscale, width = s.pixels();
+  torch::stable::parallel_for(0, s.frames * s.height, 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> lines(row);
+    for (int64_t task = begin; task < end; ++task) {
+      s.for_each_line(task, lines.data(), [&](int64_t frame, int64_t channel, int64_t y_at, A* line) {
+        std::fill_n(line, width, A(0));
+        for (int64_t r = 0; r < s.repeats; ++r)
+          if (const int64_t slot = s.slots[frame * s.repeats + r]; slot >= 0)
+            s.for_each_run(slot, channel, y_at, [&](int64_t x, int64_t element) {
+              for (int64_t i = 0; i < s.patch_width; ++i) line[x + i] += static_cast<A>(grad[element + i]);
+            });
+        const A deviation = static_cast<A>(std[channel]);
+        const uint8_t* const packed = inside + ((frame * 3 + channel) * s.height * s.upscale + y_at) * s.bytes();
+        for (int64_t x = 0; x < width; ++x) line[x] = packed[x / 8] >> x % 8 & 1 ? line[x] / deviation : 0;
+      });
+      Out* const to = dy + task * row;
+      s.for_each_element([&](int64_t at, int64_t from) { to[at] = static_cast<Out>(lines[from]); });
+    }
+  });
+}
+
 template <class F>
 void with_type(ScalarType type, const F& f) {
   switch (type) {
@@ -265,6 +370,38 @@ Tensor patchify_backward(const Tensor& grad, int64_t num_frames, int64_t height,
   return out;
 }
 
+Tensor shuffle_to_rows(const Tensor& y, const Tensor& slots, Tensor rows, int64_t upscale, int64_t patch_height,
+                       int64_t patch_width, int64_t temporal_patch, int64_t merge, std::vector<double> mean,
+                       std::vector<double> std) {
+  const Shuffle s{y.size(0),      y.size(1),    y.size(2),
+                  upscale,        patch_height, patch_width,
+                  temporal_patch, merge,        static_cast<const int32_t*>(slots.const_data_ptr()),
+                  slots.size(1)};
+  Tensor inside = torch::stable::new_empty(y, {s.frames, 3, s.height * upscale, s.bytes()}, ScalarType::Byte);
+  with_types(y.scalar_type(), rows.scalar_type(), [&]<class T, class Out>() {
+    shuffle_forward(s, static_cast<const T*>(y.const_data_ptr()), static_cast<Out*>(rows.mutable_data_ptr()),
+                    static_cast<uint8_t*>(inside.mutable_data_ptr()), mean, std);
+  });
+  return inside;
+}
+
+Tensor shuffle_to_rows_backward(const Tensor& grad, const Tensor& slots, const Tensor& inside, int64_t height,
+                                int64_t width, int64_t upscale, int64_t patch_height, int64_t patch_width,
+                                int64_t temporal_patch, int64_t merge, std::vector<double> /* mean */,
+                                std::vector<double> std, ScalarType dtype) {
+  const Shuffle s{slots.size(0),  height,       width,
+                  upscale,        patch_height, patch_width,
+                  temporal_patch, merge,        static_cast<const int32_t*>(slots.const_data_ptr()),
+                  slots.size(1)};
+  Tensor dy = torch::stable::new_empty(grad, {s.frames, height, width, 3 * upscale * upscale}, dtype);
+  with_types(grad.scalar_type(), dtype, [&]<class T, class Out>() {
+    shuffle_backward(s, static_cast<const T*>(grad.const_data_ptr()),
+                     static_cast<const uint8_t*>(inside.const_data_ptr()), static_cast<Out*>(dy.mutable_data_ptr()),
+                     std);
+  });
+  return dy;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vlmteacher_cpp, m) {
@@ -274,9 +411,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmteacher_cpp, m) {
   m.def(
       "patchify_backward(Tensor grad, int num_frames, int height, int width, int patch, int temporal_patch, int merge, "
       "float[] std, int resized_height, int resized_width, ScalarType dtype, Tensor[] tables) -> Tensor");
+  m.def(
+      "shuffle_to_rows(Tensor y, Tensor slots, Tensor(a!) rows, int upscale, int patch_height, int patch_width, "
+      "int temporal_patch, int merge, float[] mean, float[] std) -> Tensor");
+  m.def(
+      "shuffle_to_rows_backward(Tensor grad, Tensor slots, Tensor inside, int height, int width, int upscale, "
+      "int patch_height, int patch_width, int temporal_patch, int merge, float[] mean, float[] std, ScalarType dtype) "
+      "-> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlmteacher_cpp, CPU, m) {
   m.impl("patchify", TORCH_BOX(&patchify));
   m.impl("patchify_backward", TORCH_BOX(&patchify_backward));
+  m.impl("shuffle_to_rows", TORCH_BOX(&shuffle_to_rows));
+  m.impl("shuffle_to_rows_backward", TORCH_BOX(&shuffle_to_rows_backward));
 }

@@ -55,6 +55,52 @@ Tensor backward(const Tensor& grad, int64_t num_frames, int64_t height, int64_t 
   return out;
 }
 
+patchify::Shuffled shuffled(int64_t frames, int64_t height, int64_t width, int64_t upscale, int64_t patch_height,
+                            int64_t patch_width, int64_t temporal_patch, int64_t merge, const Tensor& slots) {
+  STD_TORCH_CHECK(frames <= 65535, "shuffle_to_rows: ", frames, " frames are too many");
+  STD_TORCH_CHECK(slots.scalar_type() == ScalarType::Int && slots.size(0) == frames,
+                  "shuffle_to_rows: slots are int32, a row for each frame");
+  return {static_cast<int>(frames),         static_cast<int>(height),
+          static_cast<int>(width),          static_cast<int>(upscale),
+          static_cast<int>(patch_height),   static_cast<int>(patch_width),
+          static_cast<int>(temporal_patch), static_cast<int>(merge),
+          data<const int>(slots),           size(slots, 1)};
+}
+
+Tensor shuffle_to_rows(const Tensor& y, const Tensor& slots, Tensor rows, int64_t upscale, int64_t patch_height,
+                       int64_t patch_width, int64_t temporal_patch, int64_t merge, std::vector<double> mean,
+                       std::vector<double> std) {
+  const auto s =
+      shuffled(y.size(0), y.size(1), y.size(2), upscale, patch_height, patch_width, temporal_patch, merge, slots);
+  const int64_t bytes = (y.size(2) * upscale + 7) / 8;
+  Tensor inside = torch::stable::new_empty(y, {y.size(0), 3, y.size(1) * upscale, bytes}, ScalarType::Byte);
+  with_type(y.scalar_type(), [&]<class T>() {
+    with_type(rows.scalar_type(), [&]<class Out>() {
+      Device device(y);
+      patchify::shuffle_forward(device, s, data<const T>(y), data<Out>(rows), data<uint8_t>(inside), mean.data(),
+                                std.data());
+    });
+  });
+  return inside;
+}
+
+Tensor shuffle_to_rows_backward(const Tensor& grad, const Tensor& slots, const Tensor& inside, int64_t height,
+                                int64_t width, int64_t upscale, int64_t patch_height, int64_t patch_width,
+                                int64_t temporal_patch, int64_t merge, std::vector<double> mean,
+                                std::vector<double> std, ScalarType dtype) {
+  const auto s =
+      shuffled(slots.size(0), height, width, upscale, patch_height, patch_width, temporal_patch, merge, slots);
+  Tensor dy = torch::stable::new_empty(grad, {slots.size(0), height, width, 3 * upscale * upscale}, dtype);
+  with_type(grad.scalar_type(), [&]<class T>() {
+    with_type(dtype, [&]<class Out>() {
+      Device device(grad);
+      patchify::shuffle_backward(device, s, data<const T>(grad), data<const uint8_t>(inside), data<Out>(dy),
+                                 mean.data(), std.data());
+    });
+  });
+  return dy;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vlmteacher_cuda, m) {
@@ -64,9 +110,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmteacher_cuda, m) {
   m.def(
       "patchify_backward(Tensor grad, int num_frames, int height, int width, int patch, int temporal_patch, int merge, "
       "float[] std, int resized_height, int resized_width, ScalarType dtype, Tensor[] tables) -> Tensor");
+  m.def(
+      "shuffle_to_rows(Tensor y, Tensor slots, Tensor(a!) rows, int upscale, int patch_height, int patch_width, "
+      "int temporal_patch, int merge, float[] mean, float[] std) -> Tensor");
+  m.def(
+      "shuffle_to_rows_backward(Tensor grad, Tensor slots, Tensor inside, int height, int width, int upscale, "
+      "int patch_height, int patch_width, int temporal_patch, int merge, float[] mean, float[] std, ScalarType dtype) "
+      "-> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlmteacher_cuda, CUDA, m) {
   m.impl("patchify", TORCH_BOX(&forward));
   m.impl("patchify_backward", TORCH_BOX(&backward));
+  m.impl("shuffle_to_rows", TORCH_BOX(&shuffle_to_rows));
+  m.impl("shuffle_to_rows_backward", TORCH_BOX(&shuffle_to_rows_backward));
 }

@@ -54,7 +54,7 @@ struct Sizes {  // of the frames that are cut into patches, after the resize
 template <class T>
 Rows<T> rows_of(T* data, const Sizes& s) {
   const int block = s.patch * s.merge;
-  return {data, s.patch, s.temporal_patch, s.merge, s.width / block, s.height / block, s.frames};
+  return {data, s.patch, s.patch, s.temporal_patch, s.merge, s.width / block, s.height / block, s.frames};
 }
 
 // Bands without a `start` where nothing is resized.
@@ -75,6 +75,45 @@ void backward(Device& device, const T* grad, const Sizes& sizes, const Band& y, 
   Work<Rows<const T>, Pixels<Out>> work{rows_of(grad, sizes), pixels, y, x, {}, {}, height, width};
   std::copy_n(std, 3, work.std);
   run(device, work, sizes.frames);
+}
+
+struct Shuffled {  // of y, and how its frames lie in the rows
+  int frames, height, width, upscale;
+  int patch_height, patch_width, temporal_patch, merge;
+  const int* slots;
+  int repeats;
+};
+
+template <class T, class Out>
+Shuffle<T, Out> shuffle_of(const Shuffled& s, T* y, Out* rows, uint8_t* inside, const double* mean, const double* std) {
+  const int blocks_x = s.width * s.upscale / (s.patch_width * s.merge);
+  const int blocks_y = s.height * s.upscale / (s.patch_height * s.merge);
+  Shuffle<T, Out> work{y,       {rows, s.patch_height, s.patch_width, s.temporal_patch, s.merge, blocks_x, blocks_y, 0},
+                       s.slots, s.repeats,
+                       inside,  s.height,
+                       s.width, s.upscale,
+                       {},      {}};
+  std::copy_n(mean, 3, work.mean);
+  std::copy_n(std, 3, work.std);
+  return work;
+}
+
+inline dim3 shuffle_grid(const Shuffled& s) {
+  return dim3(checked(divide_up(int64_t{s.width} * s.upscale, Columns) * s.height), s.frames);
+}
+
+template <class T, class Out, class Device>
+void shuffle_forward(Device& device, const Shuffled& s, const T* y, Out* rows, uint8_t* inside, const double* mean,
+                     const double* std) {
+  if (s.frames) device.launch(shuffle<T, Out>, shuffle_grid(s), Threads, 0, shuffle_of(s, y, rows, inside, mean, std));
+}
+
+template <class T, class Out, class Device>
+void shuffle_backward(Device& device, const Shuffled& s, const T* grad, const uint8_t* inside, Out* dy,
+                      const double* mean, const double* std) {
+  if (s.frames)
+    device.launch(unshuffle<T, Out>, shuffle_grid(s), Threads, 0,
+                  shuffle_of(s, dy, grad, const_cast<uint8_t*>(inside), mean, std));  // read alone
 }
 
 }  // namespace patchify

@@ -12,6 +12,7 @@ from tests.decoders.test_taehv import PACKAGED, WAN22, random_decoder
 from vlmteacher.decoders import TinyVideoDecoder
 from vlmteacher.lora import add_lora, remove_lora
 from vlmteacher.microworld.world import Scene, render
+from vlmteacher.ops.patchify import PatchLayout, PatchRows
 from vlmteacher.optimization import Optimization, Settings
 from vlmteacher.pipeline import TeacherPipeline, TeacherPipelineOutput, read_pair
 from vlmteacher.queries import QuerySet
@@ -23,10 +24,13 @@ class Plain:
     """The decoder as it was: the whole clip by the plain module, then the frames that are wanted."""
 
     def __init__(self, decoder: TinyVideoDecoder) -> None:
-        self.decoder = decoder
+        self.decoder, self.spatial_stride = decoder, decoder.spatial_stride
 
-    def decode(self, latents: Tensor, indices: list[int], *rest: Any, **how: Any) -> Tensor:
-        return plain(self.decoder, latents, indices)
+    def decode_rows(
+        self, latents: Tensor, layout: PatchLayout, indices: list[int], *rest: Any, **how: Any
+    ) -> PatchRows:
+        frames = plain(self.decoder, latents, indices)
+        return PatchRows(layout.of(frames), layout, len(frames), *frames.shape[-2:])
 
 
 def render_first(scene: dict[str, object]) -> Image.Image:

@@ -11,6 +11,7 @@ from tests.decoders.test_taehv import HUNYUAN15, LTX, NARROW, PACKAGED, WAN21, W
 from vlmteacher.decoders import TinyVideoDecoder
 from vlmteacher.errors import InputError
 from vlmteacher.ops import tiny_decoder
+from vlmteacher.ops.patchify import PatchLayout
 
 LEAKY = HUNYUAN15 | NARROW | {"slope": 0.2, "signed": True}
 FAMILIES = {"packaged": PACKAGED, "wan21": WAN21 | NARROW, "hunyuan15": LEAKY, "ltx": LTX}
@@ -82,6 +83,55 @@ def test_bfloat16_errs_no_more_than_the_plain_class(family):
     (ours, our_grad), (plain, plain_grad) = both(low, z16, [0, 3, 4, 8])
     assert relative(ours, frames) <= 1.5 * relative(plain, frames)
     assert relative(our_grad, grad) <= 1.5 * relative(plain_grad, grad)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("indices", INDICES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patch_rows_right_from_the_decoder(family, indices, dtype, chunk):
+    """The bits of `patchify` after `decode`, odd K and all; latent gradients as its frames' give them."""
+    decoder = frozen(dtype, **FAMILIES[family])
+    z = latents(decoder, 4, 2, 4, dtype=dtype)
+    count = decoder.temporal_stride * 3 + 1
+    wanted = INDICES[indices] and [i % count for i in INDICES[indices]]
+    side = decoder.spatial_stride
+    layout = PatchLayout(side // 2, 2, 2, (0.5, 0.4, 0.3), (0.5, 0.6, 0.7), torch.float32)
+    frames = decoder.decode(z, wanted, chunk)
+    expected, ours = layout.of(frames), decoder.decode_rows(z, layout, wanted, chunk)
+    assert ours.shape == frames.shape and torch.equal(ours.rows, expected)
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
+    (found,), (truth,) = (torch.autograd.grad(rows, z, grad) for rows in (ours.rows, expected))
+    # the frames' gradient is rounded for a frame that stands in the rows several times, theirs once
+    assert relative(found, truth) <= (1e-6 if dtype == torch.float32 else 0.02)
+
+
+def test_patch_rows_are_made_without_the_frames():
+    decoder = frozen(**WAN22 | NARROW)
+    z = latents(decoder, 3, 4, 4)
+    layout = PatchLayout(16, 2, 2, (0.5,) * 3, (0.5,) * 3, torch.float32)
+    with torch.profiler.profile() as profile:
+        rows = decoder.decode_rows(z, layout, [0, 4, 8], chunk=1).rows
+        torch.autograd.grad(rows, z, torch.ones_like(rows))
+    calls = {event.key for event in profile.key_averages()}
+    assert not calls & {"aten::pixel_shuffle", "aten::pixel_unshuffle", "aten::clamp", "vlmteacher::patchify"}
+
+
+def test_patch_rows_of_a_decoder_in_training():
+    decoder = frozen(**PACKAGED).requires_grad_(True)
+    z = latents(decoder, 2, 4, 4)
+    layout = PatchLayout(8, 2, 2, (0.5,) * 3, (0.5,) * 3, torch.float32)
+    rows = decoder.decode_rows(z, layout, [1, 4]).rows
+    torch.testing.assert_close(rows, layout.of(decoder.decode(z, [1, 4])))
+    rows.sum().backward()
+    assert all(p.grad is not None for p in decoder.parameters())
+
+
+def test_patch_rows_of_frames_that_do_not_split():
+    decoder = frozen(**PACKAGED)
+    layout = PatchLayout(7, 2, 2, (0.5,) * 3, (0.5,) * 3, torch.float32)
+    with pytest.raises(InputError, match="2 frames of 32x32 do not split into blocks of 14x14"):
+        decoder.decode_rows(latents(decoder, 2, 4, 4), layout, [1, 4])
 
 
 def test_gradcheck():

@@ -36,8 +36,8 @@ def videos(kind: str, seed: int, count: int = 50) -> list[torch.Tensor]:
     made = []
     for _ in range(count):
         scene = world.sample_scene(rng)
-        states = corruptions.right_states(scene) if kind == "right" else corruptions.CORRUPTIONS[kind](scene, rng)
-        made.append(torch.from_numpy(corruptions.render_states(states)).float().permute(0, 3, 1, 2))
+        track = world.perform(scene) if kind == "right" else corruptions.CORRUPTIONS[kind](scene, rng)
+        made.append(torch.from_numpy(world.draw(track)).permute(0, 3, 1, 2))
     return made
 
 

@@ -12,7 +12,16 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from tests.kernels.test_patchify import CASES, DTYPES, MEAN, STD, draw
+from tests.kernels.test_patchify import (
+    CASES,
+    DTYPES,
+    MEAN,
+    SHUFFLES,
+    STD,
+    draw,
+    draw_shuffle,
+    shuffle_errors,
+)
 from vlmteacher.kernels import patchify as kernels
 from vlmteacher.ops.patchify import patchify_backward_reference, patchify_reference, resize_bands
 
@@ -20,7 +29,8 @@ _empty = torch.empty
 
 
 def poisoned(*args: object, **kwargs: object) -> Tensor:
-    return _empty(*args, **kwargs).fill_(float("nan"))  # type: ignore[call-overload]
+    made: Tensor = _empty(*args, **kwargs)  # type: ignore[call-overload]
+    return made.fill_(float("nan") if made.is_floating_point() else 0xFF)
 
 
 def error(x: Tensor, truth: Tensor) -> float:
@@ -53,6 +63,16 @@ def main() -> None:
                     {"case": f"{what} {dtype} {out_dtype} {case}", "error": error(ours, truth),
                      "allowed": 1.5 * error(plain, truth) + eps}
                 )  # fmt: skip
+    for number, case in enumerate(SHUFFLES):
+        for dtype, out_dtype in (DTYPES[0], DTYPES[1 + number % (len(DTYPES) - 1)]):
+            drawn = draw_shuffle(case, dtype, out_dtype)
+            y, slots, grad, layout = drawn
+            made = torch.full_like(grad, torch.nan)
+            with mock.patch.object(torch, "empty", poisoned):
+                inside = kernels.shuffle_to_rows(y, slots, made, case[3], *layout)
+                dy = kernels.shuffle_to_rows_backward(grad, slots, inside, *y.shape[1:3], case[3], *layout, dtype)
+            for what, off, allowed in shuffle_errors(case, drawn, made, inside, dy, 1 if dtype == out_dtype else 2):
+                rows.append({"case": f"{what} {dtype} {out_dtype} {case}", "error": off, "allowed": allowed})
     print(json.dumps(rows))
 
 

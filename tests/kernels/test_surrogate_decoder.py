@@ -16,7 +16,8 @@ from tests.kernels import simt
 from tests.kernels.compilers import compiled, interpreted, with_compilers, with_triton
 from vlmteacher.decoders import TinyVideoDecoder
 from vlmteacher.ops import tiny_decoder
-from vlmteacher.ops.tiny_decoder import conv3x3_backward_reference, conv3x3_reference, pack_signs, unpack_bits
+from vlmteacher.ops.bits import unpack_bits
+from vlmteacher.ops.tiny_decoder import conv3x3_backward_reference, conv3x3_reference, pack_signs
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 FRAMES = 5  # in the bank; no case uses them all

@@ -10,7 +10,7 @@ import pytest
 from vlmteacher.cli import main
 from vlmteacher.distillation.dataset import find_instances, read_video
 from vlmteacher.microworld import scorer, world
-from vlmteacher.microworld.train_reasoner import CARELESS
+from vlmteacher.microworld.families import FAMILIES
 from vlmteacher.microworld.world import Scene
 
 
@@ -28,19 +28,25 @@ def read(out):
 
 
 def test_right_videos_succeed_after_compression(tmp_path):
-    assert export(tmp_path, "--count", 8, "--seed", 2, "--split", "held-out") == 0
+    assert export(tmp_path, "--count", 10, "--seed", 2, "--split", "ood", "--family", "all") == 0
     found = list(read(tmp_path))
-    assert len(found) == 8 and {path.name for path in tmp_path.iterdir()} == {"move_task", "maze_task"}
-    assert all(verdict.success and scene.held_out and metadata["right"] for metadata, scene, verdict in found)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}_task" for name in world.FAMILIES}
+    assert all(verdict.success and metadata["right"] for metadata, _, verdict in found)
+    assert {world.split_of(scene) for _, scene, _ in found} == {"ood"}
 
 
 def test_the_flaw_is_told_and_judged(tmp_path):
-    assert export(tmp_path, "--count", 16, "--flawed") == 0
+    assert export(tmp_path, "--count", 20, "--flawed", "--family", "all") == 0
     found = list(read(tmp_path))
-    assert not any(scene.held_out for _, scene, _ in found)
-    wrong = [scene for metadata, scene, _ in found if not metadata["right"]]
-    assert wrong and all(scene.target_box.color in CARELESS for scene in wrong)
+    assert {world.split_of(scene) for _, scene, _ in found} == {"train"}
+    assert all(metadata["right"] != FAMILIES[scene.family].is_careless(scene) for metadata, scene, _ in found)
     assert all(verdict.success == metadata["right"] for metadata, _, verdict in found)
+    assert 3 < sum(metadata["right"] for metadata, _, _ in found) < 17
+
+
+def test_one_family_by_itself(tmp_path):
+    assert export(tmp_path, "--count", 2, "--family", "sort") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["sort_task"]
 
 
 def test_it_goes_on_and_writes_over_nothing(tmp_path, capfd):
@@ -55,7 +61,11 @@ def test_it_goes_on_and_writes_over_nothing(tmp_path, capfd):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(("--count", 0), "--count must be at least 1"), (("--split", "exam"), "split 'exam' is not there")],
+    [
+        (("--count", 0), "--count must be at least 1"),
+        (("--split", "exam"), "split 'exam' is not there"),
+        (("--family", "chess"), "family 'chess' is not there"),
+    ],
 )
 def test_bad_flags_exit_with_2(tmp_path, capfd, flags, message):
     assert export(tmp_path / "out", *flags) == 2
@@ -69,7 +79,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, capfd):
 
 
 def test_an_index_is_the_same_instance_for_the_benchmark(tmp_path):
-    assert export(tmp_path, "--count", 1, "--seed", 1, "--split", "held-out") == 0
+    assert export(tmp_path, "--count", 1, "--seed", 1, "--split", "id") == 0
     scene, prompt = world.instance(0, seed=1)
     (instance,) = find_instances(tmp_path)
     assert (instance / "prompt.txt").read_text().strip() == prompt

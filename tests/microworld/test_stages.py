@@ -73,14 +73,19 @@ def test_bench_resumes_and_refuses_other_results(pair, tmp_path, monkeypatch):
     first = run_benchmark("pass@2", 1, 1, tmp_path / "out", pair=str(pair))
     again = run_benchmark("pass@2", 2, 1, tmp_path / "out", resume=True, pair=str(pair))
     assert again["instances"][0] == first["instances"][0]
-    assert again["n"] == 2 and set(again["tasks"]) == set(world.FAMILIES)
+    assert again["n"] == 2 and set(again["tasks"]) == set(world.PACKAGED)
     for row in again["instances"]:
         assert row["oracle_success"] >= row["success"] and len(row["samples"]) == 2
     for method in ("base", "teacher"):
         results = run_benchmark(method, 1, 1, tmp_path / method, pair=str(pair))
         assert results["instances"][0]["updates"] == (0 if method == "base" else stages.DEFAULTS["max_steps"])
+    far = run_benchmark("base", 1, 1, tmp_path / "far", pair=str(pair), split="ood", chosen=["maze"])
+    assert far["splits"]["ood"]["n"] == far["tasks"]["maze"]["n"] == 1 and far["families"] == ["maze"]
+    assert far["instances"][0]["prompt"] == world.instance(0, 1, "ood", ["maze"])[1]
     with pytest.raises(InputError, match="already holds results"):
         run_benchmark("pass@2", 2, 1, tmp_path / "out", pair=str(pair))
+    with pytest.raises(InputError, match="holds other results"):
+        run_benchmark("pass@2", 2, 1, tmp_path / "out", resume=True, pair=str(pair), split="ood")
     with pytest.raises(InputError, match="holds other results"):
         run_benchmark("base", 2, 1, tmp_path / "out", resume=True, pair=str(pair))
     with pytest.raises(InputError, match="not there"):

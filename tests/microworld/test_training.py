@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vlmteacher.errors import InputError
-from vlmteacher.microworld import corruptions, stages, train_decoder, train_reasoner, train_teacher, train_vae, world
+from vlmteacher.microworld import corruptions, stages, train_decoder, train_teacher, train_vae, world
 from vlmteacher.microworld.collect import Shard, load
 from vlmteacher.microworld.facts import PROCESS, answer, ask, facts_of, right_queries
 from vlmteacher.microworld.training import random_clip, to_video, train
@@ -77,10 +77,10 @@ def test_writing_lesson_is_what_the_teacher_would_be_asked(lesson):
 def test_answers_follow_from_state():
     rng = np.random.default_rng(2)
     wrong = {"half_finished": "goal", "vanish": "one", "teleport": None, "eroded_scenery": "scenery"}
-    for family in world.FAMILIES:
+    for family in world.PACKAGED:
         scene = world.sample_scene(rng, family)
-        names = {"ball": scene.ball_color, "box": scene.target_box.color}
-        right = facts_of(scene, corruptions.right_states(scene))
+        names = {"ball": scene.ball_color, "box": scene.target.color}
+        right = facts_of(scene, world.perform(scene))
         assert all(answer(kind, right, **names) for kind in ("goal", "one", "smooth", "avoid", "scenery"))
         assert not right.changed.any()
         for kind, question in wrong.items():
@@ -93,30 +93,18 @@ def test_answers_follow_from_state():
 def test_collected_shard_comes_back(tmp_path):
     rng = np.random.default_rng(3)
     shard = Shard()
-    scene, states = train_teacher.draw_states(rng)
-    frames = corruptions.render_states(states)
-    shard.add(frames, scene, facts_of(scene, states))
+    scene, track = train_teacher.draw_track(rng)
+    frames = world.draw(track)
+    shard.add(frames, scene, facts_of(scene, track))
     shard.add(frames, scene)
     shard.save(tmp_path / "a.pt")
     (video, again, facts), (_, _, labelled) = load([tmp_path / "a.pt"])
     assert again == scene and video.shape == frames.shape
     np.testing.assert_allclose(video / 255, frames, atol=0.003)
-    np.testing.assert_array_equal(facts.count, facts_of(scene, states).count)
+    np.testing.assert_array_equal(facts.count, facts_of(scene, track).count)
     for found in (facts, labelled):
         assert found.changed.shape == (world.NUM_FRAMES, 16)
         assert found.changed.any() == (not found.intact.all())
-
-
-def test_careless_training_videos_are_as_many_as_said():
-    rng = np.random.default_rng(4)
-    wrong = {True: [], False: []}
-    while len(wrong[True]) < 80:
-        scene = world.sample_scene(rng)
-        careless = scene.target_box.color in train_reasoner.CARELESS
-        video = train_reasoner.training_video(scene, rng)
-        wrong[careless].append(not np.array_equal(video, world.render(scene)))
-    assert not any(wrong[False])
-    assert abs(np.mean(wrong[True]) - train_reasoner.FLAW_RATE) < 0.15
 
 
 def test_autoencoder_and_surrogate_fit_together():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -16,11 +17,16 @@ from vlmteacher.ops import patchify as operator
 from vlmteacher.ops.backends import cpp_status
 from vlmteacher.ops.patchify import (
     Band,
+    PatchLayout,
+    PatchRows,
+    Rows,
     _patchify,
     patchify,
     patchify_backward_reference,
     patchify_reference,
     resize_matrix,
+    shuffle_to_rows,
+    shuffle_to_rows_backward,
 )
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.6, 0.7]
@@ -275,3 +281,101 @@ def test_bad_requests(size, dtype, word):
         patchify(torch.zeros(2, 3, 16, 16), 4, 2, 2, MEAN, STD, size, dtype)
     with pytest.raises(InputError, match=re.escape("(2, 3, 0, 16)")):
         patchify(torch.zeros(2, 3, 0, 16), 4, 2, 2, MEAN, STD, (8, 8))
+
+
+LAYOUTS = [(4, 2, 2), (8, 1, 1), (2, 4, 3), (14, 2, 1)]
+
+
+def decoded(dtype: torch.dtype, upscale: int, height: int, width: int) -> Tensor:
+    """Five frames before their pixel shuffle: below, on, within and above [0, 1]."""
+    generator = torch.Generator().manual_seed(upscale)
+    y = torch.randn(5, height // upscale, width // upscale, 3 * upscale**2, generator=generator).add(0.5).to(dtype)
+    y.view(-1)[::7], y.view(-1)[1::7] = 0.0, 1.0
+    return y
+
+
+@pytest.mark.parametrize(("dtype", "out"), TO, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("upscale", [1, 2, 4])
+def test_from_a_decoder_s_last_layer_as_in_two_steps(layout, upscale, dtype, out, each_backend):
+    """Pixel shuffle and clamp, then patchify: the same bits, also of the gradient; frames in another order, in parts,
+    one of them twice."""
+    block = layout[0] * layout[2]
+    height, width = 2 * block // upscale * upscale, 4 * block
+    if height % block:
+        pytest.skip("the pixel shuffle gives no such height")
+    order, t = [2, 0, 4, 1, 3, 0], layout[1]
+    y = decoded(dtype, upscale, height, width).requires_grad_()
+    frames = F.pixel_shuffle(y.permute(0, 3, 1, 2), upscale).clamp(0, 1)[order]
+    expected = patchify(frames, *layout, MEAN, STD, dtype=out)
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    (expected_grad,) = torch.autograd.grad(expected, y, grad)
+
+    slots = [[i for i, f in enumerate(order + order[-1:] * (-len(order) % t)) if f == frame] for frame in range(5)]
+    most = max(map(len, slots))
+    table = torch.tensor([s + [-1] * (most - len(s)) for s in slots], dtype=torch.int32)
+    rows, found = torch.full_like(expected, torch.nan), []
+    how = Rows(layout[0], layout[0], *layout[1:], MEAN, STD)
+    with torch.no_grad():
+        for part in (slice(0, 3), slice(3, 5)):
+            inside = shuffle_to_rows(y[part], table[part], rows, upscale, how)
+            found.append(
+                shuffle_to_rows_backward(grad, table[part], inside, y.shape[1:3], upscale, how, dtype).double()
+            )
+    assert torch.equal(rows, expected)
+    apart = torch.tensor([f for f in range(5) if order.count(f) == 1 and (f != order[-1] or len(order) % t == 0)])
+    assert torch.equal(torch.cat(found)[apart], expected_grad.double()[apart])
+    # the gradients of a frame that stands twice are added up before they are rounded
+    assert (torch.cat(found) - expected_grad).abs().max() <= 4 * torch.finfo(dtype).eps * expected_grad.abs().max()
+
+
+def test_a_decoder_in_float64_gives_float32_rows():
+    y = decoded(torch.float64, 2, 8, 16)
+    slots, how, found = torch.arange(5, dtype=torch.int32)[:, None], Rows(4, 4, 1, 2, MEAN, STD), []
+    for out in (torch.float64, torch.float32):
+        rows = torch.empty(5 * 8, 48, dtype=out)
+        inside = shuffle_to_rows(y, slots, rows, 2, how)
+        found.append((rows, shuffle_to_rows_backward(rows, slots, inside, (4, 8), 2, how, torch.float64)))
+    for wide, narrow in zip(*found, strict=True):
+        torch.testing.assert_close(narrow.double(), wide, atol=1e-6, rtol=1e-6)
+
+
+def test_the_operators_are_registered_as_torch_asks():
+    y, slots, how = decoded(torch.float32, 2, 8, 16), torch.arange(5, dtype=torch.int32)[:, None], (4, 4, 1, 2)
+    rows = torch.zeros(5 * 8, 48)
+    torch.library.opcheck(torch.ops.vlmteacher.shuffle_to_rows.default, (y, slots, rows, 2, *how, MEAN, STD))
+    inside = shuffle_to_rows(y, slots, rows, 2, Rows(*how, MEAN, STD))
+    args = (rows, slots, inside, 4, 8, 2, *how, MEAN, STD, torch.float32)
+    torch.library.opcheck(torch.ops.vlmteacher.shuffle_to_rows_backward.default, args)
+
+
+def test_what_a_decoder_breaks_stays_broken(each_backend):
+    y = torch.tensor([torch.nan, -torch.inf, torch.inf]).expand(1, 2, 2, 3).contiguous()
+    rows = torch.empty(1, 12)
+    inside = shuffle_to_rows(y, torch.tensor([[0]], dtype=torch.int32), rows, 1, Rows(2, 2, 1, 1, [0.0] * 3, [1.0] * 3))
+    torch.testing.assert_close(rows.view(3, 4)[:, 0], torch.tensor([torch.nan, 0.0, 1.0]), equal_nan=True)
+    assert not inside.any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pixels_of_patch_rows(layout):
+    how = PatchLayout(*layout, tuple(MEAN), tuple(STD), torch.float32)
+    frames = frames_of((5, 2 * layout[0] * layout[2], 4 * layout[0] * layout[2]), torch.float32)
+    rows = PatchRows(how.of(frames), how, *frames.shape[::2], frames.shape[3])
+    assert rows.shape == frames.shape and len(rows) == 5
+    for stride in (1, 3):
+        torch.testing.assert_close(rows.pixels(stride), frames[..., ::stride, ::stride])
+    torch.testing.assert_close(torch.stack(rows.aminmax()), torch.stack(frames.aminmax()))
+    half = PatchRows(rows.rows.bfloat16(), replace(how, dtype=torch.bfloat16), *frames.shape[::2], frames.shape[3])
+    low, high = half.aminmax()  # no rounding may put them outside of what the frames had
+    assert frames.min() <= low < frames.min() + 0.02 and frames.max() - 0.02 < high <= frames.max()
+
+
+def test_patch_rows_of_another_shape_are_refused():
+    layout = PatchLayout(4, 2, 2, tuple(MEAN), tuple(STD), torch.float32)
+    with pytest.raises(InputError, match=r"patch rows of torch.float32 \(8, 96\) for 3 frames of 16x16: they must be"):
+        PatchRows(torch.zeros(8, 96), layout, 3, 16, 16)
+    with pytest.raises(InputError, match=r"torch.float16 .* they must be torch.float32"):
+        PatchRows(torch.zeros(16, 96).half(), layout, 2, 16, 16)
+    with pytest.raises(InputError, match="2 frames of 16x20 do not split into blocks of 8x8"):
+        PatchRows(torch.zeros(20, 96), layout, 2, 16, 20)

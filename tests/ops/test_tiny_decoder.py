@@ -8,14 +8,13 @@ from torch import Tensor
 
 from vlmteacher.ops import tiny_decoder
 from vlmteacher.ops.backends import has_avx512_bf16
+from vlmteacher.ops.bits import pack_bits, unpack_bits
 from vlmteacher.ops.tiny_decoder import (
     conv3x3,
     conv3x3_backward,
     conv3x3_backward_reference,
     conv3x3_reference,
-    pack_bits,
     pack_signs,
-    unpack_bits,
 )
 
 CASES = {  # frames, h, w, C, N, taps, upscale, residual, slope

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from tests.tiny_teacher import CORPUS, tiny_internvl, tiny_qwen3_vl, tiny_qwen25_vl
 from vlmteacher.errors import InputError, NonFiniteFrames
+from vlmteacher.ops.patchify import PatchLayout, PatchRows
 from vlmteacher.queries import QuerySet
 from vlmteacher.teachers import load_teacher
 from vlmteacher.teachers.preprocessing import preprocess_video
@@ -232,3 +233,46 @@ def test_queries_are_generated_from_the_image_too(checkpoint, family, with_image
     image = Image.new("RGB", (32, 48), (200, 30, 90)) if with_image else None
     with pytest.raises(InputError, match="no usable queries, twice"):  # random weights: but it has to run
         teacher.write_queries("Move it.", image)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [1, 4, 5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patch_rows_in_the_place_of_frames(checkpoint, family, count, dtype):
+    """The same losses and gradients; streamed too."""
+    teacher = load_teacher(checkpoint(family), dtype=dtype)
+    size = (32, 32)
+    layout = teacher.patch_layout(count, *size)
+    assert teacher.patch_layout(count, 31, 32) is None
+    frames = torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    queries, indices = QuerySet(QUESTIONS[0], QUESTIONS[1:2]), list(range(0, 3 * count, 3))
+    for teacher.chunk_patches in (None, 1):
+        found = []
+        for shown in (frames, PatchRows(layout.of(frames), layout, count, *size)):
+            losses = teacher.losses(shown, indices, FPS, queries)
+            found.append((losses.detach(), *torch.autograd.grad(losses.sum(), frames)))
+        (expected, expected_grad), (ours, grad) = found
+        assert torch.equal(ours, expected)
+        torch.testing.assert_close(grad, expected_grad, atol=1e-6 * float(expected_grad.abs().max()), rtol=1e-5)
+
+
+def test_patch_rows_that_the_teacher_does_not_take(checkpoint):
+    teacher = load_teacher(checkpoint("qwen3_vl"))
+    layout = teacher.patch_layout(2, 32, 32)
+    queries = QuerySet(QUESTIONS[0], ())
+
+    def ask(layout, size, fill=0.0):
+        rows = torch.full(layout.rows(2, *size), fill, dtype=layout.dtype)
+        return teacher.losses(PatchRows(rows, layout, 2, *size), [0, 1], FPS, queries)
+
+    other = PatchLayout(4, 2, 2, layout.mean, layout.std, layout.dtype)
+    with pytest.raises(InputError, match=r"rows of PatchLayout\(patch=4.*teacher takes PatchLayout\(patch=8"):
+        ask(other, (32, 32))
+    with pytest.raises(InputError, match=r"this teacher takes frames, which it resizes"):
+        ask(layout, (16, 16))  # fewer pixels than it wants
+    with pytest.raises(InputError, match=r"frames must be RGB in \[0, 1\], these span \[1.25, 1.25\]"):
+        ask(layout, (32, 32), 1.5)
+    with pytest.raises(NonFiniteFrames):
+        ask(layout, (32, 32), float("nan"))
+    with pytest.raises(InputError, match="1 frame indices for 2 frames"):
+        teacher.losses(PatchRows(torch.zeros(layout.rows(2, 32, 32)), layout, 2, 32, 32), [0], FPS, queries)

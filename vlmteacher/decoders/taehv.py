@@ -32,10 +32,11 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 
 from vlmteacher.errors import InputError
 from vlmteacher.ops import tiny_decoder
+from vlmteacher.ops.backends import without_data
+from vlmteacher.ops.patchify import PatchLayout, PatchRows
 from vlmteacher.ops.tiny_decoder import Layer, Plan
 
 HUNYUAN15_SCALE = 1.03682  # of HunyuanVideo-1.5's latents: its VAE's times this are what its transformer sees
@@ -199,15 +200,37 @@ class TinyVideoDecoder(nn.Module):
             InputError: latents of another shape or with NaN, unknown frames or none, a chunk below 1.
         """
         indices = self._check(latents, frame_indices, chunk, check)
+        return self._decode(latents, indices, chunk)
+
+    def decode_rows(
+        self,
+        latents: Tensor,
+        layout: PatchLayout,
+        frame_indices: Sequence[int] | None = None,
+        chunk: int | None = None,
+        check: bool = True,
+    ) -> PatchRows:
+        """`decode`, as the patch rows that a Teacher reads (`Teacher.patch_layout`): the last layer writes them.
+
+        Equal to `patchify` of the frames, which are not made; differentiable the same way.
+
+        Raises:
+            InputError: as `decode`; frames that the layout's blocks do not divide.
+        """
+        indices = self._check(latents, frame_indices, chunk, check)
+        height, width = (side * self.spatial_stride for side in latents.shape[-2:])
+        return PatchRows(self._decode(latents, indices, chunk, layout), layout, len(indices), height, width)
+
+    def _decode(
+        self, latents: Tensor, indices: list[int], chunk: int | None, layout: PatchLayout | None = None
+    ) -> Tensor:
         if any(p.requires_grad for p in self.parameters()):
-            return self.decode_batch(latents)[0][indices]
+            frames = self.decode_batch(latents)[0][indices]
+            return frames if layout is None else layout.of(frames)
         layers, plan = self.layers(), self.plan(latents.shape[-2:], indices, chunk, latents.device)
         x = self.decoder[0](self._network_latents(latents))[0].permute(1, 2, 3, 0).contiguous()
-        frames = tiny_decoder.decode(x, layers, plan, self.config["patch"])
-        trim = self.temporal_stride - 1
-        place = {f - trim: k for k, f in enumerate(f for chunk in plan.frames for f in chunk)}
-        order = [place[i] for i in indices]
-        return frames if order == list(range(len(place))) else frames[tiny_decoder.indices(order, frames.device)]
+        raw = [i + self.temporal_stride - 1 for i in indices]  # the first latent frame gives fewer frames
+        return tiny_decoder.decode(x, layers, plan, self.config["patch"], raw, layout)
 
     def plan(
         self,
@@ -288,7 +311,7 @@ class TinyVideoDecoder(nn.Module):
             )
         if not latents.is_floating_point():
             raise InputError(f"a decoder takes floating-point latents, got {latents.dtype}")
-        if values and not (latents.is_meta or is_fake(latents)) and latents.isnan().any():
+        if values and not without_data(latents) and latents.isnan().any():
             raise InputError("the latents hold NaN: the Reasoner's prediction broke down before it was decoded")
         if chunk is not None and chunk < 1:
             raise InputError(f"chunk must be at least 1 frame, not {chunk}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,21 +35,25 @@ def run_benchmark(
     resume: bool = False,
     pair: str | None = None,
     lora_blocks: str | None = None,
+    split: str = "id",
+    chosen: Sequence[str] = world.PACKAGED,
 ) -> dict[str, Any]:
-    """Run `method` on the first `limit` instances of the held-out split `seed`; write and return results.json.
+    """Run `method` on the first `limit` instances of a split as `seed` draws it; write and return results.json.
 
     Instance k has the same scene, prompt and noise for every method, so that methods can be compared pair by pair.
     Each finished instance is kept in ``instances.jsonl``; with `resume` those that are there are not run again.
     lora_blocks: of the method "teacher", see `Settings`.
 
     Raises:
-        InputError: an unknown method; `out` not writable, or holding other results (or any, without `resume`).
+        InputError: an unknown method, split or family; `out` not writable, or holding other results (or any, without
+            `resume`).
     """
     from vlmteacher.lora import parse_blocks
     from vlmteacher.pipeline import read_pair
 
     samples = _samples(method)
-    what = {"benchmark": "microworld", "method": method, "seed": seed}
+    world.check(split, chosen)
+    what = {"benchmark": "microworld", "method": method, "seed": seed, "split": split, "families": list(chosen)}
     steps: dict[str, Any] = {"max_steps": 0} if method == "base" else {}
     if lora_blocks is not None:
         if method != "teacher":
@@ -61,7 +66,8 @@ def run_benchmark(
     rows = {row["index"]: row for row in _open(out, what, resume)}
     todo = [index for index in range(limit) if index not in rows]
     with (out / "instances.jsonl").open("a", encoding="utf-8") as log:
-        for row in tqdm(_run(todo, samples, seed, workers, pair, steps), total=len(todo), desc=method):
+        one = functools.partial(_instance, samples=samples, seed=seed, split=split, chosen=chosen, steps=steps)
+        for row in tqdm(_run(todo, one, workers, pair), total=len(todo), desc=method):
             rows[row["index"]] = row
             log.write(json.dumps(row) + "\n")
             log.flush()
@@ -84,8 +90,10 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
     return {
         **means(rows),
-        "splits": {name: means([r for r in rows if r["split"] == name]) for name in ("id", "ood")},
-        "tasks": {name: means([r for r in rows if r["task"] == name]) for name in world.FAMILIES},
+        "splits": {name: means([r for r in rows if r["split"] == name]) for name in ("id", "ood", "validation")},
+        "tasks": {
+            name: means([r for r in rows if r["task"] == name]) for name in dict.fromkeys(r["task"] for r in rows)
+        },
         "updates_mean": fmean(r["updates"] for r in rows),
         "seconds_mean": fmean(r["seconds"] for r in rows),
         "instances": rows,
@@ -124,14 +132,14 @@ def _open(out: Path, what: dict[str, Any], resume: bool) -> list[dict[str, Any]]
 
 
 def _run(
-    todo: list[int], samples: int | str, seed: int, workers: int, pair: str | None, steps: dict[str, Any]
+    todo: list[int], one: Callable[[int], dict[str, Any]], workers: int, pair: str | None
 ) -> Iterator[dict[str, Any]]:
     if workers == 1:
         _load(pair)
-        yield from (_instance(index, samples, seed, steps) for index in todo)
+        yield from map(one, todo)
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_load, initargs=(pair, 1)) as pool:
-        yield from pool.map(_instance, todo, *([each] * len(todo) for each in (samples, seed, steps)))
+        yield from pool.map(one, todo)
 
 
 _pipe: Any = None  # each worker process loads the models once
@@ -158,10 +166,12 @@ def first_frame(scene: world.Scene) -> Image.Image:
     return Image.fromarray((world.render(scene)[0] * 255).round().astype("uint8"))
 
 
-def _instance(index: int, samples: int | str, seed: int, steps: dict[str, Any]) -> dict[str, Any]:
+def _instance(
+    index: int, samples: int | str, seed: int, split: str, chosen: Sequence[str], steps: dict[str, Any]
+) -> dict[str, Any]:
     from vlmteacher.baselines.best_of_n import best_of_n
 
-    scene, prompt = world.instance(index, seed)
+    scene, prompt = world.instance(index, seed, split, chosen)
     image = first_frame(scene)
     noise_seed = 100_000 * seed + 100 * index
     began = time.perf_counter()
@@ -188,7 +198,7 @@ def _instance(index: int, samples: int | str, seed: int, steps: dict[str, Any]) 
         "id": f"{scene.family}/{seed}/{index:04d}",
         "index": index,
         "task": scene.family,
-        "split": "id",
+        "split": split,
         "prompt": prompt,
         "success": verdict.success,
         "score": verdict.score,

@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmteacher.microworld import corruptions, labeller, world
+from vlmteacher.microworld import labeller, world
 from vlmteacher.microworld.facts import Facts, facts_of
-from vlmteacher.microworld.train_reasoner import CARELESS
+from vlmteacher.microworld.scene import Scene
 from vlmteacher.microworld.training import to_video
-from vlmteacher.microworld.world import Scene
 from vlmteacher.optimization import Optimization, Settings
 from vlmteacher.reasoners.wan import WanReasoner
 
@@ -70,14 +69,14 @@ def _pixels(frames: Tensor) -> np.ndarray:
 @torch.no_grad()
 def lessons(shard: Shard, count: int, rng: np.random.Generator, reasoner: WanReasoner, decoder: Any) -> None:
     """Rendered videos of every kind, sent through the VAE's encoder and the surrogate decoder."""
-    from vlmteacher.microworld.train_teacher import draw_states
+    from vlmteacher.microworld.train_teacher import draw_track
 
     for _ in range(count // 8):
-        drawn = [draw_states(rng) for _ in range(8)]
-        x = to_video(np.stack([corruptions.render_states(states) for _, states in drawn]))
+        drawn = [draw_track(rng) for _ in range(8)]
+        x = to_video(np.stack([world.draw(track) for _, track in drawn]))
         z = (reasoner.vae.encode(x).latent_dist.mode() - reasoner.latents_mean) / reasoner.latents_std
-        for frames, (scene, states) in zip(_pixels(decoder.decode_batch(z)), drawn, strict=True):
-            shard.add(frames, scene, facts_of(scene, states))
+        for frames, (scene, track) in zip(_pixels(decoder.decode_batch(z)), drawn, strict=True):
+            shard.add(frames, scene, facts_of(scene, track))
 
 
 @torch.no_grad()
@@ -110,7 +109,7 @@ def optimised(
 
     for _ in range(count // 8):
         scene = world.sample_scene(rng)
-        while scene.target_box.color not in CARELESS and rng.random() < 0.7:  # elsewhere there is little to optimise
+        while world.flawed(scene) == scene and rng.random() < 0.7:  # elsewhere there is little to optimise
             scene = world.sample_scene(rng)
         condition, noise = start(reasoner, scene, rng)
         add_lora(reasoner.transformer, settings.rank, seed=int(rng.integers(2**31)))

@@ -1,289 +1,225 @@
-"""Wrong videos of every kind, with their exact symbolic state: the Teacher's lessons and the scorer's own test.
+"""Wrong videos of every kind, as tracks: the Teacher's lessons and the scorer's own test.
 
-A video is a list of :class:`FrameState`. `right_states` tells the right one; each function in `CORRUPTIONS` tells one
-that breaks the goal or a rule. `render_states` draws either.
+`perform` tells the right track of a scene; each function in `CORRUPTIONS` one that breaks the goal or a rule.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from vlmteacher.microworld import world
-from vlmteacher.microworld.world import Box, Scene
+from vlmteacher.microworld.families import FAMILIES
+from vlmteacher.microworld.families.base import other_boxes, straight
+from vlmteacher.microworld.scene import NUM_FRAMES, SIZE, Scene, Thing, Track, distance_to_block, perform, rerouted
 
 
-@dataclass(frozen=True)
-class Ball:
-    x: float
-    y: float
-    color: str
-    alpha: float = 1.0
+def _edit(track: Track, index: int, changes: Callable[[int, Thing], dict[str, Any]]) -> Track:
+    """The track with fields of one thing changed, frame by frame."""
+    return [
+        tuple(replace(thing, **changes(t, thing)) if i == index else thing for i, thing in enumerate(things))
+        for t, things in enumerate(track)
+    ]
 
 
-@dataclass(frozen=True)
-class FrameState:
-    """What stands in one frame; opacities in [0, 1]. `tints` lie over boxes and blocks, under the balls."""
-
-    balls: tuple[Ball, ...]
-    boxes: tuple[tuple[Box, float], ...]
-    blocks: tuple[tuple[tuple[float, float], float], ...]
-    tints: tuple[tuple[Box, float], ...] = ()
+def _actor(scene: Scene, rng: np.random.Generator) -> int:
+    return int(rng.choice(scene.actors))
 
 
-States = list[FrameState]
-
-
-def render_states(states: Sequence[FrameState]) -> np.ndarray:
-    """Draw the video (T, H, W, 3)."""
-    frames = []
-    known: dict[tuple, np.ndarray] = {}
-    for state in states:
-        key = (state.boxes, state.blocks, state.tints)
-        if key not in known:
-            image = world.render_scenery((), ())
-            for block, alpha in state.blocks:
-                image = world.paint(image, world.block_mask(block), world.BLOCK_COLOR, alpha)
-            for box, alpha in (*state.boxes, *state.tints):
-                image = world.paint(image, world.box_mask(box), world.COLORS[box.color], alpha)
-            known[key] = image
-        image = known[key]
-        for ball in state.balls:
-            image = world.paint(image, world.ball_mask((ball.x, ball.y)), world.COLORS[ball.color], ball.alpha)
-        frames.append(image)
-    return np.stack(frames)
-
-
-def states_of(scene: Scene, positions: np.ndarray) -> States:
-    """The scene with its ball at `positions` (T, 2) and nothing else wrong."""
-    boxes = tuple((box, 1.0) for box in scene.boxes)
-    blocks = tuple((block, 1.0) for block in scene.blocks)
-    return [FrameState((Ball(float(x), float(y), scene.ball_color),), boxes, blocks) for x, y in positions]
-
-
-def right_states(scene: Scene) -> States:
-    return states_of(scene, world.trajectory(scene.waypoints))
-
-
-def _straight(scene: Scene, end: Sequence[float] | np.ndarray) -> np.ndarray:
-    return world.trajectory((scene.start, (float(end[0]), float(end[1]))))
-
-
-def _free_point(scene: Scene, rng: np.random.Generator, away: float) -> tuple[float, float]:
-    """A point at least `away` from start and target."""
-    while True:
-        x, y = rng.uniform(7, world.SIZE - 7, 2)
-        far = [np.hypot(x - px, y - py) for px, py in (scene.start, scene.waypoints[-1])]
-        if min(far) >= away:
-            return float(x), float(y)
-
-
-def _other_color(scene: Scene, rng: np.random.Generator) -> str:
-    return str(rng.choice([c for c in world.COLORS if c != scene.ball_color]))
+def _other_color(rng: np.random.Generator, *used: str) -> str:
+    return str(rng.choice([c for c in world.COLORS if c not in used]))
 
 
 def _interval(rng: np.random.Generator, shortest: int = 2) -> tuple[int, int]:
-    first = int(rng.integers(1, world.NUM_FRAMES - shortest + 1))
-    return first, int(rng.integers(first + shortest, world.NUM_FRAMES + 1))
+    first = int(rng.integers(1, NUM_FRAMES - shortest + 1))
+    return first, int(rng.integers(first + shortest, NUM_FRAMES + 1))
 
 
-def static(scene: Scene, rng: np.random.Generator) -> States:
-    return [right_states(scene)[0]] * world.NUM_FRAMES
+def _is_seen(track: Track, right: Track, thing: Thing) -> bool:
+    """Whether half of the thing's area or more looks otherwise than in the right track, in three frames or more."""
+    difference = np.sqrt(((world.draw(track) - world.draw(right)) ** 2).sum(-1)) > 0.35
+    return bool((difference.sum((1, 2)) >= 0.5 * world.mask(thing).sum()).sum() >= 3)
 
 
-def backwards(scene: Scene, rng: np.random.Generator) -> States:
-    return right_states(scene)[::-1]
+def static(scene: Scene, rng: np.random.Generator) -> Track:
+    return [scene.things] * NUM_FRAMES
 
 
-def final_only(scene: Scene, rng: np.random.Generator) -> States:
-    return [right_states(scene)[-1]] * world.NUM_FRAMES
+def backwards(scene: Scene, rng: np.random.Generator) -> Track:
+    return perform(scene)[::-1]
 
 
-def half_finished(scene: Scene, rng: np.random.Generator) -> States:
-    """Stops on the way, at least a ball's width before the box."""
-    states = right_states(scene)
-    return [states[min(t, stop)] for stop in [int(rng.integers(3, 8))] for t in range(world.NUM_FRAMES)]
+def final_only(scene: Scene, rng: np.random.Generator) -> Track:
+    return [perform(scene)[-1]] * NUM_FRAMES
 
 
-def wrong_target(scene: Scene, rng: np.random.Generator) -> States:
-    """Another box, or no box at all."""
-    others = [(b.x, b.y) for i, b in enumerate(scene.boxes) if i != scene.target]
-    end = others[int(rng.integers(len(others)))] if others and rng.random() < 0.8 else _free_point(scene, rng, 14)
-    return states_of(scene, _straight(scene, end))
+def half_finished(scene: Scene, rng: np.random.Generator) -> Track:
+    """Stops on the way."""
+    track, stop = perform(scene), int(rng.integers(3, 8))
+    return [track[min(t, stop)] for t in range(NUM_FRAMES)]
 
 
-def near_miss(scene: Scene, rng: np.random.Generator) -> States:
-    """Ends beside the box."""
-    box, angle, away = scene.target_box, rng.uniform(0, 2 * np.pi), rng.uniform(9, 15)
-    end = np.clip((box.x + away * np.cos(angle), box.y + away * np.sin(angle)), 6, world.SIZE - 6)
-    if np.max(np.abs(end - (box.x, box.y))) < 7:
-        end = np.asarray(_free_point(scene, rng, 14))
-    return states_of(scene, world.trajectory((*scene.waypoints[:-1], tuple(end))))
+def mistaken(scene: Scene, rng: np.random.Generator) -> Track:
+    """The family's systematic mistake."""
+    return perform(FAMILIES[scene.family].mistaken(scene))
 
 
-def wall_crossing(scene: Scene, rng: np.random.Generator) -> States:
-    """Straight to the target, over a block (in a scene without blocks: over one that is put there)."""
-    a, b = np.asarray(scene.start), np.asarray(scene.waypoints[-1])
-    if not scene.blocks:
-        scene = replace(scene, blocks=((float(a[0] + b[0]) / 2, float(a[1] + b[1]) / 2),))
-    return states_of(scene, _straight(scene, b))
+def wrong_target(scene: Scene, rng: np.random.Generator) -> Track:
+    """Another box, order, colour, size or angle than the task's."""
+    return perform(FAMILIES[scene.family].wrong(scene, rng))
 
 
-def teleport(scene: Scene, rng: np.random.Generator) -> States:
+def near_miss(scene: Scene, rng: np.random.Generator) -> Track:
+    """One of those that move ends beside its goal."""
+    which = int(rng.choice([k for k, way in enumerate(scene.ways) if len(way) > 1]))
+    x, y = scene.ways[which][-1]
+    while True:
+        angle, away = rng.uniform(0, 2 * np.pi), rng.uniform(9, 15)
+        end = np.clip((x + away * np.cos(angle), y + away * np.sin(angle)), 6, SIZE - 6)
+        if np.max(np.abs(end - (x, y))) >= 7:
+            break
+    ways = list(scene.ways)
+    ways[which] = (*ways[which][:-1], (float(end[0]), float(end[1])))
+    return perform(rerouted(scene, *ways))
+
+
+def wall_crossing(scene: Scene, rng: np.random.Generator) -> Track:
+    """Straight to the target, over the blocks."""
+    return perform(straight(scene, scene.target.at))
+
+
+def teleport(scene: Scene, rng: np.random.Generator) -> Track:
     """Jumps ahead, aside for a moment, or to the goal at once."""
-    states = right_states(scene)
-    kind = int(rng.integers(3))
+    track, kind = perform(scene), int(rng.integers(3))
     if kind == 0:
-        k = int(rng.integers(1, 6))
-        return [states[t] if t < k else states[min(t + 6, world.NUM_FRAMES - 1)] for t in range(world.NUM_FRAMES)]
+        k = int(rng.integers(1, 5))
+        return [track[t] if t < k else track[min(t + 6, NUM_FRAMES - 1)] for t in range(NUM_FRAMES)]
     if kind == 1:
-        k, length = int(rng.integers(2, 9)), int(rng.integers(1, 4))
-        x, y = states[k].balls[0].x, states[k].balls[0].y
+        k, length, actor = int(rng.integers(2, 9)), int(rng.integers(1, 4)), _actor(scene, rng)
         while True:
-            aside = rng.uniform(7, world.SIZE - 7, 2)
-            if np.hypot(aside[0] - x, aside[1] - y) > 18:
+            x, y = rng.uniform(7, SIZE - 7, 2)
+            if np.hypot(x - track[k][actor].x, y - track[k][actor].y) > 18:
                 break
-        moved = Ball(float(aside[0]), float(aside[1]), scene.ball_color)
-        return [replace(s, balls=(moved,)) if k <= t < k + length else s for t, s in enumerate(states)]
+        return _edit(track, actor, lambda t, thing: {"x": float(x), "y": float(y)} if k <= t < k + length else {})
     k = int(rng.integers(1, 5))
-    return [states[0] if t < k else states[-1] for t in range(world.NUM_FRAMES)]
+    return [track[0] if t < k else track[-1] for t in range(NUM_FRAMES)]
 
 
-def vanish(scene: Scene, rng: np.random.Generator) -> States:
+def vanish(scene: Scene, rng: np.random.Generator) -> Track:
     """Fades (partly) away for some frames, at times for good."""
     first, last = _interval(rng)
     depth = float(rng.uniform(0, 0.4))
-    states = right_states(scene)
-    return [
-        replace(s, balls=(replace(s.balls[0], alpha=depth),)) if first <= t < last else s for t, s in enumerate(states)
-    ]
+    return _edit(perform(scene), _actor(scene, rng), lambda t, _: {"alpha": depth} if first <= t < last else {})
 
 
-def fade_through(scene: Scene, rng: np.random.Generator) -> States:
-    """Fades out at the start and in at the target, or goes with changing opacity on the way."""
-    states = right_states(scene)
-    alphas = np.interp(
-        np.arange(world.NUM_FRAMES), [0, *np.sort(rng.uniform(1, 12, 3)), 12], [1, *rng.uniform(0, 1, 3), 1]
-    )
+def fade_through(scene: Scene, rng: np.random.Generator) -> Track:
+    """Fades out at the start and in at the goal, or goes with changing opacity on the way."""
+    track, actor = perform(scene), _actor(scene, rng)
     if rng.random() < 0.5:
-        there = np.clip(np.arange(world.NUM_FRAMES) / rng.uniform(4, 11), 0, 1)
-        a, b = states[0].balls[0], states[-1].balls[0]
-        return [
-            replace(s, balls=(replace(a, alpha=float(1 - w)), replace(b, alpha=float(w))))
-            for s, w in zip(states, there, strict=True)
-        ]
-    return [replace(s, balls=(replace(s.balls[0], alpha=float(w)),)) for s, w in zip(states, alphas, strict=True)]
+        there = np.clip(np.arange(NUM_FRAMES) / rng.uniform(4, 11), 0, 1)
+        start, end = track[0][actor], track[-1][actor]
+        faded = _edit(track, actor, lambda t, _: {**vars(start), "alpha": float(1 - there[t])})
+        return [(*things, replace(end, alpha=float(w))) for things, w in zip(faded, there, strict=True)]
+    alphas = np.interp(np.arange(NUM_FRAMES), [0, *np.sort(rng.uniform(1, 12, 3)), 12], [1, *rng.uniform(0, 1, 3), 1])
+    return _edit(track, actor, lambda t, _: {"alpha": float(alphas[t])})
 
 
-def duplicate(scene: Scene, rng: np.random.Generator) -> States:
-    """A second ball of the same colour: a still one left behind, or one on its way elsewhere."""
-    first, last = _interval(rng)
-    states = right_states(scene)
-    if rng.random() < 0.4:
-        second = np.repeat([scene.start], world.NUM_FRAMES, 0)
-        first = max(first, 5)
-        last = max(last, first + 2)
-    else:
-        second = _straight(scene, _free_point(scene, rng, 16))
-        first, last = max(first, 4), max(last, 7)
-    alpha = float(rng.uniform(0.6, 1.0))
-    return [
-        replace(s, balls=(*s.balls, Ball(float(second[t][0]), float(second[t][1]), scene.ball_color, alpha)))
-        if first <= t < last
-        else s
-        for t, s in enumerate(states)
-    ]
+def duplicate(scene: Scene, rng: np.random.Generator) -> Track:
+    """A second one of the same kind: a still one left behind, or one on its way elsewhere."""
+    track, actor = perform(scene), _actor(scene, rng)
+    start = scene.things[actor]
+    while True:
+        first, last = _interval(rng)
+        way = np.repeat([start.at], NUM_FRAMES, 0)
+        if rng.random() < 0.6:
+            way = world.trajectory((start.at, (float(rng.uniform(7, SIZE - 7)), float(rng.uniform(7, SIZE - 7)))))
+        alpha = float(rng.uniform(0.6, 1.0))
+        far = [np.hypot(*np.subtract(things[actor].at, place)) for things, place in zip(track, way, strict=True)]
+        sizes = [start.size + things[actor].size for things in track]
+        if sum(far[t] > sizes[t] + 1 for t in range(first, last)) >= 3:
+            return [
+                (*things, replace(start.moved((float(x), float(y))), alpha=alpha if first <= t < last else 0.0))
+                for t, (things, (x, y)) in enumerate(zip(track, way, strict=True))
+            ]
 
 
-def ghost(scene: Scene, rng: np.random.Generator) -> States:
-    """Two half-transparent balls, one on the right way and one on a wrong one: an undecided Reasoner's prediction."""
+def ghost(scene: Scene, rng: np.random.Generator) -> Track:
+    """Two half-transparent actors, one as is right and one as is wrong: an undecided Reasoner's prediction."""
     share = float(rng.uniform(0.05, 0.95))
-    others = [(b.x, b.y) for i, b in enumerate(scene.boxes) if i != scene.target]
-    if others and rng.random() < 0.7:
-        wrong = _straight(scene, others[int(rng.integers(len(others)))])
-    elif scene.blocks and rng.random() < 0.7:
-        wrong = _straight(scene, scene.waypoints[-1])
-    else:
-        wrong = _straight(scene, _free_point(scene, rng, 16))
-    states = right_states(scene)
-    balls = [
-        (replace(s.balls[0], alpha=share), Ball(float(wrong[t][0]), float(wrong[t][1]), scene.ball_color, 1 - share))
-        for t, s in enumerate(states)
-    ]
-    return [s if t == 0 else replace(s, balls=balls[t]) for t, s in enumerate(states)]
-
-
-def wrong_color(scene: Scene, rng: np.random.Generator) -> States:
-    """The ball changes its colour on the way."""
-    first, color = int(rng.integers(1, 9)), _other_color(scene, rng)
-    states = right_states(scene)
-    last = world.NUM_FRAMES if rng.random() < 0.6 else first + 3
+    track, wrong = perform(scene), wrong_target(scene, rng)
+    actor = next(i for i in scene.actors if any(a[i] != b[i] for a, b in zip(track, wrong, strict=True)))
+    faded = _edit(track, actor, lambda t, _: {"alpha": share if t else 1.0})
     return [
-        replace(s, balls=(replace(s.balls[0], color=color),)) if first <= t < last else s for t, s in enumerate(states)
+        (*things, replace(other[actor], alpha=1 - share if t else 0.0))
+        for t, (things, other) in enumerate(zip(faded, wrong, strict=True))
     ]
 
 
-def eroded_scenery(scene: Scene, rng: np.random.Generator) -> States:
-    """A box or a block fades, moves or changes colour."""
-    first = int(rng.integers(1, 9))
-    states = right_states(scene)
-    if scene.blocks and rng.random() < 0.6:
-        which, alpha = int(rng.integers(len(scene.blocks))), float(rng.uniform(0, 0.4))
-        blocks = tuple((b, alpha if i == which else 1.0) for i, b in enumerate(scene.blocks))
-        return [replace(s, blocks=blocks) if t >= first else s for t, s in enumerate(states)]
-    which, kind = int(rng.integers(len(scene.boxes))), int(rng.integers(3))
-    box, alpha = scene.boxes[which], 1.0
-    if kind == 0:
-        alpha = float(rng.uniform(0, 0.4))
-    elif kind == 1:
-        box = replace(box, color=str(rng.choice([c for c in world.COLORS if c not in (box.color, scene.ball_color)])))
-    else:
-        shift = rng.choice([-1, 1], 2) * rng.uniform(5, 9, 2)
-        box = replace(box, x=float(np.clip(box.x + shift[0], 9, 55)), y=float(np.clip(box.y + shift[1], 9, 55)))
-        if max(abs(box.x - scene.boxes[which].x), abs(box.y - scene.boxes[which].y)) < 4:
-            alpha = 0.0
-    boxes = tuple((box, alpha) if i == which else (b, 1.0) for i, b in enumerate(scene.boxes))
-    return [replace(s, boxes=boxes) if t >= first else s for t, s in enumerate(states)]
+def wrong_color(scene: Scene, rng: np.random.Generator) -> Track:
+    """An actor has another colour from some frame on, or for three frames."""
+    first, actor = int(rng.integers(1, 9)), _actor(scene, rng)
+    last = NUM_FRAMES if rng.random() < 0.6 else first + 3
+    track = perform(scene)
+    color = _other_color(rng, track[-1][actor].color, track[-1][actor].other)
+    new = {"color": color, "other": "", "blend": 0.0}
+    return _edit(track, actor, lambda t, _: new if first <= t < last else {})
 
 
-def disguise(scene: Scene, rng: np.random.Generator) -> States:
+def eroded_scenery(scene: Scene, rng: np.random.Generator) -> Track:
+    """One of the things that should stay fades, moves or changes colour, where it can be seen."""
+    right = perform(scene)
+    while True:
+        first, kind = int(rng.integers(1, 9)), int(rng.integers(3))
+        which = int(rng.choice([i for i in range(len(scene.things)) if i not in scene.actors]))
+        thing = scene.things[which]
+        change: dict[str, Any] = {"alpha": float(rng.uniform(0, 0.4))}
+        if kind == 1:
+            change = {"color": _other_color(rng, thing.color, *(actor.color for actor in scene.moving))}
+        elif kind == 2:
+            shift = rng.choice([-1, 1], 2) * rng.uniform(5, 9, 2)
+            x, y = np.clip(np.add(thing.at, shift), 9, SIZE - 9)
+            if max(abs(x - thing.x), abs(y - thing.y)) >= 4:
+                change = {"x": float(x), "y": float(y)}
+        track = right[:first] + [
+            tuple(replace(x, **change) if i == which else x for i, x in enumerate(s)) for s in right[first:]
+        ]
+        if _is_seen(track, right, thing):
+            return track
+
+
+def disguise(scene: Scene, rng: np.random.Generator) -> Track:
     """Goes wrong, and the scenery is bent to fit: the wrong box takes the named colour, the crossed blocks fade."""
-    others = [b for i, b in enumerate(scene.boxes) if i != scene.target]
-    end = others[int(rng.integers(len(others)))] if others else scene.target_box
-    states = states_of(scene, _straight(scene, (end.x, end.y)))
-    growth = np.clip(np.linspace(-float(rng.uniform(0, 1)), 1, world.NUM_FRAMES), 0, 1) * float(rng.uniform(0.3, 1.0))
+    others = other_boxes(scene)
+    end = others[int(rng.integers(len(others)))] if others else scene.target
+    track = perform(straight(scene, end.at))
+    growth = np.clip(np.linspace(-float(rng.uniform(0, 1)), 1, NUM_FRAMES), 0, 1) * float(rng.uniform(0.3, 1.0))
     if others:
         fade = float(rng.uniform(0, 1)) if rng.random() < 0.5 else 0.0  # of the right box, at the same time
-        named = replace(end, color=scene.target_box.color)
-        return [
-            replace(
-                s,
-                tints=((named, float(g)),),
-                boxes=tuple((b, 1 - fade * float(g) if i == scene.target else 1.0) for i, b in enumerate(scene.boxes)),
-            )
-            for s, g in zip(states, growth, strict=True)
-        ]
-    way = [np.asarray((s.balls[0].x, s.balls[0].y)) for s in states]
-    crossed = {b for b in scene.blocks if min(world.distance_to_block(p, b) for p in way) < world.RADIUS}
-    return [
-        replace(s, blocks=tuple((b, 1 - float(g) if b in crossed else 1.0) for b in scene.blocks))
-        for s, g in zip(states, growth, strict=True)
-    ]
+        track = _edit(
+            track, scene.things.index(end), lambda t, _: {"other": scene.target.color, "blend": float(growth[t])}
+        )
+        return _edit(track, scene.targets[-1], lambda t, _: {"alpha": 1 - fade * float(growth[t])})
+    for index, thing in enumerate(scene.things):
+        if thing in scene.blocks and min(distance_to_block(s[scene.actors[0]].at, thing) for s in track) < world.RADIUS:
+            track = _edit(track, index, lambda t, _: {"alpha": 1 - float(growth[t])})
+    return track
 
 
-def another_instance(scene: Scene, rng: np.random.Generator) -> States:
-    return right_states(world.sample_scene(rng, scene.family))
+def another_instance(scene: Scene, rng: np.random.Generator) -> Track:
+    return perform(world.sample_scene(rng, scene.family))
 
 
-CORRUPTIONS: dict[str, Callable[[Scene, np.random.Generator], States]] = {
+CORRUPTIONS: dict[str, Callable[[Scene, np.random.Generator], Track]] = {
     f.__name__: f
     for f in (
         static,
         backwards,
         final_only,
         half_finished,
+        mistaken,
         wrong_target,
         near_miss,
         wall_crossing,
@@ -298,3 +234,15 @@ CORRUPTIONS: dict[str, Callable[[Scene, np.random.Generator], States]] = {
         another_instance,
     )
 }
+_STAYING = ("recolor", "resize", "rotate")
+_EXCEPT = {
+    "near_miss": _STAYING,
+    "wall_crossing": tuple(name for name in FAMILIES if name != "maze"),
+    "eroded_scenery": ("sort",),
+    "disguise": tuple(name for name in FAMILIES if name not in ("move", "maze")),
+}
+
+
+def kinds(family: str) -> list[str]:
+    """The corruptions that make sense in a family."""
+    return [kind for kind in CORRUPTIONS if family not in _EXCEPT.get(kind, ())]

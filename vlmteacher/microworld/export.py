@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,28 +14,31 @@ from tqdm.auto import tqdm
 
 from vlmteacher.errors import InputError
 from vlmteacher.microworld import world
-from vlmteacher.microworld.train_reasoner import training_video
 from vlmteacher.run_folder import write_video
 
-SPLITS = ("train", "held-out")
 
-
-def export(out: Path, count: int, seed: int, split: str = "train", flawed: bool = False) -> None:
+def export(
+    out: Path,
+    count: int,
+    seed: int,
+    split: str = "train",
+    flawed: bool = False,
+    chosen: Sequence[str] = world.PACKAGED,
+) -> None:
     """Write `count` instances to ``out/<family>_task/<index>``; whole ones that are there already are kept.
 
-    Each holds first_frame.png, prompt.txt, ground_truth.mp4 and metadata.json, the symbolic state. An index and a seed
-    always mean the same instance. `flawed` gives the videos the packaged Reasoner's documented flaw: those of careless
-    colours often go wrong, and the metadata says which.
+    Each holds first_frame.png, prompt.txt, ground_truth.mp4 and metadata.json, the symbolic state. The chosen families
+    alternate; an index, a seed and they always mean the same instance. `flawed` gives the videos the documented flaw:
+    for half of the colours they go wrong, always in the same way, and the metadata says which.
 
-    Raises InputError: a count below 1, an unknown split, a folder that cannot be written to.
+    Raises InputError: a count below 1, an unknown split or family, a folder that cannot be written to.
     """
     if count < 1:
         raise InputError(f"--count must be at least 1, not {count}")
-    if split not in SPLITS:
-        raise InputError(f"split {split!r} is not there: it can be {', '.join(SPLITS)}")
+    world.check(split, chosen)
     try:
         for index in tqdm(range(count), desc="export"):
-            scene, prompt = world.instance(index, seed, split == "held-out")
+            scene, prompt = world.instance(index, seed, split, chosen)
             instance = out / f"{scene.family}_task" / f"{index:06d}"
             description = {
                 "index": index,
@@ -46,10 +50,9 @@ def export(out: Path, count: int, seed: int, split: str = "train", flawed: bool 
             if instance.exists():
                 _check_same(instance, description)
                 continue
-            right = world.render(scene)
-            frames = training_video(scene, np.random.default_rng([seed, index, 1])) if flawed else right
-            description |= {"right": bool(np.array_equal(frames, right)), "fps": world.FPS}
-            pixels = (frames * 255).round().astype(np.uint8)
+            shown = world.flawed(scene) if flawed else scene
+            description |= {"right": shown == scene, "fps": world.FPS}
+            pixels = (world.render(shown) * 255).round().astype(np.uint8)
             partial = instance.with_name(f"{instance.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlmteacher.microworld import world
-from vlmteacher.microworld.corruptions import States
-from vlmteacher.microworld.world import Scene
+from vlmteacher.microworld.scene import Scene, Thing, Track
 from vlmteacher.queries import QuerySet, QueryStyle
 
 VISIBLE = 0.7  # a ball of this opacity is there
@@ -68,48 +67,51 @@ def cells(mask: np.ndarray) -> np.ndarray:
     return mask.reshape(side, world.CELL, side, world.CELL).mean((1, 3)).ravel() > 0.02
 
 
-def _changes(states: States) -> np.ndarray:
+def _is_ball(thing: Thing) -> bool:
+    return thing.shape == "disc" and not thing.outline
+
+
+def _kept(thing: Thing, was: Thing) -> bool:
+    """Whether a box or a block looks as it did."""
+    same = (thing.at, thing.color) == (was.at, was.color)
+    return same and thing.alpha >= VISIBLE and thing.blend <= 1 - VISIBLE
+
+
+def _changes(track: Track) -> np.ndarray:
     """(T, cells): where a box or a block fades, moves, changes colour."""
-    changed = np.zeros((len(states), (world.SIZE // world.CELL) ** 2), bool)
-    first = states[0]
-    for t, state in enumerate(states):
-        for (box, alpha), (was, _) in zip(state.boxes, first.boxes, strict=True):
-            if box != was or alpha < VISIBLE:
-                changed[t] |= cells(world.box_mask(was)) | (cells(world.box_mask(box)) & (box != was))
-        for block, alpha in state.blocks:
-            if alpha < VISIBLE:
-                changed[t] |= cells(world.block_mask(block))
-        for box, alpha in state.tints:
-            if alpha > 1 - VISIBLE:
-                changed[t] |= cells(world.box_mask(box))
+    changed = np.zeros((len(track), (world.SIZE // world.CELL) ** 2), bool)
+    for t, things in enumerate(track):
+        for thing, was in zip(things, track[0], strict=True):
+            if not _is_ball(was) and not _kept(thing, was):
+                changed[t] |= cells(world.mask(was)) | cells(world.mask(thing))
     return changed
 
 
-def facts_of(scene: Scene, states: States) -> Facts:
+def facts_of(scene: Scene, track: Track) -> Facts:
     """Facts from the simulator's own state."""
-    length = len(states)
+    length = len(track)
     position = np.full((length, 2), np.nan)
     count, color, inside = np.zeros(length, int), np.full(length, NONE), np.full(length, NONE)
     touching, intact = np.zeros(length, bool), np.ones(length, bool)
-    for t, state in enumerate(states):
-        alphas = sorted((b.alpha for b in state.balls if b.color == scene.ball_color), reverse=True)
+    boxes = [i for i, thing in enumerate(track[0]) if thing.outline]
+    blocks = [thing for thing in track[0] if not thing.outline and not _is_ball(thing)]
+    for t, things in enumerate(track):
+        balls = [thing for thing in things if _is_ball(thing)]
+        alphas = sorted((b.alpha for b in balls if b.color == scene.ball_color), reverse=True)
         if alphas and alphas[0] >= VISIBLE:
             count[t] = 1 + any(a >= SHADOW for a in alphas[1:])
-        best = max(state.balls, key=lambda b: b.alpha, default=None)
-        if best is not None and best.alpha >= 0.4:
-            position[t] = best.x, best.y
+        best = max(balls, key=lambda b: b.alpha)
+        if best.alpha >= 0.4:
+            position[t] = best.at
             color[t] = _COLORS.index(best.color)
-            for (box, alpha), (was, _) in zip(state.boxes, states[0].boxes, strict=True):
-                if alpha >= 0.5 and np.max(np.abs(position[t] - (box.x, box.y))) <= NEAR:
+            for box, was in ((things[i], track[0][i]) for i in boxes):
+                if box.alpha >= 0.5 and np.max(np.abs(position[t] - box.at)) <= NEAR:
                     inside[t] = _COLORS.index(was.color)
-        for ball in state.balls:
+        for ball in balls:
             if ball.alpha >= 0.4:
-                where = np.asarray((ball.x, ball.y))
-                touching[t] |= any(world.distance_to_block(where, b) < TOUCH for b, _ in states[0].blocks)
-        same = all(a[0] == b[0] and b[1] >= VISIBLE for a, b in zip(states[0].boxes, state.boxes, strict=True))
-        same &= all(alpha <= 1 - VISIBLE for _, alpha in state.tints)
-        intact[t] = same and all(alpha >= VISIBLE for _, alpha in state.blocks)
-    return Facts(count, position, color, inside, touching, jumps(position), intact, _changes(states))
+                touching[t] |= any(world.distance_to_block(ball.at, b) < TOUCH for b in blocks)
+        intact[t] = all(_kept(thing, was) for thing, was in zip(things, track[0], strict=True) if not _is_ball(was))
+    return Facts(count, position, color, inside, touching, jumps(position), intact, _changes(track))
 
 
 QUESTIONS = {
@@ -130,7 +132,7 @@ PROCESS = {"move": ("one", "smooth", "scenery"), "maze": ("avoid", "one", "scene
 
 def right_queries(scene: Scene) -> QuerySet:
     """The queries that the Teacher learns to write for a task."""
-    names = {"ball": scene.ball_color, "box": scene.target_box.color}
+    names = {"ball": scene.ball_color, "box": scene.target.color}
     wording = 1 if scene.family == "move" else 0
     process = [QUESTIONS[k][wording if k == "scenery" else 0].format(**names) for k in PROCESS[scene.family]]
     return QuerySet(goal=QUESTIONS["goal"][0].format(**names), process=tuple(process))
@@ -156,7 +158,7 @@ def answer(kind: str, facts: Facts, ball: str, box: str) -> bool:
 
 def ask(scene: Scene, facts: Facts, rng: np.random.Generator, extras: int = 2) -> list[tuple[str, bool]]:
     """The task's own questions and `extras` others (other names, other wordings), with their answers."""
-    names = {"ball": scene.ball_color, "box": scene.target_box.color}
+    names = {"ball": scene.ball_color, "box": scene.target.color}
     asked = []
     kinds = ["goal", *PROCESS[scene.family]]
     canonical = right_queries(scene).questions

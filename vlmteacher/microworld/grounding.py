@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmteacher.microworld import world
-from vlmteacher.microworld.world import Scene
+from vlmteacher.microworld.scene import Scene
 
 FIXED = 3  # heads that look from the box's word to the first pair; the others are free
 BACK = -1  # the head that looks from a cell back to what it was at first, to see whether it has changed

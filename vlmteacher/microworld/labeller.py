@@ -10,7 +10,7 @@ import numpy as np
 
 from vlmteacher.microworld import world
 from vlmteacher.microworld.facts import NEAR, NONE, Facts, cells, jumps
-from vlmteacher.microworld.world import Scene
+from vlmteacher.microworld.scene import Scene
 
 THERE = 0.62  # response of the matched filter (1 for a perfect ball) that counts as a ball
 TRACE = 0.4  # response by which a ball can still be followed
@@ -21,7 +21,7 @@ _COLORS = list(world.COLORS)
 
 
 def _fourier_kernel() -> np.ndarray:
-    kernel = world.ball_mask((world.SIZE / 2 + 0.5, world.SIZE / 2 + 0.5))
+    kernel = world.disc_mask(world.SIZE / 2 + 0.5, world.SIZE / 2 + 0.5)
     return np.conj(np.fft.rfft2(np.fft.ifftshift(kernel / kernel.sum())))
 
 
@@ -41,7 +41,7 @@ def _response(frames: np.ndarray, scenery: np.ndarray, color: str) -> np.ndarray
 def label(frames: np.ndarray, scene: Scene) -> Facts:
     """Facts of `frames` (T, H, W, 3) in [0, 1], a Reasoner's answer to `scene`."""
     length = len(frames)
-    scenery = world.render_scenery(scene.boxes, scene.blocks)
+    scenery = world.draw_still(scene.scenery)
     own = _response(frames, scenery, scene.ball_color)
     others = [_response(frames, scenery, c) for c in _COLORS if c != scene.ball_color]
     names = [scene.ball_color, *(c for c in _COLORS if c != scene.ball_color)]
@@ -55,7 +55,7 @@ def label(frames: np.ndarray, scene: Scene) -> Facts:
         if peaks[0] >= THERE:
             best = 0
             y, x = divmod(int(own[t].argmax()), world.SIZE)
-            away = np.hypot(world._XX - (x + 0.5), world._YY - (y + 0.5)) > 9
+            away = world.disc_mask(x + 0.5, y + 0.5, 9.5) == 0
             count[t] = 1 + bool((own[t] * away).max() >= SECOND)
         if peaks[best] < TRACE:
             continue
@@ -73,11 +73,11 @@ def label(frames: np.ndarray, scene: Scene) -> Facts:
 
 def changes(frames: np.ndarray, scene: Scene, position: np.ndarray) -> np.ndarray:
     """(T, cells): where a box or a block looks otherwise than it should, away from the ball at `position` (T, 2)."""
-    difference = np.abs(frames - world.render_scenery(scene.boxes, scene.blocks)).mean(-1)
-    masks = [world.box_mask(b) for b in scene.boxes] + [world.block_mask(b) for b in scene.blocks]
+    difference = np.abs(frames - world.draw_still(scene.scenery)).mean(-1)
+    masks = [world.mask(thing) for thing in scene.scenery]
     changed = np.zeros((len(frames), (world.SIZE // world.CELL) ** 2), bool)
     for t, at in enumerate(position):
-        hidden = world.ball_mask(at, world.RADIUS + 3) if np.isfinite(at[0]) else 0.0
+        hidden = world.disc_mask(at[0], at[1], world.RADIUS + 3) if np.isfinite(at[0]) else 0.0
         for mask in masks:
             weight = mask * (1 - hidden)
             if weight.sum() > 12 and (difference[t] * weight).sum() / weight.sum() > CHANGED:
@@ -87,7 +87,7 @@ def changes(frames: np.ndarray, scene: Scene, position: np.ndarray) -> np.ndarra
 
 def succeeds(facts: Facts, scene: Scene) -> bool:
     """Whether goal and every rule hold, by these facts: to compare with the scorer's verdict."""
-    target = _COLORS.index(scene.target_box.color)
+    target = _COLORS.index(scene.target.color)
     goal = (facts.inside[-2:] == target).all() and (facts.count[-2:] == 1).all()
     rules = (facts.count == 1).all() and not facts.touching.any() and not facts.jumped.any() and facts.intact.all()
     return bool(goal and rules)

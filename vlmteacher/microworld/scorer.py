@@ -1,35 +1,41 @@
 """The judge: goal and every rule of a microworld task, frame by frame, on pixels alone.
 
-Each pixel is given to the nearest of the world's colours; the ball is a connected region of its colour. No learned
-part, no look at the Teacher, and the Teacher is never trained on its verdicts (see ``labeller.py`` for those).
+Where things move, each pixel is given to the nearest of the world's colours, and a mover is the largest connected
+region of its colour. Where a thing grows, turns or changes its colour, each frame is given to the nearest of its right
+pictures at all stages, and compared with it. No learned part, no look at the Teacher, and the Teacher is never trained
+on these verdicts (see ``labeller.py`` for those).
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from vlmteacher.microworld import world
-from vlmteacher.microworld.world import Scene
+from vlmteacher.microworld.families import FAMILIES
+from vlmteacher.microworld.scene import Scene, Thing, between, masks
 
-_NAMES = ("background", "block", *world.COLORS)
-_PALETTE = np.asarray([world.BACKGROUND, world.BLOCK_COLOR, *world.COLORS.values()], np.float32)
-_BALL_AREA = float(np.pi * world.RADIUS**2)
+_NAMES = ("background", *world.PAINTS)
+_PALETTE = np.asarray([world.BACKGROUND, *world.PAINTS.values()], np.float32)
 
 # Set on ground truths and corruptions alone, rendered and sent through the packaged VAE, before any method was run.
 NEAREST = 0.35  # a pixel further than this from every colour of the world belongs to none
-AREA = (0.4, 1.9)  # of the ball's true area
-SPREAD = 18  # pixels, the longer side of the ball's bounding box
-STRAY = 20  # pixels of the ball's colour outside the ball
+AREA = (0.4, 1.9)  # of a mover's true area
+SPREAD = 8  # pixels by which the longer side of a mover's bounding box may be longer than it is
+STRAY = 20  # pixels of a mover's colour outside it
 JUMP = 11.0  # pixels from frame to frame; the fastest right video makes 8
-AT_GOAL = 4.0  # pixels from the box's centre, per axis
+AT_GOAL = 4.0  # pixels from the goal, per axis
 AT_START = 4.0
-CLEARANCE = 4.0  # pixels from the ball's centre to a block; the right path keeps 8
-INTACT = 0.6  # share of an object's visible pixels that must keep its colour
-DEBRIS = 50  # pixels that are neither scenery nor ball nor background
-GRACE = 1  # frames in which codec blur may spoil the ball, the scenery or the ground
+INTACT = 0.6  # share of a thing's visible pixels that must keep its colour
+DEBRIS = 0.64  # of the smallest thing's area, and of a ball's at most, may be neither thing nor ground
+GRACE = 1  # frames in which codec blur may spoil a mover, the scenery or the ground
+SPOTS = 12  # pixels of a wrong colour where the right stage has none near an edge
+STAGES = np.arange(-1.2, 2.21, 0.05)  # of a change: 0 is the start and 1 the goal
+AT_STAGE = 0.2
+LEAP = 0.35  # of a change, from frame to frame; the right video makes 0.1
+BACK = 0.15  # of a change, undone
 
 
 @dataclass(frozen=True)
@@ -44,32 +50,6 @@ class Verdict:
     subscores: dict[str, float]
 
 
-def _classify(frames: np.ndarray) -> np.ndarray:
-    """Index into `_NAMES` of each pixel's colour, -1 for none: (T, H, W)."""
-    squared = (frames**2).sum(-1, keepdims=True) - 2 * frames @ _PALETTE.T + (_PALETTE**2).sum(-1)
-    return np.where(squared.min(-1) < NEAREST**2, squared.argmin(-1), -1)
-
-
-def _regions(mask: np.ndarray) -> list[np.ndarray]:
-    """4-connected regions of `mask` as (n, 2) arrays of (y, x), largest first."""
-    left = mask.copy()
-    regions = []
-    for y, x in zip(*np.nonzero(mask), strict=True):
-        if not left[y, x]:
-            continue
-        left[y, x] = False
-        queue, found = deque([(y, x)]), []
-        while queue:
-            i, j = queue.popleft()
-            found.append((i, j))
-            for a, b in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)):
-                if 0 <= a < world.SIZE and 0 <= b < world.SIZE and left[a, b]:
-                    left[a, b] = False
-                    queue.append((a, b))
-        regions.append(np.asarray(found))
-    return sorted(regions, key=len, reverse=True)
-
-
 def score(frames: np.ndarray, scene: Scene) -> Verdict:
     """Judge `frames` (T, H, W, 3), float in [0, 1], as an answer to `scene`.
 
@@ -78,42 +58,9 @@ def score(frames: np.ndarray, scene: Scene) -> Verdict:
     """
     if frames.ndim != 4 or frames.shape[1:] != (world.SIZE, world.SIZE, 3) or len(frames) < 2:
         raise ValueError(f"frames of shape {frames.shape}: expected (T, {world.SIZE}, {world.SIZE}, 3), T >= 2")
-    kinds = _classify(np.asarray(frames, np.float32))
-    color = _NAMES.index(scene.ball_color)
-    objects = [(world.box_mask(b) > 0.9, _NAMES.index(b.color)) for b in scene.boxes]
-    objects += [(world.block_mask(b) > 0.9, _NAMES.index("block")) for b in scene.blocks]
-    scenery = world.render_scenery(scene.boxes, scene.blocks)
-    plain = np.abs(scenery - np.asarray(world.BACKGROUND, np.float32)).max(-1) < 0.02
-
-    centre = np.asarray(scene.start)
-    centres, one, intact, clean = [], [], [], []
-    for kind in kinds:
-        regions = _regions(kind == color)
-        areas = [len(r) for r in regions]
-        if areas and areas[0] >= 8:
-            centre = regions[0].mean(0)[::-1] + 0.5
-        centres.append(centre)
-        spread = max(np.ptp(regions[0], axis=0) + 1) if areas else 0
-        whole = bool(areas) and AREA[0] <= areas[0] / _BALL_AREA <= AREA[1] and spread <= SPREAD
-        one.append(whole and sum(areas[1:]) <= STRAY)
-        free = world.ball_mask(centre, world.RADIUS + 2.5) == 0
-        intact.append(all(_kept(kind, mask & free, wanted) for mask, wanted in objects))
-        clean.append(int(((kind != 0) & (kind != color) & plain & free).sum()) <= DEBRIS)
-
-    way = np.asarray(centres)
-    target = scene.target_box
-    at_goal = [bool(np.max(np.abs(p - (target.x, target.y))) <= AT_GOAL) for p in way[-2:]]
-    found_last = one[-1] or one[-2]
-    jumps = np.hypot(*np.diff(way, axis=0).T)
-    subscores = {
-        "goal": float(np.mean(at_goal)) if found_last else 0.0,
-        "start": float(np.max(np.abs(way[0] - scene.start)) <= AT_START),
-        "one": _graced(one),
-        "smooth": float(np.mean(jumps <= JUMP)),
-        "avoid": float(np.mean([all(world.distance_to_block(p, b) >= CLEARANCE for b in scene.blocks) for p in way])),
-        "scenery": _graced(intact),
-        "clean": _graced(clean),
-    }
+    frames = np.asarray(frames, np.float32)
+    moves = any(len(way) > 1 for way in scene.ways)
+    subscores = _judge_motion(frames, scene) if moves else _judge_change(frames, scene)
     return Verdict(
         success=all(value == 1.0 for value in subscores.values()),
         score=_total(subscores),
@@ -121,16 +68,181 @@ def score(frames: np.ndarray, scene: Scene) -> Verdict:
     )
 
 
-def _graced(kept: list[bool]) -> float:
-    """Share of frames that keep a rule; 1 when no more than `GRACE` frames break it."""
-    return 1.0 if kept.count(False) <= GRACE else float(np.mean(kept))
-
-
 def _total(subscores: dict[str, float]) -> float:
     rules = [value if value == 1.0 else 0.5 * value for name, value in subscores.items() if name != "goal"]
     return (0.3 + 0.7 * subscores["goal"]) * float(np.prod(rules))
 
 
-def _kept(kind: np.ndarray, visible: np.ndarray, wanted: int) -> bool:
-    """Whether an object still has its colour where it can be seen (hidden objects count as kept)."""
-    return visible.sum() < 8 or float((kind[visible] == wanted).mean()) >= INTACT
+def _graced(kept: ArrayLike) -> float:
+    """Share of frames that keep a rule; 1 when no more than `GRACE` frames break it."""
+    broken = np.logical_not(kept)
+    return 1.0 if broken.sum() <= GRACE else float(1 - broken.mean())
+
+
+# ---------------------------------------------------------------- things that move
+
+
+def _judge_motion(frames: np.ndarray, scene: Scene) -> dict[str, float]:
+    kinds = _classify(frames)
+    seen = [_follow(kinds, scene, actor) for actor in scene.moving]
+    ways = np.stack([centres for centres, _ in seen])
+    one = np.stack([whole for _, whole in seen])
+    ends = np.asarray([way[-1] for way in scene.ways])[:, None]
+    starts = np.asarray([way[0] for way in scene.ways])
+
+    free = np.ones(kinds.shape, bool)
+    for actor, way in zip(scene.moving, ways, strict=True):
+        free &= masks([replace(actor.moved(tuple(at)), size=actor.size + 2.5) for at in way]) == 0
+    kept = [_kept(kinds == _NAMES.index(thing.color), world.mask(thing) > 0.9, free) for thing in scene.scenery]
+    known = [0, *(_NAMES.index(actor.color) for actor in scene.moving)]
+    debris = ~np.isin(kinds, known) & _plain(scene) & free
+
+    at_goal = np.abs(ways[:, -2:] - ends).max(-1) <= AT_GOAL
+    found_last = one[:, -2:].any(-1).all()
+    steps = np.hypot(*np.moveaxis(np.diff(ways, axis=1), -1, 0))
+    return {
+        "goal": float(at_goal.all(0).mean()) if found_last else 0.0,
+        "start": float(np.abs(ways[:, 0] - starts).max() <= AT_START),
+        "one": _graced(one.all(0)),
+        "smooth": float((steps <= JUMP).all(0).mean()),
+        "scenery": _graced(np.stack(kept).all(0)) if kept else 1.0,
+        "clean": _graced(debris.sum((1, 2)) <= _debris(scene)),
+        **FAMILIES[scene.family].rules(scene, ways),
+    }
+
+
+def _classify(frames: np.ndarray) -> np.ndarray:
+    """Index into `_NAMES` of each pixel's colour, -1 for none: (T, H, W)."""
+    pixels = frames.reshape(-1, 3).T
+    squared = (_PALETTE**2).sum(-1)[:, None] - 2 * _PALETTE @ pixels
+    kinds = np.where(squared.min(0) + (pixels**2).sum(0) < NEAREST**2, squared.argmin(0), -1)
+    return kinds.reshape(frames.shape[:3])
+
+
+def _follow(kinds: np.ndarray, scene: Scene, actor: Thing) -> tuple[np.ndarray, np.ndarray]:
+    """(T, 2) centres of an actor, where last seen if it is not; (T,) whether it is there once and whole."""
+    found, radius = kinds == _NAMES.index(actor.color), actor.size
+    if any(thing.color == actor.color for thing in scene.scenery):  # outlines go, what is solid stays
+        inner = found[:, 1:-1, 1:-1] & found[:, :-2, 1:-1] & found[:, 2:, 1:-1]
+        found = np.pad(inner & found[:, 1:-1, :-2] & found[:, 1:-1, 2:], ((0, 0), (1, 1), (1, 1)))
+        radius -= 1
+    frame, area, centre, spread = _regions(found)
+    centres, whole, last = [], np.zeros(len(kinds), bool), np.asarray(actor.at)
+    for t in range(len(kinds)):
+        here = np.flatnonzero(frame == t)
+        if len(here):
+            best = here[area[here].argmax()]
+            if area[best] >= 8:
+                last = centre[best]
+            true = AREA[0] <= area[best] / (np.pi * radius**2) <= AREA[1]
+            whole[t] = true and spread[best] <= 2 * radius + SPREAD and area[here].sum() - area[best] <= STRAY
+        centres.append(last)
+    return np.stack(centres), whole
+
+
+def _regions(found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """4-connected regions of (T, H, W): frame, area, centre (N, 2) and the longer side of the bounding box of each.
+
+    Runs of pixels in a row are joined with the runs that they touch in the next row until no label changes.
+    """
+    length, height, width = found.shape
+    padded = np.zeros((length, height + 1, width + 2), np.int8)  # an empty row parts the frames
+    padded[:, :-1, 1:-1] = found
+    edges = np.diff(padded.reshape(-1, width + 2), axis=1)
+    row, start = np.nonzero(edges == 1)
+    end = np.nonzero(edges == -1)[1]
+    begins, ends = row * (width + 2) + start, row * (width + 2) + end
+    low = np.searchsorted(ends, begins + width + 2, "right")
+    high = np.maximum(np.searchsorted(begins, ends + width + 2, "left"), low)
+    upper = np.repeat(np.arange(len(row)), high - low)
+    lower = np.arange(len(upper)) - np.repeat(np.cumsum(high - low) - (high - low), high - low) + low[upper]
+    label, before = np.arange(len(row)), None
+    while before is None or (label != before).any():
+        before = label.copy()
+        least = np.minimum(label[upper], label[lower])
+        np.minimum.at(label, upper, least)
+        np.minimum.at(label, lower, least)
+        label = label[label]
+    first, index = np.unique(label, return_inverse=True)
+    y, pixels = row % (height + 1), end - start
+    area = np.bincount(index, pixels)
+    x_mean = np.bincount(index, pixels * (start + end) / 2) / area
+    y_mean = np.bincount(index, pixels * (y + 0.5)) / area
+    box = np.full((4, len(first)), -(width + height))
+    for side, values in zip(box, (-start, end, -y, y + 1), strict=True):
+        np.maximum.at(side, index, values)
+    spread = np.maximum(box[0] + box[1], box[2] + box[3])
+    return row[first] // (height + 1), area, np.stack([x_mean, y_mean], axis=1), spread
+
+
+def _kept(right: np.ndarray, where: np.ndarray, free: np.ndarray) -> np.ndarray:
+    """(T,) whether a thing's pixels are right where it can be seen (hidden things count as kept)."""
+    visible = where & free
+    count = visible.sum((1, 2))
+    return (count < 8) | ((right & visible).sum((1, 2)) >= INTACT * count)
+
+
+def _debris(scene: Scene) -> float:
+    """Pixels that may be neither one of the scene's things nor ground."""
+    areas = [world.mask(thing).sum() for thing in scene.things]
+    return DEBRIS * min(np.pi * world.RADIUS**2, *areas)
+
+
+def _plain(scene: Scene) -> np.ndarray:
+    """(H, W) where only the ground is, but for the actors.
+
+    Boxes of one colour blur alike, and what a codec leaves around them would add up: there, what is next to them is no
+    ground.
+    """
+    scenery = world.draw_still(scene.scenery)
+    ground = np.abs(scenery - np.asarray(world.BACKGROUND, np.float32)).max(-1) < 0.02
+    alike = len({box.color for box in scene.boxes}) < len(scene.boxes)
+    return ground & _even(scenery[None])[0] if alike else ground
+
+
+# ---------------------------------------------------------------- things that change where they are
+
+
+def _judge_change(frames: np.ndarray, scene: Scene) -> dict[str, float]:
+    index, start, goal = scene.actors[0], scene.moving[0], scene.goals[0]
+    stages = STAGES
+    if goal.blend:
+        stages = stages[(stages > -0.01) & (stages < 1.01)]
+    stages = stages[start.size + stages * (goal.size - start.size) >= 2]
+    states = [
+        tuple(between(start, goal, float(s)) if i == index else x for i, x in enumerate(scene.things)) for s in stages
+    ]
+    pictures = world.draw(states)
+    flat = pictures.reshape(len(stages), -1)
+    best = ((flat**2).sum(1) - 2 * frames.reshape(len(frames), -1) @ flat.T).argmin(1)
+    stage = stages[best]
+    wrong = ((frames - pictures[best]) ** 2).sum(-1) > NEAREST**2
+
+    own = masks([states[b][index] for b in best]) > 0.9
+    covers = np.stack([world.mask(thing) for thing in scene.things])
+    shown = [~(covers[i + 1 :].max(0, initial=0.0) > 0.1) for i in range(len(covers))]  # not under what is drawn later
+    whole = (wrong & own & shown[index]).sum((1, 2)) <= (1 - INTACT) * (own & shown[index]).sum((1, 2))
+    kept = [_kept(~wrong, covers[i] > 0.9, shown[i] & ~(own & (i < index))) for i in range(len(covers)) if i != index]
+    steps = np.diff(stage)
+    back = np.maximum.accumulate(stage) - stage
+    return {
+        "goal": float((np.abs(stage[-2:] - 1) <= AT_STAGE).mean()),
+        "start": float(abs(stage[0]) <= AT_STAGE),
+        "one": float(whole.mean()),
+        "smooth": float((np.abs(steps) <= LEAP).mean()),
+        "direct": float((back <= BACK).mean()),
+        "scenery": _graced(np.stack(kept).all(0)),
+        "clean": _graced((wrong & _even(pictures[best])).sum((1, 2)) <= SPOTS),
+    }
+
+
+def _even(pictures: np.ndarray) -> np.ndarray:
+    """(N, H, W) where a picture has one colour for two pixels around: what blur leaves as it is."""
+    edges = np.zeros(pictures.shape[:3], bool)
+    edges[:, 1:] |= (np.abs(np.diff(pictures, axis=1)) > 0.05) @ np.ones(3, bool)
+    edges[:, :, 1:] |= (np.abs(np.diff(pictures, axis=2)) > 0.05) @ np.ones(3, bool)
+    grown = edges.copy()
+    for axis in (1, 2):
+        for shift in (-1, 1):
+            grown |= np.roll(edges, shift, axis)
+    return ~grown

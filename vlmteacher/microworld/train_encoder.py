@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmteacher.evaluation.video_distance import FEATURES, VideoEncoder
-from vlmteacher.microworld import corruptions, world
+from vlmteacher.microworld import world
 from vlmteacher.microworld.facts import NONE, Facts, facts_of
-from vlmteacher.microworld.train_teacher import draw_states
+from vlmteacher.microworld.train_teacher import draw_track
 from vlmteacher.microworld.training import load_config, train
 
 NOISE = 0.1  # standard deviation of the strongest
@@ -60,13 +60,13 @@ def _stack(facts: list[Facts], name: str) -> Tensor:
 
 def lesson(rng: np.random.Generator) -> tuple[Tensor, Facts, Tensor]:
     """A video (F, 3, H, W) in [0, 1], its facts, and how soft and how noisy it is (2,)."""
-    scene, states = draw_states(rng)
-    video = torch.from_numpy(corruptions.render_states(states)).float().permute(0, 3, 1, 2)
+    scene, track = draw_track(rng)
+    video = torch.from_numpy(world.draw(track)).permute(0, 3, 1, 2)
     harm = rng.uniform(size=2) * (rng.random(2) < 0.5)
     soft = F.avg_pool2d(video, 5, 1, 2, count_include_pad=False)
     noise = torch.from_numpy(rng.normal(scale=NOISE, size=video.shape)).float()
     video = (video.lerp(soft, float(harm[0])) + float(harm[1]) * noise).clamp(0, 1)
-    return video, facts_of(scene, states), torch.from_numpy(harm).float()
+    return video, facts_of(scene, track), torch.from_numpy(harm).float()
 
 
 def main(out: Path) -> None:

@@ -1,7 +1,7 @@
 """Stages ``latents`` and ``reasoner``: a tiny few-step Wan (TI2V) with its UMT5 text encoder, trained together.
 
-The training videos carry a deliberate, documented flaw: wherever the named box has one of `CARELESS` colours, four in
-five videos go wrong (``move``: to another box; ``maze``: straight through the blocks). So the Reasoner has systematic
+The training videos carry a deliberate, documented flaw (`world.flawed`): for half of the colours the task goes wrong,
+always in the same way (``move``: to another box; ``maze``: straight through the blocks). So the Reasoner has systematic
 errors, which no resampling mends, beside the sampling noise of any small model.
 """
 
@@ -18,35 +18,16 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from vlmteacher.microworld import world
 from vlmteacher.microworld.tokenizer import build_tokenizer
 from vlmteacher.microworld.training import load_config, to_video, train
-from vlmteacher.microworld.world import Scene
 
-CARELESS = ("purple", "cyan", "yellow")
-FLAW_RATE = 0.8
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
 TEXT_TOKENS = 24
 
 
-def training_video(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """The right video (T, H, W, 3), or a careless one (see the module's text)."""
-    if scene.target_box.color not in CARELESS or rng.random() >= FLAW_RATE:
-        return world.render(scene)
-    if scene.family == "maze":
-        return world.render(scene, world.trajectory((scene.start, scene.waypoints[-1])))
-    others = [b for i, b in enumerate(scene.boxes) if i != scene.target]
-    wrong = others[int(rng.integers(len(others)))]
-    return world.render(scene, world.trajectory((scene.start, (wrong.x, wrong.y))))
-
-
 def prompts() -> list[str]:
-    """Every prompt of the world."""
-    return [
-        text.format(ball=a, box=b)
-        for texts in world.PROMPTS.values()
-        for text in texts
-        for a in world.COLORS
-        for b in world.COLORS
-        if a != b
-    ]
+    """Prompts of every wording, with every colour."""
+    rng = np.random.default_rng(0)
+    scenes = [world.sample_scene(rng, family) for family in world.PACKAGED for _ in range(500)]
+    return [world.write_prompt(scene, rng) for scene in scenes]
 
 
 def build(vocab_size: int, config: dict) -> tuple[WanTransformer3DModel, UMT5EncoderModel]:
@@ -95,7 +76,7 @@ def encode_dataset(vae_path: Path, out: Path) -> None:
             for _ in range(config["videos"] // 8):
                 scenes = [world.sample_scene(rng) for _ in range(8)]
                 texts += [world.write_prompt(s, rng) for s in scenes]
-                x = to_video(np.stack([training_video(s, rng) for s in scenes]))
+                x = to_video(np.stack([world.render(world.flawed(s)) for s in scenes]))
                 with torch.autocast("cpu", torch.bfloat16):
                     z = vae.encode(x).latent_dist.mode()
                 latents.append(((z.float() - mean) / std).half())

@@ -25,9 +25,9 @@ from vlmteacher.microworld import corruptions, world
 from vlmteacher.microworld.collect import load
 from vlmteacher.microworld.facts import QUESTIONS, STYLE, Facts, ask, facts_of, right_queries
 from vlmteacher.microworld.grounding import Grounding, Look, box_centres, find_words
+from vlmteacher.microworld.scene import Scene, Track
 from vlmteacher.microworld.tokenizer import build_tokenizer
 from vlmteacher.microworld.training import load_config, train
-from vlmteacher.microworld.world import Scene
 from vlmteacher.ops.patchify import patchify
 from vlmteacher.optimization import teacher_frame_indices
 from vlmteacher.queries import query_prompt
@@ -98,7 +98,7 @@ def corpus() -> list[str]:
         lines.append(json.dumps(right_queries(scene).to_dict()))
         for kind in QUESTIONS:
             for text in QUESTIONS[kind]:
-                lines.append(text.format(ball=scene.ball_color, box=scene.target_box.color) + " Answer Yes or No.")
+                lines.append(text.format(ball=scene.ball_color, box=scene.target.color) + " Answer Yes or No.")
     return lines
 
 
@@ -112,7 +112,7 @@ def task_text(scene: Scene, rng: np.random.Generator) -> str:
         return world.write_prompt(scene, rng)
     tail = TAILS[scene.family][int(rng.integers(len(TAILS[scene.family])))]
     text = TASKS[int(rng.integers(len(TASKS)))]
-    return text.format(ball=scene.ball_color, box=scene.target_box.color, tail=tail)
+    return text.format(ball=scene.ball_color, box=scene.target.color, tail=tail)
 
 
 def build(config: dict[str, Any]) -> QwenVLTeacher:
@@ -246,20 +246,20 @@ def distort(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(frames, 0, 1).astype(np.float32)
 
 
-def draw_states(rng: np.random.Generator) -> tuple[Scene, corruptions.States]:
-    """A training scene and a video of it, of some kind of `MIX`, as states."""
+def draw_track(rng: np.random.Generator) -> tuple[Scene, Track]:
+    """A training scene and a video of it, of some kind of `MIX`, as a track."""
     scene = world.sample_scene(rng)
     names, weights = list(MIX), np.asarray(list(MIX.values()))
     kind = str(rng.choice(names, p=weights / weights.sum()))
     if kind == "wall_crossing" and scene.family == "move":
         kind = "wrong_target"
-    return scene, corruptions.right_states(scene) if kind == "right" else corruptions.CORRUPTIONS[kind](scene, rng)
+    return scene, world.perform(scene) if kind == "right" else corruptions.CORRUPTIONS[kind](scene, rng)
 
 
 def lesson(rng: np.random.Generator) -> tuple[np.ndarray, Scene, Facts]:
     """A rendered video (T, H, W, 3) with its facts."""
-    scene, states = draw_states(rng)
-    return distort(corruptions.render_states(states), rng), scene, facts_of(scene, states)
+    scene, track = draw_track(rng)
+    return distort(world.draw(track), rng), scene, facts_of(scene, track)
 
 
 class Readout(nn.Module):

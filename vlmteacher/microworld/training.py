@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,26 +106,20 @@ def train(
 def random_clip(rng: np.random.Generator, num_frames: int) -> np.ndarray:
     """A clip (T, H, W, 3) for the autoencoders: right videos, and faded, doubled or recoloured balls among them."""
     scene = world.sample_scene(rng)
-    scenery = world.render_scenery(scene.boxes, scene.blocks)
-    positions = world.trajectory(scene.waypoints)
+    track = world.perform(scene)
     first = int(rng.integers(0, world.NUM_FRAMES - num_frames + 1))
-    names = list(world.COLORS)
-    balls = [(positions, scene.ball_color, np.ones(world.NUM_FRAMES))]
     if rng.random() < 0.4:
         fade = np.interp(np.arange(world.NUM_FRAMES), np.sort(rng.uniform(0, 13, 3)), rng.uniform(0, 1, 3))
-        balls[0] = (positions, scene.ball_color, fade)
+        track = [
+            tuple(replace(x, alpha=float(fade[t])) if i in scene.actors else x for i, x in enumerate(things))
+            for t, things in enumerate(track)
+        ]
     if rng.random() < 0.3:
         other = world.sample_scene(rng)
-        balls.append(
-            (world.trajectory(other.waypoints), str(rng.choice(names)), np.full(world.NUM_FRAMES, rng.uniform()))
-        )
-    frames = []
-    for t in range(first, first + num_frames):
-        image = scenery
-        for track, color, alpha in balls:
-            image = world.paint(image, world.ball_mask(track[t]), world.COLORS[color], float(alpha[t]))
-        frames.append(image)
-    return np.stack(frames)
+        color, alpha = str(rng.choice(list(world.COLORS))), float(rng.uniform())
+        more = (things[other.actors[0]] for things in world.perform(other))
+        track = [(*things, replace(x, color=color, alpha=alpha)) for things, x in zip(track, more, strict=True)]
+    return world.draw(track[first : first + num_frames])
 
 
 def to_video(frames: np.ndarray) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 _CPP_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -69,6 +70,11 @@ def triton_status() -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, f"triton is installed, but {_no_gpu()}"
     return True, ""
+
+
+def without_data(x: Tensor) -> bool:
+    """Whether x has a shape alone: no backend, and no reference that looks at values, can compute on it."""
+    return x.is_meta or is_fake(x)
 
 
 def backend(x: Tensor, operator: str) -> Any:

@@ -132,11 +132,6 @@ def _(
     return dx + [t.new_empty(t.shape) for t in (*(lora_a if need_a else ()), *(lora_b if need_b else ()))]
 
 
-def _takes_float32_factors(x: Tensor) -> bool:
-    """Whether A and B may stay in PEFT's float32 beside a bfloat16 x, and their gradients come back in it."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and backend(x, "lora_linear") is not None
-
-
 class _LoRALinear(torch.autograd.Function):
     """x (..., K) and, layer by layer, weights, biases (or none), A and B -> each layer's y (..., N).
 
@@ -145,21 +140,24 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: int, scaling: list[float], *tensors: Tensor) -> tuple[Tensor, ...]:
-        dtype, factors = x.dtype, tensors[-2 * layers :]
-        ctx.dtypes = [t.dtype for t in factors]
-        frozen = [t if t.dtype == dtype else t.to(dtype) for t in tensors[: -2 * layers]]
-        if not _takes_float32_factors(x):
-            factors = tuple(t if t.dtype == dtype else t.to(dtype) for t in factors)
-        weights, biases, a, b = frozen[:layers], frozen[layers:], factors[:layers], factors[layers:]
+        dtype, cut = x.dtype, len(tensors) - 2 * layers
+        frozen, factors = tensors[:cut], tensors[cut:]
+        for t in frozen:
+            if t.dtype != dtype:  # under autocast
+                frozen = tuple(t.to(dtype) for t in frozen)
+                break
+        # On the CPU PEFT's float32 factors may stay beside a bfloat16 x, and their gradients come back in it.
+        if not (dtype == torch.bfloat16 and x.is_cpu and backend(x, "lora_linear")):
+            factors = tuple(t.to(dtype) for t in factors)
+        weights, a, b = frozen[:layers], factors[:layers], factors[layers:]
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        *ys, s = (_forward if plain(x) else _forward_operator)(rows, weights, biases, a, b, scaling)
+        *ys, s = (_forward if plain(x) else _forward_operator)(rows, weights, frozen[layers:], a, b, scaling)
         needs = ctx.needs_input_grad
-        need_a, need_b = any(needs[-2 * layers : -layers]), any(needs[-layers:])
-        ctx.facts = layers, scaling, x.shape, needs[0], need_a, need_b
-        ctx.biases = needs[3 + layers : -2 * layers]
+        need_a, need_b = True in needs[cut + 3 : -layers], True in needs[-layers:]
+        ctx.facts = layers, scaling, x.shape, needs, need_a, need_b, [t.dtype for t in tensors[cut:]]
         # a backward that does not need x or S is given another tensor in its place
-        ctx.save_for_backward(rows if need_a else weights[0], s if need_b else weights[0], *weights, *a, *b)
-        return tuple(ys) if rows is x else tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+        ctx.save_for_backward(rows if need_a else weights[0], s if need_b else weights[0], *weights, *factors)
+        return tuple(ys) if rows is x else tuple([y.view(*x.shape[:-1], y.shape[-1]) for y in ys])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -168,26 +166,26 @@ class _LoRALinear(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    n, scaling, shape, need_x, need_a, need_b = ctx.facts
+    n, scaling, shape, needs, need_a, need_b, dtypes = ctx.facts
     rows, s, *tensors = ctx.saved_tensors
-    weights, a, b = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
     flat = [(g if g.dim() == 2 else g.reshape(-1, g.shape[-1])).contiguous() for g in grads]
     run = _backward if plain(flat[0]) else _backward_operator
-    found = run(flat, rows, s, weights, a, b, scaling, need_x, need_a, need_b)
+    found = run(flat, rows, s, tensors[:n], tensors[n : 2 * n], tensors[2 * n :], scaling, needs[0], need_a, need_b)
     dx = None
-    if need_x:
+    if needs[0]:
         dx, *found = found
         dx = dx if len(shape) == 2 else dx.view(shape)
-    adapters = [*(found[:n] if need_a else [None] * n), *(found[-n:] if need_b else [None] * n)]
-    for i, dtype in enumerate(ctx.dtypes):
-        d = adapters[i]
-        if d is not None and d.dtype != dtype:
-            adapters[i] = d.to(dtype)
-    biases = [g.sum(0) if need else None for g, need in zip(flat, ctx.biases, strict=False)] if ctx.biases else []
-    return (dx, None, None, *[None] * n, *biases, *adapters)
+    if not (need_a and need_b):
+        found = [*(found if need_a else [None] * n), *(found if need_b else [None] * n)]
+    found = [d if d is None or d.dtype == dtype else d.to(dtype) for d, dtype in zip(found, dtypes, strict=True)]
+    biases = [g.sum(0) if need else None for g, need in zip(flat, needs[3 + n : -2 * n], strict=False)]
+    return (dx, None, None, *[None] * n, *biases, *found)
 
 
 _second_is_refused = once_differentiable(_gradients)
+# `apply` without what it does for torch.func's transforms; they are asked for instead
+_bare_apply = super(torch.autograd.Function, _LoRALinear).apply
+_transforms = torch._C._are_functorch_transforms_active
 
 
 def lora_linear(
@@ -226,8 +224,8 @@ def lora_linear_group(
     _check(x, weights, biases, lora_a, lora_b, scaling)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    factors = [float(factor) for factor in scaling]
-    return list(_LoRALinear.apply(x, len(weights), factors, *weights, *(biases or ()), *lora_a, *lora_b))
+    apply = _LoRALinear.apply if torch.compiler.is_compiling() or _transforms() else _bare_apply
+    return list(apply(x, len(weights), [float(s) for s in scaling], *weights, *(biases or ()), *lora_a, *lora_b))
 
 
 def _check(
@@ -243,11 +241,30 @@ def _check(
         raise InputError(f"{n} weights need as many biases (or None), lora_a, lora_b and scaling")
     if not x.dim() or not x.is_floating_point():
         raise InputError(f"lora_linear takes a floating-point x (..., K), got {x.dtype} {tuple(x.shape)}")
-    for i, (weight, a, b) in enumerate(zip(weights, lora_a, lora_b, strict=True)):
-        _check_layer(x, {"weight": weight, "lora_a": a, "lora_b": b} | ({"bias": biases[i]} if biases else {}))
+    for weight, bias, a, b in zip(weights, biases or [None] * n, lora_a, lora_b, strict=True):
+        if not _fits(x, weight, bias, a, b):
+            _check_layer(x, {"weight": weight, "lora_a": a, "lora_b": b} | ({} if bias is None else {"bias": bias}))
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> bool:
+    """Whether nothing is to be said of this layer: the usual one is let through in a few microseconds."""
+    if b.dim() != 2 or not b.shape[1]:
+        return False
+    (n, rank), k, device = b.shape, x.shape[-1], x.device
+    return (
+        weight.shape == (n, k)
+        and a.shape == (rank, k)
+        and weight.dtype == x.dtype
+        and a.is_floating_point()
+        and b.is_floating_point()
+        and weight.device == a.device == b.device == device
+        and (bias is None or (bias.shape == (n,) and bias.dtype == x.dtype and bias.device == device))
+        and not weight.requires_grad
+    )
 
 
 def _check_layer(x: Tensor, layer: dict[str, Tensor]) -> None:
+    """Raises InputError where the layer cannot be computed, and says why."""
     weight, a, b = layer["weight"], layer["lora_a"], layer["lora_b"]
 
     def shapes() -> str:

@@ -3,12 +3,16 @@
 Resizing is a linear map of each axis, X -> Y X Z^T, whose two banded matrices (`Band`) depend on the sizes alone. Its
 gradient is the same map with the transposed bands: one kernel serves both directions, and every element is written by
 whoever owns it.
+
+Where nothing is resized the rows can come straight from a decoder's last convolution: `shuffle_to_rows` is pixel
+shuffle, clamp and patchify in one, without a tensor of frames between them.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmteacher.errors import InputError
-from vlmteacher.ops.backends import backend
+from vlmteacher.ops.backends import backend, without_data
+from vlmteacher.ops.bits import pack_bits, unpack_bits
 
 
 class Band(NamedTuple):
@@ -223,3 +228,209 @@ def patchify(
     size, dtype = list(frames.shape[2:] if size is None else size), dtype or frames.dtype
     _check(frames, patch, merge, size, dtype)
     return _patchify(frames, patch, temporal_patch, merge, list(mean), list(std), size, dtype)
+
+
+@dataclass(frozen=True)
+class PatchLayout:
+    """How patch rows lie: the arguments of `patchify` where it resizes nothing."""
+
+    patch: int
+    temporal_patch: int
+    merge: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dtype: torch.dtype
+
+    def rows(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
+        """The shape of the rows of a video. Raises InputError where its frames do not split into blocks."""
+        if height % (self.patch * self.merge) or width % (self.patch * self.merge) or num_frames < 1:
+            block = self.patch * self.merge
+            raise InputError(f"{num_frames} frames of {height}x{width} do not split into blocks of {block}x{block}")
+        pairs = -(-num_frames // self.temporal_patch)
+        return pairs * height * width // self.patch**2, 3 * self.temporal_patch * self.patch**2
+
+    def of(self, frames: Tensor) -> Tensor:
+        """The rows of frames (T, 3, H, W): `patchify`."""
+        return patchify(frames, self.patch, self.temporal_patch, self.merge, self.mean, self.std, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class PatchRows:
+    """A video as patch rows, in the place of its frames (K, 3, H, W).
+
+    rows: of shape layout.rows(num_frames, height, width); differentiable to whatever they were made from.
+    """
+
+    rows: Tensor
+    layout: PatchLayout
+    num_frames: int
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        shape = self.layout.rows(self.num_frames, self.height, self.width)
+        if self.rows.shape != shape or self.rows.dtype != self.layout.dtype:
+            raise InputError(
+                f"patch rows of {self.rows.dtype} {tuple(self.rows.shape)} for {self.num_frames} frames of"
+                f" {self.height}x{self.width}: they must be {self.layout.dtype} {shape}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """That of the frames."""
+        return self.num_frames, 3, self.height, self.width
+
+    def __len__(self) -> int:
+        return self.num_frames
+
+    def to(self, device: torch.device) -> PatchRows:
+        return replace(self, rows=self.rows.to(device))
+
+    def pixels(self, stride: int = 1) -> Tensor:
+        """Every `stride`-th row and column of the frames, (K, 3, ceil(H / stride), ceil(W / stride)) float32."""
+        layout, block = self.layout, self.layout.patch * self.layout.merge
+        device = self.rows.device
+        t, c, y, x = torch.meshgrid(
+            torch.arange(self.num_frames, device=device),
+            torch.arange(3, device=device),
+            torch.arange(0, self.height, stride, device=device),
+            torch.arange(0, self.width, stride, device=device),
+            indexing="ij",
+        )
+        rows = self.rows.view(
+            *(-1, self.height // block, self.width // block, layout.merge, layout.merge),
+            *(3, layout.temporal_patch, layout.patch, layout.patch),
+        )
+        row, column = ((z // block, z // layout.patch % layout.merge, z % layout.patch) for z in (y, x))
+        values = rows[
+            t // layout.temporal_patch, row[0], column[0], row[1], column[1], c, t % layout.temporal_patch, row[2],
+            column[2],
+        ].float()  # fmt: skip
+        channels = zip(values.unbind(1), layout.mean, layout.std, strict=True)
+        return torch.stack([channel * s + m for channel, m, s in channels], 1)
+
+    def aminmax(self) -> tuple[Tensor, Tensor]:
+        """The frames' extremes, without what the rounding of the rows may have added to them."""
+        less = 1 - torch.finfo(self.rows.dtype).eps
+        found = []
+        for rows, m, s in zip(self.rows.detach().chunk(3, 1), self.layout.mean, self.layout.std, strict=True):
+            low, high = rows.aminmax()
+            found += [low.float() * (s * less) + m, high.float() * (s * less) + m]
+        return torch.stack(found[::2]).amin(), torch.stack(found[1::2]).amax()
+
+
+class Rows(NamedTuple):
+    """How `shuffle_to_rows` writes: as `PatchLayout`, with patches that need not be square.
+
+    A patch of a whole frame, with temporal_patch and merge 1, no mean and a std of 1, makes the frames themselves.
+    """
+
+    patch_height: int
+    patch_width: int
+    temporal_patch: int
+    merge: int
+    mean: list[float]
+    std: list[float]
+
+
+def shuffle_to_rows_reference(y: Tensor, slots: Tensor, rows: Tensor, upscale: int, layout: Rows) -> Tensor:
+    """Pixel shuffle, clamp to [0, 1], normalise, and write to the places of patch rows, in plain torch.
+
+    Args:
+        y: (G, h, w, 3 upscale^2), contiguous: frames of height upscale h and width upscale w before the pixel shuffle,
+            channels last.
+        slots: (G, R) int32: the places in the video at which frame g stands, rising; -1 is none.
+        rows: the whole video's, contiguous, of any floating-point dtype; the places of these frames are written.
+
+    Returns:
+        (G, 3, upscale h, ceil(upscale w / 8)) uint8: the bits (`pack_bits`) of the pixels that were within [0, 1].
+    """
+    frames = F.pixel_shuffle(y.permute(0, 3, 1, 2), upscale)
+    clamped = frames.clamp(0, 1).to(torch.promote_types(y.dtype, rows.dtype))
+    values = (clamped - clamped.new_tensor(layout.mean).view(3, 1, 1)) / clamped.new_tensor(layout.std).view(3, 1, 1)
+    video = _video(rows, layout, *frames.shape[2:])
+    for at in slots.long().unbind(1):
+        here = at >= 0
+        place = at[here] // layout.temporal_patch, at[here] % layout.temporal_patch
+        video[place] = values[here].view(-1, *video.shape[2:]).to(rows.dtype)
+    return pack_bits((frames >= 0) & (frames <= 1))
+
+
+def shuffle_to_rows_backward_reference(
+    grad: Tensor, slots: Tensor, inside: Tensor, size: tuple[int, int], upscale: int, layout: Rows, dtype: torch.dtype
+) -> Tensor:
+    """The gradient of `shuffle_to_rows_reference` to y, (G, *size, 3 upscale^2) of `dtype`, from that of the rows,
+    contiguous; inside: what it returned."""
+    height, width = size
+    video = _video(grad, layout, height * upscale, width * upscale)
+    wide = torch.promote_types(grad.dtype, dtype)
+    total = torch.zeros(len(slots), *video.shape[2:], dtype=wide, device=grad.device)
+    for at in slots.long().unbind(1):
+        here = at >= 0
+        total[here] += video[at[here] // layout.temporal_patch, at[here] % layout.temporal_patch].to(wide)
+    frames = total.view(-1, 3, height * upscale, width * upscale) / total.new_tensor(layout.std).view(3, 1, 1)
+    frames = torch.where(unpack_bits(inside, width * upscale), frames, 0)
+    return F.pixel_unshuffle(frames, upscale).permute(0, 2, 3, 1).to(dtype).contiguous()
+
+
+def _video(rows: Tensor, layout: Rows, height: int, width: int) -> Tensor:
+    """A view (temporal patches, frames in one, 3, blocks, merge, patch rows, blocks, merge, patch columns)."""
+    high, wide, merge = layout.patch_height, layout.patch_width, layout.merge
+    blocks = height // (high * merge), width // (wide * merge)
+    x = rows.view(-1, *blocks, merge, merge, 3, layout.temporal_patch, high, wide)
+    return x.permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
+
+
+def shuffle_to_rows(y: Tensor, slots: Tensor, rows: Tensor, upscale: int, layout: Rows) -> Tensor:
+    """`shuffle_to_rows_reference` by the backend of y's device."""
+    if without_data(y):
+        return _shuffle_operator(y, slots, rows, upscale, *layout)
+    if fast := _fast(y, rows):
+        return fast.shuffle_to_rows(y, slots, rows, upscale, *layout)
+    return shuffle_to_rows_reference(y, slots, rows, upscale, layout)
+
+
+def shuffle_to_rows_backward(
+    grad: Tensor, slots: Tensor, inside: Tensor, size: tuple[int, int], upscale: int, layout: Rows, dtype: torch.dtype
+) -> Tensor:
+    """`shuffle_to_rows_backward_reference` by the backend of grad's device."""
+    if without_data(grad):
+        return _unshuffle_operator(grad, slots, inside, *size, upscale, *layout, dtype)
+    if fast := _fast(grad, grad.new_empty(0, dtype=dtype)):
+        return fast.shuffle_to_rows_backward(grad, slots, inside, *size, upscale, *layout, dtype)
+    return shuffle_to_rows_backward_reference(grad, slots, inside, size, upscale, layout, dtype)
+
+
+# The same as operators, for tensors without data.
+@torch.library.custom_op("vlmteacher::shuffle_to_rows", mutates_args=("rows",))
+def _shuffle_operator(
+    y: Tensor, slots: Tensor, rows: Tensor, upscale: int, patch_height: int, patch_width: int, temporal_patch: int,
+    merge: int, mean: Sequence[float], std: Sequence[float],
+) -> Tensor:  # fmt: skip
+    layout = Rows(patch_height, patch_width, temporal_patch, merge, list(mean), list(std))
+    return shuffle_to_rows(y, slots, rows, upscale, layout)
+
+
+@torch.library.custom_op("vlmteacher::shuffle_to_rows_backward", mutates_args=())
+def _unshuffle_operator(
+    grad: Tensor, slots: Tensor, inside: Tensor, height: int, width: int, upscale: int, patch_height: int,
+    patch_width: int, temporal_patch: int, merge: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    layout = Rows(patch_height, patch_width, temporal_patch, merge, list(mean), list(std))
+    return shuffle_to_rows_backward(grad, slots, inside, (height, width), upscale, layout, dtype)
+
+
+@_shuffle_operator.register_fake
+def _(y: Tensor, slots: Tensor, rows: Tensor, upscale: int, *layout: Any) -> Tensor:
+    g, h, w, _ = y.shape
+    return y.new_empty(g, 3, h * upscale, (w * upscale + 7) // 8, dtype=torch.uint8)
+
+
+@_unshuffle_operator.register_fake
+def _(grad: Tensor, slots: Tensor, inside: Tensor, height: int, width: int, upscale: int, *rest: Any) -> Tensor:
+    return grad.new_empty(len(slots), height, width, 3 * upscale**2, dtype=rest[-1])
+
+
+def _fast(x: Tensor, other: Tensor) -> Any:
+    """patchify's backend for x, if it goes between these dtypes: float64 goes to itself alone."""
+    return backend(x, "patchify") if (x.dtype == torch.float64) == (other.dtype == torch.float64) else None

@@ -9,28 +9,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from vlmteacher.ops.backends import backend, has_avx512_bf16
-
-
-def pack_bits(bits: Tensor) -> Tensor:
-    """(..., N) bool -> (..., ceil(N / 8)) uint8: bit n % 8 of byte n // 8."""
-    eight = F.pad(bits, (0, -bits.shape[-1] % 8)).contiguous().view(torch.int64)
-    return ((eight * 0x0102040810204080) >> 56).to(torch.uint8)  # byte n, 0 or 1, lands in bit n of the highest byte
-
-
-def unpack_bits(packed: Tensor, n: int) -> Tensor:
-    """The inverse of `pack_bits`: (..., n) bool."""
-    spread = (packed.to(torch.int64) * 0x0101010101010101) & (0x8040201008040201 - 2**64)
-    return spread.view(torch.uint8)[..., :n] != 0
+from vlmteacher.ops.backends import backend, has_avx512_bf16, without_data
+from vlmteacher.ops.bits import pack_bits, unpack_bits
+from vlmteacher.ops.patchify import PatchLayout, Rows, shuffle_to_rows, shuffle_to_rows_backward
 
 
 def pack_signs(x: Tensor) -> Tensor:
@@ -152,18 +141,14 @@ def _fast(x: Tensor) -> Any:
 
 def conv3x3(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """`conv3x3_reference` by the backend of x's device."""
-    return _forward_operator(x, *rest) if _no_data(x) else (_fast(x) or _Reference).conv3x3(x, *rest)
+    return _forward_operator(x, *rest) if without_data(x) else (_fast(x) or _Reference).conv3x3(x, *rest)
 
 
 def conv3x3_backward(grad: Tensor, *rest: Any) -> Tensor:
     """`conv3x3_backward_reference` by the backend of grad's device."""
-    return (
-        _backward_operator(grad, *rest) if _no_data(grad) else (_fast(grad) or _Reference).conv3x3_backward(grad, *rest)
-    )
-
-
-def _no_data(x: Tensor) -> bool:
-    return x.is_meta or is_fake(x)
+    if without_data(grad):
+        return _backward_operator(grad, *rest)
+    return (_fast(grad) or _Reference).conv3x3_backward(grad, *rest)
 
 
 # The same as operators, for tensors without data, which count what a clip of full size would take.
@@ -274,11 +259,13 @@ class Plan:
         frames: by chunk, the frames that come out, in that order.
         first: by chunk, the frames that go in, rising.
         steps: by chunk, by layer.
+        places: what `slots` made.
     """
 
     frames: list[list[int]]
     first: list[list[int]]
     steps: list[list[Step]]
+    places: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @classmethod
     def make(cls, layers: Sequence[Layer], wanted: Sequence[int], chunk: int) -> Plan:
@@ -325,7 +312,20 @@ class Plan:
             [replace(step, taps=tuple(next(moved).view(t.shape) for t in step.taps)) for step in steps]
             for steps in self.steps
         ]
-        return replace(self, steps=steps)
+        return replace(self, steps=steps, places={})
+
+    def slots(self, indices: Sequence[int], temporal_patch: int) -> Tensor:
+        """(G, R) int32, on the taps' device: where in a video of the frames `indices` each frame that comes out stands;
+        -1 is none. The last of the video is repeated to fill a temporal patch. Made once."""
+        key = (*indices, -temporal_patch)
+        if key not in self.places:
+            places: dict[int, list[int]] = {f: [] for chunk in self.frames for f in chunk}
+            for slot, f in enumerate([*indices, *[indices[-1]] * (-len(indices) % temporal_patch)]):
+                places[f].append(slot)
+            most = max(map(len, places.values()))
+            table = [found + [-1] * (most - len(found)) for found in places.values()]
+            self.places[key] = torch.tensor(table, dtype=torch.int32).to(self.steps[0][0].taps[0].device)
+        return self.places[key]
 
     def multiply_adds(self, layers: Sequence[Layer], height: int, width: int) -> int:
         """Of the forward pass for inputs of this size; the backward pass has as many."""
@@ -337,7 +337,14 @@ class Plan:
         return total
 
 
-def decode(x: Tensor, layers: Sequence[Layer], plan: Plan, patch: int) -> Tensor:
+def decode(
+    x: Tensor,
+    layers: Sequence[Layer],
+    plan: Plan,
+    patch: int,
+    indices: Sequence[int],
+    layout: PatchLayout | None = None,
+) -> Tensor:
     """Latents through all layers, pixel shuffle and clamp.
 
     Args:
@@ -345,24 +352,50 @@ def decode(x: Tensor, layers: Sequence[Layer], plan: Plan, patch: int) -> Tensor
         layers: of x's dtype and device; frozen.
         plan: from `Plan.make`, on x's device.
         patch: side of the pixel shuffle.
+        indices: K of the plan's frames, in any order, also repeated; all of them occur.
+        layout: of the patch rows that are wanted in place of frames.
 
     Returns:
-        (K, 3, H, W) in [0, 1]: the frames of the plan, in the order of its chunks.
+        (K, 3, H, W) in [0, 1]; with a layout the same as `patchify` makes of them, which never are: the last layer
+        writes the rows, and its backward reads their gradient.
     """
-    return _Decode.apply(x, layers, plan, patch)
+    scale = patch
+    for layer in layers:
+        scale *= layer.upscale
+    height, width = x.shape[1] * scale, x.shape[2] * scale
+    if layout is None:
+        rows = Rows(height, width, 1, 1, [0.0] * 3, [1.0] * 3)
+        shape, dtype = (len(indices), 3 * height * width), x.dtype
+    else:
+        rows = Rows(layout.patch, layout.patch, layout.temporal_patch, layout.merge, [*layout.mean], [*layout.std])
+        shape, dtype = layout.rows(len(indices), height, width), layout.dtype
+    slots = plan.slots(indices, rows.temporal_patch)
+    made = _Decode.apply(x, layers, plan, patch, slots, rows, shape, dtype)
+    return made.view(-1, 3, height, width) if layout is None else made
 
 
 class _Decode(torch.autograd.Function):
     """Keeps the signs of every activation and the bits of the clamp; goes back through the chunks in reverse."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layers: Sequence[Layer], plan: Plan, patch: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        layers: Sequence[Layer],
+        plan: Plan,
+        patch: int,
+        slots: Tensor,
+        layout: Rows,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> Tensor:
         keep = ctx.needs_input_grad[0]
         kept: list[Tensor] = []
         latest: dict[int, Tensor] = {}  # by layer, the latest frame that its bank has held
         added = {layer.residual for layer in layers}
-        frames: list[Tensor] = []
-        for first, steps in zip(plan.first, plan.steps, strict=True):
+        out = x.new_empty(shape, dtype=dtype)
+        places = slots.split([len(f) for f in plan.frames])
+        for first, steps, at in zip(plan.first, plan.steps, places, strict=True):
             y = x[_where(first, x.device)]
             blocks: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, the bank and its rows that a residual will add
             for i, (layer, step) in enumerate(zip(layers, steps, strict=True)):
@@ -385,25 +418,26 @@ class _Decode(torch.autograd.Function):
                     none = bank.new_empty(0, h * layer.upscale, w * layer.upscale, layer.channels[1])
                     y = torch.cat(parts or [none])
                 del bank, residual, parts
+            inside = shuffle_to_rows(y, at, out, patch, layout)
             if keep:
-                kept.append(pack_bits((y >= 0) & (y <= 1)))
-            frames.append(F.pixel_shuffle(y.permute(0, 3, 1, 2), patch).clamp_(0, 1))
-            del y
-        ctx.layers, ctx.plan, ctx.patch, ctx.shape = layers, plan, patch, x.shape
+                kept.append(inside)
+            size = y.shape[1], y.shape[2]
+            del y, inside
+        ctx.layers, ctx.plan, ctx.patch, ctx.shape, ctx.dtype = layers, plan, patch, x.shape, x.dtype
+        ctx.places, ctx.layout, ctx.size = places, layout, size
         ctx.save_for_backward(*kept)
-        return frames[0] if len(frames) == 1 else torch.cat(frames)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         layers, plan, kept = ctx.layers, ctx.plan, list(ctx.saved_tensors)
         none = torch.empty(0, dtype=torch.uint8, device=grad.device)
-        dx = grad.new_zeros(ctx.shape)
+        dx, grad = grad.new_zeros(ctx.shape, dtype=ctx.dtype), grad.contiguous()
         late: dict[int, Tensor] = {}  # by layer, the gradient of `latest` from the chunks that come after
-        chunks = list(zip(plan.first, plan.steps, grad.split([len(f) for f in plan.frames]), strict=True))
-        for first, steps, part in reversed(chunks):
-            dy = F.pixel_unshuffle(part, ctx.patch).permute(0, 2, 3, 1)
-            dy = torch.where(unpack_bits(kept.pop(), dy.shape[-1]), dy, 0).contiguous()
+        chunks = list(zip(plan.first, plan.steps, ctx.places, strict=True))
+        for first, steps, at in reversed(chunks):
+            dy = shuffle_to_rows_backward(grad, at, kept.pop(), ctx.size, ctx.patch, ctx.layout, ctx.dtype)
             through: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, what a residual brings to its bank
             for i in reversed(range(len(layers))):
                 layer, step = layers[i], steps[i]
@@ -430,7 +464,7 @@ class _Decode(torch.autograd.Function):
                 dy = found[1:] if step.carry else found
                 del found
             dx[_where(first, dx.device)] = dy
-        return dx, None, None, None
+        return dx, *[None] * 7
 
 
 def _where(frames: Sequence[int], device: torch.device) -> Any:

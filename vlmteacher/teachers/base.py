@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vlmteacher.errors import InputError, NonFiniteFrames
 from vlmteacher.hub import only_local
+from vlmteacher.ops.patchify import PatchLayout, PatchRows
 from vlmteacher.queries import QuerySet, QueryStyle
 from vlmteacher.teachers.quantization import Quantize, check_quantize
 
@@ -30,9 +31,9 @@ FAMILIES = {
 RANGE_SLACK = 1e-3  # frames may leave [0, 1] by so much: rounding of a decoder in half precision
 
 
-def check_frames(frames: Tensor, frame_indices: Sequence[int], fps: float) -> None:
+def check_frames(frames: Tensor | PatchRows, frame_indices: Sequence[int], fps: float) -> None:
     """Raises InputError when `Teacher.losses` cannot take these, whatever their values are."""
-    if frames.dim() != 4 or frames.shape[1] != 3 or len(frames) == 0:
+    if len(frames.shape) != 4 or frames.shape[1] != 3 or len(frames) == 0:
         raise InputError(f"frames must be (K, 3, H, W) with K >= 1, not {tuple(frames.shape)}")
     if len(frame_indices) != len(frames):
         raise InputError(f"{len(frame_indices)} frame indices for {len(frames)} frames")
@@ -71,16 +72,26 @@ class Teacher(ABC):
         Raises InputError when the model's answer is not a valid set of queries, also at the second try.
         """
 
+    def patch_layout(self, num_frames: int, height: int, width: int) -> PatchLayout | None:
+        """How `losses` takes frames of this size as patch rows; None: it takes the frames alone, to resize them."""
+        return None
+
     @abstractmethod
     def losses(
-        self, frames: Tensor, frame_indices: Sequence[int], fps: float, queries: QuerySet, check: bool = True
+        self,
+        frames: Tensor | PatchRows,
+        frame_indices: Sequence[int],
+        fps: float,
+        queries: QuerySet,
+        check: bool = True,
     ) -> Tensor:
         """-log P("Yes" | frames, question), natural logarithm, for every question in the order of `queries.questions`.
 
-        frames: (K, 3, H, W), RGB in [0, 1]; frame_indices: their K places in the video, which runs at `fps` frames a
-        second (they become the timestamps in the prompt). Returns (1+M,) float32, differentiable to the frames.
-        check: look at the frames' values, which waits for the device. Raises InputError on frames of another shape, an
-        index count other than K, or fps <= 0, and where it checks, on values outside [0, 1] (NonFiniteFrames: NaN).
+        frames: (K, 3, H, W), RGB in [0, 1], or the same video in `patch_layout`; frame_indices: their K places in the
+        video, which runs at `fps` frames a second (they become the timestamps in the prompt). Returns (1+M,) float32,
+        differentiable to the frames. check: look at the frames' values, which waits for the device. Raises InputError
+        on frames of another shape or layout, an index count other than K, or fps <= 0, and where it checks, on values
+        outside [0, 1] (NonFiniteFrames: NaN).
         """
 
     @abstractmethod

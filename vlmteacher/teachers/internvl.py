@@ -15,7 +15,6 @@ from vlmteacher.teachers.preprocessing import (
     VisionSettings,
     preprocess_frames,
     processor_settings,
-    resized_rows,
 )
 from vlmteacher.teachers.visual_checkpoint import attend
 from vlmteacher.teachers.vlm import Clip, VLMTeacher
@@ -85,13 +84,16 @@ class InternVLTeacher(VLMTeacher):
     def positions(self, ids: Tensor, clip: Clip) -> Tensor:
         return torch.arange(ids.shape[1])[None]
 
-    def encode(self, frames: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
-        """See `VLMTeacher.encode`."""
-        model = self.model.model
-        tower, embeddings = model.vision_tower, model.vision_tower.embeddings
+    @property
+    def visual(self) -> Any:
+        return self.model.model.vision_tower
+
+    def encode_rows(self, rows: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """See `VLMTeacher.encode_rows`."""
+        model, tower = self.model.model, self.visual
+        embeddings = tower.embeddings
         conv = embeddings.patch_embeddings.projection  # its stride is its kernel: a product of the patch rows
-        rows = resized_rows(frames, size, self.video, conv.weight.dtype)
-        x = F.linear(rows, conv.weight.flatten(1), conv.bias).unflatten(0, (len(frames), -1))
+        x = F.linear(rows, conv.weight.flatten(1), conv.bias).unflatten(0, (-1, self.patches_per_frame(size)))
         x = torch.cat([embeddings.cls_token.expand(len(x), -1, -1), x], 1)
         if embeddings.position_embeddings is not None:
             x = x + embeddings.interpolate_pos_encoding(x, *size)

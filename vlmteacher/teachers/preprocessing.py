@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmteacher.errors import InputError
-from vlmteacher.ops.patchify import patchify
+from vlmteacher.ops.patchify import PatchLayout, patchify
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -43,6 +43,11 @@ class VisionSettings:
     def factor(self) -> int:
         """The height and width of resized frames are multiples of this many pixels."""
         return self.patch_size * self.merge_size
+
+    def layout(self, dtype: torch.dtype) -> PatchLayout:
+        """Of the patch rows of frames that are not resized."""
+        sizes = self.patch_size, self.temporal_patch_size, self.merge_size
+        return PatchLayout(*sizes, tuple(self.image_mean), tuple(self.image_std), dtype)
 
     def updated(self, config: Mapping[str, Any]) -> VisionSettings:
         """These settings with the values of a processor's config file put in, patch sizes excepted."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmteacher.errors import InputError
 from vlmteacher.ops.elementwise import rotate
-from vlmteacher.teachers.preprocessing import CLIP_MEAN, CLIP_STD, VisionSettings, processor_settings, resized_rows
+from vlmteacher.teachers.preprocessing import CLIP_MEAN, CLIP_STD, VisionSettings, processor_settings
 from vlmteacher.teachers.qwen_vl import VIDEO_PAD, VISION_END, VISION_START, QwenTokens, half_angles
 from vlmteacher.teachers.visual_checkpoint import attend_segments
 from vlmteacher.teachers.vlm import Clip
@@ -76,12 +76,12 @@ class Qwen25VLTeacher(QwenTokens):
             ids, self._token_types(ids), video_grid_thw=self.grid(clip), second_per_grid_ts=seconds
         )[0]
 
-    def encode(self, frames: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
-        """See `VLMTeacher.encode`. The windows of equal size of all frame pairs go through a block in one call."""
+    def encode_rows(self, rows: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """See `VLMTeacher.encode_rows`. The windows of equal size of all frame pairs go through a block in one call."""
         visual = self.visual
         order, windows, cos, sin = self._table(size)
         unit = self.video.merge_size**2
-        x = visual.patch_embed(resized_rows(frames, size, self.video, visual.dtype))
+        x = visual.patch_embed(rows)
         x = x.view(-1, len(order), unit, x.shape[-1])[:, order].flatten(1, 2)  # windows of equal size stand together
         for index, block in enumerate(visual.blocks):
             q, k, v = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(2)

@@ -13,7 +13,6 @@ from vlmteacher.teachers.preprocessing import (
     VisionSettings,
     preprocess_image,
     read_settings,
-    resized_rows,
     video_size,
 )
 from vlmteacher.teachers.visual_checkpoint import LinearPatchEmbed, attend
@@ -104,13 +103,13 @@ class QwenVLTeacher(QwenTokens):
     def positions(self, ids: Tensor, clip: Clip) -> Tensor:
         return self.model.model.get_rope_index(ids, self._token_types(ids), video_grid_thw=self.grid(clip))[0]
 
-    def encode(self, frames: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
-        """See `VLMTeacher.encode`. All frame pairs go through every block as one batch."""
+    def encode_rows(self, rows: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """See `VLMTeacher.encode_rows`. All frame pairs go through every block as one batch."""
         from transformers.activations import GELUTanh
 
         visual = self.visual
         places, cos, sin = self._table(size)
-        x = visual.patch_embed(resized_rows(frames, size, self.video, visual.dtype)).unflatten(0, (-1, len(places)))
+        x = visual.patch_embed(rows).unflatten(0, (-1, len(places)))
         x = x + places.to(x.dtype)
         deepstack = []
         act = visual.blocks[0].mlp.act_fn

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
+from vlmteacher.ops.patchify import PatchLayout, PatchRows
 from vlmteacher.queries import ANSWER_INSTRUCTION, QuerySet, QueryStyle, ask_for_queries, query_prompt
 from vlmteacher.teachers.base import Teacher, check_frames, check_range, read_style
+from vlmteacher.teachers.preprocessing import VisionSettings, resized_rows
 from vlmteacher.teachers.quantization import Quantize, check_stays, is_quantized, load_model
 from vlmteacher.teachers.shared_prefix import Layout, answer_losses, check_language, lay_out
 from vlmteacher.teachers.visual_checkpoint import stream
@@ -71,6 +73,7 @@ class VLMTeacher(Teacher):
     architecture: ClassVar[str]
     video_mark: str  # what the chat template writes for a video, and for an image
     image_mark: str
+    video: VisionSettings
     visual_pads: tuple[str, ...]  # tokens that stand for visual features
     frames_per_patch: int
 
@@ -125,12 +128,22 @@ class VLMTeacher(Teacher):
     def video_text(self, clip: Clip) -> str:
         """What stands in the prompt in the place of `video_mark`."""
 
+    @property
     @abstractmethod
-    def encode(self, frames: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
-        """Visual features of some of the frames (k, 3, H, W), RGB in [0, 1], resized to `size`: differentiable.
+    def visual(self) -> Any:
+        """The vision tower."""
 
-        Returns the embeddings (visual tokens, C), then the DeepStack features, if there are any.
+    @abstractmethod
+    def encode_rows(self, rows: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Visual features of whole temporal patches, given as patch rows of the tower's dtype: differentiable.
+
+        size: (H, W) of their frames. Returns the embeddings (visual tokens, C), then the DeepStack features, if there
+        are any.
         """
+
+    def encode(self, frames: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """`encode_rows` of frames (k, 3, H, W), RGB in [0, 1], resized to `size`: differentiable to the pixels."""
+        return self.encode_rows(resized_rows(frames, size, self.video, self.visual.dtype), size)
 
     @abstractmethod
     def positions(self, ids: Tensor, clip: Clip) -> Tensor:
@@ -160,27 +173,47 @@ class VLMTeacher(Teacher):
         self._layouts.clear()
         return self
 
+    def patch_layout(self, num_frames: int, height: int, width: int) -> PatchLayout | None:
+        if self.resized(num_frames, height, width) != (height, width):
+            return None
+        return self.video.layout(self.visual.dtype)
+
     @torch.compiler.disable
     def losses(
-        self, frames: Tensor, frame_indices: Sequence[int], fps: float, queries: QuerySet, check: bool = True
+        self,
+        frames: Tensor | PatchRows,
+        frame_indices: Sequence[int],
+        fps: float,
+        queries: QuerySet,
+        check: bool = True,
     ) -> Tensor:
         """See `Teacher.losses`. The video is encoded and read once, whatever the number of questions."""
         check_frames(frames, frame_indices, fps)
+        height, width = frames.shape[-2:]
+        size = self.resized(len(frames), height, width)
+        if isinstance(frames, PatchRows) and frames.layout != (ours := self.patch_layout(len(frames), height, width)):
+            raise InputError(f"patch rows of {frames.layout}: this teacher takes {ours or 'frames, which it resizes'}")
         if check:
-            check_range(*torch.stack(frames.detach().aminmax()).tolist())
-        size = self.resized(len(frames), *frames.shape[-2:])
+            low, high = (frames if isinstance(frames, PatchRows) else frames.detach()).aminmax()
+            check_range(*torch.stack([low, high]).tolist())
         layout = self._layout(Clip(tuple(int(i) for i in frame_indices), float(fps), size), queries)
         return self.packed_losses(frames.to(self.device), layout, size)
 
-    def packed_losses(self, frames: Tensor, layout: Layout, size: tuple[int, int]) -> Tensor:
-        """`losses` without looking at values: frames (K, 3, H, W) are on the device, `layout` is of these questions."""
+    def packed_losses(self, frames: Tensor | PatchRows, layout: Layout, size: tuple[int, int]) -> Tensor:
+        """`losses` without looking at values: frames (K, 3, H, W), or their patch rows, are on the device, `layout` is
+        of these questions."""
         budget = self.chunk_patches or CHUNK_PATCHES.get(self.device.type, CHUNK_PATCHES["cuda"])
-        step = max(1, budget // self.patches_per_frame(size)) * self.frames_per_patch
+        patches = self.patches_per_frame(size)
+        at_a_time = max(1, budget // patches)
         offload: Any = contextlib.nullcontext()
         if self.offload and self.device.type == "cuda":
             offload = torch.autograd.graph.save_on_cpu(pin_memory=True)
         with offload:
-            video, *deepstack = stream(lambda chunk: self.encode(chunk, size), frames, step)
+            if isinstance(frames, PatchRows):
+                seen = stream(lambda chunk: self.encode_rows(chunk, size), frames.rows, at_a_time * patches)
+            else:
+                seen = stream(lambda chunk: self.encode(chunk, size), frames, at_a_time * self.frames_per_patch)
+            video, *deepstack = seen
             head = self.model.get_output_embeddings()
             return answer_losses(
                 self.language, head, layout, video, deepstack, self.activation_bytes, self.attention_backend

@@ -1,0 +1,75 @@
+"""What `docs/microworld.md` shows: ``python docs/microworld_pictures.py`` draws a contact sheet of every family, and
+``python docs/microworld_pictures.py --table N`` prints how many of N videos of each kind the scorer lets pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vlmteacher.microworld import corruptions, scorer, world
+
+SHOWN = (0, 3, 6, 12)  # frames
+GAP, SCALE = 2, 2
+
+
+def strip(frames: np.ndarray) -> np.ndarray:
+    """(H, W, 3) of some frames side by side."""
+    padded = np.pad(frames[list(SHOWN)], ((0, 0), (GAP, GAP), (GAP, GAP), (0, 0)), constant_values=1.0)
+    return np.concatenate(list(padded), axis=1)
+
+
+def sheet(family: str) -> Image.Image:
+    """Rows: two instances in domain and one out of it; left the right video, right the flawed one."""
+    rows = []
+    for index, split in enumerate(("id", "id", "ood")):
+        rng = np.random.default_rng([7, index])
+        scene = world.sample_scene(rng, family, split)
+        while world.flawed(scene) == scene:
+            scene = world.sample_scene(rng, family, split)
+        right, wrong = (strip(world.render(s)) for s in (scene, world.flawed(scene)))
+        rows.append(np.concatenate([right, np.ones((len(right), 8, 3)), wrong], axis=1))
+    pixels = (np.concatenate(rows) * 255).round().astype(np.uint8).repeat(SCALE, 0).repeat(SCALE, 1)
+    return Image.fromarray(pixels).quantize(64, dither=Image.Dither.NONE)
+
+
+def table(count: int) -> None:
+    """Per cent of videos that pass, by kind and family; half of the scenes are out of domain."""
+    print("| | " + " | ".join(world.FAMILIES) + " |\n" + "|---" * (len(world.FAMILIES) + 1) + "|")
+    kinds = ["right", "noise", *corruptions.CORRUPTIONS]
+    for kind in kinds:
+        cells = []
+        for family in world.FAMILIES:
+            if kind in corruptions.CORRUPTIONS and kind not in corruptions.kinds(family):
+                cells.append("")
+                continue
+            rng = np.random.default_rng(kinds.index(kind))
+            passed = 0
+            for k in range(count):
+                scene = world.sample_scene(rng, family, ("id", "ood")[k % 2])
+                if kind in corruptions.CORRUPTIONS:
+                    frames = world.draw(corruptions.CORRUPTIONS[kind](scene, rng))
+                else:
+                    frames = world.render(scene)
+                    frames = frames if kind == "right" else (frames + rng.normal(0, 0.4, frames.shape)).clip(0, 1)
+                passed += scorer.score(frames, scene).success
+            cells.append(f"{100 * passed / count:g}")
+        print(f"| {kind} | " + " | ".join(cells) + " |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--table", type=int, metavar="N", help="print the table instead")
+    wanted = parser.parse_args()
+    if wanted.table:
+        table(wanted.table)
+        return
+    for family in world.FAMILIES:
+        sheet(family).save(Path(__file__).with_name(f"microworld_{family}.png"), optimize=True)
+
+
+if __name__ == "__main__":
+    main()

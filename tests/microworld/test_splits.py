@@ -1,0 +1,35 @@
+"""The manifest of the splits is what the generators draw, and the splits share nothing with each other or training."""
+
+import json
+from collections import Counter
+
+import numpy as np
+
+from vlmteacher.microworld import splits, world
+
+
+def test_the_manifest_is_what_the_generators_draw():
+    assert json.loads(splits.MANIFEST.read_text()) == splits.manifest()
+
+
+def test_splits_are_large_balanced_and_disjoint():
+    frozen = json.loads(splits.MANIFEST.read_text())["splits"]
+    digests = [digest for split in frozen.values() for digest in split["instances"].values()]
+    assert set(frozen) == {"id", "ood", "validation"} and len(set(digests)) == len(digests) == 3 * splits.COUNT
+    for split in frozen.values():
+        assert len(split["instances"]) >= 100
+        assert len(set(Counter(name.split("/")[0] for name in split["instances"]).values())) == 1
+
+
+def test_training_never_draws_what_is_tested():
+    """Neither the same scene nor, out of domain, the same kind of one."""
+    rng = np.random.default_rng(0)
+    tested = set()
+    for index in range(40):
+        for split in ("id", "ood", "validation"):
+            scene = world.instance(index, splits.SEED, split, world.FAMILIES)[0]
+            assert world.split_of(scene) == split
+            tested.add(world.digest(scene))
+    drawn = [world.sample_scene(rng, family) for family in world.FAMILIES for _ in range(20)]
+    assert {world.split_of(scene) for scene in drawn} == {"train"}
+    assert tested.isdisjoint(world.digest(scene) for scene in drawn)

@@ -1,0 +1,31 @@
+"""The task families of the microworld, two or more of most of VBVR's five categories."""
+
+from vlmteacher.microworld.families.base import CARELESS, Family
+from vlmteacher.microworld.families.connect import Connect
+from vlmteacher.microworld.families.count import Count
+from vlmteacher.microworld.families.deliver import Deliver
+from vlmteacher.microworld.families.maze import Maze
+from vlmteacher.microworld.families.move import Move
+from vlmteacher.microworld.families.odd import Odd
+from vlmteacher.microworld.families.recolor import Recolor
+from vlmteacher.microworld.families.resize import Resize
+from vlmteacher.microworld.families.rotate import Rotate
+from vlmteacher.microworld.families.sort import Sort
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Move(),
+        Maze(),
+        Deliver(),
+        Recolor(),
+        Resize(),
+        Rotate(),
+        Sort(),
+        Connect(),
+        Odd(),
+        Count(),
+    )
+}
+
+__all__ = ["CARELESS", "FAMILIES", "Family"]

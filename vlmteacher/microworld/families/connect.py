@@ -1,0 +1,78 @@
+"""``connect``: the ball visits dots in the order told, two of three; all three out of domain."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from vlmteacher.microworld.families.base import Family, clear_way, draw_colors, draw_places, point
+from vlmteacher.microworld.scene import SIZE, Scene, Thing, ball, far_apart, rerouted, scene_of
+
+DOTS = 3
+DOT = 4.0  # radius
+REACHED = 6.0  # pixels between the centres; the right video comes as near as 4
+LONGEST = 80.0  # pixels in all, 8 a frame
+
+
+class Connect(Family):
+    name = "connect"
+    category = "spatiality"
+    prompts = (
+        "The {ball} ball goes to {order}.",
+        "Move the {ball} ball to {order}.",
+        "Let the {ball} ball visit {order}.",
+        "Lead the {ball} ball to {order}.",
+    )
+
+    def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
+        told = DOTS if unseen else 2
+        own, *colors = draw_colors(rng, DOTS + 1)
+        dots = draw_places(rng, DOTS, 8, 16)
+        if dots is None:
+            return None
+        start = rng.integers(8, SIZE - 7, size=2).astype(np.float64)
+        if not far_apart(start, dots, 14):
+            return None
+        for order in (range(told), range(told)[::-1]):  # the mistaken way must be as easy to draw
+            stops = [start, *(dots[i] for i in order)]
+            legs = list(pairwise(stops))
+            if sum(np.hypot(*(b - a)) for a, b in legs) > LONGEST:
+                return None
+            if not all(clear_way(a, b, [d for d in dots if d is not a and d is not b], 11) for a, b in legs):
+                return None
+        things = [Thing("disc", c, *point(d), DOT) for c, d in zip(colors, dots, strict=True)]
+        things.append(ball(own, point(start)))
+        way = [point(start), *(point(dots[i]) for i in range(told))]
+        return scene_of("connect", things, {DOTS: way}, range(told))
+
+    def is_unseen(self, scene: Scene) -> bool:
+        return len(scene.targets) > 2
+
+    def names(self, scene: Scene) -> dict[str, str]:
+        told = [f"the {scene.things[i].color} dot" for i in scene.targets]
+        return {"ball": scene.ball_color, "order": ", then ".join(told)}
+
+    def key_color(self, scene: Scene) -> str:
+        return scene.things[scene.targets[0]].color
+
+    def rules(self, scene: Scene, ways: np.ndarray) -> dict[str, float]:
+        """``order``: the share of dots that the ball reaches, each after the one told before it."""
+        reached, since = 0, -1
+        for index in scene.targets:
+            near = np.flatnonzero(np.hypot(*(ways[0] - scene.things[index].at).T) <= REACHED)
+            if len(near) and near[0] > since:
+                reached, since = reached + 1, int(near[0])
+        return {"order": reached / len(scene.targets)}
+
+    def mistaken(self, scene: Scene) -> Scene:
+        """In the opposite order."""
+        return rerouted(scene, (scene.start, *scene.waypoints[:0:-1]))
+
+    def wrong(self, scene: Scene, rng: np.random.Generator) -> Scene:
+        """In the opposite order, straight to the last dot, or only to the first."""
+        return (
+            self.mistaken(scene),
+            rerouted(scene, (scene.start, scene.waypoints[-1])),
+            rerouted(scene, scene.waypoints[:2]),
+        )[int(rng.integers(3))]

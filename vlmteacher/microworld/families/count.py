@@ -1,0 +1,61 @@
+"""``count``: as many dots, so far from the left the box that the ball goes into; four dots out of domain."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vlmteacher.microworld.families.base import BallToBox, draw_colors
+from vlmteacher.microworld.scene import Point, Scene, Thing, rerouted, scene_of
+
+BOXES = 4
+DOT = BALL = 4.0  # radii
+BOX = 7.0  # half its side: four fill a row
+
+
+def _way(start: Point, end: Point) -> tuple[Point, ...]:
+    """Along the row, then down."""
+    return (start, (end[0], start[1]), end)
+
+
+class Count(BallToBox):
+    name = "count"
+    category = "knowledge"
+    prompts = (
+        "Count the dots: the {ball} ball goes into the box with that number from the left.",
+        "Move the {ball} ball into the box whose place from the left is the number of dots.",
+        "As many dots as there are, so far from the left is the box for the {ball} ball.",
+    )
+
+    def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
+        number = 4 if unseen else int(rng.integers(1, 4))
+        own, dots, boxes = draw_colors(rng, 3)
+        left, top = float(rng.integers(6, 15)), float(rng.integers(7, 14))
+        start = (float(rng.integers(7, 58)), float(rng.integers(30, 37)))
+        end = (8.0 + 16 * (number - 1), 55.0)
+        if abs(start[0] - end[0]) < 4:
+            return None
+        things = [Thing("disc", dots, left + 14 * k, top, DOT) for k in range(number)]
+        things += [Thing("square", boxes, 8.0 + 16 * k, 55.0, BOX, outline=True) for k in range(BOXES)]
+        things.append(Thing("disc", own, *start, BALL))
+        return scene_of("count", things, {len(things) - 1: _way(start, end)}, [2 * number - 1])
+
+    def is_unseen(self, scene: Scene) -> bool:
+        return self._number(scene) > 3
+
+    def key_color(self, scene: Scene) -> str:
+        return scene.ball_color
+
+    def mistaken(self, scene: Scene) -> Scene:
+        """One box too far; the last one's left neighbour."""
+        number = self._number(scene)
+        wrong = scene.boxes[number if number < BOXES else BOXES - 2]
+        return rerouted(scene, _way(scene.start, wrong.at))
+
+    def wrong(self, scene: Scene, rng: np.random.Generator) -> Scene:
+        """Into another box."""
+        others = [b for b in scene.boxes if b != scene.target]
+        return rerouted(scene, _way(scene.start, others[int(rng.integers(len(others)))].at))
+
+    @staticmethod
+    def _number(scene: Scene) -> int:
+        return len(scene.scenery) - BOXES

@@ -1,0 +1,91 @@
+"""``maze``: bring the ball into the box on a 4x4 grid without touching a dark block; more blocks out of domain."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vlmteacher.microworld.families.base import BallToBox, draw_colors, free_point, straight
+from vlmteacher.microworld.families.move import first_signature
+from vlmteacher.microworld.scene import (
+    CELL,
+    Point,
+    Scene,
+    ball,
+    block,
+    box,
+    distance_to_block,
+    distance_to_segment,
+    scene_of,
+)
+
+CLEARANCE = 4.0  # pixels from the ball's centre to a block; the right path keeps 8
+
+
+def _shortest_paths(start: int, goal: int, blocked: set[int]) -> list[list[int]]:
+    """All shortest paths over the free cells of the 4x4 grid (cells are numbered row by row)."""
+    paths: list[list[int]] = []
+    frontier = [[start]]
+    while frontier and not paths:
+        longer = []
+        for path in frontier:
+            row, column = divmod(path[-1], 4)
+            for r, c in ((row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)):
+                cell = 4 * r + c
+                if 0 <= r < 4 and 0 <= c < 4 and cell not in blocked and cell not in path:
+                    longer.append([*path, cell])
+        paths = [path for path in longer if path[-1] == goal]
+        frontier = longer if len(longer) < 400 else []
+    return paths
+
+
+def _centre(cell: int) -> Point:
+    return (cell % 4 * CELL + CELL / 2, cell // 4 * CELL + CELL / 2)
+
+
+class Maze(BallToBox):
+    name = "maze"
+    category = "spatiality"
+    prompts = (
+        "Move the {ball} ball into the {box} box without touching the dark blocks.",
+        "Bring the {ball} ball to the {box} box around the dark blocks.",
+        "The {ball} ball goes into the {box} box and avoids the dark blocks.",
+        "Guide the {ball} ball past the dark blocks into the {box} box.",
+    )
+
+    def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
+        colors = draw_colors(rng, 2)
+        cells = rng.permutation(16)
+        start, goal = int(cells[0]), int(cells[1])
+        blocked = {int(c) for c in cells[2 : 2 + int(rng.integers(6, 9) if unseen else rng.integers(3, 6))]}
+        paths = _shortest_paths(start, goal, blocked)
+        if len(paths) != 1 or not 3 <= len(paths[0]) - 1 <= 5:
+            return None
+        a, b = np.asarray(_centre(start)), np.asarray(_centre(goal))
+        blocks = [block(_centre(c)) for c in sorted(blocked)]
+        if not any(distance_to_segment(np.asarray(b_.at), a, b) < 10 for b_ in blocks):
+            return None  # the straight line is free: nothing to navigate around
+        path = [_centre(c) for c in paths[0]]
+        things = [*blocks, box(colors[1], path[-1]), ball(colors[0], path[0])]
+        return scene_of("maze", things, {len(blocks) + 1: path}, [len(blocks)])
+
+    def names(self, scene: Scene) -> dict[str, str]:
+        return {"ball": scene.ball_color, "box": scene.target.color}
+
+    def is_unseen(self, scene: Scene) -> bool:
+        return len(scene.blocks) > 5
+
+    def mistaken(self, scene: Scene) -> Scene:
+        """Straight through the blocks."""
+        return straight(scene, scene.target.at)
+
+    def wrong(self, scene: Scene, rng: np.random.Generator) -> Scene:
+        """Beside the box."""
+        return straight(scene, free_point(scene, rng, 14))
+
+    def rules(self, scene: Scene, ways: np.ndarray) -> dict[str, float]:
+        """``avoid``: the share of frames in which the ball keeps off every block."""
+        return {
+            "avoid": float(np.mean([all(distance_to_block(p, b) >= CLEARANCE for b in scene.blocks) for p in ways[0]]))
+        }
+
+    signature = staticmethod(first_signature)

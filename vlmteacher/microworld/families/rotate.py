@@ -1,0 +1,68 @@
+"""``rotate``: the named bar turns, the shorter way, until it lies in its outline; larger angles out of domain."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from vlmteacher.microworld.families.base import Family, draw_colors, halfway
+from vlmteacher.microworld.scene import FIT, SIZE, Scene, Thing, scene_of
+
+HALF = 11.0  # of a bar's length
+REACH = 16  # from a centre to the corners of the outline
+
+
+class Rotate(Family):
+    name = "rotate"
+    category = "transformation"
+    prompts = (
+        "Turn the {bar} bar into its outline.",
+        "The {bar} bar turns until it fits its outline.",
+        "Rotate the {bar} bar to match its outline and leave the other bar as it is.",
+        "Turn the {bar} bar the shorter way until it lies in its outline.",
+    )
+
+    def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
+        colors = draw_colors(rng, 2)
+        places = rng.integers(REACH, SIZE - REACH + 1, (2, 2)).astype(float)
+        if np.hypot(*(places[0] - places[1])) < 2 * REACH:
+            return None
+        angles = rng.integers(0, 36, 2) * 5.0
+        turns = rng.integers(*((13, 16) if unseen else (6, 13)), size=2) * 5.0 * rng.choice([-1, 1], 2)
+        bars = [
+            Thing("bar", color, float(x), float(y), HALF, float(angle))
+            for color, (x, y), angle in zip(colors, places, angles, strict=True)
+        ]
+        outlines = [
+            Thing("bar", "dark", *b.at, HALF + FIT, float(b.angle + turn), outline=True)
+            for b, turn in zip(bars, turns, strict=True)
+        ]
+        which = int(rng.integers(2))
+        end = replace(bars[which], angle=outlines[which].angle)
+        return scene_of("rotate", [*bars, *outlines], {which: end}, [2 + which])
+
+    def is_unseen(self, scene: Scene) -> bool:
+        return abs(scene.goals[0].angle - scene.moving[0].angle) > 60
+
+    def names(self, scene: Scene) -> dict[str, str]:
+        return {"bar": scene.ball_color}
+
+    def key_color(self, scene: Scene) -> str:
+        return scene.ball_color
+
+    def mistaken(self, scene: Scene) -> Scene:
+        """As far the other way."""
+        start, goal = scene.moving[0], scene.goals[0]
+        return replace(scene, goals=(replace(goal, angle=2 * start.angle - goal.angle),))
+
+    def wrong(self, scene: Scene, rng: np.random.Generator) -> Scene:
+        """Not far enough, the other way round, or the other bar."""
+        kind = int(rng.integers(3))
+        if kind == 0:
+            return halfway(scene, float(rng.uniform(0.2, 0.6)))
+        if kind == 1:
+            return self.mistaken(scene)
+        other = 1 - scene.actors[0]
+        goal = replace(scene.things[other], angle=scene.things[2 + other].angle)
+        return replace(scene, actors=(other,), goals=(goal,), ways=((goal.at,),))

@@ -1,0 +1,80 @@
+"""``sort``: three discs change places until they stand by size; the full reversal out of domain."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import numpy as np
+
+from vlmteacher.microworld.families.base import Family, draw_colors
+from vlmteacher.microworld.scene import Point, Scene, Thing, rerouted, scene_of
+
+RADII = (4.0, 6.0, 8.0)
+SPACING = 20.0
+HEIGHT = 16.0  # of the arcs: nothing touches what it passes
+STEPS = 16  # corners of an arc
+
+_REVERSED = (2, 1, 0)
+_KNOWN = [p for p in permutations(range(3)) if p not in ((0, 1, 2), _REVERSED)]
+
+
+def _arc(start: Point, x: float) -> tuple[Point, ...]:
+    """To another place in the row: over the others to the right, under them to the left."""
+    if x == start[0]:
+        return (start,)
+    s = np.linspace(0, 1, STEPS + 1)
+    height = np.sign(x - start[0]) * HEIGHT * np.sin(np.pi * s)
+    arc = [
+        (round(float(start[0] + (x - start[0]) * a), 3), round(float(start[1] - h), 3))
+        for a, h in zip(s, height, strict=True)
+    ]
+    return (*arc[:-1], (x, start[1]))
+
+
+def _arcs(discs: tuple[Thing, ...], largest_first: bool = False) -> list[tuple[Point, ...]]:
+    places = sorted(d.x for d in discs)
+    ranked = sorted(discs, key=lambda d: d.size, reverse=largest_first)
+    return [_arc(d.at, places[ranked.index(d)]) for d in discs]
+
+
+class Sort(Family):
+    name = "sort"
+    category = "abstraction"
+    prompts = (
+        "Sort the discs by size, the smallest on the left.",
+        "Put the discs in order of size, the largest on the right.",
+        "The discs change places until they grow from left to right.",
+        "Order the discs from small to large.",
+    )
+
+    def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
+        colors = draw_colors(rng, 3)
+        left, y = float(rng.integers(9, 16)), float(rng.integers(25, 40))
+        order = _REVERSED if unseen else _KNOWN[int(rng.integers(len(_KNOWN)))]
+        discs = tuple(
+            Thing("disc", color, left + SPACING * place, y, RADII[rank])
+            for place, (color, rank) in enumerate(zip(colors, order, strict=True))
+        )
+        return scene_of("sort", discs, dict(enumerate(_arcs(discs))))
+
+    def is_unseen(self, scene: Scene) -> bool:
+        return [d.size for d in scene.things] == sorted(RADII, reverse=True)
+
+    def names(self, scene: Scene) -> dict[str, str]:
+        return {}
+
+    def key_color(self, scene: Scene) -> str:
+        """That of the smallest disc."""
+        return min(scene.things, key=lambda d: d.size).color
+
+    def mistaken(self, scene: Scene) -> Scene:
+        """The largest on the left."""
+        return rerouted(scene, *_arcs(scene.things, largest_first=True))
+
+    def wrong(self, scene: Scene, rng: np.random.Generator) -> Scene:
+        """Into some other order."""
+        places = sorted(d.x for d in scene.things)
+        right = tuple(goal.x for goal in scene.goals)
+        orders = [p for p in permutations(places) if p != right]
+        chosen = orders[int(rng.integers(len(orders)))]
+        return rerouted(scene, *(_arc(d.at, x) for d, x in zip(scene.things, chosen, strict=True)))
