@@ -13,6 +13,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <limits>
+#include <optional>
 #include <vector>
 
 // weak: a torch without CUDA has no such symbol
@@ -24,6 +25,7 @@ namespace vlmteacher {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
+using Maybe = std::optional<Tensor>;
 
 inline void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, cudaGetErrorString(error)); }
 
@@ -80,9 +82,29 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
+template <class T>
+T* data(const Maybe& t) {
+  return t ? data<T>(*t) : nullptr;
+}
+
+// Contiguous, from an address that 16 bytes can be read at.
+inline Tensor aligned(const Tensor& t) {
+  const Tensor dense = torch::stable::contiguous(t);
+  return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 ? torch::stable::clone(dense) : dense;
+}
+
+inline Maybe aligned(const Maybe& t) { return t ? Maybe(aligned(*t)) : t; }
+
 inline int size(const Tensor& t, int64_t axis) {
   STD_TORCH_CHECK(t.size(axis) <= std::numeric_limits<int>::max(), t.size(axis), " rows or columns are too many");
   return static_cast<int>(t.size(axis));
+}
+
+// Of a (B, N, C) tensor, one after the other.
+inline int rows(const Tensor& t) {
+  const int64_t count = t.size(0) * t.size(1);
+  STD_TORCH_CHECK(count <= std::numeric_limits<int>::max(), count, " rows are too many");
+  return static_cast<int>(count);
 }
 
 }  // namespace vlmteacher

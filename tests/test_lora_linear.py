@@ -167,3 +167,30 @@ def test_the_proof_leaves_weights_gradients_and_random_numbers_alone():
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("change", ["none", "no biases", "one bias", "hook", "stock", "merged"])
+def test_layers_that_share_x_are_one_call_of_the_operator(change, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.ModuleList(nn.Linear(8, n) for n in (6, 4, 6)).requires_grad_(False)
+    if change in ("no biases", "one bias"):
+        for layer in model[: 3 if change == "no biases" else 1]:
+            layer.bias = None
+    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["0", "1", "2"]), model)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_()
+    expected_model = copy.deepcopy(model)
+    fuse_lora(model)
+    if change == "hook":
+        model[1].register_forward_hook(lambda *_: None)
+    elif change == "stock":
+        model[1].__class__ = PeftLinear
+    elif change == "merged":
+        model[1].merge()
+    calls = []
+    real = lora_linear.lora_linear_group
+    monkeypatch.setattr(lora_linear, "lora_linear_group", lambda *args: calls.append(args) or real(*args))
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(lora_linear.linear_group(list(model), x), [layer(x) for layer in expected_model])
+    assert len(calls) == (change in ("none", "no biases"))

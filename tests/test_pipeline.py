@@ -70,7 +70,8 @@ def test_no_update_gives_the_base_video(pipe: TeacherPipeline) -> None:
     reasoner = pipe.reasoner
     condition = reasoner.encode(PROMPT, None, 5, 32, 48)
     base = reasoner.decode(reasoner.sample(condition, reasoner.noise(condition, seed())))
-    assert torch.equal(out.frames, base) and torch.equal(out.frames_before, base)
+    assert torch.equal(out.frames, out.frames_before)
+    torch.testing.assert_close(out.frames, base)  # by diffusers' own blocks, which round in other places
     assert out.updates == 0 and out.history == [] and out.p_yes_before == out.p_yes_after
     out = call(pipe, threshold=50.0)
     assert (out.stopped, out.updates, len(out.history)) == ("threshold", 0, 1)

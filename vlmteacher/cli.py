@@ -217,7 +217,7 @@ def _add_fused(sub: argparse.ArgumentParser) -> None:
         "--fused-lora",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="compute the LoRA layers by our operator (default) or by PEFT's expression",
+        help="compute the LoRA layers and what is between them by our operators (default) or by PEFT's and diffusers'",
     )
 
 

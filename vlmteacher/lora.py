@@ -53,7 +53,8 @@ def add_lora(
         alpha: `rank` by default, so that the scale is 1.
         seed: fixes the draw of A whatever was drawn before; None uses torch's global generator.
         start: a LoRA to go on from: its layers, ranks and alphas take the place of all of these, and of `blocks`.
-        fused: compute the layers by our operator (`LoRALinear`) instead of PEFT's expression.
+        fused: compute the layers by our operator (`LoRALinear`) instead of PEFT's expression, and what stands between
+            them by ours too where the transformer is known (`fuse_blocks`).
         blocks: "last:n": only in the last n blocks.
 
     The weights are float32 whatever the transformer's dtype: updates of 3e-5 are lost in bfloat16.
@@ -86,8 +87,10 @@ def add_lora(
         load_lora_state(transformer, start.state_dict())
     if fused:
         from vlmteacher.lora_linear import fuse_lora
+        from vlmteacher.reasoners.wan_blocks import fuse_blocks
 
         fuse_lora(transformer)
+        fuse_blocks(transformer)
 
 
 def parse_blocks(text: str) -> int:
@@ -110,6 +113,9 @@ def frozen_blocks(transformer: Any, blocks: str | None) -> int:
 
 def remove_lora(transformer: Any) -> None:
     """Take the LoRA off again, leaving the transformer as it was before `add_lora`."""
+    from vlmteacher.reasoners.wan_blocks import unfuse_blocks
+
+    unfuse_blocks(transformer)
     if getattr(transformer, "peft_config", None):
         transformer.unload_lora()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
-from vlmteacher.ops.lora_linear import lora_linear
+from vlmteacher.ops.lora_linear import lora_linear, lora_linear_group
 
 # Largest relative RMS between the fused layer and PEFT's own, which rounds in other places.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -49,15 +50,22 @@ class LoRALinear(PeftLinear):
         return layer
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapters = [name for name in self.active_adapters if name in self.lora_A]
-        if args or kwargs or not adapters or not self._applies(x, adapters):
+        factors = None if args or kwargs else self._factors(x)
+        if factors is None:
             return super().forward(x, *args, **kwargs)
+        return lora_linear(x, self.base_layer.weight, self.base_layer.bias, *factors)
+
+    def _factors(self, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and the scaling of the active adapters together, or None where PEFT's own forward runs."""
+        adapters = [name for name in self.active_adapters if name in self.lora_A]
+        if not adapters or not self._applies(x, adapters):
+            return None
         a, b = ([part[name].weight for name in adapters] for part in (self.lora_A, self.lora_B))
         scaling = [self.scaling[name] for name in adapters]
         if len(adapters) > 1:  # side by side they are one adapter of the sum of the ranks
             a, scaled = [torch.cat(a)], [each * factor for each, factor in zip(b, scaling, strict=True)]
             b, scaling = [torch.cat(scaled, dim=1)], [1.0]
-        return lora_linear(x, self.base_layer.weight, self.base_layer.bias, a[0], b[0], scaling[0])
+        return a[0], b[0], scaling[0]
 
     def _applies(self, x: Tensor, adapters: list[str]) -> bool:
         base = self.base_layer
@@ -112,6 +120,19 @@ class LoRALinear(PeftLinear):
                     f"{name}: the fused LoRA's {what} differs from PEFT's by {difference:.1e} (allowed "
                     f"{TOLERANCE[weight.dtype]:.0e}, {weight.dtype}): use PEFT's layers (fused_lora=False)"
                 )
+
+
+def linear_group(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
+    """Each layer's result of the x that they share, by one call of the operator where all are `LoRALinear`s."""
+    plain = all(type(each) is LoRALinear and not each._forward_hooks and not each._forward_pre_hooks for each in layers)
+    factors = [layer._factors(x) for layer in layers] if plain else []
+    found = [each for each in factors if each is not None]
+    biases = [layer.base_layer.bias for layer in layers] if found else []
+    if len(found) < len(layers) or len({bias is None for bias in biases}) > 1:
+        return [layer(x) for layer in layers]
+    a, b, scaling = zip(*found, strict=True)
+    weights = [layer.base_layer.weight for layer in layers]
+    return lora_linear_group(x, weights, None if biases[0] is None else biases, a, b, scaling)
 
 
 def fuse_lora(model: nn.Module) -> list[str]:

@@ -45,9 +45,10 @@ class Settings:
     K >= 1, frames that the Teacher sees; rank >= 1 of the LoRA; learning_rate > 0 of AdamW; keep: after N updates
     the "last" LoRA, or the "best" one, which had the lowest loss seen. check_final: where the one-step prediction is
     good enough, look at the few-step video too, and go on while that is not (the paper does not). fused_lora: compute
-    the LoRA layers by our operator, not by PEFT's expression; the results agree to rounding. engine: how the steps
-    are run (`vlmteacher/engines.py`). lora_blocks: "last:n" adapts the last n blocks of the Reasoner only, which is
-    another method than the paper's: what comes before them is computed once. Raises InputError.
+    the LoRA layers and what is between them by our operators, not by PEFT's and diffusers' expressions; the results
+    agree to rounding. engine: how the steps are run (`vlmteacher/engines.py`). lora_blocks: "last:n" adapts the last n
+    blocks of the Reasoner only, which is another method than the paper's: what comes before them is computed once.
+    Raises InputError.
     """
 
     max_steps: int = 40

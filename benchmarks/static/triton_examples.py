@@ -84,11 +84,42 @@ def tiny_decoder() -> None:
         kernels.conv3x3_backward(y, signs, taps, 24, weight, banks[1], signs, slope, upscale)
 
 
+def ada_norm() -> None:
+    """A Wan block's forms at 5B's width; of the widest one the other dtypes, and a width that is not aligned."""
+    from vlmteacher.kernels import ada_norm as kernels
+
+    others = [(dtype, width, "y gate weight") for dtype, width in ((torch.float32, 3072), (torch.bfloat16, 5001))]
+    forms = [(torch.bfloat16, 3072, form) for form in ("weight", "y gate", "y weight", "y gate weight")]
+    for dtype, width, form in forms + others:
+        x = torch.empty(1, 4096, width, dtype=dtype, device="meta")
+        table = torch.empty(1, 2, width, device="meta")
+        gate, weight = (table if name in form else None for name in ("gate", "weight"))
+        kernels.ada_norm(x, x if "y" in form else None, gate, weight, weight, 880, 1e-6)
+        grads = x if "y" in form else None, None if weight is None else x
+        kernels.ada_norm_backward(*grads, x, gate, weight, 880, 1e-6, True, gate is not None)
+
+
+def qk_norm_rope() -> None:
+    """Self- and cross-attention at 5B's width, and a width that is not aligned."""
+    from vlmteacher.kernels import qk_norm_rope as kernels
+
+    sizes = ((torch.bfloat16, 24, 128), (torch.float32, 24, 128), (torch.bfloat16, 3, 46))
+    for dtype, heads, channels in sizes:
+        x = torch.empty(1, 4096, heads * channels, dtype=dtype, device="meta")
+        angles = torch.empty(4096, channels // 2, device="meta")
+        for table in (angles, None) if dtype == torch.bfloat16 else (angles,):
+            args = ([x], [x[0, 0]], table, table, heads, 1e-6)
+            kernels.qk_norm_rope(*args)
+            kernels.qk_norm_rope_backward([x], *args)
+
+
 # Calls of each operator on tensors without data: every launch in them is compiled instead of run.
 EXAMPLES: dict[str, Callable[[], None]] = {
     "patchify": patchify,
     "lora_linear": lora_linear,
     "tiny_decoder": tiny_decoder,
+    "ada_norm": ada_norm,
+    "qk_norm_rope": qk_norm_rope,
 }
 
 

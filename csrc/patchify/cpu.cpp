@@ -28,8 +28,7 @@ struct Grid {  // the rows run over (t, h, w, y, x): block coordinates, then the
   int64_t columns() const { return 3 * temporal_patch * patch * patch; }
 };
 
-template <class T>
-using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
+using vlmteacher::Accumulate;
 
 // visit(row, t, y, x): patch row `row` starts at pixel (y, x) of the frames of temporal patch t.
 template <class Visit>

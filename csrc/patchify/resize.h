@@ -2,11 +2,12 @@
 //
 // The vertical map adds up whole rows. The horizontal one first turns some rows into columns, so that it adds up
 // vectors too: rows lie in the lanes. cpu.cpp, resize_avx2.cpp and resize_avx512.cpp include this and compile it for
-// different processors: hence the unnamed namespace, and no library code, which the linker could share between them.
+// different processors (see vectors.h).
 #pragma once
 
-#include <cstdint>
 #include <utility>
+
+#include "../vectors.h"
 
 namespace vlmteacher::resize {
 
@@ -33,26 +34,6 @@ Resample<float>* resample_avx512();
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-
-template <class A>
-struct Vectors {
-  typedef A Vector __attribute__((vector_size(kVectorBytes)));
-  typedef A Anywhere __attribute__((vector_size(kVectorBytes), aligned(alignof(A)), may_alias));
-};
-template <class A>
-using Vector = typename Vectors<A>::Vector;
-template <class A>
-using Anywhere = typename Vectors<A>::Anywhere;  // however aligned
-
-template <class A>
-constexpr int kLanes = kVectorBytes / sizeof(A);
 template <class A>
 constexpr int kRows = 64 / sizeof(A);  // that are turned into columns together
 template <class A>
@@ -67,16 +48,6 @@ template <class A>
 int64_t scratch_size(const Band<A>& y, const Band<A>& x, const Part<A>& part) {
   const int64_t from = rows_read(y, part), to = part.end - part.begin;
   return (from < to ? from * x.rows : to * x.columns) + x.columns * kRows<A>;
-}
-
-template <class A>
-inline const Anywhere<A>& at(const A* from) {
-  return *reinterpret_cast<const Anywhere<A>*>(from);
-}
-
-template <class A>
-inline Anywhere<A>& at(A* to) {
-  return *reinterpret_cast<Anywhere<A>*>(to);
 }
 
 #if defined(__has_builtin)

@@ -3,12 +3,6 @@
 
 namespace vlmteacher::resize {
 
-Resample<float>* resample_avx2() {
-#ifdef __AVX2__
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return resample<float>;
-#endif
-  return nullptr;
-}
+Resample<float>* resample_avx2() { return supported() ? resample<float> : nullptr; }
 
 }  // namespace vlmteacher::resize

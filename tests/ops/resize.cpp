@@ -19,7 +19,7 @@ void run(const A* plane, const int32_t* start_y, const A* weight_y, int rows_y, 
 
 extern "C" {
 
-int vector_bytes() { return resize::kVectorBytes; }
+int vector_bytes() { return vlmteacher::kVectorBytes; }
 
 #define RESIZE(NAME, A)                                                                                                \
   void NAME(const A* plane, const int32_t* start_y, const A* weight_y, int rows_y, int taps_y, const int32_t* start_x, \

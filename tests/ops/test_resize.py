@@ -17,19 +17,24 @@ FLAGS = {16: [], 32: ["-mavx2", "-mfma"], 64: ["-mavx512f", "-mavx512bw", "-mavx
 SIZES = [(33, 47, 16, 24), (16, 8, 36, 20), (9, 200, 64, 16), (1, 1, 4, 8), (40, 70, 19, 70), (64, 64, 129, 65)]
 
 
-@pytest.fixture(scope="module", params=FLAGS)
-def library(request, tmp_path_factory):
+def compile_for(vector_bytes: int, source: Path, to: Path) -> ctypes.CDLL:
+    """`source` as a library with vectors of so many bytes; the test is skipped where that is not to be had."""
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    if any(flag.removeprefix("-m") not in cpu for flag in FLAGS[request.param]):
-        pytest.skip(f"this processor has no vectors of {request.param} bytes")
-    built = tmp_path_factory.mktemp("resize") / "resize.so"
-    source = Path(__file__).with_name("resize.cpp")
-    command = [compiler, "-std=c++20", "-O3", "-shared", "-fPIC", "-Wall", "-Werror", *FLAGS[request.param]]
-    subprocess.run([*command, str(source), "-o", str(built)], check=True)
-    found = ctypes.CDLL(str(built))
+    if any(flag.removeprefix("-m") not in cpu for flag in FLAGS[vector_bytes]):
+        pytest.skip(f"this processor has no vectors of {vector_bytes} bytes")
+    command = [compiler, "-std=c++20", "-O3", "-shared", "-fPIC", "-Wall", "-Werror", *FLAGS[vector_bytes]]
+    subprocess.run([*command, str(source), "-o", str(to)], check=True)
+    return ctypes.CDLL(str(to))
+
+
+@pytest.fixture(scope="module", params=FLAGS)
+def library(request, tmp_path_factory):
+    found = compile_for(
+        request.param, Path(__file__).with_name("resize.cpp"), tmp_path_factory.mktemp("resize") / "resize.so"
+    )
     assert found.vector_bytes() == request.param
     return found
 

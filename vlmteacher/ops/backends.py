@@ -6,16 +6,18 @@ import functools
 import importlib
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
+from torch.autograd.function import once_differentiable
 
 _CPP_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_CUDA_OPERATORS = ("lora_linear", "patchify", "tiny_decoder")  # Triton has every one
+_CUDA_OPERATORS = ("ada_norm", "lora_linear", "patchify", "qk_norm_rope", "tiny_decoder")  # Triton has every one
 
 
 def build_facts() -> dict[str, Any]:
@@ -101,3 +103,13 @@ def plain(tensor: Tensor) -> bool:
     A dispatch mode (selective checkpointing, counters) wants to see one operator, whatever the backend launches.
     """
     return type(tensor) in _PLAIN and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """An autograd function's `backward` that refuses a second derivative; where none can follow, asking costs time."""
+    refusing = once_differentiable(backward)
+
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        return (refusing if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    return run

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from vlmteacher.errors import InputError
-from vlmteacher.ops.backends import backend, plain
+from vlmteacher.ops.backends import backend, differentiable_once, plain
 
 
 def lora_linear_reference(
@@ -160,29 +159,24 @@ class _LoRALinear(torch.autograd.Function):
         return tuple(ys) if rows is x else tuple([y.view(*x.shape[:-1], y.shape[-1]) for y in ys])
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        # once_differentiable refuses a second derivative; where none can follow it only costs time
-        return (_second_is_refused if torch.is_grad_enabled() else _gradients)(ctx, *grads)
+        n, scaling, shape, needs, need_a, need_b, dtypes = ctx.facts
+        rows, s, *tensors = ctx.saved_tensors
+        flat = [(g if g.dim() == 2 else g.reshape(-1, g.shape[-1])).contiguous() for g in grads]
+        run = _backward if plain(flat[0]) else _backward_operator
+        found = run(flat, rows, s, tensors[:n], tensors[n : 2 * n], tensors[2 * n :], scaling, needs[0], need_a, need_b)
+        dx = None
+        if needs[0]:
+            dx, *found = found
+            dx = dx if len(shape) == 2 else dx.view(shape)
+        if not (need_a and need_b):
+            found = [*(found if need_a else [None] * n), *(found if need_b else [None] * n)]
+        found = [d if d is None or d.dtype == dtype else d.to(dtype) for d, dtype in zip(found, dtypes, strict=True)]
+        biases = [g.sum(0) if need else None for g, need in zip(flat, needs[3 + n : -2 * n], strict=False)]
+        return (dx, None, None, *[None] * n, *biases, *found)
 
 
-def _gradients(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    n, scaling, shape, needs, need_a, need_b, dtypes = ctx.facts
-    rows, s, *tensors = ctx.saved_tensors
-    flat = [(g if g.dim() == 2 else g.reshape(-1, g.shape[-1])).contiguous() for g in grads]
-    run = _backward if plain(flat[0]) else _backward_operator
-    found = run(flat, rows, s, tensors[:n], tensors[n : 2 * n], tensors[2 * n :], scaling, needs[0], need_a, need_b)
-    dx = None
-    if needs[0]:
-        dx, *found = found
-        dx = dx if len(shape) == 2 else dx.view(shape)
-    if not (need_a and need_b):
-        found = [*(found if need_a else [None] * n), *(found if need_b else [None] * n)]
-    found = [d if d is None or d.dtype == dtype else d.to(dtype) for d, dtype in zip(found, dtypes, strict=True)]
-    biases = [g.sum(0) if need else None for g, need in zip(flat, needs[3 + n : -2 * n], strict=False)]
-    return (dx, None, None, *[None] * n, *biases, *found)
-
-
-_second_is_refused = once_differentiable(_gradients)
 # `apply` without what it does for torch.func's transforms; they are asked for instead
 _bare_apply = super(torch.autograd.Function, _LoRALinear).apply
 _transforms = torch._C._are_functorch_transforms_active

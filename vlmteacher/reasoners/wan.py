@@ -175,17 +175,18 @@ class WanReasoner(Reasoner):
         Of two experts the one of the level works (with a level for each of a batch, that of the lowest).
         """
         # WanPipeline repeats the timestep for each token of a text-only video; one for all gives the same at less cost.
+        network: Any = self._expert(sigma) if transformer is None else transformer
         timestep = self.timestep(sigma, len(latents))
         if condition.first_frame is not None:
             latents = with_first_frame(latents, condition.first_frame)
             frames, height, width = latents.shape[2:]
             per_frame = (height // self.patch[0]) * (width // self.patch[1])
-            timestep = timestep[:, None].repeat(1, frames * per_frame)
-            timestep[:, :per_frame] = 0
+            timestep = torch.stack([torch.zeros_like(timestep), timestep], 1)
+            if not getattr(network, "takes_two_timesteps", False):
+                timestep = by_token(timestep, per_frame, frames * per_frame)
         inputs = dict(condition.inputs)
         if "image_latents" in inputs:
             latents = torch.cat([latents, inputs.pop("image_latents")], 1)
-        network: Any = self._expert(sigma) if transformer is None else transformer
         return network(
             hidden_states=latents.to(self.dtype),
             timestep=timestep,
@@ -218,6 +219,12 @@ class WanReasoner(Reasoner):
         latents = (latents * self.latents_std + self.latents_mean).to(self.vae.dtype)
         video = self.vae.decode(latents, return_dict=False)[0]
         return ((video[0].float() + 1) / 2).clamp(0, 1).transpose(0, 1)
+
+
+def by_token(values: Tensor, first: int, tokens: int) -> Tensor:
+    """(B, 2, ...) -> (B, tokens, ...): the first of the two for the `first` first tokens, the other for the rest."""
+    rest = values.shape[2:]
+    return torch.cat([values[:, :1].expand(-1, first, *rest), values[:, 1:].expand(-1, tokens - first, *rest)], 1)
 
 
 def clean_prompt(prompt: str) -> str:

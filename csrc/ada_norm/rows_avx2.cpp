@@ -1,0 +1,14 @@
+// rows.h for processors with AVX2, called only where they are.
+#include "rows.h"
+
+namespace vlmteacher::ada_norm {
+
+template <class T>
+Rows<T> rows_avx2() {
+  return supported() ? Rows<T>{forward, backward} : Rows<T>{};
+}
+
+template Rows<float> rows_avx2();
+template Rows<BFloat16> rows_avx2();
+
+}  // namespace vlmteacher::ada_norm

@@ -1,0 +1,14 @@
+// rows.h for processors with AVX-512, called only where they are.
+#include "rows.h"
+
+namespace vlmteacher::qk_norm_rope {
+
+template <class T>
+Rows<T>* rows_avx512() {
+  return supported() ? rows<T> : nullptr;
+}
+
+template Rows<float>* rows_avx512();
+template Rows<BFloat16>* rows_avx512();
+
+}  // namespace vlmteacher::qk_norm_rope

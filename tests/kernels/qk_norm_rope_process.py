@@ -1,0 +1,39 @@
+"""Runs the Triton kernels of qk_norm_rope in the interpreter. A process of its own, since Triton decides at import
+whether it interprets.
+
+    TRITON_INTERPRET=1 python -m tests.kernels.qk_norm_rope_process
+"""
+
+from __future__ import annotations
+
+import json
+from unittest import mock
+
+import torch
+
+from tests.kernels.patchify_process import poisoned
+from tests.kernels.test_qk_norm_rope import CASES, DTYPES
+from tests.ops.test_ada_norm import too_large
+from tests.ops.test_qk_norm_rope import draw, expected
+from vlmteacher.kernels import qk_norm_rope as kernels
+
+
+def main() -> None:
+    """The names of what is further from the truth than plain torch allows."""
+    rows: list[dict[str, object]] = []
+    for number, case in enumerate(CASES):
+        for dtype in (DTYPES[0], DTYPES[1 + number % 2]):
+            drawn = draw(case, dtype)
+            args = (drawn.xs, drawn.weights, *(drawn.rope or (None, None)), drawn.heads, 1e-6)
+            with mock.patch.object(torch, "empty", poisoned):
+                made = [*kernels.qk_norm_rope(*args), *kernels.qk_norm_rope_backward(drawn.grads, *args)]
+            exact, plain = (expected(drawn, d) for d in (torch.float64, dtype))
+            # the interpreter truncates to 16 bits where a GPU rounds to nearest
+            roundings = 1 if dtype == torch.float32 else 2
+            wrong = too_large(dict(zip(exact, made, strict=True)), exact, plain, roundings)
+            rows.append({"case": f"{dtype} {case}", "wrong": wrong})
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Queries and keys before attention: RMSNorm over all heads' channels and rotary position embedding, in one pass.
+
+    n = x weight / sqrt(mean(x^2) + eps),  (y_2i, y_2i+1) = (n_2i cos_i - n_2i+1 sin_i, n_2i sin_i + n_2i+1 cos_i)
+
+The backward keeps x alone and computes its mean square again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmteacher.errors import InputError
+from vlmteacher.ops.backends import backend, differentiable_once, plain
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """Each pair of channels of each head of x (B, N, C) by the angle of cos and sin (N, C / heads / 2)."""
+    even, odd = x.unflatten(-1, (heads, -1, 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-3)
+
+
+def qk_norm_rope_reference(
+    xs: Sequence[Tensor], weights: Sequence[Tensor], cos: Tensor | None, sin: Tensor | None, heads: int, eps: float
+) -> list[Tensor]:
+    """The definition in plain differentiable torch."""
+    found = []
+    for x, weight in zip(xs, weights, strict=True):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = F.rms_norm(x.to(wide), x.shape[-1:], weight.to(wide), eps)
+        found.append((y if cos is None or sin is None else _turn(y, cos, sin, heads)).to(x.dtype))
+    return found
+
+
+def qk_norm_rope_backward_reference(
+    grads: Sequence[Tensor], xs: Sequence[Tensor], weights: Sequence[Tensor], cos: Tensor | None, sin: Tensor | None,
+    heads: int, eps: float,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of the xs."""
+    found = []
+    for grad, x, weight in zip(grads, xs, weights, strict=True):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        g, v = grad.to(wide), x.to(wide)
+        g = (g if cos is None or sin is None else _turn(g, cos, -sin, heads)) * weight.to(wide)
+        scale = (v.square().mean(-1, keepdim=True) + eps).rsqrt()
+        along = (g * v).mean(-1, keepdim=True) * scale.square()
+        found.append(((g - v * along) * scale).to(x.dtype))
+    return found
+
+
+def _forward(xs: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+    fast = backend(xs[0], "qk_norm_rope")
+    return (fast.qk_norm_rope if fast else qk_norm_rope_reference)(xs, *rest)
+
+
+def _backward(grads: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+    fast = backend(grads[0], "qk_norm_rope")
+    return (fast.qk_norm_rope_backward if fast else qk_norm_rope_backward_reference)(grads, *rest)
+
+
+# The same as operators, for whoever must see through them; see lora_linear.py.
+@torch.library.custom_op("vlmteacher::qk_norm_rope", mutates_args=())
+def _forward_operator(
+    xs: Sequence[Tensor], weights: Sequence[Tensor], cos: Tensor | None, sin: Tensor | None, heads: int, eps: float
+) -> list[Tensor]:
+    return _forward(xs, weights, cos, sin, heads, eps)
+
+
+@torch.library.custom_op("vlmteacher::qk_norm_rope_backward", mutates_args=())
+def _backward_operator(
+    grads: Sequence[Tensor], xs: Sequence[Tensor], weights: Sequence[Tensor], cos: Tensor | None, sin: Tensor | None,
+    heads: int, eps: float,
+) -> list[Tensor]:  # fmt: skip
+    return _backward(grads, xs, weights, cos, sin, heads, eps)
+
+
+@_forward_operator.register_fake
+@_backward_operator.register_fake
+def _(xs: Any, *rest: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in xs]
+
+
+class _QKNormRope(torch.autograd.Function):
+    """cos, sin, heads, eps, then all xs and their weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, cos: Tensor | None, sin: Tensor | None, heads: int, eps: float, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        n = len(tensors) // 2
+        run = _forward if plain(tensors[0]) else _forward_operator
+        found = run(tensors[:n], tensors[n:], cos, sin, heads, eps)
+        ctx.facts = heads, eps
+        ctx.save_for_backward(cos, sin, *tensors)
+        return tuple(found)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        heads, eps = ctx.facts
+        cos, sin, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad[4:]
+        wanted = [i for i in range(len(grads)) if needs[i]]
+        run = _backward if plain(grads[0]) else _backward_operator
+        xs, weights = tensors[: len(grads)], tensors[len(grads) :]
+        found = run([grads[i] for i in wanted], [xs[i] for i in wanted], [weights[i] for i in wanted],
+                    cos, sin, heads, eps)  # fmt: skip
+        dx = dict(zip(wanted, found, strict=True))
+        return (None, None, None, None, *(dx.get(i) for i in range(len(grads))), *[None] * len(grads))
+
+
+def qk_norm_rope(
+    xs: Sequence[Tensor], weights: Sequence[Tensor], rope: tuple[Tensor, Tensor] | None, heads: int, eps: float = 1e-6
+) -> list[Tensor]:
+    """RMSNorm over all channels and rotary position embedding, of queries and keys together.
+
+    Args:
+        xs: each (B, N, C), floating point; without `rope` each may have its own N.
+        weights: for each x its (C,), of any floating dtype; one that requires a gradient gets it from the plain
+            expression.
+        rope: cos and sin, both (N, C / heads / 2) float32 (float64 for float64), the angles of each head's
+            neighbouring channels, which are turned in pairs; None leaves the positions out.
+        heads: which share C in equal, even parts.
+        eps: added to the mean square.
+
+    Returns:
+        For each x a tensor like it, computed in float32 and rounded once. Differentiable once with respect to the xs,
+        which alone are saved.
+
+    Raises:
+        InputError: shapes, dtypes or devices that do not fit.
+
+    Source: `WanAttnProcessor` of diffusers (norm_q, norm_k, apply_rotary_emb).
+    """
+    _check(xs, weights, rope, heads)
+    cos, sin = rope or (None, None)
+    if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+        return qk_norm_rope_reference(xs, weights, cos, sin, heads, eps)
+    weights = [weight.to(x.dtype) for weight, x in zip(weights, xs, strict=True)]
+    return list(_QKNormRope.apply(cos, sin, heads, eps, *xs, *weights))
+
+
+def _check(xs: Sequence[Tensor], weights: Sequence[Tensor], rope: tuple[Tensor, Tensor] | None, heads: int) -> None:
+    if not xs or len(xs) != len(weights):
+        raise InputError(f"{len(xs)} tensors need as many weights, not {len(weights)}")
+    for x, weight in zip(xs, weights, strict=True):
+        if x.dim() != 3 or not x.is_floating_point() or x.dtype != xs[0].dtype or x.device != xs[0].device:
+            kinds = [f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in xs]
+            raise InputError(f"qk_norm_rope takes floating-point (B, N, C) of one dtype and device, got {kinds}")
+        if weight.shape != x.shape[-1:] or weight.device != x.device:
+            raise InputError(f"a weight of {tuple(weight.shape)} on {weight.device} does not fit {tuple(x.shape)}")
+        if heads < 1 or x.shape[2] % (2 * heads):
+            raise InputError(f"{x.shape[2]} channels make no {heads} heads of whole pairs")
+        for table in rope or ():
+            wide, shape = torch.promote_types(x.dtype, torch.float32), (x.shape[1], x.shape[2] // heads // 2)
+            if table.shape != shape or table.dtype != wide or table.device != x.device:
+                raise InputError(
+                    f"cos and sin must be {wide} {shape} on {x.device}, not {table.dtype} {tuple(table.shape)} on"
+                    f" {table.device}"
+                )
