@@ -238,7 +238,7 @@ def test_the_retry_is_told_in_the_same_conversation(teacher, monkeypatch):
 
 def test_real_answers_are_held_to_the_rules_and_the_packaged_teachers_are_not(teacher, monkeypatch):
     """The packaged Teacher writes "without jumps", as it was trained to."""
-    from vlmteacher.microworld.facts import right_queries
+    from vlmteacher.microworld.questions import right_queries
     from vlmteacher.microworld.world import instance, render
 
     packaged = load_teacher(PACKAGED_PAIR / "teacher")
