@@ -50,7 +50,7 @@ with Trace() as trace:
     traced.step()
 peak = trace.peak[""]
 found: dict[str, Any] = {"expected": expected, "taken": []}
-for share in range(140, 60, -5):  # what torch needs besides is not known: less and less, until a rung is taken
+for share in range(140, 25, -5):  # what torch needs besides is not known: less and less, until a rung is taken
     capped = loop()
     cap(peak * share // 100)
     try:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vlmteacher.errors import InputError
-from vlmteacher.microworld.facts import STYLE
+from vlmteacher.microworld.questions import STYLE
 from vlmteacher.pipeline import PACKAGED_PAIR
 from vlmteacher.queries import (
     MAX_QUERIES,

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig
 
-from vlmteacher.microworld.facts import STYLE
+from vlmteacher.microworld.questions import STYLE
 from vlmteacher.microworld.tokenizer import build_tokenizer
 from vlmteacher.queries import ANSWER_INSTRUCTION
 

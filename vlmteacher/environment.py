@@ -12,7 +12,8 @@ from typing import Any
 # Versions are read from the installed metadata: importing the big libraries takes longer than the whole report may.
 PACKAGES = (
     "vlmteacher", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow",
-    "imageio", "imageio-ffmpeg", "triton", "xformers", "bitsandbytes", "gradio", "ray",
+    "imageio", "imageio-ffmpeg", "triton", "xformers", "flash-attn",
+    "bitsandbytes", "gradio", "ray",
 )  # fmt: skip
 
 

@@ -3,52 +3,19 @@
 #include "skinny.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#include <immintrin.h>
-
 #include <cstdlib>
-#include <cstring>
+
+#include "../bf16_avx512.h"
 
 namespace vlmteacher::skinny {
 namespace {
 
-constexpr int64_t kLanes = 16, kVectors = 3;  // 8 x 3 accumulators of 32 registers
-constexpr __mmask16 kAll = 0xffff;
+constexpr int64_t kVectors = 3;         // 8 x 3 accumulators of 32 registers
 constexpr int64_t kPanels = 256 << 10;  // bytes of packed panels that leave room in the second-level cache
 
-// A word is what one lane holds: two bfloat16 that follow each other along k, or one float32.
-struct BFloat16 {
-  static constexpr int64_t kDepth = 2, kBytes = 2, kRun = 256;
-  static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-  }
-  // All lanes in use is a case of its own: masked accesses of 16-bit elements are slow on some processors.
-  static __m512 load(const char* from, __mmask16 mask) {
-    const __m256i half = mask == kAll ? _mm256_loadu_si256((const __m256i*)from) : _mm256_maskz_loadu_epi16(mask, from);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-  }
-  static void store(char* to, __mmask16 mask, __m512 value) {
-    const __m256i half = (__m256i)_mm512_cvtneps_pbh(value);
-    mask == kAll ? _mm256_storeu_si256((__m256i*)to, half) : _mm256_mask_storeu_epi16(to, mask, half);
-  }
-  // The words of 16 columns from rows `first` and `second` (null: zeros) of a matrix.
-  static __m512i words(const char* first, const char* second, __mmask16 mask) {
-    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, first));
-    if (!second) return low;
-    return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, second)), 16));
-  }
-};
-
-struct Float32 {
-  static constexpr int64_t kDepth = 1, kBytes = 4, kRun = 16;
-  static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
-  }
-  static __m512 load(const char* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
-  static void store(char* to, __mmask16 mask, __m512 value) { _mm512_mask_storeu_ps(to, mask, value); }
-  static __m512i words(const char* first, const char*, __mmask16 mask) { return _mm512_maskz_loadu_epi32(mask, first); }
-};
-
-__mmask16 mask_of(int64_t columns) { return columns >= kLanes ? __mmask16(0xffff) : __mmask16((1u << columns) - 1); }
+// The words of one run of sums, which starts from zero: short ones round little.
+template <class T>
+constexpr int64_t kRun = T::kDepth == 2 ? 256 : 16;
 
 // Words of `columns` columns of the stored (k, columns) matrix: to[word][vector][lane], zeros in the unused lanes.
 template <class T>
@@ -57,7 +24,7 @@ void pack_rows(const char* from, int64_t stride, int64_t k, int64_t columns, int
     for (int64_t v = 0; v < vectors; ++v, to += 64) {
       const char* first = from + row * stride + v * kLanes * T::kBytes;
       const char* second = T::kDepth == 2 && row + 1 < k ? first + stride : nullptr;
-      _mm512_storeu_si512(to, T::words(first, second, mask_of(columns - v * kLanes)));
+      _mm512_storeu_si512(to, T::words(first, second, lanes(columns - v * kLanes)));
     }
 }
 
@@ -67,7 +34,7 @@ void pack_columns(const char* from, int64_t stride, int64_t words, int64_t colum
   const __m512i offset = _mm512_mullo_epi32(lane, _mm512_set1_epi32(int(stride)));
   for (int64_t word = 0; word < words; ++word)
     for (int64_t v = 0; v < vectors; ++v, to += 64)
-      _mm512_storeu_si512(to, _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask_of(columns - v * kLanes), offset,
+      _mm512_storeu_si512(to, _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), lanes(columns - v * kLanes), offset,
                                                           from + v * kLanes * stride + 4 * word, 1));
 }
 
@@ -82,9 +49,6 @@ struct Tile {
   int64_t out_step;  // bytes
   __mmask16 last;    // the columns in use of the last vector
 };
-
-// Unrolled by force: with one index left to run time the accumulators would live in memory.
-#define UNROLL _Pragma("GCC unroll 16")
 
 template <class T, int ROWS, int VECTORS>
 struct Sums {
@@ -130,10 +94,10 @@ template <class T, int ROWS, int VECTORS>
 void run(const Tile& t) {
   const char *left = t.left, *panel = t.panel;
   Sums<T, ROWS, VECTORS> total;
-  total.of(t, t.words < T::kRun ? t.words : T::kRun, left, panel);
-  for (int64_t begin = T::kRun; begin < t.words; begin += T::kRun) {
+  total.of(t, t.words < kRun<T> ? t.words : kRun<T>, left, panel);
+  for (int64_t begin = kRun<T>; begin < t.words; begin += kRun<T>) {
     Sums<T, ROWS, VECTORS> next;
-    next.of(t, t.words - begin < T::kRun ? t.words - begin : T::kRun, left, panel);
+    next.of(t, t.words - begin < kRun<T> ? t.words - begin : kRun<T>, left, panel);
     UNROLL for (int i = 0; i < ROWS; ++i) UNROLL for (int v = 0; v < VECTORS; ++v) total.value[i][v] =
         _mm512_add_ps(total.value[i][v], next.value[i][v]);
   }
@@ -206,7 +170,7 @@ void product_of(int64_t m, int64_t n, int64_t k, float alpha, const Matrix& left
         else
           pack(column, columns, panels);
         t.out = static_cast<char*>(out) + ((row + done) * out_stride + column) * out_bytes;
-        t.last = mask_of(columns - (vectors - 1) * kLanes);
+        t.last = lanes(columns - (vectors - 1) * kLanes);
         run_panel<T>(t, vectors, rows - done < run_of_rows ? rows - done : run_of_rows);
       }
   }
@@ -229,7 +193,8 @@ void product(bool half, int64_t m, int64_t n, int64_t k, float alpha, const Matr
 
 void round(const float* from, int64_t count, void* to) {
   for (; count > 0; count -= kLanes, from += kLanes, to = static_cast<char*>(to) + 2 * kLanes)
-    BFloat16::store(static_cast<char*>(to), mask_of(count), Float32::load(reinterpret_cast<const char*>(from), mask_of(count)));
+    BFloat16::store(static_cast<char*>(to), lanes(count),
+                    Float32::load(reinterpret_cast<const char*>(from), lanes(count)));
 }
 
 }  // namespace vlmteacher::skinny

@@ -3,19 +3,10 @@
 #include "conv.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#include <immintrin.h>
-
-#include <cstring>
+#include "../bf16_avx512.h"
 
 namespace vlmteacher::tiny_decoder {
 namespace {
-
-constexpr __mmask16 kAll = 0xffff;
-
-// Unrolled by force: with one index left to run time the accumulators would live in memory.
-#define UNROLL _Pragma("GCC unroll 16")
-
-__mmask16 lanes(int64_t count) { return count >= kLanes ? kAll : count <= 0 ? 0 : __mmask16((1u << count) - 1); }
 
 // `count` sign bits from the first of a byte on; nothing is read behind the last of them.
 uint32_t bits(const uint8_t* signs, int64_t count) {
@@ -24,37 +15,16 @@ uint32_t bits(const uint8_t* signs, int64_t count) {
   return found;
 }
 
-struct BFloat16 {
-  static constexpr int64_t kBytes = 2;
-  static constexpr bool kLongSums = true;  // the products are coarser than what a long sum loses
-  static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-  }
-  static __m512 load(const char* from, __mmask16 mask) {
-    const __m256i half = mask == kAll ? _mm256_loadu_si256((const __m256i*)from) : _mm256_maskz_loadu_epi16(mask, from);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-  }
-  static void store(char* to, __mmask16 mask, __m512 value) {
-    const __m256i half = (__m256i)_mm512_cvtneps_pbh(value);
-    mask == kAll ? _mm256_storeu_si256((__m256i*)to, half) : _mm256_mask_storeu_epi16(to, mask, half);
-  }
-};
+// Whether all products go into one sum: bfloat16's are coarser than what a long sum loses.
+template <class T>
+constexpr bool kLongSums = T::kDepth == 2;
 
-struct Float32 {
-  static constexpr int64_t kBytes = 4;
-  static constexpr bool kLongSums = false;
-  static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
-  }
-  // With one operand broadcast from memory: beside two sums GCC 12 keeps `right` on the stack, two loads a product. It
-  // loses with fewer pixels, and with bfloat16's product.
-  static void multiply_add(__m512& sum, const char* word, __m512i right) {
-    using Word = int32_t __attribute__((may_alias, aligned(1)));
-    asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(right), "m"(*reinterpret_cast<const Word*>(word)));
-  }
-  static __m512 load(const char* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
-  static void store(char* to, __mmask16 mask, __m512 value) { _mm512_mask_storeu_ps(to, mask, value); }
-};
+// A product of float32 with one operand broadcast from memory: beside two sums GCC 12 keeps `right` on the stack, two
+// loads a product. It loses with fewer pixels, and with bfloat16's product.
+inline void multiply_add(__m512& sum, const char* word, __m512i right) {
+  using Word = int32_t __attribute__((may_alias, aligned(1)));
+  asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(right), "m"(*reinterpret_cast<const Word*>(word)));
+}
 
 // The elements whose sign bit is not set, times the slope.
 template <class T>
@@ -127,16 +97,14 @@ template <class T, int PIXELS, int VECTORS>
 struct Sums {
   __m512 value[PIXELS][VECTORS];
 
-  void clear() {
-    UNROLL for (auto& pixel : value) UNROLL for (auto& vector : pixel) vector = _mm512_setzero_ps();
-  }
+  void clear() { UNROLL for (auto& pixel : value) UNROLL for (auto& vector : pixel) vector = _mm512_setzero_ps(); }
 
   void add(const char* left, int64_t step, const char*& panel, int64_t words) {
     for (; words > 0; --words, left += 4, panel += 64 * VECTORS) {
       __m512i right[VECTORS];
       UNROLL for (int v = 0; v < VECTORS; ++v) right[v] = _mm512_loadu_si512(panel + 64 * v);
-      if constexpr (VECTORS == 1 && PIXELS == 12 && !T::kLongSums) {
-        UNROLL for (int i = 0; i < PIXELS; ++i) T::multiply_add(value[i][0], left + i * step, right[0]);
+      if constexpr (VECTORS == 1 && PIXELS == 12 && !kLongSums<T>) {
+        UNROLL for (int i = 0; i < PIXELS; ++i) multiply_add(value[i][0], left + i * step, right[0]);
         continue;
       }
       UNROLL for (int i = 0; i < PIXELS; ++i) {
@@ -159,7 +127,7 @@ void run(const Tile& t) {
   for (int64_t k = 0; k < conv.taps; ++k) {
     const char* left = t.strip + t.tap[k].row * t.row_bytes + t.tap[k].column * t.pixel_bytes + 4 * t.skipped;
     panel += 64 * VECTORS * t.skipped;
-    if constexpr (T::kLongSums) {
+    if constexpr (kLongSums<T>) {
       total.add(left, step, panel, t.words);
     } else {
       Sums<T, PIXELS, VECTORS> part;
@@ -223,8 +191,18 @@ void rows_of(const Conv& conv, const Frame& frame, int64_t begin, int64_t end, c
     for (int64_t channel = 0; channel < conv.out_channels; channel += kPanel) {
       const int64_t vectors = conv.out_channels - channel > kLanes ? 2 : 1;
       for (int64_t i = begin; i < end; ++i) {
-        Tile t{&conv, &frame, conv.tap + phase * conv.taps, strip + ((i - begin) * conv.step + 1) * row + pixel,
-               row, pixel, first, end_word - first, conv.words() - end_word, panel, 0, channel};
+        Tile t{&conv,
+               &frame,
+               conv.tap + phase * conv.taps,
+               strip + ((i - begin) * conv.step + 1) * row + pixel,
+               row,
+               pixel,
+               first,
+               end_word - first,
+               conv.words() - end_word,
+               panel,
+               0,
+               channel};
         t.pixel = (i * conv.out_step + phase / 2) * out_width + phase % 2;
         vectors == 2 ? run_row<T, 2>(t, conv.width) : run_row<T, 1>(t, conv.width);
       }

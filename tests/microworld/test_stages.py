@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from vlmteacher.errors import InputError
 from vlmteacher.evaluation.microworld import first_frame, run_benchmark
@@ -18,7 +19,7 @@ SMALL = {
     "decoder": {"widths": [16, 8, 8, 8], "batch": 1, "steps": 1},
     "latents": {"shards": 1, "videos": 16},
     "reasoner": {"layers": 1, "heads": 1, "ffn_dim": 64, "batch": 2, "steps": 2},
-    "teacher": {"width": 32, "layers": 2, "mlp": 48, "vision_layers": 2, "vision_mlp": 48, "batch": 1, "steps": 2},
+    "teacher": {"width": 32, "layers": 3, "mlp": 48, "vision_layers": 2, "vision_mlp": 48, "batch": 1, "steps": 2},
     "teacher_finetune": {"steps": 2, "collected": {"lessons": 1, "optimised": 1}},
     "collect": {
         "lessons": {"shards": 1, "videos": 8},
@@ -28,17 +29,21 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    out = tmp_path_factory.mktemp("trained")
-    configs = tmp_path_factory.mktemp("configs")
+def write_configs(configs, **more):
     for name, changes in SMALL.items():
-        config = training.load_config(name) | changes
+        config = training.load_config(name) | changes | more
         if name == "teacher":
             config["write_every"] = 2
         if name == "collect":
             config["settings"]["max_steps"] = 3
         (configs / f"{name}.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    configs = tmp_path_factory.mktemp("configs")
+    write_configs(configs)
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "CONFIGS", configs)
@@ -90,3 +95,25 @@ def test_bench_resumes_and_refuses_other_results(pair, tmp_path, monkeypatch):
         run_benchmark("base", 2, 1, tmp_path / "out", resume=True, pair=str(pair))
     with pytest.raises(InputError, match="not there"):
         run_benchmark("pass@0", 2, 1, tmp_path / "new", pair=str(pair))
+
+
+def test_a_stage_starts_from_the_weights_of_a_pair(pair, tmp_path, monkeypatch):
+    write_configs(tmp_path, steps=0)
+    monkeypatch.setattr(training, "CONFIGS", tmp_path)
+    out = tmp_path / "out"
+    parts = {
+        "vae": ("vae/vae/diffusion_pytorch_model.safetensors", "reasoner/vae/diffusion_pytorch_model.safetensors"),
+        "decoder": ("decoder/decoder.safetensors", "decoder.safetensors"),
+        "reasoner": (
+            "reasoner/reasoner/transformer/diffusion_pytorch_model.safetensors",
+            "reasoner/transformer/diffusion_pytorch_model.safetensors",
+        ),
+        "teacher": ("teacher/teacher/model.safetensors", "teacher/model.safetensors"),
+    }
+    for stage in ("vae", "latents", "decoder", "reasoner", "teacher"):
+        stages.run(stage, out, pair if stage in parts else None)
+    for stage, (written, known) in parts.items():
+        weights, start = load_file(out / written), load_file(pair / known)
+        assert weights.keys() == start.keys(), stage
+        for name, value in start.items():
+            assert torch.equal(weights[name].half(), value.half()), (stage, name)

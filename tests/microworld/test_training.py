@@ -8,13 +8,15 @@ import torch
 from torch import nn
 
 from vlmteacher.errors import InputError
-from vlmteacher.microworld import corruptions, stages, train_decoder, train_teacher, train_vae, world
+from vlmteacher.microworld import stages, train_decoder, train_teacher, train_vae, training, world
 from vlmteacher.microworld.collect import Shard, load
-from vlmteacher.microworld.facts import PROCESS, answer, ask, facts_of, right_queries
+from vlmteacher.microworld.facts import facts_of
+from vlmteacher.microworld.questions import ask
+from vlmteacher.microworld.tokenizer import build_tokenizer
 from vlmteacher.microworld.training import random_clip, to_video, train
 from vlmteacher.queries import QuerySet
 
-TINY_TEACHER = {"width": 32, "layers": 2, "mlp": 48, "vision_layers": 2, "vision_mlp": 48, "answer_weight": 1.0}
+TINY_TEACHER = {"width": 32, "layers": 3, "mlp": 48, "vision_layers": 2, "vision_mlp": 48, "answer_weight": 1.0}
 
 
 def fit(out, stop_at: int | None = None) -> torch.Tensor:
@@ -43,14 +45,21 @@ def test_interrupted_training_resumes_to_the_same_weights(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def lesson():
+def lesson(tmp_path_factory):
     torch.manual_seed(0)
-    return train_teacher.Lesson(train_teacher.build(TINY_TEACHER), TINY_TEACHER)
+    vocabulary = tmp_path_factory.mktemp("teacher") / "tokenizer"
+    return train_teacher.Lesson(train_teacher.build(TINY_TEACHER, vocabulary), TINY_TEACHER)
+
+
+def test_the_vocabulary_is_kept(tmp_path, monkeypatch):
+    first = train_teacher.build(TINY_TEACHER, tmp_path / "tokenizer").tokenizer.get_vocab()
+    monkeypatch.setattr(train_teacher, "corpus", lambda: ["a world that has changed since"])
+    assert train_teacher.build(TINY_TEACHER, tmp_path / "tokenizer").tokenizer.get_vocab() == first
 
 
 def test_packed_questions_equal_the_teachers_own_losses(lesson):
     rng = np.random.default_rng(0)
-    drawn = [train_teacher.lesson(rng) for _ in range(2)]
+    drawn = [train_teacher.lesson(rng) for _ in range(3)]
     frames = torch.from_numpy(np.stack([d[0] for d in drawn])).permute(0, 1, 4, 2, 3)
     asked = [ask(scene, facts, rng) for _, scene, facts in drawn]
     logits = []
@@ -58,10 +67,10 @@ def test_packed_questions_equal_the_teachers_own_losses(lesson):
     loss, report = lesson.judge(frames, [d[1] for d in drawn], [d[2] for d in drawn], asked)
     hook.remove()
     loss.backward()
-    assert {"changed", "l_position", "box_word"} <= report.keys()
+    assert {"changed", "l_states", "actor_look", "holds", "yes"} <= report.keys()
     packed = -logits[0].float().log_softmax(-1)[..., lesson.yes]
     for row, questions, expected in zip(frames, asked, packed, strict=True):
-        texts = [text for text, _ in questions]
+        texts = [question.text for question in questions]
         seen = row[lesson.indices]
         with torch.no_grad():
             losses = lesson.teacher.losses(seen, lesson.indices, world.FPS, QuerySet(texts[0], tuple(texts[1:])))
@@ -72,22 +81,6 @@ def test_writing_lesson_is_what_the_teacher_would_be_asked(lesson):
     scene = world.sample_scene(np.random.default_rng(1))
     loss = lesson.write([scene], np.random.default_rng(1))
     assert torch.isfinite(loss) and float(loss) > 1
-
-
-def test_answers_follow_from_state():
-    rng = np.random.default_rng(2)
-    wrong = {"half_finished": "goal", "vanish": "one", "teleport": None, "eroded_scenery": "scenery"}
-    for family in world.PACKAGED:
-        scene = world.sample_scene(rng, family)
-        names = {"ball": scene.ball_color, "box": scene.target.color}
-        right = facts_of(scene, world.perform(scene))
-        assert all(answer(kind, right, **names) for kind in ("goal", "one", "smooth", "avoid", "scenery"))
-        assert not right.changed.any()
-        for kind, question in wrong.items():
-            facts = facts_of(scene, corruptions.CORRUPTIONS[kind](scene, rng))
-            broken = {q for q in ("goal", "one", "smooth", "avoid", "scenery") if not answer(q, facts, **names)}
-            assert broken if question is None else question in broken, kind
-        assert len(right_queries(scene).process) == len(PROCESS[family])
 
 
 def test_collected_shard_comes_back(tmp_path):
@@ -101,7 +94,8 @@ def test_collected_shard_comes_back(tmp_path):
     (video, again, facts), (_, _, labelled) = load([tmp_path / "a.pt"])
     assert again == scene and video.shape == frames.shape
     np.testing.assert_allclose(video / 255, frames, atol=0.003)
-    np.testing.assert_array_equal(facts.count, facts_of(scene, track).count)
+    for name, value in vars(facts_of(scene, track)).items():
+        np.testing.assert_array_equal(getattr(facts, name), value)
     for found in (facts, labelled):
         assert found.changed.shape == (world.NUM_FRAMES, 16)
         assert found.changed.any() == (not found.intact.all())
@@ -116,6 +110,38 @@ def test_autoencoder_and_surrogate_fit_together():
         torch.testing.assert_close(train_vae.decode_unclamped(vae, latents).clamp(-1, 1), vae.decode(latents).sample)
         decoder = train_decoder.build([16, 8, 8, 8])
         assert decoder.decode_batch(latents).shape == (1, world.NUM_FRAMES, 3, world.SIZE, world.SIZE)
+
+
+def test_every_word_that_names_a_thing_is_one_token(lesson):
+    rng = np.random.default_rng(4)
+    for family in world.FAMILIES:
+        scene = world.sample_scene(rng, family)
+        for question in ask(scene, facts_of(scene, world.perform(scene)), rng, 12):
+            ids = lesson.teacher.tokenizer(question.text, add_special_tokens=False).input_ids
+            assert sum(i in lesson.color_ids for i in ids) == len(question.names), question.text
+            assert ids.count(lesson.mark) == 1
+
+
+def test_known_weights_are_adopted_token_by_token():
+    tokenizers = [build_tokenizer([text], 300) for text in ("the red red ball", "a red blue box the ball")]
+    new, old = nn.Embedding(len(tokenizers[0]), 4), nn.Embedding(len(tokenizers[1]), 4)
+    before = new.weight.detach().clone()
+    training.adopt(new, old, *tokenizers)
+    vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
+    assert vocabularies[0] != vocabularies[1]
+    for token, index in vocabularies[0].items():
+        same = old.weight[vocabularies[1][token]] if token in vocabularies[1] else before[index]
+        assert torch.equal(new.weight[index], same), token
+    with pytest.raises(InputError, match="no fitting weight"):
+        training.adopt(nn.Linear(2, 3), nn.Linear(2, 4))
+
+
+def test_a_stage_says_what_it_starts_from(tmp_path):
+    with pytest.raises(InputError, match=r"no pair\.json"):
+        stages.run("vae", tmp_path, tmp_path)
+    (tmp_path / "pair.json").touch()
+    with pytest.raises(InputError, match="starts from no other weights"):
+        stages.run("latents", tmp_path, tmp_path)
 
 
 def test_a_stage_says_what_it_needs(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vlmteacher.ops import tiny_decoder
+from vlmteacher.ops.backends import has_avx512_bf16
 from vlmteacher.ops.bits import pack_bits, unpack_bits
 from vlmteacher.ops.tiny_decoder import (
     conv3x3,
@@ -141,6 +142,6 @@ def test_bits():
 
 def test_the_cpp_backend_is_used():
     """Where the processor has what it needs; otherwise the tests above have compared the definition with itself."""
-    if not tiny_decoder._avx512():
+    if not has_avx512_bf16():
         pytest.skip("no AVX-512 with bfloat16 here")
     assert tiny_decoder._fast(torch.empty(0)) is tiny_decoder._Cpp

@@ -24,12 +24,23 @@ def flash_backward_flops(grad: Sequence[int], query: Sequence[int], key: Sequenc
     return 5 * 2 * b * h * n * key[2] * d
 
 
+def our_flops(query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> int:
+    b, n, h, d = query
+    return 2 * 2 * b * h * n * key[1] * d
+
+
+def our_backward_flops(grad: Sequence[int], query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> int:
+    return our_flops(query, key) * 5 // 2
+
+
 def stock_count(function: Callable[[], Any]) -> int:
-    """torch's own counter, told about the CPU's attention."""
-    aten = torch.ops.aten
+    """torch's own counter, told about the CPU's attention, torch's and ours."""
+    aten, own = torch.ops.aten, torch.ops.vlmteacher
     mapping = {
         aten._scaled_dot_product_flash_attention_for_cpu: flash_flops,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: flash_backward_flops,
+        own.attention: our_flops,
+        own.attention_backward: our_backward_flops,
     }
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         function()

@@ -8,7 +8,7 @@ import torch
 from tests.planning.counting import saved_bytes, stock_count
 from vlmteacher.decoders.taehv import TinyVideoDecoder
 from vlmteacher.ops import tiny_decoder as operator
-from vlmteacher.ops.backends import cpp_status
+from vlmteacher.ops.backends import has_avx512_bf16
 from vlmteacher.planning.decoder import decoder_cost, stock_decoder_cost
 from vlmteacher.planning.models import build_decoder
 
@@ -39,7 +39,7 @@ def test_products_and_kept_bytes_are_those_of_the_real_decoder(
     assert saved + seen.nbytes <= planned.kept <= 1.02 * saved + seen.nbytes + latents.nbytes
 
 
-@pytest.mark.skipif(not (cpp_status()[0] and operator._avx512()), reason="the C++ operator is for AVX-512")
+@pytest.mark.skipif(not has_avx512_bf16(), reason="the C++ operator is for AVX-512")
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_operator_has_four_products_behind_an_upsampling(backward: bool) -> None:
     weight = torch.randn(64, 3, 3, 64)

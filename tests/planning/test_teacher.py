@@ -17,6 +17,7 @@ from vlmteacher.teachers.vlm import Clip
 
 def test_teacher_costs_are_those_of_the_real_teacher() -> None:
     real: Any = load_teacher(str(PACKAGED / "teacher"))
+    real.attention_backend = "sdpa"  # as on a GPU
     video = Video(tuple(range(0, 16, 2)), 8.0, 64, 96)
     meta = build_teacher("packaged", torch.float32)
     size = real.resized(8, 64, 96)
@@ -44,7 +45,7 @@ def test_teacher_costs_are_those_of_the_real_teacher() -> None:
 
     def losses() -> Tensor:
         head = real.model.get_output_embeddings()
-        return shared_prefix.answer_losses(real.language, head, layout, features[0], features[1:], 2**62)
+        return shared_prefix.answer_losses(real.language, head, layout, features[0], features[1:], 2**62, "sdpa")
 
     everything = costs[shared_prefix.Keep.ALL]
     assert everything.forward == stock_count(losses)

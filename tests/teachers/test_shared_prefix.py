@@ -41,18 +41,19 @@ def test_a_layout_is_the_agreed_one():
     assert layout.video.tolist() == [1, 2]
     assert layout.answers.tolist() == [4, 5, 6] and layout.targets.tolist() == [50, 50, 51]
     assert layout.owners.tolist() == [0, 1, 1]
-    assert layout.suffix_mask.int().tolist() == [
+    assert layout.sees.rest.int().tolist() == [
         [1, 1, 1, 1, 0, 0, 0],
         [1, 1, 1, 1, 1, 0, 0],
         [1, 1, 1, 0, 0, 1, 0],
         [1, 1, 1, 0, 0, 1, 1],
     ]
-    assert torch.equal(layout.answer_mask, layout.suffix_mask[[1, 2, 3]])
+    assert torch.equal(layout.sees.mask()[:3], torch.ones(3, 7).tril().bool())
+    assert torch.equal(layout.answers_see.mask(), layout.sees.rest[[1, 2, 3]])
 
 
 def test_one_question_is_all_prefix_and_equal_ones_keep_a_position_each():
     one = lay_out([([9, 7, 1], [50])], 7, angles, CPU)
-    assert one.prefix == 3 and len(one.suffix_mask) == 0 and one.answers.tolist() == [2]
+    assert one.prefix == 3 and len(one.sees.rest) == 0 and one.answers.tolist() == [2]
     same = lay_out([([9, 7, 1], [50])] * 2, 7, angles, CPU)
     assert same.ids.tolist() == [9, 7, 1, 1] and same.answers.tolist() == [2, 3]
 
@@ -94,6 +95,21 @@ def test_other_linear_layers_give_the_same_gradient(teacher, tmp_path):
     queries = QuerySet("Is it red?", ("Is it?",))
     a, b = (torch.autograd.grad(t.losses(frames, range(3), 8.0, queries).sum(), frames)[0] for t in (teacher, other))
     assert (a - b).norm() < 1e-5 * a.norm()
+
+
+def test_torchs_attention_gives_the_same_gradient(teacher, monkeypatch):
+    frames = torch.rand(4, 3, 32, 48, requires_grad=True)
+    queries = QuerySet("Is it red?", ("Is it?", "Does the ball move?"))
+    found = []
+    for backend in (None, "sdpa"):
+        monkeypatch.setattr(teacher, "attention_backend", backend)
+        losses = teacher.losses(frames, range(4), 8.0, queries)
+        found.append((losses.detach(), torch.autograd.grad(losses.sum(), frames)[0]))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() < 1e-5 * a.norm()
+    monkeypatch.setattr(teacher, "attention_backend", "fast")
+    with pytest.raises(InputError, match="'fast' is none of native, sdpa"):
+        teacher.losses(frames, range(4), 8.0, queries)
 
 
 def test_layouts_are_kept_but_not_all(teacher):

@@ -22,7 +22,7 @@ from vlmteacher.errors import InputError
 from vlmteacher.evaluation.microworld import first_frame, judge
 from vlmteacher.evaluation.video_distance import video_distance
 from vlmteacher.microworld import world
-from vlmteacher.microworld.facts import right_queries
+from vlmteacher.microworld.questions import right_queries
 from vlmteacher.optimization import teacher_frame_indices
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners import load_reasoner

@@ -8,6 +8,7 @@ Reasoner's one-step predictions and few-step videos; and predictions in the cour
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,17 @@ from torch import Tensor
 
 from vlmteacher.microworld import labeller, world
 from vlmteacher.microworld.facts import Facts, facts_of
+from vlmteacher.microworld.questions import right_queries
 from vlmteacher.microworld.scene import Scene
 from vlmteacher.microworld.training import to_video
 from vlmteacher.optimization import Optimization, Settings
 from vlmteacher.reasoners.wan import WanReasoner
 
-FIELDS = ("count", "position", "color", "inside", "touching", "jumped", "intact")
+FIELDS = tuple(field.name for field in fields(Facts))
 
 
 class Shard:
-    """Videos as (N, T, H, W, 3) uint8, facts as arrays, scenes as JSON: plain tensors in one file."""
+    """Videos as (N, T, H, W, 3) uint8, facts and scenes of each: plain tensors and JSON in one file."""
 
     def __init__(self) -> None:
         self.videos: list[np.ndarray] = []
@@ -40,10 +42,11 @@ class Shard:
         self.scenes.append(scene)
 
     def save(self, path: Path) -> None:
-        content: dict[str, Any] = {"videos": torch.from_numpy(np.stack(self.videos))}
-        for name in FIELDS:
-            content[name] = torch.from_numpy(np.stack([getattr(f, name) for f in self.facts]))
-        content["scenes"] = [s.to_json() for s in self.scenes]
+        content = {
+            "videos": torch.from_numpy(np.stack(self.videos)),
+            "facts": [{name: torch.from_numpy(getattr(f, name)) for name in FIELDS} for f in self.facts],
+            "scenes": [s.to_json() for s in self.scenes],
+        }
         torch.save(content, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
 
@@ -53,11 +56,9 @@ def load(paths: list[Path]) -> list[tuple[np.ndarray, Scene, Facts]]:
     rows = []
     for path in paths:
         content = torch.load(path, weights_only=True)
-        for i, scene in enumerate(content["scenes"]):
-            video, truth = content["videos"][i].numpy(), Scene.from_json(scene)
-            stored = {name: content[name][i].numpy() for name in FIELDS}
-            changed = labeller.changes(video.astype(np.float32) / 255, truth, stored["position"])
-            rows.append((video, truth, Facts(**stored, changed=changed)))
+        for video, scene, facts in zip(content["videos"], content["scenes"], content["facts"], strict=True):
+            truth = Facts(**{name: value.numpy() for name, value in facts.items()})
+            rows.append((video.numpy(), Scene.from_json(scene), truth))
     return rows
 
 
@@ -83,7 +84,7 @@ def lessons(shard: Shard, count: int, rng: np.random.Generator, reasoner: WanRea
 def predictions(shard: Shard, count: int, rng: np.random.Generator, reasoner: WanReasoner, decoder: Any) -> None:
     """The Reasoner's one-step predictions (through the surrogate) and few-step videos (through both decoders)."""
     for index in range(count):
-        scene = world.sample_scene(rng)
+        scene = world.sample_scene(rng, world.FAMILIES[index % len(world.FAMILIES)])
         condition, noise = start(reasoner, scene, rng)
         if index % 3 == 0:
             frames = decoder.decode_batch(reasoner.predict_clean(condition, noise))
@@ -105,12 +106,12 @@ def optimised(
 ) -> None:
     """Predictions while a Teacher optimises: the one-step prediction every third step, and the final video."""
     from vlmteacher.lora import add_lora, remove_lora
-    from vlmteacher.microworld.facts import right_queries
 
-    for _ in range(count // 8):
-        scene = world.sample_scene(rng)
+    for index in range(count // 8):
+        family = world.FAMILIES[index % len(world.FAMILIES)]
+        scene = world.sample_scene(rng, family)
         while world.flawed(scene) == scene and rng.random() < 0.7:  # elsewhere there is little to optimise
-            scene = world.sample_scene(rng)
+            scene = world.sample_scene(rng, family)
         condition, noise = start(reasoner, scene, rng)
         add_lora(reasoner.transformer, settings.rank, seed=int(rng.integers(2**31)))
         loop = Optimization(reasoner, decoder, teacher, condition, noise, right_queries(scene), settings)

@@ -1,93 +1,200 @@
-"""Facts of a Reasoner's own video, which has no state: a matched filter for the ball, differences for scenery.
+"""Facts of a Reasoner's own video, which has no state: matched filters, moments, differences of scenery.
 
-Written apart from ``scorer.py``, by another method and with other thresholds: the Teacher learns from these labels, so
-the scorer stays a judge that it has never met.
+Written apart from ``scorer.py``, by other methods and with other thresholds: the Teacher learns from these labels, so
+the scorer stays a judge that it has never met. What moves is found where a disc of its size and colour answers best;
+what grows, turns or changes its colour, from area and second moments of its colour where it stands.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
+
 import numpy as np
 
 from vlmteacher.microworld import world
-from vlmteacher.microworld.facts import NEAR, NONE, Facts, cells, jumps
-from vlmteacher.microworld.scene import Scene
+from vlmteacher.microworld.facts import NONE, Facts, cells, reach
+from vlmteacher.microworld.questions import own_questions
+from vlmteacher.microworld.scene import BAR_HALF, Scene, Thing, masks
 
-THERE = 0.62  # response of the matched filter (1 for a perfect ball) that counts as a ball
-TRACE = 0.4  # response by which a ball can still be followed
-SECOND = 0.33  # response, away from the ball, that counts as one too many
-CHANGED = 0.16  # mean difference in RGB over an object's own pixels; untouched scenery comes out below it
+THERE = 0.62  # response of the matched filter (1 for a perfect disc) that counts as one
+TRACE = 0.4  # response by which a thing can still be followed
+SECOND = 0.33  # response, away from the thing, that counts as one too many
+CHANGED = 0.16  # mean difference in RGB over a thing's own pixels; untouched scenery comes out below it
 TOUCH = 4.3
+ALIKE = 0.05  # squared distance in RGB below which scenery hides a colour
+SEEN = 0.6  # share of a disc that is made up for where scenery hides the rest
+COLORED = 0.3  # distance in RGB to the nearest of the six colours, at most, that counts as that colour
 _COLORS = list(world.COLORS)
+_PALETTE = np.asarray(list(world.COLORS.values()), np.float32)
 
 
-def _fourier_kernel() -> np.ndarray:
-    kernel = world.disc_mask(world.SIZE / 2 + 0.5, world.SIZE / 2 + 0.5)
+@cache
+def _kernel(radius: float) -> np.ndarray:
+    kernel = world.disc_mask(world.SIZE / 2 + 0.5, world.SIZE / 2 + 0.5, radius)
     return np.conj(np.fft.rfft2(np.fft.ifftshift(kernel / kernel.sum())))
 
 
-_KERNEL = _fourier_kernel()
+def _differs(scenery: np.ndarray, color: str) -> np.ndarray:
+    """(H, W) where `color` can be told from the scenery."""
+    return ((np.asarray(world.COLORS[color], np.float32) - scenery) ** 2).sum(-1) > ALIKE
 
 
-def _response(frames: np.ndarray, scenery: np.ndarray, color: str) -> np.ndarray:
-    """(T, H, W): the opacity in [0, 1] of a `color` ball centred at each pixel, as least squares sees it."""
+def _likeness(frames: np.ndarray, scenery: np.ndarray, color: str) -> np.ndarray:
+    """(T, H, W): the opacity in [0, 1] of `color` over the scenery at each pixel, as least squares sees it."""
     direction = np.asarray(world.COLORS[color], np.float32) - scenery
-    scale = (direction**2).sum(-1) + 1e-3
-    along = ((frames - scenery) * direction).sum(-1) / scale
+    scale = np.maximum((direction**2).sum(-1), ALIKE)
+    along = _differs(scenery, color) * ((frames - scenery) * direction).sum(-1) / scale
     across = np.sqrt((((frames - scenery) - along[..., None] * direction) ** 2).sum(-1) / scale)
-    likeness = np.clip(along, 0, 1) * np.clip(1.25 - across, 0, 1)
-    return np.fft.irfft2(np.fft.rfft2(likeness) * _KERNEL, s=likeness.shape[-2:])
+    return np.clip(along, 0, 1) * np.clip(1.25 - across, 0, 1)
+
+
+def _response(likeness: np.ndarray, differs: np.ndarray, radius: float) -> np.ndarray:
+    """(T, H, W): the mean likeness in a disc around each pixel, of what can be told from the scenery there."""
+    both = np.concatenate([likeness, differs[None]])
+    mean = np.fft.irfft2(np.fft.rfft2(both) * _kernel(radius), s=likeness.shape[-2:])
+    return mean[:-1] / np.maximum(mean[-1], SEEN)
+
+
+def _peak(response: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(T,) heights and (T, 2) places of the highest responses."""
+    flat = response.reshape(len(response), -1)
+    y, x = np.divmod(flat.argmax(1), world.SIZE)
+    return flat.max(1), np.stack([x, y], 1) + 0.5
+
+
+def _apart(place: np.ndarray, radius: float) -> np.ndarray:
+    """(T, H, W) where a frame's `place` (2,) is further away than `radius`."""
+    return masks([Thing("disc", "dark", float(x), float(y), radius) for x, y in place]) == 0
+
+
+class _Found:
+    """Arrays over frames about one thing, as `Facts` has them for all."""
+
+    def __init__(self, length: int, thing: Thing) -> None:
+        self.count = np.ones(length, int)
+        self.position = np.tile(np.asarray(thing.at), (length, 1))
+        self.size, self.angle = np.full(length, thing.size), np.full(length, thing.angle % 180)
+        self.color = np.full(length, _COLORS.index(thing.color) if thing.color in _COLORS else NONE)
+
+
+def _moving(frames: np.ndarray, scenery: np.ndarray, thing: Thing, rivals: set[str], taken: set[str]) -> _Found:
+    """A disc anywhere, of its own colour if it can be, else of one that no disc has (`taken`).
+
+    rivals: the other movers' colours; a pixel that is more like one of them is not the thing's.
+    """
+    found = _Found(len(frames), thing)
+    names = [thing.color, *(c for c in _COLORS if c not in taken and c != thing.color)]
+    rival = np.stack([_likeness(frames, scenery, c) for c in rivals]).max(0) if rivals else 0.0
+    responses = []
+    for name in names:
+        likeness = _likeness(frames, scenery, name)
+        likeness = np.where(likeness >= rival, likeness, 0)
+        responses.append(_response(likeness, _differs(scenery, name), thing.size))
+    heights, places = zip(*(_peak(r) for r in responses), strict=True)
+    best = np.where(heights[0] >= THERE, 0, np.argmax(heights, 0))
+    row = np.arange(len(frames))
+    found.position = np.stack(places)[best, row]
+    found.color = np.asarray([_COLORS.index(c) for c in names])[best]
+    far = (responses[0] * _apart(places[0], thing.size + 4.5)).max((1, 2)) >= SECOND
+    found.count = np.where(heights[0] >= THERE, 1 + far, 0)
+    lost = np.stack(heights)[best, row] < TRACE
+    found.position[lost] = found.size[lost] = found.angle[lost] = np.nan
+    found.color[lost] = NONE
+    return found
+
+
+def _staying(frames: np.ndarray, scenery: np.ndarray, thing: Thing, room: float) -> _Found:
+    """What changes at its place, within `room` pixels of it."""
+    found = _Found(len(frames), thing)
+    core = world.disc_mask(*thing.at, min(thing.size, BAR_HALF) - 1) > 0.5
+    shown = np.median(frames[:, core], axis=1)  # (T, 3)
+    distance = np.sqrt(((shown[:, None] - _PALETTE) ** 2).sum(-1))
+    found.color = np.where(distance.min(1) <= COLORED, distance.argmin(1), NONE)
+    ground = np.linalg.norm(shown - scenery[core].mean(0), axis=1)
+    opacity = np.minimum(ground / np.linalg.norm(_PALETTE[found.color.clip(0, 5)] - scenery[core].mean(0), axis=1), 1)
+
+    window = world.disc_mask(*thing.at, room)
+    likeness = _likeness(frames, scenery, thing.color)
+    weight = likeness * window / np.maximum(opacity, 0.3)[:, None, None]
+    area = weight.sum((1, 2))
+    y, x = np.mgrid[: world.SIZE, : world.SIZE] + 0.5
+    dx, dy = x - thing.x, y - thing.y
+    if thing.shape == "bar":
+        xx, yy, xy = ((weight * d).sum((1, 2)) for d in (dx**2, dy**2, dx * dy))
+        found.angle = np.rad2deg(0.5 * np.arctan2(2 * xy, xx - yy)) % 180
+        found.size = area / (4 * BAR_HALF)
+    elif thing.shape == "disc":
+        found.size = np.sqrt(area / np.pi)
+    other = found.color != _COLORS.index(thing.color)
+    found.size[other], found.angle[other] = thing.size, thing.angle % 180  # not to be told from the first colour
+    away = _response(likeness, _differs(scenery, thing.color), min(thing.size, BAR_HALF))
+    height, place = _peak(away * (world.disc_mask(*thing.at, room + 3) == 0))
+    found.count = np.where(opacity >= THERE, 1 + (height >= SECOND), height >= THERE).astype(int)
+    aside = (opacity < TRACE) & (height >= THERE)
+    found.position[aside] = place[aside]
+    found.color[aside] = _COLORS.index(thing.color)
+    lost = (opacity < TRACE) & ~aside
+    found.position[lost] = found.size[lost] = found.angle[lost] = np.nan
+    found.color[lost] = NONE
+    return found
 
 
 def label(frames: np.ndarray, scene: Scene) -> Facts:
     """Facts of `frames` (T, H, W, 3) in [0, 1], a Reasoner's answer to `scene`."""
-    length = len(frames)
+    frames = np.asarray(frames, np.float32)
     scenery = world.draw_still(scene.scenery)
-    own = _response(frames, scenery, scene.ball_color)
-    others = [_response(frames, scenery, c) for c in _COLORS if c != scene.ball_color]
-    names = [scene.ball_color, *(c for c in _COLORS if c != scene.ball_color)]
+    found = [_Found(len(frames), thing) for thing in scene.things]
+    taken = {x.color for i, x in enumerate(scene.things) if i in scene.actors or (x.shape == "disc" and not x.outline)}
+    for index, way, goal in zip(scene.actors, scene.ways, scene.goals, strict=True):
+        thing = scene.things[index]
+        if len(way) > 1 or scene.family == "sort":
+            rivals = {scene.things[i].color for i in scene.actors if i != index}
+            found[index] = _moving(frames, scenery, thing, rivals, taken)
+        else:
+            found[index] = _staying(frames, scenery, thing, reach(max(thing, goal, key=lambda x: x.size)) + 3)
+    places = np.stack([f.position for f in found], 1)
+    sizes = np.stack([f.size for f in found], 1)
+    touching = np.zeros(len(frames), bool)
+    for index in scene.actors:
+        for t, at in enumerate(places[:, index]):
+            touching[t] |= any(world.distance_to_block(at, block) < TOUCH for block in scene.blocks)
+    kept, changed = changes(frames, scene, places, sizes)
+    return Facts(
+        np.stack([f.count for f in found], 1),
+        places,
+        sizes,
+        np.stack([f.angle for f in found], 1),
+        np.stack([f.color for f in found], 1),
+        kept,
+        touching,
+        changed,
+    )
 
-    position = np.full((length, 2), np.nan)
-    count, color, inside = np.zeros(length, int), np.full(length, NONE), np.full(length, NONE)
-    touching = np.zeros(length, bool)
-    for t in range(length):
-        peaks = [own[t].max(), *(r[t].max() for r in others)]
-        best = int(np.argmax(peaks))
-        if peaks[0] >= THERE:
-            best = 0
-            y, x = divmod(int(own[t].argmax()), world.SIZE)
-            away = world.disc_mask(x + 0.5, y + 0.5, 9.5) == 0
-            count[t] = 1 + bool((own[t] * away).max() >= SECOND)
-        if peaks[best] < TRACE:
-            continue
-        response = own[t] if best == 0 else others[best - 1][t]
-        y, x = divmod(int(response.argmax()), world.SIZE)
-        position[t] = x + 0.5, y + 0.5
-        color[t] = _COLORS.index(names[best])
-        for box in scene.boxes:
-            if np.max(np.abs(position[t] - (box.x, box.y))) <= NEAR:
-                inside[t] = _COLORS.index(box.color)
-        touching[t] = any(world.distance_to_block(position[t], block) < TOUCH for block in scene.blocks)
-    changed = changes(frames, scene, position)
-    return Facts(count, position, color, inside, touching, jumps(position), np.logical_not(changed.any(-1)), changed)
 
-
-def changes(frames: np.ndarray, scene: Scene, position: np.ndarray) -> np.ndarray:
-    """(T, cells): where a box or a block looks otherwise than it should, away from the ball at `position` (T, 2)."""
+def changes(frames: np.ndarray, scene: Scene, places: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(T, N) and (T, cells): where scenery looks as it should or does not, away from the actors (T, N, 2)."""
     difference = np.abs(frames - world.draw_still(scene.scenery)).mean(-1)
-    masks = [world.mask(thing) for thing in scene.scenery]
+    covers = [world.mask(thing) for thing in scene.things]
+    kept = np.ones((len(frames), len(covers)), bool)
     changed = np.zeros((len(frames), (world.SIZE // world.CELL) ** 2), bool)
-    for t, at in enumerate(position):
-        hidden = world.disc_mask(at[0], at[1], world.RADIUS + 3) if np.isfinite(at[0]) else 0.0
-        for mask in masks:
-            weight = mask * (1 - hidden)
-            if weight.sum() > 12 and (difference[t] * weight).sum() / weight.sum() > CHANGED:
-                changed[t] |= cells(mask)
-    return changed
+    for t in range(len(frames)):
+        free = np.ones(difference.shape[1:], np.float32)
+        for index, way in zip(scene.actors, scene.ways, strict=True):
+            if np.isfinite(places[t, index, 0]):
+                margin = 3.0 if len(way) > 1 else 0.5
+                at, size = places[t, index], max(float(sizes[t, index]), scene.things[index].size)
+                shape = replace(scene.things[index].moved((float(at[0]), float(at[1]))), size=size + margin)
+                free *= 1 - world.mask(shape)
+        for i, cover in enumerate(covers):
+            weight = cover * free
+            if i not in scene.actors and weight.sum() > 12:
+                kept[t, i] = (difference[t] * weight).sum() / weight.sum() <= CHANGED
+                if not kept[t, i]:
+                    changed[t] |= cells(cover)
+    return kept, changed
 
 
 def succeeds(facts: Facts, scene: Scene) -> bool:
-    """Whether goal and every rule hold, by these facts: to compare with the scorer's verdict."""
-    target = _COLORS.index(scene.target.color)
-    goal = (facts.inside[-2:] == target).all() and (facts.count[-2:] == 1).all()
-    rules = (facts.count == 1).all() and not facts.touching.any() and not facts.jumped.any() and facts.intact.all()
-    return bool(goal and rules)
+    """Whether all of the task's own questions are to be answered Yes, by these facts."""
+    return all(question.answer for question in own_questions(scene, facts))

@@ -36,18 +36,32 @@ NEEDS = {
     "optimise": ("reasoner/reasoner", "decoder/decoder.safetensors", "finetune/teacher"),
     "package": ("reasoner/reasoner", "vae_decoder/vae", "decoder/decoder.safetensors", "finetune/teacher"),
 }
+STARTS = {  # the parts of a pair that a stage may start from
+    "vae": "reasoner/vae",
+    "decoder": "decoder.safetensors",
+    "reasoner": "reasoner",
+    "teacher": "teacher",
+}
 DEFAULTS = {"max_steps": 60, "threshold": 0.22, "learning_rate": 6e-4, "rank": 16, "teacher_frames": 12}
 
 
-def run(stage: str, out: Path) -> None:
-    """Run one stage in the folder `out`. Raises InputError when an earlier stage's result is not there."""
+def run(stage: str, out: Path, init: Path | None = None) -> None:
+    """Run one stage in the folder `out`, from scratch or from the weights of the pair in the folder `init`.
+
+    Raises InputError: an earlier stage's result is not there, `init` is no pair, or its part has other sizes.
+    """
+    if init and not (init / "pair.json").exists():
+        raise InputError(f"{init} holds no pair.json: --init takes the folder of a pair")
+    if init and stage not in STARTS:
+        raise InputError(f"stage {stage} starts from no other weights: leave out --init ({', '.join(STARTS)} take it)")
+    start = init / STARTS[stage] if init else None
     for need in NEEDS.get(stage, ()):
         if not (out / need).exists():
             raise InputError(f"stage {stage} needs {out / need}: run the stage that makes it first")
     if stage == "vae":
         from vlmteacher.microworld import train_vae
 
-        train_vae.main(out / "vae")
+        train_vae.main(out / "vae", start)
     elif stage == "vae-decoder":
         from vlmteacher.microworld import train_vae
 
@@ -55,7 +69,7 @@ def run(stage: str, out: Path) -> None:
     elif stage == "decoder":
         from vlmteacher.microworld import train_decoder
 
-        train_decoder.main(out / "decoder", out / "vae/vae")
+        train_decoder.main(out / "decoder", out / "vae/vae", start)
     elif stage == "latents":
         from vlmteacher.microworld import train_reasoner
 
@@ -63,11 +77,11 @@ def run(stage: str, out: Path) -> None:
     elif stage == "reasoner":
         from vlmteacher.microworld import train_reasoner
 
-        train_reasoner.main(out / "reasoner", out / "latents", out / "vae/vae")
+        train_reasoner.main(out / "reasoner", out / "latents", out / "vae/vae", start)
     elif stage == "teacher":
         from vlmteacher.microworld import train_teacher
 
-        train_teacher.main(out / "teacher")
+        train_teacher.main(out / "teacher", start)
     elif stage in ("collect", "optimise"):
         from vlmteacher.microworld import collect
 

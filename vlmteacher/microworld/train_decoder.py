@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLWan
 from vlmteacher.decoders.taehv import TinyVideoDecoder
 from vlmteacher.microworld import world
 from vlmteacher.microworld.train_vae import reconstruction_loss
-from vlmteacher.microworld.training import load_config, random_clip, to_video, train
+from vlmteacher.microworld.training import adopt, load_config, random_clip, to_video, train
 
 
 def build(widths: list[int], latent_channels: int = 24) -> TinyVideoDecoder:
@@ -19,13 +19,16 @@ def build(widths: list[int], latent_channels: int = 24) -> TinyVideoDecoder:
     return TinyVideoDecoder(latent_channels, widths, patch=2, space_upscale=(True, True, False))
 
 
-def main(out: Path, vae_path: Path) -> None:
+def main(out: Path, vae_path: Path, init: Path | None = None) -> None:
+    """Stage ``decoder``, from scratch or from the weights of a surrogate's file in `init`."""
     config = load_config("decoder")
     torch.manual_seed(config["seed"])
     vae = AutoencoderKLWan.from_pretrained(vae_path).eval().requires_grad_(False)
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
     decoder = build(config["widths"], vae.config.z_dim)
+    if init:
+        adopt(decoder, TinyVideoDecoder.from_checkpoint(init).float())
 
     def step(index: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         x = to_video(np.stack([random_clip(rng, world.NUM_FRAMES) for _ in range(config["batch"])]))

@@ -6,6 +6,8 @@ be told as well, so that the features see how clean a picture is and not only wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,7 +19,9 @@ from torch.nn import functional as F
 
 from vlmteacher.evaluation.video_distance import FEATURES, VideoEncoder
 from vlmteacher.microworld import world
-from vlmteacher.microworld.facts import NONE, Facts, facts_of
+from vlmteacher.microworld.facts import Facts, facts_of
+from vlmteacher.microworld.grounding import STATE, by_color
+from vlmteacher.microworld.scene import Scene
 from vlmteacher.microworld.train_teacher import draw_track
 from vlmteacher.microworld.training import load_config, train
 
@@ -27,46 +31,42 @@ NOISE = 0.1  # standard deviation of the strongest
 class Heads(nn.Module):
     """Training only: the facts of every frame, linear in the features."""
 
-    CHOICES: ClassVar = {"count": 3, "color": NONE + 1, "inside": NONE + 1}
     FLAGS: ClassVar = ("touching", "jumped", "intact")
 
     def __init__(self) -> None:
         super().__init__()
-        self.sizes = {"position": 2, "flags": len(self.FLAGS), **self.CHOICES}
+        colors = len(world.COLORS)
+        self.sizes = {"states": colors * STATE, "there": colors, "flags": len(self.FLAGS)}
         self.facts = nn.Linear(FEATURES, world.NUM_FRAMES * sum(self.sizes.values()))
         self.harm = nn.Linear(FEATURES, 2)
 
-    def losses(self, features: Tensor, facts: list[Facts], harm: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, features: Tensor, scenes: Sequence[Scene], facts: Sequence[Facts], harm: Tensor
+    ) -> dict[str, Tensor]:
         """One loss for each fact; `harm` (B, 2) in [0, 1]: how soft and how noisy the video was made."""
         told = self.facts(features).unflatten(1, (world.NUM_FRAMES, -1)).split(list(self.sizes.values()), -1)
         by_name = dict(zip(self.sizes, told, strict=True))
-        where = _stack(facts, "position") / (world.SIZE / 2) - 1
-        seen = ~where.isnan()
-        flags = torch.stack([_stack(facts, name) for name in self.FLAGS], -1)
-        losses = {
-            "position": (by_name["position"] - where)[seen].square().mean() * 4,
-            "flags": F.binary_cross_entropy_with_logits(by_name["flags"], flags),
+        frames = range(world.NUM_FRAMES)
+        states, there = (torch.stack(x) for x in zip(*map(by_color, scenes, facts, repeat(frames)), strict=True))
+        flags = np.stack([np.stack([f.touching, f.jumped.any(1), f.intact], -1) for f in facts])
+        seen = ~states.isnan()
+        return {
+            "states": (by_name["states"].view_as(states) - states)[seen].square().mean() * 16,
+            "there": F.binary_cross_entropy_with_logits(by_name["there"], there),
+            "flags": F.binary_cross_entropy_with_logits(by_name["flags"], torch.from_numpy(flags).float()),
             "harm": (self.harm(features) - harm).square().mean(),
         }
-        for name in self.CHOICES:
-            truth = _stack(facts, name).long()
-            losses[name] = F.cross_entropy(by_name[name].flatten(0, 1), truth.flatten())
-        return losses
 
 
-def _stack(facts: list[Facts], name: str) -> Tensor:
-    return torch.from_numpy(np.stack([getattr(f, name) for f in facts])).float()
-
-
-def lesson(rng: np.random.Generator) -> tuple[Tensor, Facts, Tensor]:
-    """A video (F, 3, H, W) in [0, 1], its facts, and how soft and how noisy it is (2,)."""
+def lesson(rng: np.random.Generator) -> tuple[Tensor, Scene, Facts, Tensor]:
+    """A video (F, 3, H, W) in [0, 1], its scene and facts, and how soft and how noisy it is (2,)."""
     scene, track = draw_track(rng)
     video = torch.from_numpy(world.draw(track)).permute(0, 3, 1, 2)
     harm = rng.uniform(size=2) * (rng.random(2) < 0.5)
     soft = F.avg_pool2d(video, 5, 1, 2, count_include_pad=False)
     noise = torch.from_numpy(rng.normal(scale=NOISE, size=video.shape)).float()
     video = (video.lerp(soft, float(harm[0])) + float(harm[1]) * noise).clamp(0, 1)
-    return video, facts_of(scene, track), torch.from_numpy(harm).float()
+    return video, scene, facts_of(scene, track), torch.from_numpy(harm).float()
 
 
 def main(out: Path) -> None:
@@ -75,13 +75,13 @@ def main(out: Path) -> None:
     torch.manual_seed(config["seed"])
     encoder, heads = VideoEncoder(), Heads()
 
-    def draw(rng: np.random.Generator) -> tuple[Tensor, list[Facts], Tensor]:
-        videos, facts, harm = zip(*(lesson(rng) for _ in range(config["batch"])), strict=True)
-        return torch.stack(videos), list(facts), torch.stack(harm)
+    def draw(rng: np.random.Generator) -> tuple[Tensor, list[Scene], list[Facts], Tensor]:
+        videos, scenes, facts, harm = zip(*(lesson(rng) for _ in range(config["batch"])), strict=True)
+        return torch.stack(videos), list(scenes), list(facts), torch.stack(harm)
 
     def step(index: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        videos, facts, harm = draw(rng)
-        losses = heads.losses(encoder(videos), facts, harm)
+        videos, scenes, facts, harm = draw(rng)
+        losses = heads.losses(encoder(videos), scenes, facts, harm)
         return torch.stack(list(losses.values())).sum(), {name: float(x.detach()) for name, x in losses.items()}
 
     train(

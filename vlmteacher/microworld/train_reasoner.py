@@ -1,8 +1,8 @@
 """Stages ``latents`` and ``reasoner``: a tiny few-step Wan (TI2V) with its UMT5 text encoder, trained together.
 
 The training videos carry a deliberate, documented flaw (`world.flawed`): for half of the colours the task goes wrong,
-always in the same way (``move``: to another box; ``maze``: straight through the blocks). So the Reasoner has systematic
-errors, which no resampling mends, beside the sampling noise of any small model.
+in every family always in the same way (``move``: to another box; ``maze``: straight through the blocks). So the
+Reasoner has systematic errors, which no resampling mends, beside the sampling noise of any small model.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanTransformer3DModel
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from vlmteacher.microworld import world
-from vlmteacher.microworld.tokenizer import build_tokenizer
-from vlmteacher.microworld.training import load_config, to_video, train
+from vlmteacher.microworld.tokenizer import kept_tokenizer
+from vlmteacher.microworld.training import adopt, load_config, to_video, train
 
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
 TEXT_TOKENS = 24
@@ -26,7 +26,7 @@ TEXT_TOKENS = 24
 def prompts() -> list[str]:
     """Prompts of every wording, with every colour."""
     rng = np.random.default_rng(0)
-    scenes = [world.sample_scene(rng, family) for family in world.PACKAGED for _ in range(500)]
+    scenes = [world.sample_scene(rng, family) for family in world.FAMILIES for _ in range(300)]
     return [world.write_prompt(scene, rng) for scene in scenes]
 
 
@@ -74,7 +74,7 @@ def encode_dataset(vae_path: Path, out: Path) -> None:
         latents, texts = [], []
         with torch.no_grad():
             for _ in range(config["videos"] // 8):
-                scenes = [world.sample_scene(rng) for _ in range(8)]
+                scenes = [world.sample_scene(rng, str(rng.choice(world.FAMILIES))) for _ in range(8)]
                 texts += [world.write_prompt(s, rng) for s in scenes]
                 x = to_video(np.stack([world.render(world.flawed(s)) for s in scenes]))
                 with torch.autocast("cpu", torch.bfloat16):
@@ -85,11 +85,16 @@ def encode_dataset(vae_path: Path, out: Path) -> None:
         print(path, flush=True)
 
 
-def main(out: Path, latents: Path, vae: Path) -> None:
+def main(out: Path, latents: Path, vae: Path, init: Path | None = None) -> None:
+    """Stage ``reasoner``, from scratch or from the weights of a diffusers directory in `init`."""
     config = load_config("reasoner")
     torch.manual_seed(config["seed"])
-    tokenizer = build_tokenizer(prompts(), 400)
+    tokenizer = kept_tokenizer(out / "tokenizer", prompts, 600)
     transformer, encoder = build(len(tokenizer), config)
+    if init:
+        adopt(transformer, WanTransformer3DModel.from_pretrained(init / "transformer", torch_dtype=torch.float32))
+        known = UMT5EncoderModel.from_pretrained(init / "text_encoder", dtype=torch.float32)
+        adopt(encoder, known, tokenizer, AutoTokenizer.from_pretrained(init / "tokenizer"))
     table: dict[str, torch.Tensor] = {}
     shards: list[Path] = []
     bank = torch.empty(0)

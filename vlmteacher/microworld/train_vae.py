@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
 from vlmteacher.microworld import world
-from vlmteacher.microworld.training import load_config, random_clip, to_video, train
+from vlmteacher.microworld.training import adopt, load_config, random_clip, to_video, train
 
 Z_DIM = 24
 
@@ -98,10 +98,13 @@ def reconstruction_loss(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor,
     }
 
 
-def main(out: Path) -> None:
+def main(out: Path, init: Path | None = None) -> None:
+    """Stage ``vae``, from scratch or from the weights of a VAE's directory in `init`."""
     config = load_config("vae")
     torch.manual_seed(config["seed"])
     vae = build(config["base_dim"])
+    if init:
+        adopt(vae, AutoencoderKLWan.from_pretrained(init, torch_dtype=torch.float32))
 
     def step(index: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         full = index >= config["steps"] * config["crop_share"]
@@ -126,7 +129,8 @@ def main(out: Path) -> None:
         rng = np.random.default_rng(config["seed"] + 1)
         latents = []
         for _ in range(16):
-            x = to_video(np.stack([world.render(world.sample_scene(rng)) for _ in range(16)]))
+            chosen = rng.choice(world.FAMILIES, 16)
+            x = to_video(np.stack([world.render(world.sample_scene(rng, str(family))) for family in chosen]))
             latents.append(vae.encode(x).latent_dist.mode())
         stack = torch.cat(latents).transpose(0, 1).flatten(1)
     vae.register_to_config(latents_mean=stack.mean(1).tolist(), latents_std=stack.std(1).tolist())

@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from vlmteacher.errors import InputError
 from vlmteacher.microworld import world
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -43,7 +45,7 @@ def train(
 
     AdamW, cosine decay to 5%, clipping at 1. Each step draws from a generator seeded by (seed, index), so that a
     resumed run sees the data that an uninterrupted one would. With ``ema`` > 0 the modules end as the average.
-    Writes ``log.jsonl`` (one row per `log_every` steps) and ``state.pt``.
+    Writes ``log.jsonl`` (one row per `log_every` steps: means over the steps that report a value) and ``state.pt``.
     """
     out.mkdir(parents=True, exist_ok=True)
     params = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
@@ -69,7 +71,7 @@ def train(
         torch.save(state, out / "state.tmp")
         os.replace(out / "state.tmp", out / "state.pt")
 
-    sums: dict[str, float] = {}
+    sums: dict[str, list[float]] = {}
     began = time.time()
     for index in range(start, steps):
         rate = min(1.0, (index + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * index / steps)))
@@ -86,10 +88,10 @@ def train(
         for mean, p in zip(average, params, strict=False):
             mean.lerp_(p.detach(), 1 - decay)
         for name, value in {"loss": float(loss.detach()), **values}.items():
-            sums[name] = sums.get(name, 0.0) + value
+            sums.setdefault(name, []).append(value)
         if (index + 1) % log_every == 0:
             row = {"step": index + 1, "seconds": round(time.time() - began, 1)}
-            row |= {name: round(value / log_every, 5) for name, value in sums.items()}
+            row |= {name: round(fmean(values), 5) for name, values in sums.items()}
             sums = {}
             with (out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
@@ -103,10 +105,32 @@ def train(
                 p.copy_(mean)
 
 
+def adopt(model: nn.Module, known: nn.Module, tokenizer: Any = None, known_tokenizer: Any = None) -> None:
+    """Start `model` from the weights of `known`; embeddings token by token, where the vocabularies differ.
+
+    Raises InputError: parts of other sizes.
+    """
+    weights = known.state_dict()
+    own = model.state_dict()
+    if tokenizer is not None:
+        ids = known_tokenizer.get_vocab()
+        pairs = [(new, ids[token]) for token, new in tokenizer.get_vocab().items() if token in ids]
+        here, there = torch.tensor(pairs).T
+        for name, value in own.items():
+            if len(value) == len(tokenizer) and len(weights[name]) == len(known_tokenizer):
+                mixed = value.clone()
+                mixed[here] = weights[name][there]
+                weights[name] = mixed
+    wrong = [name for name, value in own.items() if name not in weights or weights[name].shape != value.shape]
+    if wrong:
+        raise InputError(f"the weights to start from have no fitting {wrong[0]}: train from scratch, or use its sizes")
+    model.load_state_dict({name: weights[name] for name in own})
+
+
 def random_clip(rng: np.random.Generator, num_frames: int) -> np.ndarray:
     """A clip (T, H, W, 3) for the autoencoders: right videos, and faded, doubled or recoloured balls among them."""
-    scene = world.sample_scene(rng)
-    track = world.perform(scene)
+    scene = world.sample_scene(rng, str(rng.choice(world.FAMILIES)))
+    track = world.perform(world.flawed(scene) if rng.random() < 0.3 else scene)
     first = int(rng.integers(0, world.NUM_FRAMES - num_frames + 1))
     if rng.random() < 0.4:
         fade = np.interp(np.arange(world.NUM_FRAMES), np.sort(rng.uniform(0, 13, 3)), rng.uniform(0, 1, 3))
@@ -115,7 +139,7 @@ def random_clip(rng: np.random.Generator, num_frames: int) -> np.ndarray:
             for t, things in enumerate(track)
         ]
     if rng.random() < 0.3:
-        other = world.sample_scene(rng)
+        other = world.sample_scene(rng, str(rng.choice(world.FAMILIES)))
         color, alpha = str(rng.choice(list(world.COLORS))), float(rng.uniform())
         more = (things[other.actors[0]] for things in world.perform(other))
         track = [(*things, replace(x, color=color, alpha=alpha)) for things, x in zip(track, more, strict=True)]

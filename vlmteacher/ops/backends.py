@@ -37,6 +37,12 @@ def cpp_status() -> tuple[bool, str]:
     return True, ""
 
 
+@functools.cache
+def has_avx512_bf16() -> bool:
+    """Whether the C++ operators that need it can run: of the processor, and of the compiler that built them."""
+    return cpp_status()[0] and torch.ops.vlmteacher_cpp.avx512_bf16()
+
+
 def _no_gpu() -> str:
     kind = f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "CPU"
     return f"torch {torch.__version__} ({kind} build) sees no GPU"

@@ -8,7 +8,6 @@ A `Plan` says which frames each layer computes, chunk by chunk over time: those 
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from vlmteacher.ops.backends import backend, cpp_status, without_data
+from vlmteacher.ops.backends import backend, has_avx512_bf16, without_data
 from vlmteacher.ops.bits import pack_bits, unpack_bits
 from vlmteacher.ops.patchify import PatchLayout, Rows, shuffle_to_rows, shuffle_to_rows_backward
 
@@ -130,18 +129,13 @@ def _packed(weight: Tensor, *how: Any) -> Tensor:
     return kept[key]
 
 
-@functools.cache
-def _avx512() -> bool:
-    return cpp_status()[0] and importlib.import_module("vlmteacher._C").cpu_features()["avx512bf16"]
-
-
 def _fast(x: Tensor) -> Any:
     """The backend for x: a namespace with `conv3x3` and `conv3x3_backward` of the arguments above, or None.
 
     The C++ one is for AVX-512 with bfloat16; on other processors, and in other dtypes, torch's own convolutions do.
     """
     if x.device.type == "cpu":
-        return _Cpp if x.dtype in (torch.float32, torch.bfloat16) and _avx512() else None
+        return _Cpp if x.dtype in (torch.float32, torch.bfloat16) and has_avx512_bf16() else None
     return backend(x, "tiny_decoder")
 
 

@@ -29,13 +29,14 @@ class Keep(enum.IntEnum):
     INPUT = 4  # full recomputation
 
 
-_ATTENTION = (
-    "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_efficient_attention",
-    "aten::_scaled_dot_product_cudnn_attention",
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_fused_attention_overrideable",
-)
+_ATTENTION = {  # where the tokens stand in the shapes of q and k
+    "aten::_scaled_dot_product_flash_attention": -2,
+    "aten::_scaled_dot_product_efficient_attention": -2,
+    "aten::_scaled_dot_product_cudnn_attention": -2,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": -2,
+    "aten::_scaled_dot_product_fused_attention_overrideable": -2,
+    "vlmteacher::attention": 1,
+}
 _PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "vlmteacher::lora_linear": 0}  # where the left factor stands
 MIN_INNER = 128  # a product with fewer terms (a LoRA's second) costs no more than reading its result
 
@@ -53,7 +54,8 @@ def _policy(level: Keep, context: Any, operator: Any, *args: Any, **kwargs: Any)
     name = operator.name().split(".")[0]
     keep = False
     if name in _ATTENTION:  # cross-attention, to the few tokens of a prompt, is cheap
-        keep = level == Keep.PRODUCTS or args[1].shape[-2] >= args[0].shape[-2]
+        tokens = _ATTENTION[name]
+        keep = level == Keep.PRODUCTS or args[1].shape[tokens] >= args[0].shape[tokens]
     elif level <= Keep.LONG and name in _PRODUCTS:
         inner = args[_PRODUCTS[name]].shape[-1]
         outer = args[1][0].shape[0] if name == "vlmteacher::lora_linear" else context.op_output.shape[-1]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
+from vlmteacher.reasoners.attention import attend
 from vlmteacher.reasoners.base import Condition, Reasoner, Settings, check_prompt, fit_image
 from vlmteacher.reasoners.parts import load_part, load_transformers
 from vlmteacher.reasoners.presets import PRESETS
@@ -213,7 +214,6 @@ class UnmaskedAttention:
         attention_mask: None,
         image_rotary_emb: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
         from diffusers.models.embeddings import apply_rotary_emb
 
         def heads(x: Tensor) -> Tensor:
@@ -223,12 +223,11 @@ class UnmaskedAttention:
             turned = apply_rotary_emb(norm(heads(project(hidden_states))), image_rotary_emb, sequence_dim=1)
             return torch.cat([turned, norm_text(heads(project_text(encoder_hidden_states)))], 1)
 
-        attended = dispatch_attention_fn(
+        attended = attend(
+            self,
             joint(attn.to_q, attn.norm_q, attn.add_q_proj, attn.norm_added_q),
             joint(attn.to_k, attn.norm_k, attn.add_k_proj, attn.norm_added_k),
             torch.cat([heads(attn.to_v(hidden_states)), heads(attn.add_v_proj(encoder_hidden_states))], 1),
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
         )
         video, text = attended.flatten(2).split([hidden_states.shape[1], encoder_hidden_states.shape[1]], 1)
         return attn.to_out[0](video), attn.to_add_out(text)

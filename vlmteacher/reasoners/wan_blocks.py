@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers import transformer_wan as stock
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from vlmteacher.errors import InputError
 from vlmteacher.lora_linear import TOLERANCE, linear_group
 from vlmteacher.ops.ada_norm import ada_norm, gated_residual, residual_ada_norm
 from vlmteacher.ops.qk_norm_rope import qk_norm_rope
+from vlmteacher.reasoners.attention import attend
 from vlmteacher.reasoners.wan import by_token
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of float64 diffusers does a part in float32
@@ -65,7 +65,7 @@ class WanTransformerBlock(stock.WanTransformerBlock):
             q, (k, v) = attn.to_q(x), linear_group([attn.to_k, attn.to_v], text)
         q, k = qk_norm_rope([q, k], [attn.norm_q.weight, attn.norm_k.weight], rope, attn.heads, attn.norm_q.eps)
         q, k, v = (t.unflatten(2, (attn.heads, -1)) for t in (q, k, v))
-        y = dispatch_attention_fn(q, k, v, backend=attn.processor._attention_backend)
+        y = attend(attn.processor, q, k, v)
         return attn.to_out[1](attn.to_out[0](y.flatten(2, 3)))
 
 

@@ -16,6 +16,7 @@ from vlmteacher.teachers.preprocessing import (
     preprocess_frames,
     processor_settings,
 )
+from vlmteacher.teachers.visual_checkpoint import attend
 from vlmteacher.teachers.vlm import Clip, VLMTeacher
 
 
@@ -97,7 +98,11 @@ class InternVLTeacher(VLMTeacher):
         if embeddings.position_embeddings is not None:
             x = x + embeddings.interpolate_pos_encoding(x, *size)
         for layer in tower.encoder.layer:
-            x = layer(x)
+            attn, h = layer.attention, layer.layernorm_before(x)
+            heads = (attn.q_norm(attn.q_proj(h)), attn.k_norm(attn.k_proj(h)), attn.v_proj(h))
+            q, k, v = (t.unflatten(-1, (attn.num_heads, -1)) for t in heads)
+            x = x + layer.lambda_1 * attn.projection_layer(attend(q, k, v, self.attention_backend))
+            x = x + layer.lambda_2 * layer.mlp(layer.layernorm_after(x))
         x = tower.layernorm(x)
         if model.config.vision_feature_select_strategy == "default":
             x = x[:, 1:]

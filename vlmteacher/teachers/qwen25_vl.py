@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from vlmteacher.errors import InputError
+from vlmteacher.ops.elementwise import rotate
 from vlmteacher.teachers.preprocessing import CLIP_MEAN, CLIP_STD, VisionSettings, processor_settings
 from vlmteacher.teachers.qwen_vl import VIDEO_PAD, VISION_END, VISION_START, QwenTokens, half_angles
-from vlmteacher.teachers.visual_checkpoint import attend_segments, rotate
+from vlmteacher.teachers.visual_checkpoint import attend_segments
 from vlmteacher.teachers.vlm import Clip
 
 
@@ -85,7 +86,7 @@ class Qwen25VLTeacher(QwenTokens):
         for index, block in enumerate(visual.blocks):
             q, k, v = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(2)
             segments = [x.shape[1]] if index in visual.fullatt_block_indexes else windows
-            heads = attend_segments(rotate(q, cos, sin), rotate(k, cos, sin), v, segments)
+            heads = attend_segments(rotate(q, cos, sin), rotate(k, cos, sin), v, segments, self.attention_backend)
             x = x + block.attn.proj(heads)
             x = x + block.mlp(block.norm2(x))
         merged = visual.merger(x.flatten(0, 1)).unflatten(0, (-1, len(order)))

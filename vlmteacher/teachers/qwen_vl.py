@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmteacher.ops.elementwise import gelu, rotate
 from vlmteacher.teachers.preprocessing import (
     VisionSettings,
     preprocess_image,
     read_settings,
     video_size,
 )
-from vlmteacher.teachers.visual_checkpoint import LinearPatchEmbed, attend, rotate
+from vlmteacher.teachers.visual_checkpoint import LinearPatchEmbed, attend
 from vlmteacher.teachers.vlm import Clip, VLMTeacher, freeze_patch_embed
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
@@ -104,15 +105,19 @@ class QwenVLTeacher(QwenTokens):
 
     def encode_rows(self, rows: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
         """See `VLMTeacher.encode_rows`. All frame pairs go through every block as one batch."""
+        from transformers.activations import GELUTanh
+
         visual = self.visual
         places, cos, sin = self._table(size)
         x = visual.patch_embed(rows).unflatten(0, (-1, len(places)))
         x = x + places.to(x.dtype)
         deepstack = []
+        act = visual.blocks[0].mlp.act_fn
+        activation = gelu if type(act) is GELUTanh else act
         for index, block in enumerate(visual.blocks):
             q, k, v = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(2)
-            x = x + block.attn.proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v))
-            x = x + block.mlp(block.norm2(x))
+            x = x + block.attn.proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v, self.attention_backend))
+            x = x + block.mlp.linear_fc2(activation(block.mlp.linear_fc1(block.norm2(x))))
             if index in visual.deepstack_visual_indexes:
                 merger = visual.deepstack_merger_list[visual.deepstack_visual_indexes.index(index)]
                 deepstack.append(merger(x.flatten(0, 1)))

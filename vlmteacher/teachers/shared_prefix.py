@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from vlmteacher.errors import InputError
-from vlmteacher.teachers.visual_checkpoint import rotate
+from vlmteacher.ops.attention import Spans, attention
+from vlmteacher.ops.elementwise import rotate
 
 ACTIVATION_BYTES = 4 * 2**30  # where nobody says and no GPU tells
 
@@ -31,7 +32,7 @@ class Layout:
     ids (N,): token ids. prefix: how many of them are shared. cos, sin (N, 1, d / 2): rotary angles, float32. video:
     indices of the visual tokens. answers (A,): the positions whose next token is one of an answer's; targets (A,):
     that token;
-    owners (A,): its question. suffix_mask (N - prefix, N), answer_mask (A, N): True where a query may look.
+    owners (A,): its question. sees, answers_see: where the N tokens, and the A positions, may look.
     """
 
     ids: Tensor
@@ -43,8 +44,8 @@ class Layout:
     answers: Tensor
     targets: Tensor
     owners: Tensor
-    suffix_mask: Tensor
-    answer_mask: Tensor
+    sees: Spans
+    answers_see: Spans
 
 
 def shared_length(rows: Sequence[list[int]]) -> int:
@@ -70,23 +71,22 @@ def lay_out(
     prefix = len(rows[0]) if len(rows) == 1 else min(shared_length(rows), *(len(prompt) - 1 for prompt, _ in chats))
     ids: list[int] = []
     targets: list[int] = []
-    owner, cos, sin, answers, owners = [], [], [], [], []
+    starts, cos, sin, answers, owners = [], [], [], [], []
     for question, (row, (prompt, answer)) in enumerate(zip(rows, chats, strict=True)):
         start = 0 if question == 0 else prefix
         shift = len(ids) - start
         ids += row[start:]
-        owner += [question + 1] * (len(row) - start)
+        starts += [start + shift] * (len(row) - start)
         c, s = angles(torch.tensor([row]))
         cos.append(c[start:])
         sin.append(s[start:])
         answers += [len(prompt) - 1 + i + shift for i in range(len(answer))]
         targets += answer
         owners += [question] * len(answer)
-    belongs = torch.tensor(owner)
-    belongs[:prefix] = 0
-    places, asked = torch.arange(len(ids)), torch.tensor(answers)
-    sees = (belongs[:, None] == belongs) | (belongs == 0)
-    mask = sees & (places[:, None] >= places)
+    place, own = torch.arange(1, len(ids) + 1), torch.tensor(starts)
+    # the prefix, causal; a token of a question sees the prefix and its own question up to itself
+    spans = torch.stack([place.clamp(max=prefix), own.clamp(min=prefix), place], 1)
+    sees = Spans(spans.int().to(device), len(ids), causal=prefix)
     tokens = torch.tensor(ids)
     half = cos[0].shape[-1] // 2
     tensors = {
@@ -94,14 +94,14 @@ def lay_out(
         "cos": torch.cat(cos)[:, None, :half],
         "sin": torch.cat(sin)[:, None, :half],
         "video": (tokens == visual_token).nonzero().flatten(),
-        "answers": asked,
+        "answers": torch.tensor(answers),
         "targets": torch.tensor(targets),
         "owners": torch.tensor(owners),
-        "suffix_mask": mask[prefix:],
-        "answer_mask": mask[asked],
     }
     on_device = {name: value.to(device) for name, value in tensors.items()}
-    return Layout(prefix=prefix, questions=len(chats), **on_device)
+    return Layout(
+        prefix=prefix, questions=len(chats), sees=sees, answers_see=sees.at(on_device["answers"]), **on_device
+    )
 
 
 class Keep(enum.IntEnum):
@@ -227,28 +227,11 @@ class _Finish(torch.autograd.Function):
         return dx, _through(layer.self_attn.o_proj, dx), None, None
 
 
-def _look(q: Tensor, k: Tensor, v: Tensor, layout: Layout, last: bool) -> Tensor:
-    """Attention of (N, heads, d) tensors under the layout's rules; returns (queries, heads * d)."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-    if last:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.answer_mask, **grouped)
-        return out[0].transpose(0, 1).flatten(1)
-    # Two calls: the prefix stays on the fast causal path, and the mask has as many rows as the suffixes have tokens.
-    n = layout.prefix
-    out = F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True, **grouped)
-    out = out[0].transpose(0, 1).flatten(1)
-    if n == q.shape[2]:
-        return out
-    rest = F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=layout.suffix_mask, **grouped)
-    return torch.cat([out, rest[0].transpose(0, 1).flatten(1)])
-
-
-def _layer(x: Tensor, layer: Any, layout: Layout, last: bool, keep: Keep) -> Tensor:
+def _layer(x: Tensor, layer: Any, layout: Layout, last: bool, keep: Keep, backend: str | None) -> Tensor:
     rows = layout.answers if last else None  # nobody reads the other outputs of the last layer
     q, k, v = _Project.apply(x, layer, layout.cos, layout.sin, rows, keep == Keep.ALL)
-    heads = _look(q, k, v, layout, last)
-    return _Finish.apply(x if rows is None else x[rows], heads, layer, keep == Keep.ALL)
+    heads = attention(q[None], k[None], v[None], layout.answers_see if last else layout.sees, backend)
+    return _Finish.apply(x if rows is None else x[rows], heads[0].flatten(1), layer, keep == Keep.ALL)
 
 
 def check_language(language: Any, name: str) -> None:
@@ -273,6 +256,7 @@ def answer_losses(
     video: Tensor,
     deepstack: Sequence[Tensor] = (),
     activation_bytes: int | None = None,
+    attention_backend: str | None = None,
 ) -> Tensor:
     """-log P(answer) of every question, natural logarithm, (1+M,) float32.
 
@@ -281,6 +265,7 @@ def answer_losses(
         video: (visual tokens, C), the embeddings that replace the placeholders.
         deepstack: the same for the outputs of the first layers, to be added there.
         activation_bytes: what the layers may keep for the backward, see `how_much`.
+        attention_backend: see `ops.attention`.
     """
     keep = how_much(language.layers, len(layout.ids), activation_bytes, video.device)
     embeds = language.embed_tokens(layout.ids)
@@ -288,10 +273,10 @@ def answer_losses(
     for index, layer in enumerate(language.layers):
         last = index + 1 == len(language.layers)
         if keep == Keep.INPUT and x.requires_grad:
-            rest = (layer, layout, last, Keep.ALL)
+            rest = (layer, layout, last, Keep.ALL, attention_backend)
             x = checkpoint(_layer, x, *rest, use_reentrant=False, preserve_rng_state=False)
         else:
-            x = _layer(x, layer, layout, last, keep)
+            x = _layer(x, layer, layout, last, keep, attention_backend)
         if index < len(deepstack) and not last:
             x = x.index_add(0, layout.video, deepstack[index].to(x.dtype))
     logits = head(language.norm(x)).float()

@@ -215,7 +215,9 @@ class VLMTeacher(Teacher):
                 seen = stream(lambda chunk: self.encode(chunk, size), frames, at_a_time * self.frames_per_patch)
             video, *deepstack = seen
             head = self.model.get_output_embeddings()
-            return answer_losses(self.language, head, layout, video, deepstack, self.activation_bytes)
+            return answer_losses(
+                self.language, head, layout, video, deepstack, self.activation_bytes, self.attention_backend
+            )
 
     def _layout(self, clip: Clip, queries: QuerySet) -> Layout:
         """The packed prompts; the same for every step of an optimisation, so it is kept."""

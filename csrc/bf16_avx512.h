@@ -1,0 +1,79 @@
+// Vectors of 16 numbers in float32, from bfloat16 or float32 in memory. For files compiled with AVX-512 BF16 flags
+// only: all of it has internal linkage, so that no linker shares it with code that runs anywhere.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+// Unrolled by force: with one index left to run time accumulators would live in memory.
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace vlmteacher {
+namespace {
+
+constexpr int64_t kLanes = 16;
+constexpr __mmask16 kAll = 0xffff;
+
+inline __mmask16 lanes(int64_t count) {
+  return count >= kLanes ? kAll : count <= 0 ? __mmask16(0) : __mmask16((1u << count) - 1);
+}
+
+// A word is what a lane of an operand holds: two bfloat16 that follow each other along the sum, or one float32.
+struct BFloat16 {
+  static constexpr int64_t kDepth = 2, kBytes = 2;
+  static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+  // All lanes in use is a case of its own: masked accesses of 16-bit elements are slow on some processors.
+  static __m512 load(const char* from, __mmask16 mask) {
+    const __m256i half = mask == kAll ? _mm256_loadu_si256((const __m256i*)from) : _mm256_maskz_loadu_epi16(mask, from);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  static void store(char* to, __mmask16 mask, __m512 value) {
+    const __m256i half = (__m256i)_mm512_cvtneps_pbh(value);
+    mask == kAll ? _mm256_storeu_si256((__m256i*)to, half) : _mm256_mask_storeu_epi16(to, mask, half);
+  }
+  // The words of 16 columns from rows `first` and `second` (null: zeros) of a matrix.
+  static __m512i words(const char* first, const char* second, __mmask16 mask) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, first));
+    if (!second) return low;
+    return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, second)), 16));
+  }
+};
+
+struct Float32 {
+  static constexpr int64_t kDepth = 1, kBytes = 4;
+  static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+  }
+  static __m512 load(const char* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
+  static void store(char* to, __mmask16 mask, __m512 value) { _mm512_mask_storeu_ps(to, mask, value); }
+  static __m512i words(const char* first, const char*, __mmask16 mask) { return _mm512_maskz_loadu_epi32(mask, first); }
+};
+
+// 2^x for x far below the float's largest exponent; -inf is not among them.
+template <class T>
+inline __m512 exp2(__m512 x) {
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_sub_ps(x, whole);
+  __m512 p;
+  if constexpr (T::kDepth == 2) {  // to be rounded to bfloat16: 4e-7 is enough
+    p = _mm512_set1_ps(0.0012692681f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0096565578f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.055521049f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.24022551f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69314677f));
+  } else {
+    p = _mm512_set1_ps(0.00014788161f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0013385445f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0096204160f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.055503771f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.24022633f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69314718f));
+  }
+  return _mm512_scalef_ps(_mm512_fmadd_ps(p, f, _mm512_set1_ps(1)), whole);
+}
+
+}  // namespace
+}  // namespace vlmteacher

@@ -1,0 +1,136 @@
+"""The Teacher's questions in all families: their truth follows from state, and the labeller sees the same."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from vlmteacher.microworld import corruptions, labeller, scorer, world
+from vlmteacher.microworld.facts import facts_of
+from vlmteacher.microworld.questions import (
+    KINDS,
+    PLANS,
+    agreement,
+    ask,
+    judgements,
+    own_questions,
+    recognise,
+    right_queries,
+)
+from vlmteacher.queries import QuerySet
+
+# What each corruption breaks, whatever the family; the question that must then be answered No.
+BREAKS = {
+    "half_finished": {"inside", "at", "turns", "fills", "lies", "sorted"},
+    "static": {"inside", "at", "turns", "fills", "lies", "sorted"},
+    "wrong_target": {"inside", "at", "turns", "fills", "lies", "sorted", "order"},
+    "mistaken": {"inside", "at", "turns", "fills", "lies", "sorted", "avoid"},
+    "eroded_scenery": {"scenery"},
+}
+
+
+def soften(frames: np.ndarray) -> np.ndarray:
+    for axis in (1, 2):
+        frames = 0.2 * np.roll(frames, 1, axis) + 0.6 * frames + 0.2 * np.roll(frames, -1, axis)
+    return frames
+
+
+@pytest.mark.parametrize("family", world.FAMILIES)
+def test_answers_follow_from_state(family):
+    rng = np.random.default_rng(5)
+    for split in ("train", "train", "ood"):
+        scene = world.sample_scene(rng, family, split)
+        right = facts_of(scene, world.perform(scene))
+        assert all(question.answer for question in own_questions(scene, right))
+        assert not right.changed.any()
+        for kind, broken in BREAKS.items():
+            if kind in corruptions.kinds(family):
+                facts = facts_of(scene, corruptions.CORRUPTIONS[kind](scene, rng))
+                said = {question.kind for question in own_questions(scene, facts) if not question.answer}
+                assert said & broken, (kind, said)
+
+
+@pytest.mark.parametrize("family", world.FAMILIES)
+def test_labeller_sees_what_state_says(family):
+    rng = np.random.default_rng(6)
+    same = []
+    for kind in ("static", "mistaken", "wrong_target", "vanish", "teleport", "eroded_scenery", "half_finished"):
+        if kind not in corruptions.kinds(family):
+            continue
+        for _ in range(3):
+            scene = world.sample_scene(rng, family)
+            track = corruptions.CORRUPTIONS[kind](scene, rng)
+            seen = labeller.label(soften(world.draw(track)), scene)
+            pairs = zip(own_questions(scene, facts_of(scene, track)), own_questions(scene, seen), strict=True)
+            same += [true.answer == found.answer for true, found in pairs]
+    assert np.mean(same) > 0.93
+    for _ in range(3):
+        scene = world.sample_scene(rng, family)
+        assert labeller.succeeds(labeller.label(soften(world.render(scene)), scene), scene)
+
+
+def test_half_of_the_answers_are_no():
+    rng = np.random.default_rng(7)
+    said = {family: [] for family in world.FAMILIES}
+    kinds = set()
+    for family in world.FAMILIES:
+        for _ in range(30):
+            scene = world.sample_scene(rng, family)
+            track = corruptions.CORRUPTIONS["mistaken"](scene, rng) if rng.random() < 0.5 else world.perform(scene)
+            asked = ask(scene, facts_of(scene, track), rng, 8)
+            assert len(asked) == 8 and all("None" not in question.text for question in asked)
+            said[family] += [question.answer for question in asked]
+            kinds |= {question.kind for question in asked}
+    assert kinds == set(KINDS)
+    assert all(0.35 < np.mean(answers) < 0.65 for answers in said.values()), said
+
+
+def test_queries_are_few_and_say_how_a_thing_is_told_from_others():
+    rng = np.random.default_rng(8)
+    assert list(PLANS) == list(world.FAMILIES)
+    texts = {family: "" for family in world.FAMILIES}
+    for family in world.FAMILIES:
+        for split in ("train", "ood"):
+            for _ in range(12):
+                queries = right_queries(world.sample_scene(rng, family, split))
+                assert 1 <= len(queries.process) <= 3
+                texts[family] += queries.to_json()
+    assert "round" in texts["odd"] and "square" in texts["odd"]
+    assert "first" in texts["count"] and "fourth" in texts["count"]
+
+
+def test_query_quality_tells_perception_from_wrong_queries():
+    scene = world.sample_scene(np.random.default_rng(9), "move")
+    queries = right_queries(scene)
+
+    def judged(track, said=None):
+        facts, subscores = facts_of(scene, track), scorer.score(world.draw(track), scene).subscores
+        truth = [question.answer for question in own_questions(scene, facts)]
+        return agreement(judgements(scene, facts, queries, said or truth, subscores))
+
+    assert judged(world.perform(scene)) == {"n": 4, "perception": 0, "wrong_query": 0}
+    (ball,) = scene.actors
+    track = [
+        tuple(replace(x, alpha=0.0) if i == ball and 4 <= t < 7 else x for i, x in enumerate(things))
+        for t, things in enumerate(world.perform(scene))
+    ]
+    assert [question.answer for question in own_questions(scene, facts_of(scene, track))] == [True, False, False, True]
+    assert judged(track) == {"n": 4, "perception": 0, "wrong_query": 0}
+    assert judged(track, [True, True, False, True])["perception"] == 0.25  # taken for one all the time
+    odd = QuerySet("Does the pink ball end up in the sky?")  # none of the world's: true of no video
+    facts, subscores = facts_of(scene, track), scorer.score(world.draw(track), scene).subscores
+    assert agreement(judgements(scene, facts, odd, [False], subscores))["wrong_query"] == subscores["goal"] == 1
+
+
+def test_written_questions_are_recognised():
+    rng = np.random.default_rng(10)
+    for family in world.FAMILIES:
+        for _ in range(4):
+            scene = world.sample_scene(rng, family)
+            facts = facts_of(scene, corruptions.CORRUPTIONS["mistaken"](scene, rng))
+            for question in ask(scene, facts, rng, 10):
+                again = recognise(question.text, scene, facts)
+                assert again is not None and again.text == question.text
+                assert (again.kind, again.answer) == (question.kind, question.answer), question
+    for text in ("Is the sky blue?", "Is the pink ball inside the red box at the end?"):
+        assert recognise(text, scene, facts) is None

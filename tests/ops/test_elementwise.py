@@ -1,0 +1,80 @@
+"""The operators against their definitions in float64, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmteacher.ops import elementwise
+from vlmteacher.ops.backends import has_avx512_bf16
+from vlmteacher.ops.elementwise import gelu, rotate, rotate_reference
+
+
+@pytest.fixture(params=["fast", "torch"], autouse=True)
+def backend(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(elementwise, "_is_fast", lambda x: False)
+    elif not has_avx512_bf16():
+        pytest.skip("no AVX-512 with bfloat16 here")
+
+
+def within(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:
+    """At most 1.5 times the error of the plain expression, and a rounding."""
+    for a, b, c in zip(ours, plain, exact, strict=True):
+        eps = torch.finfo(a.dtype).eps
+        assert a.isfinite().all() and a.dtype == b.dtype
+        assert (a - c).norm() <= 1.5 * (b - c).norm() + eps / 8 * c.norm()
+
+
+def run(function, x: Tensor, grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    x = x.to(dtype).requires_grad_()
+    y = function(x)
+    return [y.detach(), torch.autograd.grad(y, x, grad.to(dtype))[0]]
+
+
+def plain_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return x * torch.cat([cos, cos], -1) + torch.cat([-b, a], -1) * torch.cat([sin, sin], -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(5, 3, 8), (2, 7, 4, 72), (1, 3, 1, 66)], ids=str)
+def test_rotate(shape, dtype):
+    g = torch.Generator().manual_seed(len(shape))
+    x, grad = (torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).double() for _ in range(2))
+    angle = torch.randn(shape[-3], 1, shape[-1] // 2, generator=g).mul(9)
+    cos, sin = angle.cos(), angle.sin()
+    ours = run(lambda t: rotate(t, cos, sin), x, grad, dtype)
+    plain = run(lambda t: plain_rotation(t, cos.to(dtype), sin.to(dtype)), x, grad, dtype)
+    exact = run(lambda t: plain_rotation(t, cos.double(), sin.double()), x, grad, torch.float64)
+    within(ours, plain, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (7, 33), (3, 5, 1000)], ids=str)
+def test_gelu(shape, dtype):
+    g = torch.Generator().manual_seed(len(shape))
+    x, grad = (torch.randn(shape, generator=g, dtype=torch.float64).mul(3).to(dtype).double() for _ in range(2))
+    plain, exact = (run(lambda t: F.gelu(t, approximate="tanh"), x, grad, each) for each in (dtype, torch.float64))
+    within(run(gelu, x, grad, dtype), plain, exact)
+
+
+def test_gelu_at_the_ends():
+    x = torch.tensor([-1e30, -300.0, -10.0, 0.0, 10.0, 300.0, 1e30, torch.inf, torch.nan]).requires_grad_()
+    y = gelu(x)
+    torch.testing.assert_close(y[:-1].detach(), x[:-1].detach().relu(), atol=1e-6, rtol=0)
+    (slope,) = torch.autograd.grad(y[1:6].sum(), x)
+    torch.testing.assert_close(slope[1:6], torch.tensor([0.0, 0, 0.5, 1, 1]), atol=1e-6, rtol=0)
+    assert y[-1].isnan()
+
+
+def test_strided_rows_and_expanded_gradients():
+    x = torch.randn(2, 7, 3, 4, 8).unbind(2)[1].requires_grad_()
+    angle = torch.randn(7, 1, 4)
+    y = rotate(x, angle.cos(), angle.sin())
+    torch.testing.assert_close(y, rotate_reference(x, angle.cos(), angle.sin()))
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(dx, rotate_reference(torch.ones_like(x), angle.cos(), -angle.sin()))
+    torch.testing.assert_close(gelu(x.mT), F.gelu(x.mT, approximate="tanh"))

@@ -1,0 +1,117 @@
+"""Element-wise work between the products of a transformer: each one pass, forward and backward, in float32 inside.
+
+On the CPU it is C++ where the processor has AVX-512 BF16; elsewhere it is torch's own operators.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vlmteacher.ops.backends import has_avx512_bf16, plain
+
+_AVX512_BF16 = has_avx512_bf16()  # asked here, for torch.compile must not look into the question
+
+
+def _is_fast(x: Tensor) -> bool:
+    own = x.dtype in (torch.bfloat16, torch.float32) and x.device.type == "cpu"
+    return own and x.numel() > 0 and _AVX512_BF16
+
+
+def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The definition of `rotate`, in plain differentiable torch."""
+    a, b = x.float().chunk(2, -1)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    half = a.shape[-1]
+    out[..., :half] = torch.addcmul(a * cos, b, sin, value=-1)
+    out[..., half:] = torch.addcmul(b * cos, a, sin)
+    return out
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    batch = x if x.dim() == 4 else x[None]
+    out: Tensor = torch.ops.vlmteacher_cpp.rotate(batch, cos, sin, back)
+    return out.view(x.shape)
+
+
+def _gelu(x: Tensor, grad: Tensor | None) -> Tensor:
+    """gelu(x), or grad * gelu'(x)."""
+    out: Tensor = torch.ops.vlmteacher_cpp.gelu(x, grad)
+    return out
+
+
+# The same as operators, for whoever must see through them; see lora_linear.py.
+@torch.library.custom_op("vlmteacher::rotate", mutates_args=())
+def _rotate_operator(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    return _rotate(x, cos, sin, back)
+
+
+@torch.library.custom_op("vlmteacher::gelu", mutates_args=())
+def _gelu_operator(x: Tensor, grad: Tensor | None) -> Tensor:
+    return _gelu(x, grad)
+
+
+@_rotate_operator.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_gelu_operator.register_fake
+def _(x: Tensor, grad: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    if not _is_fast(x) or cos.dtype != torch.float32:
+        return rotate_reference(x, cos, -sin if back else sin)
+    return (_rotate if plain(x) else _rotate_operator)(x, cos, sin, back)
+
+
+class _Rotate(torch.autograd.Function):
+    """Saves the angles only, for its gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, sin, True), None, None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, `x cos + rotate_half(x) sin`, in float32, in the dtype of x.
+
+    x: (N, H, d) or (B, N, H, d); cos, sin: (N, 1, d / 2) float32: the first half, which the second repeats.
+    Differentiable once with respect to x.
+    """
+    out: Tensor = _Rotate.apply(x, cos, sin)
+    return out
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return (_gelu if plain(x) else _gelu_operator)(x, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return (_gelu if plain(grad) else _gelu_operator)(x, grad)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """`F.gelu(x, approximate="tanh")` of any shape; by the C++ backend differentiable once."""
+    if not _is_fast(x):
+        return F.gelu(x, approximate="tanh")
+    out: Tensor = _Gelu.apply(x)
+    return out
