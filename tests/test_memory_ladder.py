@@ -118,7 +118,7 @@ def test_another_error_is_raised_as_it_is(make: Any) -> None:
     loop.teacher = None
     with pytest.raises(AttributeError):
         loop.step()
-    loop.reasoner = type("Broken", (), {"predict_clean": lambda *_: torch.ones(2) @ torch.ones(3)})()
+    loop.reasoner = type("Broken", (), {"predict_target": lambda *_: torch.ones(2) @ torch.ones(3)})()
     with pytest.raises(RuntimeError, match="size"):
         loop.step()
     assert not loop.ladder.taken

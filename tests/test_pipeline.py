@@ -205,7 +205,7 @@ def test_breaking_down_keeps_the_last_good_state(pipe: TeacherPipeline, tmp_path
         ({"num_frames": 6}, "5 and 9"),
         ({"num_frames": 0}, "num_frames"),
         ({"image": Image.new("RGB", (48, 48))}, "48x48 pixels, the video 48x32"),
-        ({"target": "full"}, "first_step"),
+        ({"target": "second_step"}, "target must be first_step"),
         ({"output_type": "latent"}, "output_type"),
     ],
 )

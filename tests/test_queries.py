@@ -240,6 +240,7 @@ def test_the_packaged_teacher_is_asked_as_it_was_trained():
         ('{"prompt": "x"}', "unknown entry 'prompt'"),
         ('{"query_instruction": "Write queries."}', r"\{prompt\}"),
         ('{"query_instruction": 3}', r"\{prompt\}"),
+        ('{"preservation_query": " "}', "preservation_query must be a question"),
         ('{"own_wording": "yes"}', "own_wording must be true or false, not 'yes'"),
     ],
 )

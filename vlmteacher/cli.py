@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
     from vlmteacher.pipeline import TeacherPipeline, TeacherPipelineOutput
 
-RESUMABLE = ("run.json", "results.json", "state/state.pt")  # of a run, of a sweep, of a training
+RESUMABLE = (
+    "run.json",
+    "settings.json",
+    "base/settings.json",
+    "state/state.pt",
+)  # of a run, a sweep, a table, a training
 
 # Heavy imports stand inside the commands: `vlmteacher --help` must answer at once.
 
@@ -106,6 +111,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--offload", action="store_true", help="what is not needed waits in main memory")
     sub.add_argument("--keep", choices=("last", "best"), help="which LoRA to use after N updates")
     sub.add_argument(
+        "--target",
+        choices=("first_step", "last_step", "full"),
+        help="what the Teacher looks at: the one-step prediction (default), or the few-step video with a gradient"
+        " through its last step or all",
+    )
+    sub.add_argument("--preserve", action="store_true", default=None, help="also ask for what the task does not change")
+    sub.add_argument("--frame-jitter", type=int, metavar="N", help="shift the Teacher's frames by up to N pixels")
+    sub.add_argument("--lora-decay", type=float, metavar="X", help="weight decay of the LoRA (default: 0)")
+    sub.add_argument("--pull", type=float, metavar="X", help="toward the prediction before any update (default: 0)")
+    sub.add_argument(
         "--activations",
         metavar="LEVELS",
         help="what the Reasoner's blocks keep for the backward, as `vlmteacher plan` says it (default: everything)",
@@ -129,10 +144,17 @@ def parser() -> argparse.ArgumentParser:
 
     sub = add("bench", bench, "a sweep over the instances of a benchmark")
     sub.add_argument("benchmark", choices=("microworld", "vbvr", "ruler"))
-    sub.add_argument("--method", required=True, metavar="NAME", help="base, teacher, pass@N")
-    sub.add_argument("--limit", type=int, default=100, metavar="N", help="instances (default: 100)")
-    sub.add_argument("--seed", type=int, default=1, metavar="N", help="draws the split (default: 1)")
-    sub.add_argument("--split", default="id", metavar="NAME", help="id (default), ood or validation")
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--method", metavar="NAME", help="base, teacher, pass@N, steps@N, goal-only and more (see docs)")
+    what.add_argument("--table", metavar="NAME", help="all methods of a table: paper, or remedies (on validation)")
+    sub.add_argument("--limit", type=int, default=100, metavar="N", help="scenes of each split (default: 100)")
+    sub.add_argument(
+        "--seeds", type=int, metavar="N", help="noises for each scene; of a table's main methods (default: 1; table: 3)"
+    )
+    sub.add_argument("--seed", type=int, default=1, metavar="N", help="draws the split (default: 1, the frozen one)")
+    sub.add_argument("--split", metavar="NAME", help="of a method: id (default), ood or validation")
+    sub.add_argument("--trace", action="store_true", help="the scorer's verdict on the video after every step too")
+    sub.add_argument("--many-step", metavar="ID", help="the Reasoner before its few-step distillation, for many-step")
     _add_families(sub)
     sub.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
     _add_lora_blocks(sub)
@@ -310,6 +332,11 @@ def solve(arguments: argparse.Namespace) -> None:
         "fused_lora": arguments.fused_lora,
         "engine": arguments.engine,
         "lora_blocks": arguments.lora_blocks,
+        "target": arguments.target,
+        "preserve": arguments.preserve,
+        "frame_jitter": arguments.frame_jitter,
+        "lora_decay": arguments.lora_decay,
+        "pull": arguments.pull,
     }
     settings = {name: value for name, value in names.items() if value is not None}
     Settings(**settings)  # bad values show before any model is loaded
@@ -392,14 +419,16 @@ def lora(arguments: argparse.Namespace) -> None:
 def bench(arguments: argparse.Namespace) -> None:
     if arguments.benchmark != "microworld":
         raise InputError(f"bench {arguments.benchmark} is not there yet: only microworld is")
-    for name, least in (("limit", 1), ("workers", 1), ("seed", 0)):
-        if getattr(arguments, name) < least:
-            raise InputError(f"--{name} must be at least {least}, not {getattr(arguments, name)}")
+    for name, least in (("limit", 1), ("workers", 1), ("seed", 0), ("seeds", 1)):
+        if (value := getattr(arguments, name)) is not None and value < least:
+            raise InputError(f"--{name} must be at least {least}, not {value}")
     from vlmteacher.quiet import quiet
 
     quiet()
     from vlmteacher.evaluation.microworld import run_benchmark
 
+    if arguments.table is not None:
+        return _bench_table(arguments)
     results = run_benchmark(
         method=arguments.method,
         limit=arguments.limit,
@@ -408,8 +437,11 @@ def bench(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         resume=arguments.resume,
         lora_blocks=arguments.lora_blocks,
-        split=arguments.split,
+        split=arguments.split or "id",
         chosen=_families(arguments),
+        noises=arguments.seeds or 1,
+        trace=arguments.trace,
+        many_step=arguments.many_step,
     )
     print(f"{results['benchmark']}, method {results['method']}")
     print(f"{'split':10} {'n':>5} {'success':>8} {'score':>6}")
@@ -418,6 +450,25 @@ def bench(arguments: argparse.Namespace) -> None:
             print(f"{name:10} {row['n']:5} {row['success_rate']:8.2f} {row['score']:6.3f}")
     print(f"{results['updates_mean']:.1f} updates and {results['seconds_mean']:.1f} s per instance")
     print(f"Results: {Path(arguments.out) / 'results.json'}")
+
+
+def _bench_table(arguments: argparse.Namespace) -> None:
+    from vlmteacher.evaluation.microworld import Bench
+    from vlmteacher.evaluation.tables import TABLES, format_table, run_table
+
+    if arguments.table not in TABLES:
+        raise InputError(f"--table {arguments.table} is not there: it can be {' or '.join(TABLES)}")
+    for name in ("split", "lora_blocks"):
+        if getattr(arguments, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} goes with --method: a table has its own splits and methods")
+    table, families = TABLES[arguments.table], tuple(_families(arguments))
+    bench = Bench(arguments.seed, families, None, arguments.many_step, arguments.trace)
+    out = Path(arguments.out)
+    noises = arguments.seeds or 3
+    print(
+        format_table(run_table(table, bench, arguments.limit, noises, out, arguments.workers, arguments.resume), table)
+    )
+    print(f"Results: {out / 'table.json'}, and a folder for each method")
 
 
 def train_microworld(arguments: argparse.Namespace) -> None:

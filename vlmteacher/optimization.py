@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from vlmteacher.errors import InputError, NonFiniteFrames, OutOfMemory
 from vlmteacher.lora import frozen_blocks, load_lora_state, lora_parameters, lora_state_dict, parse_blocks
 from vlmteacher.memory_ladder import MemoryLadder, is_out_of_memory
 from vlmteacher.ops.patchify import PatchRows
+from vlmteacher.reasoners.base import Target
 from vlmteacher.reasoners.frozen_front import FrozenFront
 from vlmteacher.reward import vqa_objective
 from vlmteacher.teachers.base import check_range
@@ -48,7 +50,13 @@ class Settings:
     the LoRA layers and what is between them by our operators, not by PEFT's and diffusers' expressions; the results
     agree to rounding. engine: how the steps are run (`vlmteacher/engines.py`). lora_blocks: "last:n" adapts the last n
     blocks of the Reasoner only, which is another method than the paper's: what comes before them is computed once.
-    Raises InputError.
+    target: which latents the Teacher looks at, and through what the gradient goes (`Reasoner.predict_target`); the
+    paper's is the "first_step".
+
+    Remedies against videos that please only the Teacher, all off: preserve asks for what the task does not change, by a
+    process question of the Teacher's (`QueryStyle.preservation_query`). frame_jitter >= 0, pixels by which the frames
+    are shifted, another way at each step. lora_decay >= 0, AdamW's weight decay. pull >= 0, weight of the mean squared
+    distance of the latents from what they were before the first update, beside the loss. Raises InputError.
     """
 
     max_steps: int = 40
@@ -62,9 +70,14 @@ class Settings:
     fused_lora: bool = True
     engine: Engine = "eager"
     lora_blocks: str | None = None
+    target: Target = "first_step"
+    preserve: bool = False
+    frame_jitter: int = 0
+    lora_decay: float = 0.0
+    pull: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, least in (("max_steps", 0), ("teacher_frames", 1), ("rank", 1)):
+        for name, least in (("max_steps", 0), ("teacher_frames", 1), ("rank", 1), ("frame_jitter", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise InputError(f"{name} must be a whole number of at least {least}, not {value}")
@@ -72,12 +85,20 @@ class Settings:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise InputError(f"{name} must be greater than 0, not {value}")
+        for name in ("lora_decay", "pull"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise InputError(f"{name} must be 0 (off) or greater, not {value}")
         if not 0 <= self.goal_weight <= 1:
             raise InputError(f"goal_weight must lie between 0 and 1, not {self.goal_weight}")
         if self.keep not in ("last", "best"):
             raise InputError(f'keep must be "last" or "best", not {self.keep!r}')
+        if self.target not in get_args(Target):
+            raise InputError(f"target must be {' or '.join(get_args(Target))}, not {self.target!r}")
         if self.engine not in ENGINES:
             raise InputError(f"engine must be {' or '.join(ENGINES)}, not {self.engine!r}")
+        if self.engine == "cuda_graph" and self.frame_jitter:
+            raise InputError('frame_jitter changes from step to step, a CUDA graph does not: take engine "eager"')
         if self.lora_blocks is not None:
             parse_blocks(self.lora_blocks)
 
@@ -161,7 +182,7 @@ class Optimization:
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=settings.learning_rate,
-            weight_decay=0.0,
+            weight_decay=settings.lora_decay,
             capturable=settings.engine == "cuda_graph",
         )
         self.history: list[dict[str, Any]] = []
@@ -169,7 +190,10 @@ class Optimization:
         self.stopped: Literal["threshold", "max_steps"] | None = None if settings.max_steps else "max_steps"
         self.decoder_chunk: int | None = None
         self.offload = False  # of what the Reasoner saves for the backward, to pinned host memory
+        self.anchor: Tensor | None = None  # the latents before the first update, where there is a pull to them
         frozen = frozen_blocks(reasoner.transformer, settings.lora_blocks)
+        if settings.target != "first_step":  # later predictions have other inputs at every step
+            frozen = 0
         self.front: AbstractContextManager[object] = (
             FrozenFront(reasoner.transformer, frozen) if frozen else nullcontext()
         )
@@ -186,20 +210,35 @@ class Optimization:
             yield self.step()
 
     def look(self) -> tuple[Tensor, Tensor]:
-        """(the loss of the one-step prediction, what the host wants to know of the step), nothing read from the device.
+        """(what is to fall, what the host wants to know of the step), nothing read from the device.
 
-        The second is (9 + 1+M,) float32: the loss, whether the latents hold NaN, the frames' extremes, `GUARDS`, P(Yes)
-        of each query.
+        The first is the Teacher's loss on the prediction, and the pull. The second is (9 + 1+M,) float32: the Teacher's
+        loss alone, whether the latents hold NaN, the frames' extremes, `GUARDS`, P(Yes) of each query.
         """
         offload: Any = torch.autograd.graph.save_on_cpu(pin_memory=True) if self.offload else nullcontext()
         with offload, self.front:
-            latents = self.reasoner.predict_clean(self.condition, self.noise)
+            latents = self.reasoner.predict_target(self.condition, self.noise, self.settings.target)
         frames = self._decode(latents)
-        losses = self.teacher.losses(frames, self.frame_indices, self.reasoner.fps, self.queries, check=False)
+        looked_at = self._jittered(frames) if self.settings.frame_jitter else frames
+        losses = self.teacher.losses(looked_at, self.frame_indices, self.reasoner.fps, self.queries, check=False)
         loss = vqa_objective(losses, self.settings.goal_weight)
         with torch.no_grad():
             seen = (latents.isnan().any(), *frames.aminmax(), frame_guards(frames), losses.neg().exp())
-            return loss, torch.cat([each.to(loss.device, torch.float32).view(-1) for each in (loss, *seen)])
+            facts = torch.cat([each.to(loss.device, torch.float32).view(-1) for each in (loss, *seen)])
+        if self.settings.pull:
+            if self.anchor is None:
+                self.anchor = latents.detach()
+            loss = loss + self.settings.pull * (latents - self.anchor).square().mean().to(loss)
+        return loss, facts
+
+    def _jittered(self, frames: Tensor | PatchRows) -> Tensor:
+        """The frames (K, 3, H, W) shifted as the step's number says, edges repeated."""
+        assert isinstance(frames, Tensor)  # see `_decode`
+        most = self.settings.frame_jitter
+        draw = random.Random(len(self.history))
+        down, across = (most + draw.randint(-most, most) for _ in range(2))
+        padded = torch.nn.functional.pad(frames, (most,) * 4, mode="replicate")
+        return padded[..., down : down + frames.shape[-2], across : across + frames.shape[-1]]
 
     def differentiate(self, loss: Tensor, facts: Tensor) -> Tensor:
         """Leave the clipped gradient of `loss` on the parameters; `facts` with its norm before clipping at the end."""
@@ -253,10 +292,13 @@ class Optimization:
         return row
 
     def _decode(self, latents: Tensor) -> Tensor | PatchRows:
-        """What the Teacher sees: where it would not resize the frames, its own patch rows right from the decoder."""
+        """What the Teacher sees: where it would not resize the frames, its own patch rows right from the decoder.
+
+        What is still to be shifted must be frames.
+        """
         height, width = (side * self.decoder.spatial_stride for side in latents.shape[-2:])
         layout = self.teacher.patch_layout(len(self.frame_indices), height, width)
-        if layout is None:
+        if layout is None or self.settings.frame_jitter:
             return self.decoder.decode(latents, self.frame_indices, self.decoder_chunk, check=False)
         return self.decoder.decode_rows(latents, layout, self.frame_indices, self.decoder_chunk, check=False)
 
@@ -288,11 +330,14 @@ class Optimization:
                 )
             self.engine.reset()
 
+    def final_video(self) -> Tensor:
+        """The few-step video (F, 3, H, W) in [0, 1] that the adapted Reasoner would give now."""
+        return self.reasoner.decode(self.reasoner.sample(self.condition, self.noise))
+
     @torch.no_grad()
     def _final_loss(self) -> float:
-        """The objective on the few-step video that the adapted Reasoner would give now."""
-        video = self.reasoner.decode(self.reasoner.sample(self.condition, self.noise))
-        frames = video[self.frame_indices]
+        """The objective on `final_video`."""
+        frames = self.final_video()[self.frame_indices]
         losses = self.teacher.losses(frames, self.frame_indices, self.reasoner.fps, self.queries)
         return vqa_objective(losses, self.settings.goal_weight).item()
 
@@ -308,6 +353,7 @@ class Optimization:
             "optimizer": None if self.stopped else copy.deepcopy(self.optimizer.state_dict()),
             "history": copy.deepcopy(self.history),
             "best": self.best,
+            "anchor": self.anchor,
             "stopped": self.stopped,
             "rungs": list(self.ladder.taken),
         }
@@ -318,7 +364,9 @@ class Optimization:
         if state["optimizer"] is not None:
             self.optimizer.load_state_dict(state["optimizer"])
         self.history = copy.deepcopy(state["history"])
-        self.best, self.stopped = state["best"], state["stopped"]
+        self.best, self.stopped, self.anchor = state["best"], state["stopped"], state["anchor"]
+        if self.anchor is not None:  # read from a file it is on the CPU
+            self.anchor = self.anchor.to(self.noise.z1)
         self.ladder.take(state["rungs"])
 
     def close(self) -> None:

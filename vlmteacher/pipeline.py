@@ -26,7 +26,7 @@ from vlmteacher.lora_files import LoRA, read_lora
 from vlmteacher.optimization import NonFiniteError, Optimization, Settings, teacher_frame_indices
 from vlmteacher.placement import DeviceMap, find_devices
 from vlmteacher.queries import QuerySet
-from vlmteacher.reasoners.base import check_prompt
+from vlmteacher.reasoners.base import Target, check_prompt
 from vlmteacher.reward import vqa_objective
 from vlmteacher.run_folder import RunFolder
 
@@ -113,7 +113,8 @@ class TeacherPipeline:
     All three stay frozen: a call trains a LoRA for its one instance and takes it off again.
 
     defaults: settings of a call where they differ from the paper's. models: names for the record, under "reasoner",
-    "teacher" and "decoder". offload: networks that are not needed wait in main memory (see `need`).
+    "teacher" and "decoder". offload: networks that are not needed wait in main memory (see `need`). loop: while a call
+    is at its steps, the optimisation, for a callback that wants to know more of it.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class TeacherPipeline:
         self.defaults = Settings(**(defaults or {}))
         self.models = models or {}
         self.lora: LoRA | None = None
+        self.loop: Optimization | None = None
 
     @classmethod
     def from_pretrained(
@@ -241,7 +243,11 @@ class TeacherPipeline:
         fused_lora: bool | None = None,
         engine: Engine | None = None,
         lora_blocks: str | None = None,
-        target: Literal["first_step"] = "first_step",
+        target: Target | None = None,
+        preserve: bool | None = None,
+        frame_jitter: int | None = None,
+        lora_decay: float | None = None,
+        pull: float | None = None,
         output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[TeacherPipeline, int, dict[str, Any]], Any] | None = None,
@@ -260,8 +266,8 @@ class TeacherPipeline:
             generator: the source of the instance's noise and of the LoRA's start; None draws a new seed.
             queries: None lets the Teacher write them.
             max_steps, threshold, goal_weight, teacher_frames, rank, learning_rate, keep, check_final, fused_lora,
-                engine, lora_blocks: see `Settings`; None is the pair's default, where it has one, or else the paper's.
-            target: which prediction the Teacher looks at; only "first_step", the paper's, is there.
+                engine, lora_blocks, target, preserve, frame_jitter, lora_decay, pull: see `Settings`; None is the
+                pair's default, where it has one, or else the paper's.
             output_type: what the videos come as (see `Frames`). return_dict: False returns `(frames,)`.
             callback_on_step_end: called as `callback(pipe, step, row)` after each step.
             run_dir: a folder to write the run to while it goes on; an interrupted one (KeyboardInterrupt, kill, power)
@@ -287,6 +293,11 @@ class TeacherPipeline:
             "fused_lora": fused_lora,
             "engine": engine,
             "lora_blocks": lora_blocks,
+            "target": target,
+            "preserve": preserve,
+            "frame_jitter": frame_jitter,
+            "lora_decay": lora_decay,
+            "pull": pull,
         }
         if self.lora:
             if rank not in (None, self.lora.rank):
@@ -294,13 +305,13 @@ class TeacherPipeline:
             overrides["rank"] = self.lora.rank
         settings = Settings(**self.defaults.to_dict() | {k: v for k, v in overrides.items() if v is not None})
         check_engine(settings.engine, reasoner, teacher)
+        reasoner.check_target(settings.target)
         frozen_blocks(reasoner.transformer, settings.lora_blocks)
         if self.lora and settings.lora_blocks is not None:
             raise InputError(f"{self.lora.source} has its own layers: it cannot go on with lora_blocks")
         given = {"num_frames": num_frames, "height": height, "width": width}
         size = {name: getattr(reasoner, name) if value is None else value for name, value in given.items()}
         check_prompt(prompt)
-        check_choice("target", target, ("first_step",))
         check_choice("output_type", output_type, ("pil", "np", "pt"))
         reasoner.check(**size)
         frame_indices = teacher_frame_indices(size["num_frames"], settings.teacher_frames)
@@ -313,7 +324,6 @@ class TeacherPipeline:
         seed = generator.initial_seed()
         config = {
             **settings.to_dict(),
-            "target": target,
             **size,
             "sampling": reasoner.settings.sampling,
             "seed": seed,
@@ -324,6 +334,8 @@ class TeacherPipeline:
         }
         if run and recorded:
             queries = queries or QuerySet.from_dict(recorded["queries"])
+            if settings.preserve:
+                queries = queries.plus(teacher.style.preservation_query)
             run.check_same({"prompt": prompt, "config": config, "models": self.models, "queries": queries.to_dict()})
         seconds: dict[str, float] = {}
         self.need(*(name for name in reasoner.networks if not name.startswith("transformer")))
@@ -332,6 +344,8 @@ class TeacherPipeline:
         # 1. The Teacher writes one goal query and M process queries.
         with timed(seconds, "queries"):
             queries = queries or self.write_queries(prompt, image)
+            if settings.preserve:
+                queries = queries.plus(teacher.style.preservation_query)
 
         # 2. One noise for the whole instance, and a LoRA that changes nothing yet.
         noise = reasoner.noise(condition, generator)
@@ -349,7 +363,9 @@ class TeacherPipeline:
                 losses_before = self.judge(video_before, frame_indices, queries)
             if run and not recorded:
                 run.begin({"prompt": prompt, "config": config, "models": self.models, "queries": queries.to_dict()})
-            working = ("transformer", "teacher", *(("transformer_2", "vae") if settings.check_final else ()))
+            working = ["transformer", "teacher"]
+            if settings.check_final or settings.target != "first_step":
+                working += ["transformer_2", "vae"]
             self.need(*working)
             offload = self.offload
 
@@ -358,6 +374,7 @@ class TeacherPipeline:
                 self.need(*working)
 
             loop = Optimization(reasoner, decoder, teacher, condition, noise, queries, settings, make_room)
+            self.loop = loop
             try:
                 # 3. Look at the one-step prediction; stop if the Teacher is content, else update; at most N times.
                 for row in watch(loop, run, progress):
@@ -375,6 +392,7 @@ class TeacherPipeline:
                     run.interrupt(loop.history)
                 raise
             finally:
+                self.loop = None
                 loop.close()
                 if self.offload and not offload:  # memory ran out; the next instance may be smaller
                     self.offload = False

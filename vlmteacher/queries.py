@@ -65,6 +65,10 @@ class QuerySet:
         """The goal question first, then the process questions; the order of the Teacher's losses."""
         return (self.goal, *self.process)
 
+    def plus(self, question: str) -> QuerySet:
+        """The same with one more process question, unless it is there."""
+        return self if question in self.questions else QuerySet(self.goal, (*self.process, question))
+
     def to_dict(self) -> dict[str, Any]:
         return {"goal": self.goal, "process": list(self.process)}
 
@@ -114,10 +118,12 @@ class QueryStyle:
     query_instruction: the text that asks, with {prompt} where the task goes.
     own_wording: the model was trained to answer this text in wordings of its own. They are not held to the rules for
         real VLMs (`check_written`), and a second try is not told what was wrong: it would not know that text.
+    preservation_query: the process question that `Settings.preserve` adds.
     """
 
     query_instruction: str = QUERY_INSTRUCTION
     own_wording: bool = False
+    preservation_query: str = "Does everything that takes no part in the task stay as it is in the first frame?"
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> QueryStyle:
@@ -131,6 +137,8 @@ class QueryStyle:
             style = cls(**values)
             if not isinstance(style.query_instruction, str) or "{prompt}" not in style.query_instruction:
                 raise ValueError("query_instruction must be a text with {prompt} where the task goes")
+            if not isinstance(style.preservation_query, str) or not style.preservation_query.strip():
+                raise ValueError("preservation_query must be a question")
             if not isinstance(style.own_wording, bool):
                 raise ValueError(f"own_wording must be true or false, not {style.own_wording!r}")
         except (OSError, ValueError) as error:

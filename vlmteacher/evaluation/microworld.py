@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import os
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -20,10 +20,79 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vlmteacher.errors import InputError
+from vlmteacher.evaluation import methods
+from vlmteacher.evaluation.methods import Method, Row, find_method
 from vlmteacher.microworld import world
 from vlmteacher.microworld.scorer import Verdict, score
+from vlmteacher.queries import QuerySet
+from vlmteacher.run_folder import write_json
 
-METHODS = "base, teacher, pass@N (N from 1 to 64)"
+if TYPE_CHECKING:
+    from vlmteacher.pipeline import TeacherPipeline
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One scene of a split and one noise. Every method gets the same, so that they can be compared pair by pair."""
+
+    split: str
+    index: int
+    noise: int
+
+    @classmethod
+    def of(cls, row: Row) -> Instance:
+        return cls(row["split"], row["index"], row["noise"])
+
+
+def instances(splits: Sequence[str], limit: int, noises: int) -> list[Instance]:
+    """The first `limit` scenes of each split, each with `noises` noises; all scenes once before any a second time."""
+    return [Instance(split, index, k) for k in range(noises) for split in splits for index in range(limit)]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the results depend on beside method and instance.
+
+    seed: draws the splits; 1 are the frozen ones (``microworld/splits.json``). families: which alternate. pair: a
+    directory, None for the packaged one. many_step: hub id or directory of the Reasoner before its few-step
+    distillation; None is what pair.json names, if it does. trace: see `methods.run`. lora_blocks: see `Settings`.
+
+    Raises InputError: an unknown family.
+    """
+
+    seed: int = 1
+    families: tuple[str, ...] = world.PACKAGED
+    pair: str | None = None
+    many_step: str | None = None
+    trace: bool = False
+    lora_blocks: str | None = None
+
+    def __post_init__(self) -> None:
+        world.check("id", self.families)
+
+    def check(self, method: Method) -> None:
+        """Raise InputError where a method cannot be run with this."""
+        if method.many_step:
+            self.find_many_step()
+        if self.lora_blocks is not None:
+            from vlmteacher.lora import parse_blocks
+            from vlmteacher.pipeline import read_pair
+
+            if method.name != "teacher":
+                raise InputError(f"lora_blocks {self.lora_blocks} is of the method teacher, not of {method.name}")
+            directory, description = read_pair(self.pair)
+            config = json.loads((directory / description["reasoner"] / "transformer" / "config.json").read_text())
+            if parse_blocks(self.lora_blocks) > config["num_layers"]:
+                raise InputError(f"lora_blocks {self.lora_blocks}: the transformer has {config['num_layers']} blocks")
+
+    def find_many_step(self) -> str:
+        """Where the Reasoner before its few-step distillation is. Raises InputError when nobody says so."""
+        from vlmteacher.pipeline import read_pair
+
+        directory, description = read_pair(self.pair)
+        if self.many_step is None and "many_step" not in description:
+            raise InputError("method 'many-step' needs --many-step ID: the pair has no Reasoner without distillation")
+        return self.many_step or str(directory / description["many_step"])
 
 
 def run_benchmark(
@@ -37,51 +106,48 @@ def run_benchmark(
     lora_blocks: str | None = None,
     split: str = "id",
     chosen: Sequence[str] = world.PACKAGED,
+    noises: int = 1,
+    trace: bool = False,
+    many_step: str | None = None,
 ) -> dict[str, Any]:
-    """Run `method` on the first `limit` instances of a split as `seed` draws it; write and return results.json.
+    """Run `method` on the first `limit` instances of a split, each with `noises` noises; write and return results.json.
 
-    Instance k has the same scene, prompt and noise for every method, so that methods can be compared pair by pair.
-    Each finished instance is kept in ``instances.jsonl``; with `resume` those that are there are not run again.
-    lora_blocks: of the method "teacher", see `Settings`.
+    Each finished instance is kept in ``instances.jsonl``; with `resume` those that are there are not run again. The
+    rest: see `Bench`.
 
     Raises:
         InputError: an unknown method, split or family; `out` not writable, or holding other results (or any, without
             `resume`).
     """
-    from vlmteacher.lora import parse_blocks
-    from vlmteacher.pipeline import read_pair
-
-    samples = _samples(method)
+    bench = Bench(seed, tuple(chosen), pair, many_step, trace, lora_blocks)
     world.check(split, chosen)
-    what = {"benchmark": "microworld", "method": method, "seed": seed, "split": split, "families": list(chosen)}
-    steps: dict[str, Any] = {"max_steps": 0} if method == "base" else {}
-    if lora_blocks is not None:
-        if method != "teacher":
-            raise InputError(f"lora_blocks {lora_blocks} is of the method teacher, not of {method}")
-        directory, description = read_pair(pair)
-        config = json.loads((directory / description["reasoner"] / "transformer" / "config.json").read_text())
-        if parse_blocks(lora_blocks) > config["num_layers"]:
-            raise InputError(f"lora_blocks {lora_blocks}: the transformer has {config['num_layers']} blocks")
-        what["lora_blocks"] = steps["lora_blocks"] = lora_blocks
-    rows = {row["index"]: row for row in _open(out, what, resume)}
-    todo = [index for index in range(limit) if index not in rows]
-    with (out / "instances.jsonl").open("a", encoding="utf-8") as log:
-        one = functools.partial(_instance, samples=samples, seed=seed, split=split, chosen=chosen, steps=steps)
-        for row in tqdm(_run(todo, one, workers, pair), total=len(todo), desc=method):
-            rows[row["index"]] = row
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-    results = {**what, **summary([rows[index] for index in range(limit)])}
-    partial = out / "results.json.partial"
-    partial.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    os.replace(partial, out / "results.json")
+    found = find_method(method)
+    bench.check(found)
+    todo = instances([split], limit, noises)
+    with Folder(out, bench, found, [split], resume) as folder, start_workers(workers, bench) as work:
+        rows = folder.complete(todo, work, {})
+    return write_results(out, bench, method, rows[found.rows[0]])
+
+
+def write_results(out: Path, bench: Bench, method: str, rows: list[Row]) -> dict[str, Any]:
+    """results.json of one method in `out`, which is made if it is not there; returns its content."""
+    out.mkdir(exist_ok=True)
+    what = {"benchmark": "microworld", "method": method, **described(bench)}
+    results = {**what, **summary(rows)}
+    write_json(out / "results.json", results)
     return results
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def described(bench: Bench) -> dict[str, Any]:
+    """What makes the results what they are, as JSON has it."""
+    given = {name: value for name, value in asdict(bench).items() if value not in (None, False)}
+    return given | {"families": list(bench.families)}
+
+
+def summary(rows: list[Row]) -> dict[str, Any]:
     """Means over instances, in all and for each split and task family."""
 
-    def means(chosen: list[dict[str, Any]]) -> dict[str, Any]:
+    def means(chosen: list[Row]) -> dict[str, Any]:
         return {
             "n": len(chosen),
             "success_rate": fmean(r["success"] for r in chosen) if chosen else None,
@@ -100,60 +166,90 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _samples(method: str) -> int | str:
-    if method in ("base", "teacher"):
-        return method
-    found = re.fullmatch(r"pass@(\d+)", method)
-    if not found or not 1 <= int(found[1]) <= 64:
-        raise InputError(f"method {method!r} is not there: it can be {METHODS}")
-    return int(found[1])
+class Folder:
+    """Where the rows of a method are kept while it goes on: settings.json, and instances.jsonl with a line per row.
+
+    Raises InputError: not writable; holding other results, or any without `resume`.
+    """
+
+    def __init__(self, path: Path, bench: Bench, method: Method, splits: Sequence[str], resume: bool) -> None:
+        self.path, self.method = path, method
+        what = {"benchmark": "microworld", "methods": list(method.rows), "splits": list(splits), **described(bench)}
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            settings, log = path / "settings.json", path / "instances.jsonl"
+            if settings.exists():
+                if not resume:
+                    raise InputError(f"{path} already holds results: give another --out, or --resume to go on")
+                there = json.loads(settings.read_text(encoding="utf-8"))
+                if there != what:
+                    raise InputError(f"{path} holds other results ({there}): give another --out")
+            elif any(path.iterdir()):
+                raise InputError(f"{path} is not empty: give another --out")
+            lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+            lines = [line for line in lines if line.endswith("}\n")]  # the last one may be cut off
+            write_json(settings, what)
+            log.write_text("".join(lines), encoding="utf-8")
+            self._log = log.open("a", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{path} cannot be written to ({error.strerror}): give another --out") from error
+        self.rows = {(row["method"], Instance.of(row)): row for row in map(json.loads, lines)}
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._log.close()
+
+    def complete(
+        self, wanted: Sequence[Instance], work: Work, queries: Mapping[tuple[str, int], Queries]
+    ) -> dict[str, list[Row]]:
+        """The rows of all `wanted`, by the names of `Method.rows`; those that are not here yet are run now.
+
+        queries: those that are written already, by split and index.
+        """
+        names = self.method.rows
+        todo = [each for each in wanted if any((name, each) not in self.rows for name in names)]
+        jobs = [(self.method, each, queries.get((each.split, each.index))) for each in todo]
+        for rows in tqdm(work(jobs), total=len(wanted), initial=len(wanted) - len(jobs), desc=self.method.name):
+            self._log.write("".join(json.dumps(row) + "\n" for row in rows))
+            self._log.flush()
+            self.rows |= {(row["method"], Instance.of(row)): row for row in rows}
+        return {name: [self.rows[name, each] for each in wanted] for name in names}
 
 
-def _open(out: Path, what: dict[str, Any], resume: bool) -> list[dict[str, Any]]:
-    """Make `out` ready; the rows that it already has."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        settings = out / "settings.json"
-        if settings.exists():
-            if not resume:
-                raise InputError(f"{out} already holds results: give another --out, or --resume to go on")
-            there = json.loads(settings.read_text(encoding="utf-8"))
-            if there != what:
-                raise InputError(f"{out} holds other results ({there}): give another --out")
-            lines = (out / "instances.jsonl").read_text(encoding="utf-8").splitlines()
-            return [json.loads(line) for line in lines if line.endswith("}")]
-        if any(out.iterdir()):
-            raise InputError(f"{out} is not empty: give another --out")
-        settings.write_text(json.dumps(what), encoding="utf-8")
-        (out / "instances.jsonl").touch()
-    except OSError as error:
-        raise InputError(f"{out} cannot be written to ({error.strerror}): give another --out") from error
-    return []
+Queries = tuple[QuerySet, float]  # and the seconds that it took to write them
+Job = tuple[Method, Instance, Queries | None]
+Work = Callable[[Iterable[Job]], Iterator[list[Row]]]
 
 
-def _run(
-    todo: list[int], one: Callable[[int], dict[str, Any]], workers: int, pair: str | None
-) -> Iterator[dict[str, Any]]:
-    if workers == 1:
-        _load(pair)
-        yield from map(one, todo)
+def queries_of(row: Row) -> Queries:
+    return QuerySet.from_dict(row["queries"]), row["query_seconds"]
+
+
+@contextmanager
+def start_workers(count: int, bench: Bench) -> Iterator[Work]:
+    """What runs jobs: this process, or `count` of them, each on one thread. The models are loaded once in each."""
+    if count == 1:
+        yield partial(map, partial(_work, bench))
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_load, initargs=(pair, 1)) as pool:
-        yield from pool.map(one, todo)
+    pool = ProcessPoolExecutor(count, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield partial(pool.map, partial(_work, bench))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-_pipe: Any = None  # each worker process loads the models once
-
-
-def _load(pair: str | None, threads: int | None = None) -> None:
-    global _pipe
-    from vlmteacher.pipeline import TeacherPipeline
+@lru_cache(maxsize=2)
+def _load(pair: str | None, many_step: str | None) -> TeacherPipeline:
+    from vlmteacher.optimization import Settings
+    from vlmteacher.pipeline import TeacherPipeline, read_pair
     from vlmteacher.quiet import quiet
 
     quiet()
-    if threads:
-        torch.set_num_threads(threads)
-    _pipe = TeacherPipeline.from_pretrained(pair=pair)
+    pipe = TeacherPipeline.from_pretrained(pair=pair, reasoner=many_step)
+    pipe.defaults = Settings(**read_pair(pair)[1].get("defaults", {}))  # a Reasoner of another place has none
+    return pipe
 
 
 def judge(video: Tensor, scene: world.Scene) -> Verdict:
@@ -166,45 +262,38 @@ def first_frame(scene: world.Scene) -> Image.Image:
     return Image.fromarray((world.render(scene)[0] * 255).round().astype("uint8"))
 
 
-def _instance(
-    index: int, samples: int | str, seed: int, split: str, chosen: Sequence[str], steps: dict[str, Any]
-) -> dict[str, Any]:
-    from vlmteacher.baselines.best_of_n import best_of_n
-
-    scene, prompt = world.instance(index, seed, split, chosen)
+def _work(bench: Bench, job: Job) -> list[Row]:
+    method, instance, given = job
+    pipe = _load(bench.pair, bench.find_many_step() if method.many_step else None)
+    scene, prompt = world.instance(instance.index, bench.seed, instance.split, bench.families)
     image = first_frame(scene)
-    noise_seed = 100_000 * seed + 100 * index
-    began = time.perf_counter()
-    extra: dict[str, Any] = {}
-    if isinstance(samples, int):
-        found = best_of_n(_pipe, prompt, image, [noise_seed + k for k in range(samples)])
-        verdicts = [judge(video, scene) for video in found.videos]
-        verdict = verdicts[found.best]
-        losses = {"loss_first": None, "loss_one_step": None, "loss_final": found.losses[found.best]}
-        extra = {"oracle_success": any(v.success for v in verdicts), "samples": [v.success for v in verdicts]}
-        updates = 0
-    else:
-        generator = torch.Generator().manual_seed(noise_seed)
-        made = _pipe(prompt, image, generator=generator, output_type="pt", progress=False, **steps)
-        verdict, updates = judge(made.frames, scene), made.updates
-        history = made.history
-        losses = {
-            "loss_first": history[0]["loss"] if history else None,
-            "loss_one_step": history[-1]["loss"] if history else None,
-            "loss_final": made.loss_after,
+    queries, query_seconds = given or _write_queries(pipe, prompt, image)
+    if bench.lora_blocks is not None:
+        method = Method(method.name, {"lora_blocks": bench.lora_blocks})
+    seed = 100_000 * bench.seed + 100 * instance.index + 10**9 * instance.noise
+    rows = methods.run(
+        method, pipe, prompt, image, seed, queries, lambda video: asdict(judge(video, scene)), bench.trace
+    )
+    return [
+        {
+            "id": f"{scene.family}/{bench.seed}/{instance.index:04d}",
+            "method": name,
+            **asdict(instance),
+            "task": scene.family,
+            "prompt": prompt,
+            **row,
+            "seconds": row["seconds"] + (0.0 if method.queries else query_seconds),
+            "query_seconds": query_seconds,
         }
-        extra = {"queries": made.queries.to_dict(), "p_yes": made.p_yes_after}
-    return {
-        "id": f"{scene.family}/{seed}/{index:04d}",
-        "index": index,
-        "task": scene.family,
-        "split": split,
-        "prompt": prompt,
-        "success": verdict.success,
-        "score": verdict.score,
-        "subscores": verdict.subscores,
-        "seconds": time.perf_counter() - began,
-        "updates": updates,
-        **losses,
-        **extra,
-    }
+        for name, row in rows.items()
+    ]
+
+
+def _write_queries(pipe: TeacherPipeline, prompt: str, image: Image.Image) -> Queries:
+    """The Teacher's own; where it cannot write any, the generic ones, which the row then shows."""
+    began = time.perf_counter()
+    try:
+        queries = pipe.write_queries(prompt, image)
+    except InputError:
+        queries = methods.GENERIC
+    return queries, time.perf_counter() - began

@@ -31,6 +31,7 @@ STYLE = QueryStyle(
     "all the way. "
     'Answer only with JSON: {"goal": "...", "process": ["...", "..."]}',
     own_wording=True,
+    preservation_query="Do all boxes and blocks stay as they are?",
 )
 
 _COLORS = list(world.COLORS)

@@ -6,10 +6,10 @@ import copy
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners import few_step
@@ -65,6 +66,7 @@ class Noise:
 
 
 Sampler = Literal["renoise", "euler"]
+Target = Literal["first_step", "last_step", "full"]
 
 
 def even_timesteps(steps: int) -> tuple[float, ...]:
@@ -197,6 +199,9 @@ class Reasoner(ABC):
         other.settings.check()
         return other
 
+    def check_target(self, target: Target) -> None:  # noqa: B027 (most families take any)
+        """Raise InputError where no gradient would come from this target to the LoRA."""
+
     def check(self, num_frames: int, height: int, width: int) -> None:
         """Raise InputError, with the two nearest values that can be taken, unless the model can make this size."""
         rows, columns = (self.spatial_stride * side for side in self.patch)
@@ -281,10 +286,42 @@ class Reasoner(ABC):
     @torch.no_grad()
     def sample(self, condition: Condition, noise: Noise) -> Tensor:
         """Clean latents (B, C, T, h, w) by the sampler of `settings`, from the same noise (see ``few_step.py``)."""
+        return self._sample(condition, noise)
+
+    def predict_target(self, condition: Condition, noise: Noise, target: Target) -> Tensor:
+        """The latents that the Teacher looks at, differentiable.
+
+        "first_step": `predict_clean`. "last_step", "full": what `sample` gives, with a gradient through the last
+        prediction only, or through all; those before the last are then computed again in the backward.
+        """
+        if target == "first_step":
+            return self.predict_clean(condition, noise)
+        rest = count(len(self.settings.sigmas) - 1, -1)  # predictions that follow this one
+
+        def differentiable(predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def run(*args: Any) -> Tensor:
+                if not next(rest):
+                    return predict(*args)
+                if target == "full":
+                    return checkpoint(predict, *args, use_reentrant=False, preserve_rng_state=False)
+                with torch.no_grad():
+                    return predict(*args)
+
+            return run
+
+        return self._sample(condition, noise, differentiable)
+
+    def _sample(
+        self,
+        condition: Condition,
+        noise: Noise,
+        through: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda predict: predict,
+    ) -> Tensor:
+        """`sample`, each prediction made by `through(predict)`."""
         sigmas = self.settings.sigmas
         if self.settings.sampler == "renoise":
-            return few_step.sample(partial(self.predict_clean_at, condition), sigmas, noise)
-        latents = few_step.euler(partial(self.mean_velocity, condition), sigmas, noise.z1)
+            return few_step.sample(through(partial(self.predict_clean_at, condition)), sigmas, noise)
+        latents = few_step.euler(through(partial(self.mean_velocity, condition)), sigmas, noise.z1)
         return with_first_frame(latents, condition.first_frame)
 
     @abstractmethod

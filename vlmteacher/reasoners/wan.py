@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
-from vlmteacher.reasoners.base import Condition, Reasoner, Settings, check_prompt, fit_image, with_first_frame
+from vlmteacher.reasoners.base import Condition, Reasoner, Settings, Target, check_prompt, fit_image, with_first_frame
 from vlmteacher.reasoners.parts import load_part, load_transformers
 
 if TYPE_CHECKING:
@@ -105,6 +105,10 @@ class WanReasoner(Reasoner):
     @property
     def networks(self) -> dict[str, nn.Module]:
         return self._networks
+
+    def check_target(self, target: Target) -> None:
+        if target == "last_step" and not self._high_noise(self.settings.sigmas[-1]):
+            raise InputError('target "last_step" is made by the low-noise expert, which has no LoRA: take "first_step"')
 
     @torch.no_grad()
     def encode(self, prompt: str, image: Image | None, num_frames: int, height: int, width: int) -> Condition:

@@ -56,7 +56,7 @@ class Teacher(ABC):
     activation_bytes: what the language model may keep for the backward; None: half of the GPU's free memory.
     chunk_patches: patches that the visual encoder works on at a time; None: by device.
     attention_backend: what computes attention, see `ops.attention`; None: our own on the CPU, else torch's.
-    offload: keep what is saved for the backward in pinned host memory (GPUs only).
+    offload: keep what is saved for the backward in pinned host memory (GPUs only). style: how it is asked for queries.
     """
 
     quantized: bool = False
@@ -64,6 +64,7 @@ class Teacher(ABC):
     chunk_patches: int | None = None
     attention_backend: str | None = None
     offload: bool = False
+    style: QueryStyle = QueryStyle()
 
     @abstractmethod
     def write_queries(self, prompt: str, image: Image | None = None) -> QuerySet:

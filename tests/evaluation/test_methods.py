@@ -1,0 +1,141 @@
+"""Each method on one instance, through random models of the real classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tests.tiny_pair import PROMPT, QUERIES
+from vlmteacher.errors import InputError
+from vlmteacher.evaluation import methods
+from vlmteacher.evaluation.methods import GENERIC, METHODS, find_method, run
+from vlmteacher.pipeline import TeacherPipeline
+from vlmteacher.queries import QuerySet
+
+DEFAULTS = {"max_steps": 3, "threshold": 1e-6, "learning_rate": 0.03, "rank": 2, "teacher_frames": 2}
+ASKED = QuerySet.from_dict(QUERIES)
+
+
+@pytest.fixture(scope="module")
+def pipe(models: dict[str, str]) -> TeacherPipeline:
+    loaded = TeacherPipeline.from_pretrained(**models)
+    return TeacherPipeline(loaded.reasoner, loaded.teacher, loaded.decoder, DEFAULTS)
+
+
+@pytest.fixture(scope="module")
+def image() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
+
+
+def judge(video: Tensor) -> dict[str, Any]:
+    """Tells videos apart to the bit."""
+    return {"success": bool(video.mean() > 0.5), "score": video.double().sum().item(), "subscores": {}}
+
+
+def one(pipe: TeacherPipeline, image: Image.Image, name: str, trace: bool = False) -> dict[str, Any]:
+    method = find_method(name)
+    (row,) = run(method, pipe, PROMPT, image, 0, ASKED, judge, trace).values()
+    return row
+
+
+def call(pipe: TeacherPipeline, image: Image.Image, seed: int = 0, **settings: Any) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(PROMPT, image, **{"queries": ASKED} | settings, generator=generator, output_type="pt", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("base", {"max_steps": 0}),
+        ("teacher", {}),
+        ("goal-only", {"goal_weight": 1.0}),
+        ("process-only", {"goal_weight": 0.0}),
+        ("generic", {"queries": GENERIC}),
+        ("last-step", {"target": "last_step"}),
+        ("full-step", {"target": "full"}),
+        ("frames@half", {"teacher_frames": 1}),
+        ("frames@double", {"teacher_frames": 4}),
+        ("steps@2", {"max_steps": 2}),
+        ("threshold@50", {"threshold": 50.0}),
+        ("jitter@2", {"frame_jitter": 2}),
+        ("decay@1.5", {"lora_decay": 1.5}),
+        ("pull@0.5", {"pull": 0.5}),
+        ("keep-best", {"keep": "best"}),
+        ("check-final", {"check_final": True}),
+        ("preserve", {"preserve": True}),
+    ],
+)
+def test_a_method_is_a_call_with_its_settings(
+    pipe: TeacherPipeline, image: Image.Image, name: str, settings: dict[str, Any]
+) -> None:
+    row, out = one(pipe, image, name), call(pipe, image, **settings)
+    assert row["score"] == judge(out.frames)["score"]
+    assert row["updates"] == out.updates and row["loss_final"] == out.loss_after
+    assert [step["loss"] for step in row["steps"]] == [step["loss"] for step in out.history]
+    assert [step["guards"] for step in row["steps"]] == [step["guards"] for step in out.history]
+    assert row["queries"] == out.queries.to_dict() and row["seconds"] > 0
+
+
+def test_snapshots_are_the_runs_that_end_there(pipe: TeacherPipeline, image: Image.Image) -> None:
+    rows = run(methods.steps(1, 2, 4), pipe, PROMPT, image, 0, ASKED, judge)
+    assert list(rows) == ["steps@1", "steps@2", "steps@4"]
+    for count, row in zip((1, 2, 4), rows.values(), strict=True):
+        alone = one(pipe, image, f"steps@{count}")
+        for entry in ("score", "success", "updates", "loss_first", "loss_one_step", "loss_final", "p_yes", "queries"):
+            assert row[entry] == alone[entry], entry
+    assert len({row["score"] for row in rows.values()}) == 3
+
+
+def test_the_trace_says_what_the_video_of_every_step_is_worth(pipe: TeacherPipeline, image: Image.Image) -> None:
+    row = one(pipe, image, "teacher", trace=True)
+    plain = one(pipe, image, "teacher")
+    assert [step["loss"] for step in row["steps"]] == [step["loss"] for step in plain["steps"]]
+    for updates, step in enumerate(row["steps"]):
+        assert step["score"] == one(pipe, image, f"steps@{updates}")["score"]
+    assert "score" not in plain["steps"][0] and row["score"] == plain["score"]
+
+
+def test_pass_at_n_takes_what_the_teacher_likes(pipe: TeacherPipeline, image: Image.Image) -> None:
+    row = one(pipe, image, "pass@3")
+    outs = [call(pipe, image, seed, max_steps=0) for seed in range(3)]
+    best = min(outs, key=lambda out: out.loss_after)
+    # to rounding: a call samples with a LoRA on, through the operators of the optimisation
+    assert row["score"] == pytest.approx(judge(best.frames)["score"], rel=1e-7)
+    assert row["loss_final"] == pytest.approx(best.loss_after, rel=1e-4)
+    others = [judge(out.frames)["score"] for out in outs if out is not best]
+    assert all(other != pytest.approx(row["score"], rel=1e-5) for other in others)
+    verdicts = [judge(out.frames) for out in outs]
+    assert row["samples"] == [verdict["success"] for verdict in verdicts]
+    assert row["oracle_score"] == pytest.approx(max(verdict["score"] for verdict in verdicts), rel=1e-7)
+    assert row["oracle_success"] == any(verdict["success"] for verdict in verdicts)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("best", "it can be base, teacher"),
+        ("pass@0", "not there"),
+        ("pass@65", "not there"),
+        ("pass@", "not there"),
+        ("steps@1001", "not there"),
+        ("steps@-1", "not there"),
+        ("threshold@0", "threshold must be greater than 0"),
+        ("jitter@0.5", "frame_jitter must be a whole number"),
+        ("pull@x", "not there"),
+        ("pe", "rewrite of the prompt"),
+        ("videotpo", "critiques"),
+    ],
+)
+def test_a_method_that_is_not_there(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        find_method(name)
+
+
+def test_every_name_finds_its_method() -> None:
+    for name in (*METHODS, "pass@5", "steps@0", "steps@40", "threshold@0.05", "jitter@2", "decay@10", "pull@0.1"):
+        assert find_method(name).rows == (name,)

@@ -1,0 +1,181 @@
+"""Statistics with known answers, and a whole table on tiny models of the real classes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.test_cli import Run, run  # noqa: F401 (a fixture)
+from tests.tiny_pair import QUERIES
+from vlmteacher.errors import InputError
+from vlmteacher.evaluation import microworld, tables
+from vlmteacher.evaluation.microworld import Bench
+from vlmteacher.evaluation.tables import Table, bootstrap, compare, format_table, permutation_test, run_table, sign_test
+from vlmteacher.microworld import world
+from vlmteacher.queries import QuerySet
+
+
+def rows(successes: list[int], noise: int = 0, split: str = "id") -> list[dict[str, Any]]:
+    return [
+        {"split": split, "index": k, "noise": noise, "success": bool(s), "score": 0.2 + 0.5 * s}
+        for k, s in enumerate(successes)
+    ]
+
+
+def test_sign_test() -> None:
+    assert sign_test(11, 0) == pytest.approx(2 / 2**11)
+    assert sign_test(0, 11) == sign_test(11, 0)
+    assert sign_test(0, 0) == sign_test(4, 4) == 1
+    assert sign_test(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+
+
+def test_permutation_test() -> None:
+    differences = [0.5, 0.1, -0.2, 0.7, 0.3, 0.4, -0.1]
+    flips = [abs(sum(s * d for s, d in zip(signs, differences, strict=True))) for signs in SIGNS]
+    exact = np.mean([flip >= abs(sum(differences)) - 1e-9 for flip in flips])
+    assert permutation_test(differences) == pytest.approx(exact, abs=0.02)
+    assert permutation_test([0.0] * 5) == 1
+    assert permutation_test([1.0] * 40) < 1e-3
+
+
+SIGNS = list(itertools.product((-1, 1), repeat=7))
+
+
+def test_bootstrap() -> None:
+    rng = np.random.default_rng(3)
+    covered = 0
+    for _ in range(60):
+        low, high = bootstrap(list(rng.normal(0.3, 1, 80)))
+        covered += low <= 0.3 <= high
+        assert high - low == pytest.approx(2 * 1.96 / math.sqrt(80), rel=0.3)
+    assert 51 <= covered <= 60
+    assert bootstrap([1.0] * 7) == (1.0, 1.0)
+
+
+def test_compare_pairs_scenes_and_means_their_noises() -> None:
+    ours = rows([1, 1, 0, 1]) + rows([1, 0, 0, 1], noise=1)
+    found = compare(ours, rows([0, 1, 0, 1]))  # on the noise that both have
+    assert (found["n"], found["wins"], found["losses"]) == (4, 1, 0)
+    assert found["success_difference"] == 0.25 and found["score_difference"] == pytest.approx(0.125)
+    found = compare(ours, rows([0, 1, 0, 1]) + rows([0, 1, 0, 1], noise=1))
+    assert (found["n"], found["wins"], found["losses"]) == (8, 1, 1)
+    assert found["success_difference"] == pytest.approx((1 - 0.5) / 4)
+    assert found["low"] < found["success_difference"] < found["high"]
+
+
+SMALL = Table(
+    splits=("id", "ood"),
+    main=("base", "pass@2", "teacher"),
+    others=("steps@0", "steps@1", "steps@3", "goal-only", "many-step"),
+    against=("base", "pass@2"),
+    not_here=("pe",),
+)
+
+
+@pytest.fixture(scope="module")
+def pair(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny random pair, in the microworld's size, and its Reasoner sampled in many steps beside it."""
+    folder = tmp_path_factory.mktemp("world-pair")
+    for name, changes in (("reasoner", {}), ("many", {"sampler": "euler", "timesteps": [1000, 800, 600, 400, 200]})):
+        shutil.copytree(models["reasoner"], folder / name)
+        settings = json.loads((folder / name / "reasoner.json").read_text())
+        settings |= {"num_frames": world.NUM_FRAMES, "height": world.SIZE, "width": world.SIZE} | changes
+        (folder / name / "reasoner.json").write_text(json.dumps(settings))
+    defaults = {"max_steps": 2, "threshold": 1e-6, "learning_rate": 0.03, "rank": 2, "teacher_frames": 4}
+    description = {**models, "reasoner": "reasoner", "defaults": defaults}
+    (folder / "pair.json").write_text(json.dumps(description))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights write nothing."""
+    asked = QuerySet.from_dict(QUERIES)
+    monkeypatch.setattr("vlmteacher.teachers.qwen_vl.QwenVLTeacher.write_queries", lambda *_: asked)
+
+
+def test_a_table_is_taken_up_and_says_what_is_missing(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, out = Bench(pair=str(pair), trace=True), tmp_path / "table"
+    done: list[str] = []
+    work = microworld._work
+
+    def interrupted(bench: Bench, job: Any) -> Any:
+        if len(done) == 9:
+            raise KeyboardInterrupt
+        done.append(job[0].name)
+        return work(bench, job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(microworld, "_work", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_table(SMALL, bench, 1, 2, out)
+    assert not (out / "table.json").exists() and json.loads((out / "base" / "results.json").read_text())["n"] == 4
+    with (out / "teacher" / "instances.jsonl").open("a") as log:
+        log.write('{"cut')
+    with pytest.raises(InputError, match="already holds"):
+        run_table(SMALL, bench, 1, 2, out)
+    monkeypatch.setattr(microworld, "_work", lambda bench, job: (done.append(job[0].name), work(bench, job))[1])
+    found = run_table(SMALL, bench, 1, 2, out, resume=True)
+    # 2 splits, of the main methods 2 noises; one run for all numbers of steps, none for 0
+    assert {name: done.count(name) for name in done} == {
+        **{"base": 4, "pass@2": 4, "teacher": 4},
+        **{"steps": 2, "goal-only": 2},
+    }
+    assert found == json.loads((out / "table.json").read_text())
+    assert set(found["missing"]) == {"pe", "many-step"} and "--many-step" in found["missing"]["many-step"]
+    assert list(found["methods"]) == ["base", "pass@2", "teacher", "steps@0", "steps@1", "steps@3", "goal-only"]
+    for name, entry in found["methods"].items():
+        results = json.loads((out / name / "results.json").read_text())
+        here = results["instances"]
+        assert results["method"] == name and results["n"] == entry["n"] == len(here)
+        assert entry["success_rate"] == results["success_rate"] and entry["score"] == pytest.approx(results["score"])
+        assert entry["low"] <= entry["success_rate"] <= entry["high"]
+        assert {row["split"] for row in here} == {"id", "ood"} and {row["method"] for row in here} == {name}
+        assert all(row["success"] == (min(row["subscores"].values()) == 1) for row in here)
+    again = run_table(SMALL, bench, 1, 2, out, resume=True)
+    assert again == found and len(done) == 16
+    text = format_table(found, SMALL)
+    assert "| pass@2, the scorer's choice |" in text and "Not run: pe: " in text
+    assert {line.count("|") for line in text.splitlines() if "|" in line} == {len(SMALL.splits) + 9}
+
+
+def test_many_steps_need_their_reasoner(pair: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--many-step"):
+        microworld.run_benchmark("many-step", 1, 1, tmp_path / "a", pair=str(pair))
+    few = microworld.run_benchmark("teacher", 1, 1, tmp_path / "b", pair=str(pair))
+    many = microworld.run_benchmark("many-step", 1, 1, tmp_path / "c", pair=str(pair), many_step=str(pair / "many"))
+    assert many["instances"][0]["loss_first"] == few["instances"][0]["loss_first"]  # the same one-step prediction
+    assert many["instances"][0]["loss_final"] != few["instances"][0]["loss_final"]
+    assert many["instances"][0]["updates"] == 2
+
+
+def test_the_command_line_says_what_is_wrong(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    for arguments, message in (
+        (["--table", "chess"], "it can be paper or remedies"),
+        (["--table", "paper", "--split", "ood"], "--split"),
+        (["--table", "paper", "--lora-blocks", "last:1"], "--lora-blocks"),
+        (["--table", "paper", "--method", "base"], "not allowed"),
+        (["--method", "pe"], "rewrite"),
+        (["--method", "many-step"], "--many-step"),
+        (["--method", "base", "--seeds", 0], "--seeds"),
+        ([], "required"),
+    ):
+        status, _, err = run("bench", "microworld", *arguments, "--out", tmp_path / "a")
+        assert status == 2 and message in err and err.count("\n") == 1, arguments
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tables_name_methods_that_are_there() -> None:
+    for table in tables.TABLES.values():
+        assert table.main[0] == "base" and set(table.against) <= set(table.main)
+        for name in table.main + table.others:
+            assert tables.find_method(name).rows == (name,)

@@ -1,0 +1,235 @@
+"""The paper's Tables I and III in miniature, and what remedies against reward hacking do: all methods, one table.
+
+Every method answers the same scenes from the same noises. Intervals and tests are over scenes; of several noises of one
+scene the mean counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+
+from vlmteacher.errors import InputError
+from vlmteacher.evaluation.methods import NOT_HERE, Row, find_method, steps
+from vlmteacher.evaluation.microworld import (
+    Bench,
+    Folder,
+    Instance,
+    Queries,
+    described,
+    instances,
+    queries_of,
+    start_workers,
+    write_results,
+)
+from vlmteacher.run_folder import write_json
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Table:
+    """splits: that it is made on. main: methods that get every noise. others: methods that get the first only.
+    against: what all are compared with."""
+
+    splits: tuple[str, ...]
+    main: tuple[str, ...]
+    others: tuple[str, ...]
+    against: tuple[str, ...]
+    not_here: tuple[str, ...] = ()
+
+
+FIXED = (0, 5, 10, 16, 20, 40)  # numbers of updates in the paper's ablation
+TABLES = {
+    "paper": Table(
+        splits=("id", "ood"),
+        main=("base", "pass@5", "teacher"),
+        others=(
+            *(f"steps@{n}" for n in FIXED),
+            *("process-only", "goal-only", "generic", "many-step", "last-step", "full-step"),
+            *("frames@half", "frames@double"),
+        ),
+        against=("base", "pass@5"),
+        not_here=("pe", "videotpo"),
+    ),
+    "remedies": Table(
+        splits=("validation",),
+        main=("base", "teacher"),
+        others=(
+            *("keep-best", "threshold@0.1", "threshold@0.05", "check-final", "preserve"),
+            *("jitter@2", "decay@1", "decay@10", "pull@0.1", "pull@1"),
+        ),
+        against=("base", "teacher"),
+    ),
+}
+
+
+def run_table(
+    table: Table, bench: Bench, limit: int, noises: int, out: Path, workers: int = 1, resume: bool = False
+) -> Row:
+    """Run every method of `table` on the first `limit` scenes of each of its splits; write and return table.json.
+
+    noises: of each scene, for the table's main methods. Each method has a folder in `out` with its results.json; with
+    `resume` what is there is not run again. Raises InputError as `run_benchmark` does.
+    """
+    if out.exists() and not resume and any(out.iterdir()):
+        raise InputError(f"{out} already holds something: give another --out, or --resume to go on with its table")
+    names = table.main + table.others
+    wanted = {name: instances(table.splits, limit, noises if name in table.main else 1) for name in names}
+    fixed = [int(name.partition("@")[2]) for name in names if name.startswith("steps@") and name != "steps@0"]
+    missing = {name: f"needs {NOT_HERE[name]}" for name in table.not_here}
+    found: dict[str, list[Row]] = {}
+    queries: dict[tuple[str, int], Queries] = {}
+    with start_workers(workers, bench) as work:
+        for name in names:
+            if name == "steps@0":  # no update: the base video
+                first = {Instance.of(row): row for row in found["base"]}
+                found[name] = [first[each] | {"method": name} for each in wanted[name]]
+            elif name not in found:
+                method = steps(*fixed) if name.startswith("steps@") else find_method(name)
+                try:
+                    bench.check(method)
+                except InputError as error:
+                    missing[name] = str(error)
+                    continue
+                with Folder(out / method.name, bench, method, table.splits, resume) as folder:
+                    found |= folder.complete(wanted[name], work, queries)
+                queries = queries or {(row["split"], row["index"]): queries_of(row) for row in found[name]}
+            write_results(out / name, bench, name, found[name])
+    result = {
+        **described(bench),
+        "splits": list(table.splits),
+        "limit": limit,
+        "noises": noises,
+        "methods": {name: describe(name, found, table) for name in names if name in found},
+        "missing": missing,
+    }
+    write_json(out / "table.json", result)
+    return result
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def by_scene(rows: Sequence[Row], value: str) -> dict[tuple[str, int], float]:
+    """The mean of an entry over the noises of each scene."""
+    scenes: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        scenes.setdefault((row["split"], row["index"]), []).append(float(row[value]))
+    return {scene: fmean(values) for scene, values in scenes.items()}
+
+
+def bootstrap(values: Sequence[float]) -> tuple[float, float]:
+    """The 95% percentile interval of the mean, by resampling `values`; always the same for the same values."""
+    array = np.asarray(values)
+    drawn = np.random.default_rng(0).integers(len(array), size=(RESAMPLES, len(array)))
+    low, high = np.quantile(array[drawn].mean(1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Two-sided p of as uneven a division of wins and losses, or more, if either were as likely."""
+    count = wins + losses
+    tail = sum(math.comb(count, k) for k in range(min(wins, losses) + 1)) / 2**count
+    return min(1.0, 2 * tail)
+
+
+def permutation_test(differences: Sequence[float]) -> float:
+    """Two-sided p of as large a mean difference, or larger, if each difference could as well have the other sign."""
+    array = np.asarray(differences)
+    signs = np.random.default_rng(0).choice((-1.0, 1.0), size=(RESAMPLES, len(array)))
+    extreme = np.abs(signs @ array) >= abs(array.sum()) - 1e-9
+    return float((extreme.sum() + 1) / (RESAMPLES + 1))
+
+
+def compare(rows: Sequence[Row], others: Sequence[Row]) -> Row:
+    """`rows` against `others` on the instances that both have: differences (`rows` minus `others`), paired tests."""
+    both = {Instance.of(row) for row in rows} & {Instance.of(row) for row in others}
+    values = {}
+    for entry in ("success", "score"):
+        ours, theirs = (by_scene([r for r in each if Instance.of(r) in both], entry) for each in (rows, others))
+        values[entry] = [ours[scene] - theirs[scene] for scene in ours]
+    low, high = bootstrap(values["success"])
+    wins, losses = (sum(sign * value > 0 for value in values["success"]) for sign in (1, -1))
+    return {
+        "n": len(both),
+        "success_difference": fmean(values["success"]),
+        "low": low,
+        "high": high,
+        "wins": wins,
+        "losses": losses,
+        "sign_p": sign_test(wins, losses),
+        "score_difference": fmean(values["score"]),
+        "permutation_p": permutation_test(values["score"]),
+    }
+
+
+def describe(name: str, found: Mapping[str, Sequence[Row]], table: Table) -> Row:
+    """One method's entry of table.json."""
+    rows = found[name]
+    entry: Row = {"n": len(rows)}
+    for value, low, high in (("success", "low", "high"), ("score", "score_low", "score_high")):
+        entry["success_rate" if value == "success" else value] = fmean(row[value] for row in rows)
+        entry[low], entry[high] = bootstrap(list(by_scene(rows, value).values()))
+    for split in table.splits:
+        here = [row for row in rows if row["split"] == split]
+        entry[split] = {"success_rate": fmean(r["success"] for r in here), "score": fmean(r["score"] for r in here)}
+    noises = sorted({row["noise"] for row in rows})
+    entry["by_noise"] = [fmean(row["success"] for row in rows if row["noise"] == k) for k in noises]
+    if "oracle_success" in rows[0]:
+        entry["oracle"] = {
+            "success_rate": fmean(row["oracle_success"] for row in rows),
+            "score": fmean(row["oracle_score"] for row in rows),
+        }
+    entry["updates_mean"] = fmean(row["updates"] for row in rows)
+    entry["seconds_mean"] = fmean(row["seconds"] for row in rows)
+    entry["against"] = {other: compare(rows, found[other]) for other in table.against if other != name}
+    return entry
+
+
+# ---------------------------------------------------------------- as text
+
+
+def format_table(result: Row, table: Table) -> str:
+    """table.json as Markdown."""
+    columns = ["method", "success [95%]", *table.splits, "score [95%]"]
+    columns += [f"against {other}: success, p; score, p" for other in table.against]
+    columns += ["updates", "seconds", "n"]
+    lines = [columns, ["---"] * len(columns)]
+    for name, entry in result["methods"].items():
+        cells = [name, _interval(entry["success_rate"], entry["low"], entry["high"])]
+        cells += [f"{entry[split]['success_rate']:.3f}" for split in table.splits]
+        cells += [_interval(entry["score"], entry["score_low"], entry["score_high"])]
+        cells += [_against(entry["against"].get(other)) for other in table.against]
+        cells += [f"{entry['updates_mean']:.1f}", f"{entry['seconds_mean']:.1f}", str(entry["n"])]
+        lines.append(cells)
+        if "oracle" in entry:
+            rest = [""] * (len(columns) - 3 - len(table.splits))
+            oracle = entry["oracle"]
+            lines.append(
+                [
+                    f"{name}, the scorer's choice",
+                    f"{oracle['success_rate']:.3f}",
+                    *[""] * len(table.splits),
+                    f"{oracle['score']:.3f}",
+                    *rest,
+                ]
+            )
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join([text, "", *(f"Not run: {name}: {why}" for name, why in result["missing"].items())])
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _against(found: Row | None) -> str:
+    if found is None:
+        return ""
+    success = f"{found['success_difference']:+.3f}, {found['sign_p']:.3f}"
+    return f"{success}; {found['score_difference']:+.3f}, {found['permutation_p']:.3f}"
