@@ -50,19 +50,21 @@ with Trace() as trace:
     traced.step()
 peak = trace.peak[""]
 found: dict[str, Any] = {"expected": expected, "taken": []}
-for share in range(140, 25, -5):  # what torch needs besides is not known: less and less, until a rung is taken
+too_small, enough = 25, 140  # percent; what torch needs besides is not known: halved until a rung is taken
+while not found["taken"] and enough - too_small > 1:
+    share = (too_small + enough) // 2
     capped = loop()
     cap(peak * share // 100)
     try:
         found["losses"] = [row["loss"] for row in capped]
-    except OutOfMemory as error:
-        found["too early"] = str(error)
-        break
+    except OutOfMemory:
+        too_small = share
+        continue
     finally:
         capped.close()
     found["taken"] = capped.ladder.taken
-    if found["taken"]:
-        break
+    if not found["taken"]:
+        enough = share
 tight = loop()
 cap(peak // 4)
 try:
