@@ -29,6 +29,7 @@ from benchmarks.timing import argument_parser, compare, parsed, publish
 from vlmteacher.lora import add_lora, load_lora_state, lora_state_dict
 from vlmteacher.ops.patchify import PatchRows
 from vlmteacher.optimization import Optimization
+from vlmteacher.reasoners.checkpointing import block_list, keep_activations, parse_levels
 from vlmteacher.teachers.preprocessing import preprocess_video
 
 COMPARED_STEPS = 5
@@ -39,9 +40,12 @@ MIB = 2**20
 class OurLoop:
     """`Optimization` on the instance's own models, with a watch at the borders of its parts."""
 
-    def __init__(self, instance: Instance) -> None:
+    def __init__(self, instance: Instance, activations: str | None = None) -> None:
         reasoner, decoder, teacher, settings = instance.reasoner, instance.decoder, instance.teacher, instance.settings
         add_lora(reasoner.transformer, settings.rank, seed=instance.seed, fused=settings.fused_lora)
+        if activations:
+            blocks = len(block_list(reasoner.transformer))
+            keep_activations(reasoner.transformer, parse_levels(activations, blocks))
         self.loop = Optimization(
             reasoner, decoder, teacher, instance.condition, instance.noise, instance.queries, settings
         )
@@ -206,12 +210,17 @@ def loss_difference(ours: Sequence[float], stock: Sequence[float]) -> float:
 
 
 def measure(
-    preset: str, instance: Instance, variants: Sequence[Variant], rounds: int, device: str = "cpu"
+    preset: str,
+    instance: Instance,
+    variants: Sequence[Variant],
+    rounds: int,
+    device: str = "cpu",
+    activations: str | None = None,
 ) -> dict[str, Any]:
     """The row of one instance: a warm-up step of each side, then `rounds` steps of each in alternation."""
     loops = {variant: StockLoop(instance, variant) for variant in variants}  # copies the models while they are bare
     preprocessing = measure_preprocessing(instance, loops[variants[0]], device)
-    ours = Side("ours", OurLoop(instance), device)
+    ours = Side("ours", OurLoop(instance, activations), device)
     start = lora_state_dict(instance.reasoner.transformer)
     for loop in loops.values():
         load_lora_state(loop.transformer, start)
@@ -323,6 +332,7 @@ def main() -> None:
         choices=VARIANTS,
         help="stock loops; ratios are against the first. compiled spends minutes on its first step",
     )
+    parser.add_argument("--activations", metavar="LEVELS", help="of our Reasoner's blocks (default: all is kept)")
     parser.set_defaults(dtype=None, pairs=None)
     settings = parsed(parser)
     rounds = settings.pairs or (4 if settings.preset.startswith("mid") else 9)
@@ -331,7 +341,8 @@ def main() -> None:
     def measured(preset: str) -> tuple[dict[str, Any], int]:
         instance = build(preset, dtype, settings.device)
         settings.dtype = str(instance.reasoner.dtype).removeprefix("torch.")
-        return measure(preset, instance, settings.variants, rounds, settings.device), tokens(instance)
+        row = measure(preset, instance, settings.variants, rounds, settings.device, settings.activations)
+        return row, tokens(instance)
 
     row, count = measured(settings.preset)
     show(row)
