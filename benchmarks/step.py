@@ -43,7 +43,7 @@ class OurLoop:
     def __init__(self, instance: Instance, activations: str | None = None) -> None:
         reasoner, decoder, teacher, settings = instance.reasoner, instance.decoder, instance.teacher, instance.settings
         add_lora(reasoner.transformer, settings.rank, seed=instance.seed, fused=settings.fused_lora)
-        if activations:
+        if activations is not None:
             blocks = len(block_list(reasoner.transformer))
             keep_activations(reasoner.transformer, parse_levels(activations, blocks))
         self.loop = Optimization(
@@ -332,16 +332,21 @@ def main() -> None:
         choices=VARIANTS,
         help="stock loops; ratios are against the first. compiled spends minutes on its first step",
     )
-    parser.add_argument("--activations", metavar="LEVELS", help="of our Reasoner's blocks (default: all is kept)")
+    parser.add_argument(
+        "--activations",
+        metavar="LEVELS",
+        help="what our Reasoner's blocks keep, as `vlmteacher solve` takes it (default: long; at tiny all)",
+    )
     parser.set_defaults(dtype=None, pairs=None)
     settings = parsed(parser)
     rounds = settings.pairs or (4 if settings.preset.startswith("mid") else 9)
+    activations = settings.activations or ("long" if settings.preset.startswith("mid") else "all")
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
 
     def measured(preset: str) -> tuple[dict[str, Any], int]:
         instance = build(preset, dtype, settings.device)
         settings.dtype = str(instance.reasoner.dtype).removeprefix("torch.")
-        row = measure(preset, instance, settings.variants, rounds, settings.device, settings.activations)
+        row = measure(preset, instance, settings.variants, rounds, settings.device, activations)
         return row, tokens(instance)
 
     row, count = measured(settings.preset)
