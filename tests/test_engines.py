@@ -146,11 +146,6 @@ def test_the_check_sees_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---------------------------------------------------------------- engines
 
 
-@pytest.fixture(scope="module")
-def pipe(models: dict[str, str]) -> TeacherPipeline:
-    return TeacherPipeline.from_pretrained(**models)
-
-
 @pytest.fixture
 def make(pipe: TeacherPipeline) -> Iterator[Any]:
     reasoner = pipe.reasoner

@@ -40,11 +40,6 @@ class CappedAllocator(Trace):
             raise torch.OutOfMemoryError(f"tried to hold {self.live} bytes of {self.cap:.0f}")
 
 
-@pytest.fixture(scope="module")
-def pipe(models: dict[str, str]) -> TeacherPipeline:
-    return TeacherPipeline.from_pretrained(**models)
-
-
 @pytest.fixture
 def make(pipe: TeacherPipeline) -> Iterator[Any]:
     reasoner = pipe.reasoner

@@ -26,11 +26,6 @@ from vlmteacher.queries import QuerySet
 from vlmteacher.reward import vqa_objective
 
 
-@pytest.fixture(scope="module")
-def pipe(models: dict[str, str]) -> TeacherPipeline:
-    return TeacherPipeline.from_pretrained(**models)
-
-
 @pytest.fixture
 def make(pipe: TeacherPipeline) -> Any:
     """A fresh loop on the same instance."""

@@ -19,11 +19,6 @@ FAST: dict[str, Any] = {"max_steps": 2, "rank": 2, "teacher_frames": 4, "learnin
 
 
 @pytest.fixture(scope="module")
-def pipe(models: dict[str, str]) -> TeacherPipeline:
-    return TeacherPipeline.from_pretrained(**models)
-
-
-@pytest.fixture(scope="module")
 def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
 

@@ -17,11 +17,6 @@ from vlmteacher.queries import MAX_QUERIES, QuerySet, QueryStyle
 STEPS = 6
 
 
-@pytest.fixture(scope="module")
-def pipe(models: dict[str, str]) -> TeacherPipeline:
-    return TeacherPipeline.from_pretrained(**models)
-
-
 @pytest.fixture
 def make(pipe: TeacherPipeline) -> Any:
     reasoner = pipe.reasoner

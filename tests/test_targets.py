@@ -23,11 +23,6 @@ from vlmteacher.reasoners.base import Condition, Noise, Reasoner, with_first_fra
 from vlmteacher.reasoners.checkpointing import Keep, keep_activations
 
 
-@pytest.fixture(scope="module")
-def pipe(models: dict[str, str]) -> TeacherPipeline:
-    return TeacherPipeline.from_pretrained(**models)
-
-
 @pytest.fixture
 def reasoner(pipe: TeacherPipeline) -> Any:
     """With a LoRA that changes something."""

@@ -20,11 +20,6 @@ from vlmteacher.reasoners import frozen_front
 from vlmteacher.reasoners.checkpointing import Keep, block_list, keep_activations
 
 
-@pytest.fixture(scope="module")
-def pipe(models: dict[str, str]) -> TeacherPipeline:
-    return TeacherPipeline.from_pretrained(**models)
-
-
 @pytest.mark.parametrize("level", [Keep.ALL, Keep.INPUT, [Keep.LONG, Keep.ATTENTION]])
 def test_the_front_is_computed_once_and_no_bit_differs(
     pipe: TeacherPipeline, level: Any, monkeypatch: pytest.MonkeyPatch
