@@ -3,9 +3,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -187,14 +184,20 @@ def test_a_run_folder_tells_of_the_rungs(
     assert out.updates == 2 and kept_levels(pipe.reasoner.transformer) == [Keep.ALL] * 2
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="caps the address space as Linux does")
-def test_a_real_allocator_that_fails(models: dict[str, str]) -> None:
-    root = Path(__file__).parent.parent
-    command = [sys.executable, str(root / "tests/memory_ladder_process.py"), str(Path(models["reasoner"]).parent)]
-    small = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}  # freed is given back
-    done = subprocess.run(command, env=os.environ | small, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["taken"] and "can't allocate memory" in done.stderr
-    assert found["losses"] == pytest.approx(found["expected"], rel=1e-6)
-    assert found["steps"] == 0 and "does not fit in memory" in found["error"]
+def test_the_error_of_the_cpus_own_allocator(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = make()
+    expected = [row["loss"] for row in free]
+    look, too_much = Optimization.look, [1 << 60, 1 << 61]  # bytes; more than any address space has
+
+    def full(loop: Optimization) -> Any:
+        if too_much:
+            torch.empty(too_much.pop(), dtype=torch.uint8)
+        return look(loop)
+
+    monkeypatch.setattr(Optimization, "look", full)
+    loop = make()
+    assert [row["loss"] for row in loop] == pytest.approx(expected, rel=1e-6)
+    assert loop.ladder.taken == RUNGS[:2]
+    too_much += [1 << 60] * (len(RUNGS) + 1)
+    with pytest.raises(OutOfMemory, match="does not fit in memory"):
+        make().step()
