@@ -56,7 +56,8 @@ class Watch:
         self.on_mark(part)
 
     def at_gradient(self, tensor: Tensor, part: str) -> None:
-        tensor.register_hook(lambda grad: self.mark(part))
+        if tensor.requires_grad:
+            tensor.register_hook(lambda grad: self.mark(part))
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each of `PARTS`. Raises RuntimeError when one was never reached, or not in this order."""
@@ -114,8 +115,8 @@ class StockLoop:
         self.indices = [int(index) for index in self.indices]
         self.questions: list[dict[str, Any]] | None = None
 
-    def step(self, watch: Watch | None = None) -> float:
-        """One update; returns the loss before it."""
+    def loss(self, watch: Watch | None = None) -> Tensor:
+        """The Teacher's loss on the one-step prediction."""
         watch = watch or Watch()
         latents = self.predict_clean()
         watch.at_gradient(latents, "decode_backward")
@@ -130,7 +131,12 @@ class StockLoop:
 
         goal, process = losses[0], losses[1:]
         mix = self.instance.settings.goal_weight
-        loss = mix * goal + (1 - mix) * process.mean() if len(process) else goal
+        return mix * goal + (1 - mix) * process.mean() if len(process) else goal
+
+    def step(self, watch: Watch | None = None) -> float:
+        """One update; returns the loss before it."""
+        watch = watch or Watch()
+        loss = self.loss(watch)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP)
