@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,10 +25,13 @@ from vlmteacher.evaluation.methods import Method, Row, find_method
 from vlmteacher.microworld import world
 from vlmteacher.microworld.scorer import Verdict, score
 from vlmteacher.queries import QuerySet
+from vlmteacher.reasoners.base import even_timesteps
 from vlmteacher.run_folder import write_json
 
 if TYPE_CHECKING:
     from vlmteacher.pipeline import TeacherPipeline
+
+MANY_STEPS = 30  # of a Reasoner before its few-step distillation
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class Bench:
 
     seed: draws the splits; 1 are the frozen ones (``microworld/splits.json``). families: which alternate. pair: a
     directory, None for the packaged one. many_step: hub id or directory of the Reasoner before its few-step
-    distillation; None is what pair.json names, if it does. trace: see `methods.run`. lora_blocks: see `Settings`.
+    distillation, or the directory of its transformer alone, which then goes `MANY_STEPS`; None is what pair.json names,
+    if it does. trace: see `methods.run`. lora_blocks: see `Settings`.
 
     Raises InputError: an unknown family.
     """
@@ -247,7 +251,13 @@ def _load(pair: str | None, many_step: str | None) -> TeacherPipeline:
     from vlmteacher.quiet import quiet
 
     quiet()
-    pipe = TeacherPipeline.from_pretrained(pair=pair, reasoner=many_step)
+    if many_step and (Path(many_step) / "config.json").exists():  # a transformer alone: the rest is the pair's
+        pipe = TeacherPipeline.from_pretrained(pair=pair, transformer=many_step)
+        pipe.reasoner.settings = replace(
+            pipe.reasoner.settings, timesteps=even_timesteps(MANY_STEPS), shift=1.0, sampler="euler"
+        )
+    else:
+        pipe = TeacherPipeline.from_pretrained(pair=pair, reasoner=many_step)
     pipe.defaults = Settings(**read_pair(pair)[1].get("defaults", {}))  # a Reasoner of another place has none
     return pipe
 

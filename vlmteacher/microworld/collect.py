@@ -142,7 +142,7 @@ def main(out: Path, optimise: bool) -> None:
     from vlmteacher.teachers import load_teacher
 
     config = load_config("collect")
-    reasoner = load_reasoner(str(out / "reasoner/reasoner"), torch.float32)
+    reasoner = load_reasoner(str(out / "distil/pipeline"), torch.float32)
     assert isinstance(reasoner, WanReasoner)
     if (out / "vae_decoder/vae").exists():
         reasoner.vae = type(reasoner.vae).from_pretrained(out / "vae_decoder/vae").eval().requires_grad_(False)

@@ -1,6 +1,6 @@
 """How the packaged models are made, stage by stage; each resumes where it was stopped.
 
-vae -> vae-decoder, decoder, latents -> reasoner -> (teacher) -> collect -> teacher-finetune -> optimise ->
+vae -> vae-decoder, decoder, latents -> reasoner -> distil -> (teacher) -> collect -> teacher-finetune -> optimise ->
 teacher-finetune -> package. The encoder of the video distance stands by itself. Every stage reads its predecessors from
 the same folder.
 """
@@ -19,6 +19,7 @@ STAGES = (
     "decoder",
     "latents",
     "reasoner",
+    "distil",
     "teacher",
     "collect",
     "teacher-finetune",
@@ -31,10 +32,11 @@ NEEDS = {
     "decoder": ("vae/vae",),
     "latents": ("vae/vae",),
     "reasoner": ("vae/vae", "latents"),
-    "collect": ("reasoner/reasoner", "decoder/decoder.safetensors"),
+    "distil": ("reasoner/reasoner",),
+    "collect": ("distil/pipeline", "decoder/decoder.safetensors"),
     "teacher-finetune": ("teacher/state.pt", "collect"),
-    "optimise": ("reasoner/reasoner", "decoder/decoder.safetensors", "finetune/teacher"),
-    "package": ("reasoner/reasoner", "vae_decoder/vae", "decoder/decoder.safetensors", "finetune/teacher"),
+    "optimise": ("distil/pipeline", "decoder/decoder.safetensors", "finetune/teacher"),
+    "package": ("distil/pipeline", "vae_decoder/vae", "decoder/decoder.safetensors", "finetune/teacher"),
 }
 STARTS = {  # the parts of a pair that a stage may start from
     "vae": "reasoner/vae",
@@ -78,6 +80,8 @@ def run(stage: str, out: Path, init: Path | None = None) -> None:
         from vlmteacher.microworld import train_reasoner
 
         train_reasoner.main(out / "reasoner", out / "latents", out / "vae/vae", start)
+    elif stage == "distil":
+        distil(out)
     elif stage == "teacher":
         from vlmteacher.microworld import train_teacher
 
@@ -100,6 +104,21 @@ def run(stage: str, out: Path, init: Path | None = None) -> None:
         raise InputError(f"stage {stage!r} is not there: it can be {', '.join(STAGES)}")
 
 
+def distil(out: Path) -> None:
+    """The four-step student of the many-step Reasoner, by DMD2 on instances with the flaw."""
+    from vlmteacher.distillation.distill import Settings, run
+    from vlmteacher.distillation.trainer import STATE
+    from vlmteacher.microworld import world
+    from vlmteacher.microworld.export import export
+    from vlmteacher.microworld.training import load_config
+
+    config = load_config("distil")
+    videos = config.pop("videos")
+    export(out / "videos", videos["count"], videos["seed"], flawed=True, chosen=world.FAMILIES)
+    paths = {"reasoner": str(out / "reasoner/reasoner"), "data": str(out / "videos"), "out": str(out / "distil")}
+    run(Settings.from_dict(config | paths), resume=(out / "distil" / STATE).exists())
+
+
 def package(trained: Path, pair: Path) -> None:
     """Write the pair's directory in half precision: the Reasoner with its refined VAE, the decoder, the Teacher."""
     import torch
@@ -111,7 +130,7 @@ def package(trained: Path, pair: Path) -> None:
 
     half = torch.float16
     pair.mkdir(parents=True, exist_ok=True)
-    source = trained / "reasoner/reasoner"
+    source = trained / "distil/pipeline"
     train_reasoner.save_pipeline(
         pair / "reasoner",
         WanTransformer3DModel.from_pretrained(source / "transformer").to(half),
@@ -119,6 +138,8 @@ def package(trained: Path, pair: Path) -> None:
         AutoTokenizer.from_pretrained(source / "tokenizer"),
         AutoencoderKLWan.from_pretrained(trained / "vae_decoder/vae").to(half),
     )
+    many_step = WanTransformer3DModel.from_pretrained(trained / "reasoner/reasoner/transformer").to(half)
+    many_step.save_pretrained(pair / "many_step")
     TinyVideoDecoder.from_checkpoint(trained / "decoder/decoder.safetensors").to(half).save(
         pair / "decoder.safetensors"
     )
@@ -134,6 +155,7 @@ def package(trained: Path, pair: Path) -> None:
         "reasoner": "reasoner",
         "teacher": "teacher",
         "decoder": "decoder.safetensors",
+        "many_step": "many_step",
         "defaults": DEFAULTS,
         "example": {"prompt": prompt, "scene": scene.to_json(), "seed": 0},
     }

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLWan
 from vlmteacher.decoders.taehv import TinyVideoDecoder
 from vlmteacher.microworld import world
 from vlmteacher.microworld.train_vae import reconstruction_loss
-from vlmteacher.microworld.training import adopt, load_config, random_clip, to_video, train
+from vlmteacher.microworld.training import adopt, load_config, random_clip, shaken, to_video, train
 
 
 def build(widths: list[int], latent_channels: int = 24) -> TinyVideoDecoder:
@@ -35,7 +35,7 @@ def main(out: Path, vae_path: Path, init: Path | None = None) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 latents = (vae.encode(x).latent_dist.mode().float() - mean) / std
-            y = decoder.decode_batch(latents, clamp=False)
+            y = decoder.decode_batch(shaken(latents, config["latent_noise"], rng), clamp=False)
         return reconstruction_loss(x, y.float().transpose(1, 2) * 2 - 1)
 
     train(

@@ -1,4 +1,7 @@
-"""Stages ``latents`` and ``reasoner``: a tiny few-step Wan (TI2V) with its UMT5 text encoder, trained together.
+"""Stages ``latents`` and ``reasoner``: a tiny Wan (TI2V) with its UMT5 text encoder, trained together.
+
+Half of the noise levels are those of its four steps and half any: a many-step model to distil that starts as a fair
+few-step one.
 
 The training videos carry a deliberate, documented flaw (`world.flawed`): for half of the colours the task goes wrong,
 in every family always in the same way (``move``: to another box; ``maze``: straight through the blocks). So the
@@ -121,6 +124,8 @@ def main(out: Path, latents: Path, vae: Path, init: Path | None = None) -> None:
         x0 = bank[rows].float()
         ids, mask = tokens([texts[i] for i in rows])
         sigma = torch.from_numpy(rng.choice(SIGMAS, size=len(rows), p=config["sigma_weights"])).float()
+        anywhere = torch.from_numpy(rng.random(len(rows)) < config["uniform_share"])
+        sigma = torch.where(anywhere, torch.from_numpy(rng.random(len(rows))).float(), sigma)
         torch.manual_seed(int(rng.integers(2**31)))
         noise = torch.randn_like(x0)
         s = sigma.view(-1, 1, 1, 1, 1)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import AttentionInterface, AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from vlmteacher.microworld import corruptions, world
@@ -29,6 +29,7 @@ from vlmteacher.microworld.questions import STYLE, Question, ask, right_queries
 from vlmteacher.microworld.scene import Scene, Track
 from vlmteacher.microworld.tokenizer import kept_tokenizer
 from vlmteacher.microworld.training import adopt, load_config, train
+from vlmteacher.ops.attention import Spans, attention
 from vlmteacher.ops.patchify import patchify
 from vlmteacher.optimization import teacher_frame_indices
 from vlmteacher.queries import query_prompt
@@ -169,8 +170,23 @@ def build(config: dict[str, Any], vocabulary: Path) -> QwenVLTeacher:
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     settings = VisionSettings(patch_size=PATCH).updated(VIDEO_PROCESSOR)
     teacher = QwenVLTeacher(model, tokenizer, settings)
+    model.model.language_model.set_attn_implementation(SPANS)
     model.requires_grad_(True).train()
     return teacher
+
+
+SPANS = "vlmteacher_spans"  # transformers' name for our attention, which takes a third less of a training step
+
+
+def _attend(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, spans: Spans, **_: Any
+) -> tuple[Tensor, None]:
+    """As transformers calls it: q, k, v (B, heads, S, d); the rotation leaves q and k in float32 under autocast."""
+    q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
+    return attention(q, k, v, spans), None
+
+
+AttentionInterface.register(SPANS, _attend)
 
 
 class PackedForward:
@@ -212,7 +228,7 @@ class PackedForward:
         return visual.merger(x.flatten(0, 1)).unflatten(0, (len(x), -1)), deep
 
     def read(
-        self, ids: Tensor, positions: Tensor, mask: Tensor, merged: Tensor, deep: Tensor, pad: int
+        self, ids: Tensor, positions: Tensor, spans: Spans, merged: Tensor, deep: Tensor, pad: int
     ) -> list[Tensor]:
         """Hidden states (B, S, C) of the embedding and of each layer, the last one normalised."""
         language = self.teacher.model.model.language_model
@@ -223,7 +239,8 @@ class PackedForward:
         hooks = [layer.register_forward_hook(lambda m, i, o: states.append(o)) for layer in language.layers]
         last = language(
             inputs_embeds=embeds,
-            attention_mask=mask,
+            attention_mask=spans.mask()[None, None],  # as it is; `spans` is what the attention takes
+            spans=spans,
             position_ids=positions,
             visual_pos_masks=seen,
             deepstack_visual_embeds=[deep.flatten(0, 1)],
@@ -391,11 +408,10 @@ class Lesson:
         after = self.prefix_positions.max() + 1
         tail = (after + torch.arange(longest)).repeat(count).view(1, 1, -1).expand(3, 1, -1)
         positions = torch.cat([self.prefix_positions, tail], -1).expand(3, batch, -1)
-        owner = torch.cat([torch.zeros(prefix), 1 + torch.arange(count).repeat_interleave(longest)])
-        mask = torch.ones(length, length, dtype=torch.bool).tril() & (
-            (owner[:, None] == owner[None]) | (owner[None] == 0)
-        )
-        states = self.packed.read(ids, positions, mask.expand(batch, 1, -1, -1), merged, deep, self.video_pad)
+        here = torch.arange(length)
+        start = prefix + (here - prefix) // longest * longest  # of the question that the token is in
+        table = torch.stack([(here + 1).clamp_max(prefix), start.clamp_min(prefix), here + 1], 1)
+        states = self.packed.read(ids, positions, Spans(table.int(), length), merged, deep, self.video_pad)
 
         hidden = states[-1][torch.arange(batch)[:, None], ends]
         truth = torch.tensor([[q.answer for q in questions] for questions in asked])
@@ -449,9 +465,10 @@ class Lesson:
         positions, _ = self.teacher.model.model.get_rope_index(
             rows, self.teacher._token_types(rows), image_grid_thw=grid
         )
-        mask = torch.ones(rows.shape[1], rows.shape[1], dtype=torch.bool).tril().expand(len(rows), 1, -1, -1)
+        ends = torch.arange(1, rows.shape[1] + 1)
+        causal = Spans(torch.stack([ends, ends, ends], 1).int(), len(ends))
         pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-        last = self.packed.read(rows, positions, mask, merged, deep, pad)[-1]
+        last = self.packed.read(rows, positions, causal, merged, deep, pad)[-1]
         return F.cross_entropy(self.teacher.model.lm_head(last).float().flatten(0, 1), goal.flatten())
 
 

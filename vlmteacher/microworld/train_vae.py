@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
 from vlmteacher.microworld import world
-from vlmteacher.microworld.training import adopt, load_config, random_clip, to_video, train
+from vlmteacher.microworld.training import adopt, load_config, random_clip, shaken, to_video, train
 
 Z_DIM = 24
 
@@ -73,7 +73,7 @@ def refine(vae_path: Path, out: Path) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 latents = vae.encode(x).latent_dist.mode()
-            y = decode_unclamped(vae, latents)
+            y = decode_unclamped(vae, shaken(latents, config["latent_noise"], rng))
         return reconstruction_loss(x, y.float())
 
     modules = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}

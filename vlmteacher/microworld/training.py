@@ -146,6 +146,16 @@ def random_clip(rng: np.random.Generator, num_frames: int) -> np.ndarray:
     return world.draw(track[first : first + num_frames])
 
 
+def shaken(latents: torch.Tensor, most: float, rng: np.random.Generator) -> torch.Tensor:
+    """Latents (B, ...) with noise of 0 to `most` times their spread, for decoders that are to withstand optimisation.
+
+    What an optimisation adds to latents is no image: a decoder that has seen encoded videos alone makes one of it.
+    """
+    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+    scale = most * latents.std() * torch.rand(len(latents), *[1] * (latents.ndim - 1), generator=generator)
+    return latents + scale * torch.randn(latents.shape, generator=generator)
+
+
 def to_video(frames: np.ndarray) -> torch.Tensor:
     """(B, T, H, W, 3) in [0, 1] -> (B, 3, T, H, W) in [-1, 1], as diffusers' VAEs take it."""
     return torch.from_numpy(np.ascontiguousarray(frames, dtype=np.float32)).permute(0, 4, 1, 2, 3) * 2 - 1
