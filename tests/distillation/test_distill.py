@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from vlmteacher.cli import main
 from vlmteacher.distillation.distill import Settings, load_settings, run
 from vlmteacher.errors import InputError
+from vlmteacher.microworld.training import load_config
 from vlmteacher.reasoners import load_reasoner
 
 TRAIN = {"steps": 3, "batch_size": 2, "learning_rate": 1e-3, "rank": 2, "save_every": 1, "log_every": 1, "seed": 0}
@@ -105,6 +106,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(config, tmp_path):
 def test_the_configuration_for_the_microworld_can_be_read(pytestconfig):
     settings = load_settings(pytestconfig.rootpath / "configs" / "microworld_dmd2.yaml", {"steps": 7, "method": "dmd2"})
     assert settings.train.steps == 7 and settings.train.full and settings.dmd2.fake_updates == 5
+
+
+def test_the_stage_and_the_command_have_one_configuration(pytestconfig):
+    """Whichever is used, the student is the same."""
+    paths = {"reasoner": "a", "data": "b", "out": "c"}
+    stage = {name: value for name, value in load_config("distil").items() if name != "videos"}
+    command = load_settings(pytestconfig.rootpath / "configs" / "microworld_dmd2.yaml", paths | {"cache": None})
+    assert command.to_dict() == Settings.from_dict(stage | paths).to_dict()
 
 
 @pytest.mark.parametrize("text", ["- a list", "a: [", None])

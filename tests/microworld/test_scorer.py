@@ -23,12 +23,6 @@ def scenes() -> dict[str, list[world.Scene]]:
     }
 
 
-@pytest.fixture(scope="module")
-def balls(scenes) -> list[world.Scene]:
-    """What the packaged Teacher knows."""
-    return [scene for family in world.PACKAGED for scene in scenes[family][:6]]
-
-
 def soften(frames: np.ndarray) -> np.ndarray:
     """What a small decoder does to edges."""
     for axis in (1, 2):
@@ -102,6 +96,6 @@ def test_regions_are_connected_components():
     assert got == sorted(expected)
 
 
-def test_other_shapes_are_refused(balls):
+def test_other_shapes_are_refused(scenes):
     with pytest.raises(ValueError, match="expected"):
-        scorer.score(np.zeros((13, 32, 32, 3)), balls[0])
+        scorer.score(np.zeros((13, 32, 32, 3)), scenes["move"][0])

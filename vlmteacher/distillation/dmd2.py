@@ -225,9 +225,12 @@ class DMD2:
             return self.reasoner.predict_clean_at(condition, latents, sigma, transformer=network)
 
     def _fake(self, condition: Condition, latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """The fake score's velocity and the features (B, L, width) that the critic sees on the way."""
-        with self.networks.active("fake") as network, _outputs(network.blocks[self.settings.gan_block]) as seen:
-            velocity = self.reasoner.velocity(condition, latents, sigma, transformer=network)
+        """The fake score's velocity and the features (B, L, width) that a critic sees on the way, else (0,)."""
+        with self.networks.active("fake") as network:
+            if self.critic is None:
+                return self.reasoner.velocity(condition, latents, sigma, transformer=network), latents.new_empty(0)
+            with _outputs(network.blocks[self.settings.gan_block]) as seen:
+                velocity = self.reasoner.velocity(condition, latents, sigma, transformer=network)
         return velocity, seen[0]
 
     def _verdict(self, features: Tensor, condition: Condition) -> Tensor:

@@ -21,6 +21,7 @@ THERE = 0.62  # response of the matched filter (1 for a perfect disc) that count
 TRACE = 0.4  # response by which a thing can still be followed
 SECOND = 0.33  # response, away from the thing, that counts as one too many
 CHANGED = 0.16  # mean difference in RGB over a thing's own pixels; untouched scenery comes out below it
+PASSING = 2  # frames before and after an actor covers a thing in which the VAE may lose it
 TOUCH = 4.3
 ALIKE = 0.05  # squared distance in RGB below which scenery hides a colour
 SEEN = 0.6  # share of a disc that is made up for where scenery hides the rest
@@ -78,10 +79,13 @@ class _Found:
         self.color = np.full(length, _COLORS.index(thing.color) if thing.color in _COLORS else NONE)
 
 
-def _moving(frames: np.ndarray, scenery: np.ndarray, thing: Thing, rivals: set[str], taken: set[str]) -> _Found:
+def _moving(
+    frames: np.ndarray, scenery: np.ndarray, thing: Thing, rivals: set[str], taken: set[str], dots: list[Thing]
+) -> _Found:
     """A disc anywhere, of its own colour if it can be, else of one that no disc has (`taken`).
 
-    rivals: the other movers' colours; a pixel that is more like one of them is not the thing's.
+    rivals: the other movers' colours; a pixel that is more like one of them is not the thing's. dots: what is solid
+    and stays; in front of it, where the VAE mixes the two, less of the thing is enough.
     """
     found = _Found(len(frames), thing)
     names = [thing.color, *(c for c in _COLORS if c not in taken and c != thing.color)]
@@ -92,12 +96,18 @@ def _moving(frames: np.ndarray, scenery: np.ndarray, thing: Thing, rivals: set[s
         likeness = np.where(likeness >= rival, likeness, 0)
         responses.append(_response(likeness, _differs(scenery, name), thing.size))
     heights, places = zip(*(_peak(r) for r in responses), strict=True)
-    best = np.where(heights[0] >= THERE, 0, np.argmax(heights, 0))
+    over = [np.hypot(*(places[0] - dot.at).T) < thing.size + dot.size for dot in dots]
+    there = np.where(np.any(over, axis=0), TRACE, THERE) if over else THERE
+    best = np.where(heights[0] >= there, 0, np.argmax(heights, 0))
     row = np.arange(len(frames))
     found.position = np.stack(places)[best, row]
     found.color = np.asarray([_COLORS.index(c) for c in names])[best]
-    far = (responses[0] * _apart(places[0], thing.size + 4.5)).max((1, 2)) >= SECOND
-    found.count = np.where(heights[0] >= THERE, 1 + far, 0)
+    away = _apart(places[0], thing.size + 4.5)
+    for dot, near in zip(dots, over, strict=True):  # where it has just been, its colour may stay for a while
+        passed = np.convolve(near, np.ones(2 * PASSING + 1), "same") > 0
+        away[passed] &= world.disc_mask(*dot.at, dot.size + 2) == 0
+    far = (responses[0] * away).max((1, 2)) >= SECOND
+    found.count = np.where(heights[0] >= there, 1 + far, 0)
     lost = np.stack(heights)[best, row] < TRACE
     found.position[lost] = found.size[lost] = found.angle[lost] = np.nan
     found.color[lost] = NONE
@@ -150,7 +160,8 @@ def label(frames: np.ndarray, scene: Scene) -> Facts:
         thing = scene.things[index]
         if len(way) > 1 or scene.family == "sort":
             rivals = {scene.things[i].color for i in scene.actors if i != index}
-            found[index] = _moving(frames, scenery, thing, rivals, taken)
+            dots = [x for x in scene.scenery if x.shape == "disc" and not x.outline]
+            found[index] = _moving(frames, scenery, thing, rivals, taken, dots)
         else:
             found[index] = _staying(frames, scenery, thing, reach(max(thing, goal, key=lambda x: x.size)) + 3)
     places = np.stack([f.position for f in found], 1)
@@ -178,16 +189,18 @@ def changes(frames: np.ndarray, scene: Scene, places: np.ndarray, sizes: np.ndar
     covers = [world.mask(thing) for thing in scene.things]
     kept = np.ones((len(frames), len(covers)), bool)
     changed = np.zeros((len(frames), (world.SIZE // world.CELL) ** 2), bool)
+    free = np.ones(difference.shape, np.float32)
     for t in range(len(frames)):
-        free = np.ones(difference.shape[1:], np.float32)
         for index, way in zip(scene.actors, scene.ways, strict=True):
             if np.isfinite(places[t, index, 0]):
                 margin = 3.0 if len(way) > 1 else 0.5
                 at, size = places[t, index], max(float(sizes[t, index]), scene.things[index].size)
                 shape = replace(scene.things[index].moved((float(at[0]), float(at[1]))), size=size + margin)
-                free *= 1 - world.mask(shape)
+                free[t] *= 1 - world.mask(shape)
+    for t in range(len(frames)):
+        clear = free[max(0, t - PASSING) : t + PASSING + 1].min(0)
         for i, cover in enumerate(covers):
-            weight = cover * free
+            weight = cover * clear
             if i not in scene.actors and weight.sum() > 12:
                 kept[t, i] = (difference[t] * weight).sum() / weight.sum() <= CHANGED
                 if not kept[t, i]:

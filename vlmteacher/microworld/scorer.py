@@ -31,6 +31,7 @@ AT_START = 4.0
 INTACT = 0.6  # share of a thing's visible pixels that must keep its colour
 DEBRIS = 0.64  # of the smallest thing's area, and of a ball's at most, may be neither thing nor ground
 GRACE = 1  # frames in which codec blur may spoil a mover, the scenery or the ground
+PASSING = 1  # frames in which a codec may lose what an actor covers, before and after
 SPOTS = 12  # pixels of a wrong colour where the right stage has none near an edge
 STAGES = np.arange(-1.2, 2.21, 0.05)  # of a change: 0 is the start and 1 the goal
 AT_STAGE = 0.2
@@ -93,7 +94,8 @@ def _judge_motion(frames: np.ndarray, scene: Scene) -> dict[str, float]:
     free = np.ones(kinds.shape, bool)
     for actor, way in zip(scene.moving, ways, strict=True):
         free &= masks([replace(actor.moved(tuple(at)), size=actor.size + 2.5) for at in way]) == 0
-    kept = [_kept(kinds == _NAMES.index(thing.color), world.mask(thing) > 0.9, free) for thing in scene.scenery]
+    clear = _clear(free)
+    kept = [_kept(kinds == _NAMES.index(thing.color), world.mask(thing) > 0.9, clear) for thing in scene.scenery]
     known = [0, *(_NAMES.index(actor.color) for actor in scene.moving)]
     debris = ~np.isin(kinds, known) & _plain(scene) & free
 
@@ -173,6 +175,15 @@ def _regions(found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
         np.maximum.at(side, index, values)
     spread = np.maximum(box[0] + box[1], box[2] + box[3])
     return row[first] // (height + 1), area, np.stack([x_mean, y_mean], axis=1), spread
+
+
+def _clear(free: np.ndarray) -> np.ndarray:
+    """(T, H, W) where no actor is, nor was or will be within `PASSING` frames."""
+    clear = free.copy()
+    for shift in range(1, PASSING + 1):
+        clear[shift:] &= free[:-shift]
+        clear[:-shift] &= free[shift:]
+    return clear
 
 
 def _kept(right: np.ndarray, where: np.ndarray, free: np.ndarray) -> np.ndarray:

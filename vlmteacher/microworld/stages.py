@@ -110,13 +110,14 @@ def distil(out: Path) -> None:
     from vlmteacher.distillation.trainer import STATE
     from vlmteacher.microworld import world
     from vlmteacher.microworld.export import export
-    from vlmteacher.microworld.training import load_config
+    from vlmteacher.microworld.training import fast_attention, load_config
 
     config = load_config("distil")
     videos = config.pop("videos")
     export(out / "videos", videos["count"], videos["seed"], flawed=True, chosen=world.FAMILIES)
     paths = {"reasoner": str(out / "reasoner/reasoner"), "data": str(out / "videos"), "out": str(out / "distil")}
-    run(Settings.from_dict(config | paths), resume=(out / "distil" / STATE).exists())
+    with fast_attention():
+        run(Settings.from_dict(config | paths), resume=(out / "distil" / STATE).exists())
 
 
 def package(trained: Path, pair: Path) -> None:

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5Config, UMT
 
 from vlmteacher.microworld import world
 from vlmteacher.microworld.tokenizer import kept_tokenizer
-from vlmteacher.microworld.training import adopt, load_config, to_video, train
+from vlmteacher.microworld.training import adopt, fast_attention, load_config, to_video, train
 
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
 TEXT_TOKENS = 24
@@ -134,7 +134,7 @@ def main(out: Path, latents: Path, vae: Path, init: Path | None = None) -> None:
         per_frame = (x.shape[3] // 2) * (x.shape[4] // 2)
         timestep = (sigma * 1000)[:, None].repeat(1, x.shape[2] * per_frame)
         timestep[:, :per_frame] = 0
-        with torch.autocast("cpu", torch.bfloat16, enabled=config["bf16"]):
+        with torch.autocast("cpu", torch.bfloat16, enabled=config["bf16"]), fast_attention():
             embeds = encoder(ids, attention_mask=mask).last_hidden_state * mask[..., None]
             v = transformer(x, timestep, embeds, return_dict=False)[0]
         error = (v.float() - (noise - x0))[:, :, 1:] ** 2

@@ -68,6 +68,8 @@ MIX = {
     "eroded_scenery": 7.0,
     "disguise": 4.0,
 }
+# How often queries are written for a family, where they have to be read off the picture and not off the prompt alone.
+WRITTEN = {"sort": 4.0, "odd": 4.0, "count": 3.0, "deliver": 2.0}
 # More wordings than the Reasoner's prompts, so that a task typed by hand is understood.
 TASKS = (
     "Move the {ball} ball into the {box} box{tail}.",
@@ -418,6 +420,7 @@ class Lesson:
         logits = self.teacher.model.lm_head(hidden).float()
         targets = torch.where(truth, self.yes, self.no)
         answers = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        self.answer_loss = answers.mean()
 
         told = pair_truth(scenes, facts, self.indices)
         pooled = torch.cat([merged.mean(1), merged.amax(1)], -1).view(batch, pairs, -1).float()
@@ -441,8 +444,23 @@ class Lesson:
         report = {k: float(v.detach()) for k, v in losses.items() if k in REPORTED}
         right = ((logits[..., self.yes] > logits[..., self.no]) == truth).tolist()
         report |= accuracies(asked, scenes, right)
-        total = self.config["answer_weight"] * answers.mean() + sum(losses.values())
+        total = self.config["answer_weight"] * self.answer_loss + sum(losses.values())
         return total, report
+
+    def mislead(
+        self, frames: Tensor, scenes: list[Scene], facts: list[Facts], asked: list[list[Question]], most: float
+    ) -> Tensor:
+        """frames a step, of 0 to `most`, up the gradient of the answers' loss, smoothed as a decoder smooths.
+
+        An optimisation takes such steps; the truth stays what it was. A Teacher that withstands them has gradients
+        that change what is seen (adversarial training, arXiv 1706.06083; one step, arXiv 2001.03994).
+        """
+        frames = frames.detach().requires_grad_()
+        self.judge(frames, scenes, facts, asked)
+        (gradient,) = torch.autograd.grad(self.answer_loss, frames)
+        smooth = F.avg_pool2d(gradient.flatten(0, 1), 3, 1, 1).view_as(frames)
+        size = most * torch.rand(len(frames), 1, 1, 1, 1)
+        return (frames.detach() + size * smooth.sign()).clamp(0, 1)
 
     def write(self, scenes: list[Scene], rng: np.random.Generator) -> Tensor:
         """Cross-entropy of the right queries, given prompt and first frame, in the form that `generate` sees."""
@@ -528,17 +546,19 @@ def finetune(start: Path, collected: Path, out: Path) -> None:
 def fit(lessons: Lesson, draw: Callable[[np.random.Generator], list[Row]], out: Path, *, warmup: int) -> None:
     """Train on the rows that `draw` gives, writing queries now and then; save the Teacher to ``out/teacher``."""
     config, teacher = lessons.config, lessons.teacher
+    weights = np.asarray([WRITTEN.get(family, 1.0) for family in world.FAMILIES])
 
     def step(index: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         with torch.autocast("cpu", torch.bfloat16, enabled=config["bf16"]):
             if index % config["write_every"] == config["write_every"] - 1:
-                loss = lessons.write(
-                    [world.sample_scene(rng, str(rng.choice(world.FAMILIES))) for _ in range(config["batch"])], rng
-                )
+                chosen = rng.choice(world.FAMILIES, config["batch"], p=weights / weights.sum())
+                loss = lessons.write([world.sample_scene(rng, str(family)) for family in chosen], rng)
                 return loss, {"write": float(loss.detach())}
             videos, scenes, facts = zip(*draw(rng), strict=True)
             frames = torch.from_numpy(np.stack(videos)).permute(0, 1, 4, 2, 3)
             asked = [ask(s, f, rng, config["questions"]) for s, f in zip(scenes, facts, strict=True)]
+            if config["adversary"]:
+                frames = lessons.mislead(frames, list(scenes), list(facts), asked, config["adversary"])
             return lessons.judge(frames, list(scenes), list(facts), asked)
 
     train(
