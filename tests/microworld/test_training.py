@@ -78,6 +78,22 @@ def test_packed_questions_equal_the_teachers_own_losses(lesson):
         torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_misleading_frames_are_near_and_cost_more(lesson):
+    rng = np.random.default_rng(0)
+    videos, scenes, facts = zip(*(train_teacher.lesson(rng) for _ in range(3)), strict=True)
+    frames = torch.from_numpy(np.stack(videos)).permute(0, 1, 4, 2, 3)
+    given = list(scenes), list(facts), [ask(s, f, rng) for s, f in zip(scenes, facts, strict=True)]
+    torch.manual_seed(0)
+    misleading = lesson.mislead(frames, *given, 0.02)
+    change = (misleading - frames).abs()
+    assert 0 < change.max() <= 0.02 + 1e-6 and misleading.min() >= 0 and misleading.max() <= 1
+    losses = []
+    for seen in (frames, misleading):
+        lesson.judge(seen, *given)
+        losses.append(lesson.answer_loss.item())
+    assert losses[1] > losses[0] and not misleading.requires_grad
+
+
 def test_writing_lesson_is_what_the_teacher_would_be_asked(lesson):
     scene = world.sample_scene(np.random.default_rng(1))
     loss = lesson.write([scene], np.random.default_rng(1))
