@@ -1,12 +1,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from tests.tiny_pair import QUERIES, tiny_pair
+from tests.tiny_pair import PROMPT, QUERIES, tiny_pair
+from vlmteacher.lora import add_lora, remove_lora
+from vlmteacher.optimization import Optimization, Settings
 from vlmteacher.pipeline import TeacherPipeline
+from vlmteacher.queries import QuerySet
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +32,28 @@ def queries_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("queries") / "queries.json"
     path.write_text(json.dumps(QUERIES))
     return path
+
+
+@pytest.fixture
+def make_loop(pipe: TeacherPipeline) -> Iterator[Any]:
+    """A fresh loop on the same instance; keywords replace its settings."""
+    reasoner = pipe.reasoner
+    condition = reasoner.encode(PROMPT, None, 5, 32, 48)
+    noise = reasoner.noise(condition, torch.Generator().manual_seed(0))
+
+    def make(**settings: Any) -> Optimization:
+        values: dict[str, Any] = {
+            "max_steps": 4,
+            "threshold": 1e-6,
+            "teacher_frames": 4,
+            "rank": 2,
+            "learning_rate": 1e-2,
+        }
+        add_lora(reasoner.transformer, 2, seed=0)
+        queries = QuerySet.from_dict(QUERIES)
+        return Optimization(
+            reasoner, pipe.decoder, pipe.teacher, condition, noise, queries, Settings(**values | settings)
+        )
+
+    yield make
+    remove_lora(reasoner.transformer)

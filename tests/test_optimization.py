@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny_pair import PROMPT, QUERIES
 from vlmteacher.errors import InputError
-from vlmteacher.lora import add_lora, lora_state_dict, remove_lora
+from vlmteacher.lora import lora_state_dict
 from vlmteacher.ops.patchify import PatchRows
 from vlmteacher.optimization import (
     GUARDS,
@@ -22,33 +21,12 @@ from vlmteacher.optimization import (
     teacher_frame_indices,
 )
 from vlmteacher.pipeline import TeacherPipeline
-from vlmteacher.queries import QuerySet
 from vlmteacher.reward import vqa_objective
 
 
 @pytest.fixture
-def make(pipe: TeacherPipeline) -> Any:
-    """A fresh loop on the same instance."""
-    reasoner = pipe.reasoner
-    condition = reasoner.encode(PROMPT, None, 5, 32, 48)
-    noise = reasoner.noise(condition, torch.Generator().manual_seed(0))
-
-    def make(**settings: Any) -> Optimization:
-        values: dict[str, Any] = {
-            "max_steps": 4,
-            "threshold": 1e-6,
-            "teacher_frames": 4,
-            "rank": 2,
-            "learning_rate": 1e-2,
-        }
-        add_lora(reasoner.transformer, 2, seed=0)
-        queries = QuerySet.from_dict(QUERIES)
-        return Optimization(
-            reasoner, pipe.decoder, pipe.teacher, condition, noise, queries, Settings(**values | settings)
-        )
-
-    yield make
-    remove_lora(reasoner.transformer)
+def make(make_loop: Any) -> Any:
+    return make_loop
 
 
 def without_seconds(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

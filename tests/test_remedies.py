@@ -9,7 +9,7 @@ import torch
 
 from tests.tiny_pair import PROMPT, QUERIES
 from vlmteacher.errors import InputError
-from vlmteacher.lora import add_lora, lora_parameters, remove_lora
+from vlmteacher.lora import lora_parameters, remove_lora
 from vlmteacher.optimization import Optimization, Settings
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import MAX_QUERIES, QuerySet, QueryStyle
@@ -18,19 +18,8 @@ STEPS = 6
 
 
 @pytest.fixture
-def make(pipe: TeacherPipeline) -> Any:
-    reasoner = pipe.reasoner
-    condition = reasoner.encode(PROMPT, None, 5, 32, 48)
-    noise = reasoner.noise(condition, torch.Generator().manual_seed(0))
-
-    def make(**settings: Any) -> Optimization:
-        values = {"max_steps": STEPS, "threshold": 1e-6, "teacher_frames": 4, "rank": 2, "learning_rate": 0.03}
-        add_lora(reasoner.transformer, 2, seed=0)
-        parts = (reasoner, pipe.decoder, pipe.teacher, condition, noise)
-        return Optimization(*parts, QuerySet.from_dict(QUERIES), Settings(**values | settings))
-
-    yield make
-    remove_lora(reasoner.transformer)
+def make(make_loop: Any) -> Any:
+    return lambda **settings: make_loop(**{"max_steps": STEPS, "learning_rate": 0.03} | settings)
 
 
 def distance(loop: Optimization, pipe: TeacherPipeline) -> float:
