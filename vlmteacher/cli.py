@@ -231,7 +231,7 @@ def _add_families(sub: argparse.ArgumentParser) -> None:
         "--family",
         action="append",
         metavar="NAME",
-        help="of tasks, more than once for more, or all (default: those that the packaged pair knows)",
+        help="of tasks, more than once for more, or all (the default)",
     )
 
 
@@ -611,7 +611,7 @@ def _families(arguments: argparse.Namespace) -> Sequence[str]:
     from vlmteacher.microworld import world
 
     if not arguments.family:
-        return world.PACKAGED
+        return world.FAMILIES
     world.check("id", [name for name in arguments.family if name != "all"])
     return [name for name in world.FAMILIES if {name, "all"} & {*arguments.family}]
 

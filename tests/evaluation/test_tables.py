@@ -165,7 +165,6 @@ def test_the_command_line_says_what_is_wrong(run: Run, tmp_path: Path) -> None: 
         (["--table", "paper", "--lora-blocks", "last:1"], "--lora-blocks"),
         (["--table", "paper", "--method", "base"], "not allowed"),
         (["--method", "pe"], "rewrite"),
-        (["--method", "many-step"], "--many-step"),
         (["--method", "base", "--seeds", 0], "--seeds"),
         ([], "required"),
     ):

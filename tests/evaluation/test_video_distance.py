@@ -35,7 +35,7 @@ def videos(kind: str, seed: int, count: int = 50) -> list[torch.Tensor]:
     rng = np.random.default_rng(seed)
     made = []
     for _ in range(count):
-        scene = world.sample_scene(rng)
+        scene = world.sample_scene(rng, str(rng.choice(("move", "maze"))))  # what the encoder was trained on
         track = world.perform(scene) if kind == "right" else corruptions.CORRUPTIONS[kind](scene, rng)
         made.append(torch.from_numpy(world.draw(track)).permute(0, 3, 1, 2))
     return made

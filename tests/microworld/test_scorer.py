@@ -40,14 +40,15 @@ def test_the_right_video_passes(scenes, family):
 
 
 def test_right_videos_pass_after_the_packaged_vae(scenes):
+    """All but some of `connect`: the VAE may lose a dot that the ball has passed over."""
     reasoner = load_reasoner(str(PACKAGED_PAIR / "reasoner"))
-    scores = []
-    for scene in (*scenes["move"][:6:2], *scenes["maze"][:6:2]):
+    passed = dict.fromkeys(world.FAMILIES, 0)
+    for scene in (scene for family in world.FAMILIES for scene in scenes[family][:3]):
         with torch.no_grad():
             latents = reasoner.encode_video((world.render(scene) * 255).round().astype(np.uint8))
             frames = reasoner.decode(latents).permute(0, 2, 3, 1).float().numpy()
-        scores.append(scorer.score(frames, scene).score)
-    assert np.mean(scores) >= 0.98
+        passed[scene.family] += scorer.score(frames, scene).success
+    assert passed.pop("connect") >= 2 and passed == dict.fromkeys(passed, 3)
 
 
 @pytest.mark.parametrize(("family", "kind"), CELLS)

@@ -17,7 +17,10 @@ from vlmteacher.microworld.tokenizer import build_tokenizer
 from vlmteacher.microworld.training import random_clip, to_video, train
 from vlmteacher.queries import QuerySet
 
-TINY_TEACHER = {"width": 32, "layers": 3, "mlp": 48, "vision_layers": 2, "vision_mlp": 48, "answer_weight": 1.0}
+TINY_TEACHER = {
+    **{"width": 32, "layers": 3, "mlp": 48, "vision_layers": 2, "vision_mlp": 48},
+    **{"answer_weight": 1.0, "adversary": 0.0},
+}
 
 
 def fit(out, stop_at: int | None = None) -> torch.Tensor:
@@ -84,7 +87,9 @@ def test_misleading_frames_are_near_and_cost_more(lesson):
     frames = torch.from_numpy(np.stack(videos)).permute(0, 1, 4, 2, 3)
     given = list(scenes), list(facts), [ask(s, f, rng) for s, f in zip(scenes, facts, strict=True)]
     torch.manual_seed(0)
-    misleading = lesson.mislead(frames, *given, 0.02)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(lesson.config, "adversary", 0.02)
+        misleading = lesson.mislead(frames, *given)
     change = (misleading - frames).abs()
     assert 0 < change.max() <= 0.02 + 1e-6 and misleading.min() >= 0 and misleading.max() <= 1
     losses = []
@@ -92,6 +97,39 @@ def test_misleading_frames_are_near_and_cost_more(lesson):
         lesson.judge(seen, *given)
         losses.append(lesson.answer_loss.item())
     assert losses[1] > losses[0] and not misleading.requires_grad
+
+
+@pytest.mark.parametrize("family", world.FAMILIES)
+def test_a_faded_video_and_its_answers_go_to_the_right_ones(family):
+    rng = np.random.default_rng(0)
+    scene = world.sample_scene(rng, family)
+    track = [scene.things] * world.NUM_FRAMES  # nothing happens: the goal is missed
+    row = world.draw(track), scene, facts_of(scene, track)
+    ends = [train_teacher.faded(row, way, rng) for way in (0.0, 0.5, 1.0)]
+    frames, asked, yes = zip(*ends, strict=True)
+    assert np.array_equal(frames[0], row[0]) and np.abs(frames[2] - world.render(scene)).mean() < 0.05
+    assert (
+        yes[0] == [float(q.answer) for q in asked[0]]
+        and yes[0][0] == 0
+        and yes[1][0] == pytest.approx(0.5 * 0.5 / 0.9)
+    )
+    assert yes[2] == [1.0] * 4 and len({tuple(q.text for q in questions) for questions in asked}) == 1
+
+
+def test_the_loss_of_a_right_video_does_not_change_as_it_is_faded(lesson):
+    """What is faded over into itself stays as it is, and so do its answers."""
+    rng = np.random.default_rng(0)
+    scene = world.sample_scene(rng, "maze")
+    track = world.perform(scene)
+    row = world.draw(track), scene, facts_of(scene, track)
+    losses = []
+    for yes in (torch.ones(1, 4), torch.zeros(1, 4)):
+        frames = torch.from_numpy(row[0])[None].permute(0, 1, 4, 2, 3)
+        lesson.judge(frames, [scene], [row[2]], [train_teacher.faded(row, 1.0, rng)[1]], yes)
+        losses.append(lesson.answer_loss.item())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_teacher, "distort", lambda frames, rng: frames)
+        assert lesson.blend([row], rng).item() == pytest.approx(losses[0], rel=1e-5) != losses[1]
 
 
 def test_writing_lesson_is_what_the_teacher_would_be_asked(lesson):

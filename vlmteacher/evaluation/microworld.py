@@ -65,7 +65,7 @@ class Bench:
     """
 
     seed: int = 1
-    families: tuple[str, ...] = world.PACKAGED
+    families: tuple[str, ...] = world.FAMILIES
     pair: str | None = None
     many_step: str | None = None
     trace: bool = False
@@ -109,7 +109,7 @@ def run_benchmark(
     pair: str | None = None,
     lora_blocks: str | None = None,
     split: str = "id",
-    chosen: Sequence[str] = world.PACKAGED,
+    chosen: Sequence[str] = world.FAMILIES,
     noises: int = 1,
     trace: bool = False,
     many_step: str | None = None,

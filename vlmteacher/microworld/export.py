@@ -23,7 +23,7 @@ def export(
     seed: int,
     split: str = "train",
     flawed: bool = False,
-    chosen: Sequence[str] = world.PACKAGED,
+    chosen: Sequence[str] = world.FAMILIES,
 ) -> None:
     """Write `count` instances to ``out/<family>_task/<index>``; whole ones that are there already are kept.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,11 +22,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from vlmteacher.microworld import corruptions, world
+from vlmteacher.microworld import corruptions, splits, world
 from vlmteacher.microworld.collect import load
 from vlmteacher.microworld.facts import FASTEST, Facts, facts_of
 from vlmteacher.microworld.grounding import LAYER, STATE, Grounding, Look, by_color, find_words, in_pairs
-from vlmteacher.microworld.questions import STYLE, Question, ask, right_queries
+from vlmteacher.microworld.questions import STYLE, Question, ask, own_questions, right_queries
 from vlmteacher.microworld.scene import Scene, Track
 from vlmteacher.microworld.tokenizer import kept_tokenizer
 from vlmteacher.microworld.training import adopt, load_config, train
@@ -271,19 +272,51 @@ def distort(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(frames, 0, 1).astype(np.float32)
 
 
-def draw_track(rng: np.random.Generator) -> tuple[Scene, Track]:
-    """A training scene of any family and a video of it, of some kind of `MIX`, as a track."""
-    scene = world.sample_scene(rng, str(rng.choice(world.FAMILIES)))
+Row = tuple[np.ndarray, Scene, Facts]
+"""A video (T, H, W, 3) in [0, 1], its scene, and the facts of it."""
+
+
+@cache
+def frozen() -> frozenset[str]:
+    """Digests of the test scenes out of domain."""
+    return frozenset(world.digest(world.instance(k, splits.SEED, "ood")[0]) for k in range(splits.COUNT))
+
+
+def draw_track(rng: np.random.Generator, outside: float = 0.0) -> tuple[Scene, Track]:
+    """A training scene of any family and a video of it, of some kind of `MIX`, as a track.
+
+    outside: the share of scenes out of domain. The Reasoner never meets such; a Teacher should know more than it does.
+    """
+    family = str(rng.choice(world.FAMILIES))
+    scene = world.sample_scene(rng, family, "ood" if rng.random() < outside else "train")
+    while world.digest(scene) in frozen():
+        scene = world.sample_scene(rng, family, "ood")
     names = [kind for kind in MIX if kind == "right" or kind in corruptions.kinds(scene.family)]
     weights = np.asarray([MIX[kind] for kind in names])
     kind = str(rng.choice(names, p=weights / weights.sum()))
     return scene, world.perform(scene) if kind == "right" else corruptions.CORRUPTIONS[kind](scene, rng)
 
 
-def lesson(rng: np.random.Generator) -> tuple[np.ndarray, Scene, Facts]:
-    """A rendered video (T, H, W, 3) with its facts."""
-    scene, track = draw_track(rng)
+def lesson(rng: np.random.Generator, outside: float = 0.0) -> Row:
+    """A rendered video with its facts; see `draw_track`."""
+    scene, track = draw_track(rng, outside)
     return distort(world.draw(track), rng), scene, facts_of(scene, track)
+
+
+def faded(row: Row, way: float, rng: np.random.Generator) -> tuple[np.ndarray, list[Question], list[float]]:
+    """A video faded over into the right one of its scene, and with it what the answers should be, No 0 and Yes 1.
+
+    way: 0 for the video itself, 1 for the right one. Four of the task's own questions, the goal twice where there are
+    but three. A Teacher that answers so (mixup, arXiv 1710.09412) has gradients that point to the right video.
+    """
+    video, scene, facts = row
+    track = world.perform(scene)
+    questions, right = (own_questions(scene, f) for f in (facts, facts_of(scene, track)))
+    count = [*range(len(questions)), 0][:4]
+    share = float(np.interp(way, (0.0, 0.9, 1.0), (0.0, 0.5, 1.0)))  # likely only where little is left of the wrong
+    yes = [(1 - share) * questions[k].answer + share * right[k].answer for k in count]
+    frames = (1 - way) * video + way * distort(world.draw(track), rng)
+    return frames, [questions[k] for k in count], yes
 
 
 class Readout(nn.Module):
@@ -381,9 +414,17 @@ class Lesson:
         return self.known[question]
 
     def judge(
-        self, frames: Tensor, scenes: list[Scene], facts: list[Facts], asked: list[list[Question]]
+        self,
+        frames: Tensor,
+        scenes: list[Scene],
+        facts: list[Facts],
+        asked: list[list[Question]],
+        yes: Tensor | None = None,
     ) -> tuple[Tensor, dict]:
-        """frames (B, T, 3, H, W) in [0, 1]; the same number of questions for each video."""
+        """frames (B, T, 3, H, W) in [0, 1]; the same number of questions for each video.
+
+        yes: (B, questions) in [0, 1], how far Yes is right; by default the questions' own answers.
+        """
         frames = frames[:, self.indices]
         batch, pairs = len(frames), FRAMES // 2
         patches = torch.stack([patchify(f, PATCH, 2, 2, (0.5,) * 3, (0.5,) * 3) for f in frames])
@@ -418,9 +459,9 @@ class Lesson:
         hidden = states[-1][torch.arange(batch)[:, None], ends]
         truth = torch.tensor([[q.answer for q in questions] for questions in asked])
         logits = self.teacher.model.lm_head(hidden).float()
-        targets = torch.where(truth, self.yes, self.no)
-        answers = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-        self.answer_loss = answers.mean()
+        likely = logits.log_softmax(-1)
+        share = truth.float() if yes is None else yes
+        self.answer_loss = -(share * likely[..., self.yes] + (1 - share) * likely[..., self.no]).mean()
 
         told = pair_truth(scenes, facts, self.indices)
         pooled = torch.cat([merged.mean(1), merged.amax(1)], -1).view(batch, pairs, -1).float()
@@ -448,19 +489,34 @@ class Lesson:
         return total, report
 
     def mislead(
-        self, frames: Tensor, scenes: list[Scene], facts: list[Facts], asked: list[list[Question]], most: float
+        self,
+        frames: Tensor,
+        scenes: list[Scene],
+        facts: list[Facts],
+        asked: list[list[Question]],
+        yes: Tensor | None = None,
     ) -> Tensor:
-        """frames a step, of 0 to `most`, up the gradient of the answers' loss, smoothed as a decoder smooths.
+        """frames a step, of 0 to the adversary's most, up the gradient of the answers' loss, smoothed as by a decoder.
 
         An optimisation takes such steps; the truth stays what it was. A Teacher that withstands them has gradients
         that change what is seen (adversarial training, arXiv 1706.06083; one step, arXiv 2001.03994).
         """
         frames = frames.detach().requires_grad_()
-        self.judge(frames, scenes, facts, asked)
+        self.judge(frames, scenes, facts, asked, yes)
         (gradient,) = torch.autograd.grad(self.answer_loss, frames)
         smooth = F.avg_pool2d(gradient.flatten(0, 1), 3, 1, 1).view_as(frames)
-        size = most * torch.rand(len(frames), 1, 1, 1, 1)
+        size = self.config["adversary"] * torch.rand(len(frames), 1, 1, 1, 1)
         return (frames.detach() + size * smooth.sign()).clamp(0, 1)
+
+    def blend(self, rows: list[Row], rng: np.random.Generator) -> Tensor:
+        """Loss of the answers to the tasks' own questions about videos on their way to the right ones."""
+        drawn = [faded(row, float(rng.uniform()), rng) for row in rows]
+        frames, asked, yes = zip(*drawn, strict=True)
+        video = torch.from_numpy(np.stack(frames)).permute(0, 1, 4, 2, 3).float()
+        _, scenes, facts = zip(*rows, strict=True)
+        given = list(scenes), list(facts), list(asked), torch.tensor(yes)
+        self.judge(self.mislead(video, *given) if self.config["adversary"] else video, *given)
+        return self.answer_loss
 
     def write(self, scenes: list[Scene], rng: np.random.Generator) -> Tensor:
         """Cross-entropy of the right queries, given prompt and first frame, in the form that `generate` sees."""
@@ -508,9 +564,6 @@ def _shared(rows: list[list[list[int]]]) -> int:
     return next(i for i in range(limit + 1) if i == limit or any(r[i] != everything[0][i] for r in everything))
 
 
-Row = tuple[np.ndarray, Scene, Facts]
-
-
 def main(out: Path, init: Path | None = None) -> None:
     """Stage ``teacher``, from scratch or from the weights of a pair's Teacher in `init`."""
     config = load_config("teacher")
@@ -519,7 +572,7 @@ def main(out: Path, init: Path | None = None) -> None:
     if init:
         known = Qwen3VLForConditionalGeneration.from_pretrained(init, dtype=torch.float32)
         adopt(lessons.teacher.model, known, lessons.teacher.tokenizer, AutoTokenizer.from_pretrained(init))
-    fit(lessons, lambda rng: [lesson(rng) for _ in range(config["batch"])], out, warmup=100)
+    fit(lessons, lambda rng: [lesson(rng, config["outside"]) for _ in range(config["batch"])], out, warmup=100)
 
 
 def finetune(start: Path, collected: Path, out: Path) -> None:
@@ -534,7 +587,7 @@ def finetune(start: Path, collected: Path, out: Path) -> None:
 
     def draw(rng: np.random.Generator) -> list[Row]:
         chosen = [groups[kind] for kind, count in config["collected"].items() if groups[kind] for _ in range(count)]
-        rows = [lesson(rng) for _ in range(config["batch"] - len(chosen))]
+        rows = [lesson(rng, config["outside"]) for _ in range(config["batch"] - len(chosen))]
         for group in chosen:
             video, scene, facts = group[int(rng.integers(len(group)))]
             rows.append((video.astype(np.float32) / 255, scene, facts))
@@ -554,11 +607,15 @@ def fit(lessons: Lesson, draw: Callable[[np.random.Generator], list[Row]], out: 
                 chosen = rng.choice(world.FAMILIES, config["batch"], p=weights / weights.sum())
                 loss = lessons.write([world.sample_scene(rng, str(family)) for family in chosen], rng)
                 return loss, {"write": float(loss.detach())}
-            videos, scenes, facts = zip(*draw(rng), strict=True)
+            rows = draw(rng)
+            if config["blend_every"] and index % config["blend_every"] == 1:
+                loss = lessons.blend(rows, rng)
+                return config["answer_weight"] * loss, {"blend": float(loss.detach())}
+            videos, scenes, facts = zip(*rows, strict=True)
             frames = torch.from_numpy(np.stack(videos)).permute(0, 1, 4, 2, 3)
             asked = [ask(s, f, rng, config["questions"]) for s, f in zip(scenes, facts, strict=True)]
             if config["adversary"]:
-                frames = lessons.mislead(frames, list(scenes), list(facts), asked, config["adversary"])
+                frames = lessons.mislead(frames, list(scenes), list(facts), asked)
             return lessons.judge(frames, list(scenes), list(facts), asked)
 
     train(

@@ -49,7 +49,6 @@ __all__ = [
     "FAMILIES",
     "FPS",
     "NUM_FRAMES",
-    "PACKAGED",
     "PAINTS",
     "RADIUS",
     "SIZE",
@@ -75,7 +74,6 @@ __all__ = [
 ]
 
 FAMILIES = tuple(families.FAMILIES)
-PACKAGED = ("move", "maze")  # what the packaged pair was trained on
 SPLITS = ("train", "id", "ood", "validation")
 
 
@@ -109,8 +107,8 @@ def split_of(scene: Scene) -> str:
 
 
 def sample_scene(rng: np.random.Generator, family: str | None = None, split: str = "train") -> Scene:
-    """Draw a scene of `family` (by default any that the packaged pair knows) from a split."""
-    name = family or str(rng.choice(PACKAGED))
+    """Draw a scene of `family` (by default any) from a split."""
+    name = family or str(rng.choice(FAMILIES))
     while True:
         scene = families.FAMILIES[name].sample(rng, split == "ood")
         if scene is not None and split_of(scene) == split:
@@ -123,7 +121,7 @@ def write_prompt(scene: Scene, rng: np.random.Generator) -> str:
     return family.prompts[int(rng.integers(len(family.prompts)))].format(**family.names(scene))
 
 
-def instance(index: int, seed: int, split: str = "id", chosen: Sequence[str] = PACKAGED) -> tuple[Scene, str]:
+def instance(index: int, seed: int, split: str = "id", chosen: Sequence[str] = FAMILIES) -> tuple[Scene, str]:
     """The `index`-th instance of a split as `seed` draws it: scene and prompt. The chosen families alternate."""
     rng = np.random.default_rng([seed, index])
     scene = sample_scene(rng, chosen[index % len(chosen)], split)

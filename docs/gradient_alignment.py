@@ -1,0 +1,70 @@
+"""Where a Teacher's gradient points: ``python docs/gradient_alignment.py [TEACHER ...]``, by default the packaged one.
+
+For the flawed scenes among the first of the validation split: the cosine of the LoRA's gradient of the Teacher's loss
+with that of the squared distance of the one-step prediction's latents from those of the right video, along an
+optimisation of that distance. 0: the Teacher asks for something else than the right video; 1: it asks for it straight.
+"""
+
+from __future__ import annotations
+
+import argparse
+from statistics import fmean
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmteacher.evaluation.microworld import first_frame
+from vlmteacher.lora import add_lora, lora_parameters, remove_lora
+from vlmteacher.microworld import world
+from vlmteacher.microworld.questions import right_queries
+from vlmteacher.optimization import teacher_frame_indices
+from vlmteacher.pipeline import PACKAGED_PAIR, TeacherPipeline
+from vlmteacher.reward import vqa_objective
+from vlmteacher.teachers import load_teacher
+
+SEEN = (0, 6, 12)  # updates made before the gradients are compared
+SCENES = 40
+
+
+def gradient(loss: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("teachers", nargs="*", default=[str(PACKAGED_PAIR / "teacher")])
+    teachers = {name: load_teacher(name, torch.float32) for name in parser.parse_args().teachers}
+    pipe = TeacherPipeline.from_pretrained()
+    reasoner, settings = pipe.reasoner, pipe.defaults
+    indices = teacher_frame_indices(world.NUM_FRAMES, settings.teacher_frames)
+    cosines: dict[str, list[list[float]]] = {name: [[] for _ in SEEN] for name in teachers}
+    for index in range(SCENES):
+        scene, prompt = world.instance(index, 1, "validation")
+        if world.flawed(scene) == scene:
+            continue
+        condition = reasoner.encode(prompt, first_frame(scene), world.NUM_FRAMES, world.SIZE, world.SIZE)
+        noise = reasoner.noise(condition, torch.Generator().manual_seed(100_000 + 100 * index))
+        right = reasoner.encode_video((world.render(scene) * 255).round().astype(np.uint8))
+        add_lora(reasoner.transformer, settings.rank, seed=0)
+        parameters = list(lora_parameters(reasoner.transformer))
+        optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0)
+        for step in range(SEEN[-1] + 1):
+            straight = gradient((reasoner.predict_clean(condition, noise) - right).square().mean(), parameters)
+            for name, teacher in teachers.items() if step in SEEN else ():
+                frames = pipe.decoder.decode(reasoner.predict_clean(condition, noise))[indices]
+                losses = teacher.losses(frames, indices, world.FPS, right_queries(scene))
+                asked = gradient(vqa_objective(losses, settings.goal_weight), parameters)
+                flat = [torch.cat([g.flatten() for g in each]) for each in (straight, asked)]
+                cosines[name][SEEN.index(step)].append(F.cosine_similarity(*flat, dim=0).item())
+            for parameter, value in zip(parameters, straight, strict=True):
+                parameter.grad = value
+            optimizer.step()
+        remove_lora(reasoner.transformer)
+    for name, rows in cosines.items():
+        print(f"{name}: " + ", ".join(f"{fmean(row):.2f} after {n} updates" for n, row in zip(SEEN, rows, strict=True)))
+
+
+if __name__ == "__main__":
+    main()
