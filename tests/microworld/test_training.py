@@ -109,9 +109,7 @@ def test_a_faded_video_and_its_answers_go_to_the_right_ones(family):
     frames, asked, yes = zip(*ends, strict=True)
     assert np.array_equal(frames[0], row[0]) and np.abs(frames[2] - world.render(scene)).mean() < 0.05
     assert (
-        yes[0] == [float(q.answer) for q in asked[0]]
-        and yes[0][0] == 0
-        and yes[1][0] == pytest.approx(0.5 * 0.5 / 0.9)
+        yes[0] == [float(q.answer) for q in asked[0]] and yes[0][0] == 0 and yes[1][0] == pytest.approx(0.5 * 0.5 / 0.9)
     )
     assert yes[2] == [1.0] * 4 and len({tuple(q.text for q in questions) for questions in asked}) == 1
 

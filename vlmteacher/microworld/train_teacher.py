@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from vlmteacher.microworld import corruptions, splits, world
+from vlmteacher.microworld import corruptions, world
 from vlmteacher.microworld.collect import load
 from vlmteacher.microworld.facts import FASTEST, Facts, facts_of
 from vlmteacher.microworld.grounding import LAYER, STATE, Grounding, Look, by_color, find_words, in_pairs
@@ -276,30 +275,18 @@ Row = tuple[np.ndarray, Scene, Facts]
 """A video (T, H, W, 3) in [0, 1], its scene, and the facts of it."""
 
 
-@cache
-def frozen() -> frozenset[str]:
-    """Digests of the test scenes out of domain."""
-    return frozenset(world.digest(world.instance(k, splits.SEED, "ood")[0]) for k in range(splits.COUNT))
-
-
-def draw_track(rng: np.random.Generator, outside: float = 0.0) -> tuple[Scene, Track]:
-    """A training scene of any family and a video of it, of some kind of `MIX`, as a track.
-
-    outside: the share of scenes out of domain. The Reasoner never meets such; a Teacher should know more than it does.
-    """
-    family = str(rng.choice(world.FAMILIES))
-    scene = world.sample_scene(rng, family, "ood" if rng.random() < outside else "train")
-    while world.digest(scene) in frozen():
-        scene = world.sample_scene(rng, family, "ood")
+def draw_track(rng: np.random.Generator) -> tuple[Scene, Track]:
+    """A training scene of any family and a video of it, of some kind of `MIX`, as a track."""
+    scene = world.sample_scene(rng, str(rng.choice(world.FAMILIES)))
     names = [kind for kind in MIX if kind == "right" or kind in corruptions.kinds(scene.family)]
     weights = np.asarray([MIX[kind] for kind in names])
     kind = str(rng.choice(names, p=weights / weights.sum()))
     return scene, world.perform(scene) if kind == "right" else corruptions.CORRUPTIONS[kind](scene, rng)
 
 
-def lesson(rng: np.random.Generator, outside: float = 0.0) -> Row:
-    """A rendered video with its facts; see `draw_track`."""
-    scene, track = draw_track(rng, outside)
+def lesson(rng: np.random.Generator) -> Row:
+    """A rendered video with its facts."""
+    scene, track = draw_track(rng)
     return distort(world.draw(track), rng), scene, facts_of(scene, track)
 
 
@@ -572,7 +559,7 @@ def main(out: Path, init: Path | None = None) -> None:
     if init:
         known = Qwen3VLForConditionalGeneration.from_pretrained(init, dtype=torch.float32)
         adopt(lessons.teacher.model, known, lessons.teacher.tokenizer, AutoTokenizer.from_pretrained(init))
-    fit(lessons, lambda rng: [lesson(rng, config["outside"]) for _ in range(config["batch"])], out, warmup=100)
+    fit(lessons, lambda rng: [lesson(rng) for _ in range(config["batch"])], out, warmup=100)
 
 
 def finetune(start: Path, collected: Path, out: Path) -> None:
@@ -587,7 +574,7 @@ def finetune(start: Path, collected: Path, out: Path) -> None:
 
     def draw(rng: np.random.Generator) -> list[Row]:
         chosen = [groups[kind] for kind, count in config["collected"].items() if groups[kind] for _ in range(count)]
-        rows = [lesson(rng, config["outside"]) for _ in range(config["batch"] - len(chosen))]
+        rows = [lesson(rng) for _ in range(config["batch"] - len(chosen))]
         for group in chosen:
             video, scene, facts = group[int(rng.integers(len(group)))]
             rows.append((video.astype(np.float32) / 255, scene, facts))
