@@ -17,10 +17,7 @@ from vlmteacher.microworld.tokenizer import build_tokenizer
 from vlmteacher.microworld.training import random_clip, to_video, train
 from vlmteacher.queries import QuerySet
 
-TINY_TEACHER = {
-    **{"width": 32, "layers": 3, "mlp": 48, "vision_layers": 2, "vision_mlp": 48},
-    **{"answer_weight": 1.0, "adversary": 0.0},
-}
+TINY_TEACHER = {"width": 32, "layers": 3, "mlp": 48, "vision_layers": 2, "vision_mlp": 48, "answer_weight": 1.0}
 
 
 def fit(out, stop_at: int | None = None) -> torch.Tensor:
@@ -64,16 +61,16 @@ def test_the_vocabulary_is_kept(tmp_path, monkeypatch):
 def test_packed_questions_equal_the_teachers_own_losses(lesson):
     rng = np.random.default_rng(0)
     drawn = [train_teacher.lesson(rng) for _ in range(3)]
-    frames = torch.from_numpy(np.stack([d[0] for d in drawn])).permute(0, 1, 4, 2, 3)
     asked = [ask(scene, facts, rng) for _, scene, facts in drawn]
+    shown = train_teacher.Batch.of(drawn, asked)
     logits = []
     hook = lesson.teacher.model.lm_head.register_forward_hook(lambda module, args, output: logits.append(output))
-    loss, report = lesson.judge(frames, [d[1] for d in drawn], [d[2] for d in drawn], asked)
+    loss, report = lesson.judge(shown)
     hook.remove()
     loss.backward()
     assert {"changed", "l_states", "actor_look", "holds", "yes"} <= report.keys()
     packed = -logits[0].float().log_softmax(-1)[..., lesson.yes]
-    for row, questions, expected in zip(frames, asked, packed, strict=True):
+    for row, questions, expected in zip(shown.frames, asked, packed, strict=True):
         texts = [question.text for question in questions]
         seen = row[lesson.indices]
         with torch.no_grad():
@@ -83,18 +80,18 @@ def test_packed_questions_equal_the_teachers_own_losses(lesson):
 
 def test_misleading_frames_are_near_and_cost_more(lesson):
     rng = np.random.default_rng(0)
-    videos, scenes, facts = zip(*(train_teacher.lesson(rng) for _ in range(3)), strict=True)
-    frames = torch.from_numpy(np.stack(videos)).permute(0, 1, 4, 2, 3)
-    given = list(scenes), list(facts), [ask(s, f, rng) for s, f in zip(scenes, facts, strict=True)]
+    rows = [train_teacher.lesson(rng) for _ in range(3)]
+    shown = train_teacher.Batch.of(rows, [ask(scene, facts, rng) for _, scene, facts in rows])
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(lesson.config, "adversary", 0.02)
-        misleading = lesson.mislead(frames, *given)
-    change = (misleading - frames).abs()
+        other = lesson.mislead(shown)
+    misleading = other.frames
+    change = (misleading - shown.frames).abs()
     assert 0 < change.max() <= 0.02 + 1e-6 and misleading.min() >= 0 and misleading.max() <= 1
     losses = []
-    for seen in (frames, misleading):
-        lesson.judge(seen, *given)
+    for seen in (shown, other):
+        lesson.judge(seen)
         losses.append(lesson.answer_loss.item())
     assert losses[1] > losses[0] and not misleading.requires_grad
 
@@ -122,12 +119,12 @@ def test_the_loss_of_a_right_video_does_not_change_as_it_is_faded(lesson):
     row = world.draw(track), scene, facts_of(scene, track)
     losses = []
     for yes in (torch.ones(1, 4), torch.zeros(1, 4)):
-        frames = torch.from_numpy(row[0])[None].permute(0, 1, 4, 2, 3)
-        lesson.judge(frames, [scene], [row[2]], [train_teacher.faded(row, 1.0, rng)[1]], yes)
+        lesson.judge(train_teacher.Batch.of([row], [train_teacher.faded(row, 1.0, rng)[1]], yes))
         losses.append(lesson.answer_loss.item())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_teacher, "distort", lambda frames, rng: frames)
-        assert lesson.blend([row], rng).item() == pytest.approx(losses[0], rel=1e-5) != losses[1]
+        lesson.judge(train_teacher.blend([row], rng))
+        assert lesson.answer_loss.item() == pytest.approx(losses[0], rel=1e-5) != losses[1]
 
 
 def test_writing_lesson_is_what_the_teacher_would_be_asked(lesson):

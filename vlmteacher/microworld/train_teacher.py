@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -306,6 +306,33 @@ def faded(row: Row, way: float, rng: np.random.Generator) -> tuple[np.ndarray, l
     return frames, [questions[k] for k in count], yes
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Videos and the same number of questions about each.
+
+    frames: (B, T, 3, H, W) in [0, 1]. yes: (B, questions) in [0, 1], how far Yes is right; else as the questions say.
+    """
+
+    frames: Tensor
+    scenes: list[Scene]
+    facts: list[Facts]
+    asked: list[list[Question]]
+    yes: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], asked: list[list[Question]], yes: Tensor | None = None) -> Batch:
+        videos, scenes, facts = zip(*rows, strict=True)
+        frames = torch.from_numpy(np.stack(videos)).permute(0, 1, 4, 2, 3).float()
+        return cls(frames, list(scenes), list(facts), asked, yes)
+
+
+def blend(rows: list[Row], rng: np.random.Generator) -> Batch:
+    """Videos on their way to the right ones, and the tasks' own questions."""
+    frames, asked, yes = zip(*(faded(row, float(rng.uniform()), rng) for row in rows), strict=True)
+    mixed = [(video, scene, facts) for video, (_, scene, facts) in zip(frames, rows, strict=True)]
+    return Batch.of(mixed, list(asked), torch.tensor(yes))
+
+
 class Readout(nn.Module):
     """Training-only heads that tell the facts of a frame pair from one vector, the actors told apart by colour."""
 
@@ -400,19 +427,10 @@ class Lesson:
             self.known[question] = self.teacher._question_ids(question, self.placeholder)[0]
         return self.known[question]
 
-    def judge(
-        self,
-        frames: Tensor,
-        scenes: list[Scene],
-        facts: list[Facts],
-        asked: list[list[Question]],
-        yes: Tensor | None = None,
-    ) -> tuple[Tensor, dict]:
-        """frames (B, T, 3, H, W) in [0, 1]; the same number of questions for each video.
-
-        yes: (B, questions) in [0, 1], how far Yes is right; by default the questions' own answers.
-        """
-        frames = frames[:, self.indices]
+    def judge(self, shown: Batch) -> tuple[Tensor, dict]:
+        """The loss and what is reported of it; `answer_loss` is that of the answers alone."""
+        scenes, facts, asked = shown.scenes, shown.facts, shown.asked
+        frames = shown.frames[:, self.indices]
         batch, pairs = len(frames), FRAMES // 2
         patches = torch.stack([patchify(f, PATCH, 2, 2, (0.5,) * 3, (0.5,) * 3) for f in frames])
         merged, deep = self.packed.see(patches.view(batch * pairs, -1, patches.shape[-1]))
@@ -447,7 +465,7 @@ class Lesson:
         truth = torch.tensor([[q.answer for q in questions] for questions in asked])
         logits = self.teacher.model.lm_head(hidden).float()
         likely = logits.log_softmax(-1)
-        share = truth.float() if yes is None else yes
+        share = truth.float() if shown.yes is None else shown.yes
         self.answer_loss = -(share * likely[..., self.yes] + (1 - share) * likely[..., self.no]).mean()
 
         told = pair_truth(scenes, facts, self.indices)
@@ -475,35 +493,18 @@ class Lesson:
         total = self.config["answer_weight"] * self.answer_loss + sum(losses.values())
         return total, report
 
-    def mislead(
-        self,
-        frames: Tensor,
-        scenes: list[Scene],
-        facts: list[Facts],
-        asked: list[list[Question]],
-        yes: Tensor | None = None,
-    ) -> Tensor:
-        """frames a step, of 0 to the adversary's most, up the gradient of the answers' loss, smoothed as by a decoder.
+    def mislead(self, shown: Batch) -> Batch:
+        """Frames a step, of 0 to the adversary's most, up the gradient of the answers' loss, smoothed as by a decoder.
 
         An optimisation takes such steps; the truth stays what it was. A Teacher that withstands them has gradients
         that change what is seen (adversarial training, arXiv 1706.06083; one step, arXiv 2001.03994).
         """
-        frames = frames.detach().requires_grad_()
-        self.judge(frames, scenes, facts, asked, yes)
+        frames = shown.frames.detach().requires_grad_()
+        self.judge(replace(shown, frames=frames))
         (gradient,) = torch.autograd.grad(self.answer_loss, frames)
         smooth = F.avg_pool2d(gradient.flatten(0, 1), 3, 1, 1).view_as(frames)
         size = self.config["adversary"] * torch.rand(len(frames), 1, 1, 1, 1)
-        return (frames.detach() + size * smooth.sign()).clamp(0, 1)
-
-    def blend(self, rows: list[Row], rng: np.random.Generator) -> Tensor:
-        """Loss of the answers to the tasks' own questions about videos on their way to the right ones."""
-        drawn = [faded(row, float(rng.uniform()), rng) for row in rows]
-        frames, asked, yes = zip(*drawn, strict=True)
-        video = torch.from_numpy(np.stack(frames)).permute(0, 1, 4, 2, 3).float()
-        _, scenes, facts = zip(*rows, strict=True)
-        given = list(scenes), list(facts), list(asked), torch.tensor(yes)
-        self.judge(self.mislead(video, *given) if self.config["adversary"] else video, *given)
-        return self.answer_loss
+        return replace(shown, frames=(frames.detach() + size * smooth.sign()).clamp(0, 1))
 
     def write(self, scenes: list[Scene], rng: np.random.Generator) -> Tensor:
         """Cross-entropy of the right queries, given prompt and first frame, in the form that `generate` sees."""
@@ -595,15 +596,17 @@ def fit(lessons: Lesson, draw: Callable[[np.random.Generator], list[Row]], out: 
                 loss = lessons.write([world.sample_scene(rng, str(family)) for family in chosen], rng)
                 return loss, {"write": float(loss.detach())}
             rows = draw(rng)
-            if config["blend_every"] and index % config["blend_every"] == 1:
-                loss = lessons.blend(rows, rng)
-                return config["answer_weight"] * loss, {"blend": float(loss.detach())}
-            videos, scenes, facts = zip(*rows, strict=True)
-            frames = torch.from_numpy(np.stack(videos)).permute(0, 1, 4, 2, 3)
-            asked = [ask(s, f, rng, config["questions"]) for s, f in zip(scenes, facts, strict=True)]
+            blended = config["blend_every"] and index % config["blend_every"] == 1
+            if blended:
+                shown = blend(rows, rng)
+            else:
+                shown = Batch.of(rows, [ask(s, f, rng, config["questions"]) for _, s, f in rows])
             if config["adversary"]:
-                frames = lessons.mislead(frames, list(scenes), list(facts), asked)
-            return lessons.judge(frames, list(scenes), list(facts), asked)
+                shown = lessons.mislead(shown)
+            loss, report = lessons.judge(shown)
+            if blended:
+                return config["answer_weight"] * lessons.answer_loss, {"blend": float(lessons.answer_loss.detach())}
+            return loss, report
 
     train(
         {"teacher": teacher.model, "heads": lessons.heads},
