@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmteacher.evaluation.microworld import first_frame
+from vlmteacher.evaluation.microworld import first_frame, noise_seed
 from vlmteacher.lora import add_lora, lora_parameters, remove_lora
 from vlmteacher.microworld import world
 from vlmteacher.microworld.questions import right_queries
@@ -45,7 +45,7 @@ def main() -> None:
         if world.flawed(scene) == scene:
             continue
         condition = reasoner.encode(prompt, first_frame(scene), world.NUM_FRAMES, world.SIZE, world.SIZE)
-        noise = reasoner.noise(condition, torch.Generator().manual_seed(100_000 + 100 * index))
+        noise = reasoner.noise(condition, torch.Generator().manual_seed(noise_seed(index, 1)))
         right = reasoner.encode_video((world.render(scene) * 255).round().astype(np.uint8))
         add_lora(reasoner.transformer, settings.rank, seed=0)
         parameters = list(lora_parameters(reasoner.transformer))

@@ -49,11 +49,10 @@ def make_loop(pipe: TeacherPipeline) -> Iterator[Any]:
             "rank": 2,
             "learning_rate": 1e-2,
         }
-        add_lora(reasoner.transformer, 2, seed=0)
-        queries = QuerySet.from_dict(QUERIES)
-        return Optimization(
-            reasoner, pipe.decoder, pipe.teacher, condition, noise, queries, Settings(**values | settings)
-        )
+        chosen = Settings(**values | settings)
+        add_lora(reasoner.transformer, 2, seed=0, blocks=chosen.lora_blocks)
+        parts = (reasoner, pipe.decoder, pipe.teacher, condition, noise)
+        return Optimization(*parts, QuerySet.from_dict(QUERIES), chosen)
 
     yield make
     remove_lora(reasoner.transformer)

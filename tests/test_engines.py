@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from tests.test_cli import Run, run  # noqa: F401 (a fixture)
 from tests.tiny_pair import PROMPT, QUERIES
 from vlmteacher import engines
 from vlmteacher.errors import InputError
-from vlmteacher.lora import add_lora, remove_lora
+from vlmteacher.lora import add_lora
 from vlmteacher.optimization import Optimization, Settings
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.planning.costs import META
@@ -147,20 +146,8 @@ def test_the_check_sees_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def make(pipe: TeacherPipeline) -> Iterator[Any]:
-    reasoner = pipe.reasoner
-    condition = reasoner.encode(PROMPT, None, 5, 32, 48)
-    noise = reasoner.noise(condition, torch.Generator().manual_seed(0))
-
-    def make(**settings: Any) -> Optimization:
-        values: dict[str, Any] = {"max_steps": 3, "threshold": 1e-6, "teacher_frames": 4, "rank": 2}
-        chosen = Settings(**values | {"learning_rate": 1e-2} | settings)
-        add_lora(reasoner.transformer, 2, seed=0, blocks=chosen.lora_blocks)
-        parts = (reasoner, pipe.decoder, pipe.teacher, condition, noise)
-        return Optimization(*parts, QuerySet.from_dict(QUERIES), chosen)
-
-    yield make
-    remove_lora(reasoner.transformer)
+def make(make_loop: Any) -> Any:
+    return lambda **settings: make_loop(**{"max_steps": 3} | settings)
 
 
 def test_one_read_of_the_device_per_step(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:

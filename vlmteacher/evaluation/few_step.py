@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vlmteacher.errors import InputError
-from vlmteacher.evaluation.microworld import first_frame, judge
+from vlmteacher.evaluation.microworld import first_frame, judge, noise_seed
 from vlmteacher.evaluation.video_distance import video_distance
 from vlmteacher.microworld import world
 from vlmteacher.microworld.questions import right_queries
@@ -98,7 +98,7 @@ def measure(
         condition = reasoner.encode(
             prompt, first_frame(scene), num_frames=world.NUM_FRAMES, height=world.SIZE, width=world.SIZE
         )
-        noise = reasoner.noise(condition, torch.Generator().manual_seed(100_000 * seed + 100 * index))
+        noise = reasoner.noise(condition, torch.Generator().manual_seed(noise_seed(index, seed)))
         began = time.perf_counter()
         if many_steps:
             latents = sample_many(reasoner, condition, empty, noise, steps=many_steps, guidance=guidance)

@@ -267,6 +267,11 @@ def judge(video: Tensor, scene: world.Scene) -> Verdict:
     return score(video.permute(0, 2, 3, 1).float().cpu().numpy(), scene)
 
 
+def noise_seed(index: int, seed: int, noise: int = 0) -> int:
+    """What seeds the noise of the `index`-th instance that `seed` draws, the `noise`-th of its noises."""
+    return 100_000 * seed + 100 * index + 10**9 * noise
+
+
 def first_frame(scene: world.Scene) -> Image.Image:
     """The scene's first frame as the image that a user would give."""
     return Image.fromarray((world.render(scene)[0] * 255).round().astype("uint8"))
@@ -280,7 +285,7 @@ def _work(bench: Bench, job: Job) -> list[Row]:
     queries, query_seconds = given or _write_queries(pipe, prompt, image)
     if bench.lora_blocks is not None:
         method = Method(method.name, {"lora_blocks": bench.lora_blocks})
-    seed = 100_000 * bench.seed + 100 * instance.index + 10**9 * instance.noise
+    seed = noise_seed(instance.index, bench.seed, instance.noise)
     rows = methods.run(
         method, pipe, prompt, image, seed, queries, lambda video: asdict(judge(video, scene)), bench.trace
     )
