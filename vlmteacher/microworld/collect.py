@@ -134,19 +134,25 @@ def start(reasoner: WanReasoner, scene: Scene, rng: np.random.Generator) -> tupl
     return condition, reasoner.noise(condition, torch.Generator().manual_seed(int(rng.integers(2**31))))
 
 
+def parts(trained: Path) -> tuple[WanReasoner, Any]:
+    """The Reasoner of stage ``distil``, with the VAE of ``vae-decoder``, and the surrogate decoder."""
+    from vlmteacher.decoders.taehv import load_decoder
+    from vlmteacher.reasoners import load_reasoner
+
+    reasoner = load_reasoner(str(trained / "distil/pipeline"), torch.float32)
+    assert isinstance(reasoner, WanReasoner)
+    if (trained / "vae_decoder/vae").exists():
+        reasoner.vae = type(reasoner.vae).from_pretrained(trained / "vae_decoder/vae").eval().requires_grad_(False)
+    return reasoner, load_decoder(trained / "decoder/decoder.safetensors", reasoner, torch.float32)
+
+
 def main(out: Path, optimise: bool) -> None:
     """Write the shards of stage ``collect`` (or of ``optimise``) to ``out/collect``; those that are there are kept."""
-    from vlmteacher.decoders.taehv import load_decoder
     from vlmteacher.microworld.training import load_config
-    from vlmteacher.reasoners import load_reasoner
     from vlmteacher.teachers import load_teacher
 
     config = load_config("collect")
-    reasoner = load_reasoner(str(out / "distil/pipeline"), torch.float32)
-    assert isinstance(reasoner, WanReasoner)
-    if (out / "vae_decoder/vae").exists():
-        reasoner.vae = type(reasoner.vae).from_pretrained(out / "vae_decoder/vae").eval().requires_grad_(False)
-    decoder = load_decoder(out / "decoder/decoder.safetensors", reasoner, torch.float32)
+    reasoner, decoder = parts(out)
     (out / "collect").mkdir(exist_ok=True)
     if optimise:
         teacher = load_teacher(str(out / "finetune/teacher"), torch.float32)

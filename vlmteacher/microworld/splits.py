@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from vlmteacher.microworld import world
 
@@ -33,6 +36,23 @@ def manifest() -> dict[str, Any]:
         whole = hashlib.sha256("".join(instances.values()).encode()).hexdigest()
         splits[split] = {"sha256": whole, "instances": instances}
     return {"seed": SEED, "families": list(world.FAMILIES), "splits": splits}
+
+
+@cache
+def frozen() -> frozenset[str]:
+    """`world.digest` of the scenes of the test out of domain, the only ones of there that no training may meet."""
+    return frozenset(world.digest(world.instance(index, SEED, "ood")[0]) for index in range(COUNT))
+
+
+def training_scene(rng: np.random.Generator, family: str, outside: float = 0.0) -> world.Scene:
+    """A scene for the Teacher's training, of a share `outside` of them out of domain but none of the test's.
+
+    The Reasoner never meets such; a Teacher should know more than it does.
+    """
+    while True:
+        scene = world.sample_scene(rng, family, "ood" if rng.random() < outside else "train")
+        if world.digest(scene) not in frozen():
+            return scene
 
 
 def main() -> None:

@@ -21,21 +21,22 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from vlmteacher.microworld import corruptions, world
-from vlmteacher.microworld.collect import load
+from vlmteacher.microworld import corruptions, splits, world
+from vlmteacher.microworld.collect import load, parts
 from vlmteacher.microworld.facts import FASTEST, Facts, facts_of
 from vlmteacher.microworld.grounding import LAYER, STATE, Grounding, Look, by_color, find_words, in_pairs
 from vlmteacher.microworld.questions import STYLE, Question, ask, own_questions, right_queries
 from vlmteacher.microworld.scene import Scene, Track
 from vlmteacher.microworld.tokenizer import kept_tokenizer
 from vlmteacher.microworld.training import adopt, load_config, train
-from vlmteacher.ops.attention import Spans, attention
+from vlmteacher.ops.attention import Spans, attention, attention_reference
 from vlmteacher.ops.patchify import patchify
-from vlmteacher.optimization import teacher_frame_indices
+from vlmteacher.optimization import Settings, teacher_frame_indices
 from vlmteacher.queries import query_prompt
 from vlmteacher.teachers.preprocessing import VisionSettings
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher, video_placeholder
 
+SAVE_EVERY = 250
 FRAMES = 12  # K: what the Teacher sees of a video
 PATCH = 8
 VIDEO_PROCESSOR = {
@@ -178,6 +179,7 @@ def build(config: dict[str, Any], vocabulary: Path) -> QwenVLTeacher:
 
 
 SPANS = "vlmteacher_spans"  # transformers' name for our attention, which takes a third less of a training step
+SPANS_TWICE = "vlmteacher_spans_twice"  # the same in plain torch, whose gradient has one too
 
 
 def _attend(
@@ -188,7 +190,15 @@ def _attend(
     return attention(q, k, v, spans), None
 
 
+def _attend_plainly(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, spans: Spans, **_: Any
+) -> tuple[Tensor, None]:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return attention_reference(q, k, v, spans), None
+
+
 AttentionInterface.register(SPANS, _attend)
+AttentionInterface.register(SPANS_TWICE, _attend_plainly)
 
 
 class PackedForward:
@@ -275,18 +285,18 @@ Row = tuple[np.ndarray, Scene, Facts]
 """A video (T, H, W, 3) in [0, 1], its scene, and the facts of it."""
 
 
-def draw_track(rng: np.random.Generator) -> tuple[Scene, Track]:
+def draw_track(rng: np.random.Generator, outside: float = 0.0) -> tuple[Scene, Track]:
     """A training scene of any family and a video of it, of some kind of `MIX`, as a track."""
-    scene = world.sample_scene(rng, str(rng.choice(world.FAMILIES)))
+    scene = splits.training_scene(rng, str(rng.choice(world.FAMILIES)), outside)
     names = [kind for kind in MIX if kind == "right" or kind in corruptions.kinds(scene.family)]
     weights = np.asarray([MIX[kind] for kind in names])
     kind = str(rng.choice(names, p=weights / weights.sum()))
     return scene, world.perform(scene) if kind == "right" else corruptions.CORRUPTIONS[kind](scene, rng)
 
 
-def lesson(rng: np.random.Generator) -> Row:
-    """A rendered video with its facts."""
-    scene, track = draw_track(rng)
+def lesson(rng: np.random.Generator, outside: float = 0.0) -> Row:
+    """A rendered video with its facts, of a share `outside` of them of a scene out of domain."""
+    scene, track = draw_track(rng, outside)
     return distort(world.draw(track), rng), scene, facts_of(scene, track)
 
 
@@ -384,6 +394,23 @@ def cell_truth(frames: Tensor) -> Tensor:
     return pairs.flatten(3).transpose(2, 3) * 4  # a ball fills about a third of a cell
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What the model makes of videos and questions packed behind them.
+
+    ids: (B, S), the first `prefix` of each row those of the video, then questions of `longest` each. merged: the visual
+    tokens (frame pairs, cells, C). states: (B, S, C) of each layer. yes, no: (B, questions), log P of the answers.
+    """
+
+    ids: Tensor
+    prefix: int
+    longest: int
+    merged: Tensor
+    states: list[Tensor]
+    yes: Tensor
+    no: Tensor
+
+
 REPORTED = (
     *("l_states", "l_there", "l_flags", "cells", "changed"),
     *("actor_look", "actor_state", "actor_color", "once", "fixed_look", "fixed_place", "related", "holds"),
@@ -427,15 +454,13 @@ class Lesson:
             self.known[question] = self.teacher._question_ids(question, self.placeholder)[0]
         return self.known[question]
 
-    def judge(self, shown: Batch) -> tuple[Tensor, dict]:
-        """The loss and what is reported of it; `answer_loss` is that of the answers alone."""
-        scenes, facts, asked = shown.scenes, shown.facts, shown.asked
-        frames = shown.frames[:, self.indices]
+    def read(self, frames: Tensor, texts: list[list[str]]) -> Reading:
+        """frames (B, K, 3, H, W) in [0, 1] and the same number of questions about each video."""
         batch, pairs = len(frames), FRAMES // 2
         patches = torch.stack([patchify(f, PATCH, 2, 2, (0.5,) * 3, (0.5,) * 3) for f in frames])
         merged, deep = self.packed.see(patches.view(batch * pairs, -1, patches.shape[-1]))
 
-        rows = [[self.question_ids(q.text) for q in questions] for questions in asked]
+        rows = [[self.question_ids(text) for text in questions] for questions in texts]
         prefix = _shared(rows)
         longest = max(len(r) for row in rows for r in row) - prefix
         count, length = len(rows[0]), prefix + len(rows[0]) * longest
@@ -460,13 +485,21 @@ class Lesson:
         start = prefix + (here - prefix) // longest * longest  # of the question that the token is in
         table = torch.stack([(here + 1).clamp_max(prefix), start.clamp_min(prefix), here + 1], 1)
         states = self.packed.read(ids, positions, Spans(table.int(), length), merged, deep, self.video_pad)
-
         hidden = states[-1][torch.arange(batch)[:, None], ends]
+        likely = self.teacher.model.lm_head(hidden).float().log_softmax(-1)
+        return Reading(ids, prefix, longest, merged, states, likely[..., self.yes], likely[..., self.no])
+
+    def judge(self, shown: Batch) -> tuple[Tensor, dict]:
+        """The loss and what is reported of it; `answer_loss` is that of the answers alone."""
+        scenes, facts, asked = shown.scenes, shown.facts, shown.asked
+        frames = shown.frames[:, self.indices]
+        reading = self.read(frames, [[q.text for q in questions] for questions in asked])
+        ids, prefix, longest = reading.ids, reading.prefix, reading.longest
+        merged, states = reading.merged, reading.states
+        batch, pairs, count = len(frames), FRAMES // 2, len(asked[0])
         truth = torch.tensor([[q.answer for q in questions] for questions in asked])
-        logits = self.teacher.model.lm_head(hidden).float()
-        likely = logits.log_softmax(-1)
         share = truth.float() if shown.yes is None else shown.yes
-        self.answer_loss = -(share * likely[..., self.yes] + (1 - share) * likely[..., self.no]).mean()
+        self.answer_loss = -(share * reading.yes + (1 - share) * reading.no).mean()
 
         told = pair_truth(scenes, facts, self.indices)
         pooled = torch.cat([merged.mean(1), merged.amax(1)], -1).view(batch, pairs, -1).float()
@@ -488,7 +521,7 @@ class Lesson:
         scenery = torch.tensor([[q.kind == "scenery" for q in row] for row in asked])
         losses |= self.heads["grounding"](self.looks, states, visual, words, marks, holds, scenery, changed, prefix)
         report = {k: float(v.detach()) for k, v in losses.items() if k in REPORTED}
-        right = ((logits[..., self.yes] > logits[..., self.no]) == truth).tolist()
+        right = ((reading.yes > reading.no) == truth).tolist()
         report |= accuracies(asked, scenes, right)
         total = self.config["answer_weight"] * self.answer_loss + sum(losses.values())
         return total, report
@@ -560,7 +593,7 @@ def main(out: Path, init: Path | None = None) -> None:
     if init:
         known = Qwen3VLForConditionalGeneration.from_pretrained(init, dtype=torch.float32)
         adopt(lessons.teacher.model, known, lessons.teacher.tokenizer, AutoTokenizer.from_pretrained(init))
-    fit(lessons, lambda rng: [lesson(rng) for _ in range(config["batch"])], out, warmup=100)
+    fit(lessons, lambda rng: [lesson(rng, config["outside"]) for _ in range(config["batch"])], out, warmup=100)
 
 
 def finetune(start: Path, collected: Path, out: Path) -> None:
@@ -575,16 +608,26 @@ def finetune(start: Path, collected: Path, out: Path) -> None:
 
     def draw(rng: np.random.Generator) -> list[Row]:
         chosen = [groups[kind] for kind, count in config["collected"].items() if groups[kind] for _ in range(count)]
-        rows = [lesson(rng) for _ in range(config["batch"] - len(chosen))]
+        rows = [lesson(rng, config["outside"]) for _ in range(config["batch"] - len(chosen))]
         for group in chosen:
             video, scene, facts = group[int(rng.integers(len(group)))]
             rows.append((video.astype(np.float32) / 255, scene, facts))
         return rows
 
-    fit(lessons, draw, out, warmup=50)
+    pointing = None
+    if config["pointing"]:
+        from vlmteacher.microworld.pointing import Pointing
+
+        reasoner, decoder = parts(out.parent)
+        pointing = Pointing(
+            lessons, reasoner, decoder, Settings(**load_config("collect")["settings"]), config["pointing"]
+        )
+    fit(lessons, draw, out, warmup=50, pointing=pointing)
 
 
-def fit(lessons: Lesson, draw: Callable[[np.random.Generator], list[Row]], out: Path, *, warmup: int) -> None:
+def fit(
+    lessons: Lesson, draw: Callable[[np.random.Generator], list[Row]], out: Path, *, warmup: int, pointing: Any = None
+) -> None:
     """Train on the rows that `draw` gives, writing queries now and then; save the Teacher to ``out/teacher``."""
     config, teacher = lessons.config, lessons.teacher
     weights = np.asarray([WRITTEN.get(family, 1.0) for family in world.FAMILIES])
@@ -605,8 +648,16 @@ def fit(lessons: Lesson, draw: Callable[[np.random.Generator], list[Row]], out: 
                 shown = lessons.mislead(shown)
             loss, report = lessons.judge(shown)
             if blended:
-                return config["answer_weight"] * lessons.answer_loss, {"blend": float(lessons.answer_loss.detach())}
-            return loss, report
+                loss, report = (
+                    config["answer_weight"] * lessons.answer_loss,
+                    {"blend": float(lessons.answer_loss.detach())},
+                )
+        if pointing:
+            if index % SAVE_EVERY == 0:
+                pointing.clear()  # so that it is the same where training is taken up again
+            cost, told = pointing.step(rng)
+            loss, report = loss + cost, report | told
+        return loss, report
 
     train(
         {"teacher": teacher.model, "heads": lessons.heads},
@@ -616,7 +667,7 @@ def fit(lessons: Lesson, draw: Callable[[np.random.Generator], list[Row]], out: 
         learning_rate=config["learning_rate"],
         seed=config["seed"],
         warmup=warmup,
-        save_every=250,
+        save_every=SAVE_EVERY,
         log_every=50,
     )
     save(teacher, out / "teacher")
