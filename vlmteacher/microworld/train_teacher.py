@@ -620,7 +620,7 @@ def finetune(start: Path, collected: Path, out: Path) -> None:
 
         reasoner, decoder = parts(out.parent)
         pointing = Pointing(
-            lessons, reasoner, decoder, Settings(**load_config("collect")["settings"]), config["pointing"]
+            lessons, reasoner, decoder, Settings(**load_config("collect")["settings"]), load_config("pointing")
         )
     fit(lessons, draw, out, warmup=50, pointing=pointing)
 
