@@ -33,3 +33,17 @@ def test_training_never_draws_what_is_tested():
     drawn = [world.sample_scene(rng, family) for family in world.FAMILIES for _ in range(20)]
     assert {world.split_of(scene) for scene in drawn} == {"train"}
     assert tested.isdisjoint(world.digest(scene) for scene in drawn)
+
+
+def test_the_teachers_scenes_out_of_domain_are_not_the_tests(monkeypatch):
+    """In a family with few such scenes, and with those of the test left out."""
+    rng = np.random.default_rng(0)
+    assert len(splits.frozen()) > 100
+    drawn = [
+        splits.training_scene(rng, family, outside=1.0) for family in ("sort", "recolor", "count") for _ in range(20)
+    ]
+    assert {world.split_of(scene) for scene in drawn} == {"ood"}
+    assert splits.frozen().isdisjoint(world.digest(scene) for scene in drawn)
+    first = splits.training_scene(np.random.default_rng(5), "maze", outside=1.0)
+    monkeypatch.setattr(splits, "frozen", lambda: frozenset([world.digest(first)]))
+    assert world.digest(splits.training_scene(np.random.default_rng(5), "maze", outside=1.0)) != world.digest(first)
