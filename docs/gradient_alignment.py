@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 from statistics import fmean
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmteacher.evaluation.microworld import first_frame, noise_seed
+from vlmteacher.evaluation.microworld import first_frame, noise_seed, right_latents
 from vlmteacher.lora import add_lora, lora_parameters, remove_lora
 from vlmteacher.microworld import world
 from vlmteacher.microworld.questions import right_queries
@@ -46,7 +45,7 @@ def main() -> None:
             continue
         condition = reasoner.encode(prompt, first_frame(scene), world.NUM_FRAMES, world.SIZE, world.SIZE)
         noise = reasoner.noise(condition, torch.Generator().manual_seed(noise_seed(index, 1)))
-        right = reasoner.encode_video((world.render(scene) * 255).round().astype(np.uint8))
+        right = right_latents(reasoner, scene)
         add_lora(reasoner.transformer, settings.rank, seed=0)
         parameters = list(lora_parameters(reasoner.transformer))
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0)

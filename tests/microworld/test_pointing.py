@@ -11,10 +11,8 @@ from vlmteacher.optimization import Settings
 from vlmteacher.pipeline import TeacherPipeline
 
 TEACHER = {"width": 32, "layers": 3, "mlp": 48, "vision_layers": 2, "vision_mlp": 48, "bf16": False}
-CONFIG = {
-    **{"runs": 2, "at_once": 2, "outside": 0.5, "flawed": 1.0, "longest": 3, "straight": 0.5, "far": 1e-6},
-    **{"weight": 2.0, "early": 0.5},
-}
+OPTIMISATIONS = {"runs": 2, "at_once": 2, "outside": 0.5, "flawed": 1.0, "longest": 3, "straight": 0.5}
+CONFIG = OPTIMISATIONS | {"far": 1e-6, "weight": 2.0, "early": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +62,11 @@ def test_the_loss_is_that_of_the_cosine(pointing, monkeypatch):
 def test_yes_too_early_costs(pointing, monkeypatch):
     """As far from the right video as at first, the objective is to be 1.5."""
     monkeypatch.setitem(pointing.config, "weight", 0.0)
-    (bias,) = [torch.zeros(()).requires_grad_()]
+    bias = torch.zeros((), requires_grad=True)
     answers = pointing.lesson.read
 
-    def sure(*args):
-        reading = answers(*args)
+    def sure(*args, **kwargs):
+        reading = answers(*args, **kwargs)
         return train_teacher.Reading(**vars(reading) | {"yes": reading.yes * 0 + bias})
 
     monkeypatch.setattr(pointing.lesson, "read", sure)

@@ -25,7 +25,7 @@ from vlmteacher.evaluation.methods import Method, Row, find_method
 from vlmteacher.microworld import world
 from vlmteacher.microworld.scorer import Verdict, score
 from vlmteacher.queries import QuerySet
-from vlmteacher.reasoners.base import even_timesteps
+from vlmteacher.reasoners.base import Reasoner, even_timesteps
 from vlmteacher.run_folder import write_json
 
 if TYPE_CHECKING:
@@ -275,6 +275,11 @@ def noise_seed(index: int, seed: int, noise: int = 0) -> int:
 def first_frame(scene: world.Scene) -> Image.Image:
     """The scene's first frame as the image that a user would give."""
     return Image.fromarray((world.render(scene)[0] * 255).round().astype("uint8"))
+
+
+def right_latents(reasoner: Reasoner, scene: world.Scene) -> Tensor:
+    """(1, C, T, h, w), what `reasoner`'s VAE makes of the scene's right video."""
+    return reasoner.encode_video((world.render(scene) * 255).round().astype("uint8"))
 
 
 def _work(bench: Bench, job: Job) -> list[Row]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,14 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vlmteacher.evaluation.microworld import right_latents
 from vlmteacher.lora import add_lora, lora_parameters
 from vlmteacher.microworld import splits, world
 from vlmteacher.microworld.collect import start
 from vlmteacher.microworld.questions import right_queries
-from vlmteacher.microworld.train_teacher import SPANS, SPANS_TWICE, Lesson
 from vlmteacher.optimization import GRADIENT_CLIP, Settings
 from vlmteacher.reasoners.base import Condition, Noise
 from vlmteacher.reward import vqa_objective
+
+if TYPE_CHECKING:
+    from vlmteacher.microworld.train_teacher import Lesson
 
 
 @dataclass
@@ -54,7 +57,6 @@ class Run:
 
     def due(self, distance: float) -> float:
         """What the Teacher's objective should not be below yet: 1.5 at the first distance, 0 at a quarter of it."""
-        self.first = self.first or distance
         return 3.0 * min(max((distance / self.first) ** 0.5 - 0.5, 0.0), 0.5) if self.flawed else 0.0
 
     def gradient(self, value: Tensor, along: Tensor | None = None) -> list[Tensor]:
@@ -84,7 +86,8 @@ class Pointing:
     def __init__(self, lesson: Lesson, reasoner: Any, decoder: Any, settings: Settings, config: dict[str, Any]) -> None:
         self.lesson, self.reasoner, self.decoder = lesson, reasoner, decoder
         self.settings, self.config = settings, config
-        self.transformers = [copy.deepcopy(reasoner.transformer) for _ in range(config["runs"])]
+        shared = {id(weight): weight for weight in reasoner.transformer.parameters()}  # which stay as they are
+        self.transformers = [copy.deepcopy(reasoner.transformer, dict(shared)) for _ in range(config["runs"])]
         self.clear()
 
     def clear(self) -> None:
@@ -103,7 +106,7 @@ class Pointing:
         return Run(
             condition,
             noise,
-            self.reasoner.encode_video((world.render(scene) * 255).round().astype(np.uint8)),
+            right_latents(self.reasoner, scene),
             [queries.goal, *queries.process],
             transformer,
             parameters,
@@ -118,11 +121,8 @@ class Pointing:
         """The Teacher's objective (B,) on frames (B, K, 3, H, W), whose gradient has one too."""
         most = max(len(run.questions) for run in runs)
         texts = [(run.questions * most)[:most] for run in runs]  # the first again, unweighed, where there are fewer
-        language = self.lesson.teacher.model.model.language_model
-        language.set_attn_implementation(SPANS_TWICE)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.lesson.config["bf16"]):
-            losses = -self.lesson.read(frames, texts).yes
-        language.set_attn_implementation(SPANS)
+            losses = -self.lesson.read(frames, texts, backend="sdpa").yes
         goal = self.settings.goal_weight
         return torch.stack([vqa_objective(x[: len(r.questions)], goal) for x, r in zip(losses, runs, strict=True)])
 
@@ -158,9 +158,9 @@ class Pointing:
                 self.reasoner.predict_clean_at(run.condition, run.noise.z1, 1.0, transformer=run.transformer)
                 for run in runs
             ]
-        videos = [self.decoder.decode(z, frame_indices=self.lesson.indices) for z in latents]
-        frames = torch.stack(videos).detach().requires_grad_()
-        losses = self.losses(frames, runs)
+            videos = [self.decoder.decode(z, frame_indices=self.lesson.indices) for z in latents]
+            frames = torch.stack(videos).detach().requires_grad_()
+            losses = self.losses(frames, runs)
         (asked,) = torch.autograd.grad(losses.sum(), frames, create_graph=True)
         given = zip(runs, latents, videos, asked.detach(), strict=True)
         changes, cosines, distances = zip(*(self.turn(*each) for each in given), strict=True)
@@ -169,6 +169,8 @@ class Pointing:
         weights = (torch.tensor(distances) / self.config["far"]).clamp_max(1) * self.config["weight"] / len(runs)
         turned = torch.stack([(a * change).sum() for a, change in zip(asked, changes, strict=True)])
         turned = turned - turned.detach() + 1 - torch.tensor(cosines)
+        for run, distance in zip(runs, distances, strict=True):
+            run.first = run.first if run.updates else distance
         due = torch.tensor([run.due(distance) for run, distance in zip(runs, distances, strict=True)])
         early = F.relu(due - losses).mean()
         report = {

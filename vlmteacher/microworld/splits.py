@@ -49,8 +49,10 @@ def training_scene(rng: np.random.Generator, family: str, outside: float = 0.0) 
 
     The Reasoner never meets such; a Teacher should know more than it does.
     """
+    if not outside or rng.random() >= outside:
+        return world.sample_scene(rng, family)
     while True:
-        scene = world.sample_scene(rng, family, "ood" if rng.random() < outside else "train")
+        scene = world.sample_scene(rng, family, "ood")
         if world.digest(scene) not in frozen():
             return scene
 

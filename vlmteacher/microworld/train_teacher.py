@@ -25,11 +25,12 @@ from vlmteacher.microworld import corruptions, splits, world
 from vlmteacher.microworld.collect import load, parts
 from vlmteacher.microworld.facts import FASTEST, Facts, facts_of
 from vlmteacher.microworld.grounding import LAYER, STATE, Grounding, Look, by_color, find_words, in_pairs
+from vlmteacher.microworld.pointing import Pointing
 from vlmteacher.microworld.questions import STYLE, Question, ask, own_questions, right_queries
 from vlmteacher.microworld.scene import Scene, Track
 from vlmteacher.microworld.tokenizer import kept_tokenizer
 from vlmteacher.microworld.training import adopt, load_config, train
-from vlmteacher.ops.attention import Spans, attention, attention_reference
+from vlmteacher.ops.attention import Spans, attention
 from vlmteacher.ops.patchify import patchify
 from vlmteacher.optimization import Settings, teacher_frame_indices
 from vlmteacher.queries import query_prompt
@@ -179,26 +180,25 @@ def build(config: dict[str, Any], vocabulary: Path) -> QwenVLTeacher:
 
 
 SPANS = "vlmteacher_spans"  # transformers' name for our attention, which takes a third less of a training step
-SPANS_TWICE = "vlmteacher_spans_twice"  # the same in plain torch, whose gradient has one too
 
 
 def _attend(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, spans: Spans, **_: Any
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    spans: Spans,
+    backend: str | None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls it: q, k, v (B, heads, S, d); the rotation leaves q and k in float32 under autocast."""
     q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
-    return attention(q, k, v, spans), None
-
-
-def _attend_plainly(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, spans: Spans, **_: Any
-) -> tuple[Tensor, None]:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return attention_reference(q, k, v, spans), None
+    return attention(q, k, v, spans, backend), None
 
 
 AttentionInterface.register(SPANS, _attend)
-AttentionInterface.register(SPANS_TWICE, _attend_plainly)
 
 
 class PackedForward:
@@ -240,7 +240,14 @@ class PackedForward:
         return visual.merger(x.flatten(0, 1)).unflatten(0, (len(x), -1)), deep
 
     def read(
-        self, ids: Tensor, positions: Tensor, spans: Spans, merged: Tensor, deep: Tensor, pad: int
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        spans: Spans,
+        merged: Tensor,
+        deep: Tensor,
+        pad: int,
+        backend: str | None = None,
     ) -> list[Tensor]:
         """Hidden states (B, S, C) of the embedding and of each layer, the last one normalised."""
         language = self.teacher.model.model.language_model
@@ -253,6 +260,7 @@ class PackedForward:
             inputs_embeds=embeds,
             attention_mask=spans.mask()[None, None],  # as it is; `spans` is what the attention takes
             spans=spans,
+            backend=backend,
             position_ids=positions,
             visual_pos_masks=seen,
             deepstack_visual_embeds=[deep.flatten(0, 1)],
@@ -454,8 +462,11 @@ class Lesson:
             self.known[question] = self.teacher._question_ids(question, self.placeholder)[0]
         return self.known[question]
 
-    def read(self, frames: Tensor, texts: list[list[str]]) -> Reading:
-        """frames (B, K, 3, H, W) in [0, 1] and the same number of questions about each video."""
+    def read(self, frames: Tensor, texts: list[list[str]], backend: str | None = None) -> Reading:
+        """frames (B, K, 3, H, W) in [0, 1] and the same number of questions about each video.
+
+        backend: of `attention` in the language model.
+        """
         batch, pairs = len(frames), FRAMES // 2
         patches = torch.stack([patchify(f, PATCH, 2, 2, (0.5,) * 3, (0.5,) * 3) for f in frames])
         merged, deep = self.packed.see(patches.view(batch * pairs, -1, patches.shape[-1]))
@@ -484,7 +495,8 @@ class Lesson:
         here = torch.arange(length)
         start = prefix + (here - prefix) // longest * longest  # of the question that the token is in
         table = torch.stack([(here + 1).clamp_max(prefix), start.clamp_min(prefix), here + 1], 1)
-        states = self.packed.read(ids, positions, Spans(table.int(), length), merged, deep, self.video_pad)
+        spans = Spans(table.int(), length)
+        states = self.packed.read(ids, positions, spans, merged, deep, self.video_pad, backend)
         hidden = states[-1][torch.arange(batch)[:, None], ends]
         likely = self.teacher.model.lm_head(hidden).float().log_softmax(-1)
         return Reading(ids, prefix, longest, merged, states, likely[..., self.yes], likely[..., self.no])
@@ -616,17 +628,18 @@ def finetune(start: Path, collected: Path, out: Path) -> None:
 
     pointing = None
     if config["pointing"]:
-        from vlmteacher.microworld.pointing import Pointing
-
-        reasoner, decoder = parts(out.parent)
-        pointing = Pointing(
-            lessons, reasoner, decoder, Settings(**load_config("collect")["settings"]), load_config("pointing")
-        )
+        settings = Settings(**load_config("collect")["settings"])
+        pointing = Pointing(lessons, *parts(out.parent), settings, load_config("pointing"))
     fit(lessons, draw, out, warmup=50, pointing=pointing)
 
 
 def fit(
-    lessons: Lesson, draw: Callable[[np.random.Generator], list[Row]], out: Path, *, warmup: int, pointing: Any = None
+    lessons: Lesson,
+    draw: Callable[[np.random.Generator], list[Row]],
+    out: Path,
+    *,
+    warmup: int,
+    pointing: Pointing | None = None,
 ) -> None:
     """Train on the rows that `draw` gives, writing queries now and then; save the Teacher to ``out/teacher``."""
     config, teacher = lessons.config, lessons.teacher
@@ -648,10 +661,8 @@ def fit(
                 shown = lessons.mislead(shown)
             loss, report = lessons.judge(shown)
             if blended:
-                loss, report = (
-                    config["answer_weight"] * lessons.answer_loss,
-                    {"blend": float(lessons.answer_loss.detach())},
-                )
+                loss = config["answer_weight"] * lessons.answer_loss
+                report = {"blend": float(lessons.answer_loss.detach())}
         if pointing:
             if index % SAVE_EVERY == 0:
                 pointing.clear()  # so that it is the same where training is taken up again
