@@ -6,7 +6,10 @@
 
 namespace vlmteacher::tiny_decoder {
 
-constexpr int64_t kLanes = 16, kPanel = 32;  // output channels of a vector, of a panel of packed weights
+constexpr int64_t kLanes = 16;  // output channels of a vector
+
+// Vectors of the next panel of packed weights: two, which twelve pixels share, or the last three, which eight do.
+constexpr int64_t panel_vectors(int64_t left) { return left <= 3 ? left : 2; }
 
 struct Tap {
   int64_t row, column;  // in the strip, from that of the output pixel

@@ -8,11 +8,18 @@
 namespace vlmteacher::tiny_decoder {
 namespace {
 
-// `count` sign bits from the first of a byte on; nothing is read behind the last of them.
-uint32_t bits(const uint8_t* signs, int64_t count) {
-  uint32_t found = 0;
-  std::memcpy(&found, signs, count >= 25 ? 4 : (count + 7) / 8);
+// The sign bits of the lanes of a vector, in bytes of their own: behind the last of them nothing is read or written. A
+// size that is not known to the compiler is a call, and every sum would go over the stack.
+inline __mmask16 load_signs(const uint8_t* signs, __mmask16 some) {
+  uint16_t found = *signs;
+  if (some > 0xff) std::memcpy(&found, signs, 2);
   return found;
+}
+
+inline void store_signs(uint8_t* signs, __mmask16 some, __mmask16 set) {
+  const uint16_t bits = set;
+  *signs = uint8_t(bits);
+  if (some > 0xff) std::memcpy(signs, &bits, 2);
 }
 
 // Whether all products go into one sum: bfloat16's are coarser than what a long sum loses.
@@ -31,15 +38,21 @@ template <class T>
 void copy_masked(const char* from, const uint8_t* signs, int64_t count, float slope, char* to) {
   const __m512 factor = _mm512_set1_ps(slope);
   int64_t i = 0;
-  if (T::kBytes == 2 && slope == 0)
+  if (T::kBytes == 2 && slope == 0) {
     for (; i + 32 <= count; i += 32) {
       uint32_t mask;
       std::memcpy(&mask, signs + i / 8, 4);
       _mm512_storeu_si512(to + 2 * i, _mm512_maskz_mov_epi16(mask, _mm512_loadu_si512(from + 2 * i)));
     }
+    for (; i + kLanes <= count; i += kLanes) {
+      const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 2 * i));
+      const __m256i kept = _mm256_maskz_mov_epi16(load_signs(signs + i / 8, kAll), value);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 2 * i), kept);
+    }
+  }
   for (; i < count; i += kLanes) {
     const __mmask16 some = lanes(count - i);
-    const __mmask16 set = __mmask16(bits(signs + i / 8, count - i < kLanes ? count - i : kLanes));
+    const __mmask16 set = load_signs(signs + i / 8, some);
     const __m512 value = T::load(from + i * T::kBytes, some);
     T::store(to + i * T::kBytes, some, _mm512_mask_mul_ps(value, __mmask16(~set), value, factor));
   }
@@ -122,6 +135,12 @@ void run(const Tile& t) {
   const Conv& conv = *t.conv;
   const int64_t step = conv.step * t.pixel_bytes;
   const char* panel = t.panel;
+  // What the end of this function will touch is not in the cache yet.
+  UNROLL for (int i = 0; i < PIXELS; ++i) {
+    const int64_t at = ((t.pixel + i * conv.out_step) * conv.out_channels + t.channel) * T::kBytes;
+    if (t.frame->residual) _mm_prefetch(static_cast<const char*>(t.frame->residual) + at, _MM_HINT_T0);
+    __builtin_prefetch(static_cast<char*>(t.frame->out) + at, 1);
+  }
   Sums<T, PIXELS, VECTORS> total;
   total.clear();
   for (int64_t k = 0; k < conv.taps; ++k) {
@@ -140,27 +159,31 @@ void run(const Tile& t) {
   }
   const int64_t channels = conv.out_channels, sign_bytes = (channels + 7) / 8;
   const __m512 slope = _mm512_set1_ps(conv.slope);
+  __m512 bias[VECTORS];
+  __mmask16 mask[VECTORS];
+  UNROLL for (int v = 0; v < VECTORS; ++v) {
+    bias[v] = _mm512_loadu_ps(conv.bias + t.channel + v * kLanes);
+    mask[v] = lanes(channels - t.channel - v * kLanes);
+  }
   UNROLL for (int i = 0; i < PIXELS; ++i) {
     const int64_t pixel = t.pixel + i * conv.out_step;
     UNROLL for (int v = 0; v < VECTORS; ++v) {
       const int64_t channel = t.channel + v * kLanes, at = (pixel * channels + channel) * T::kBytes;
-      const __mmask16 mask = lanes(channels - channel);
-      __m512 value = _mm512_add_ps(total.value[i][v], _mm512_loadu_ps(conv.bias + channel));
+      __m512 value = _mm512_add_ps(total.value[i][v], bias[v]);
       if (t.frame->residual) {
-        __m512 more = T::load(static_cast<const char*>(t.frame->residual) + at, mask);
+        __m512 more = T::load(static_cast<const char*>(t.frame->residual) + at, mask[v]);
         if (t.frame->residual_signs) {
-          const int64_t count = channels - channel < kLanes ? channels - channel : kLanes;
-          const uint32_t set = bits(t.frame->residual_signs + pixel * sign_bytes + channel / 8, count);
+          const __mmask16 set = load_signs(t.frame->residual_signs + pixel * sign_bytes + channel / 8, mask[v]);
           more = _mm512_mask_mul_ps(more, __mmask16(~set), more, slope);
         }
         value = _mm512_add_ps(value, more);
       }
       if (t.frame->signs) {
-        const __mmask16 set = _mm512_mask_cmp_ps_mask(mask, value, _mm512_setzero_ps(), _CMP_GT_OQ);
+        const __mmask16 set = _mm512_mask_cmp_ps_mask(mask[v], value, _mm512_setzero_ps(), _CMP_GT_OQ);
         value = _mm512_mask_mul_ps(value, __mmask16(~set), value, slope);
-        std::memcpy(t.frame->signs + pixel * sign_bytes + channel / 8, &set, channels - channel > 8 ? 2 : 1);
+        store_signs(t.frame->signs + pixel * sign_bytes + channel / 8, mask[v], set);
       }
-      T::store(static_cast<char*>(t.frame->out) + at, mask, value);
+      T::store(static_cast<char*>(t.frame->out) + at, mask[v], value);
     }
   }
 }
@@ -173,7 +196,8 @@ void run_row(Tile t, int64_t pixels) {
     t.strip += count * t.conv->step * t.pixel_bytes;
     t.pixel += count * t.conv->out_step;
   };
-  while (pixels >= 12 && pixels != 16) go(run<T, 12, VECTORS>, 12);
+  if constexpr (VECTORS < 3)
+    while (pixels >= 12 && pixels != 16) go(run<T, 12, VECTORS>, 12);
   while (pixels >= 8) go(run<T, 8, VECTORS>, 8);
   if (pixels >= 4) go(run<T, 4, VECTORS>, 4);
   while (pixels > 0) go(run<T, 1, VECTORS>, 1);
@@ -188,8 +212,8 @@ void rows_of(const Conv& conv, const Frame& frame, int64_t begin, int64_t end, c
   if (conv.sources == 2 && !frame.sources[0].frame) first = conv.channels * T::kBytes / 4;
   if (conv.sources == 2 && !frame.sources[1].frame) end_word = (conv.channels * T::kBytes + 3) / 4;
   for (int64_t phase = 0; phase < conv.phases; ++phase)
-    for (int64_t channel = 0; channel < conv.out_channels; channel += kPanel) {
-      const int64_t vectors = conv.out_channels - channel > kLanes ? 2 : 1;
+    for (int64_t channel = 0, vectors; channel < conv.out_channels; channel += vectors * kLanes) {
+      vectors = panel_vectors((conv.out_channels - channel + kLanes - 1) / kLanes);
       for (int64_t i = begin; i < end; ++i) {
         Tile t{&conv,
                &frame,
@@ -204,7 +228,7 @@ void rows_of(const Conv& conv, const Frame& frame, int64_t begin, int64_t end, c
                0,
                channel};
         t.pixel = (i * conv.out_step + phase / 2) * out_width + phase % 2;
-        vectors == 2 ? run_row<T, 2>(t, conv.width) : run_row<T, 1>(t, conv.width);
+        (vectors == 3 ? run_row<T, 3> : vectors == 2 ? run_row<T, 2> : run_row<T, 1>)(t, conv.width);
       }
       panel += conv.taps * conv.words() * vectors * 64;
     }

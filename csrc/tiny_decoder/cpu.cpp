@@ -83,12 +83,14 @@ Tensor conv3x3_pack(const Tensor& weight, int64_t sources, int64_t upscale, bool
   };
   uint32_t* to = static_cast<uint32_t*>(packed.mutable_data_ptr());
   for (int64_t phase = 0; phase < g.phases; ++phase)
-    for (int64_t panel = 0; panel < outputs; panel += kPanel)
+    for (int64_t panel = 0, next; panel < vectors; panel = next) {
+      next = panel + panel_vectors(vectors - panel);
       for (int64_t tap = phase * g.taps; tap < (phase + 1) * g.taps; ++tap)
         for (int64_t word = 0; word < words; ++word)
-          for (int64_t o = panel; o < std::min(panel + kPanel, vectors * kLanes); ++o)
+          for (int64_t o = panel * kLanes; o < next * kLanes; ++o)
             *to++ = half ? rounded(value(2 * word, o, tap)) | uint32_t(rounded(value(2 * word + 1, o, tap))) << 16
                          : std::bit_cast<uint32_t>(value(word, o, tap));
+    }
   return packed;
 }
 

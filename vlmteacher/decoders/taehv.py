@@ -41,8 +41,10 @@ from vlmteacher.ops.tiny_decoder import Layer, Plan
 
 HUNYUAN15_SCALE = 1.03682  # of HunyuanVideo-1.5's latents: its VAE's times this are what its transformer sees
 FIRST_STAGE_KEEPS_TIME = (16, 32, 48)  # latent channels of the families whose first stage makes one frame of one
-# Of one activation at the full size; a handful of them live at a time. A GPU wants more frames to be busy.
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+# Of one activation at the full size; a handful of them live at a time. A GPU wants more frames to be busy. On the CPU
+# one frame more, carried over from the chunk before, must fit below 32 MiB: larger tensors the C library maps anew, and
+# page faults cost more than the longer chunk gains.
+CHUNK_BYTES = {"cpu": 28 << 20, "cuda": 256 << 20}
 
 
 CPU = torch.device("cpu")
