@@ -1,5 +1,6 @@
-// The fused LoRA linear on the CPU. The definition is vlmteacher/ops/lora_linear.py. The big products are the vendor's,
-// which reaches AMX or AVX-512 by itself; those with the rank are our own where the processor has AVX-512 BF16.
+// The fused LoRA linear on the CPU. The definition is vlmteacher/ops/lora_linear.py. The products are our own where the
+// processor has AVX-512 BF16: those with the rank always, the big ones in bfloat16 where it has no AMX. Else they are the
+// vendor's.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -7,14 +8,17 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
 #include "skinny.h"
+#include "wide.h"
 
 namespace {
 
 namespace skinny = vlmteacher::skinny;
+namespace wide = vlmteacher::wide;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -158,10 +162,63 @@ void in_turn(int64_t rows, const std::vector<WithRank>& products) {
   });
 }
 
-// The tensors on top of one another, (sum of rows, columns), in x's dtype; one alone of that dtype is itself.
-Tensor stack(const Tensor& x, const std::vector<Tensor>& tensors) {
+// Whether a big product of `rows` rows is ours, whose operands have as many columns. Few rows do not repay the packing of
+// the weight.
+bool takes(ScalarType dtype, int64_t rows, const std::vector<int64_t>& columns) {
+  static const bool available = wide::available();
+  const bool even = std::all_of(columns.begin(), columns.end(), [](int64_t count) { return count % 2 == 0; });
+  return available && even && dtype == ScalarType::BFloat16 && rows >= 4;
+}
+
+// out = the sum of all left right, plus the bias where there is one. All have contiguous rows.
+struct Wide {
+  std::vector<Tensor> alive;
+  std::vector<wide::Segment> segments;
+  wide::Product product;
+
+  Wide(const Tensor& out, const Tensor* bias)
+      : product{nullptr, 0, out.size(0), out.size(1), nullptr, out.mutable_data_ptr(), out.stride(0)} {
+    if (bias) product.bias = alive.emplace_back(dense(*bias)).const_data_ptr();
+  }
+  void add(const Operand& left, const Operand& right) {
+    segments.push_back({left.data(), left.of.stride(0), right.data(), right.of.stride(0), right.turned, left.count});
+    alive.push_back(left.of), alive.push_back(right.of);
+  }
+  int64_t panels() const { return (product.n + wide::kColumns - 1) / wide::kColumns; }
+};
+
+// Products that do not read one another's results. A thread takes some panels when it is done with the ones before.
+void in_panels(std::vector<Wide>& products) {
+  int64_t panels = 0;
+  for (Wide& each : products) {
+    panels += each.panels();
+    each.product.segments = each.segments.data(), each.product.count = int64_t(each.segments.size());
+  }
+  const int64_t threads = torch::stable::get_num_threads(), m = products[0].product.m;
+  const int64_t group = std::clamp<int64_t>(panels / (8 * threads), 1, 8);
+  const int64_t blocks = std::clamp<int64_t>((2 * threads + panels - 1) / panels, 1, std::max<int64_t>(m / 96, 1));
+  const int64_t rows = (m + blocks - 1) / blocks;
+  struct Task {
+    const wide::Product* product;
+    int64_t row, rows, panel;
+  };
+  std::vector<Task> tasks;
+  for (const Wide& each : products)
+    for (int64_t row = 0; row < m; row += rows)
+      for (int64_t panel = 0; panel < each.panels(); panel += group)
+        tasks.push_back({&each.product, row, std::min(rows, m - row), panel});
+  std::atomic<size_t> next = 0;
+  torch::stable::parallel_for(0, std::min<int64_t>(threads, tasks.size()), 1, [&](int64_t, int64_t) {
+    for (size_t i = next++; i < tasks.size(); i = next++)
+      wide::part(*tasks[i].product, tasks[i].row, tasks[i].rows, tasks[i].panel, group);
+  });
+}
+
+// The tensors on top of one another, (sum of rows, columns), times a factor, in x's dtype; one alone of that dtype is
+// itself.
+Tensor stack(const Tensor& x, const std::vector<Tensor>& tensors, double factor = 1) {
   const ScalarType dtype = x.scalar_type();
-  if (tensors.size() == 1 && tensors[0].scalar_type() == dtype) return dense(tensors[0]);
+  if (tensors.size() == 1 && tensors[0].scalar_type() == dtype && factor == 1) return dense(tensors[0]);
   static const bool available = skinny::available();
   int64_t rows = 0;
   for (const Tensor& t : tensors) rows += t.size(0);
@@ -169,8 +226,8 @@ Tensor stack(const Tensor& x, const std::vector<Tensor>& tensors) {
   char* to = static_cast<char*>(all.mutable_data_ptr());
   for (const Tensor& t : tensors) {
     const int64_t count = t.numel();
-    if (available && dtype == ScalarType::BFloat16 && t.scalar_type() == ScalarType::Float && t.is_contiguous())
-      skinny::round(static_cast<const float*>(t.const_data_ptr()), count, to);
+    if (available && dtype == ScalarType::BFloat16 && (factor != 1 || t.scalar_type() == ScalarType::Float))
+      skinny::round(static_cast<const float*>(as(ScalarType::Float, t).const_data_ptr()), count, float(factor), to);
     else
       std::memcpy(to, as(dtype, t).const_data_ptr(), count * all.element_size());
     to += count * all.element_size();
@@ -183,18 +240,29 @@ std::vector<Tensor> lora_linear(const Tensor& any_x, std::vector<Tensor> weights
   const Tensor x = dense(any_x), a = stack(x, lora_a);
   const int64_t m = x.size(0);
   const Tensor s = empty(x, m, a.size(0));
+  std::vector<int64_t> columns{x.size(1)};
+  for (const Tensor& b : lora_b) columns.push_back(b.size(1));
+  const bool own = takes(x.scalar_type(), m, columns);
   std::vector<WithRank> products{{s, x, Operand(a).transpose(), 1, false}};
+  std::vector<Wide> big;
   std::vector<Tensor> found;
   int64_t column = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
-    const Tensor b = stack(x, {lora_b[i]});
-    const Tensor y = empty(x, m, weights[i].size(0));
-    vendor(y, biases.empty() ? y : biases[i], x, transposed(weights[i]), 1, biases.empty() ? 0 : 1);
-    products.push_back({y, {s, column, b.size(1)}, Operand(b).transpose(), scaling[i], true});
+    const int64_t rank = lora_b[i].size(1);
+    const Tensor b = stack(x, {lora_b[i]}, own ? scaling[i] : 1), y = empty(x, m, weights[i].size(0));
+    if (own) {
+      big.emplace_back(y, biases.empty() ? nullptr : &biases[i]);
+      big.back().add(x, Operand(dense(weights[i])).transpose());
+      big.back().add({s, column, rank}, Operand(b).transpose());
+    } else {
+      vendor(y, biases.empty() ? y : biases[i], x, transposed(weights[i]), 1, biases.empty() ? 0 : 1);
+      products.push_back({y, {s, column, rank}, Operand(b).transpose(), scaling[i], true});
+    }
     found.push_back(y);
-    column += b.size(1);
+    column += rank;
   }
   in_turn(m, products);
+  if (own) in_panels(big);
   found.push_back(s);
   return found;
 }
@@ -218,13 +286,23 @@ std::vector<Tensor> lora_linear_backward(std::vector<Tensor> grads, const Tensor
       products.push_back({{ds, column, b.size(1)}, grads[i], b, scaling[i], false});
       column += b.size(1);
     }
+    std::vector<Wide> big;
     if (need_x) {
       const Tensor dx = empty(grads[0], m, a.size(1));
-      for (size_t i = 0; i < layers; ++i) vendor(dx, dx, grads[i], weights[i], 1, i == 0 ? 0 : 1);
-      products.push_back({dx, ds, a, 1, true});
+      std::vector<int64_t> columns{a.size(0)};
+      for (const Tensor& grad : grads) columns.push_back(grad.size(1));
+      if (takes(dx.scalar_type(), m, columns)) {
+        big.emplace_back(dx, nullptr);
+        for (size_t i = 0; i < layers; ++i) big.back().add(grads[i], dense(weights[i]));
+        big.back().add(ds, a);
+      } else {
+        for (size_t i = 0; i < layers; ++i) vendor(dx, dx, grads[i], weights[i], 1, i == 0 ? 0 : 1);
+        products.push_back({dx, ds, a, 1, true});
+      }
       found.push_back(dx);
     }
     in_turn(m, products);
+    if (!big.empty()) in_panels(big);
     if (need_a) {
       const Tensor x = dense(any_x);
       column = 0;

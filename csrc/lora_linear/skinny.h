@@ -26,7 +26,7 @@ inline bool takes_bfloat16(const Matrix& left, const Matrix& right, int64_t k) {
 void product(bool half, int64_t m, int64_t n, int64_t k, float alpha, const Matrix& left, const Matrix& right,
              bool accumulate, void* out, int64_t out_stride, bool wide);
 
-// to (bfloat16) = from (float32), rounded to nearest.
-void round(const float* from, int64_t count, void* to);
+// to (bfloat16) = factor from (float32), rounded to nearest.
+void round(const float* from, int64_t count, float factor, void* to);
 
 }  // namespace vlmteacher::skinny

@@ -191,10 +191,11 @@ void product(bool half, int64_t m, int64_t n, int64_t k, float alpha, const Matr
   (half ? product_of<BFloat16> : product_of<Float32>)(m, n, k, alpha, left, right, accumulate, out, out_stride, wide);
 }
 
-void round(const float* from, int64_t count, void* to) {
+void round(const float* from, int64_t count, float factor, void* to) {
+  const __m512 factors = _mm512_set1_ps(factor);
   for (; count > 0; count -= kLanes, from += kLanes, to = static_cast<char*>(to) + 2 * kLanes)
     BFloat16::store(static_cast<char*>(to), lanes(count),
-                    Float32::load(reinterpret_cast<const char*>(from), lanes(count)));
+                    _mm512_mul_ps(factors, Float32::load(reinterpret_cast<const char*>(from), lanes(count))));
 }
 
 }  // namespace vlmteacher::skinny
@@ -204,7 +205,7 @@ void round(const float* from, int64_t count, void* to) {
 namespace vlmteacher::skinny {
 bool available() { return false; }
 void product(bool, int64_t, int64_t, int64_t, float, const Matrix&, const Matrix&, bool, void*, int64_t, bool) {}
-void round(const float*, int64_t, void*) {}
+void round(const float*, int64_t, float, void*) {}
 }  // namespace vlmteacher::skinny
 
 #endif

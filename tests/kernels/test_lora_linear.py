@@ -14,7 +14,7 @@ from tests.kernels import simt
 from tests.kernels.compilers import compiled, interpreted, with_compilers, with_triton
 from tests.ops import test_lora_linear as cpu
 from tests.ops.test_lora_linear import each_backend, rms  # noqa: F401 (a fixture)
-from vlmteacher.ops.lora_linear import lora_linear, lora_linear_reference
+from vlmteacher.ops.lora_linear import lora_linear, lora_linear_group, lora_linear_reference
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -109,6 +109,37 @@ def errors(
             error, usual = (rms(each[name][i].double() - value) for each in (ours, plain))
             found.append((f"{name}[{i}]", error, 1.5 * usual + floor * rms(value)))
     return found
+
+
+@pytest.mark.parametrize("threads", [1, 7])  # of a narrow result each takes some rows
+@pytest.mark.parametrize(
+    ("m", "k", "layers"),
+    [
+        (4, 64, [(64, 16)]),
+        (211, 66, [(30, 4)]),
+        (300, 4200, [(40, 4)]),  # sums that are made in several passes
+        (63, 1000, [(3072, 16), (3072, 64), (64, 4)]),  # and, backward, of several layers
+        (63, 64, [(33, 4), (64, 5)]),  # odd sizes, which bfloat16's pairs do not take
+    ],
+)
+def test_groups_on_the_cpu(m, k, layers, threads, each_backend):  # noqa: F811
+    drawn, scaling = draw(m, k, layers, True, torch.bfloat16), [0.7, 2.0, 1.3][: len(layers)]
+    x = drawn["x"][0].clone().requires_grad_()
+    factors = [t.clone().requires_grad_() for t in (*drawn["lora_a"], *drawn["lora_b"])]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = lora_linear_group(
+            x, drawn["weights"], drawn["biases"], factors[: len(layers)], factors[len(layers) :], scaling
+        )
+        dx, *rest = torch.autograd.grad(y, [x, *factors], drawn["grads"])
+    finally:
+        torch.set_num_threads(before)
+    ours = {"y": [t.detach() for t in y], "dx": [dx], "da": rest[: len(layers)], "db": rest[len(layers) :]}
+    exact, plain = expected(drawn, scaling, torch.float64), expected(drawn, scaling, torch.bfloat16)
+    del exact["s"]
+    for what, error, allowed in errors(ours, exact, plain, 0.1 * torch.finfo(torch.bfloat16).eps):
+        assert error <= allowed, what
 
 
 def execute(
