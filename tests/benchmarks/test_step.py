@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks import step
 from benchmarks.presets import Instance, build
-from benchmarks.step import OurLoop, PeakMemory, SavedBytes, Side, agree, loss_difference
+from benchmarks.step import OurLoop, PeakMemory, SavedBytes, Side, loss_differences
 from benchmarks.stock import PARTS, StockLoop, Watch
 from vlmteacher.lora import load_lora_state, lora_state_dict
 from vlmteacher.queries import QuerySet
@@ -112,25 +112,28 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
     assert 60 * MIB < memory.bytes < 90 * MIB
 
 
-def test_loss_difference() -> None:
-    assert loss_difference([2.0, 1.0], [2.0, 1.25]) == pytest.approx(0.2)
-    assert loss_difference([1.0] * 6, [1.0] * 5 + [2.0]) == 0  # the sixth step is not compared
-    assert math.isinf(loss_difference([1.0, math.nan], [1.0, 1.0]))
+def test_loss_differences() -> None:
+    assert loss_differences([2.0, 1.0], [2.0, 1.25]) == [0, pytest.approx(0.2)]
+    assert loss_differences([1.0] * 6, [1.0] * 5 + [2.0]) == [0] * 5  # the sixth step is not compared
+    assert math.isinf(loss_differences([1.0, math.nan], [1.0, 1.0])[1])
 
 
-def test_losses_agree_but_for_what_stock_rounds() -> None:
-    ours, stock = [8.0, 7.0], [8.02, 7.0175]
-    assert agree(ours, [8.004, 7.003], None, 1e-3)
-    assert agree(ours, stock, 7.999, 1e-3)  # the same course, and ours started where float32 does
-    assert not agree(ours, stock, 8.019, 1e-3) and not agree(ours, stock, None, 1e-3)
-    assert not agree(ours, [8.02, 6.9], 7.999, 1e-3)
-
-
-def test_float32_tells_who_rounds() -> None:
-    row = step.measure("smoke", build("smoke", torch.bfloat16), ["plain"], 1)
-    for side in row["sides"].values():
-        assert side["losses"][0] == pytest.approx(row["loss_float32"], rel=2e-2)
-        assert side["losses"][0] != row["loss_float32"]
+def test_where_half_precision_rounds_float32_tells_whether_the_losses_agree() -> None:
+    row = step.measure("smoke", build("smoke", torch.bfloat16), ["plain"], 2)
+    assert bool(row["float32_losses"]) == (1e-3 < row["loss_difference"]["plain"] <= 1e-2)
+    ours, stock = (Side(name, StockLoop(build("smoke", torch.bfloat16), "plain"), "cpu") for name in ("ours", "stock"))
+    exact = step.Float32(build("smoke", torch.bfloat16))
+    for side in (ours, stock):
+        side.warm_up()
+    assert step.agree(ours, stock, exact, 1e-3) and not ours.float32_losses
+    stock.losses[0] *= 1.005  # as by rounding: the LoRAs are the same
+    assert step.agree(ours, stock, exact, 1e-3) and not step.agree(ours, stock, None, 1e-3)
+    assert ours.float32_losses == stock.float32_losses == {0: pytest.approx(ours.losses[0], rel=2e-2)}
+    assert ours.float32_losses[0] != ours.losses[0]
+    stock.float32_losses[0] *= 1.005  # another course
+    assert not step.agree(ours, stock, exact, 1e-3)
+    stock.float32_losses[0], stock.losses[0] = ours.float32_losses[0], 1.02 * ours.losses[0]
+    assert not step.agree(ours, stock, exact, 1e-3)  # more than rounding does
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
