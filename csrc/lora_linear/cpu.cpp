@@ -1,6 +1,6 @@
 // The fused LoRA linear on the CPU. The definition is vlmteacher/ops/lora_linear.py. The products are our own where the
-// processor has AVX-512 BF16: those with the rank always, the big ones in bfloat16 where it has no AMX. Else they are the
-// vendor's.
+// processor has AVX-512 BF16: those with the rank always, the big ones in bfloat16 where it has no AMX. Else they are
+// the vendor's.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -162,8 +162,8 @@ void in_turn(int64_t rows, const std::vector<WithRank>& products) {
   });
 }
 
-// Whether a big product of `rows` rows is ours, whose operands have as many columns. Few rows do not repay the packing of
-// the weight.
+// Whether a big product of `rows` rows is ours, whose operands have as many columns. Few rows do not repay the
+// packing of the weight.
 bool takes(ScalarType dtype, int64_t rows, const std::vector<int64_t>& columns) {
   static const bool available = wide::available();
   const bool even = std::all_of(columns.begin(), columns.end(), [](int64_t count) { return count % 2 == 0; });

@@ -31,8 +31,8 @@ constexpr int64_t kColumns = 32;  // of a panel of packed words
 // Whether this processor, and this build, has the instructions and nothing better.
 bool available();
 
-// Rows [row, row + rows) and panels [panel, panel + panels) of the result: sums in float32, rounded once. One thread; the
-// scratch memory stays in its second-level cache.
+// Rows [row, row + rows) and panels [panel, panel + panels) of the result: sums in float32, rounded once. One thread;
+// the scratch memory stays in its second-level cache.
 void part(const Product& product, int64_t row, int64_t rows, int64_t panel, int64_t panels);
 
 }  // namespace vlmteacher::wide

@@ -13,7 +13,7 @@ namespace vlmteacher::wide {
 namespace {
 
 constexpr int64_t kVectors = kColumns / kLanes;
-constexpr int64_t kWords = 2048;  // of a panel at a time: with what is read beside it, it stays in the second-level cache
+constexpr int64_t kWords = 2048;  // of a panel at a time: with what is read beside it, it stays in the cache
 
 // Rows of 16 words become columns.
 inline void transpose(__m512i (&r)[16]) {
@@ -119,7 +119,8 @@ void run(const Tile& t) {
 
 // By the number of rows, up to as many as leave registers for the right operand and the broadcast.
 using Run = void (*)(const Tile&);
-constexpr Run kRun[] = {run<1>, run<2>, run<3>, run<4>, run<5>, run<6>, run<7>, run<8>, run<9>, run<10>, run<11>, run<12>};
+constexpr Run kRun[] = {run<1>, run<2>, run<3>, run<4>,  run<5>,  run<6>,
+                        run<7>, run<8>, run<9>, run<10>, run<11>, run<12>};
 constexpr int64_t kRows = sizeof(kRun) / sizeof(Run);
 
 }  // namespace
