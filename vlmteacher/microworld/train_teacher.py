@@ -71,7 +71,7 @@ MIX = {
     "disguise": 4.0,
 }
 # How often queries are written for a family, where they have to be read off the picture and not off the prompt alone.
-WRITTEN = {"sort": 4.0, "odd": 4.0, "count": 3.0, "deliver": 2.0}
+WRITTEN = {"sort": 4.0, "odd": 6.0, "count": 3.0, "deliver": 3.0, "connect": 2.0}
 # More wordings than the Reasoner's prompts, so that a task typed by hand is understood.
 TASKS = (
     "Move the {ball} ball into the {box} box{tail}.",
@@ -649,7 +649,8 @@ def fit(
         with torch.autocast("cpu", torch.bfloat16, enabled=config["bf16"]):
             if index % config["write_every"] == config["write_every"] - 1:
                 chosen = rng.choice(world.FAMILIES, config["batch"], p=weights / weights.sum())
-                loss = lessons.write([world.sample_scene(rng, str(family)) for family in chosen], rng)
+                scenes = [splits.training_scene(rng, str(family), config["outside"]) for family in chosen]
+                loss = lessons.write(scenes, rng)
                 return loss, {"write": float(loss.detach())}
             rows = draw(rng)
             blended = config["blend_every"] and index % config["blend_every"] == 1
