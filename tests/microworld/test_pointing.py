@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlmteacher.microworld import train_teacher, world
+from vlmteacher.microworld import train_teacher
 from vlmteacher.microworld.pointing import Pointing
 from vlmteacher.microworld.training import load_config
 from vlmteacher.optimization import Settings
@@ -12,7 +12,7 @@ from vlmteacher.pipeline import TeacherPipeline
 
 TEACHER = {"width": 32, "layers": 3, "mlp": 48, "vision_layers": 2, "vision_mlp": 48, "bf16": False}
 OPTIMISATIONS = {"runs": 2, "at_once": 2, "outside": 0.5, "flawed": 1.0, "longest": 3, "straight": 0.5}
-CONFIG = OPTIMISATIONS | {"families": {"odd": 0.5}, "far": 1e-6, "weight": 2.0, "early": 0.5, "answers": 0.0}
+CONFIG = OPTIMISATIONS | {"far": 1e-6, "weight": 2.0, "early": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -74,36 +74,6 @@ def test_yes_too_early_costs(pointing, monkeypatch):
     assert told["early"] == pytest.approx(1.5) and loss.item() == pytest.approx(0.5 * 1.5)
     (gradient,) = torch.autograd.grad(loss, bias)
     assert gradient > 0  # the answers' likelihood is to fall
-
-
-def test_answers_are_taught_as_the_labeller_sees_the_prediction(pointing, monkeypatch):
-    monkeypatch.setitem(pointing.config, "weight", 0.0)
-    monkeypatch.setitem(pointing.config, "early", 0.0)
-    monkeypatch.setitem(pointing.config, "answers", 3.0)
-    truths = iter([[True, False], [False, False]])
-    monkeypatch.setattr("vlmteacher.microworld.pointing.Run.answers", lambda run, video: next(truths))
-    likely = torch.tensor([[-0.1, -0.2], [-0.3, -0.4]], requires_grad=True)
-    answers = pointing.lesson.read
-
-    def known(*args, **kwargs):
-        reading = answers(*args, **kwargs)
-        yes, no = (reading.yes[:, :2] * 0 + x for x in (likely, 10 * likely))
-        return train_teacher.Reading(**vars(reading) | {"yes": yes, "no": no})
-
-    monkeypatch.setattr(pointing.lesson, "read", known)
-    loss, told = pointing.step(np.random.default_rng(0))
-    assert told["answers"] == pytest.approx((0.1 + 2.0 + 3.0 + 4.0) / 4) and loss.item() == pytest.approx(
-        3.0 * told["answers"]
-    )
-    assert told["content_wrong"] == 0.5  # the first one's objective is 0.15
-
-
-def test_the_right_video_has_the_answer_yes_throughout(pointing):
-    rng = np.random.default_rng(1)
-    for transformer in pointing.transformers:
-        run = pointing.begin(transformer, rng)
-        right = torch.from_numpy(world.draw(world.perform(run.scene))).permute(0, 3, 1, 2)
-        assert all(run.answers(right)) and not run.answers(right[:1].expand(len(right), -1, -1, -1))[0]
 
 
 def test_a_change_of_latents_is_carried_into_frames(pointing):

@@ -22,7 +22,6 @@ SMALL = {
     "reasoner": {"layers": 1, "heads": 1, "ffn_dim": 64, "batch": 2, "steps": 2},
     "teacher": {"width": 32, "layers": 3, "mlp": 48, "vision_layers": 2, "vision_mlp": 48, "batch": 1, "steps": 2},
     "teacher_finetune": {"steps": 2, "collected": {"lessons": 1, "optimised": 1}},
-    "pointing": {"runs": 2, "at_once": 1},
     "collect": {
         "lessons": {"shards": 1, "videos": 8},
         "predictions": {"shards": 1, "videos": 3},

@@ -4,8 +4,7 @@ Answers alone do not teach it: of the many changes of a video after which a smal
 So optimisations of training scenes run beside the training, and at each of their steps the gradient of the Teacher's
 loss with respect to the LoRA is turned towards that of the squared distance from the right video's latents: a loss on
 a derivative (Sobolev training, arXiv 1706.04859), where the Teacher's own optimisations lead (DAgger, arXiv 1011.0686).
-There the answers are taught as well, as the labeller sees these videos; and the Teacher is not to be content with one
-that is wrong, the less the more of the way is left.
+And the Teacher is not to be content before most of the way is made.
 """
 
 from __future__ import annotations
@@ -22,10 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlmteacher.evaluation.microworld import right_latents
 from vlmteacher.lora import add_lora, lora_parameters
-from vlmteacher.microworld import labeller, splits, world
+from vlmteacher.microworld import splits, world
 from vlmteacher.microworld.collect import start
-from vlmteacher.microworld.questions import own_questions, right_queries
-from vlmteacher.microworld.scene import Scene
+from vlmteacher.microworld.questions import right_queries
 from vlmteacher.optimization import GRADIENT_CLIP, Settings
 from vlmteacher.reasoners.base import Condition, Noise
 from vlmteacher.reward import vqa_objective
@@ -33,19 +31,16 @@ from vlmteacher.reward import vqa_objective
 if TYPE_CHECKING:
     from vlmteacher.microworld.train_teacher import Lesson
 
-CONTENT = 0.22  # objective below which an optimisation with the packaged pair ends
-
 
 @dataclass
 class Run:
     """An optimisation of a training scene.
 
-    questions: the task's own, the goal first. right: the right video's latents. length: updates until another
-    optimisation takes its place. straight: led by the distance from `right` instead of the Teacher. outside: the scene
-    is out of domain. flawed: it is one where the Reasoner errs. first: the distance before the first update.
+    right: the right video's latents. length: updates until another optimisation takes its place. straight: led by the
+    distance from `right` instead of the Teacher. outside: the scene is out of domain. flawed: it is one where the
+    Reasoner errs. first: the distance before the first update.
     """
 
-    scene: Scene
     condition: Condition
     noise: Noise
     right: Tensor
@@ -61,14 +56,8 @@ class Run:
     updates: int = 0
 
     def due(self, distance: float) -> float:
-        """What the Teacher's objective of a wrong video should not be below: 1.5 at the first distance, 0.8 near by."""
-        return max(3.0 * min((distance / self.first) ** 0.5 - 0.5, 0.5) if self.flawed else 0.0, 0.8)
-
-    @torch.no_grad()
-    def answers(self, video: Tensor) -> list[bool]:
-        """The true answer to each question, of a prediction (F, 3, H, W)."""
-        frames = video.permute(0, 2, 3, 1).numpy()
-        return [question.answer for question in own_questions(self.scene, labeller.label(frames, self.scene))]
+        """What the Teacher's objective should not be below yet: 1.5 at the first distance, 0 at a quarter of it."""
+        return 3.0 * min(max((distance / self.first) ** 0.5 - 0.5, 0.0), 0.5) if self.flawed else 0.0
 
     def gradient(self, value: Tensor, along: Tensor | None = None) -> list[Tensor]:
         """Of `value` with respect to the LoRA; with `along`, of the product of the two, and differentiable in it."""
@@ -91,16 +80,13 @@ class Pointing:
     settings: of the optimisations. config: `runs` of them are kept and `at_once` take a step; `outside` and `flawed`
     are shares of scenes out of domain and, of the others, of those where the Reasoner errs; `longest` updates; a share
     `straight` of them is led by the distance; below a distance of `far` the direction counts less; `weight` of
-    1 - cosine in the loss, `answers` of the answers' cross-entropy, and `early` of content with what is wrong.
-    families: how often one is taken, where not once.
+    1 - cosine in the loss, and `early` of content with what is not right yet.
     """
 
     def __init__(self, lesson: Lesson, reasoner: Any, decoder: Any, settings: Settings, config: dict[str, Any]) -> None:
         self.lesson, self.reasoner, self.decoder = lesson, reasoner, decoder
         self.settings, self.config = settings, config
         shared = {id(weight): weight for weight in reasoner.transformer.parameters()}  # which stay as they are
-        often = np.asarray([config["families"].get(family, 1.0) for family in world.FAMILIES])
-        self.often = often / often.sum()
         self.transformers = [copy.deepcopy(reasoner.transformer, dict(shared)) for _ in range(config["runs"])]
         self.clear()
 
@@ -109,7 +95,7 @@ class Pointing:
         self.runs: list[Run | None] = [None] * self.config["runs"]
 
     def begin(self, transformer: Any, rng: np.random.Generator) -> Run:
-        family = str(rng.choice(world.FAMILIES, p=self.often))
+        family = str(rng.choice(world.FAMILIES))
         scene = splits.training_scene(rng, family, self.config["outside"])
         while world.flawed(scene) == scene and rng.random() < self.config["flawed"]:
             scene = splits.training_scene(rng, family, self.config["outside"])
@@ -118,7 +104,6 @@ class Pointing:
         add_lora(transformer, self.settings.rank, seed=int(rng.integers(2**31)), fused=False)
         parameters = list(lora_parameters(transformer))
         return Run(
-            scene,
             condition,
             noise,
             right_latents(self.reasoner, scene),
@@ -132,17 +117,14 @@ class Pointing:
             world.flawed(scene) != scene,
         )
 
-    def losses(self, frames: Tensor, runs: list[Run], truths: list[list[bool]]) -> tuple[Tensor, Tensor]:
-        """The Teacher's objective (B,) on frames (B, K, 3, H, W), whose gradient has one too, and its answers' loss."""
+    def losses(self, frames: Tensor, runs: list[Run]) -> Tensor:
+        """The Teacher's objective (B,) on frames (B, K, 3, H, W), whose gradient has one too."""
         most = max(len(run.questions) for run in runs)
         texts = [(run.questions * most)[:most] for run in runs]  # the first again, unweighed, where there are fewer
         with torch.autocast("cpu", torch.bfloat16, enabled=self.lesson.config["bf16"]):
-            reading = self.lesson.read(frames, texts, backend="sdpa")
-        objectives, answers = [], []
-        for yes, no, truth in zip(reading.yes, reading.no, truths, strict=True):
-            objectives.append(vqa_objective(-yes[: len(truth)], self.settings.goal_weight))
-            answers.append(-torch.where(torch.tensor(truth), yes[: len(truth)], no[: len(truth)]).mean())
-        return torch.stack(objectives), torch.stack(answers).mean()
+            losses = -self.lesson.read(frames, texts, backend="sdpa").yes
+        goal = self.settings.goal_weight
+        return torch.stack([vqa_objective(x[: len(r.questions)], goal) for x, r in zip(losses, runs, strict=True)])
 
     @torch.no_grad()
     def carried(self, video: Tensor, z: Tensor, direction: Tensor) -> Tensor:
@@ -176,11 +158,9 @@ class Pointing:
                 self.reasoner.predict_clean_at(run.condition, run.noise.z1, 1.0, transformer=run.transformer)
                 for run in runs
             ]
-            whole = [self.decoder.decode(z) for z in latents]
-            truths = [run.answers(video) for run, video in zip(runs, whole, strict=True)]
-            videos = [video[self.lesson.indices] for video in whole]
+            videos = [self.decoder.decode(z, frame_indices=self.lesson.indices) for z in latents]
             frames = torch.stack(videos).detach().requires_grad_()
-            losses, answers = self.losses(frames, runs, truths)
+            losses = self.losses(frames, runs)
         (asked,) = torch.autograd.grad(losses.sum(), frames, create_graph=True)
         given = zip(runs, latents, videos, asked.detach(), strict=True)
         changes, cosines, distances = zip(*(self.turn(*each) for each in given), strict=True)
@@ -191,10 +171,8 @@ class Pointing:
         turned = turned - turned.detach() + 1 - torch.tensor(cosines)
         for run, distance in zip(runs, distances, strict=True):
             run.first = run.first if run.updates else distance
-        wrong = [not all(truth) for truth in truths]
-        due = [w * run.due(distance) for w, run, distance in zip(wrong, runs, distances, strict=True)]
-        early = F.relu(torch.tensor(due) - losses).mean()
-        said = losses.detach() < CONTENT
+        due = torch.tensor([run.due(distance) for run, distance in zip(runs, distances, strict=True)])
+        early = F.relu(due - losses).mean()
         report = {
             "cosine": cosines,
             "cosine_first": [c for run, c in zip(runs, cosines, strict=True) if not run.updates and not run.outside],
@@ -204,14 +182,10 @@ class Pointing:
             "distance": distances,
             "objective": losses.tolist(),
             "early": [early.item()],
-            "answers": [answers.item()],
-            "content_right": [float(s) for s, w in zip(said, wrong, strict=True) if not w],
-            "content_wrong": [float(s) for s, w in zip(said, wrong, strict=True) if w],
         }
         for place, run in zip(places, runs, strict=True):
             run.optimizer.step()
             run.updates += 1
             self.runs[place] = run if run.updates < run.length else None
         means = {name: float(np.mean(values)) for name, values in report.items() if len(values)}
-        loss = (weights * turned).sum() + self.config["early"] * early + self.config["answers"] * answers
-        return loss, means
+        return (weights * turned).sum() + self.config["early"] * early, means
