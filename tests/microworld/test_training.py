@@ -98,7 +98,7 @@ def test_misleading_frames_are_near_and_cost_more(lesson):
 
 def test_keeping_a_teacher_costs_nothing_until_it_is_another(lesson, tmp_path):
     """Neither the answers nor their gradients at the frames; and the cost's own gradient is that of differences."""
-    config = lesson.config | {"keep": 2.0, "bf16": False}
+    config = lesson.config | {"keep": 2.0}
     mine = train_teacher.Lesson(train_teacher.build(TINY_TEACHER, tmp_path / "tokenizer"), config)
     mine.teacher.model.load_state_dict(lesson.teacher.model.state_dict())
     rng = np.random.default_rng(0)
