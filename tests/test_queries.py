@@ -242,6 +242,7 @@ def test_the_packaged_teacher_is_asked_as_it_was_trained():
         ('{"query_instruction": 3}', r"\{prompt\}"),
         ('{"preservation_query": " "}', "preservation_query must be a question"),
         ('{"own_wording": "yes"}', "own_wording must be true or false, not 'yes'"),
+        ('{"writer": "../other"}', "writer must be the name of a subfolder, not '../other'"),
     ],
 )
 def test_a_bad_style_names_the_file(tmp_path, text, what):

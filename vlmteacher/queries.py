@@ -119,11 +119,13 @@ class QueryStyle:
     own_wording: the model was trained to answer this text in wordings of its own. They are not held to the rules for
         real VLMs (`check_written`), and a second try is not told what was wrong: it would not know that text.
     preservation_query: the process question that `Settings.preserve` adds.
+    writer: the checkpoint's subfolder with a PEFT LoRA that is on while queries are written, and off in judging.
     """
 
     query_instruction: str = QUERY_INSTRUCTION
     own_wording: bool = False
     preservation_query: str = "Does everything that takes no part in the task stay as it is in the first frame?"
+    writer: str | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> QueryStyle:
@@ -141,6 +143,8 @@ class QueryStyle:
                 raise ValueError("preservation_query must be a question")
             if not isinstance(style.own_wording, bool):
                 raise ValueError(f"own_wording must be true or false, not {style.own_wording!r}")
+            if style.writer is not None and not (isinstance(style.writer, str) and style.writer.isidentifier()):
+                raise ValueError(f"writer must be the name of a subfolder, not {style.writer!r}")
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be used: {error}") from error
         return style

@@ -1,8 +1,8 @@
 """How the packaged models are made, stage by stage; each resumes where it was stopped.
 
 vae -> vae-decoder, decoder, latents -> reasoner -> distil -> (teacher) -> collect -> teacher-finetune -> optimise ->
-teacher-finetune -> package. The encoder of the video distance stands by itself. Every stage reads its predecessors from
-the same folder.
+teacher-finetune -> writer -> package. The encoder of the video distance stands by itself. Every stage reads its
+predecessors from the same folder.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ STAGES = (
     "collect",
     "teacher-finetune",
     "optimise",
+    "writer",
     "package",
     "encoder",
 )
@@ -36,7 +37,14 @@ NEEDS = {
     "collect": ("distil/pipeline", "decoder/decoder.safetensors"),
     "teacher-finetune": ("teacher/state.pt", "collect"),
     "optimise": ("distil/pipeline", "decoder/decoder.safetensors", "finetune/teacher"),
-    "package": ("distil/pipeline", "vae_decoder/vae", "decoder/decoder.safetensors", "finetune/teacher"),
+    "writer": ("teacher/tokenizer", "finetune/teacher"),
+    "package": (
+        "distil/pipeline",
+        "vae_decoder/vae",
+        "decoder/decoder.safetensors",
+        "finetune/teacher",
+        "writer/writer",
+    ),
 }
 STARTS = {  # the parts of a pair that a stage may start from
     "vae": "reasoner/vae",
@@ -94,6 +102,10 @@ def run(stage: str, out: Path, init: Path | None = None) -> None:
         from vlmteacher.microworld import train_teacher
 
         train_teacher.finetune(out / "teacher/state.pt", out / "collect", out / "finetune")
+    elif stage == "writer":
+        from vlmteacher.microworld import train_writer
+
+        train_writer.main(out / "finetune", out / "writer")
     elif stage == "package":
         package(out, out / "pair")
     elif stage == "encoder":
@@ -127,7 +139,7 @@ def package(trained: Path, pair: Path) -> None:
     from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration, UMT5EncoderModel
 
     from vlmteacher.decoders.taehv import TinyVideoDecoder
-    from vlmteacher.microworld import train_reasoner, world
+    from vlmteacher.microworld import train_reasoner, train_writer, world
 
     half = torch.float16
     pair.mkdir(parents=True, exist_ok=True)
@@ -147,6 +159,7 @@ def package(trained: Path, pair: Path) -> None:
     teacher = trained / "finetune/teacher"
     shutil.copytree(teacher, pair / "teacher", dirs_exist_ok=True)
     Qwen3VLForConditionalGeneration.from_pretrained(teacher, dtype=half).save_pretrained(pair / "teacher")
+    train_writer.attach(trained / "writer/writer", pair / "teacher")
     for config in pair.rglob("config.json"):  # diffusers writes down where a part was loaded from
         content = json.loads(config.read_text())
         if content.pop("_name_or_path", None):

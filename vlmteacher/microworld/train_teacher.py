@@ -8,7 +8,6 @@ each frame pair are read out, by heads that are thrown away, from the visual tok
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
@@ -36,7 +34,6 @@ from vlmteacher.ops.attention import Spans, attention
 from vlmteacher.ops.patchify import patchify
 from vlmteacher.optimization import Settings, teacher_frame_indices
 from vlmteacher.queries import query_prompt
-from vlmteacher.reward import vqa_objective
 from vlmteacher.teachers.preprocessing import VisionSettings
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher, video_placeholder
 
@@ -554,31 +551,6 @@ class Lesson:
         size = self.config["adversary"] * torch.rand(len(frames), 1, 1, 1, 1)
         return replace(shown, frames=(frames.detach() + size * smooth.sign()).clamp(0, 1))
 
-    def keep(self, shown: Batch, known: Lesson) -> tuple[Tensor, dict[str, float]]:
-        """How far answers, and the way in which frames would have to change for a Yes, are not those of `known`.
-
-        Divergence of the answers, and 1 - cosine of the objectives' gradients at the frames (Sobolev training, arXiv
-        1706.04859): so something else is learnt and an optimisation is led as before.
-        """
-        texts = [[q.text for q in questions] for questions in shown.asked]
-
-        def look(lesson: Lesson, learns: bool) -> tuple[Tensor, Tensor]:
-            frames = shown.frames[:, self.indices].detach().requires_grad_()
-            with sdpa_kernel(SDPBackend.MATH):  # the only one whose gradient has one
-                reading = lesson.read(frames, texts, backend="sdpa")
-            objective = torch.stack([vqa_objective(-row) for row in reading.yes]).sum()
-            (gradient,) = torch.autograd.grad(objective, frames, create_graph=learns)
-            likely = torch.stack([reading.yes, reading.no])
-            rest = (1 - likely.exp().sum(0)).clamp_min(1e-6).log()
-            return torch.cat([likely, rest[None]]), gradient.flatten(1)
-
-        told, led = look(self, True)
-        before, ahead = look(known, False)
-        answers = F.kl_div(told, before.detach(), reduction="sum", log_target=True) / told[0].numel()
-        cosine = F.cosine_similarity(led, ahead, dim=1).mean()
-        report = {"kept_answers": float(answers.detach()), "kept_cosine": float(cosine.detach())}
-        return self.config["answer_weight"] * answers + self.config["keep"] * (1 - cosine), report
-
     def write(self, scenes: list[Scene], rng: np.random.Generator) -> Tensor:
         """Cross-entropy of the right queries, given prompt and first frame, in the form that `generate` sees.
 
@@ -663,11 +635,7 @@ def finetune(start: Path, collected: Path, out: Path) -> None:
     if config["pointing"]:
         settings = Settings(**load_config("collect")["settings"])
         pointing = Pointing(lessons, *parts(out.parent), settings, load_config("pointing"))
-    known = None
-    if config["keep"]:
-        known = Lesson(copy.deepcopy(lessons.teacher), config)
-        known.teacher.model.requires_grad_(False)
-    fit(lessons, draw, out, warmup=50, pointing=pointing, known=known)
+    fit(lessons, draw, out, warmup=50, pointing=pointing)
 
 
 def fit(
@@ -677,12 +645,8 @@ def fit(
     *,
     warmup: int,
     pointing: Pointing | None = None,
-    known: Lesson | None = None,
 ) -> None:
-    """Train on the rows that `draw` gives, writing queries now and then; save the Teacher to ``out/teacher``.
-
-    With `known` it is to judge as that one does, whatever is right.
-    """
+    """Train on the rows that `draw` gives, writing queries now and then; save the Teacher to ``out/teacher``."""
     config, teacher = lessons.config, lessons.teacher
     weights = np.asarray([WRITTEN.get(family, 1.0) for family in world.FAMILIES])
 
@@ -694,8 +658,6 @@ def fit(
                 loss = lessons.write(scenes, rng)
                 return loss, {"write": float(loss.detach())}
             rows = draw(rng)
-            if known:
-                return lessons.keep(Batch.of(rows, [ask(s, f, rng, 4) for _, s, f in rows]), known)
             blended = config["blend_every"] and index % config["blend_every"] == 1
             if blended:
                 shown = blend(rows, rng)

@@ -20,6 +20,7 @@ from vlmteacher.teachers.preprocessing import VisionSettings, resized_rows
 from vlmteacher.teachers.quantization import Quantize, check_stays, is_quantized, load_model
 from vlmteacher.teachers.shared_prefix import Layout, answer_losses, check_language, lay_out
 from vlmteacher.teachers.visual_checkpoint import stream
+from vlmteacher.teachers.writer import Writer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,6 +67,7 @@ class VLMTeacher(Teacher):
 
     Attributes:
         style: how it is asked for queries.
+        writer: what its weights are changed by meanwhile, if anything.
 
     Raises InputError when the tokenizer has no chat template, or the chat template no place for a video.
     """
@@ -84,6 +86,7 @@ class VLMTeacher(Teacher):
         self.quantized = is_quantized(model)
         self.tokenizer = tokenizer
         self.style = QueryStyle()
+        self.writer: Writer | None = None
         self._layouts: dict[tuple[Any, ...], Layout] = {}
         check_language(self.language, model.config.model_type)
         self._chat("", "video", "")
@@ -109,6 +112,8 @@ class VLMTeacher(Teacher):
             raise InputError(f"teacher {path_or_id!r} cannot be loaded: {reason}") from error
         teacher = cls.from_parts(path_or_id, model, tokenizer, local_files_only)
         teacher.style = read_style(path_or_id, local_files_only)
+        if teacher.style.writer:
+            teacher.writer = Writer.load(model, path_or_id, teacher.style.writer, local_files_only)
         return teacher
 
     @classmethod
@@ -247,9 +252,10 @@ class VLMTeacher(Teacher):
         """See `Teacher.write_queries`. Greedy first; the one retry is sampled, with a seed of its own."""
         if not prompt.strip():
             raise InputError("the prompt is empty: say what the video must show")
-        return ask_for_queries(
-            self.style, lambda later, sample: self._generate(self._query_inputs(prompt, image, later), sample)
-        )
+        with self.writer.on(self.model) if self.writer else contextlib.nullcontext():
+            return ask_for_queries(
+                self.style, lambda later, sample: self._generate(self._query_inputs(prompt, image, later), sample)
+            )
 
     def _query_inputs(self, prompt: str, image: Image | None, later: Sequence[str] = ()) -> dict[str, Tensor]:
         """What `generate` takes to write the queries of a task, or to mend them after `later` turns."""
