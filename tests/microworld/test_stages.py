@@ -21,7 +21,7 @@ SMALL = {
     "distil": {"videos": {"count": 4, "seed": 0}, "steps": 1, "batch_size": 1, "dmd2": {"fake_updates": 1}},
     "reasoner": {"layers": 1, "heads": 1, "ffn_dim": 64, "batch": 2, "steps": 2},
     "teacher": {"width": 32, "layers": 3, "mlp": 48, "vision_layers": 2, "vision_mlp": 48, "batch": 1, "steps": 2},
-    "teacher_finetune": {"steps": 2, "collected": {"lessons": 1, "optimised": 1}},
+    "teacher_finetune": {"steps": 2, "collected": {"lessons": 1, "optimised": 1}, "keep": 1.0, "learn": ["move"]},
     "writer": {"steps": 2, "batch": 1, "rank": 2},
     "collect": {
         "lessons": {"shards": 1, "videos": 8},

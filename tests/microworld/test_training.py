@@ -96,6 +96,38 @@ def test_misleading_frames_are_near_and_cost_more(lesson):
     assert losses[1] > losses[0] and not misleading.requires_grad
 
 
+def test_keeping_a_teacher_costs_nothing_until_it_is_another(lesson, tmp_path):
+    """Neither the answers nor their gradients at the frames; and the cost's own gradient is that of differences."""
+    config = lesson.config | {"keep": 2.0}
+    mine = train_teacher.Lesson(train_teacher.build(TINY_TEACHER, tmp_path / "tokenizer"), config)
+    mine.teacher.model.load_state_dict(lesson.teacher.model.state_dict())
+    rng = np.random.default_rng(0)
+    rows = [train_teacher.lesson(rng) for _ in range(2)]
+    shown = train_teacher.Batch.of(rows, [ask(scene, facts, rng, 4) for _, scene, facts in rows])
+    loss, told = mine.keep(shown, lesson)
+    assert abs(loss.item()) < 1e-5 and told["kept_cosine"] == pytest.approx(1.0, abs=1e-5)
+    parameters = list(mine.teacher.model.parameters())
+
+    def move(size: float) -> None:
+        with torch.no_grad():
+            for parameter, way in zip(parameters, ways, strict=True):
+                parameter += size * way
+
+    torch.manual_seed(0)
+    ways = [torch.randn_like(p) * p.std().nan_to_num() for p in parameters]
+    move(0.1)
+    loss, told = mine.keep(shown, lesson)
+    assert told["kept_cosine"] < 0.99 and told["kept_answers"] > 0
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    norm = torch.cat([g.flatten() for g in gradients]).norm()
+    ways = [g / norm for g in gradients]
+    costs = []
+    for size in (1e-3, -2e-3):
+        move(size)
+        costs.append(mine.keep(shown, lesson)[0].item())
+    assert (costs[0] - costs[1]) / 2e-3 == pytest.approx(norm.item(), rel=0.03)
+
+
 @pytest.mark.parametrize("family", world.FAMILIES)
 def test_a_faded_video_and_its_answers_go_to_the_right_ones(family):
     rng = np.random.default_rng(0)

@@ -164,6 +164,13 @@ KINDS = {
     "one": Kind(
         ("Is there exactly one {a} {noun} in every frame?", "Is exactly one {a} {noun} visible all the time?"), _own
     ),
+    "each": Kind(
+        (
+            "Is there exactly one ball of every color in every frame?",
+            "Is exactly one ball of every color always visible?",
+        ),
+        lambda facts, scene: np.all([_own(facts, scene, a) for a in scene.actors], 0),
+    ),
     "visible": Kind(
         ("Is the {a} {noun} visible all the time?", "Can the {a} {noun} be seen in every frame?"),
         lambda facts, scene, a: facts.count[:, a] == 1,
@@ -192,6 +199,7 @@ KINDS = {
 }
 
 NOUNS = {"recolor": "shape", "resize": "disc", "rotate": "bar", "sort": "disc"}  # else a ball
+VERBS = {"resize": "grow", "rotate": "turn"}
 KEPT = {
     "maze": "boxes and blocks",
     "connect": "dots",
@@ -210,7 +218,7 @@ def _single(*process: str, goal: str = "inside") -> Callable[[Scene], list[tuple
     def plan(scene: Scene) -> list[tuple[str, tuple[Name, ...]]]:
         a = scene.actors[0]
         end = (a, scene.targets[-1]) if goal in ("inside", "at") else (a,)
-        return [(goal, end), *((kind, (a,)) for kind in process), _SCENERY]
+        return [(goal, end), *(_SCENERY if kind == "scenery" else (kind, (a,)) for kind in process)]
 
     return plan
 
@@ -218,7 +226,7 @@ def _single(*process: str, goal: str = "inside") -> Callable[[Scene], list[tuple
 def _deliver(scene: Scene) -> list[tuple[str, tuple[Name, ...]]]:
     """Where each ball should be; the first in the picture's reading order is the goal's."""
     ends = [("inside", pair) for pair in zip(scene.actors, scene.targets, strict=True)]
-    return [*ends, *([("one", (a,)) for a in scene.actors[:1]] if len(ends) < 3 else []), _SCENERY]
+    return [*ends, ("each", ()), *([_SCENERY] if len(ends) < 3 else [])]
 
 
 def _recolor(scene: Scene) -> list[tuple[str, tuple[Name, ...]]]:
@@ -238,16 +246,16 @@ def _connect(scene: Scene) -> list[tuple[str, tuple[Name, ...]]]:
 
 
 PLANS: dict[str, Callable[[Scene], list[tuple[str, tuple[Name, ...]]]]] = {
-    "move": _single("one", "smooth"),
-    "maze": _single("avoid", "one"),
+    "move": _single("one", "smooth", "scenery"),
+    "maze": _single("avoid", "one", "scenery"),
     "deliver": _deliver,
     "recolor": _recolor,
-    "resize": _single("one", "smooth", goal="fills"),
-    "rotate": _single("shorter", "one", goal="lies"),
+    "resize": _single("one", "smooth", "scenery", goal="fills"),
+    "rotate": _single("shorter", "one", "smooth", goal="lies"),
     "sort": _sort,
     "connect": _connect,
-    "odd": _single("one", "smooth"),
-    "count": _single("one", "smooth"),
+    "odd": _single("one", "smooth", "scenery"),
+    "count": _single("one", "smooth", "scenery"),
 }
 
 
@@ -279,7 +287,7 @@ def question(scene: Scene, facts: Facts, kind: str, named: tuple[Name, ...], wor
     """A question of `kind` about what is `named`, with its truth in each frame."""
     words = {
         "noun": NOUNS.get(scene.family, "ball"),
-        "verb": "grow" if scene.family == "resize" else "move",
+        "verb": VERBS.get(scene.family, "move"),
         "kept": KEPT.get(scene.family, "boxes"),
         **{
             letter: name if isinstance(name, str) else str(describe(scene, name))
@@ -382,6 +390,7 @@ def ask(scene: Scene, facts: Facts, rng: np.random.Generator, count: int = 6) ->
 
 RULES = {  # the scorer's sub-score that a kind of question is about; the others are about the goal
     "one": "one",
+    "each": "one",
     "smooth": "smooth",
     "avoid": "avoid",
     "order": "order",

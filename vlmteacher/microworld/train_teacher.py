@@ -8,6 +8,7 @@ each frame pair are read out, by heads that are thrown away, from the visual tok
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
@@ -34,6 +36,7 @@ from vlmteacher.ops.attention import Spans, attention
 from vlmteacher.ops.patchify import patchify
 from vlmteacher.optimization import Settings, teacher_frame_indices
 from vlmteacher.queries import query_prompt
+from vlmteacher.reward import vqa_objective
 from vlmteacher.teachers.preprocessing import VisionSettings
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher, video_placeholder
 
@@ -293,18 +296,20 @@ Row = tuple[np.ndarray, Scene, Facts]
 """A video (T, H, W, 3) in [0, 1], its scene, and the facts of it."""
 
 
-def draw_track(rng: np.random.Generator, outside: float = 0.0) -> tuple[Scene, Track]:
-    """A training scene of any family and a video of it, of some kind of `MIX`, as a track."""
-    scene = splits.training_scene(rng, str(rng.choice(world.FAMILIES)), outside)
+def draw_track(
+    rng: np.random.Generator, outside: float = 0.0, families: Sequence[str] = world.FAMILIES
+) -> tuple[Scene, Track]:
+    """A training scene of one of the families and a video of it, of some kind of `MIX`, as a track."""
+    scene = splits.training_scene(rng, str(rng.choice(families)), outside)
     names = [kind for kind in MIX if kind == "right" or kind in corruptions.kinds(scene.family)]
     weights = np.asarray([MIX[kind] for kind in names])
     kind = str(rng.choice(names, p=weights / weights.sum()))
     return scene, world.perform(scene) if kind == "right" else corruptions.CORRUPTIONS[kind](scene, rng)
 
 
-def lesson(rng: np.random.Generator, outside: float = 0.0) -> Row:
+def lesson(rng: np.random.Generator, outside: float = 0.0, families: Sequence[str] = world.FAMILIES) -> Row:
     """A rendered video with its facts, of a share `outside` of them of a scene out of domain."""
-    scene, track = draw_track(rng, outside)
+    scene, track = draw_track(rng, outside, families)
     return distort(world.draw(track), rng), scene, facts_of(scene, track)
 
 
@@ -551,6 +556,31 @@ class Lesson:
         size = self.config["adversary"] * torch.rand(len(frames), 1, 1, 1, 1)
         return replace(shown, frames=(frames.detach() + size * smooth.sign()).clamp(0, 1))
 
+    def keep(self, shown: Batch, known: Lesson) -> tuple[Tensor, dict[str, float]]:
+        """How far answers, and the way in which frames would have to change for a Yes, are not those of `known`.
+
+        Divergence of the answers, and 1 - cosine of the objectives' gradients at the frames (Sobolev training, arXiv
+        1706.04859): so something else is learnt and an optimisation is led as before.
+        """
+        texts = [[q.text for q in questions] for questions in shown.asked]
+
+        def look(lesson: Lesson, learns: bool) -> tuple[Tensor, Tensor]:
+            frames = shown.frames[:, self.indices].detach().requires_grad_()
+            with sdpa_kernel(SDPBackend.MATH):  # the only one whose gradient has one
+                reading = lesson.read(frames, texts, backend="sdpa")
+            objective = torch.stack([vqa_objective(-row) for row in reading.yes]).sum()
+            (gradient,) = torch.autograd.grad(objective, frames, create_graph=learns)
+            likely = torch.stack([reading.yes, reading.no])
+            rest = (1 - likely.exp().sum(0)).clamp_min(1e-6).log()
+            return torch.cat([likely, rest[None]]), gradient.flatten(1)
+
+        told, led = look(self, True)
+        before, ahead = look(known, False)
+        answers = F.kl_div(told, before.detach(), reduction="sum", log_target=True) / told[0].numel()
+        cosine = F.cosine_similarity(led, ahead, dim=1).mean()
+        report = {"kept_answers": float(answers.detach()), "kept_cosine": float(cosine.detach())}
+        return self.config["answer_weight"] * answers + self.config["keep"] * (1 - cosine), report
+
     def write(self, scenes: list[Scene], rng: np.random.Generator) -> Tensor:
         """Cross-entropy of the right queries, given prompt and first frame, in the form that `generate` sees.
 
@@ -622,20 +652,37 @@ def finetune(start: Path, collected: Path, out: Path) -> None:
     lessons.teacher.model.load_state_dict(modules["teacher"])
     lessons.heads.load_state_dict(modules["heads"], strict=False)  # a head added since starts afresh
     groups = {kind: load(sorted(collected.glob(f"{kind}-*.pt"))) for kind in config["collected"]}
+    learned = tuple(config["learn"] or world.FAMILIES)
+    held = tuple(family for family in world.FAMILIES if family not in learned)
 
-    def draw(rng: np.random.Generator) -> list[Row]:
-        chosen = [groups[kind] for kind, count in config["collected"].items() if groups[kind] for _ in range(count)]
-        rows = [lesson(rng, config["outside"]) for _ in range(config["batch"] - len(chosen))]
-        for group in chosen:
-            video, scene, facts = group[int(rng.integers(len(group)))]
-            rows.append((video.astype(np.float32) / 255, scene, facts))
-        return rows
+    def draw_from(families: tuple[str, ...]) -> Callable[[np.random.Generator], list[Row]]:
+        pools = {kind: [row for row in group if row[1].family in families] for kind, group in groups.items()}
+
+        def draw(rng: np.random.Generator) -> list[Row]:
+            chosen = [pools[kind] for kind, count in config["collected"].items() if pools[kind] for _ in range(count)]
+            rows = [lesson(rng, config["outside"], families) for _ in range(config["batch"] - len(chosen))]
+            for pool in chosen:
+                video, scene, facts = pool[int(rng.integers(len(pool)))]
+                rows.append((video.astype(np.float32) / 255, scene, facts))
+            return rows
+
+        return draw
+
+    hold = None
+    if held:
+        known = Lesson(copy.deepcopy(lessons.teacher), config)
+        known.teacher.model.requires_grad_(False)
+        others = draw_from(held)
+
+        def hold(rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+            rows = others(rng)
+            return lessons.keep(Batch.of(rows, [ask(s, f, rng, 4) for _, s, f in rows]), known)
 
     pointing = None
     if config["pointing"]:
         settings = Settings(**load_config("collect")["settings"])
         pointing = Pointing(lessons, *parts(out.parent), settings, load_config("pointing"))
-    fit(lessons, draw, out, warmup=50, pointing=pointing)
+    fit(lessons, draw_from(learned), out, warmup=50, pointing=pointing, hold=hold)
 
 
 def fit(
@@ -645,18 +692,24 @@ def fit(
     *,
     warmup: int,
     pointing: Pointing | None = None,
+    hold: Callable[[np.random.Generator], tuple[Tensor, dict[str, float]]] | None = None,
 ) -> None:
-    """Train on the rows that `draw` gives, writing queries now and then; save the Teacher to ``out/teacher``."""
+    """Train on the rows that `draw` gives, writing queries now and then; save the Teacher to ``out/teacher``.
+
+    hold: every other step is this one's loss instead.
+    """
     config, teacher = lessons.config, lessons.teacher
     weights = np.asarray([WRITTEN.get(family, 1.0) for family in world.FAMILIES])
 
     def step(index: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         with torch.autocast("cpu", torch.bfloat16, enabled=config["bf16"]):
-            if index % config["write_every"] == config["write_every"] - 1:
+            if config["write_every"] and index % config["write_every"] == config["write_every"] - 1:
                 chosen = rng.choice(world.FAMILIES, config["batch"], p=weights / weights.sum())
                 scenes = [splits.training_scene(rng, str(family), config["outside"]) for family in chosen]
                 loss = lessons.write(scenes, rng)
                 return loss, {"write": float(loss.detach())}
+            if hold and index % 2:
+                return hold(rng)
             rows = draw(rng)
             blended = config["blend_every"] and index % config["blend_every"] == 1
             if blended:
