@@ -3,8 +3,7 @@
     python -m benchmarks.engines [--json] [--preset tiny|mid] [--engines compile cuda_graph] [--pairs N]
 
 "stock" is here the eager engine. Losses of the first steps must agree (relative 1e-5 in float32, 1e-3 in half
-precision), or the exit status is 1. The first steps, which compile and record, are not timed. Compiled blocks were
-measured on the CPU; a CUDA graph has never run.
+precision), or the exit status is 1. The first steps, which compile and record, are not timed.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@
 #include <optional>
 #include <vector>
 
-// weak: a torch without CUDA has no such symbol
+// weak: a torch without CUDA has no such symbol. Of one with it, libtorch_cuda.so has to be in the global scope by the
+// time that this library is loaded (ops/backends.py).
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                                    void** ret_stream);
 
@@ -33,6 +34,7 @@ class Device {  // plan.cuh's: x's GPU and torch's current stream there
  public:
   explicit Device(const Tensor& x) : x_(x), guard_(x.get_device_index()) {
     check(cudaSetDevice(x.get_device_index()));  // the guard speaks to torch's CUDA runtime, which may be another one
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "libtorch_cuda.so is not in the global scope");
     TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(x.get_device_index(), reinterpret_cast<void**>(&stream_)));
   }

@@ -1,7 +1,7 @@
 """Gated residual, LayerNorm and modulation in Triton: a program to a token, whose row stays in registers.
 
 The definition is vlmteacher/ops/ada_norm.py. Arithmetic is in float32; `out` is rounded before it is normalised, as it
-is in the definition. Never run on a GPU yet: in Triton's interpreter, and compiled ahead of time.
+is in the definition.
 """
 
 from __future__ import annotations

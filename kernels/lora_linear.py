@@ -6,8 +6,7 @@ y = s (S B^T) + x W^T + b and dx = dS A + the sum over the layers of dy W. The s
 all layers of a group. dA = dS^T x and dB = s dy^T S sum over the rows: their results alone have too few tiles to occupy
 a GPU, so the rows are split and the parts are added afterwards, in a fixed order and without atomics.
 
-These kernels are compiled for GPUs (sm_80, sm_90) and executed in Triton's interpreter; they never ran on a GPU, and
-the tiles below are chosen by reasoning, not by measurement.
+The tiles below are chosen by reasoning, not by measurement: see benchmarks/NEGATIVE.md.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ WIDE = Tile(128, 128, 64, 8, 4)
 SKINNY = Tile(64, 128, 64, 4, 4)
 SUM = Tile(128, 128, 64, 8, 3)
 SMALL = Tile(64, 64, 64, 4, 3)  # where the tiles above would leave most of a GPU idle
-FLOAT32 = Tile(64, 32, 16, 4, 3)  # plain multiply-adds
+FLOAT32 = Tile(32, 32, 16, 4, 3)  # plain multiply-adds
 # For rows that are not aligned to 16 bytes: their elements are loaded one by one, and the addresses of a large tile's
 # would not fit the registers.
 UNALIGNED = Tile(32, 32, 16, 4, 2)
@@ -50,6 +49,18 @@ UNALIGNED = Tile(32, 32, 16, 4, 2)
 # own number, so that sums are split alike, and give the same bits, everywhere.
 PROGRAMS = 256
 ADD_BLOCK = 1024
+
+
+@triton.jit
+def _add_product(total, left, right):
+    """total + left . right.
+
+    float32 is not rounded to TF32, and a step's sum is its own: sums of few, then a sum of few sums, round less than
+    one long sum. The compiler would make one of them, were it not told how many may be added up at a time.
+    """
+    if left.dtype == tl.float32:
+        return total + tl.dot(left, right, input_precision="ieee", max_num_imprecise_acc=left.shape[1])
+    return tl.dot(left, right, total)
 
 
 @triton.jit
@@ -69,7 +80,7 @@ def _accumulate(
         inside = at + steps < depth
         a = tl.load(left + left_offsets, mask=inside_rows[:, None] & inside[None, :], other=0.0)
         b = tl.load(right + right_offsets, mask=inside[:, None] & inside_columns[None, :], other=0.0)
-        total = tl.dot(a, b, total, input_precision="ieee")  # float32 is not rounded to TF32
+        total = _add_product(total, a, b)
         left += DEPTH * stride_left_depth
         right += DEPTH * stride_right_depth
     return total

@@ -5,8 +5,6 @@ frame nor the gradient of a resize needs atomics. A resize is two kernels: rows 
 the patches are written (or, backward, read); what lies between is float32. Without one there is one kernel, which reads
 and writes the pixels once. From and to a decoder's last convolution (`shuffle_to_rows`) a program owns all lines that
 stem from neighbours in it. Arithmetic is in float32 and rounded once. The definition is vlmteacher/ops/patchify.py.
-
-Never run on a GPU yet: in Triton's interpreter, and compiled ahead of time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """RMSNorm and rotary position embedding in Triton: a program to a token, whose row stays in registers.
 
-The definition is vlmteacher/ops/qk_norm_rope.py. Arithmetic is in float32, rounded once. Never run on a GPU yet: in
-Triton's interpreter, and compiled ahead of time.
+The definition is vlmteacher/ops/qk_norm_rope.py. Arithmetic is in float32, rounded once.
 """
 
 from __future__ import annotations

@@ -9,8 +9,7 @@ asks the inverse of `taps` which outputs saw its frame, and reads their gradient
 Behind nearest upsampling several of the nine places read the same pixel: their weights are added up once (see `fold`),
 and four products an output pixel are left of nine, forward and backward, on frames that nobody upsamples.
 
-These kernels are compiled for GPUs (sm_80, sm_90) and executed in Triton's interpreter; they never ran on a GPU, and
-the tiles below are chosen by reasoning, not by measurement.
+The tiles below are chosen by reasoning, not by measurement.
 """
 
 from __future__ import annotations
@@ -42,6 +41,14 @@ SMALL = Tile(8, 8, 64, 64, 4, 3)  # where the tile above would leave most of a G
 FLOAT32 = Tile(8, 8, 32, 16, 4, 3)  # plain multiply-adds
 UNALIGNED = Tile(4, 8, 32, 16, 4, 2)  # channels that are read one by one: their addresses would not fit the registers
 PROGRAMS = 256  # tiles in flight that fill a GPU, about two for each multiprocessor of the largest
+
+
+@triton.jit
+def _add_product(total, left, right):
+    """total + left . right; of float32 as in kernels/lora_linear.py."""
+    if left.dtype == tl.float32:
+        return total + tl.dot(left, right, input_precision="ieee", max_num_imprecise_acc=left.shape[1])
+    return tl.dot(left, right, total)
 
 
 @triton.jit
@@ -96,7 +103,7 @@ def conv3x3_kernel(
             n[None, :] * (stored * stored * TAPS * CHANNELS) + (place * TAPS + tap) * CHANNELS + c[:, None]
         )
         weights = tl.load(weights, mask=(c < CHANNELS)[:, None] & (n < N)[None, :], other=0.0)
-        total = tl.dot(pixel_values, weights, total, input_precision="ieee")  # float32 is not rounded to TF32
+        total = _add_product(total, pixel_values, weights)
 
     inside_frame = (row < height) & (column < width)
     inside = inside_frame[:, None] & (n < N)[None, :]
@@ -172,7 +179,7 @@ def conv3x3_backward_kernel(
         n = first + tl.arange(0, DEPTH)
         weights = weight + (((n[:, None] * (side * side) + place) * TAPS + tap) * CHANNELS + c[None, :])
         weights = tl.load(weights, mask=(n < N)[:, None] & (c < CHANNELS)[None, :], other=0.0)
-        total = tl.dot(values, weights, total, input_precision="ieee")
+        total = _add_product(total, values, weights)
 
     inside, pixel = (row < height) & (column < width), row * width + column
     if residual is not None:

@@ -200,7 +200,12 @@ def test_compiled_blocks_keep_all_or_their_input(make: Any, pipe: TeacherPipelin
         keep_activations(pipe.reasoner.transformer, Keep.ALL)
 
 
-def test_a_cuda_graph_needs_a_gpu(models: dict[str, str], tmp_path: Path, run: Run) -> None:  # noqa: F811
+def test_a_cuda_graph_needs_a_gpu(
+    models: dict[str, str],
+    tmp_path: Path,
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     queries = tmp_path / "queries.json"
     queries.write_text(json.dumps(QUERIES))
     given = [f"--{name}={value}" for name, value in models.items()]
@@ -214,6 +219,11 @@ def test_a_cuda_graph_needs_a_gpu(models: dict[str, str], tmp_path: Path, run: R
     apart = [type("Part", (), {"device": torch.device("cuda", n)})() for n in (0, 1)]
     with pytest.raises(InputError, match="they are on cuda:0 and cuda:1"):
         engines.check_engine("cuda_graph", *apart)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    unnumbered = type("Part", (), {"device": torch.device("cuda")})()
+    engines.check_engine("cuda_graph", apart[1], unnumbered)
+    with pytest.raises(InputError, match="they are on cuda:0 and cuda:1"):
+        engines.check_engine("cuda_graph", apart[0], unnumbered)
 
 
 # ---------------------------------------------------------------- recorded and played again

@@ -92,7 +92,10 @@ def test_when_the_cuda_library_is_built(wish, nvcc, torch_cuda, expected, monkey
 
 def test_a_gpu_prefers_cuda_then_triton_then_the_reference(monkeypatch):
     class OnGPU:
-        device, dtype = torch.device("cuda"), torch.bfloat16
+        device, dtype, itemsize = torch.device("cuda"), torch.bfloat16, 2
+
+        def __len__(self) -> int:
+            return 4096
 
     available = {"cuda_status": True, "triton_status": True}
     for name in available:
@@ -100,7 +103,11 @@ def test_a_gpu_prefers_cuda_then_triton_then_the_reference(monkeypatch):
     monkeypatch.setattr(backends.importlib, "import_module", lambda name: name)
     assert backends.backend(OnGPU(), "lora_linear") is torch.ops.vlmteacher_cuda
     assert backends.backend(OnGPU(), "another") == "vlmteacher.kernels.another"
+    small, large = ([torch.empty(n, n, device="meta")] for n in (256, 3072))
+    assert backends.backend(OnGPU(), "lora_linear", small) is torch.ops.vlmteacher_cuda
+    assert backends.backend(OnGPU(), "lora_linear", large) is None  # torch's products are faster
     available["cuda_status"] = False
+    assert backends.backend(OnGPU(), "lora_linear", small) is None
     assert backends.backend(OnGPU(), "lora_linear") == "vlmteacher.kernels.lora_linear"
     available["triton_status"] = False
     assert backends.backend(OnGPU(), "lora_linear") is None

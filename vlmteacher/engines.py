@@ -26,10 +26,17 @@ ENGINES: tuple[Engine, ...] = get_args(Engine)
 WARM_UP_STEPS = 2  # real ones; they fill every cache that a graph must not fill, and make the optimiser's state
 
 
+def _numbered(device: torch.device) -> torch.device:
+    """cuda as the cuda:N that it stands for."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def check_engine(engine: Engine, reasoner: Reasoner, teacher: Teacher) -> None:
     """Raise InputError where these models cannot be run by `engine`."""
     if engine == "cuda_graph":
-        devices = {reasoner.device, teacher.device}
+        devices = {_numbered(reasoner.device), _numbered(teacher.device)}
         if len(devices) > 1 or next(iter(devices)).type != "cuda":
             where = " and ".join(sorted(map(str, devices)))
             raise InputError(
@@ -94,9 +101,9 @@ class CudaGraph(Eager):
     So that a step that is not finite, or is good enough, changes nothing. The first steps run eagerly on the stream
     that the graphs are recorded on. Follows "CUDA Graphs" in PyTorch's notes: gradients are None before recording, so
     that they get a place in the graph's memory, and are never set to None while it is played; the optimiser is
-    `capturable`. It has never run on a GPU; `tests/test_engines.py` records the CPU's operators instead and plays them
-    again, and checks on tensors without data that nothing between the inputs and the facts reads from the device or
-    copies to it.
+    `capturable`. `tests/test_engines.py`, which has no GPU, records the CPU's operators instead and plays them again,
+    and checks on tensors without data that nothing between the inputs and the facts reads from the device or copies to
+    it.
     """
 
     def __init__(self, loop: Optimization) -> None:

@@ -31,5 +31,5 @@ def backends(operator: str) -> dict[str, Any]:
 @contextmanager
 def forced(operator: ModuleType, namespace: Any) -> Iterator[None]:
     """Inside, `operator` (a module of vlmteacher.ops) runs on `namespace`, or in plain torch on None."""
-    with mock.patch.object(operator, "backend", lambda x, name: namespace):
+    with mock.patch.object(operator, "backend", lambda x, name, *_: namespace):
         yield

@@ -2,8 +2,7 @@
 
     python -m benchmarks.gpu.glue [--json] [--dtype bfloat16] [--pairs 30]
 
-Nothing here has run on a GPU yet. `fastest` of each case is what the order of backends in vlmteacher/ops/backends.py
-should say.
+`fastest` of each case is what the order of backends in vlmteacher/ops/backends.py should say.
 """
 
 from __future__ import annotations

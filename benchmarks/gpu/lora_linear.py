@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.lora_linear [--json] [--dtype float16] [--pairs 30]
 
-Nothing here has run on a GPU yet. `fastest` of each case is what the policy in vlmteacher/ops/backends.py should say.
+`fastest` of each case is what the policy in vlmteacher/ops/backends.py should say.
 """
 
 from __future__ import annotations

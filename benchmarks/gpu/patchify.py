@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu.patchify [--json] [--dtype bfloat16] [--pairs 30]
 
-Nothing here has run on a GPU yet. `fastest` of each case is what the order of backends in vlmteacher/ops/backends.py
-should say; `gb_per_s` is of the bytes that frames, rows and their gradients have, each moved once.
+`fastest` of each case is what the order of backends in vlmteacher/ops/backends.py should say; `gb_per_s` is of the
+bytes that frames, rows and their gradients have, each moved once.
 """
 
 from __future__ import annotations

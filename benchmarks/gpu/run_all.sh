@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that waits for a GPU, one after the other; what each printed is in OUT, summary.txt says which failed.
+# Everything that needs a GPU, one after the other; what each printed is in OUT, summary.txt says which failed.
 #   benchmarks/gpu/run_all.sh [OUT]        from the repository's root, with vlmteacher installed there
 set -u
 out=${1:-runs/gpu-$(date +%Y%m%d-%H%M%S)}

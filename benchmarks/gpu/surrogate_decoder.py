@@ -3,7 +3,7 @@ frame and samples K, and against each other, vendor convolutions among them.
 
     python -m benchmarks.gpu.surrogate_decoder [--json] [--dtype float16] [--pairs 10] [--preset mid] [--chunk 8]
 
-Nothing here has run on a GPU yet. `fastest` of each case is what the policy in vlmteacher/ops/backends.py should say.
+`fastest` of each case is what the policy in vlmteacher/ops/backends.py should say.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 // Device code of the gated residual, LayerNorm and modulation; the definition is vlmteacher/ops/ada_norm.py. A block to
 // a token, which stays in registers: every tensor is read or written once. No torch here: nvcc compiles this file
-// alone, and the tests execute it on the CPU. It has never run on a GPU.
+// alone, and the tests execute it on the CPU.
 #pragma once
 
 #include "../row.cuh"

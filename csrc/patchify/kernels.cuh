@@ -4,8 +4,7 @@
 // A video is read and written through a layout, Pixels or Rows (the patch rows), so that one kernel serves both
 // directions: `resize` adds up rows into shared memory and columns out of it, `copy` is what is left where nothing is
 // resized; `shuffle` and `unshuffle` are that `copy` from and to a decoder's last convolution. Every output is written
-// by one thread. No torch here: nvcc compiles this file alone, and the tests execute it on the CPU. It has never run on
-// a GPU.
+// by one thread. No torch here: nvcc compiles this file alone, and the tests execute it on the CPU.
 #pragma once
 
 #include "../ptx.cuh"

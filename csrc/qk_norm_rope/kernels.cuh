@@ -1,6 +1,6 @@
 // Device code of RMSNorm and rotary position embedding; the definition is vlmteacher/ops/qk_norm_rope.py. A block to a
 // token, which stays in registers: every tensor is read or written once. No torch here: nvcc compiles this file alone,
-// and the tests execute it on the CPU. It has never run on a GPU.
+// and the tests execute it on the CPU.
 #pragma once
 
 #include "../row.cuh"

@@ -59,7 +59,7 @@ def ada_norm_backward_reference(
         mask = [True, False, False]
         dx = torch.ops.aten.native_layer_norm_backward(grad, v, sizes, mean, scale, None, None, mask)[0]
     if grad_out is not None:
-        dx = grad_out if dx is None else grad_out + dx
+        dx = grad_out.clone() if dx is None else grad_out + dx  # an operator's output is none of its inputs
     assert dx is not None
     like = grad_out if grad_out is not None else grad_norm
     found = [dx] if need_x else []

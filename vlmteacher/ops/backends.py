@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from torch.autograd.function import once_differentiable
 _CPP_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CUDA_OPERATORS = ("ada_norm", "lora_linear", "patchify", "qk_norm_rope", "tiny_decoder")  # Triton has every one
+# Of a product with frozen weights, by the bytes of an element: from so many multiply-adds on torch's own are faster on
+# a GPU. Below that the launches are the time, of which CUDA C++ has the least (H200, benchmarks/NEGATIVE.md).
+_TORCH_FROM = {2: 2**33, 4: 2**31}
 
 
 def build_facts() -> dict[str, Any]:
@@ -58,6 +63,8 @@ def cuda_status() -> tuple[bool, str]:
     if torch.version.cuda is None or torch.cuda.get_device_capability() < (8, 0):
         return False, f"built for NVIDIA's Ampere and newer, but the GPU is {torch.cuda.get_device_name()}"
     try:
+        # Python loads torch's libraries each for itself: what ours takes of this one would be found nowhere.
+        ctypes.CDLL("libtorch_cuda.so", mode=ctypes.RTLD_GLOBAL | os.RTLD_NOLOAD)
         torch.ops.load_library(Path(__file__).parent.parent / "_cuda.so")
     except OSError as error:
         return False, f"the library does not load: {error}"
@@ -79,17 +86,21 @@ def without_data(x: Tensor) -> bool:
     return x.is_meta or is_fake(x)
 
 
-def backend(x: Tensor, operator: str) -> Any:
+def backend(x: Tensor, operator: str, weights: Sequence[Tensor] = ()) -> Any:
     """What implements `operator` for x: a namespace with the operator's functions, or None for the reference.
 
     Every backend of an operator has the reference's argument order, so that the caller only looks the name up.
+    weights: what the rows of x are multiplied by, where the reference is little else than torch's products. Those in
+    Triton were never ahead of them.
     """
     if x.device.type == "cpu" and x.dtype in _CPP_DTYPES and cpp_status()[0]:
         return torch.ops.vlmteacher_cpp
     if x.device.type == "cuda" and x.dtype in _GPU_DTYPES:
+        if weights and len(x) * sum(weight.numel() for weight in weights) >= _TORCH_FROM[x.itemsize]:
+            return None
         if operator in _CUDA_OPERATORS and cuda_status()[0]:
             return torch.ops.vlmteacher_cuda
-        if triton_status()[0]:
+        if triton_status()[0] and not weights:
             return importlib.import_module(f"vlmteacher.kernels.{operator}")
     return None
 

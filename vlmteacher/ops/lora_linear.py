@@ -77,14 +77,14 @@ def lora_linear_group_backward_reference(
     return found
 
 
-def _forward(x: Tensor, *rest: Any) -> list[Tensor]:
-    fast = backend(x, "lora_linear")
-    return (fast.lora_linear if fast else lora_linear_group_reference)(x, *rest)
+def _forward(x: Tensor, weights: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+    fast = backend(x, "lora_linear", weights)
+    return (fast.lora_linear if fast else lora_linear_group_reference)(x, weights, *rest)
 
 
-def _backward(grads: Sequence[Tensor], *rest: Any) -> list[Tensor]:
-    fast = backend(grads[0], "lora_linear")
-    return (fast.lora_linear_backward if fast else lora_linear_group_backward_reference)(grads, *rest)
+def _backward(grads: Sequence[Tensor], x: Tensor, s: Tensor, weights: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+    fast = backend(grads[0], "lora_linear", weights)
+    return (fast.lora_linear_backward if fast else lora_linear_group_backward_reference)(grads, x, s, weights, *rest)
 
 
 # The same as operators, for whoever must see through them (torch.compile, fake tensors). Everybody else calls the two

@@ -2,7 +2,6 @@
 
 Kept bytes are worth different amounts of work: of a product with an inner dimension K one kept byte of bfloat16 saves
 K FLOPs, of self-attention twice the number of tokens. So a level is a threshold on that number, and the levels nest.
-Tested on the CPU; it has never run on a GPU.
 """
 
 from __future__ import annotations
