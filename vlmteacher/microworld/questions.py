@@ -164,13 +164,6 @@ KINDS = {
     "one": Kind(
         ("Is there exactly one {a} {noun} in every frame?", "Is exactly one {a} {noun} visible all the time?"), _own
     ),
-    "each": Kind(
-        (
-            "Is there exactly one ball of every color in every frame?",
-            "Is exactly one ball of every color always visible?",
-        ),
-        lambda facts, scene: np.all([_own(facts, scene, a) for a in scene.actors], 0),
-    ),
     "visible": Kind(
         ("Is the {a} {noun} visible all the time?", "Can the {a} {noun} be seen in every frame?"),
         lambda facts, scene, a: facts.count[:, a] == 1,
@@ -225,8 +218,10 @@ def _single(*process: str, goal: str = "inside") -> Callable[[Scene], list[tuple
 
 def _deliver(scene: Scene) -> list[tuple[str, tuple[Name, ...]]]:
     """Where each ball should be; the first in the picture's reading order is the goal's."""
-    ends = [("inside", pair) for pair in zip(scene.actors, scene.targets, strict=True)]
-    return [*ends, ("each", ()), *([_SCENERY] if len(ends) < 3 else [])]
+    plan: list[tuple[str, tuple[Name, ...]]] = [
+        ("inside", pair) for pair in zip(scene.actors, scene.targets, strict=True)
+    ]
+    return [*plan, *(("one", (a,)) for a in scene.actors)][:4]
 
 
 def _recolor(scene: Scene) -> list[tuple[str, tuple[Name, ...]]]:
@@ -390,7 +385,6 @@ def ask(scene: Scene, facts: Facts, rng: np.random.Generator, count: int = 6) ->
 
 RULES = {  # the scorer's sub-score that a kind of question is about; the others are about the goal
     "one": "one",
-    "each": "one",
     "smooth": "smooth",
     "avoid": "avoid",
     "order": "order",
