@@ -644,7 +644,11 @@ def main(out: Path, init: Path | None = None) -> None:
 
 
 def finetune(start: Path, collected: Path, out: Path) -> None:
-    """Stage ``teacher-finetune``: go on from `start`; `collected` rows of each batch are of these kinds."""
+    """Stage ``teacher-finetune``: go on from `start`; `collected` rows of each batch are of these kinds.
+
+    Where the settings' `learn` names families, these alone are learnt from; of the others, every other step keeps the
+    judging as it was.
+    """
     config = load_config("teacher") | load_config("teacher_finetune")
     torch.manual_seed(config["seed"])
     lessons = Lesson(build(config, start.parent / "tokenizer"), config)
