@@ -222,7 +222,7 @@ def test_the_retry_tells_what_was_wrong_and_a_model_with_its_own_wording_is_not_
 def test_the_packaged_teacher_is_asked_as_it_was_trained():
     """Byte for byte: with another text it writes no queries."""
     style = QueryStyle.load(PACKAGED_PAIR / "teacher" / "teacher.json")
-    assert style == STYLE
+    assert style == replace(STYLE, writer="writer")
     assert query_prompt("Move {it}.", style.query_instruction) == (
         "A video must carry out this task: Move {it}.\n"
         "Write questions to check the video. Each is answered yes or no by watching the video, and Yes means "

@@ -11,6 +11,7 @@ from vlmteacher.evaluation.microworld import first_frame, run_benchmark
 from vlmteacher.microworld import stages, training, world
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import QuerySet
+from vlmteacher.teachers.vlm import VLMTeacher
 
 SMALL = {
     "encoder": {"batch": 2, "steps": 2},
@@ -70,6 +71,7 @@ def test_the_packaged_pair_loads_and_optimises(pair):
     )
     assert out.frames.shape == (world.NUM_FRAMES, 3, world.SIZE, world.SIZE)
     assert out.updates == 2
+    assert isinstance(pipe.teacher, VLMTeacher) and pipe.teacher.writer
 
 
 def test_bench_resumes_and_refuses_other_results(pair, tmp_path, monkeypatch):
