@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmteacher.microworld import labeller, world
+from vlmteacher.microworld import labeller, splits, world
 from vlmteacher.microworld.facts import Facts, facts_of
 from vlmteacher.microworld.questions import right_queries
 from vlmteacher.microworld.scene import Scene
@@ -103,15 +103,19 @@ def optimised(
     decoder: Any,
     teacher: Any,
     settings: Settings,
+    outside: float = 0.0,
 ) -> None:
-    """Predictions while a Teacher optimises: the one-step prediction every third step, and the final video."""
+    """Predictions while a Teacher optimises: the one-step prediction every third step, and the final video.
+
+    outside: the share of scenes out of domain.
+    """
     from vlmteacher.lora import add_lora, remove_lora
 
     for index in range(count // 8):
         family = world.FAMILIES[index % len(world.FAMILIES)]
-        scene = world.sample_scene(rng, family)
+        scene = splits.training_scene(rng, family, outside)
         while world.flawed(scene) == scene and rng.random() < 0.7:  # elsewhere there is little to optimise
-            scene = world.sample_scene(rng, family)
+            scene = splits.training_scene(rng, family, outside)
         condition, noise = start(reasoner, scene, rng)
         add_lora(reasoner.transformer, settings.rank, seed=int(rng.integers(2**31)))
         loop = Optimization(reasoner, decoder, teacher, condition, noise, right_queries(scene), settings)
@@ -169,7 +173,7 @@ def main(out: Path, optimise: bool) -> None:
             elif kind == "predictions":
                 predictions(shard, count, rng, reasoner, decoder)
             else:
-                optimised(shard, count, rng, reasoner, decoder, teacher, settings)
+                optimised(shard, count, rng, reasoner, decoder, teacher, settings, config["outside"])
             shard.save(path)
             right = np.mean([labeller.succeeds(f, s) for f, s in zip(shard.facts, shard.scenes, strict=True)])
             print(f"{path}: {len(shard.videos)} videos, {right:.2f} right", flush=True)
