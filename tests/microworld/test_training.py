@@ -128,6 +128,23 @@ def test_keeping_a_teacher_costs_nothing_until_it_is_another(lesson, tmp_path):
     assert (costs[0] - costs[1]) / 2e-3 == pytest.approx(norm.item(), rel=0.03)
 
 
+def test_a_batch_is_of_what_is_to_be_learnt():
+    rng = np.random.default_rng(0)
+    rows = []
+    for family in ("move", "count"):
+        for outside in (0.0, 1.0):
+            _, scene, facts = train_teacher.lesson(rng, outside, [family])
+            rows.append((np.zeros((world.NUM_FRAMES, world.SIZE, world.SIZE, 3), np.uint8), scene, facts))
+    for families, outside, count in ((["move"], 0.0, 1), (["move", "count"], 1.0, 2), (["count"], 0.5, 2)):
+        source = train_teacher.Source({"optimised": rows, "lessons": []}, families, outside)
+        assert len(source.groups["optimised"]) == count
+        drawn = [source.draw(rng, {"optimised": 2, "lessons": 1}, 4) for _ in range(8)]
+        splits = {world.split_of(scene) for batch in drawn for _, scene, _ in batch}
+        assert all(len(batch) == 4 for batch in drawn)
+        assert {scene.family for batch in drawn for _, scene, _ in batch} == set(families)
+        assert ("ood" in splits, splits - {"ood"} != set()) == (outside > 0, outside < 1)
+
+
 @pytest.mark.parametrize("family", world.FAMILIES)
 def test_a_faded_video_and_its_answers_go_to_the_right_ones(family):
     rng = np.random.default_rng(0)

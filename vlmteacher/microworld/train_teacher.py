@@ -12,6 +12,7 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -643,11 +644,40 @@ def main(out: Path, init: Path | None = None) -> None:
     fit(lessons, lambda rng: [lesson(rng, config["outside"]) for _ in range(config["batch"])], out, warmup=100)
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where the rows of batches come from: some families, a share `outside` of the new lessons out of domain.
+
+    groups: collected rows by kind; with a share of 0 or 1 only those in or out of domain, of these families.
+    """
+
+    groups: dict[str, list[Row]]
+    families: Sequence[str]
+    outside: float
+
+    def __post_init__(self) -> None:
+        def fits(scene: Scene) -> bool:
+            there = 0 < self.outside < 1 or (world.split_of(scene) == "ood") == bool(self.outside)
+            return there and scene.family in self.families
+
+        groups = {kind: [row for row in rows if fits(row[1])] for kind, rows in self.groups.items()}
+        object.__setattr__(self, "groups", groups)
+
+    def draw(self, rng: np.random.Generator, counts: dict[str, int], batch: int) -> list[Row]:
+        """So many of each kind, where there are any, and new lessons to make `batch`."""
+        rows = []
+        for kind, count in counts.items():
+            for _ in range(count if self.groups[kind] else 0):
+                video, scene, facts = self.groups[kind][int(rng.integers(len(self.groups[kind])))]
+                rows.append((video.astype(np.float32) / 255, scene, facts))
+        return rows + [lesson(rng, self.outside, self.families) for _ in range(batch - len(rows))]
+
+
 def finetune(start: Path, collected: Path, out: Path) -> None:
     """Stage ``teacher-finetune``: go on from `start`; `collected` rows of each batch are of these kinds.
 
-    Where the settings' `learn` names families, these alone are learnt from; of the others, every other step keeps the
-    judging as it was.
+    Where the settings' `learn` names families, or is "outside" for all that is out of domain, that alone is learnt
+    from; of the rest, every other step keeps the judging as it was.
     """
     config = load_config("teacher") | load_config("teacher_finetune")
     torch.manual_seed(config["seed"])
@@ -656,37 +686,30 @@ def finetune(start: Path, collected: Path, out: Path) -> None:
     lessons.teacher.model.load_state_dict(modules["teacher"])
     lessons.heads.load_state_dict(modules["heads"], strict=False)  # a head added since starts afresh
     groups = {kind: load(sorted(collected.glob(f"{kind}-*.pt"))) for kind in config["collected"]}
-    learned = tuple(config["learn"] or world.FAMILIES)
-    held = tuple(family for family in world.FAMILIES if family not in learned)
+    if config["learn"] == "outside":
+        learned, held = Source(groups, world.FAMILIES, 1.0), Source(groups, world.FAMILIES, 0.0)
+    else:
+        families = tuple(config["learn"] or world.FAMILIES)
+        others = tuple(family for family in world.FAMILIES if family not in families)
+        learned, held = (Source(groups, names, config["outside"]) for names in (families, others))
 
-    def draw_from(families: tuple[str, ...]) -> Callable[[np.random.Generator], list[Row]]:
-        pools = {kind: [row for row in group if row[1].family in families] for kind, group in groups.items()}
-
-        def draw(rng: np.random.Generator) -> list[Row]:
-            chosen = [pools[kind] for kind, count in config["collected"].items() if pools[kind] for _ in range(count)]
-            rows = [lesson(rng, config["outside"], families) for _ in range(config["batch"] - len(chosen))]
-            for pool in chosen:
-                video, scene, facts = pool[int(rng.integers(len(pool)))]
-                rows.append((video.astype(np.float32) / 255, scene, facts))
-            return rows
-
-        return draw
+    def draw(source: Source, rng: np.random.Generator) -> list[Row]:
+        return source.draw(rng, config["collected"], config["batch"])
 
     hold = None
-    if held:
+    if held.families:
         known = Lesson(copy.deepcopy(lessons.teacher), config)
         known.teacher.model.requires_grad_(False)
-        others = draw_from(held)
 
         def hold(rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-            rows = others(rng)
+            rows = draw(held, rng)
             return lessons.keep(Batch.of(rows, [ask(s, f, rng, 4) for _, s, f in rows]), known)
 
     pointing = None
     if config["pointing"]:
         settings = Settings(**load_config("collect")["settings"])
         pointing = Pointing(lessons, *parts(out.parent), settings, load_config("pointing"))
-    fit(lessons, draw_from(learned), out, warmup=50, pointing=pointing, hold=hold)
+    fit(lessons, partial(draw, learned), out, warmup=50, pointing=pointing, hold=hold)
 
 
 def fit(
