@@ -54,6 +54,13 @@ def test_the_lora_is_on_in_writing_alone(path, monkeypatch):
     assert torch.equal(teacher.losses(video, range(4), 8.0, QUERIES), judged)
 
 
+def test_nothing_is_drawn_from_the_global_generator(path, monkeypatch):
+    monkeypatch.setattr(QwenVLTeacher, "_generate", lambda *_: QUERIES.to_json())
+    state = torch.get_rng_state()
+    load_teacher(path).write_queries("Move it.")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_the_layers_come_back_where_writing_fails(path, monkeypatch):
     teacher = load_teacher(path)
     modules = dict(teacher.model.named_modules())

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vlmteacher.errors import InputError
@@ -45,7 +46,8 @@ class Writer:
         """Inside, the layers of `model` are peft's with the LoRA; afterwards they are the very ones of before."""
         from peft import PeftModel, set_peft_model_state_dict
 
-        adapted = PeftModel(model, self.config)
+        with torch.random.fork_rng(devices=[]):  # peft draws first weights, which are overwritten
+            adapted = PeftModel(model, self.config)
         try:
             loaded = set_peft_model_state_dict(adapted, self.weights)
             if wrong := loaded.unexpected_keys or [key for key in loaded.missing_keys if "lora_" in key]:
