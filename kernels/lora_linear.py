@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlmteacher.kernels.products import add_product
+
 
 class Tile(NamedTuple):
     """What a program computes (rows x columns), how deep it reads at a time, and with how many warps and stages."""
@@ -52,18 +54,6 @@ ADD_BLOCK = 1024
 
 
 @triton.jit
-def _add_product(total, left, right):
-    """total + left . right.
-
-    float32 is not rounded to TF32, and a step's sum is its own: sums of few, then a sum of few sums, round less than
-    one long sum. The compiler would make one of them, were it not told how many may be added up at a time.
-    """
-    if left.dtype == tl.float32:
-        return total + tl.dot(left, right, input_precision="ieee", max_num_imprecise_acc=left.shape[1])
-    return tl.dot(left, right, total)
-
-
-@triton.jit
 def _accumulate(
     total, left, right, stride_left, stride_left_depth, stride_right_depth, stride_right, depth, begin, end,
     row, column, num_rows, num_columns, DEPTH: tl.constexpr,
@@ -80,7 +70,7 @@ def _accumulate(
         inside = at + steps < depth
         a = tl.load(left + left_offsets, mask=inside_rows[:, None] & inside[None, :], other=0.0)
         b = tl.load(right + right_offsets, mask=inside[:, None] & inside_columns[None, :], other=0.0)
-        total = _add_product(total, a, b)
+        total = add_product(total, a, b)
         left += DEPTH * stride_left_depth
         right += DEPTH * stride_right_depth
     return total

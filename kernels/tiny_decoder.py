@@ -22,6 +22,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlmteacher.kernels.products import add_product
+
 
 class Tile(NamedTuple):
     """What a program computes (height x width pixels, columns channels), how deep it reads, its warps and stages."""
@@ -41,14 +43,6 @@ SMALL = Tile(8, 8, 64, 64, 4, 3)  # where the tile above would leave most of a G
 FLOAT32 = Tile(8, 8, 32, 16, 4, 3)  # plain multiply-adds
 UNALIGNED = Tile(4, 8, 32, 16, 4, 2)  # channels that are read one by one: their addresses would not fit the registers
 PROGRAMS = 256  # tiles in flight that fill a GPU, about two for each multiprocessor of the largest
-
-
-@triton.jit
-def _add_product(total, left, right):
-    """total + left . right; of float32 as in kernels/lora_linear.py."""
-    if left.dtype == tl.float32:
-        return total + tl.dot(left, right, input_precision="ieee", max_num_imprecise_acc=left.shape[1])
-    return tl.dot(left, right, total)
 
 
 @triton.jit
@@ -103,7 +97,7 @@ def conv3x3_kernel(
             n[None, :] * (stored * stored * TAPS * CHANNELS) + (place * TAPS + tap) * CHANNELS + c[:, None]
         )
         weights = tl.load(weights, mask=(c < CHANNELS)[:, None] & (n < N)[None, :], other=0.0)
-        total = _add_product(total, pixel_values, weights)
+        total = add_product(total, pixel_values, weights)
 
     inside_frame = (row < height) & (column < width)
     inside = inside_frame[:, None] & (n < N)[None, :]
@@ -179,7 +173,7 @@ def conv3x3_backward_kernel(
         n = first + tl.arange(0, DEPTH)
         weights = weight + (((n[:, None] * (side * side) + place) * TAPS + tap) * CHANNELS + c[None, :])
         weights = tl.load(weights, mask=(n < N)[:, None] & (c < CHANNELS)[None, :], other=0.0)
-        total = _add_product(total, values, weights)
+        total = add_product(total, values, weights)
 
     inside, pixel = (row < height) & (column < width), row * width + column
     if residual is not None:
