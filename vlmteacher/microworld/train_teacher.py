@@ -644,24 +644,18 @@ def main(out: Path, init: Path | None = None) -> None:
     fit(lessons, lambda rng: [lesson(rng, config["outside"]) for _ in range(config["batch"])], out, warmup=100)
 
 
-@dataclass(frozen=True)
 class Source:
     """Where the rows of batches come from: some families, a share `outside` of the new lessons out of domain.
 
     groups: collected rows by kind; with a share of 0 or 1 only those in or out of domain, of these families.
     """
 
-    groups: dict[str, list[Row]]
-    families: Sequence[str]
-    outside: float
-
-    def __post_init__(self) -> None:
+    def __init__(self, groups: dict[str, list[Row]], families: Sequence[str], outside: float) -> None:
         def fits(scene: Scene) -> bool:
-            there = 0 < self.outside < 1 or (world.split_of(scene) == "ood") == bool(self.outside)
-            return there and scene.family in self.families
+            return scene.family in families and (0 < outside < 1 or (world.split_of(scene) == "ood") == bool(outside))
 
-        groups = {kind: [row for row in rows if fits(row[1])] for kind, rows in self.groups.items()}
-        object.__setattr__(self, "groups", groups)
+        self.groups = {kind: [row for row in rows if fits(row[1])] for kind, rows in groups.items()}
+        self.families, self.outside = families, outside
 
     def draw(self, rng: np.random.Generator, counts: dict[str, int], batch: int) -> list[Row]:
         """So many of each kind, where there are any, and new lessons to make `batch`."""
@@ -712,6 +706,13 @@ def finetune(start: Path, collected: Path, out: Path) -> None:
     fit(lessons, partial(draw, learned), out, warmup=50, pointing=pointing, hold=hold)
 
 
+def scenes_to_write(rng: np.random.Generator, count: int, outside: float) -> list[Scene]:
+    """Training scenes to write queries for, the families as often as `WRITTEN` says."""
+    weights = np.asarray([WRITTEN.get(family, 1.0) for family in world.FAMILIES])
+    chosen = rng.choice(world.FAMILIES, count, p=weights / weights.sum())
+    return [splits.training_scene(rng, str(family), outside) for family in chosen]
+
+
 def fit(
     lessons: Lesson,
     draw: Callable[[np.random.Generator], list[Row]],
@@ -723,17 +724,14 @@ def fit(
 ) -> None:
     """Train on the rows that `draw` gives, writing queries now and then; save the Teacher to ``out/teacher``.
 
-    hold: every other step is this one's loss instead.
+    hold: the loss of every step with an odd index instead; an even `blend_every` blends on none but these.
     """
     config, teacher = lessons.config, lessons.teacher
-    weights = np.asarray([WRITTEN.get(family, 1.0) for family in world.FAMILIES])
 
     def step(index: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         with torch.autocast("cpu", torch.bfloat16, enabled=config["bf16"]):
             if config["write_every"] and index % config["write_every"] == config["write_every"] - 1:
-                chosen = rng.choice(world.FAMILIES, config["batch"], p=weights / weights.sum())
-                scenes = [splits.training_scene(rng, str(family), config["outside"]) for family in chosen]
-                loss = lessons.write(scenes, rng)
+                loss = lessons.write(scenes_to_write(rng, config["batch"], config["outside"]), rng)
                 return loss, {"write": float(loss.detach())}
             if hold and index % 2:
                 return hold(rng)

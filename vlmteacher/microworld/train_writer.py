@@ -17,10 +17,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
-from vlmteacher.microworld import splits, world
 from vlmteacher.microworld.questions import STYLE
-from vlmteacher.microworld.train_teacher import WRITTEN, Lesson, build
-from vlmteacher.microworld.training import load_config, train
+from vlmteacher.microworld.train_teacher import Lesson, build, scenes_to_write
+from vlmteacher.microworld.training import adopt, load_config, train
 
 SUBFOLDER = "writer"
 
@@ -31,14 +30,12 @@ def main(trained: Path, out: Path) -> None:
     torch.manual_seed(config["seed"])
     lessons = Lesson(build(config, trained.parent / "teacher/tokenizer"), config)
     known = Qwen3VLForConditionalGeneration.from_pretrained(trained / "teacher", dtype=torch.float32)
-    lessons.teacher.model.load_state_dict(known.state_dict())
+    adopt(lessons.teacher.model, known)
     lora = LoraConfig(r=config["rank"], lora_alpha=config["rank"], target_modules="all-linear")
     adapted = get_peft_model(lessons.teacher.model, lora)
-    weights = np.asarray([WRITTEN.get(family, 1.0) for family in world.FAMILIES])
 
     def step(index: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        chosen = rng.choice(world.FAMILIES, config["batch"], p=weights / weights.sum())
-        scenes = [splits.training_scene(rng, str(family), config["outside"]) for family in chosen]
+        scenes = scenes_to_write(rng, config["batch"], config["outside"])
         with torch.autocast("cpu", torch.bfloat16, enabled=config["bf16"]):
             return lessons.write(scenes, rng), {}
 
