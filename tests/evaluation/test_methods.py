@@ -32,9 +32,10 @@ def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
 
 
-def judge(video: Tensor) -> dict[str, Any]:
+def judge(video: Tensor, asked: QuerySet = ASKED) -> dict[str, Any]:
     """Tells videos apart to the bit."""
-    return {"success": bool(video.mean() > 0.5), "score": video.double().sum().item(), "subscores": {}}
+    score = video.double().sum().item()
+    return {"success": bool(video.mean() > 0.5), "score": score, "subscores": {}, "asked": asked.to_dict()}
 
 
 def one(pipe: TeacherPipeline, image: Image.Image, name: str, trace: bool = False) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def test_a_method_is_a_call_with_its_settings(
     assert row["updates"] == out.updates and row["loss_final"] == out.loss_after
     assert [step["loss"] for step in row["steps"]] == [step["loss"] for step in out.history]
     assert [step["guards"] for step in row["steps"]] == [step["guards"] for step in out.history]
-    assert row["queries"] == out.queries.to_dict() and row["seconds"] > 0
+    assert row["queries"] == row["asked"] == out.queries.to_dict() and row["seconds"] > 0
 
 
 def test_snapshots_are_the_runs_that_end_there(pipe: TeacherPipeline, image: Image.Image) -> None:

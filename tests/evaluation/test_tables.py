@@ -16,6 +16,7 @@ from tests.test_cli import Run, run  # noqa: F401 (a fixture)
 from tests.tiny_pair import QUERIES
 from vlmteacher.errors import InputError
 from vlmteacher.evaluation import microworld, tables
+from vlmteacher.evaluation.failures import CAUSES
 from vlmteacher.evaluation.microworld import Bench
 from vlmteacher.evaluation.tables import Table, bootstrap, compare, format_table, permutation_test, run_table, sign_test
 from vlmteacher.microworld import world
@@ -141,11 +142,22 @@ def test_a_table_is_taken_up_and_says_what_is_missing(
         assert entry["low"] <= entry["success_rate"] <= entry["high"]
         assert {row["split"] for row in here} == {"id", "ood"} and {row["method"] for row in here} == {name}
         assert all(row["success"] == (min(row["subscores"].values()) == 1) for row in here)
+        assert all(
+            row["truths"] == [["goal", None]] * 3 for row in here
+        )  # the random Teacher's are none of the world's
+        if not name.startswith("pass@"):
+            assert sum(entry["failures"].values()) == sum(not row["success"] for row in here)
+            assert entry["failures"] == results["failures"] and entry["judgements"] == len(here)
     again = run_table(SMALL, bench, 1, 2, out, resume=True)
     assert again == found and len(done) == 16
     text = format_table(found, SMALL)
     assert "| pass@2, the scorer's choice |" in text and "Not run: pe: " in text
-    assert {line.count("|") for line in text.splitlines() if "|" in line} == {len(SMALL.splits) + 9}
+    methods, failures, _ = text.split("\n\n")
+    assert {line.count("|") for line in methods.splitlines()} == {len(SMALL.splits) + 9}
+    assert {line.count("|") for line in failures.splitlines()} == {len(CAUSES) + 6}
+    assert [line.split(" | ")[0] for line in failures.splitlines()[2:]] == [
+        f"| {name}" for name in found["methods"] if name != "pass@2"
+    ]
 
 
 def test_many_steps_need_their_reasoner(pair: Path, tmp_path: Path) -> None:

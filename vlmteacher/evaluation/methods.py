@@ -102,6 +102,8 @@ def steps(*numbers: int) -> Method:
 
 
 Row = dict[str, Any]
+Judge = Callable[[Tensor, QuerySet], Row]
+"""The independent verdict on a video (F, 3, H, W), and on what is true of the queries."""
 
 
 def run(
@@ -111,14 +113,13 @@ def run(
     image: Image.Image | None,
     seed: int,
     queries: QuerySet,
-    judge: Callable[[Tensor], Row],
+    judge: Judge,
     trace: bool = False,
 ) -> dict[str, Row]:
     """What there is to say about the videos of one instance, by the names of `method.rows`.
 
-    seed: of the noise; N samples take the N seeds from there on. judge: the independent verdict on a video
-    (F, 3, H, W). trace: ask it about the few-step video of every step too. Seconds are those of the method alone,
-    without judging, writing queries and other snapshots.
+    seed: of the noise; N samples take the N seeds from there on. trace: ask `judge` about the few-step video of every
+    step too. Seconds are those of the method alone, without judging, writing queries and other snapshots.
     """
     if method.samples:
         return {method.name: _pass_at_n(method.samples, pipe, prompt, image, seed, queries, judge)}
@@ -126,10 +127,10 @@ def run(
     shots: dict[int, Row] = {}
     verdicts: list[Row] = []
 
-    def row(video: Tensor, history: list[Row], p_yes: list[float], loss: float) -> Row:
+    def row(video: Tensor, asked: QuerySet, history: list[Row], p_yes: list[float], loss: float) -> Row:
         return {
             "seconds": time.perf_counter() - began - skipped,
-            **judge(video),
+            **judge(video, asked),
             "updates": sum(each["grad_norm"] is not None for each in history),
             "loss_first": history[0]["loss"] if history else None,
             "loss_one_step": history[-1]["loss"] if history else None,
@@ -145,9 +146,9 @@ def run(
             video = loop.final_video()
             losses = pipe.judge(video, loop.frame_indices, loop.queries)
             loss = vqa_objective(losses, loop.settings.goal_weight).item()
-            shots[step + 1] = row(video, loop.history, losses.neg().exp().tolist(), loss)
+            shots[step + 1] = row(video, loop.queries, loop.history, losses.neg().exp().tolist(), loss)
         if trace:
-            verdicts.append(judge(loop.final_video()))
+            verdicts.append(judge(loop.final_video(), loop.queries))
         skipped += time.perf_counter() - start
 
     frames = min(max(1, round(method.frames * pipe.defaults.teacher_frames)), pipe.reasoner.num_frames)
@@ -163,10 +164,10 @@ def run(
         **method.settings,
     )
     assert isinstance(made.frames, Tensor) and isinstance(made.frames_before, Tensor)
-    end = row(made.frames, made.history, made.p_yes_after, made.loss_after)
+    end = row(made.frames, made.queries, made.history, made.p_yes_after, made.loss_after)
     history = [{name: each[name] for name in ("loss", "p_yes", "grad_norm", "guards")} for each in made.history]
     if trace:  # a step looks at what the updates before it have made
-        seen = [judge(made.frames_before), *verdicts]
+        seen = [judge(made.frames_before, made.queries), *verdicts]
         history = [
             each | {name: verdict[name] for name in ("success", "score")}
             for each, verdict in zip(history, seen, strict=False)
@@ -183,14 +184,14 @@ def _pass_at_n(
     image: Image.Image | None,
     seed: int,
     queries: QuerySet,
-    judge: Callable[[Tensor], Row],
+    judge: Judge,
 ) -> Row:
     from vlmteacher.baselines.best_of_n import best_of_n
 
     began = time.perf_counter()
     found = best_of_n(pipe, prompt, image, [seed + k for k in range(samples)], queries)
     seconds = time.perf_counter() - began
-    verdicts = [judge(video) for video in found.videos]
+    verdicts = [judge(video, queries) for video in found.videos]
     return {
         "seconds": seconds,
         **verdicts[found.best],

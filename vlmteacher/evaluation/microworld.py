@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,8 +22,11 @@ from tqdm.auto import tqdm
 
 from vlmteacher.errors import InputError
 from vlmteacher.evaluation import methods
+from vlmteacher.evaluation.failures import explain
 from vlmteacher.evaluation.methods import Method, Row, find_method
 from vlmteacher.microworld import world
+from vlmteacher.microworld.labeller import label
+from vlmteacher.microworld.questions import truths
 from vlmteacher.microworld.scorer import Verdict, score
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners.base import Reasoner, even_timesteps
@@ -149,7 +153,7 @@ def described(bench: Bench) -> dict[str, Any]:
 
 
 def summary(rows: list[Row]) -> dict[str, Any]:
-    """Means over instances, in all and for each split and task family."""
+    """Means over instances, in all and for each split and task family; where failures come from."""
 
     def means(chosen: list[Row]) -> dict[str, Any]:
         return {
@@ -164,6 +168,7 @@ def summary(rows: list[Row]) -> dict[str, Any]:
         "tasks": {
             name: means([r for r in rows if r["task"] == name]) for name in dict.fromkeys(r["task"] for r in rows)
         },
+        **explain(rows),
         "updates_mean": fmean(r["updates"] for r in rows),
         "seconds_mean": fmean(r["seconds"] for r in rows),
         "instances": rows,
@@ -264,7 +269,11 @@ def _load(pair: str | None, many_step: str | None) -> TeacherPipeline:
 
 def judge(video: Tensor, scene: world.Scene) -> Verdict:
     """The rule scorer's verdict on a video (F, 3, H, W) in [0, 1]."""
-    return score(video.permute(0, 2, 3, 1).float().cpu().numpy(), scene)
+    return score(_pixels(video), scene)
+
+
+def _pixels(video: Tensor) -> np.ndarray:
+    return video.permute(0, 2, 3, 1).float().cpu().numpy()
 
 
 def noise_seed(index: int, seed: int, noise: int = 0) -> int:
@@ -291,9 +300,11 @@ def _work(bench: Bench, job: Job) -> list[Row]:
     if bench.lora_blocks is not None:
         method = Method(method.name, {"lora_blocks": bench.lora_blocks})
     seed = noise_seed(instance.index, bench.seed, instance.noise)
-    rows = methods.run(
-        method, pipe, prompt, image, seed, queries, lambda video: asdict(judge(video, scene)), bench.trace
-    )
+
+    def verdict(video: Tensor, asked: QuerySet) -> Row:
+        return {**asdict(judge(video, scene)), "truths": truths(scene, label(_pixels(video), scene), asked)}
+
+    rows = methods.run(method, pipe, prompt, image, seed, queries, verdict, bench.trace)
     return [
         {
             "id": f"{scene.family}/{bench.seed}/{instance.index:04d}",

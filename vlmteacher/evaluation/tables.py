@@ -15,6 +15,7 @@ from statistics import fmean
 import numpy as np
 
 from vlmteacher.errors import InputError
+from vlmteacher.evaluation.failures import CAUSES, explain
 from vlmteacher.evaluation.methods import NOT_HERE, Row, find_method, steps
 from vlmteacher.evaluation.microworld import (
     Bench,
@@ -186,6 +187,7 @@ def describe(name: str, found: Mapping[str, Sequence[Row]], table: Table) -> Row
             "success_rate": fmean(row["oracle_success"] for row in rows),
             "score": fmean(row["oracle_score"] for row in rows),
         }
+    entry |= explain(rows)
     entry["updates_mean"] = fmean(row["updates"] for row in rows)
     entry["seconds_mean"] = fmean(row["seconds"] for row in rows)
     entry["against"] = {other: compare(rows, found[other]) for other in table.against if other != name}
@@ -196,7 +198,7 @@ def describe(name: str, found: Mapping[str, Sequence[Row]], table: Table) -> Row
 
 
 def format_table(result: Row, table: Table) -> str:
-    """table.json as Markdown."""
+    """table.json as Markdown: what the methods reach, and where their failures come from."""
     columns = ["method", "success [95%]", *table.splits, "score [95%]"]
     columns += [f"against {other}: success, p; score, p" for other in table.against]
     columns += ["updates", "seconds", "n"]
@@ -220,8 +222,28 @@ def format_table(result: Row, table: Table) -> str:
                     *rest,
                 ]
             )
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return "\n".join([text, "", *(f"Not run: {name}: {why}" for name, why in result["missing"].items())])
+    why = [
+        [
+            "method",
+            "failures",
+            *(name.replace("_", "-") for name in CAUSES),
+            "judgements",
+            "wrong answer",
+            "wrong query",
+        ]
+    ]
+    why.append(["---"] * len(why[0]))
+    for name, entry in result["methods"].items():
+        if "failures" in entry:
+            counts = [sum(entry["failures"].values()), *entry["failures"].values(), entry["judgements"]]
+            why.append([name, *map(str, counts), f"{entry['perception']:.3f}", f"{entry['wrong_query']:.3f}"])
+    parts = [_markdown(lines), *([_markdown(why)] if len(why) > 2 else [])]
+    parts.append("\n".join(f"Not run: {name}: {reason}" for name, reason in result["missing"].items()))
+    return "\n\n".join(parts)
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _interval(value: float, low: float, high: float) -> str:

@@ -7,9 +7,10 @@ frame by their colours. `PLANS` tells each family's own questions, the goal firs
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -394,6 +395,14 @@ RULES = {  # the scorer's sub-score that a kind of question is about; the others
 }
 
 
+class Truth(NamedTuple):
+    """rule: the scorer's sub-score that a question is about, None where it has none. answer: the right one; None where
+    the question is none of the world's, which is taken for one about the goal."""
+
+    rule: str | None
+    answer: bool | None
+
+
 def recognise(text: str, scene: Scene, facts: Facts) -> Question | None:
     """The question that a Teacher wrote, if it is one of the world's, about things and colours of the world."""
     for kind, entry in KINDS.items():
@@ -416,32 +425,7 @@ def _named(scene: Scene, kind: str, letter: str, words: str) -> Name:
     return words.split()[-1] if (kind == "turns" and letter == "b") or not found else found[0]
 
 
-def judgements(
-    scene: Scene, facts: Facts, queries: QuerySet, said: Sequence[bool], subscores: dict[str, float]
-) -> list[tuple[bool, bool, bool]]:
-    """For each rule of the scorer that queries are about: the Teacher's verdict, the truth, the scorer's verdict.
-
-    said: the Teacher's answer to each of `queries.questions`. Several questions about one rule count as one, Yes when
-    all are; a question that is none of the world's is false.
-    """
-    rules: dict[str, list[tuple[bool, bool]]] = {}
-    for text, answer in zip(queries.questions, said, strict=True):
-        known = recognise(text, scene, facts)
-        rule = RULES.get(known.kind, "goal") if known else "goal"
-        if rule:
-            rules.setdefault(rule, []).append((answer, bool(known and known.answer)))
-    return [
-        (all(answer for answer, _ in group), all(true for _, true in group), subscores[rule] == 1.0)
-        for rule, group in rules.items()
-        if rule in subscores
-    ]
-
-
-def agreement(rows: Iterable[tuple[bool, bool, bool]]) -> dict[str, float]:
-    """Where failed judgements come from, over rows of `judgements`.
-
-    ``perception``: the share in which the Teacher's answer is not the truth; ``wrong_query``: in which the truth is not
-    what the scorer says of the rule. n: the number of rows.
-    """
-    said, true, scored = np.asarray(list(rows), bool).T
-    return {"n": len(said), "perception": float(np.mean(said != true)), "wrong_query": float(np.mean(true != scored))}
+def truths(scene: Scene, facts: Facts, queries: QuerySet) -> list[Truth]:
+    """What each of `queries.questions` is about and how it is to be answered."""
+    found = [recognise(text, scene, facts) for text in queries.questions]
+    return [Truth(RULES.get(known.kind, "goal"), known.answer) if known else Truth("goal", None) for known in found]
