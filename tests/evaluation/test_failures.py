@@ -48,8 +48,10 @@ def test_a_cause_for_every_failure(scene: Scene) -> None:
     assert row(scene, wrong)["truths"] == [("goal", True), ("one", False), ("smooth", False), ("scenery", True)]
     assert cause(row(scene, wrong)) == "updates"
     assert cause(row(scene, wrong, stopped="max_steps")) == "updates"
-    assert cause(row(scene, wrong, stopped="threshold")) == "few_steps"
-    assert cause(row(scene, wrong, [True] * 4, stopped="threshold")) == "perception"
+    steps = [{"p_yes": [0.1, 0.9, 0.9, 0.9]}, {"p_yes": [0.9, 0.6, 0.9, 0.9]}]
+    assert cause(row(scene, wrong, stopped="threshold", steps=steps)) == "few_steps"
+    assert cause(row(scene, wrong, stopped="threshold", steps=steps[:1])) == "threshold"
+    assert cause(row(scene, wrong, [True] * 4, stopped="threshold", steps=steps)) == "perception"
     about_the_end = QuerySet(right_queries(scene).goal)
     assert cause(row(scene, wrong, queries=about_the_end)) == "query"
     assert cause(row(scene, wrong, [True], QuerySet("Does the pink ball end up in the sky?"))) == "query"
@@ -73,8 +75,8 @@ def test_judgements_tell_perception_from_wrong_queries(scene: Scene) -> None:
 
 
 def test_rows_that_tell_nothing_are_left_out(scene: Scene) -> None:
-    told = row(scene, vanishes(scene), stopped="threshold")
+    told = row(scene, vanishes(scene), stopped="max_steps")
     silent = {name: value for name, value in told.items() if name != "truths"}
     assert explain([silent]) == {}
     assert explain([told, silent]) == explain([told])
-    assert explain([told, told])["failures"] == {name: 2 * (name == "few_steps") for name in CAUSES}
+    assert explain([told, told])["failures"] == {name: 2 * (name == "updates") for name in CAUSES}

@@ -1,6 +1,5 @@
 """The Teacher's questions in all families: their truth follows from state, and the labeller sees the same."""
 
-
 import numpy as np
 import pytest
 

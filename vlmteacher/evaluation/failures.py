@@ -6,16 +6,18 @@ from the labeller, see ``microworld.questions.Truth``) and the scorer's sub-scor
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+YES = 0.5
 CAUSES = {
     "perception": "it answers Yes to all of its queries, wrongly to one at least",
     "query": "it answers Yes to all of its queries, rightly: what is wrong it does not ask about",
-    "few_steps": "it was content with the one-step prediction, and is not with the few-step video",
-    "updates": "it was not content with any",
+    "few_steps": "it answered Yes to all about the last prediction, and answers No about the few-step video",
+    "threshold": "it answered No about the last prediction too, but the mean of the losses was good enough to stop",
+    "updates": "its loss was not low enough at any step",
 }
 """Of a failed instance; "it" is the Teacher."""
 
@@ -24,9 +26,15 @@ def cause(row: dict[str, Any]) -> str | None:
     """The entry of `CAUSES` that a row belongs to, None for a success."""
     if row["success"]:
         return None
-    if all(p > 0.5 for p in row["p_yes"]):
+    if _all_yes(row["p_yes"]):
         return "perception" if any(answer is False for _, answer in row["truths"]) else "query"
-    return "few_steps" if row.get("stopped") == "threshold" else "updates"
+    if row.get("stopped") != "threshold":
+        return "updates"
+    return "few_steps" if _all_yes(row["steps"][-1]["p_yes"]) else "threshold"
+
+
+def _all_yes(p_yes: Sequence[float]) -> bool:
+    return all(p > YES for p in p_yes)
 
 
 def judgements(row: dict[str, Any]) -> list[tuple[bool, bool, bool]]:
@@ -37,7 +45,7 @@ def judgements(row: dict[str, Any]) -> list[tuple[bool, bool, bool]]:
     rules: dict[str, list[tuple[bool, bool]]] = {}
     for p, (rule, answer) in zip(row["p_yes"], row["truths"], strict=True):
         if rule in row["subscores"]:
-            rules.setdefault(rule, []).append((p > 0.5, bool(answer)))
+            rules.setdefault(rule, []).append((p > YES, bool(answer)))
     return [
         (all(said for said, _ in group), all(true for _, true in group), row["subscores"][rule] == 1.0)
         for rule, group in rules.items()
