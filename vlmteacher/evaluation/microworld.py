@@ -302,7 +302,8 @@ def _work(bench: Bench, job: Job) -> list[Row]:
     seed = noise_seed(instance.index, bench.seed, instance.noise)
 
     def verdict(video: Tensor, asked: QuerySet) -> Row:
-        return {**asdict(judge(video, scene)), "truths": truths(scene, label(_pixels(video), scene), asked)}
+        true = truths(scene, label(_pixels(video), scene), asked)
+        return {**asdict(judge(video, scene)), "truths": [list(each) for each in true]}
 
     rows = methods.run(method, pipe, prompt, image, seed, queries, verdict, bench.trace)
     return [
