@@ -124,7 +124,7 @@ def test_stock_diffusers_makes_the_same_video_of_the_packaged_pair(with_image, t
 def test_the_card_says_what_the_lora_is_for(pipe, tmp_path):
     prompt = "move | the *ball*\n```\n<script>to</script> the green square"
     out = call(pipe, image=IMAGE, prompt=prompt)
-    fast = "lightx2v/fast, /home/me/low_noise.safetensors"
+    fast = f"lightx2v/fast, {tmp_path / 'low_noise.safetensors'}"
     out.models = {**out.models, "reasoner": "quanhaol/Wan2.2-TI2V-5B-Turbo", "few_step_lora": fast}
     out.save(tmp_path / "run")
     card = (tmp_path / "run" / "README.md").read_text()
