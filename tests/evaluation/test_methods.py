@@ -32,15 +32,19 @@ def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
 
 
-def judge(video: Tensor, asked: QuerySet = ASKED) -> dict[str, Any]:
+def judge(video: Tensor) -> dict[str, Any]:
     """Tells videos apart to the bit."""
-    score = video.double().sum().item()
-    return {"success": bool(video.mean() > 0.5), "score": score, "subscores": {}, "asked": asked.to_dict()}
+    return {"success": bool(video.mean() > 0.5), "score": video.double().sum().item(), "subscores": {}}
+
+
+def answers(video: Tensor, asked: QuerySet) -> list[Any]:
+    """Tells what it is asked, about which video."""
+    return [asked.to_dict(), judge(video)["score"]]
 
 
 def one(pipe: TeacherPipeline, image: Image.Image, name: str, trace: bool = False) -> dict[str, Any]:
     method = find_method(name)
-    (row,) = run(method, pipe, PROMPT, image, 0, ASKED, judge, trace).values()
+    (row,) = run(method, pipe, PROMPT, image, 0, ASKED, judge, answers, trace).values()
     return row
 
 
@@ -79,16 +83,18 @@ def test_a_method_is_a_call_with_its_settings(
     assert row["updates"] == out.updates and row["loss_final"] == out.loss_after
     assert [step["loss"] for step in row["steps"]] == [step["loss"] for step in out.history]
     assert [step["guards"] for step in row["steps"]] == [step["guards"] for step in out.history]
-    assert row["queries"] == row["asked"] == out.queries.to_dict() and row["seconds"] > 0
+    assert row["queries"] == out.queries.to_dict() and row["seconds"] > 0
+    assert row["truths"] == [row["queries"], row["score"]]
 
 
 def test_snapshots_are_the_runs_that_end_there(pipe: TeacherPipeline, image: Image.Image) -> None:
-    rows = run(methods.steps(1, 2, 4), pipe, PROMPT, image, 0, ASKED, judge)
+    rows = run(methods.steps(1, 2, 4), pipe, PROMPT, image, 0, ASKED, judge, answers)
     assert list(rows) == ["steps@1", "steps@2", "steps@4"]
     for count, row in zip((1, 2, 4), rows.values(), strict=True):
         alone = one(pipe, image, f"steps@{count}")
         for entry in ("score", "success", "updates", "loss_first", "loss_one_step", "loss_final", "p_yes", "queries"):
             assert row[entry] == alone[entry], entry
+        assert row["truths"] == alone["truths"]
     assert len({row["score"] for row in rows.values()}) == 3
 
 
@@ -110,6 +116,7 @@ def test_pass_at_n_takes_what_the_teacher_likes(pipe: TeacherPipeline, image: Im
     assert row["loss_final"] == pytest.approx(best.loss_after, rel=1e-4)
     others = [judge(out.frames)["score"] for out in outs if out is not best]
     assert all(other != pytest.approx(row["score"], rel=1e-5) for other in others)
+    assert row["truths"] == [row["queries"], row["score"]]
     verdicts = [judge(out.frames) for out in outs]
     assert row["samples"] == [verdict["success"] for verdict in verdicts]
     assert row["oracle_score"] == pytest.approx(max(verdict["score"] for verdict in verdicts), rel=1e-7)

@@ -142,9 +142,7 @@ def test_a_table_is_taken_up_and_says_what_is_missing(
         assert entry["low"] <= entry["success_rate"] <= entry["high"]
         assert {row["split"] for row in here} == {"id", "ood"} and {row["method"] for row in here} == {name}
         assert all(row["success"] == (min(row["subscores"].values()) == 1) for row in here)
-        assert all(
-            row["truths"] == [["goal", None]] * 3 for row in here
-        )  # the random Teacher's are none of the world's
+        assert all(row["truths"] == [["goal", None]] * 3 for row in here)  # no query is one of the world's
         if not name.startswith("pass@"):
             assert sum(entry["failures"].values()) == sum(not row["success"] for row in here)
             assert entry["failures"] == results["failures"] and entry["judgements"] == len(here)

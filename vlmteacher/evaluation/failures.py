@@ -12,14 +12,11 @@ from typing import Any
 import numpy as np
 
 YES = 0.5
-CAUSES = {
-    "perception": "it answers Yes to all of its queries, wrongly to one at least",
-    "query": "it answers Yes to all of its queries, rightly: what is wrong it does not ask about",
-    "few_steps": "it answered Yes to all about the last prediction, and answers No about the few-step video",
-    "threshold": "it answered No about the last prediction too, but the mean of the losses was good enough to stop",
-    "updates": "its loss was not low enough at any step",
-}
-"""Of a failed instance; "it" is the Teacher."""
+CAUSES = ("perception", "query", "few_steps", "threshold", "updates")
+"""Of a failed instance. The Teacher answers Yes to all of its queries about the final video, wrongly to one at least
+(``perception``) or rightly, so that what is wrong it does not ask about (``query``). Or it answers No to one, after it
+answered Yes to all about the last prediction (``few_steps``), or No there too while the mean of the losses was good
+enough to stop (``threshold``), or its loss was not low enough at any step (``updates``)."""
 
 
 def cause(row: dict[str, Any]) -> str | None:

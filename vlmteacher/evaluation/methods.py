@@ -102,8 +102,10 @@ def steps(*numbers: int) -> Method:
 
 
 Row = dict[str, Any]
-Judge = Callable[[Tensor, QuerySet], Row]
-"""The independent verdict on a video (F, 3, H, W), and on what is true of the queries."""
+Judge = Callable[[Tensor], Row]
+"""The independent verdict on a video (F, 3, H, W)."""
+Answers = Callable[[Tensor, QuerySet], list[Any]]
+"""What is true of each query about a video (F, 3, H, W)."""
 
 
 def run(
@@ -114,6 +116,7 @@ def run(
     seed: int,
     queries: QuerySet,
     judge: Judge,
+    answers: Answers,
     trace: bool = False,
 ) -> dict[str, Row]:
     """What there is to say about the videos of one instance, by the names of `method.rows`.
@@ -122,7 +125,7 @@ def run(
     step too. Seconds are those of the method alone, without judging, writing queries and other snapshots.
     """
     if method.samples:
-        return {method.name: _pass_at_n(method.samples, pipe, prompt, image, seed, queries, judge)}
+        return {method.name: _pass_at_n(method.samples, pipe, prompt, image, seed, queries, judge, answers)}
     began, skipped = time.perf_counter(), 0.0
     shots: dict[int, Row] = {}
     verdicts: list[Row] = []
@@ -130,7 +133,8 @@ def run(
     def row(video: Tensor, asked: QuerySet, history: list[Row], p_yes: list[float], loss: float) -> Row:
         return {
             "seconds": time.perf_counter() - began - skipped,
-            **judge(video, asked),
+            **judge(video),
+            "truths": answers(video, asked),
             "updates": sum(each["grad_norm"] is not None for each in history),
             "loss_first": history[0]["loss"] if history else None,
             "loss_one_step": history[-1]["loss"] if history else None,
@@ -148,7 +152,7 @@ def run(
             loss = vqa_objective(losses, loop.settings.goal_weight).item()
             shots[step + 1] = row(video, loop.queries, loop.history, losses.neg().exp().tolist(), loss)
         if trace:
-            verdicts.append(judge(loop.final_video(), loop.queries))
+            verdicts.append(judge(loop.final_video()))
         skipped += time.perf_counter() - start
 
     frames = min(max(1, round(method.frames * pipe.defaults.teacher_frames)), pipe.reasoner.num_frames)
@@ -167,7 +171,7 @@ def run(
     end = row(made.frames, made.queries, made.history, made.p_yes_after, made.loss_after)
     history = [{name: each[name] for name in ("loss", "p_yes", "grad_norm", "guards")} for each in made.history]
     if trace:  # a step looks at what the updates before it have made
-        seen = [judge(made.frames_before, made.queries), *verdicts]
+        seen = [judge(made.frames_before), *verdicts]
         history = [
             each | {name: verdict[name] for name in ("success", "score")}
             for each, verdict in zip(history, seen, strict=False)
@@ -185,16 +189,18 @@ def _pass_at_n(
     seed: int,
     queries: QuerySet,
     judge: Judge,
+    answers: Answers,
 ) -> Row:
     from vlmteacher.baselines.best_of_n import best_of_n
 
     began = time.perf_counter()
     found = best_of_n(pipe, prompt, image, [seed + k for k in range(samples)], queries)
     seconds = time.perf_counter() - began
-    verdicts = [judge(video, queries) for video in found.videos]
+    verdicts = [judge(video) for video in found.videos]
     return {
         "seconds": seconds,
         **verdicts[found.best],
+        "truths": answers(found.videos[found.best], queries),
         "updates": 0,
         "loss_first": None,
         "loss_one_step": None,

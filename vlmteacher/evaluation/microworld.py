@@ -301,11 +301,13 @@ def _work(bench: Bench, job: Job) -> list[Row]:
         method = Method(method.name, {"lora_blocks": bench.lora_blocks})
     seed = noise_seed(instance.index, bench.seed, instance.noise)
 
-    def verdict(video: Tensor, asked: QuerySet) -> Row:
-        true = truths(scene, label(_pixels(video), scene), asked)
-        return {**asdict(judge(video, scene)), "truths": [list(each) for each in true]}
+    def verdict(video: Tensor) -> Row:
+        return asdict(judge(video, scene))
 
-    rows = methods.run(method, pipe, prompt, image, seed, queries, verdict, bench.trace)
+    def answers(video: Tensor, asked: QuerySet) -> list[list[Any]]:
+        return [list(truth) for truth in truths(scene, label(_pixels(video), scene), asked)]
+
+    rows = methods.run(method, pipe, prompt, image, seed, queries, verdict, answers, bench.trace)
     return [
         {
             "id": f"{scene.family}/{bench.seed}/{instance.index:04d}",

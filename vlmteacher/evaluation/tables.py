@@ -222,16 +222,8 @@ def format_table(result: Row, table: Table) -> str:
                     *rest,
                 ]
             )
-    why = [
-        [
-            "method",
-            "failures",
-            *(name.replace("_", "-") for name in CAUSES),
-            "judgements",
-            "wrong answer",
-            "wrong query",
-        ]
-    ]
+    causes = [name.replace("_", "-") for name in CAUSES]
+    why = [["method", "failures", *causes, "judgements", "wrong answer", "wrong query"]]
     why.append(["---"] * len(why[0]))
     for name, entry in result["methods"].items():
         if "failures" in entry:
