@@ -13,6 +13,7 @@ from vlmteacher.lora import lora_parameters, remove_lora
 from vlmteacher.optimization import Optimization, Settings
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import MAX_QUERIES, QuerySet, QueryStyle
+from vlmteacher.reward import vqa_objective
 
 STEPS = 6
 
@@ -104,6 +105,7 @@ def test_preserve_asks_one_question_more(pipe: TeacherPipeline) -> None:
 def test_a_run_with_all_of_them_is_taken_up(pipe: TeacherPipeline, tmp_path: Any) -> None:
     values: dict[str, Any] = {"max_steps": 3, "rank": 2, "teacher_frames": 4, "progress": False, "preserve": True}
     values |= {"frame_jitter": 1, "lora_decay": 1.0, "pull": 1.0, "queries": QuerySet.from_dict(QUERIES)}
+    values |= {"final_samples": 3}
     whole = pipe(PROMPT, generator=torch.Generator().manual_seed(0), **values)
 
     def stop(_: object, step: int, __: object) -> None:
@@ -120,11 +122,19 @@ def test_a_run_with_all_of_them_is_taken_up(pipe: TeacherPipeline, tmp_path: Any
         )
     assert pipe.loop is None
     again = pipe(PROMPT, run_dir=tmp_path / "run", resume=True, **values)
-    assert again.lora == whole.lora
+    assert again.lora == whole.lora and (again.sample, again.loss_after) == (whole.sample, whole.loss_after)
 
 
 @pytest.mark.parametrize(
-    "bad", [{"frame_jitter": -1}, {"frame_jitter": 0.5}, {"lora_decay": -1.0}, {"pull": float("nan")}, {"target": "x"}]
+    "bad",
+    [
+        {"frame_jitter": -1},
+        {"frame_jitter": 0.5},
+        {"lora_decay": -1.0},
+        {"pull": float("nan")},
+        {"target": "x"},
+        {"final_samples": 0},
+    ],
 )
 def test_bad_settings_are_named(bad: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(bad))):
@@ -134,3 +144,35 @@ def test_bad_settings_are_named(bad: dict[str, Any]) -> None:
 def test_a_recorded_step_cannot_jitter() -> None:
     with pytest.raises(InputError, match="frame_jitter"):
         Settings(engine="cuda_graph", frame_jitter=1)
+
+
+def test_of_the_final_samples_the_teacher_picks_one(pipe: TeacherPipeline, make: Any) -> None:
+    """They start from one z1, which alone the optimisation sees, and differ in what the later steps draw."""
+    values: dict[str, Any] = {"max_steps": 2, "threshold": 1e-6, "learning_rate": 0.03, "rank": 2, "teacher_frames": 4}
+    asked = {"queries": QuerySet.from_dict(QUERIES), "output_type": "pt", "progress": False}
+    one, out = (
+        pipe(PROMPT, generator=torch.Generator().manual_seed(0), final_samples=count, **values, **asked)
+        for count in (1, 6)
+    )
+    assert [row["loss"] for row in one.history] == [row["loss"] for row in out.history]
+    assert torch.equal(one.frames_before, out.frames_before) and one.sample == 0
+
+    loop, reasoner = make(**values), pipe.reasoner
+    loop.noise = reasoner.noise(loop.condition, torch.Generator().manual_seed(0), 6)
+    list(loop)
+    with torch.no_grad():
+        videos = [reasoner.decode(reasoner.sample(loop.condition, noise)) for noise in loop.noise.samples()]
+        losses = [pipe.judge(video, loop.frame_indices, loop.queries) for video in videos]
+    objectives = [vqa_objective(each).item() for each in losses]
+    assert all(torch.equal(noise.z1, loop.noise.z1) for noise in loop.noise.samples()) and len(set(objectives)) == 6
+    best = objectives.index(min(objectives))
+    assert best > 0  # else nothing would be picked
+    video, found = loop.final_video()
+    assert torch.equal(video, videos[best]) and torch.equal(found, losses[best])
+    assert out.sample == best and torch.equal(out.frames, video) and torch.equal(one.frames, videos[0])
+    assert out.loss_after == min(objectives) and one.loss_after == objectives[0]
+
+
+def test_final_samples_need_noise_in_the_later_steps(pipe: TeacherPipeline) -> None:
+    with pytest.raises(InputError, match="final_samples 2 needs a Reasoner that draws noise after the first step"):
+        pipe(PROMPT, final_samples=2, num_inference_steps=1, queries=QuerySet.from_dict(QUERIES), progress=False)

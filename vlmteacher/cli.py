@@ -120,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--frame-jitter", type=int, metavar="N", help="shift the Teacher's frames by up to N pixels")
     sub.add_argument("--lora-decay", type=float, metavar="X", help="weight decay of the LoRA (default: 0)")
     sub.add_argument("--pull", type=float, metavar="X", help="toward the prediction before any update (default: 0)")
+    sub.add_argument("--final-samples", type=int, metavar="N", help="videos of which the Teacher picks one in the end")
     sub.add_argument(
         "--activations",
         metavar="LEVELS",
@@ -337,6 +338,7 @@ def solve(arguments: argparse.Namespace) -> None:
         "frame_jitter": arguments.frame_jitter,
         "lora_decay": arguments.lora_decay,
         "pull": arguments.pull,
+        "final_samples": arguments.final_samples,
     }
     settings = {name: value for name, value in names.items() if value is not None}
     Settings(**settings)  # bad values show before any model is loaded

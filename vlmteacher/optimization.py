@@ -21,7 +21,7 @@ from vlmteacher.memory_ladder import MemoryLadder, is_out_of_memory
 from vlmteacher.ops.patchify import PatchRows
 from vlmteacher.reasoners.base import Target
 from vlmteacher.reasoners.frozen_front import FrozenFront
-from vlmteacher.reward import vqa_objective
+from vlmteacher.reward import pick, vqa_objective
 from vlmteacher.teachers.base import check_range
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ class Settings:
     Remedies against videos that please only the Teacher, all off: preserve asks for what the task does not change, by a
     process question of the Teacher's (`QueryStyle.preservation_query`). frame_jitter >= 0, pixels by which the frames
     are shifted, another way at each step. lora_decay >= 0, AdamW's weight decay. pull >= 0, weight of the mean squared
-    distance of the latents from what they were before the first update, beside the loss. Raises InputError.
+    distance of the latents from what they were before the first update, beside the loss. final_samples >= 1: what is
+    optimised is a one-step prediction, which the later steps, with their own noise, may spoil; so many videos are
+    sampled in the end, which differ in that noise, and the one counts that the Teacher likes best. Raises InputError.
     """
 
     max_steps: int = 40
@@ -75,9 +77,11 @@ class Settings:
     frame_jitter: int = 0
     lora_decay: float = 0.0
     pull: float = 0.0
+    final_samples: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("max_steps", 0), ("teacher_frames", 1), ("rank", 1), ("frame_jitter", 0)):
+        whole = {"max_steps": 0, "teacher_frames": 1, "rank": 1, "frame_jitter": 0, "final_samples": 1}
+        for name, least in whole.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise InputError(f"{name} must be a whole number of at least {least}, not {value}")
@@ -330,16 +334,22 @@ class Optimization:
                 )
             self.engine.reset()
 
-    def final_video(self) -> Tensor:
-        """The few-step video (F, 3, H, W) in [0, 1] that the adapted Reasoner would give now."""
-        return self.reasoner.decode(self.reasoner.sample(self.condition, self.noise))
-
     @torch.no_grad()
+    def final_video(self) -> tuple[Tensor, Tensor]:
+        """The few-step video (F, 3, H, W) in [0, 1] that the adapted Reasoner would give now, and its losses (1+M,)."""
+
+        def judge(video: Tensor) -> Tensor:
+            frames = video[self.frame_indices]
+            return self.teacher.losses(frames, self.frame_indices, self.reasoner.fps, self.queries)
+
+        latents = [self.reasoner.sample(self.condition, noise) for noise in self.noise.samples()]
+        videos = [self.reasoner.decode(each) for each in latents]
+        best, losses = pick(videos, judge, self.settings.goal_weight)
+        return videos[best], losses
+
     def _final_loss(self) -> float:
         """The objective on `final_video`."""
-        frames = self.final_video()[self.frame_indices]
-        losses = self.teacher.losses(frames, self.frame_indices, self.reasoner.fps, self.queries)
-        return vqa_objective(losses, self.settings.goal_weight).item()
+        return vqa_objective(self.final_video()[1], self.settings.goal_weight).item()
 
     def finish(self) -> None:
         """Leave on the transformer the LoRA that `settings.keep` asks for."""

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -27,7 +28,7 @@ from vlmteacher.optimization import NonFiniteError, Optimization, Settings, teac
 from vlmteacher.placement import DeviceMap, find_devices
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners.base import Target, check_prompt
-from vlmteacher.reward import vqa_objective
+from vlmteacher.reward import pick, vqa_objective
 from vlmteacher.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class TeacherPipelineOutput:
     frames, frames_before: the final video with the trained LoRA and with what that started from, of the same noise.
     history: one row per step (see `Optimization`). stopped: "threshold" or "max_steps". p_yes_before, p_yes_after: the
     Teacher's P(Yes) for each query, goal first, on the two final videos; loss_before, loss_after: the objective there.
+    sample: which of `final_samples` videos `frames` is; 0 is the one from all the noise of frames_before.
     lora: the bytes of lora.safetensors. seconds: wall time of each part.
     """
 
@@ -64,6 +66,7 @@ class TeacherPipelineOutput:
     p_yes_after: list[float]
     loss_before: float
     loss_after: float
+    sample: int
     seconds: dict[str, float]
     config: dict[str, Any]
     models: dict[str, str]
@@ -83,6 +86,7 @@ class TeacherPipelineOutput:
             "p_yes_after": self.p_yes_after,
             "loss_before": self.loss_before,
             "loss_after": self.loss_after,
+            "sample": self.sample,
             "seconds": self.seconds,
             "models": self.models,
         }
@@ -248,6 +252,7 @@ class TeacherPipeline:
         frame_jitter: int | None = None,
         lora_decay: float | None = None,
         pull: float | None = None,
+        final_samples: int | None = None,
         output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[TeacherPipeline, int, dict[str, Any]], Any] | None = None,
@@ -266,8 +271,8 @@ class TeacherPipeline:
             generator: the source of the instance's noise and of the LoRA's start; None draws a new seed.
             queries: None lets the Teacher write them.
             max_steps, threshold, goal_weight, teacher_frames, rank, learning_rate, keep, check_final, fused_lora,
-                engine, lora_blocks, target, preserve, frame_jitter, lora_decay, pull: see `Settings`; None is the
-                pair's default, where it has one, or else the paper's.
+                engine, lora_blocks, target, preserve, frame_jitter, lora_decay, pull, final_samples: see `Settings`;
+                None is the pair's default, where it has one, or else the paper's.
             output_type: what the videos come as (see `Frames`). return_dict: False returns `(frames,)`.
             callback_on_step_end: called as `callback(pipe, step, row)` after each step.
             run_dir: a folder to write the run to while it goes on; an interrupted one (KeyboardInterrupt, kill, power)
@@ -298,6 +303,7 @@ class TeacherPipeline:
             "frame_jitter": frame_jitter,
             "lora_decay": lora_decay,
             "pull": pull,
+            "final_samples": final_samples,
         }
         if self.lora:
             if rank not in (None, self.lora.rank):
@@ -306,6 +312,7 @@ class TeacherPipeline:
         settings = Settings(**self.defaults.to_dict() | {k: v for k, v in overrides.items() if v is not None})
         check_engine(settings.engine, reasoner, teacher)
         reasoner.check_target(settings.target)
+        reasoner.check_samples(settings.final_samples)
         frozen_blocks(reasoner.transformer, settings.lora_blocks)
         if self.lora and settings.lora_blocks is not None:
             raise InputError(f"{self.lora.source} has its own layers: it cannot go on with lora_blocks")
@@ -348,7 +355,7 @@ class TeacherPipeline:
                 queries = queries.plus(teacher.style.preservation_query)
 
         # 2. One noise for the whole instance, and a LoRA that changes nothing yet.
-        noise = reasoner.noise(condition, generator)
+        noise = reasoner.noise(condition, generator, settings.final_samples)
         add_lora(
             reasoner.transformer,
             settings.rank,
@@ -384,8 +391,13 @@ class TeacherPipeline:
 
                 # 4. The few-step video of the adapted Reasoner from the same noise.
                 with timed(seconds, "after"):
-                    video = self.sample(condition, noise, reasoner) if loop.updates else video_before
-                    losses = self.judge(video, frame_indices, queries)
+                    if loop.updates:
+                        samples = [self.sample(condition, each, reasoner) for each in noise.samples()]
+                        judge = partial(self.judge, frame_indices=frame_indices, queries=queries)
+                        sample, losses = pick(samples, judge, settings.goal_weight)
+                        video = samples[sample]
+                    else:
+                        sample, losses, video = 0, losses_before, video_before
                     lora = export_lora(reasoner.transformer)
             except (KeyboardInterrupt, NonFiniteError, OutOfMemory):
                 if run:
@@ -416,6 +428,7 @@ class TeacherPipeline:
             p_yes_after=losses.neg().exp().tolist(),
             loss_before=vqa_objective(losses_before, settings.goal_weight).item(),
             loss_after=vqa_objective(losses, settings.goal_weight).item(),
+            sample=sample,
             seconds=seconds,
             config=config,
             models=self.models,

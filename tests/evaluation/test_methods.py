@@ -17,7 +17,7 @@ from vlmteacher.evaluation.methods import GENERIC, METHODS, find_method, run
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import QuerySet
 
-DEFAULTS = {"max_steps": 3, "threshold": 1e-6, "learning_rate": 0.03, "rank": 2, "teacher_frames": 2}
+DEFAULTS = {"max_steps": 3, "threshold": 1e-6, "learning_rate": 0.03, "rank": 2, "teacher_frames": 2, "final_samples": 2}
 ASKED = QuerySet.from_dict(QUERIES)
 
 
@@ -70,6 +70,7 @@ def call(pipe: TeacherPipeline, image: Image.Image, seed: int = 0, **settings: A
         ("jitter@2", {"frame_jitter": 2}),
         ("decay@1.5", {"lora_decay": 1.5}),
         ("pull@0.5", {"pull": 0.5}),
+        ("final@3", {"final_samples": 3}),
         ("keep-best", {"keep": "best"}),
         ("check-final", {"check_final": True}),
         ("preserve", {"preserve": True}),
@@ -134,6 +135,7 @@ def test_pass_at_n_takes_what_the_teacher_likes(pipe: TeacherPipeline, image: Im
         ("steps@-1", "not there"),
         ("threshold@0", "threshold must be greater than 0"),
         ("jitter@0.5", "frame_jitter must be a whole number"),
+        ("final@0", "final_samples must be a whole number of at least 1, not 0"),
         ("pull@x", "not there"),
         ("pe", "rewrite of the prompt"),
         ("videotpo", "critiques"),
@@ -145,5 +147,15 @@ def test_a_method_that_is_not_there(name: str, message: str) -> None:
 
 
 def test_every_name_finds_its_method() -> None:
-    for name in (*METHODS, "pass@5", "steps@0", "steps@40", "threshold@0.05", "jitter@2", "decay@10", "pull@0.1"):
+    for name in (
+        *METHODS,
+        "pass@5",
+        "steps@0",
+        "steps@40",
+        "threshold@0.05",
+        "jitter@2",
+        "decay@10",
+        "pull@0.1",
+        "final@1",
+    ):
         assert find_method(name).rows == (name,)

@@ -66,13 +66,19 @@ METHODS = {
         Method("full-step", {"target": "full"}),
         Method("frames@half", frames=0.5),
         Method("frames@double", frames=2.0),
-        Method("many-step", many_step=True),
+        Method("many-step", {"final_samples": 1}, many_step=True),  # which draws no later noise
         Method("keep-best", {"keep": "best"}),
         Method("check-final", {"check_final": True}),
         Method("preserve", {"preserve": True}),
     )
 }
-AMOUNTS = {"threshold": "threshold", "jitter": "frame_jitter", "decay": "lora_decay", "pull": "pull"}
+AMOUNTS = {
+    "threshold": "threshold",
+    "jitter": "frame_jitter",
+    "decay": "lora_decay",
+    "pull": "pull",
+    "final": "final_samples",
+}
 KNOWN = ", ".join([*METHODS, "pass@N (1 to 64)", "steps@N (0 to 1000)", *(f"{name}@X" for name in AMOUNTS)])
 
 
@@ -89,7 +95,7 @@ def find_method(name: str) -> Method:
         return steps(int(amount))
     if kind in AMOUNTS and re.fullmatch(r"\d+(\.\d+)?", amount):
         settings: dict[str, Any] = {
-            AMOUNTS[kind]: int(amount) if kind == "jitter" and amount.isdecimal() else float(amount)
+            AMOUNTS[kind]: int(amount) if kind in ("jitter", "final") and amount.isdecimal() else float(amount)
         }
         Settings(**settings)
         return Method(name, settings)
@@ -147,12 +153,11 @@ def run(
         start, loop = time.perf_counter(), pipe.loop
         assert loop is not None
         if step + 1 in method.snapshots and loop.stopped is None:
-            video = loop.final_video()
-            losses = pipe.judge(video, loop.frame_indices, loop.queries)
+            video, losses = loop.final_video()
             loss = vqa_objective(losses, loop.settings.goal_weight).item()
             shots[step + 1] = row(video, loop.queries, loop.history, losses.neg().exp().tolist(), loss)
         if trace:
-            verdicts.append(judge(loop.final_video()))
+            verdicts.append(judge(loop.final_video()[0]))
         skipped += time.perf_counter() - start
 
     frames = min(max(1, round(method.frames * pipe.defaults.teacher_frames)), pipe.reasoner.num_frames)

@@ -59,10 +59,16 @@ class Noise:
     Attributes:
         z1: (B, C, T, h, w) float32, the latents at t = 1.
         steps: one draw like `z1` for each later sampler step, which puts noise back on the clean prediction.
+        others: further draws like `steps`, for further videos that start from the same z1.
     """
 
     z1: Tensor
     steps: tuple[Tensor, ...]
+    others: tuple[tuple[Tensor, ...], ...] = ()
+
+    def samples(self) -> list[Noise]:
+        """This noise, and z1 with each of `others`."""
+        return [replace(self, steps=steps, others=()) for steps in (self.steps, *self.others)]
 
 
 Sampler = Literal["renoise", "euler"]
@@ -228,14 +234,29 @@ class Reasoner(ABC):
         # Filled on the device: copying a number there cannot be part of a CUDA graph.
         return torch.full((batch,), 1000 * sigma, dtype=torch.float32, device=self.device)
 
-    def noise(self, condition: Condition, generator: torch.Generator | None = None) -> Noise:
-        """Draw z1 and every later draw of the sampler, in this order, in float32 on the generator's device."""
+    def check_samples(self, samples: int) -> None:
+        """Raise InputError where so many videos of one z1 would all be the same."""
+        if samples > 1 and (self.settings.sampler != "renoise" or len(self.settings.timesteps) < 2):
+            raise InputError(
+                f"final_samples {samples} needs a Reasoner that draws noise after the first step, which this one, "
+                f"of sampler {self.settings.sampler!r} with {len(self.settings.timesteps)} steps, does not: give 1"
+            )
+
+    def noise(self, condition: Condition, generator: torch.Generator | None = None, samples: int = 1) -> Noise:
+        """Draw z1 and every later draw of the sampler, in this order, in float32 on the generator's device.
+
+        samples: of so many videos that start from z1 (see `check_samples`).
+        """
         one = self.latent_shape(condition.num_frames, condition.height, condition.width)
         shape = (len(condition.prompt_embeds), *one[1:])
         where = generator.device if generator is not None else torch.device("cpu")
-        count = len(self.settings.timesteps) if self.settings.sampler == "renoise" else 1
-        z1, *steps = (torch.randn(shape, generator=generator, device=where).to(self.device) for _ in range(count))
-        return Noise(z1, tuple(steps))
+        later = len(self.settings.timesteps) - 1 if self.settings.sampler == "renoise" else 0
+
+        def draw(count: int) -> tuple[Tensor, ...]:
+            return tuple(torch.randn(shape, generator=generator, device=where).to(self.device) for _ in range(count))
+
+        (z1,) = draw(1)
+        return Noise(z1, draw(later), tuple(draw(later) for _ in range(samples - 1)))
 
     @abstractmethod
     def encode(self, prompt: str, image: Image | None, num_frames: int, height: int, width: int) -> Condition:
