@@ -17,7 +17,14 @@ from vlmteacher.evaluation.methods import GENERIC, METHODS, find_method, run
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import QuerySet
 
-DEFAULTS = {"max_steps": 3, "threshold": 1e-6, "learning_rate": 0.03, "rank": 2, "teacher_frames": 2, "final_samples": 2}
+DEFAULTS = {
+    "max_steps": 3,
+    "threshold": 1e-6,
+    "learning_rate": 0.03,
+    "rank": 2,
+    "teacher_frames": 2,
+    "final_samples": 2,
+}
 ASKED = QuerySet.from_dict(QUERIES)
 
 

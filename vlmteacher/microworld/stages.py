@@ -52,14 +52,7 @@ STARTS = {  # the parts of a pair that a stage may start from
     "reasoner": "reasoner",
     "teacher": "teacher",
 }
-DEFAULTS = {
-    "max_steps": 60,
-    "threshold": 0.22,
-    "learning_rate": 4e-4,
-    "rank": 16,
-    "teacher_frames": 12,
-    "final_samples": 3,
-}
+DEFAULTS = {"max_steps": 60, "threshold": 0.22, "learning_rate": 4e-4, "rank": 16, "teacher_frames": 12}
 
 
 def run(stage: str, out: Path, init: Path | None = None) -> None:
