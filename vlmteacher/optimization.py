@@ -337,15 +337,12 @@ class Optimization:
     @torch.no_grad()
     def final_video(self) -> tuple[Tensor, Tensor]:
         """The few-step video (F, 3, H, W) in [0, 1] that the adapted Reasoner would give now, and its losses (1+M,)."""
-
-        def judge(video: Tensor) -> Tensor:
-            frames = video[self.frame_indices]
-            return self.teacher.losses(frames, self.frame_indices, self.reasoner.fps, self.queries)
-
         latents = [self.reasoner.sample(self.condition, noise) for noise in self.noise.samples()]
         videos = [self.reasoner.decode(each) for each in latents]
-        best, losses = pick(videos, judge, self.settings.goal_weight)
-        return videos[best], losses
+        at, fps = self.frame_indices, self.reasoner.fps
+        losses = [self.teacher.losses(video[at], at, fps, self.queries) for video in videos]
+        best = pick(losses, self.settings.goal_weight)
+        return videos[best], losses[best]
 
     def _final_loss(self) -> float:
         """The objective on `final_video`."""

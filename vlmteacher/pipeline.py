@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -393,9 +392,9 @@ class TeacherPipeline:
                 with timed(seconds, "after"):
                     if loop.updates:
                         samples = [self.sample(condition, each, reasoner) for each in noise.samples()]
-                        judge = partial(self.judge, frame_indices=frame_indices, queries=queries)
-                        sample, losses = pick(samples, judge, settings.goal_weight)
-                        video = samples[sample]
+                        judged = [self.judge(each, frame_indices, queries) for each in samples]
+                        sample = pick(judged, settings.goal_weight)
+                        video, losses = samples[sample], judged[sample]
                     else:
                         sample, losses, video = 0, losses_before, video_before
                     lora = export_lora(reasoner.transformer)

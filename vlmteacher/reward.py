@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -24,8 +24,6 @@ def vqa_objective(losses: Tensor, goal_weight: float = 0.5) -> Tensor:
     return goal_weight * goal + (1 - goal_weight) * process.mean()
 
 
-def pick(videos: Sequence[Tensor], judge: Callable[[Tensor], Tensor], goal_weight: float = 0.5) -> tuple[int, Tensor]:
-    """Which video the objective is lowest on, and the losses (1+M,) of it; `judge` gives them for one."""
-    losses = [judge(video) for video in videos]
-    best = min(range(len(losses)), key=lambda k: vqa_objective(losses[k], goal_weight).item())
-    return best, losses[best]
+def pick(losses: Sequence[Tensor], goal_weight: float = 0.5) -> int:
+    """Which of several videos the objective is lowest on, from the losses (1+M,) of each."""
+    return min(range(len(losses)), key=lambda k: vqa_objective(losses[k], goal_weight).item())
