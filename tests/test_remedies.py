@@ -10,7 +10,7 @@ import torch
 from tests.tiny_pair import PROMPT, QUERIES
 from vlmteacher.errors import InputError
 from vlmteacher.lora import lora_parameters, remove_lora
-from vlmteacher.optimization import Optimization, Settings
+from vlmteacher.optimization import Optimization, Settings, teacher_frame_indices
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import MAX_QUERIES, QuerySet, QueryStyle
 from vlmteacher.reward import vqa_objective
@@ -171,6 +171,27 @@ def test_of_the_final_samples_the_teacher_picks_one(pipe: TeacherPipeline, make:
     assert torch.equal(video, videos[best]) and torch.equal(found, losses[best])
     assert out.sample == best and torch.equal(out.frames, video) and torch.equal(one.frames, videos[0])
     assert out.loss_after == min(objectives) and one.loss_after == objectives[0]
+
+
+def test_final_samples_are_sampled_without_an_update_too(pipe: TeacherPipeline) -> None:
+    asked = {"queries": QuerySet.from_dict(QUERIES), "output_type": "pt", "progress": False, "teacher_frames": 4}
+    out = pipe(PROMPT, generator=torch.Generator().manual_seed(0), final_samples=6, max_steps=0, **asked)
+    condition = pipe.reasoner.encode(PROMPT, None, pipe.reasoner.num_frames, pipe.reasoner.height, pipe.reasoner.width)
+    noise = pipe.reasoner.noise(condition, torch.Generator().manual_seed(0), 6)
+    indices = teacher_frame_indices(pipe.reasoner.num_frames, 4)
+    videos = [pipe.sample(condition, each, pipe.reasoner) for each in noise.samples()]
+    objectives = [vqa_objective(pipe.judge(video, indices, asked["queries"])).item() for video in videos]
+    best = objectives.index(min(objectives))
+    # To rounding: the call samples with a LoRA on, through the operators of the optimisation.
+    assert out.updates == 0 and out.sample == best > 0 and out.loss_after == pytest.approx(min(objectives), rel=1e-4)
+    torch.testing.assert_close(out.frames, videos[best], atol=1e-4, rtol=0)
+    torch.testing.assert_close(out.frames_before, videos[0], atol=1e-4, rtol=0)
+
+
+def test_a_default_of_several_samples_gives_way_to_a_sampler_that_makes_one(pipe: TeacherPipeline) -> None:
+    several = TeacherPipeline(pipe.reasoner, pipe.teacher, pipe.decoder, {"final_samples": 4, "teacher_frames": 4})
+    out = several(PROMPT, num_inference_steps=1, max_steps=0, queries=QuerySet.from_dict(QUERIES), progress=False)
+    assert out.config["final_samples"] == 1 and out.sample == 0
 
 
 def test_final_samples_need_noise_in_the_later_steps(pipe: TeacherPipeline) -> None:

@@ -166,6 +166,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--stage", required=True, choices=STAGES)
     sub.add_argument("--out", required=True, metavar="DIR", help="for the weights; earlier stages are read from it")
     sub.add_argument("--init", metavar="DIR", help="a pair whose weights the stage starts from (default: from scratch)")
+    sub.add_argument(
+        "--device", default="cpu", metavar="D", help="of the stage teacher-point: cpu (default), cuda, ..."
+    )
 
     sub = add("microworld", microworld, "instances of the built-in world as files; how good a Reasoner's few steps are")
     kinds = sub.add_subparsers(required=True, metavar="WHAT", parser_class=Parser, dest="what")
@@ -478,7 +481,7 @@ def train_microworld(arguments: argparse.Namespace) -> None:
     from vlmteacher.quiet import quiet
 
     quiet()
-    run(arguments.stage, Path(arguments.out), Path(arguments.init) if arguments.init else None)
+    run(arguments.stage, Path(arguments.out), Path(arguments.init) if arguments.init else None, arguments.device)
 
 
 def microworld(arguments: argparse.Namespace) -> None:

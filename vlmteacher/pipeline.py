@@ -302,7 +302,8 @@ class TeacherPipeline:
             "frame_jitter": frame_jitter,
             "lora_decay": lora_decay,
             "pull": pull,
-            "final_samples": final_samples,
+            # A pair's default is for its own sampler: by another, all videos from one z1 can be the same.
+            "final_samples": final_samples if reasoner.draws_later else final_samples or 1,
         }
         if self.lora:
             if rank not in (None, self.lora.rank):
@@ -390,13 +391,13 @@ class TeacherPipeline:
 
                 # 4. The few-step video of the adapted Reasoner from the same noise.
                 with timed(seconds, "after"):
-                    if loop.updates:
-                        samples = [self.sample(condition, each, reasoner) for each in noise.samples()]
-                        judged = [self.judge(each, frame_indices, queries) for each in samples]
-                        sample = pick(judged, settings.goal_weight)
-                        video, losses = samples[sample], judged[sample]
-                    else:
-                        sample, losses, video = 0, losses_before, video_before
+                    # Without an update the first of them is the video of before.
+                    samples, judged = ([], []) if loop.updates else ([video_before], [losses_before])
+                    known = len(samples)
+                    samples += [self.sample(condition, each, reasoner) for each in noise.samples()[known:]]
+                    judged += [self.judge(each, frame_indices, queries) for each in samples[known:]]
+                    sample = pick(judged, settings.goal_weight)
+                    video, losses = samples[sample], judged[sample]
                     lora = export_lora(reasoner.transformer)
             except (KeyboardInterrupt, NonFiniteError, OutOfMemory):
                 if run:

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from vlmteacher.errors import InputError
 from vlmteacher.evaluation.microworld import first_frame, run_benchmark
-from vlmteacher.microworld import stages, training, world
+from vlmteacher.microworld import stages, train_pointing, training, world
+from vlmteacher.microworld.pointing import Pointing
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import QuerySet
 from vlmteacher.teachers.vlm import VLMTeacher
@@ -23,6 +24,7 @@ SMALL = {
     "reasoner": {"layers": 1, "heads": 1, "ffn_dim": 64, "batch": 2, "steps": 2},
     "teacher": {"width": 32, "layers": 3, "mlp": 48, "vision_layers": 2, "vision_mlp": 48, "batch": 1, "steps": 2},
     "teacher_finetune": {"steps": 2, "collected": {"lessons": 1, "optimised": 1}, "keep": 1.0, "learn": ["move"]},
+    "teacher_point": {"steps": 6, "batch": 2, "labels": 1, "right": 1, "runs": 2, "scenes": 3, "workers": 1},
     "writer": {"steps": 2, "batch": 1, "rank": 2},
     "collect": {
         "lessons": {"shards": 1, "videos": 8},
@@ -72,6 +74,34 @@ def test_the_packaged_pair_loads_and_optimises(pair):
     assert out.frames.shape == (world.NUM_FRAMES, 3, world.SIZE, world.SIZE)
     assert out.updates == 2
     assert isinstance(pipe.teacher, VLMTeacher) and pipe.teacher.writer
+
+
+def test_pointing_resumes_to_the_same_weights(pair, tmp_path, monkeypatch):
+    write_configs(tmp_path)
+    monkeypatch.setattr(training, "CONFIGS", tmp_path)
+    monkeypatch.setattr(train_pointing, "SAVE_EVERY", 3)
+    cpu = torch.device("cpu")
+    train_pointing.main(pair.parent, tmp_path / "whole", cpu)
+    steps, step = [], Pointing.step
+
+    def stopped(self, rng):
+        steps.append(len(steps))
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return step(self, rng)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pointing, "step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train_pointing.main(pair.parent, tmp_path / "parts", cpu)
+    train_pointing.main(pair.parent, tmp_path / "parts", cpu)
+    whole, parts, before = (
+        load_file(folder / "teacher/model.safetensors")
+        for folder in (tmp_path / "whole", tmp_path / "parts", pair.parent / "finetune")
+    )
+    assert any(not torch.equal(whole[name], value) for name, value in before.items())
+    for name, value in whole.items():
+        assert torch.equal(parts[name], value), name
 
 
 def test_bench_resumes_and_refuses_other_results(pair, tmp_path, monkeypatch):

@@ -243,6 +243,14 @@ def test_a_stage_says_what_it_starts_from(tmp_path):
         stages.run("latents", tmp_path, tmp_path)
 
 
+def test_a_stage_says_where_it_works(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="stage vae is for the CPU: leave out --device cuda"):
+        stages.run("vae", tmp_path, device="cuda")
+    monkeypatch.setitem(stages.NEEDS, "teacher-point", ())
+    with pytest.raises(InputError, match="--device abc cannot be used here"):
+        stages.run("teacher-point", tmp_path, device="abc")
+
+
 def test_a_stage_says_what_it_needs(tmp_path):
     with pytest.raises(InputError, match="stage reasoner needs"):
         stages.run("reasoner", tmp_path)

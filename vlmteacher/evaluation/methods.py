@@ -57,7 +57,7 @@ class Method:
 METHODS = {
     method.name: method
     for method in (
-        Method("base", {"max_steps": 0}),
+        Method("base", {"max_steps": 0, "final_samples": 1}),
         Method("teacher"),
         Method("goal-only", {"goal_weight": 1.0}),
         Method("process-only", {"goal_weight": 0.0}),
@@ -66,7 +66,7 @@ METHODS = {
         Method("full-step", {"target": "full"}),
         Method("frames@half", frames=0.5),
         Method("frames@double", frames=2.0),
-        Method("many-step", {"final_samples": 1}, many_step=True),  # which draws no later noise
+        Method("many-step", many_step=True),
         Method("keep-best", {"keep": "best"}),
         Method("check-final", {"check_final": True}),
         Method("preserve", {"preserve": True}),
@@ -103,8 +103,12 @@ def find_method(name: str) -> Method:
 
 
 def steps(*numbers: int) -> Method:
-    """So many updates whatever the loss is; one run serves all the numbers, each of which is a state on its way."""
-    return Method("steps", {"max_steps": max(numbers), "threshold": NEVER}, snapshots=numbers)
+    """So many updates whatever the loss is; one run serves all the numbers, each of which is a state on its way.
+
+    None at all is the base.
+    """
+    settings = {"max_steps": max(numbers), "threshold": NEVER} if any(numbers) else METHODS["base"].settings
+    return Method("steps", settings, snapshots=numbers)
 
 
 Row = dict[str, Any]

@@ -51,6 +51,7 @@ TABLES = {
         splits=("id", "ood"),
         main=("base", "pass@5", "teacher"),
         others=(
+            "final@1",
             *(f"steps@{n}" for n in FIXED),
             *("process-only", "goal-only", "generic", "many-step", "last-step", "full-step"),
             *("frames@half", "frames@double"),
@@ -63,7 +64,7 @@ TABLES = {
         main=("base", "teacher"),
         others=(
             *("keep-best", "threshold@0.1", "threshold@0.05", "check-final", "preserve"),
-            *("jitter@2", "decay@1", "decay@10", "pull@0.1", "pull@1", "final@3"),
+            *("jitter@2", "decay@1", "decay@10", "pull@0.1", "pull@1", "final@1"),
         ),
         against=("base", "teacher"),
     ),

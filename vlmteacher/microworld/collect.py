@@ -20,7 +20,7 @@ from vlmteacher.microworld import labeller, splits, world
 from vlmteacher.microworld.facts import Facts, facts_of
 from vlmteacher.microworld.questions import right_queries
 from vlmteacher.microworld.scene import Scene
-from vlmteacher.microworld.training import to_video
+from vlmteacher.microworld.training import encode_clips
 from vlmteacher.optimization import Optimization, Settings
 from vlmteacher.reasoners.wan import WanReasoner
 
@@ -74,8 +74,7 @@ def lessons(shard: Shard, count: int, rng: np.random.Generator, reasoner: WanRea
 
     for _ in range(count // 8):
         drawn = [draw_track(rng) for _ in range(8)]
-        x = to_video(np.stack([world.draw(track) for _, track in drawn]))
-        z = (reasoner.vae.encode(x).latent_dist.mode() - reasoner.latents_mean) / reasoner.latents_std
+        z = encode_clips(reasoner, np.stack([world.draw(track) for _, track in drawn]))
         for frames, (scene, track) in zip(_pixels(decoder.decode_batch(z)), drawn, strict=True):
             shard.add(frames, scene, facts_of(scene, track))
 

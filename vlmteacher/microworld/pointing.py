@@ -1,191 +1,258 @@
-"""Part of stage ``teacher-finetune``: where the gradient of what the Teacher says should point.
+"""Part of stage ``teacher-point``: where the gradient of what the Teacher says should point.
 
 Answers alone do not teach it: of the many changes of a video after which a small Teacher says Yes, few make it right.
 So optimisations of training scenes run beside the training, and at each of their steps the gradient of the Teacher's
 loss with respect to the LoRA is turned towards that of the squared distance from the right video's latents: a loss on
 a derivative (Sobolev training, arXiv 1706.04859), where the Teacher's own optimisations lead (DAgger, arXiv 1011.0686).
 And the Teacher is not to be content before most of the way is made.
+
+All optimisations take a step at once, as rows of one batch, each with a LoRA of its own: on a GPU a hundred of them
+take as long as one.
 """
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlmteacher.evaluation.microworld import right_latents
-from vlmteacher.lora import add_lora, lora_parameters
+from vlmteacher.lora import target_modules
 from vlmteacher.microworld import splits, world
-from vlmteacher.microworld.collect import start
 from vlmteacher.microworld.questions import right_queries
+from vlmteacher.microworld.scene import Scene
+from vlmteacher.microworld.training import encode_clips
 from vlmteacher.optimization import GRADIENT_CLIP, Settings
-from vlmteacher.reasoners.base import Condition, Noise
-from vlmteacher.reward import vqa_objective
+from vlmteacher.reasoners.base import Condition
 
 if TYPE_CHECKING:
     from vlmteacher.microworld.train_teacher import Lesson
 
 
-@dataclass
-class Run:
-    """An optimisation of a training scene.
+class Loras:
+    """LoRAs of one rank on a transformer's linear layers, one for each row of a batch, their scale 1.
 
-    right: the right video's latents. length: updates until another optimisation takes its place. straight: led by the
-    distance from `right` instead of the Teacher. outside: the scene is out of domain. flawed: it is one where the
-    Reasoner errs. first: the distance before the first update.
+    Their weights are the rows of one matrix (rows, `count`).
     """
 
-    condition: Condition
-    noise: Noise
+    def __init__(self, transformer: nn.Module, rank: int) -> None:
+        self.rank, self.weights = rank, ()
+        ends = tuple(target_modules(transformer))
+        layers = [m for name, m in transformer.named_modules() if name.startswith("blocks.") and name.endswith(ends)]
+        self.sizes = [rank * side for layer in layers for side in (layer.in_features, layer.out_features)]
+        self.count = sum(self.sizes)
+        for place, layer in enumerate(layers):
+            layer.register_forward_hook(partial(self._add, place))
+
+    def _add(self, place: int, layer: nn.Module, given: tuple[Tensor], made: Tensor) -> Tensor:
+        if not self.weights:
+            return made
+        down, up = self.weights[2 * place : 2 * place + 2]
+        down, up = down.unflatten(1, (self.rank, -1)), up.unflatten(1, (-1, self.rank))
+        return made + given[0] @ down.transpose(1, 2) @ up.transpose(1, 2)
+
+    @contextmanager
+    def on(self, weights: Tensor) -> Iterator[None]:
+        """Within, row b of what the transformer is given goes through the LoRA in row b of `weights`."""
+        self.weights = weights.split(self.sizes, 1)
+        try:
+            yield
+        finally:
+            self.weights = ()
+
+    def fresh(self, rows: int, generator: torch.Generator) -> Tensor:
+        """(rows, count) on the CPU, drawn as `add_lora` does."""
+        parts = []
+        for place, size in enumerate(self.sizes):
+            most = 0.0 if place % 2 else (self.rank / size) ** 0.5  # kaiming_uniform with a = sqrt(5)
+            parts.append(most * (2 * torch.rand(rows, size, generator=generator) - 1))
+        return torch.cat(parts, 1)
+
+
+class RowAdam:
+    """Adam for rows of a matrix that begin at different times, each with its gradient clipped to `GRADIENT_CLIP`."""
+
+    def __init__(self, weights: Tensor, learning_rate: float) -> None:
+        self.weights, self.learning_rate = weights, learning_rate
+        self.mean, self.square = torch.zeros_like(weights), torch.zeros_like(weights)
+        self.steps = weights.new_zeros(len(weights), 1)
+
+    def clear(self, rows: Tensor) -> None:
+        for state in (self.mean, self.square, self.steps):
+            state[rows] = 0
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor) -> None:
+        gradient = gradient * (GRADIENT_CLIP / (gradient.norm(dim=1, keepdim=True) + 1e-6)).clamp_max(1)
+        self.steps += 1
+        self.mean.lerp_(gradient, 0.1)
+        self.square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        mean, square = self.mean / (1 - 0.9**self.steps), self.square / (1 - 0.999**self.steps)
+        self.weights.sub_(self.learning_rate * mean / (square.sqrt() + 1e-8))
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Training scenes, encoded: prompts (N, L, D), first frames (N, C, 1, h, w), right videos (N, C, T, h, w).
+
+    flawed: (N,) whether the Reasoner errs there. outside: (N,) whether it is out of domain.
+    """
+
+    scenes: list[Scene]
+    questions: list[list[str]]
+    prompts: Tensor
+    first: Tensor
     right: Tensor
-    questions: list[str]
-    transformer: nn.Module
-    parameters: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    length: int
-    straight: bool
-    outside: bool
-    flawed: bool
-    first: float = 0.0
-    updates: int = 0
+    flawed: Tensor
+    outside: Tensor
 
-    def due(self, distance: float) -> float:
-        """What the Teacher's objective should not be below yet: 1.5 at the first distance, 0 at a quarter of it."""
-        return 3.0 * min(max((distance / self.first) ** 0.5 - 0.5, 0.0), 0.5) if self.flawed else 0.0
-
-    def gradient(self, value: Tensor, along: Tensor | None = None) -> list[Tensor]:
-        """Of `value` with respect to the LoRA; with `along`, of the product of the two, and differentiable in it."""
-        return list(
-            torch.autograd.grad(
-                value,
-                self.parameters,
-                along,
-                retain_graph=True,
-                create_graph=along is not None,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+    @classmethod
+    @torch.no_grad()
+    def draw(cls, reasoner: Any, config: dict[str, Any], rng: np.random.Generator, batch: int = 64) -> Scenes:
+        """`scenes` of them, the families as `often` as said, by shares `outside` and, of the others, `flawed`."""
+        weights = np.asarray([config["often"].get(family, 1.0) for family in world.FAMILIES])
+        scenes = []
+        for family in rng.choice(world.FAMILIES, config["scenes"], p=weights / weights.sum()):
+            scene = splits.training_scene(rng, str(family), config["outside"])
+            while world.flawed(scene) == scene and rng.random() < config["flawed"]:
+                scene = splits.training_scene(rng, str(family), config["outside"])
+            scenes.append(scene)
+        first, right = [], []
+        for start in range(0, len(scenes), batch):
+            clips = np.stack([world.render(scene) for scene in scenes[start : start + batch]])
+            clips = (clips * 255).round() / 255  # as an image and a video are given
+            first.append(encode_clips(reasoner, clips[:, :1]))
+            right.append(encode_clips(reasoner, clips))
+        queries = [right_queries(scene) for scene in scenes]
+        device = reasoner.device
+        return cls(
+            scenes,
+            [[each.goal, *each.process] for each in queries],
+            torch.cat([reasoner.encode_prompt(world.write_prompt(scene, rng)) for scene in scenes]),
+            torch.cat(first),
+            torch.cat(right),
+            torch.tensor([world.flawed(scene) != scene for scene in scenes], device=device),
+            torch.tensor([world.split_of(scene) == "ood" for scene in scenes], device=device),
         )
 
 
-class Pointing:
-    """The optimisations; `step` takes some of them a step further and gives the loss on the Teacher's gradients there.
+Objective = Callable[[Tensor, Sequence[list[str]]], Tensor]
+"""The Teacher's (B,) on frames (B, K, 3, H, W) and the questions about each, whose gradient has one too."""
 
-    settings: of the optimisations. config: `runs` of them are kept and `at_once` take a step; `outside` and `flawed`
-    are shares of scenes out of domain and, of the others, of those where the Reasoner errs; `longest` updates; a share
-    `straight` of them is led by the distance; below a distance of `far` the direction counts less; `weight` of
-    1 - cosine in the loss, and `early` of content with what is not right yet.
+
+class Pointing:
+    """The optimisations; `step` takes all of them a step further and gives the loss on the Teacher's gradients there.
+
+    settings: of the optimisations. config: `runs` of them, of `longest` updates at most; a share `straight` of them is
+    led by the distance instead of the Teacher; below a distance of `far` the direction counts less; `weight` of
+    1 - cosine in the loss, and `early` of content with what is not right yet, which begins where the square root of
+    the distance is `content_from` of the first.
     """
 
-    def __init__(self, lesson: Lesson, reasoner: Any, decoder: Any, settings: Settings, config: dict[str, Any]) -> None:
-        self.lesson, self.reasoner, self.decoder = lesson, reasoner, decoder
+    def __init__(
+        self,
+        lesson: Lesson,
+        reasoner: Any,
+        decoder: Any,
+        scenes: Scenes,
+        settings: Settings,
+        config: dict[str, Any],
+    ) -> None:
+        self.lesson, self.reasoner, self.decoder, self.scenes = lesson, reasoner, decoder, scenes
         self.settings, self.config = settings, config
-        shared = {id(weight): weight for weight in reasoner.transformer.parameters()}  # which stay as they are
-        self.transformers = [copy.deepcopy(reasoner.transformer, dict(shared)) for _ in range(config["runs"])]
+        self.loras = Loras(reasoner.transformer, settings.rank)
         self.clear()
 
     def clear(self) -> None:
         """Begin other optimisations."""
-        self.runs: list[Run | None] = [None] * self.config["runs"]
+        rows, device = self.config["runs"], self.reasoner.device
+        self.weights = torch.zeros(rows, self.loras.count, device=device, requires_grad=True)
+        self.optimizer = RowAdam(self.weights.detach(), self.settings.learning_rate)
+        self.noise = torch.zeros(rows, *self.scenes.right.shape[1:], device=device)
+        self.which = torch.zeros(rows, dtype=torch.long)  # of `scenes`
+        self.updates, self.length = np.zeros(rows, int), np.zeros(rows, int)
+        self.straight = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.first_distance = torch.ones(rows, device=device)
 
-    def begin(self, transformer: Any, rng: np.random.Generator) -> Run:
-        family = str(rng.choice(world.FAMILIES))
-        scene = splits.training_scene(rng, family, self.config["outside"])
-        while world.flawed(scene) == scene and rng.random() < self.config["flawed"]:
-            scene = splits.training_scene(rng, family, self.config["outside"])
-        condition, noise = start(self.reasoner, scene, rng)
-        queries = right_queries(scene)
-        add_lora(transformer, self.settings.rank, seed=int(rng.integers(2**31)), fused=False)
-        parameters = list(lora_parameters(transformer))
-        return Run(
-            condition,
-            noise,
-            right_latents(self.reasoner, scene),
-            [queries.goal, *queries.process],
-            transformer,
-            parameters,
-            torch.optim.AdamW(parameters, lr=self.settings.learning_rate, weight_decay=0),
-            int(rng.integers(1, self.config["longest"] + 1)),
-            rng.random() < self.config["straight"],
-            world.split_of(scene) == "ood",
-            world.flawed(scene) != scene,
-        )
+    def begin(self, rng: np.random.Generator) -> None:
+        """Put new optimisations where others have had their updates."""
+        rows = np.nonzero(self.updates >= self.length)[0]
+        if not len(rows):
+            return
+        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+        device, places = self.weights.device, torch.from_numpy(rows)
+        with torch.no_grad():
+            self.weights[places] = self.loras.fresh(len(rows), generator).to(device)
+            self.noise[places] = torch.randn(len(rows), *self.noise.shape[1:], generator=generator).to(device)
+        self.optimizer.clear(places)
+        self.which[places] = torch.from_numpy(rng.integers(len(self.scenes.scenes), size=len(rows)))
+        self.straight[places] = torch.from_numpy(rng.random(len(rows)) < self.config["straight"]).to(device)
+        self.updates[rows], self.length[rows] = 0, rng.integers(1, self.config["longest"] + 1, len(rows))
 
-    def losses(self, frames: Tensor, runs: list[Run]) -> Tensor:
-        """The Teacher's objective (B,) on frames (B, K, 3, H, W), whose gradient has one too."""
-        most = max(len(run.questions) for run in runs)
-        texts = [(run.questions * most)[:most] for run in runs]  # the first again, unweighed, where there are fewer
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.lesson.config["bf16"]):
-            losses = -self.lesson.read(frames, texts, backend="sdpa").yes
-        goal = self.settings.goal_weight
-        return torch.stack([vqa_objective(x[: len(r.questions)], goal) for x, r in zip(losses, runs, strict=True)])
+    def predict(self) -> Tensor:
+        """The one-step predictions (rows, C, T, h, w), differentiable as often as one likes."""
+        which = self.which.to(self.weights.device)
+        size = world.NUM_FRAMES, world.SIZE, world.SIZE
+        condition = Condition(self.scenes.prompts[which], self.scenes.first[which], *size)
+        with self.loras.on(self.weights), sdpa_kernel(SDPBackend.MATH):  # the only one whose gradient has one
+            return self.reasoner.predict_clean_at(condition, self.noise, 1.0)
 
-    @torch.no_grad()
-    def carried(self, video: Tensor, z: Tensor, direction: Tensor) -> Tensor:
-        """The change of a video with its latents: exact but for the kinks of the decoder, which is linear elsewhere."""
-        size = 1e-3 * z.square().mean().sqrt() / direction.square().mean().sqrt().clamp_min(1e-30)
-        return (self.decoder.decode(z + size * direction, frame_indices=self.lesson.indices) - video) / size
+    def carried(self, latents: Tensor, change: Tensor) -> Tensor:
+        """The change of the frames that the Teacher sees with that of the latents, both of all rows."""
+        size = change.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1, 1)  # squares of the tiny underflow
+        with torch.no_grad(), forward_ad.dual_level():
+            frames = self.decoder.decode_batch(forward_ad.make_dual(latents.detach(), change / size))
+            return forward_ad.unpack_dual(frames).tangent[:, self.lesson.indices] * size
 
-    def turn(self, run: Run, z: Tensor, video: Tensor, asked: Tensor) -> tuple[Tensor, float, float]:
-        """Compare the way that the Teacher asks for with that to the right video, and leave one of them for the LoRA.
+    def due(self, distance: Tensor) -> Tensor:
+        """What the Teacher's objective should not be below yet, where the Reasoner errs."""
+        left = (distance / self.first_distance).sqrt() - self.config["content_from"]
+        return 2.5 * left.clamp(0, 1) * self.scenes.flawed[self.which.to(distance.device)]
 
-        asked: the gradient at the video. Returns the gradient of 1 - cosine at `asked`, the cosine and the distance.
-        All is linear from there to the LoRA's gradient: what the cosine wants of that is carried forward to the frames.
+    def step(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float], Tensor]:
+        """The loss, what is reported, and the videos (rows, T, 3, H, W) of the scenes `which`.
+
+        All is linear from the gradient at the frames to that at the LoRA: what the cosine wants of the latter is
+        carried forward to the frames.
         """
-        distance = (z - run.right).square().mean()
-        straight = run.gradient(distance)
-        (asked_of_latents,) = torch.autograd.grad(video, z, asked)
-        led = run.gradient(z, asked_of_latents.requires_grad_())
-        cosine = F.cosine_similarity(*(torch.cat([g.flatten() for g in each]) for each in (led, straight)), dim=0)
-        (wanted,) = torch.autograd.grad(1 - cosine, asked_of_latents)
-        for parameter, value in zip(run.parameters, straight if run.straight else led, strict=True):
-            parameter.grad = value.detach()
-        nn.utils.clip_grad_norm_(run.parameters, GRADIENT_CLIP)
-        return self.carried(video, z, wanted), cosine.item(), distance.item()
-
-    def step(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        """The loss and what is reported."""
-        places = [int(k) for k in rng.choice(len(self.runs), self.config["at_once"], replace=False)]
-        runs = [self.runs[k] or self.begin(self.transformers[k], rng) for k in places]
-        with sdpa_kernel(SDPBackend.MATH):  # the only one whose gradient has one
-            latents = [
-                self.reasoner.predict_clean_at(run.condition, run.noise.z1, 1.0, transformer=run.transformer)
-                for run in runs
-            ]
-            videos = [self.decoder.decode(z, frame_indices=self.lesson.indices) for z in latents]
-            frames = torch.stack(videos).detach().requires_grad_()
-            losses = self.losses(frames, runs)
+        self.begin(rng)
+        latents = self.predict()
+        videos = self.decoder.decode_batch(latents)
+        seen = videos[:, self.lesson.indices]
+        frames = seen.detach().requires_grad_()
+        questions = [self.scenes.questions[k] for k in self.which.tolist()]
+        losses = self.lesson.objective(frames, questions, self.settings.goal_weight)
         (asked,) = torch.autograd.grad(losses.sum(), frames, create_graph=True)
-        given = zip(runs, latents, videos, asked.detach(), strict=True)
-        changes, cosines, distances = zip(*(self.turn(*each) for each in given), strict=True)
+
+        way = (latents - self.scenes.right[self.which.to(latents.device)]).square().flatten(1).mean(1)
+        (straight,) = torch.autograd.grad(way.sum(), self.weights, retain_graph=True)
+        (asked_of_latents,) = torch.autograd.grad(seen, latents, asked.detach(), retain_graph=True)
+        asked_of_latents.requires_grad_()
+        (led,) = torch.autograd.grad(latents, self.weights, asked_of_latents, create_graph=True)
+        cosine = F.cosine_similarity(led, straight, dim=1)
+        (wanted,) = torch.autograd.grad((1 - cosine).sum(), asked_of_latents)
+        turned = (asked * self.carried(latents, wanted)).flatten(1).sum(1)
+        cosine, distance = cosine.detach(), way.detach()
+        turned = turned - turned.detach() + 1 - cosine
 
         # Little is to be told of the direction where little is left of the way.
-        weights = (torch.tensor(distances) / self.config["far"]).clamp_max(1) * self.config["weight"] / len(runs)
-        turned = torch.stack([(a * change).sum() for a, change in zip(asked, changes, strict=True)])
-        turned = turned - turned.detach() + 1 - torch.tensor(cosines)
-        for run, distance in zip(runs, distances, strict=True):
-            run.first = run.first if run.updates else distance
-        due = torch.tensor([run.due(distance) for run, distance in zip(runs, distances, strict=True)])
-        early = F.relu(due - losses).mean()
-        report = {
-            "cosine": cosines,
-            "cosine_first": [c for run, c in zip(runs, cosines, strict=True) if not run.updates and not run.outside],
-            "cosine_first_outside": [
-                c for run, c in zip(runs, cosines, strict=True) if not run.updates and run.outside
-            ],
-            "distance": distances,
-            "objective": losses.tolist(),
-            "early": [early.item()],
-        }
-        for place, run in zip(places, runs, strict=True):
-            run.optimizer.step()
-            run.updates += 1
-            self.runs[place] = run if run.updates < run.length else None
-        means = {name: float(np.mean(values)) for name, values in report.items() if len(values)}
-        return (weights * turned).sum() + self.config["early"] * early, means
+        weights = (distance / self.config["far"]).clamp_max(1) * self.config["weight"] / len(distance)
+        fresh = torch.from_numpy(self.updates == 0).to(distance.device)
+        self.first_distance = torch.where(fresh, distance, self.first_distance)
+        early = F.relu(self.due(distance) - losses).mean()
+        self.optimizer.step(torch.where(self.straight[:, None], straight, led.detach()))
+        report = {"cosine": cosine, "distance": distance, "objective": losses.detach(), "early": early.detach()}
+        outside = self.scenes.outside[self.which.to(distance.device)]
+        firsts = {"cosine_first": fresh & ~outside, "cosine_first_outside": fresh & outside}
+        report |= {name: cosine[rows] for name, rows in firsts.items() if rows.any()}
+        self.updates += 1
+        means = {name: float(values.mean()) for name, values in report.items()}
+        return (weights * turned).sum() + self.config["early"] * early, means, videos.detach()

@@ -1,8 +1,8 @@
 """How the packaged models are made, stage by stage; each resumes where it was stopped.
 
 vae -> vae-decoder, decoder, latents -> reasoner -> distil -> (teacher) -> collect -> teacher-finetune -> optimise ->
-teacher-finetune -> writer -> package. The encoder of the video distance stands by itself. Every stage reads its
-predecessors from the same folder.
+teacher-finetune -> teacher-point -> writer -> package. The encoder of the video distance stands by itself. Every stage
+reads its predecessors from the same folder.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 from vlmteacher.errors import InputError
+from vlmteacher.placement import find_device
 
 STAGES = (
     "vae",
@@ -24,6 +25,7 @@ STAGES = (
     "collect",
     "teacher-finetune",
     "optimise",
+    "teacher-point",
     "writer",
     "package",
     "encoder",
@@ -37,12 +39,13 @@ NEEDS = {
     "collect": ("distil/pipeline", "decoder/decoder.safetensors"),
     "teacher-finetune": ("teacher/state.pt", "collect"),
     "optimise": ("distil/pipeline", "decoder/decoder.safetensors", "finetune/teacher"),
-    "writer": ("teacher/tokenizer", "finetune/teacher"),
+    "teacher-point": ("teacher/tokenizer", "distil/pipeline", "decoder/decoder.safetensors", "finetune/teacher"),
+    "writer": ("teacher/tokenizer", "point/teacher"),
     "package": (
         "distil/pipeline",
         "vae_decoder/vae",
         "decoder/decoder.safetensors",
-        "finetune/teacher",
+        "point/teacher",
         "writer/writer",
     ),
 }
@@ -52,18 +55,30 @@ STARTS = {  # the parts of a pair that a stage may start from
     "reasoner": "reasoner",
     "teacher": "teacher",
 }
-DEFAULTS = {"max_steps": 60, "threshold": 0.22, "learning_rate": 4e-4, "rank": 16, "teacher_frames": 12}
+DEFAULTS = {
+    "max_steps": 60,
+    "threshold": 0.22,
+    "learning_rate": 6e-4,
+    "rank": 16,
+    "teacher_frames": 12,
+    "final_samples": 5,
+}
 
 
-def run(stage: str, out: Path, init: Path | None = None) -> None:
+def run(stage: str, out: Path, init: Path | None = None, device: str = "cpu") -> None:
     """Run one stage in the folder `out`, from scratch or from the weights of the pair in the folder `init`.
 
-    Raises InputError: an earlier stage's result is not there, `init` is no pair, or its part has other sizes.
+    device: of `teacher-point`; the others are for the CPU.
+
+    Raises InputError: another device than the stage can use; an earlier stage's result is not there, `init` is no pair,
+    or its part has other sizes.
     """
     if init and not (init / "pair.json").exists():
         raise InputError(f"{init} holds no pair.json: --init takes the folder of a pair")
     if init and stage not in STARTS:
         raise InputError(f"stage {stage} starts from no other weights: leave out --init ({', '.join(STARTS)} take it)")
+    if device != "cpu" and stage != "teacher-point":
+        raise InputError(f"stage {stage} is for the CPU: leave out --device {device}, which teacher-point alone takes")
     start = init / STARTS[stage] if init else None
     for need in NEEDS.get(stage, ()):
         if not (out / need).exists():
@@ -102,10 +117,14 @@ def run(stage: str, out: Path, init: Path | None = None) -> None:
         from vlmteacher.microworld import train_teacher
 
         train_teacher.finetune(out / "teacher/state.pt", out / "collect", out / "finetune")
+    elif stage == "teacher-point":
+        from vlmteacher.microworld import train_pointing
+
+        train_pointing.main(out, out / "point", find_device(device, "--device"))
     elif stage == "writer":
         from vlmteacher.microworld import train_writer
 
-        train_writer.main(out / "finetune", out / "writer")
+        train_writer.main(out / "point", out / "writer")
     elif stage == "package":
         package(out, out / "pair")
     elif stage == "encoder":
@@ -156,7 +175,7 @@ def package(trained: Path, pair: Path) -> None:
     TinyVideoDecoder.from_checkpoint(trained / "decoder/decoder.safetensors").to(half).save(
         pair / "decoder.safetensors"
     )
-    teacher = trained / "finetune/teacher"
+    teacher = trained / "point/teacher"
     shutil.copytree(teacher, pair / "teacher", dirs_exist_ok=True)
     Qwen3VLForConditionalGeneration.from_pretrained(teacher, dtype=half).save_pretrained(pair / "teacher")
     train_writer.attach(trained / "writer/writer", pair / "teacher")

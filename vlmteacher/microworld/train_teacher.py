@@ -25,17 +25,16 @@ from transformers import AttentionInterface, AutoTokenizer, Qwen3VLConfig, Qwen3
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from vlmteacher.microworld import corruptions, splits, world
-from vlmteacher.microworld.collect import load, parts
+from vlmteacher.microworld.collect import load
 from vlmteacher.microworld.facts import FASTEST, Facts, facts_of
 from vlmteacher.microworld.grounding import LAYER, STATE, Grounding, Look, by_color, find_words, in_pairs
-from vlmteacher.microworld.pointing import Pointing
 from vlmteacher.microworld.questions import STYLE, Question, ask, own_questions, right_queries
 from vlmteacher.microworld.scene import Scene, Track
 from vlmteacher.microworld.tokenizer import kept_tokenizer
 from vlmteacher.microworld.training import adopt, load_config, train
 from vlmteacher.ops.attention import Spans, attention
 from vlmteacher.ops.patchify import patchify
-from vlmteacher.optimization import Settings, teacher_frame_indices
+from vlmteacher.optimization import teacher_frame_indices
 from vlmteacher.queries import query_prompt
 from vlmteacher.reward import vqa_objective
 from vlmteacher.teachers.preprocessing import VisionSettings
@@ -223,6 +222,12 @@ class PackedForward:
         )
         positions = get_vision_position_ids(grid, config.spatial_merge_size, kwargs={})
         self.cos, self.sin = self.visual.rotary_pos_emb(self.visual.pos_embed.weight, positions)
+
+    def to(self, device: torch.device) -> None:
+        """Follow the model there."""
+        self.places, self.weights, self.cos, self.sin = (
+            x.to(device) for x in (self.places, self.weights, self.cos, self.sin)
+        )
 
     def see(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """patches (S, P, D) of S frame pairs -> merged tokens (S, P/4, C) and the DeepStack features, same shape."""
@@ -463,6 +468,12 @@ class Lesson:
         self.known: dict[str, list[int]] = {}
         self.prefix_positions: Tensor | None = None
 
+    def to(self, device: torch.device) -> Lesson:
+        """Read there; `judge` and `write` stay on the CPU."""
+        self.teacher.model.to(device)
+        self.packed.to(device)
+        return self
+
     def question_ids(self, question: str) -> list[int]:
         if question not in self.known:
             self.known[question] = self.teacher._question_ids(question, self.placeholder)[0]
@@ -497,15 +508,27 @@ class Lesson:
             )
         after = self.prefix_positions.max() + 1
         tail = (after + torch.arange(longest)).repeat(count).view(1, 1, -1).expand(3, 1, -1)
-        positions = torch.cat([self.prefix_positions, tail], -1).expand(3, batch, -1)
-        here = torch.arange(length)
+        device = frames.device
+        positions = torch.cat([self.prefix_positions, tail], -1).to(device).expand(3, batch, -1)
+        ids, ends = ids.to(device), ends.to(device)
+        here = torch.arange(length, device=device)
         start = prefix + (here - prefix) // longest * longest  # of the question that the token is in
         table = torch.stack([(here + 1).clamp_max(prefix), start.clamp_min(prefix), here + 1], 1)
         spans = Spans(table.int(), length)
         states = self.packed.read(ids, positions, spans, merged, deep, self.video_pad, backend)
-        hidden = states[-1][torch.arange(batch)[:, None], ends]
+        hidden = states[-1][torch.arange(batch, device=device)[:, None], ends]
         likely = self.teacher.model.lm_head(hidden).float().log_softmax(-1)
         return Reading(ids, prefix, longest, merged, states, likely[..., self.yes], likely[..., self.no])
+
+    def objective(self, frames: Tensor, questions: Sequence[list[str]], goal_weight: float) -> Tensor:
+        """(B,) what an optimisation lets fall, on frames (B, K, 3, H, W); its gradient at them has one too."""
+        most = max(len(row) for row in questions)
+        texts = [(row * most)[:most] for row in questions]  # the first again, unweighed, where there are fewer
+        bf16 = torch.autocast(frames.device.type, torch.bfloat16, enabled=self.config["bf16"])
+        with bf16, sdpa_kernel(SDPBackend.MATH):  # the only one whose gradient has one
+            losses = -self.read(frames, texts, backend="sdpa").yes
+        rows = zip(losses, questions, strict=True)
+        return torch.stack([vqa_objective(row[: len(asked)], goal_weight) for row, asked in rows])
 
     def judge(self, shown: Batch) -> tuple[Tensor, dict]:
         """The loss and what is reported of it; `answer_loss` is that of the answers alone."""
@@ -545,7 +568,7 @@ class Lesson:
         return total, report
 
     def mislead(self, shown: Batch) -> Batch:
-        """Frames a step, of 0 to the adversary's most, up the gradient of the answers' loss, smoothed as by a decoder.
+        """Frames a step, of 0 to the adversary's most, up the gradient of the answers' loss.
 
         An optimisation takes such steps; the truth stays what it was. A Teacher that withstands them has gradients
         that change what is seen (adversarial training, arXiv 1706.06083; one step, arXiv 2001.03994).
@@ -553,9 +576,7 @@ class Lesson:
         frames = shown.frames.detach().requires_grad_()
         self.judge(replace(shown, frames=frames))
         (gradient,) = torch.autograd.grad(self.answer_loss, frames)
-        smooth = F.avg_pool2d(gradient.flatten(0, 1), 3, 1, 1).view_as(frames)
-        size = self.config["adversary"] * torch.rand(len(frames), 1, 1, 1, 1)
-        return replace(shown, frames=(frames.detach() + size * smooth.sign()).clamp(0, 1))
+        return replace(shown, frames=climbed(frames, gradient, self.config["adversary"]))
 
     def keep(self, shown: Batch, known: Lesson) -> tuple[Tensor, dict[str, float]]:
         """How far answers, and the way in which frames would have to change for a Yes, are not those of `known`.
@@ -613,6 +634,13 @@ class Lesson:
         last = self.packed.read(rows, positions, causal, merged, deep, pad)[-1]
         logits = self.teacher.model.lm_head(last).float().flatten(0, 1)
         return F.cross_entropy(logits, goal.flatten(), reduction="sum") / len(scenes)
+
+
+def climbed(frames: Tensor, gradient: Tensor, most: float) -> Tensor:
+    """Frames (B, K, 3, H, W) a step of 0 to `most` up the signs of a gradient, smoothed as by a decoder."""
+    smooth = F.avg_pool2d(gradient.flatten(0, 1), 3, 1, 1).view_as(frames)
+    size = most * torch.rand(len(frames), 1, 1, 1, 1).to(frames)
+    return (frames.detach() + size * smooth.sign()).clamp(0, 1)
 
 
 def accuracies(asked: list[list[Question]], scenes: list[Scene], right: list[list[bool]]) -> dict[str, float]:
@@ -699,11 +727,7 @@ def finetune(start: Path, collected: Path, out: Path) -> None:
             rows = draw(held, rng)
             return lessons.keep(Batch.of(rows, [ask(s, f, rng, 4) for _, s, f in rows]), known)
 
-    pointing = None
-    if config["pointing"]:
-        settings = Settings(**load_config("collect")["settings"])
-        pointing = Pointing(lessons, *parts(out.parent), settings, load_config("pointing"))
-    fit(lessons, partial(draw, learned), out, warmup=50, pointing=pointing, hold=hold)
+    fit(lessons, partial(draw, learned), out, warmup=50, hold=hold)
 
 
 def scenes_to_write(rng: np.random.Generator, count: int, outside: float) -> list[Scene]:
@@ -719,7 +743,6 @@ def fit(
     out: Path,
     *,
     warmup: int,
-    pointing: Pointing | None = None,
     hold: Callable[[np.random.Generator], tuple[Tensor, dict[str, float]]] | None = None,
 ) -> None:
     """Train on the rows that `draw` gives, writing queries now and then; save the Teacher to ``out/teacher``.
@@ -747,11 +770,6 @@ def fit(
             if blended:
                 loss = config["answer_weight"] * lessons.answer_loss
                 report = {"blend": float(lessons.answer_loss.detach())}
-        if pointing:
-            if index % SAVE_EVERY == 0:
-                pointing.clear()  # so that it is the same where training is taken up again
-            cost, told = pointing.step(rng)
-            loss, report = loss + cost, report | told
         return loss, report
 
     train(

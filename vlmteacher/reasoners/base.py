@@ -234,9 +234,14 @@ class Reasoner(ABC):
         # Filled on the device: copying a number there cannot be part of a CUDA graph.
         return torch.full((batch,), 1000 * sigma, dtype=torch.float32, device=self.device)
 
+    @property
+    def draws_later(self) -> bool:
+        """Whether sampling draws noise after z1, so that one z1 can become several videos."""
+        return self.settings.sampler == "renoise" and len(self.settings.timesteps) > 1
+
     def check_samples(self, samples: int) -> None:
         """Raise InputError where so many videos of one z1 would all be the same."""
-        if samples > 1 and (self.settings.sampler != "renoise" or len(self.settings.timesteps) < 2):
+        if samples > 1 and not self.draws_later:
             raise InputError(
                 f"final_samples {samples} needs a Reasoner that draws noise after the first step, which this one, "
                 f"of sampler {self.settings.sampler!r} with {len(self.settings.timesteps)} steps, does not: give 1"
