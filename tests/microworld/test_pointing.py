@@ -35,7 +35,7 @@ def pointing(tmp_path_factory):
     config = load_config("teacher") | TEACHER
     lesson = train_teacher.Lesson(train_teacher.build(config, tmp_path_factory.mktemp("t") / "tokenizer"), config)
     settings = Settings(rank=2, learning_rate=1e-3, teacher_frames=train_teacher.FRAMES)
-    scenes = Scenes.draw(pipe.reasoner, SCENES, np.random.default_rng(0), batch=3)
+    scenes = Scenes.draw(pipe.reasoner, SCENES, np.random.default_rng(0))
     return Pointing(lesson, pipe.reasoner, pipe.decoder, scenes, settings, dict(OPTIMISATIONS))
 
 

@@ -12,7 +12,7 @@ take as long as one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -116,15 +116,8 @@ class Scenes:
 
     @classmethod
     @torch.no_grad()
-    def draw(cls, reasoner: Any, config: dict[str, Any], rng: np.random.Generator, batch: int = 64) -> Scenes:
-        """`scenes` of them, the families as `often` as said, by shares `outside` and, of the others, `flawed`."""
-        weights = np.asarray([config["often"].get(family, 1.0) for family in world.FAMILIES])
-        scenes = []
-        for family in rng.choice(world.FAMILIES, config["scenes"], p=weights / weights.sum()):
-            scene = splits.training_scene(rng, str(family), config["outside"])
-            while world.flawed(scene) == scene and rng.random() < config["flawed"]:
-                scene = splits.training_scene(rng, str(family), config["outside"])
-            scenes.append(scene)
+    def of(cls, reasoner: Any, scenes: list[Scene], prompts: list[str], batch: int = 64) -> Scenes:
+        """Encode scenes, so many videos at once, on the Reasoner's device."""
         first, right = [], []
         for start in range(0, len(scenes), batch):
             clips = np.stack([world.render(scene) for scene in scenes[start : start + batch]])
@@ -132,20 +125,31 @@ class Scenes:
             first.append(encode_clips(reasoner, clips[:, :1]))
             right.append(encode_clips(reasoner, clips))
         queries = [right_queries(scene) for scene in scenes]
-        device = reasoner.device
         return cls(
             scenes,
             [[each.goal, *each.process] for each in queries],
-            torch.cat([reasoner.encode_prompt(world.write_prompt(scene, rng)) for scene in scenes]),
+            torch.cat([reasoner.encode_prompt(prompt) for prompt in prompts]),
             torch.cat(first),
             torch.cat(right),
-            torch.tensor([world.flawed(scene) != scene for scene in scenes], device=device),
-            torch.tensor([world.split_of(scene) == "ood" for scene in scenes], device=device),
+            torch.tensor([world.flawed(scene) != scene for scene in scenes], device=reasoner.device),
+            torch.tensor([world.split_of(scene) == "ood" for scene in scenes], device=reasoner.device),
         )
 
+    @classmethod
+    def draw(cls, reasoner: Any, config: dict[str, Any], rng: np.random.Generator) -> Scenes:
+        """`scenes` for training, the families as `often` as said, by shares `outside` and, of the others, `flawed`."""
+        weights = np.asarray([config["often"].get(family, 1.0) for family in world.FAMILIES])
+        scenes = []
+        for family in rng.choice(world.FAMILIES, config["scenes"], p=weights / weights.sum()):
+            scene = splits.training_scene(rng, str(family), config["outside"])
+            while world.flawed(scene) == scene and rng.random() < config["flawed"]:
+                scene = splits.training_scene(rng, str(family), config["outside"])
+            scenes.append(scene)
+        return cls.of(reasoner, scenes, [world.write_prompt(scene, rng) for scene in scenes])
 
-Objective = Callable[[Tensor, Sequence[list[str]]], Tensor]
-"""The Teacher's (B,) on frames (B, K, 3, H, W) and the questions about each, whose gradient has one too."""
+    def condition(self, rows: Tensor | slice = slice(None)) -> Condition:
+        """What the Reasoner is given for some of them."""
+        return Condition(self.prompts[rows], self.first[rows], world.NUM_FRAMES, world.SIZE, world.SIZE)
 
 
 class Pointing:
@@ -199,9 +203,7 @@ class Pointing:
 
     def predict(self) -> Tensor:
         """The one-step predictions (rows, C, T, h, w), differentiable as often as one likes."""
-        which = self.which.to(self.weights.device)
-        size = world.NUM_FRAMES, world.SIZE, world.SIZE
-        condition = Condition(self.scenes.prompts[which], self.scenes.first[which], *size)
+        condition = self.scenes.condition(self.which.to(self.weights.device))
         with self.loras.on(self.weights), sdpa_kernel(SDPBackend.MATH):  # the only one whose gradient has one
             return self.reasoner.predict_clean_at(condition, self.noise, 1.0)
 

@@ -119,95 +119,119 @@ class Queue:
         return self.waiting.popleft().result()
 
 
-def main(trained: Path, out: Path, device: torch.device) -> None:
-    """Go on from ``trained/finetune/teacher``; write ``out/teacher``, a share `mix` of the way to the trained one.
+class Course:
+    """What the steps of the training are made of: the Teacher, whom it learns from, and what other processes do for it.
 
-    `train` saves every `SAVE_EVERY` steps; optimisations and labels begin anew there, so that a training that is taken
-    up again sees what one in a piece does.
+    config: of both `Pointing` and this: `batch` rendered videos a step, a share `faded` of them; `labels` predictions
+    are labelled and as many shown again, `questions` about each; `right` videos; the `adversary`'s most; the weights of
+    their losses, `answer_weight` and `content`.
     """
+
+    def __init__(
+        self, lessons: Lesson, reasoner: Any, decoder: Any, pool: ProcessPoolExecutor, config: dict[str, Any]
+    ) -> None:
+        self.lessons, self.reasoner, self.decoder, self.config = lessons, reasoner, decoder, config
+        self.device: torch.device = reasoner.device
+        self.scenes = Scenes.draw(reasoner, config, np.random.default_rng([config["seed"], 0, 3]))
+        self.settings = Settings(**load_config("collect")["settings"])
+        self.pointing = Pointing(lessons, reasoner, decoder, self.scenes, self.settings, config)
+        self.drawn, self.labels = Queue(pool), Queue(pool)
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin other optimisations, with no prediction labelled yet."""
+        self.pointing.clear()
+        self.labels.waiting.clear()
+        self.known: list[Shown] = []
+
+    def step(self, index: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        """The loss and what is reported; at the steps that `train` saves before, all begins anew.
+
+        So a training that is taken up again sees what one in a piece does.
+        """
+        torch.manual_seed(int(rng.integers(2**31)))  # of adversarial steps
+        if index % SAVE_EVERY == 0:
+            self.clear()
+        pointed, report, videos = self.pointing.step(rng)
+        right = self.label(index, videos, rng)
+        if right is not None:
+            report["right"] = right
+        answered, content = self.answer_loss(self.draw(index, rng)), self.content_loss(rng)
+        report |= {"answers": float(answered.detach()), "content": float(content.detach())}
+        return pointed + self.config["answer_weight"] * answered + self.config["content"] * content, report
+
+    def label(self, index: int, videos: Tensor, rng: np.random.Generator) -> float | None:
+        """Have some of the predictions labelled; get those of `LATER` steps ago, the share of right ones among them."""
+        picks = rng.choice(len(videos), self.config["labels"], replace=False)
+        chosen = (videos[torch.from_numpy(picks).to(self.device)] * 255).round().byte().permute(0, 1, 3, 4, 2)
+        scenes = [self.scenes.scenes[k] for k in self.pointing.which[picks]]
+        self.labels.ask(label_rows, self.config, index, chosen.cpu().numpy(), scenes)
+        if len(self.labels.waiting) <= LATER:
+            return None
+        rows, right = self.labels.take()
+        self.known = [*self.known, rows][-max(1, KEPT // len(picks)) :]
+        return right
+
+    def draw(self, index: int, rng: np.random.Generator) -> Shown:
+        """The step's rendered videos, and labelled predictions where there are any."""
+        if not self.drawn.waiting:  # the first step
+            for later in range(AHEAD):
+                self.drawn.ask(draw_rows, self.config, index + later)
+        self.drawn.ask(draw_rows, self.config, index + AHEAD)
+        shown, count = [self.drawn.take()], self.config["labels"]
+        for place in rng.integers(len(self.known) * count, size=count) if self.known else ():
+            part, row = divmod(int(place), count)
+            shown.append(self.known[part].rows(np.asarray([row])))
+        return Shown.joined(shown)
+
+    def cost(self, frames: Tensor, shown: Shown) -> Tensor:
+        """Cross-entropy of the answers about frames (N, K, 3, H, W)."""
+        reading = self.lessons.read(frames, shown.texts, backend="sdpa")
+        yes = torch.from_numpy(shown.yes).to(self.device)
+        return -(yes * reading.yes + (1 - yes) * reading.no).mean()
+
+    def answer_loss(self, shown: Shown) -> Tensor:
+        """`cost` after an adversarial step; half of the rendered videos come once more, as the decoder shows them."""
+        frames, again = shown.frames(self.device), np.arange(self.config["batch"])[::2]
+        with torch.no_grad():
+            latents = encode_clips(self.reasoner, shown.videos[again].astype(np.float32) / 255)
+            seen = self.decoder.decode_batch(latents)
+        shown = Shown.joined([shown, shown.rows(again)])
+        frames = torch.cat([frames, seen])[:, self.lessons.indices].requires_grad_()
+        (gradient,) = torch.autograd.grad(self.cost(frames, shown), frames)
+        return self.cost(climbed(frames, gradient, self.config["adversary"]), shown)
+
+    def content_loss(self, rng: np.random.Generator) -> Tensor:
+        """Of what the Teacher still finds wrong with right videos, half of them from shaken latents."""
+        picks = rng.integers(len(self.scenes.scenes), size=self.config["right"])
+        latents = self.scenes.right[torch.from_numpy(picks).to(self.device)]
+        size = 0.25 * rng.random((len(picks), 1, 1, 1, 1)) * (rng.random((len(picks), 1, 1, 1, 1)) < 0.5)
+        noise = torch.from_numpy((size * rng.standard_normal(latents.shape)).astype(np.float32))
+        with torch.no_grad():
+            frames = self.decoder.decode_batch(latents + noise.to(self.device))[:, self.lessons.indices]
+        asked = [self.scenes.questions[k] for k in picks]
+        return F.relu(self.lessons.objective(frames, asked, self.settings.goal_weight) - CONTENT).mean()
+
+
+def main(trained: Path, out: Path, device: torch.device) -> None:
+    """Go on from ``trained/finetune/teacher``; write ``out/teacher``, a share `mix` of the way to the trained one."""
     config = load_config("teacher") | load_config("teacher_point")
     torch.manual_seed(config["seed"])
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     lessons = Lesson(build(config, trained / "teacher/tokenizer"), config)
-    adopt(
-        lessons.teacher.model,
-        Qwen3VLForConditionalGeneration.from_pretrained(trained / "finetune/teacher", dtype=torch.float32),
-    )
+    teacher = lessons.teacher.model
+    adopt(teacher, Qwen3VLForConditionalGeneration.from_pretrained(trained / "finetune/teacher", dtype=torch.float32))
     lessons.to(device)
-    parameters = list(lessons.teacher.model.parameters())
-    start = [p.detach().clone() for p in parameters]
+    start = [p.detach().clone() for p in teacher.parameters()]
     reasoner, decoder = parts(trained)
     reasoner.to(device)
     reasoner.vae.to(device)  # it is not the one that the Reasoner was loaded with
     decoder.to(device)
-    scenes = Scenes.draw(reasoner, config, np.random.default_rng([config["seed"], 0, 3]))
-    settings = Settings(**load_config("collect")["settings"])
-    pointing = Pointing(lessons, reasoner, decoder, scenes, settings, config)
-
-    def cost(frames: Tensor, texts: list[list[str]], yes: Tensor) -> Tensor:
-        reading = lessons.read(frames, texts, backend="sdpa")
-        return -(yes * reading.yes + (1 - yes) * reading.no).mean()
-
-    def answer_loss(shown: Shown, rendered: int) -> Tensor:
-        """Of the answers after an adversarial step; `rendered` rows come once more, as the decoder shows them."""
-        frames, again = shown.frames(device), np.arange(rendered)[::2]
-        with torch.no_grad():
-            seen = decoder.decode_batch(encode_clips(reasoner, shown.videos[again].astype(np.float32) / 255))
-        shown = Shown.joined([shown, shown.rows(again)])
-        frames = torch.cat([frames, seen])[:, lessons.indices].requires_grad_()
-        yes = torch.from_numpy(shown.yes).to(device)
-        (gradient,) = torch.autograd.grad(cost(frames, shown.texts, yes), frames)
-        return cost(climbed(frames, gradient, config["adversary"]), shown.texts, yes)
-
-    def content_loss(rng: np.random.Generator) -> Tensor:
-        """Of what the Teacher still finds wrong with right videos, half of them from shaken latents."""
-        picks = rng.integers(len(scenes.scenes), size=config["right"])
-        latents = scenes.right[torch.from_numpy(picks).to(device)]
-        size = 0.25 * rng.random(len(picks)) * (rng.random(len(picks)) < 0.5)
-        noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32)).to(device)
-        with torch.no_grad():
-            latents = latents + torch.from_numpy(size.astype(np.float32)).to(device).view(-1, 1, 1, 1, 1) * noise
-            frames = decoder.decode_batch(latents)[:, lessons.indices]
-        asked = [scenes.questions[k] for k in picks]
-        return F.relu(lessons.objective(frames, asked, settings.goal_weight) - CONTENT).mean()
-
     with ProcessPoolExecutor(config["workers"] or os.cpu_count(), get_context("spawn"), _start) as pool:
-        drawn, labels = Queue(pool), Queue(pool)
-        known: list[Shown] = []
-
-        def step(index: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-            nonlocal known
-            torch.manual_seed(int(rng.integers(2**31)))  # of adversarial steps
-            if index % SAVE_EVERY == 0:
-                pointing.clear()
-                labels.waiting.clear()
-                known = []
-            if not drawn.waiting:  # the first step
-                for later in range(AHEAD):
-                    drawn.ask(draw_rows, config, index + later)
-            drawn.ask(draw_rows, config, index + AHEAD)
-            pointed, report, videos = pointing.step(rng)
-
-            picks = rng.choice(len(videos), min(config["labels"], len(videos)), replace=False)
-            chosen = (videos[torch.from_numpy(picks).to(device)] * 255).round().byte().permute(0, 1, 3, 4, 2)
-            labels.ask(
-                label_rows, config, index, chosen.cpu().numpy(), [scenes.scenes[k] for k in pointing.which[picks]]
-            )
-            if len(labels.waiting) > LATER:
-                rows, report["right"] = labels.take()
-                known = [*known, rows][-max(1, KEPT // len(picks)) :]
-            shown = drawn.take()
-            if known:
-                places = (divmod(k, len(picks)) for k in rng.integers(len(known) * len(picks), size=len(picks)))
-                shown = Shown.joined([shown, *(known[part].rows(np.asarray([row])) for part, row in places)])
-            answered, content = answer_loss(shown, config["batch"]), content_loss(rng)
-            report |= {"answers": float(answered.detach()), "content": float(content.detach())}
-            return pointed + config["answer_weight"] * answered + config["content"] * content, report
-
         train(
-            {"teacher": lessons.teacher.model},
-            step,
+            {"teacher": teacher},
+            Course(lessons, reasoner, decoder, pool, config).step,
             out,
             steps=config["steps"],
             learning_rate=config["learning_rate"],
@@ -218,9 +242,9 @@ def main(trained: Path, out: Path, device: torch.device) -> None:
             ema=config["ema"],
         )
     with torch.no_grad():
-        for parameter, before in zip(parameters, start, strict=True):
+        for parameter, before in zip(teacher.parameters(), start, strict=True):
             parameter.copy_(before.lerp(parameter, config["mix"]))
-    lessons.teacher.model.cpu()
+    teacher.cpu()
     save(lessons.teacher, out / "teacher")
 
 
