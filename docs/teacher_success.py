@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from vlmteacher.pipeline import PACKAGED_PAIR, TeacherPipeline
 from vlmteacher.reasoners.base import Noise
 from vlmteacher.teachers import load_teacher
 
+GIVEN = ("threshold", "learning_rate", "goal_weight")
 SETS = (("validation", 1), ("ood", 7))  # split and seed
 
 
@@ -77,16 +77,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--count", type=int, default=200, help="scenes of each set (default: 200)")
     parser.add_argument("--batch", type=int, default=100, help="of so many at once (default: 100)")
-    for name in ("threshold", "learning_rate", "goal_weight"):
+    for name in GIVEN:
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="instead of the pair's")
     arguments = parser.parse_args()
     pipe = TeacherPipeline.from_pretrained()
-    given = {name: getattr(arguments, name) for name in ("threshold", "learning_rate", "goal_weight")}
+    given = {name: getattr(arguments, name) for name in GIVEN}
     settings = Settings(**pipe.defaults.to_dict() | {k: v for k, v in given.items() if v is not None})
     reasoner, device = pipe.reasoner.to(arguments.device), torch.device(arguments.device)
     decoder, loras = pipe.decoder.to(device), Loras(reasoner.transformer, settings.rank)
     for path in arguments.teachers:
-        teacher = load_teacher(str(Path(path)), torch.float32)
+        teacher = load_teacher(path, torch.float32)
         lesson = Lesson(teacher, load_config("teacher") | {"bf16": False}).to(device)
         found, began, updates = {}, time.perf_counter(), []
         for split, seed in SETS:

@@ -192,6 +192,8 @@ def test_a_default_of_several_samples_gives_way_to_a_sampler_that_makes_one(pipe
     several = TeacherPipeline(pipe.reasoner, pipe.teacher, pipe.decoder, {"final_samples": 4, "teacher_frames": 4})
     out = several(PROMPT, num_inference_steps=1, max_steps=0, queries=QuerySet.from_dict(QUERIES), progress=False)
     assert out.config["final_samples"] == 1 and out.sample == 0
+    with pytest.raises(InputError, match="final_samples must be a whole number of at least 1, not 0"):
+        several(PROMPT, num_inference_steps=1, final_samples=0, queries=QuerySet.from_dict(QUERIES), progress=False)
 
 
 def test_final_samples_need_noise_in_the_later_steps(pipe: TeacherPipeline) -> None:

@@ -303,7 +303,7 @@ class TeacherPipeline:
             "lora_decay": lora_decay,
             "pull": pull,
             # A pair's default is for its own sampler: by another, all videos from one z1 can be the same.
-            "final_samples": final_samples if reasoner.draws_later else final_samples or 1,
+            "final_samples": 1 if final_samples is None and not reasoner.draws_later else final_samples,
         }
         if self.lora:
             if rank not in (None, self.lora.rank):

@@ -20,7 +20,6 @@ from vlmteacher.microworld import labeller, splits, world
 from vlmteacher.microworld.facts import Facts, facts_of
 from vlmteacher.microworld.questions import right_queries
 from vlmteacher.microworld.scene import Scene
-from vlmteacher.microworld.training import encode_clips
 from vlmteacher.optimization import Optimization, Settings
 from vlmteacher.reasoners.wan import WanReasoner
 
@@ -74,7 +73,7 @@ def lessons(shard: Shard, count: int, rng: np.random.Generator, reasoner: WanRea
 
     for _ in range(count // 8):
         drawn = [draw_track(rng) for _ in range(8)]
-        z = encode_clips(reasoner, np.stack([world.draw(track) for _, track in drawn]))
+        z = reasoner.encode_video(255 * np.stack([world.draw(track) for _, track in drawn]))
         for frames, (scene, track) in zip(_pixels(decoder.decode_batch(z)), drawn, strict=True):
             shard.add(frames, scene, facts_of(scene, track))
 

@@ -29,7 +29,6 @@ from vlmteacher.lora import target_modules
 from vlmteacher.microworld import splits, world
 from vlmteacher.microworld.questions import right_queries
 from vlmteacher.microworld.scene import Scene
-from vlmteacher.microworld.training import encode_clips
 from vlmteacher.optimization import GRADIENT_CLIP, Settings
 from vlmteacher.reasoners.base import Condition
 
@@ -121,9 +120,9 @@ class Scenes:
         first, right = [], []
         for start in range(0, len(scenes), batch):
             clips = np.stack([world.render(scene) for scene in scenes[start : start + batch]])
-            clips = (clips * 255).round() / 255  # as an image and a video are given
-            first.append(encode_clips(reasoner, clips[:, :1]))
-            right.append(encode_clips(reasoner, clips))
+            clips = (clips * 255).round()  # as an image and a video are given
+            first.append(reasoner.encode_video(clips[:, :1]))
+            right.append(reasoner.encode_video(clips))
         queries = [right_queries(scene) for scene in scenes]
         return cls(
             scenes,
@@ -181,7 +180,7 @@ class Pointing:
         self.weights = torch.zeros(rows, self.loras.count, device=device, requires_grad=True)
         self.optimizer = RowAdam(self.weights.detach(), self.settings.learning_rate)
         self.noise = torch.zeros(rows, *self.scenes.right.shape[1:], device=device)
-        self.which = torch.zeros(rows, dtype=torch.long)  # of `scenes`
+        self.which = torch.zeros(rows, dtype=torch.long, device=device)  # of `scenes`
         self.updates, self.length = np.zeros(rows, int), np.zeros(rows, int)
         self.straight = torch.zeros(rows, dtype=torch.bool, device=device)
         self.first_distance = torch.ones(rows, device=device)
@@ -197,13 +196,13 @@ class Pointing:
             self.weights[places] = self.loras.fresh(len(rows), generator).to(device)
             self.noise[places] = torch.randn(len(rows), *self.noise.shape[1:], generator=generator).to(device)
         self.optimizer.clear(places)
-        self.which[places] = torch.from_numpy(rng.integers(len(self.scenes.scenes), size=len(rows)))
+        self.which[places] = torch.from_numpy(rng.integers(len(self.scenes.scenes), size=len(rows))).to(device)
         self.straight[places] = torch.from_numpy(rng.random(len(rows)) < self.config["straight"]).to(device)
         self.updates[rows], self.length[rows] = 0, rng.integers(1, self.config["longest"] + 1, len(rows))
 
     def predict(self) -> Tensor:
         """The one-step predictions (rows, C, T, h, w), differentiable as often as one likes."""
-        condition = self.scenes.condition(self.which.to(self.weights.device))
+        condition = self.scenes.condition(self.which)
         with self.loras.on(self.weights), sdpa_kernel(SDPBackend.MATH):  # the only one whose gradient has one
             return self.reasoner.predict_clean_at(condition, self.noise, 1.0)
 
@@ -217,7 +216,7 @@ class Pointing:
     def due(self, distance: Tensor) -> Tensor:
         """What the Teacher's objective should not be below yet, where the Reasoner errs."""
         left = (distance / self.first_distance).sqrt() - self.config["content_from"]
-        return 2.5 * left.clamp(0, 1) * self.scenes.flawed[self.which.to(distance.device)]
+        return 2.5 * left.clamp(0, 1) * self.scenes.flawed[self.which]
 
     def step(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float], Tensor]:
         """The loss, what is reported, and the videos (rows, T, 3, H, W) of the scenes `which`.
@@ -234,7 +233,7 @@ class Pointing:
         losses = self.lesson.objective(frames, questions, self.settings.goal_weight)
         (asked,) = torch.autograd.grad(losses.sum(), frames, create_graph=True)
 
-        way = (latents - self.scenes.right[self.which.to(latents.device)]).square().flatten(1).mean(1)
+        way = (latents - self.scenes.right[self.which]).square().flatten(1).mean(1)
         (straight,) = torch.autograd.grad(way.sum(), self.weights, retain_graph=True)
         (asked_of_latents,) = torch.autograd.grad(seen, latents, asked.detach(), retain_graph=True)
         asked_of_latents.requires_grad_()
@@ -252,7 +251,7 @@ class Pointing:
         early = F.relu(self.due(distance) - losses).mean()
         self.optimizer.step(torch.where(self.straight[:, None], straight, led.detach()))
         report = {"cosine": cosine, "distance": distance, "objective": losses.detach(), "early": early.detach()}
-        outside = self.scenes.outside[self.which.to(distance.device)]
+        outside = self.scenes.outside[self.which]
         firsts = {"cosine_first": fresh & ~outside, "cosine_first_outside": fresh & outside}
         report |= {name: cosine[rows] for name, rows in firsts.items() if rows.any()}
         self.updates += 1

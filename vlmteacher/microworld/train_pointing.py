@@ -29,7 +29,7 @@ from vlmteacher.microworld.pointing import Pointing, Scenes
 from vlmteacher.microworld.questions import Question, ask, own_questions
 from vlmteacher.microworld.scene import Scene
 from vlmteacher.microworld.train_teacher import SAVE_EVERY, Lesson, build, climbed, faded, lesson, save
-from vlmteacher.microworld.training import adopt, encode_clips, load_config, train
+from vlmteacher.microworld.training import adopt, load_config, train
 from vlmteacher.optimization import Settings
 
 AHEAD = 4  # steps by which rows are drawn before they are needed
@@ -164,7 +164,8 @@ class Course:
         """Have some of the predictions labelled; get those of `LATER` steps ago, the share of right ones among them."""
         picks = rng.choice(len(videos), self.config["labels"], replace=False)
         chosen = (videos[torch.from_numpy(picks).to(self.device)] * 255).round().byte().permute(0, 1, 3, 4, 2)
-        scenes = [self.scenes.scenes[k] for k in self.pointing.which[picks]]
+        which = self.pointing.which.tolist()
+        scenes = [self.scenes.scenes[which[k]] for k in picks]
         self.labels.ask(label_rows, self.config, index, chosen.cpu().numpy(), scenes)
         if len(self.labels.waiting) <= LATER:
             return None
@@ -194,8 +195,7 @@ class Course:
         """`cost` after an adversarial step; half of the rendered videos come once more, as the decoder shows them."""
         frames, again = shown.frames(self.device), np.arange(self.config["batch"])[::2]
         with torch.no_grad():
-            latents = encode_clips(self.reasoner, shown.videos[again].astype(np.float32) / 255)
-            seen = self.decoder.decode_batch(latents)
+            seen = self.decoder.decode_batch(self.reasoner.encode_video(shown.videos[again]))
         shown = Shown.joined([shown, shown.rows(again)])
         frames = torch.cat([frames, seen])[:, self.lessons.indices].requires_grad_()
         (gradient,) = torch.autograd.grad(self.cost(frames, shown), frames)

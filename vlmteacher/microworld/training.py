@@ -187,13 +187,6 @@ def shaken(latents: torch.Tensor, most: float, rng: np.random.Generator) -> torc
     return latents + scale * torch.randn(latents.shape, generator=generator)
 
 
-@torch.no_grad()
-def encode_clips(reasoner: Any, clips: np.ndarray) -> torch.Tensor:
-    """(B, T, H, W, 3) in [0, 1] -> the normalised latents (B, C, T', h, w) of the Reasoner's VAE, on its device."""
-    x = to_video(clips).to(reasoner.device, reasoner.vae.dtype)
-    return (reasoner.vae.encode(x).latent_dist.mode().float() - reasoner.latents_mean) / reasoner.latents_std
-
-
 def to_video(frames: np.ndarray) -> torch.Tensor:
     """(B, T, H, W, 3) in [0, 1] -> (B, 3, T, H, W) in [-1, 1], as diffusers' VAEs take it."""
     return torch.from_numpy(np.ascontiguousarray(frames, dtype=np.float32)).permute(0, 4, 1, 2, 3) * 2 - 1

@@ -369,8 +369,12 @@ class Reasoner(ABC):
 
     @torch.no_grad()
     def encode_video(self, frames: np.ndarray) -> Tensor:
-        """Frames (F, H, W, 3), 0 to 255 -> normalised latents (1, C, T, h, w) float32, the posterior's mode."""
-        pixels = torch.from_numpy(frames.astype(np.float32)).permute(3, 0, 1, 2)[None] / 127.5 - 1
+        """Frames ([B,] F, H, W, 3), 0 to 255 -> normalised latents (B or 1, C, T, h, w) float32.
+
+        They are the posterior's mode.
+        """
+        videos = frames if frames.ndim == 5 else frames[None]
+        pixels = torch.from_numpy(videos.astype(np.float32)).permute(0, 4, 1, 2, 3) / 127.5 - 1
         latents = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.mode().float()
         return (latents - self.latents_mean) / self.latents_std
 
