@@ -408,8 +408,8 @@ def lora(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise InputError(f"-o {output}: give the name of a file in a directory that exists")
+    from vlmteacher.files import replacing
     from vlmteacher.lora_files import read_lora
-    from vlmteacher.run_folder import replacing
 
     read = read_lora(arguments.file)
     data = read.to_bytes(arguments.to)

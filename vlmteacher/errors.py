@@ -1,5 +1,9 @@
 """Errors that a user can act on."""
 
+from __future__ import annotations
+
+import os
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line that names the value and the remedy."""
@@ -11,6 +15,19 @@ class NonFiniteFrames(InputError):
 
 class OutOfMemory(InputError):
     """A step does not fit in memory, whatever is done about it; the LoRA is left as it was before that step."""
+
+
+class OutputError(OSError):
+    """A result could not be written: the disk is full, read-only or gone. What was there before is untouched.
+
+    The command line ends with exit status 1, for the input was right; `--resume` goes on when there is room.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], error: OSError) -> None:
+        super().__init__(error.errno, error.strerror or str(error), os.fspath(path))
+
+    def __str__(self) -> str:
+        return f"{self.filename} cannot be written ({self.strerror}): make room there, or give another place"
 
 
 class MissingExtra(ImportError):

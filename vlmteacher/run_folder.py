@@ -8,11 +8,11 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmteacher.errors import InputError
+from vlmteacher.files import replacing, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,22 +26,6 @@ FILES = (
 WRITING_SHARE = (
     0.05  # the state of a large LoRA is not written after every step, but for at most this share of the time
 )
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to, renamed to it at the end: nobody ever sees half a file."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: object) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_video(path: Path, frames: np.ndarray, fps: float) -> None:

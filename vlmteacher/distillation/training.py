@@ -18,10 +18,11 @@ from vlmteacher.distillation.adapters import Networks, Role, SeparateNetworks, S
 from vlmteacher.distillation.dataset import LatentDataset
 from vlmteacher.distillation.trainer import Trainer, TrainSettings, check_out
 from vlmteacher.errors import InputError
+from vlmteacher.files import write_json
 from vlmteacher.optimization import NonFiniteError
 from vlmteacher.reasoners import load_reasoner
 from vlmteacher.reasoners.base import Condition, Reasoner
-from vlmteacher.run_folder import write_json, write_video
+from vlmteacher.run_folder import write_video
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

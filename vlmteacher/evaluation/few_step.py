@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from vlmteacher.errors import InputError
 from vlmteacher.evaluation.microworld import first_frame, judge, noise_seed
 from vlmteacher.evaluation.video_distance import video_distance
+from vlmteacher.files import write_json
 from vlmteacher.microworld import world
 from vlmteacher.microworld.questions import right_queries
 from vlmteacher.optimization import teacher_frame_indices
@@ -31,7 +32,6 @@ from vlmteacher.reasoners.few_step import relative_rms
 from vlmteacher.reasoners.many_step import sample_many
 from vlmteacher.reasoners.wan import WanReasoner
 from vlmteacher.reward import vqa_objective
-from vlmteacher.run_folder import write_json
 from vlmteacher.teachers import load_teacher
 from vlmteacher.teachers.base import Teacher
 

@@ -24,13 +24,13 @@ from vlmteacher.errors import InputError
 from vlmteacher.evaluation import methods
 from vlmteacher.evaluation.failures import explain
 from vlmteacher.evaluation.methods import Method, Row, find_method
+from vlmteacher.files import write_json
 from vlmteacher.microworld import world
 from vlmteacher.microworld.labeller import label
 from vlmteacher.microworld.questions import truths
 from vlmteacher.microworld.scorer import Verdict, score
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners.base import Reasoner, even_timesteps
-from vlmteacher.run_folder import write_json
 
 if TYPE_CHECKING:
     from vlmteacher.pipeline import TeacherPipeline

@@ -28,7 +28,7 @@ from vlmteacher.evaluation.microworld import (
     start_workers,
     write_results,
 )
-from vlmteacher.run_folder import write_json
+from vlmteacher.files import write_json
 
 RESAMPLES = 10_000
 

@@ -1,0 +1,184 @@
+"""Files: written whole or not at all, and durably; read with a limit and without trust."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vlmteacher.errors import InputError, OutputError
+
+TEXT_LIMIT = 16 * 2**20  # bytes of a file of settings, queries or names; larger ones are something else
+LARGEST_INTEGER = 2**64 - 1  # a seed is the largest integer that any of our files means
+TEMPORARY = re.compile(r"\..*\.(\d+)(\.[^.]*)?")  # see `replacing`
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path` to write to; at the end it is flushed to the disk and renamed to `path`.
+
+    A reader, after a crash or a power failure too, finds the file that was there before or the whole new one. Raises
+    OutputError when the file system refuses (full, read-only, gone); `path` is then as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise OutputError(path, error) from error
+    except Exception as error:
+        # torch.save and safetensors hide the system's error in one of their own: look whether the disk is full.
+        if _is_full(path.parent):
+            raise OutputError(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file (see `replacing`)."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole UTF-8 file (see `replacing`)."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented UTF-8 JSON (see `replacing`)."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files in `folder` that processes left which run no more."""
+    for file in folder.iterdir() if folder.is_dir() else ():
+        match = TEMPORARY.fullmatch(file.name)
+        if match and file.is_file() and not _runs(int(match[1])):
+            file.unlink(missing_ok=True)
+
+
+def read_text(path: str | os.PathLike[str], label: str, limit: int = TEXT_LIMIT) -> str:
+    """Read a UTF-8 text file, with or without a byte order mark.
+
+    label: what the file is, for messages ("queries file"). limit: bytes; no more than one above it is read, so that a
+    device or a wrong file costs nothing. Raises InputError: missing, unreadable, longer than `limit`, not UTF-8.
+    """
+    name = f"{label} {os.fspath(path)}"
+    try:
+        with open(path, "rb") as file:
+            data = file.read(limit + 1)
+    except FileNotFoundError as error:
+        raise InputError(f"{name} does not exist") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise InputError(f"{name} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if len(data) > limit:
+        raise InputError(f"{name} is larger than {limit} bytes: is it the right file?")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is no UTF-8 text (byte {error.start}): save it as UTF-8") from error
+
+
+def read_json(path: str | os.PathLike[str], label: str, limit: int = TEXT_LIMIT) -> Any:
+    """Read a JSON file of a user or a hub (see `read_text` and `parse_json`). Raises InputError."""
+    return parse_json(read_text(path, label, limit), f"{label} {os.fspath(path)}")
+
+
+def parse_json(text: str, name: str) -> Any:
+    """Parse JSON more strictly than Python does: no NaN, no integer beyond 64 bits, no name twice in an object.
+
+    name: what the text is, for messages. Raises InputError for that, for what is nested too deep and for text that
+    cannot be encoded (see `check_text`).
+    """
+    try:
+        value = json.loads(text, parse_int=_integer, parse_constant=_no_constant, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise InputError(f"{name} is nested too deep") from error
+    except ValueError as error:
+        raise InputError(f"{name} is not JSON ({error})") from error
+    _check_texts(value, name)
+    return value
+
+
+def check_text(text: str, name: str) -> str:
+    """Return `text`. Raise InputError when it cannot be written as UTF-8 (a lone surrogate) or holds a NUL."""
+    at = next((i for i, c in enumerate(text) if c == "\0" or "\ud800" <= c <= "\udfff"), None)
+    if at is not None:
+        what = "a NUL" if text[at] == "\0" else f"a byte or half a character ({ascii(text[at])[1:-1]})"
+        raise InputError(f"{name} holds {what} at position {at}, which is no text: remove it, or save it as UTF-8")
+    return text
+
+
+def _check_texts(value: Any, name: str) -> None:
+    if isinstance(value, str):
+        check_text(value, name)
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            check_text(key, name)
+            _check_texts(each, name)
+    elif isinstance(value, list):
+        for each in value:
+            _check_texts(each, name)
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20 or abs(int(digits)) > LARGEST_INTEGER:
+        raise ValueError(f"the integer {digits[:20]}{'...' if len(digits) > 20 else ''} has more than 64 bits")
+    return int(digits)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands twice in one object")
+    return value
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a directory's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EROFS):  # file systems that have nothing to flush
+            raise
+    finally:
+        os.close(handle)
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        probe = folder / f".probe.{os.getpid()}"
+        probe.write_bytes(b"\0" * 65536)
+        probe.unlink()
+        return False
+    except OSError as error:
+        probe.unlink(missing_ok=True)
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it runs, and is somebody else's
+        return True
+    return True
