@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,7 +41,8 @@ def replacing(path: Path) -> Iterator[Path]:
             raise OutputError(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -102,7 +104,9 @@ def parse_json(text: str, name: str) -> Any:
     cannot be encoded (see `check_text`).
     """
     try:
-        value = json.loads(text, parse_int=_integer, parse_constant=_no_constant, object_pairs_hook=_object)
+        value = json.loads(
+            text, parse_int=_integer, parse_float=_float, parse_constant=_no_constant, object_pairs_hook=_object
+        )
     except RecursionError as error:
         raise InputError(f"{name} is nested too deep") from error
     except ValueError as error:
@@ -138,6 +142,12 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
+def _float(digits: str) -> float:
+    if math.isinf(value := float(digits)):
+        raise ValueError(f"the number {digits[:20]} is too large")
+    return value
+
+
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
 
@@ -164,14 +174,15 @@ def _sync(path: Path) -> None:
 
 
 def _is_full(folder: Path) -> bool:
+    probe = folder / f".probe.{os.getpid()}"
     try:
-        probe = folder / f".probe.{os.getpid()}"
         probe.write_bytes(b"\0" * 65536)
-        probe.unlink()
-        return False
     except OSError as error:
-        probe.unlink(missing_ok=True)
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+    return False
 
 
 def _runs(pid: int) -> bool:
