@@ -1,4 +1,4 @@
-# make demo | test | lint | clean. Everything lives in .venv; the tested torch is pinned in pyproject.toml.
+# make demo | test | test-all | lint | clean. Everything lives in .venv; the tested torch is pinned in pyproject.toml.
 PYTHON ?= python3
 TORCH := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -6,14 +6,21 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD := pyproject.toml setup.py CMakeLists.txt $(wildcard build_backend/*.py csrc/*.* csrc/*/*)
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
 	$(BIN)/vlmteacher demo
 
+# One process per core, one thread in each.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
 test: .venv/installed-dev
-	$(BIN)/python -m pytest --cov=vlmteacher --cov-report=term --cov-fail-under=85
+	$(PYTEST) --cov=vlmteacher --cov-report=term --cov-fail-under=85
+
+# With every slow test, of which `make test` runs a seventh, another one every day of the week.
+test-all: .venv/installed-dev
+	$(PYTEST) --slow=all
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .

@@ -1,13 +1,23 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: one thread in each, and in what it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
+from tests.slow import (  # noqa: F401
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_report_header,
+)
 from tests.tiny_pair import PROMPT, QUERIES, tiny_pair
 from vlmteacher.lora import add_lora, remove_lora
 from vlmteacher.optimization import Optimization, Settings
