@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from vlmteacher import __version__
-from vlmteacher.errors import InputError, MissingExtra
+from vlmteacher.errors import InputError, MissingExtra, TaskFailed
 from vlmteacher.microworld.stages import STAGES
 from vlmteacher.placement import EXAMPLE, parse_device_map
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, MissingExtra) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except ArithmeticError as error:
+    except (ArithmeticError, TaskFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -26,8 +26,18 @@ class OutputError(OSError):
     def __init__(self, path: str | os.PathLike[str], error: OSError) -> None:
         super().__init__(error.errno, error.strerror or str(error), os.fspath(path))
 
+    def __reduce__(self) -> tuple[type[OutputError], tuple[str, OSError]]:
+        return OutputError, (self.filename, OSError(self.errno, self.strerror))
+
     def __str__(self) -> str:
         return f"{self.filename} cannot be written ({self.strerror}): make room there, or give another place"
+
+
+class TaskFailed(RuntimeError):
+    """Work on independent tasks ended without some of them, which failed again and again; the others' results are kept.
+
+    The command line ends with exit status 1, and `--resume` tries them again.
+    """
 
 
 class MissingExtra(ImportError):

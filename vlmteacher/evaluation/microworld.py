@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
-from multiprocessing import get_context
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vlmteacher.errors import InputError
+from vlmteacher.errors import InputError, OutputError, TaskFailed
 from vlmteacher.evaluation import methods
 from vlmteacher.evaluation.failures import explain
 from vlmteacher.evaluation.methods import Method, Row, find_method
-from vlmteacher.files import write_json
+from vlmteacher.files import read_json, read_text, write_json, write_text
 from vlmteacher.microworld import world
 from vlmteacher.microworld.labeller import label
 from vlmteacher.microworld.questions import truths
 from vlmteacher.microworld.scorer import Verdict, score
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners.base import Reasoner, even_timesteps
+from vlmteacher.workers import ATTEMPTS, Task, Workers
 
 if TYPE_CHECKING:
     from vlmteacher.pipeline import TeacherPipeline
 
+LOG_LIMIT = 2**33  # bytes of instances.jsonl
 MANY_STEPS = 30  # of a Reasoner before its few-step distillation
 
 
@@ -126,6 +126,8 @@ def run_benchmark(
     Raises:
         InputError: an unknown method, split or family; `out` not writable, or holding other results (or any, without
             `resume`).
+        OutputError: what `out` holds is kept.
+        TaskFailed: some instances failed, each several times; results.json has the others.
     """
     bench = Bench(seed, tuple(chosen), pair, many_step, trace, lora_blocks)
     world.check(split, chosen)
@@ -134,16 +136,36 @@ def run_benchmark(
     todo = instances([split], limit, noises)
     with Folder(out, bench, found, [split], resume) as folder, start_workers(workers, bench) as work:
         rows = folder.complete(todo, work, {})
-    return write_results(out, bench, method, rows[found.rows[0]])
+    results = write_results(out, bench, method, rows[found.rows[0]])
+    check_complete(out, folder.failed)
+    return results
 
 
 def write_results(out: Path, bench: Bench, method: str, rows: list[Row]) -> dict[str, Any]:
-    """results.json of one method in `out`, which is made if it is not there; returns its content."""
-    out.mkdir(exist_ok=True)
+    """results.json of one method in `out`, which is made if it is not there; returns its content.
+
+    Without rows nothing is written.
+    """
+    if not rows:
+        return {}
+    try:
+        out.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(out, error) from error
     what = {"benchmark": "microworld", "method": method, **described(bench)}
     results = {**what, **summary(rows)}
     write_json(out / "results.json", results)
     return results
+
+
+def check_complete(out: Path, failed: Mapping[Instance, str]) -> None:
+    """Raise TaskFailed where instances were set aside."""
+    if failed:
+        first, reason = next(iter(failed.items()))
+        raise TaskFailed(
+            f"{len(failed)} of the instances failed {ATTEMPTS} times, {first.split} {first.index} first"
+            f" ({reason}): the others are kept in {out}; the same with --resume tries again"
+        )
 
 
 def described(bench: Bench) -> dict[str, Any]:
@@ -183,53 +205,86 @@ class Folder:
 
     def __init__(self, path: Path, bench: Bench, method: Method, splits: Sequence[str], resume: bool) -> None:
         self.path, self.method = path, method
+        self.failed: dict[Instance, str] = {}
         what = {"benchmark": "microworld", "methods": list(method.rows), "splits": list(splits), **described(bench)}
+        settings, self.log = path / "settings.json", path / "instances.jsonl"
         try:
             path.mkdir(parents=True, exist_ok=True)
-            settings, log = path / "settings.json", path / "instances.jsonl"
             if settings.exists():
                 if not resume:
                     raise InputError(f"{path} already holds results: give another --out, or --resume to go on")
-                there = json.loads(settings.read_text(encoding="utf-8"))
+                there = read_json(settings, "settings")
                 if there != what:
                     raise InputError(f"{path} holds other results ({there}): give another --out")
             elif any(path.iterdir()):
                 raise InputError(f"{path} is not empty: give another --out")
-            lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-            lines = [line for line in lines if line.endswith("}\n")]  # the last one may be cut off
+            lines = self._lines()
+            self.rows = {(row["method"], Instance.of(row)): row for row in map(self._row, lines)}
             write_json(settings, what)
-            log.write_text("".join(lines), encoding="utf-8")
-            self._log = log.open("a", encoding="utf-8")
+            write_text(self.log, "".join(lines))
+            self._file = self.log.open("ab", buffering=0)  # what a full disk refuses must not wait in a buffer
+        except OutputError:
+            raise
         except OSError as error:
             raise InputError(f"{path} cannot be written to ({error.strerror}): give another --out") from error
-        self.rows = {(row["method"], Instance.of(row)): row for row in map(json.loads, lines)}
 
     def __enter__(self) -> Folder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._log.close()
+        self._file.close()
+
+    def _lines(self) -> list[str]:
+        if not self.log.exists():
+            return []
+        lines = read_text(self.log, "results", LOG_LIMIT).splitlines(keepends=True)
+        return [line for line in lines if line.endswith("}\n")]  # the last one may be cut off
+
+    def _row(self, line: str) -> Row:
+        try:
+            row: Row = json.loads(line)
+            _ = row["method"], Instance.of(row)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"{self.log}: {line[:40]!r}... is no result: remove that line, or give another --out"
+            ) from error
+        return row
+
+    def _keep(self, rows: Sequence[Row]) -> None:
+        """Append rows to the log, and wait until they are on the disk."""
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OutputError(self.log, error) from error
 
     def complete(
         self, wanted: Sequence[Instance], work: Work, queries: Mapping[tuple[str, int], Queries]
     ) -> dict[str, list[Row]]:
         """The rows of all `wanted`, by the names of `Method.rows`; those that are not here yet are run now.
 
-        queries: those that are written already, by split and index.
+        queries: those that are written already, by split and index. Instances that fail are left out, and `failed` says
+        why. Raises OutputError when a row cannot be written; those before it are kept.
         """
         names = self.method.rows
         todo = [each for each in wanted if any((name, each) not in self.rows for name in names)]
         jobs = [(self.method, each, queries.get((each.split, each.index))) for each in todo]
-        for rows in tqdm(work(jobs), total=len(wanted), initial=len(wanted) - len(jobs), desc=self.method.name):
-            self._log.write("".join(json.dumps(row) + "\n" for row in rows))
-            self._log.flush()
+        for task in tqdm(work(jobs), total=len(wanted), initial=len(wanted) - len(jobs), desc=self.method.name):
+            if task.failure is not None:
+                self.failed[task.given[1][1]] = task.failure
+                continue
+            rows = task.result()
+            self._keep(rows)
             self.rows |= {(row["method"], Instance.of(row)): row for row in rows}
-        return {name: [self.rows[name, each] for each in wanted] for name in names}
+        return {name: [self.rows[name, each] for each in wanted if (name, each) in self.rows] for name in names}
 
 
 Queries = tuple[QuerySet, float]  # and the seconds that it took to write them
 Job = tuple[Method, Instance, Queries | None]
-Work = Callable[[Iterable[Job]], Iterator[list[Row]]]
+Work = Callable[[Iterable[Job]], Iterator[Task]]
+"""Runs jobs; gives `_work(bench, job)` of each as a task, when it is done."""
 
 
 def queries_of(row: Row) -> Queries:
@@ -238,15 +293,20 @@ def queries_of(row: Row) -> Queries:
 
 @contextmanager
 def start_workers(count: int, bench: Bench) -> Iterator[Work]:
-    """What runs jobs: this process, or `count` of them, each on one thread. The models are loaded once in each."""
-    if count == 1:
-        yield partial(map, partial(_work, bench))
-        return
-    pool = ProcessPoolExecutor(count, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield partial(pool.map, partial(_work, bench))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    """What runs jobs: this process, or `count` of them, each on one thread. The models are loaded once in each.
+
+    Raises InputError for a count below 1.
+    """
+    if count < 1:
+        raise InputError(f"workers must be at least 1, not {count}")
+    with Workers(0 if count == 1 else count) as workers:
+
+        def run(jobs: Iterable[Job]) -> Iterator[Task]:
+            for job in jobs:
+                workers.submit(_work, bench, job)
+            return workers.finish_all()
+
+        yield run
 
 
 @lru_cache(maxsize=2)

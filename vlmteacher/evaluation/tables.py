@@ -22,6 +22,7 @@ from vlmteacher.evaluation.microworld import (
     Folder,
     Instance,
     Queries,
+    check_complete,
     described,
     instances,
     queries_of,
@@ -77,7 +78,8 @@ def run_table(
     """Run every method of `table` on the first `limit` scenes of each of its splits; write and return table.json.
 
     noises: of each scene, for the table's main methods. Each method has a folder in `out` with its results.json; with
-    `resume` what is there is not run again. Raises InputError as `run_benchmark` does.
+    `resume` what is there is not run again. Raises as `run_benchmark` does; where instances failed there is no
+    table.json, for methods would be compared on other scenes.
     """
     if out.exists() and not resume and any(out.iterdir()):
         raise InputError(f"{out} already holds something: give another --out, or --resume to go on with its table")
@@ -87,11 +89,12 @@ def run_table(
     missing = {name: f"needs {NOT_HERE[name]}" for name in table.not_here}
     found: dict[str, list[Row]] = {}
     queries: dict[tuple[str, int], Queries] = {}
+    failed: dict[Instance, str] = {}
     with start_workers(workers, bench) as work:
         for name in names:
             if name == "steps@0":  # no update: the base video
                 first = {Instance.of(row): row for row in found["base"]}
-                found[name] = [first[each] | {"method": name} for each in wanted[name]]
+                found[name] = [first[each] | {"method": name} for each in wanted[name] if each in first]
             elif name not in found:
                 method = steps(*fixed) if name.startswith("steps@") else find_method(name)
                 try:
@@ -101,8 +104,10 @@ def run_table(
                     continue
                 with Folder(out / method.name, bench, method, table.splits, resume) as folder:
                     found |= folder.complete(wanted[name], work, queries)
+                failed |= folder.failed
                 queries = queries or {(row["split"], row["index"]): queries_of(row) for row in found[name]}
             write_results(out / name, bench, name, found[name])
+    check_complete(out, failed)
     result = {
         **described(bench),
         "splits": list(table.splits),

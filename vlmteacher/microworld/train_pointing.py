@@ -11,9 +11,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from vlmteacher.microworld.scene import Scene
 from vlmteacher.microworld.train_teacher import SAVE_EVERY, Lesson, build, climbed, faded, lesson, save
 from vlmteacher.microworld.training import adopt, load_config, train
 from vlmteacher.optimization import Settings
+from vlmteacher.workers import Task, Workers
 
 AHEAD = 4  # steps by which rows are drawn before they are needed
 LATER = 4  # steps after which the labels of a prediction are known
@@ -108,15 +107,15 @@ def label_rows(config: dict[str, Any], index: int, videos: np.ndarray, scenes: l
 class Queue:
     """What other processes are asked for, in order."""
 
-    def __init__(self, pool: ProcessPoolExecutor) -> None:
-        self.pool = pool
-        self.waiting: deque[Future[Any]] = deque()
+    def __init__(self, workers: Workers) -> None:
+        self.workers = workers
+        self.waiting: deque[Task] = deque()
 
     def ask(self, work: Callable[..., Any], *given: Any) -> None:
-        self.waiting.append(self.pool.submit(work, *given))
+        self.waiting.append(self.workers.submit(work, *given))
 
     def take(self) -> Any:
-        return self.waiting.popleft().result()
+        return self.workers.finish(self.waiting.popleft())
 
 
 class Course:
@@ -127,15 +126,13 @@ class Course:
     their losses, `answer_weight` and `content`.
     """
 
-    def __init__(
-        self, lessons: Lesson, reasoner: Any, decoder: Any, pool: ProcessPoolExecutor, config: dict[str, Any]
-    ) -> None:
+    def __init__(self, lessons: Lesson, reasoner: Any, decoder: Any, workers: Workers, config: dict[str, Any]) -> None:
         self.lessons, self.reasoner, self.decoder, self.config = lessons, reasoner, decoder, config
         self.device: torch.device = reasoner.device
         self.scenes = Scenes.draw(reasoner, config, np.random.default_rng([config["seed"], 0, 3]))
         self.settings = Settings(**load_config("collect")["settings"])
         self.pointing = Pointing(lessons, reasoner, decoder, self.scenes, self.settings, config)
-        self.drawn, self.labels = Queue(pool), Queue(pool)
+        self.drawn, self.labels = Queue(workers), Queue(workers)
         self.clear()
 
     def clear(self) -> None:
@@ -228,10 +225,10 @@ def main(trained: Path, out: Path, device: torch.device) -> None:
     reasoner.to(device)
     reasoner.vae.to(device)  # it is not the one that the Reasoner was loaded with
     decoder.to(device)
-    with ProcessPoolExecutor(config["workers"] or os.cpu_count(), get_context("spawn"), _start) as pool:
+    with Workers(config["workers"] or os.cpu_count() or 1) as workers:
         train(
             {"teacher": teacher},
-            Course(lessons, reasoner, decoder, pool, config).step,
+            Course(lessons, reasoner, decoder, workers, config).step,
             out,
             steps=config["steps"],
             learning_rate=config["learning_rate"],
@@ -246,7 +243,3 @@ def main(trained: Path, out: Path, device: torch.device) -> None:
             parameter.copy_(before.lerp(parameter, config["mix"]))
     teacher.cpu()
     save(lessons.teacher, out / "teacher")
-
-
-def _start() -> None:
-    torch.set_num_threads(1)
