@@ -40,5 +40,9 @@ class TaskFailed(RuntimeError):
     """
 
 
+class Notice(UserWarning):
+    """What a user should know about a result that is made all the same. The command line prints it as one line."""
+
+
 class MissingExtra(ImportError):
     """An optional package is not installed. The message names the extra that brings it."""

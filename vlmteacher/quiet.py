@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import os
+import warnings
+
+from vlmteacher.errors import Notice
+
+
+def quiet_warnings() -> None:
+    """Show no warning but our notices, one line each."""
+    warnings.filterwarnings("ignore")
+    warnings.simplefilter("always", Notice)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
 
 
 def quiet() -> None:
-    """Keep the libraries' warnings and loading bars off the terminal; our own progress bar and errors stay."""
+    """Keep the libraries' warnings and loading bars off the terminal; our own bar, notices and errors stay."""
     import logging
-    import warnings
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore")
+    quiet_warnings()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
