@@ -182,13 +182,6 @@ def test_bad_frames_are_refused(teacher, frames, indices, fps, what):
         teacher.losses(frames, indices, fps, QuerySet("Is it?"))
 
 
-def test_a_question_may_not_hold_visual_tokens(teacher):
-    with pytest.raises(InputError, match="video_pad"):
-        teacher.losses(frames_of(2), range(2), 8.0, QuerySet("Is <|video_pad|> it?"))
-    with pytest.raises(InputError, match="image_pad"):
-        teacher.write_queries("Move <|image_pad|>.")
-
-
 def test_garbage_is_retried_once_then_refused(teacher, monkeypatch):
     answers = []
     generate = QwenVLTeacher._generate

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import re
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vlmteacher.errors import InputError
+from vlmteacher.errors import InputError, Notice
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
+from vlmteacher.prompts import check_prompt, encode, quote
 from vlmteacher.queries import ANSWER_INSTRUCTION, QuerySet, QueryStyle, ask_for_queries, query_prompt
 from vlmteacher.teachers.base import Teacher, check_frames, check_range, read_style
 from vlmteacher.teachers.preprocessing import VisionSettings, resized_rows
@@ -29,6 +33,12 @@ ANSWER = "Yes"
 MAX_NEW_TOKENS = 256
 CHUNK_PATCHES = {"cpu": 1024, "cuda": 16384}  # of the visual encoder; the caches of a CPU, the occupancy of a GPU
 LAYOUTS_KEPT = 4
+LEAST_YES_OR_NO = 0.5  # of the probability, on a plain question
+# <think>, [THINK], <|thought|>, \u25c1think\u25b7 and the like, and what closes them
+THOUGHT = re.compile(
+    r"[<\[\u25c1]\|?(?P<closes>/|end_of_)?(?:begin_of_|start_of_|\w+:)?(?:think|thinking|thought|reasoning)\|?[>\]\u25b7]",
+    re.IGNORECASE,
+)
 
 
 def question_text(question: str) -> str:
@@ -89,7 +99,7 @@ class VLMTeacher(Teacher):
         self.writer: Writer | None = None
         self._layouts: dict[tuple[Any, ...], Layout] = {}
         check_language(self.language, model.config.model_type)
-        self._chat("", "video", "")
+        self._chat("Is it?", "video", "")
 
     @classmethod
     def from_pretrained(
@@ -114,7 +124,31 @@ class VLMTeacher(Teacher):
         teacher.style = read_style(path_or_id, local_files_only)
         if teacher.style.writer:
             teacher.writer = Writer.load(model, path_or_id, teacher.style.writer, local_files_only)
+        teacher.check_answers(path_or_id)
         return teacher
+
+    @torch.no_grad()
+    def check_answers(self, name: str) -> None:
+        """Give a notice unless a plain question is mostly answered by Yes or No.
+
+        name: of the checkpoint. Raises InputError when its answer is NaN.
+        """
+        side = 4 * self.video.patch_size
+        size = self.resized(self.frames_per_patch, side, side)
+        frames = torch.full((self.frames_per_patch, 3, *size), 0.5, device=self.device)
+        clip = Clip(tuple(range(self.frames_per_patch)), 8.0, size)
+        chats = [self._question_ids("Is the picture grey?", self.video_text(clip), answer) for answer in ("Yes", "No")]
+        p = self.packed_losses(frames, self._lay_out(chats, clip), size).neg().exp().sum().item()
+        if math.isnan(p):
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            raise InputError(f"teacher {name!r} answers NaN: its weights are damaged, or {dtype} is too small for them")
+        if p < LEAST_YES_OR_NO:
+            warnings.warn(
+                f"teacher {name!r} answers a plain question by Yes or No with a probability of {p:.2g} only: what its"
+                " losses say is little; take an instruction-tuned checkpoint that answers without a thought before it",
+                Notice,
+                stacklevel=2,
+            )
 
     @classmethod
     @abstractmethod
@@ -239,9 +273,12 @@ class VLMTeacher(Teacher):
                     )
             while len(self._layouts) >= LAYOUTS_KEPT:
                 self._layouts.pop(next(iter(self._layouts)))
-            visual = self.tokenizer.convert_tokens_to_ids(self.visual_pads[-1])
-            self._layouts[key] = lay_out(chats, visual, lambda ids: self._angles(ids, clip), self.device)
+            self._layouts[key] = self._lay_out(chats, clip)
         return self._layouts[key]
+
+    def _lay_out(self, chats: Sequence[tuple[list[int], list[int]]], clip: Clip) -> Layout:
+        visual = self.tokenizer.convert_tokens_to_ids(self.visual_pads[-1])
+        return lay_out(chats, visual, lambda ids: self._angles(ids, clip), self.device)
 
     def _angles(self, ids: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
         positions = self.positions(ids, clip).to(self.device)
@@ -250,8 +287,7 @@ class VLMTeacher(Teacher):
 
     def write_queries(self, prompt: str, image: Image | None = None) -> QuerySet:
         """See `Teacher.write_queries`. Greedy first; the one retry is sampled, with a seed of its own."""
-        if not prompt.strip():
-            raise InputError("the prompt is empty: say what the video must show")
+        check_prompt(prompt)
         with self.writer.on(self.model) if self.writer else contextlib.nullcontext():
             return ask_for_queries(
                 self.style, lambda later, sample: self._generate(self._query_inputs(prompt, image, later), sample)
@@ -297,15 +333,24 @@ class VLMTeacher(Teacher):
     def _chat(self, text: str, modality: str, placeholder: str | None, later: Sequence[str] = ()) -> str:
         """One user turn and `later` ones, in the checkpoint's own template, with its vision token spelled out.
 
-        placeholder: None is no vision.
+        placeholder: None is no vision. Control tokens in the texts are marked (see `prompts.quote`). Raises InputError
+        when the template has no place for the vision, or opens a thought before the answer.
         """
-        content = [{"type": "text", "text": text}]
+        content = [{"type": "text", "text": quote(self.tokenizer, text)}]
         if placeholder is not None:
             content.insert(0, {"type": modality})
-        messages = [{"role": "user", "content": content}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         for turn, role in zip(later, cycle(("assistant", "user")), strict=False):
-            messages.append({"role": role, "content": [{"type": "text", "text": turn}]})
-        chat = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            messages.append({"role": role, "content": [{"type": "text", "text": quote(self.tokenizer, turn)}]})
+        # A template that knows this switch closes the thought at once; the others do not look at it.
+        chat = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        if thought := open_thought(chat.rpartition(messages[-1]["content"][-1]["text"].strip())[2]):
+            raise InputError(
+                f"the teacher's chat template opens a thought ({thought}) where its answer is read: take the instruct "
+                "checkpoint, as Qwen3-VL-4B-Instruct is of Qwen3-VL-4B-Thinking"
+            )
         if placeholder is None:
             return chat
         mark = self.video_mark if modality == "video" else self.image_mark
@@ -316,16 +361,16 @@ class VLMTeacher(Teacher):
         return chat.replace(mark, placeholder, 1)
 
     def _encode(self, text: str, placeholder: str) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = encode(self.tokenizer, text)
         for pad in self.visual_pads:
             if ids.count(self.tokenizer.convert_tokens_to_ids(pad)) != placeholder.count(pad):
-                raise InputError(f"the text must not hold the model's own token {pad}")
+                raise InputError(f"the teacher's chat template writes {pad} elsewhere than in the place of the vision")
         return ids
 
-    def _question_ids(self, question: str, placeholder: str) -> tuple[list[int], list[int]]:
+    def _question_ids(self, question: str, placeholder: str, answer: str = ANSWER) -> tuple[list[int], list[int]]:
         """Token ids of the prompt and of the answer; what tokens the answer is made of, the tokenizer decides."""
         prompt = self._chat(question_text(question), "video", placeholder)
-        before, ids = self._encode(prompt, placeholder), self._encode(prompt + ANSWER, placeholder)
+        before, ids = self._encode(prompt, placeholder), self._encode(prompt + answer, placeholder)
         shared = next((i for i, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]), len(before))
         return ids[:shared], ids[shared:]
 
@@ -333,6 +378,12 @@ class VLMTeacher(Teacher):
     def _pad_token_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
+
+
+def open_thought(text: str) -> str | None:
+    """The tag of a thought, <think> for one, that a text opens last and does not close."""
+    tags = list(THOUGHT.finditer(text))
+    return tags[-1][0] if tags and not tags[-1]["closes"] else None
 
 
 def freeze_patch_embed(tower: nn.Module, name: str, linear: type[nn.Module]) -> None:
