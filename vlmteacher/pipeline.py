@@ -25,8 +25,9 @@ from vlmteacher.lora import add_lora, export_lora, frozen_blocks, merge_lora, re
 from vlmteacher.lora_files import LoRA, read_lora
 from vlmteacher.optimization import NonFiniteError, Optimization, Settings, teacher_frame_indices
 from vlmteacher.placement import DeviceMap, find_devices
+from vlmteacher.prompts import check_prompt
 from vlmteacher.queries import QuerySet
-from vlmteacher.reasoners.base import Target, check_prompt
+from vlmteacher.reasoners.base import Target
 from vlmteacher.reward import pick, vqa_objective
 from vlmteacher.run_folder import RunFolder
 
@@ -51,7 +52,8 @@ class TeacherPipelineOutput:
     history: one row per step (see `Optimization`). stopped: "threshold" or "max_steps". p_yes_before, p_yes_after: the
     Teacher's P(Yes) for each query, goal first, on the two final videos; loss_before, loss_after: the objective there.
     sample: which of `final_samples` videos `frames` is; 0 is the one from all the noise of frames_before.
-    lora: the bytes of lora.safetensors. seconds: wall time of each part.
+    lora: the bytes of lora.safetensors. seconds: wall time of each part. cut_tokens: of the prompt, the negative prompt
+    and so on, how many tokens the Reasoner's text encoder did not take.
     """
 
     frames: Frames
@@ -71,6 +73,7 @@ class TeacherPipelineOutput:
     models: dict[str, str]
     fps: float
     lora: bytes = field(repr=False)
+    cut_tokens: dict[str, int] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """The content of run.json, but for the version."""
@@ -88,6 +91,7 @@ class TeacherPipelineOutput:
             "sample": self.sample,
             "seconds": self.seconds,
             "models": self.models,
+            "cut_tokens": self.cut_tokens,
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -434,6 +438,7 @@ class TeacherPipeline:
             models=self.models,
             fps=reasoner.fps,
             lora=lora,
+            cut_tokens=condition.all_cut,
         )
         if run:
             run.finish(output)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlmteacher.errors import InputError
+from vlmteacher.files import check_text
 from vlmteacher.reasoners import few_step
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Condition:
         num_frames, height, width: size of the video in frames and pixels.
         inputs: what else the family's transformer is given, by name: masks, image features, a second text; (B, ...).
         negative: the same instance with the negative prompt, for models that need guidance; None for the others.
+        cut: how many tokens of what the text encoder did not get (see `prompts.check_cut`).
     """
 
     prompt_embeds: Tensor
@@ -46,6 +48,12 @@ class Condition:
     width: int
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     negative: Condition | None = None
+    cut: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def all_cut(self) -> dict[str, int]:
+        """`cut`, that of the negative prompt included."""
+        return {**self.cut, **(self.negative.cut if self.negative else {})}
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -141,6 +149,9 @@ class Settings:
             scale = getattr(self, name)
             if scale is not None and not 1 <= scale < math.inf:
                 raise InputError(f"{name} must be 1 (no guidance) or more, not {scale}")
+        if not isinstance(self.negative_prompt, str):
+            raise InputError(f"negative_prompt must be a text, not {type(self.negative_prompt).__name__}")
+        check_text(self.negative_prompt, "negative_prompt")
 
     @classmethod
     def load(cls, path: Path) -> Settings:
@@ -381,12 +392,6 @@ class Reasoner(ABC):
     def encode_image(self, image: Image, height: int, width: int) -> Tensor:
         """An image, resized where it has another size -> normalised latents (1, C, 1, h, w) float32."""
         return self.encode_video(np.array(fit_image(image, height, width))[None])
-
-
-def check_prompt(prompt: str) -> None:
-    """Raise InputError for a prompt that says nothing."""
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise InputError("the prompt is empty: say what the video must show")
 
 
 def fit_image(image: Image, height: int, width: int) -> Image:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
+from vlmteacher.prompts import check_cut, check_prompt, encode, quote
 from vlmteacher.reasoners.attention import attend
-from vlmteacher.reasoners.base import Condition, Reasoner, Settings, check_prompt, fit_image
+from vlmteacher.reasoners.base import Condition, Reasoner, Settings, fit_image
 from vlmteacher.reasoners.parts import load_part, load_transformers
 from vlmteacher.reasoners.presets import PRESETS
 
@@ -58,6 +59,7 @@ class HunyuanVideo15Reasoner(Reasoner):
         self._prompts: Any = HunyuanVideo15Pipeline(
             text_encoder, tokenizer, transformer, vae, None, text_encoder_2, tokenizer_2, None
         )
+        tokenizer_2.split_special_tokens = True  # control tokens in quoted words are text, byte by byte
         self.image_encoder, self.feature_extractor = image_encoder, feature_extractor
         self.image_conditioning = image_encoder is not None
         self.settings = settings or Settings()
@@ -92,24 +94,54 @@ class HunyuanVideo15Reasoner(Reasoner):
             features = self._encode_features(image, height, width)
         shared = {"known_latents": known.to(self.dtype), "image_embeds": features}
 
-        def condition(text: str) -> Condition:
-            embeds, inputs = self._encode_text(text)
-            return Condition(embeds, None, num_frames, height, width, inputs | shared)
+        def condition(text: str, what: str) -> Condition:
+            embeds, inputs, cut = self._encode_text(text, what)
+            return Condition(embeds, None, num_frames, height, width, inputs | shared, cut=cut)
 
-        found = condition(prompt)
-        return replace(found, negative=condition(self.settings.negative_prompt)) if self.settings.guided else found
+        found = condition(prompt, "prompt")
+        if not self.settings.guided:
+            return found
+        return replace(found, negative=condition(self.settings.negative_prompt, "negative_prompt"))
 
-    def _encode_text(self, prompt: str) -> tuple[Tensor, dict[str, Tensor]]:
-        """Qwen's embeddings (1, L, D) and, as further inputs, those of the quoted words by ByT5; without padding."""
-        self._prompts.tokenizer_max_length = self.settings.max_sequence_length
-        where = self._prompts.text_encoder.device  # it may stay on the CPU: it runs once an instance
-        embeds, mask, glyphs, glyphs_mask = self._prompts.encode_prompt(prompt, where, self.dtype)
-        embeds, glyphs = (x[:, m[0].bool()].to(self.device) for x, m in ((embeds, mask), (glyphs, glyphs_mask)))
-        return embeds, {
+    def _encode_text(self, prompt: str, what: str) -> tuple[Tensor, dict[str, Tensor], dict[str, int]]:
+        """Qwen's embeddings (1, L, D); as further inputs those of the quoted words by ByT5; what was cut off of both.
+
+        Without padding. As the pipeline's `encode_prompt`, but that control tokens in the prompt are text.
+        """
+        from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import extract_glyph_texts
+
+        pipe = self._prompts
+        where = pipe.text_encoder.device  # it may stay on the CPU: it runs once an instance
+        skipped = pipe.prompt_template_encode_start_idx  # tokens of the system turn
+        limit = self.settings.max_sequence_length + skipped
+        chat = [
+            {"role": "system", "content": pipe.system_message},
+            {"role": "user", "content": quote(pipe.tokenizer, prompt) or " "},
+        ]
+        ids = encode(
+            pipe.tokenizer, pipe.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        )
+        cut = check_cut(pipe.tokenizer, ids[skipped:], limit - skipped, what)
+        tokens = pipe.tokenizer.pad(
+            {"input_ids": [ids[:limit]]}, padding="max_length", max_length=limit, return_tensors="pt"
+        ).to(where)
+        hidden = pipe.text_encoder(**tokens, output_hidden_states=True).hidden_states[-3]
+        embeds, mask = hidden[:, skipped:], tokens.attention_mask[:, skipped:]
+        if (quoted := extract_glyph_texts(prompt)) is not None:
+            letters = pipe.tokenizer_2(quoted)["input_ids"]
+            cut |= check_cut(pipe.tokenizer_2, letters, pipe.tokenizer_2_max_length, f"quoted_text_of_the_{what}")
+        glyphs, glyphs_mask = pipe._get_byt5_prompt_embeds(
+            pipe.tokenizer_2, pipe.text_encoder_2, prompt, where, pipe.tokenizer_2_max_length
+        )
+        embeds, glyphs = (
+            x[:, m[0].bool()].to(self.device, self.dtype) for x, m in ((embeds, mask), (glyphs, glyphs_mask))
+        )
+        inputs = {
             "encoder_attention_mask": torch.ones(embeds.shape[:2], dtype=torch.bool, device=self.device),
             "encoder_hidden_states_2": glyphs,
             "encoder_attention_mask_2": torch.ones(glyphs.shape[:2], dtype=torch.bool, device=self.device),
         }
+        return embeds, inputs, cut
 
     def _encode_features(self, image: Image, height: int, width: int) -> Tensor:
         """SigLIP's features (1, N, D) of the image in the video's size."""

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
-from vlmteacher.reasoners.base import Condition, Reasoner, Settings, check_prompt, with_first_frame
+from vlmteacher.prompts import check_cut, check_prompt, tokenize
+from vlmteacher.reasoners.base import Condition, Reasoner, Settings, with_first_frame
 from vlmteacher.reasoners.parts import load_part, load_transformers
 from vlmteacher.reasoners.presets import PRESETS
 
@@ -71,22 +72,20 @@ class LTXReasoner(Reasoner):
         check_prompt(prompt)
         first_frame = None if image is None else self.encode_image(image, height, width)
 
-        def condition(text: str) -> Condition:
+        def condition(text: str, what: str) -> Condition:
             embeds, mask = self._encode_text(text)
-            return Condition(embeds, first_frame, num_frames, height, width, {"encoder_attention_mask": mask})
+            cut = check_cut(self.tokenizer, text, self.settings.max_sequence_length, what)
+            return Condition(embeds, first_frame, num_frames, height, width, {"encoder_attention_mask": mask}, cut=cut)
 
-        found = condition(prompt)
-        return replace(found, negative=condition(self.settings.negative_prompt)) if self.settings.guided else found
+        found = condition(prompt, "prompt")
+        if not self.settings.guided:
+            return found
+        return replace(found, negative=condition(self.settings.negative_prompt, "negative_prompt"))
 
     def _encode_text(self, prompt: str) -> tuple[Tensor, Tensor]:
         """Embeddings (1, L, D) and mask (1, L) of the prompt's own tokens."""
-        tokens = self.tokenizer(
-            prompt,
-            padding="max_length",
-            max_length=self.settings.max_sequence_length,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self.text_encoder.device)  # it may stay on the CPU: it runs once an instance
+        tokens = tokenize(self.tokenizer, prompt, self.settings.max_sequence_length)
+        tokens = tokens.to(self.text_encoder.device)  # it may stay on the CPU: it runs once an instance
         seen = tokens.attention_mask if self.condition_pipeline else None
         hidden = self.text_encoder(tokens.input_ids, seen).last_hidden_state
         return hidden.to(self.device, self.dtype), tokens.attention_mask.to(self.device).bool()

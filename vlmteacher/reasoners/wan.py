@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
-from vlmteacher.reasoners.base import Condition, Reasoner, Settings, Target, check_prompt, fit_image, with_first_frame
+from vlmteacher.prompts import check_cut, check_prompt, tokenize
+from vlmteacher.reasoners.base import Condition, Reasoner, Settings, Target, fit_image, with_first_frame
 from vlmteacher.reasoners.parts import load_part, load_transformers
 
 if TYPE_CHECKING:
@@ -129,25 +130,21 @@ class WanReasoner(Reasoner):
             inputs = self._encode_image_channels(image.convert("RGB"), num_frames, height, width)
         elif image is not None:
             first_frame = self.encode_image(image, height, width)
-        condition = Condition(self.encode_prompt(prompt), first_frame, num_frames, height, width, inputs)
+
+        def condition(text: str, what: str) -> Condition:
+            cut = check_cut(self.tokenizer, clean_prompt(text), self.settings.max_sequence_length, what)
+            return Condition(self.encode_prompt(text), first_frame, num_frames, height, width, inputs, cut=cut)
+
+        found = condition(prompt, "prompt")
         if not self.settings.guided:
-            return condition
-        return replace(
-            condition,
-            negative=replace(condition, prompt_embeds=self.encode_prompt(self.settings.negative_prompt)),
-        )
+            return found
+        return replace(found, negative=condition(self.settings.negative_prompt, "negative_prompt"))
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str) -> Tensor:
         """(1, L, D) embeddings; the empty prompt, which guidance looks at, is taken too."""
-        tokens = self.tokenizer(
-            clean_prompt(prompt),
-            padding="max_length",
-            max_length=self.settings.max_sequence_length,
-            truncation=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        ).to(self.text_encoder.device)  # it may stay on the CPU: it runs once an instance
+        tokens = tokenize(self.tokenizer, clean_prompt(prompt), self.settings.max_sequence_length)
+        tokens = tokens.to(self.text_encoder.device)  # it may stay on the CPU: it runs once an instance
         hidden = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         # The transformer attends to all positions without a mask and was trained with zeros beyond the prompt.
         return (hidden * tokens.attention_mask[..., None]).to(self.device, self.dtype)
