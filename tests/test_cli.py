@@ -102,6 +102,7 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "too_many": json.dumps({"goal": "Is it?", "process": ["Is it?"] * 8}),
         "number": '{"goal": "Is it?", "process": [3]}',
         "empty": '{"goal": " "}',
+        "half": r'{"goal": "Is it \udcff?"}',
     }
     for name, content in files.items():
         (tmp_path / f"{name}.json").write_text(content)
@@ -120,6 +121,12 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "height": ({"height": 40}, "32 and 48"),
         "frames of the video": ({"num_frames": 6}, "5 and 9"),
         "empty prompt": ({"prompt": ""}, "--prompt is empty"),
+        "prompt of half a character": ({"prompt": "move \udcff"}, r"(\udcff) at position 5"),
+        "prompt with a NUL": ({"prompt": "move\0"}, "argument prompt holds a NUL at position 4"),
+        "negative prompt": ({"negative_prompt": "\ud800"}, "argument negative-prompt holds"),
+        "path of half a character": ({"out": tmp_path / "\udcff"}, "argument out holds"),
+        "one path of two": ({"transformer": "\udcff"}, "argument transformer holds"),
+        "query of half a character": ({"queries": tmp_path / "half.json"}, "half a character"),
         "queries missing": ({"queries": tmp_path / "none.json"}, "none.json"),
         "queries not JSON": ({"queries": tmp_path / "not_json.json"}, "not JSON"),
         "queries without goal": ({"queries": tmp_path / "no_goal.json"}, "no goal"),
@@ -247,7 +254,9 @@ def test_bad_arguments_of_queries(
     cases: dict[str, tuple[list[object], str]] = {
         "no prompt": ([], "--prompt"),
         "empty prompt": (["--prompt", " "], "--prompt is empty"),
-        "prompt with the model's token": (["--prompt", "move <|image_pad|>"], "must not hold the model's own token"),
+        "prompt of half a character": (["--prompt", "move \udcff"], r"argument prompt holds a byte or half a char"),
+        "teacher of half a character": (["--prompt", PROMPT, "--teacher", "a\udcff"], "argument teacher holds"),
+        "NUL in a path": (["--prompt", PROMPT, "--image", "a\0b"], "argument image holds a NUL"),
         "output in no directory": (["--prompt", PROMPT, "-o", tmp_path / "none" / "q.json"], "does not exist"),
         "output is a directory": (["--prompt", PROMPT, "-o", tmp_path], "is a directory"),
         "missing image": (["--prompt", PROMPT, "--image", tmp_path / "none.png"], "none.png does not exist"),

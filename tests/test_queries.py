@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmteacher.errors import InputError
+from vlmteacher.errors import InputError, OutputError
 from vlmteacher.microworld.questions import STYLE
 from vlmteacher.pipeline import PACKAGED_PAIR
 from vlmteacher.queries import (
@@ -51,6 +51,14 @@ def test_process_questions_may_be_missing():
         ('{"goal": "g?", "process": "p?"}', "list"),
         ('{"goal": "g?", "process": null}', "list"),
         (json.dumps({"goal": "g?", "process": ["p?"] * MAX_QUERIES}), "9 questions"),
+        ('{"goal": ["g?"]}', "non-empty"),
+        ('{"goal": {"a": "g?"}}', "non-empty"),
+        ('{"goal": "g?", "process": [["p?"]]}', "non-empty"),
+        ('{"goal": "g?", "process": {"p?": 1}}', "list"),
+        ('{"goal": "g?", "goal": "h?"}', "twice"),
+        ("[" * 100_000, "nested too deep"),
+        ('{"goal": ' + "9" * 400 + "}", "64 bits"),
+        (r'{"goal": "\ud800"}', "half a character"),
     ],
 )
 def test_bad_files_are_named_in_one_line(tmp_path, text, what):
@@ -66,13 +74,32 @@ def test_the_most_queries_are_allowed():
 
 
 def test_unreadable_and_unwritable_files(tmp_path):
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r"queries file .*missing.json does not exist"):
         QuerySet.load(tmp_path / "missing.json")
     (tmp_path / "latin.json").write_bytes(b'{"goal": "\xe4"}')
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r"latin.json is no UTF-8 text"):
         QuerySet.load(tmp_path / "latin.json")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="/dev/zero is larger than"):
+        QuerySet.load("/dev/zero")
+    with pytest.raises(OutputError, match="cannot be written"):
         SET.save(tmp_path / "missing" / "q.json")
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    (tmp_path / "q.json").write_text(SET.to_json(), "utf-8-sig")
+    assert QuerySet.load(tmp_path / "q.json") == SET
+
+
+@pytest.mark.parametrize("question", ["Is it \ud800?", "Is it \udcff?", "Is it\0?"])
+def test_what_is_no_text_is_refused(question):
+    for make in (
+        lambda: QuerySet(question),
+        lambda: QuerySet("Is it?", (question,)),
+        lambda: QuerySet.from_json(json.dumps({"goal": question})),
+    ):
+        with pytest.raises(InputError, match=r"(half a character|a NUL)") as error:
+            make()
+        str(error.value).encode()
 
 
 @pytest.mark.parametrize("around", ["{}", "```json\n{}\n```", "Sure {{ok}}: {} Done.", '{{"x": {}}}'])

@@ -1,4 +1,4 @@
-"""The command line. Exit status: 0 done, 2 bad input (one line on stderr), 130 interrupted (`--resume` goes on)."""
+"""The command line. Exit status: 0 done, 1 broke down or cannot write, 2 bad input (one line), 130 interrupted."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from vlmteacher import __version__
-from vlmteacher.errors import InputError, MissingExtra, TaskFailed
+from vlmteacher.errors import InputError, MissingExtra, OutputError, TaskFailed
+from vlmteacher.files import check_text
 from vlmteacher.microworld.stages import STAGES
 from vlmteacher.placement import EXAMPLE, parse_device_map
+from vlmteacher.quiet import quiet_warnings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,16 +42,21 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    quiet_warnings()
+    for stream in (sys.stdout, sys.stderr):  # a message must not fail on what a terminal cannot show
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         arguments = parser().parse_args(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
+        _check_texts(arguments)
         arguments.command(arguments)
     except (InputError, MissingExtra) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except (ArithmeticError, TaskFailed) as error:
+    except (ArithmeticError, OutputError, TaskFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -625,6 +633,14 @@ def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2**63 - 1, not {text}")
     return int(text)
+
+
+def _check_texts(arguments: argparse.Namespace) -> None:
+    """Raise InputError for an argument that is no text: bytes that are not UTF-8, from the shell, or a NUL."""
+    for name, value in vars(arguments).items():
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, str):
+                check_text(each, f"argument {name.replace('_', '-')}")
 
 
 def _open_image(path: str | None) -> Image.Image | None:

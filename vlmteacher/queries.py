@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmteacher.errors import InputError
+from vlmteacher.files import check_text, parse_json, read_json, write_text
 
 MAX_QUERIES = 8
 
@@ -55,6 +56,7 @@ class QuerySet:
         for question in self.questions:
             if not isinstance(question, str) or not question.strip():
                 raise InputError(f"queries: every question must be a non-empty string, not {question!r}")
+            check_text(question, f"queries: {_short(question, 60)!a}")
         if len(self.questions) > MAX_QUERIES:
             raise InputError(
                 f"queries: {len(self.questions)} questions, at most {MAX_QUERIES} are allowed (goal included)"
@@ -83,32 +85,20 @@ class QuerySet:
 
     @classmethod
     def from_json(cls, text: str) -> QuerySet:
-        try:
-            value = json.loads(text)
-        except ValueError as error:
-            raise InputError(f"queries: not JSON ({error})") from error
-        return cls.from_dict(value)
+        return cls.from_dict(parse_json(text, "queries: the text"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> QuerySet:
         """Read a queries file; InputError names the file."""
+        value = read_json(path, "queries file")
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"queries file {path}: cannot be read ({error})") from error
+            return cls.from_dict(value)
         except InputError as error:
             raise InputError(f"queries file {path}: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the set as JSON; a reader never sees half a file."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(self.to_json() + "\n", encoding="utf-8")
-            temporary.replace(path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise InputError(f"queries file {path}: cannot be written ({error})") from error
+        """Write the set as JSON, the whole file or none (see `files.replacing`). Raises OutputError."""
+        write_text(Path(path), self.to_json() + "\n")
 
 
 @dataclass(frozen=True)
@@ -131,7 +121,7 @@ class QueryStyle:
     def load(cls, path: str | os.PathLike[str]) -> QueryStyle:
         """Read a `teacher.json`; InputError names the entry that cannot be used."""
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = read_json(path, "file")
             if not isinstance(values, dict):
                 raise ValueError("it is no JSON object")
             if unknown := sorted(set(values) - {field.name for field in fields(cls)}):
@@ -145,7 +135,7 @@ class QueryStyle:
                 raise ValueError(f"own_wording must be true or false, not {style.own_wording!r}")
             if style.writer is not None and not (isinstance(style.writer, str) and style.writer.isidentifier()):
                 raise ValueError(f"writer must be the name of a subfolder, not {style.writer!r}")
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise InputError(f"{path} cannot be used: {error}") from error
         return style
 
