@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from vlmteacher.decoders import TinyVideoDecoder, check_decoder, load_decoder
-from vlmteacher.decoders.taehv import MemBlock
+from vlmteacher.decoders.taehv import MemBlock, SuperVideoDecoder
 from vlmteacher.errors import InputError
 
 WAN21 = {"latent_channels": 16, "patch": 1}
@@ -228,10 +228,11 @@ def test_truncated_files_and_odd_metadata_are_input_errors(tmp_path):
             (tmp_path / name).write_bytes(content[:size])
             with pytest.raises(InputError, match="cannot read"):
                 TinyVideoDecoder.from_checkpoint(tmp_path / name)
-    for config in ("[", "[]", '{"space_upscale": 3}', '{"slope": "x"}'):
+    wrong = ('{"space_upscale": 3}', '{"space_upscale": "yes"}', '{"slope": "x"}', '{"slope": NaN}', '{"signed": "no"}')
+    for config in ("[", "[]", "[" * 9000, '{"slope": 0, "slope": 0}', *wrong):
         save_file(decoder.state_dict(), tmp_path / "tae.safetensors", metadata={"config": config})
         if config != "[]":  # no entry, as good as none
-            with pytest.raises(InputError, match="not a TAEHV decoder"):
+            with pytest.raises(InputError, match=r"not a TAEHV decoder|metadata of"):
                 TinyVideoDecoder.from_checkpoint(tmp_path / "tae.safetensors")
 
 
@@ -254,7 +255,114 @@ def test_bad_files_are_input_errors(tmp_path):
     with pytest.raises(InputError, match="not a TAEHV decoder"):
         TinyVideoDecoder.from_checkpoint(tmp_path / "other.safetensors")
     state = TinyVideoDecoder(**WAN21, **NARROW).state_dict()
-    state["decoder.3.extra.weight"] = torch.zeros(1)
-    torch.save(state, tmp_path / "super.pth")
-    with pytest.raises(InputError, match="_super"):
-        TinyVideoDecoder.from_checkpoint(tmp_path / "super.pth")
+    for changes, message in (
+        ({"decoder.3.extra.weight": torch.zeros(1)}, "unexpected decoder.3.extra.weight"),
+        ({"decoder.4.conv.0.bias": torch.zeros(7)}, r"decoder.4.conv.0.bias should be \(\d+,\) but \(7,\)"),
+        ({"decoder.1.weight": torch.zeros(1).expand(10**6, 16, 1000, 1000)}, "larger than the file"),
+        ({"decoder.1.weight": torch.zeros(4, 4, dtype=torch.int64)}, "no tensor of floating-point numbers"),
+        ({"decoder.1.weight": "text"}, "no tensor"),
+        ({"decoder.1.weight": torch.zeros(4000, 16, 3, 3)}, "should be"),  # whose MemBlocks would take gigabytes
+    ):
+        torch.save(state | changes, tmp_path / "changed.pth")
+        with pytest.raises(InputError, match=message):
+            TinyVideoDecoder.from_checkpoint(tmp_path / "changed.pth")
+    for content in ([1, 2], torch.zeros(3), {1: torch.zeros(3)}):
+        torch.save(content, tmp_path / "changed.pth")
+        with pytest.raises(InputError, match="changed"):
+            TinyVideoDecoder.from_checkpoint(tmp_path / "changed.pth")
+
+
+# ------------------------------------------------------------------ _super
+
+
+SUPER = {"latent_channels": 6, "widths": (10, 8, 6, 4), "patch": 2}
+
+
+def plain_super(decoder, latents):
+    """taew2_2_super from its description, frame by frame: (C, T, h, w) to (F, 3, H, W)."""
+    state = decoder.state_dict()
+    frames = list(latents.unbind(1))
+    number = 0
+
+    def conv(x, name, **options):
+        weight, bias = state[f"decoder.{name}.weight"], state.get(f"decoder.{name}.bias")
+        return F.conv2d(x[None], weight, bias, **options)[0]
+
+    frames = [conv(x, 0) for x in frames]
+    for stage in range(3):
+        for _ in range(3):
+            number += 1
+            past = [torch.zeros_like(frames[0]), *frames[:-1]]
+            out = []
+            for x, before in zip(frames, past, strict=True):
+                pair = torch.cat([x, before])
+                y = conv(pair, f"{number}.conv.0", padding=3, groups=len(pair))
+                y = conv(conv(y, f"{number}.conv.1").relu(), f"{number}.conv.3")
+                out.append(x + y)
+            frames = out
+        number += 1
+        frames = [F.pixel_shuffle(conv(x, number, padding=1).relu(), 2) for x in frames]
+        number += 3  # convolution, ReLU, pixel shuffle, and then the growth in time
+        grown = [conv(x, f"{number}.conv") for x in frames]
+        frames = [part for y in grown for part in y.chunk(1 if stage == 0 else 2)]
+    assert number == 21
+    return torch.stack([F.pixel_shuffle(conv(x, 22, padding=1), 2) for x in frames])[3:].clamp(0, 1)
+
+
+def random_super(**changes):
+    torch.manual_seed(1)
+    decoder = SuperVideoDecoder(**SUPER | changes).double()
+    with torch.no_grad():
+        decoder.decoder[-1].bias.fill_(0.5)
+        decoder.decoder[-1].weight.mul_(5)
+    return decoder.float().double().requires_grad_(False)  # files are read as float32
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_super_decoders(tmp_path, suffix):
+    """Files as upstream writes them give what the description says, any frames of them, and the same gradient."""
+    written = random_super()
+    state = written.state_dict()
+    (torch.save if suffix == ".pth" else save_file)(state, tmp_path / f"taew2_2_super{suffix}")
+    decoder = TinyVideoDecoder.from_checkpoint(tmp_path / f"taew2_2_super{suffix}", torch.float64)
+    assert isinstance(decoder, SuperVideoDecoder) and decoder.config == written.config
+    assert (decoder.temporal_stride, decoder.spatial_stride) == (4, 16)
+    z = torch.randn(1, 6, 3, 2, 3, dtype=torch.float64, requires_grad=True)
+    expected = plain_super(written, z[0])
+    assert expected.shape == (9, 3, 32, 48) and expected.std() > 0.02
+    torch.testing.assert_close(decoder.decode(z), expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(decoder.decode_batch(z)[0], expected, atol=1e-12, rtol=0)
+    for indices in ([8, 0, 3, 3], [0], [4]):
+        weight = torch.randn(len(indices), 3, 32, 48, dtype=torch.float64)
+        frames = decoder.decode(z, indices)
+        torch.testing.assert_close(frames, expected[indices], atol=1e-12, rtol=0)
+        ours, theirs = (
+            torch.autograd.grad((x * weight).sum(), z, retain_graph=True)[0] for x in (frames, expected[indices])
+        )
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
+
+
+def test_super_decoders_keep_little_for_the_backward():
+    decoder = random_super().float()
+    z = torch.randn(1, 6, 3, 4, 4, requires_grad=True)
+
+    def kept(decode):
+        sizes = {}
+        pack = lambda x: sizes.__setitem__(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) or x  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            result = decode()
+        del result
+        return sum(sizes.values())
+
+    assert kept(lambda: decoder.decode(z)) < 0.5 * kept(lambda: decoder.decode_batch(z))
+
+
+def test_super_decoders_round_trip_and_refuse(tmp_path):
+    decoder = random_super(space_upscale=(True, True, False), time_upscale=(True, False, True)).float()
+    decoder.save(tmp_path / "own.safetensors")
+    assert TinyVideoDecoder.from_checkpoint(tmp_path / "own.safetensors").config == decoder.config
+    state = decoder.state_dict()
+    del state["decoder.9.conv.1.bias"]
+    save_file(state, tmp_path / "less.safetensors")
+    with pytest.raises(InputError, match=r"decoder.9.conv.1.bias should be \(32,\) but missing"):
+        TinyVideoDecoder.from_checkpoint(tmp_path / "less.safetensors")

@@ -11,11 +11,12 @@ taehv1_5              32        2      (1, 2, 2)   x16
 taeltx_2              128       4      (2, 2, 2)   x32 (of LTX-2, whose latents are not LTX-Video's)
 lighttaew2_1, _2_2    16, 48    1, 2   (1, 2, 2)   x8, x16 (takes de-normalised latents)
 lighttaehy1_5         32        2      (1, 2, 2)   x16 (takes de-scaled latents, LeakyReLU, gives [-1, 1])
+taew2_2_super         48        2      (1, 2, 2)   x16 (other layers: `SuperVideoDecoder`)
+taehv1_5_super        32        2      (1, 2, 2)   x16 (the same)
 ====================  ========  =====  ==========  =========
 
 Training runs through the plain torch modules, `decode_batch`; with frozen weights `decode` is one autograd function
-(`vlmteacher.ops.tiny_decoder`), of which the modules are the definition. ``taew2_1_super`` and its like have other
-layers and are refused.
+(`vlmteacher.ops.tiny_decoder`), of which the modules are the definition.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +34,17 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vlmteacher.errors import InputError
+from vlmteacher.files import parse_json
 from vlmteacher.ops import tiny_decoder
 from vlmteacher.ops.backends import without_data
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
 from vlmteacher.ops.tiny_decoder import Layer, Plan
 
 HUNYUAN15_SCALE = 1.03682  # of HunyuanVideo-1.5's latents: its VAE's times this are what its transformer sees
+FILE_LIMIT = 2**30  # bytes; the largest published decoder has a tenth
 FIRST_STAGE_KEEPS_TIME = (16, 32, 48)  # latent channels of the families whose first stage makes one frame of one
 # Of one activation at the full size; a handful of them live at a time. A GPU wants more frames to be busy. On the CPU
 # one frame more, carried over from the chunk before, must fit below 32 MiB: larger tensors the C library maps anew, and
@@ -76,9 +81,29 @@ class MemBlock(nn.Module):
         self.act = _activation(slope)
 
     def forward(self, x_BTCHW: Tensor) -> Tensor:
-        past = F.pad(x_BTCHW, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
-        pair = torch.cat([x_BTCHW, past], 2)
-        return self.act(self.conv(pair.flatten(0, 1)).view_as(x_BTCHW) + x_BTCHW)
+        return self.act(self.conv(_with_past(x_BTCHW)).view_as(x_BTCHW) + x_BTCHW)
+
+
+class SuperMemBlock(nn.Module):
+    """MemBlock of the ``_super`` decoders: 7x7 depthwise, then an inverted bottleneck, as in ConvNeXt."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(2 * width, 2 * width, 7, padding=3, groups=2 * width, bias=False),
+            nn.Conv2d(2 * width, 4 * width, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(4 * width, width, 1, bias=False),
+        )
+
+    def forward(self, x_BTCHW: Tensor) -> Tensor:
+        return self.conv(_with_past(x_BTCHW)).view_as(x_BTCHW) + x_BTCHW
+
+
+def _with_past(x_BTCHW: Tensor) -> Tensor:
+    """(B T, 2C, H, W): each frame and the one before it; zeros before the first."""
+    past = F.pad(x_BTCHW, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
+    return torch.cat([x_BTCHW, past], 2).flatten(0, 1)
 
 
 class TGrow(nn.Module):
@@ -125,17 +150,7 @@ class TinyVideoDecoder(nn.Module):
             "slope": float(slope),
             "signed": bool(signed),
         }
-        first = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
-        layers: list[nn.Module] = [SoftClamp(), first, _activation(slope)]
-        for stage in range(3):
-            layers += [MemBlock(widths[stage], slope) for _ in range(3)]
-            layers += [
-                nn.Upsample(scale_factor=2 if space_upscale[stage] else 1),
-                TGrow(widths[stage], 2 if time_upscale[stage] else 1),
-                nn.Conv2d(widths[stage], widths[stage + 1], 3, padding=1, bias=False),
-            ]
-        layers += [_activation(slope), nn.Conv2d(widths[3], 3 * patch**2, 3, padding=1)]
-        self.decoder = nn.Sequential(*layers)
+        self.decoder = nn.Sequential(*self._make_modules())
         # Per-channel statistics for checkpoints that take de-normalised latents (see `load_decoder`).
         self.latents_mean: Tensor | None
         self.latents_std: Tensor | None
@@ -143,6 +158,20 @@ class TinyVideoDecoder(nn.Module):
         self.register_buffer("latents_std", None, persistent=False)
         self._layers: tuple[list[Any], list[Layer]] | None = None  # made from the weights by `layers`
         self._plans: dict[tuple[Any, ...], Plan] = {}
+
+    def _make_modules(self) -> list[nn.Module]:
+        """The layer table, with upstream's numbers."""
+        widths, patch, slope = (self.config[name] for name in ("widths", "patch", "slope"))
+        first = nn.Conv2d(self.latent_channels, widths[0], 3, padding=1)
+        layers: list[nn.Module] = [SoftClamp(), first, _activation(slope)]
+        for stage in range(3):
+            layers += [MemBlock(widths[stage], slope) for _ in range(3)]
+            layers += [
+                nn.Upsample(scale_factor=2 if self.config["space_upscale"][stage] else 1),
+                TGrow(widths[stage], 2 if self.config["time_upscale"][stage] else 1),
+                nn.Conv2d(widths[stage], widths[stage + 1], 3, padding=1, bias=False),
+            ]
+        return [*layers, _activation(slope), nn.Conv2d(widths[3], 3 * patch**2, 3, padding=1)]
 
     @property
     def latent_channels(self) -> int:
@@ -169,12 +198,17 @@ class TinyVideoDecoder(nn.Module):
             (B, F, 3, H, W) with F = temporal_stride * (T - 1) + 1.
         """
         batch = latents.shape[0]
-        x = self._network_latents(latents).transpose(1, 2).flatten(0, 1)
-        for layer in self.decoder:
-            x = layer(x.unflatten(0, (batch, -1))).flatten(0, 1) if isinstance(layer, MemBlock) else layer(x)
+        x = self._run(self._network_latents(latents).transpose(1, 2).flatten(0, 1), batch, 0, len(self.decoder))
         frames = F.pixel_shuffle(x, self.config["patch"]).unflatten(0, (batch, -1))[:, self.temporal_stride - 1 :]
         frames = frames / 2 + 0.5 if self.config["signed"] else frames
         return frames.clamp(0, 1) if clamp else frames
+
+    def _run(self, x: Tensor, batch: int, first: int, end: int) -> Tensor:
+        """Layers `first` to `end` on x (batch T, C, h, w)."""
+        for layer in self.decoder[first:end]:
+            memory = isinstance(layer, (MemBlock, SuperMemBlock))
+            x = layer(x.unflatten(0, (batch, -1))).flatten(0, 1) if memory else layer(x)
+        return x
 
     def decode(
         self,
@@ -329,7 +363,7 @@ class TinyVideoDecoder(nn.Module):
         """What goes into the first layer: of the weights' dtype, de-normalised where the checkpoint wants it."""
         if self.latents_mean is not None and self.latents_std is not None:
             latents = latents * self.latents_std + self.latents_mean
-        return latents.to(self.decoder[1].weight.dtype)
+        return latents.to(next(self.parameters()).dtype)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with upstream's ``decoder.{i}`` keys and the layout as metadata."""
@@ -348,37 +382,120 @@ class TinyVideoDecoder(nn.Module):
         """
         path = Path(path)
         state, metadata = _read(path)
+        kind = SuperVideoDecoder if "decoder.0.weight" in state else TinyVideoDecoder
+        written = parse_json(metadata.get("config", "{}"), f"the metadata of {path}")
         try:
-            written = json.loads(metadata.get("config", "{}"))
-            kept: dict[str, Any] = {
-                name: written[name] for name in ("space_upscale", "slope", "signed") if name in written
-            }
-            first, last = state["decoder.1.weight"], state["decoder.22.weight"]
-            projections = [state[f"decoder.{i}.weight"] for i in (8, 14, 20)]
-            if first.shape[1] in FIRST_STAGE_KEEPS_TIME and "time_upscale" not in written:
-                grow = state["decoder.7.conv.weight"]  # of two frames, as upstream does, the later one
-                state["decoder.7.conv.weight"] = grow[-grow.shape[1] :]
-            grows = [state[f"decoder.{i}.conv.weight"] for i in (7, 13, 19)]
-            if _is_hunyuan15(path):
-                kept = {"slope": 0.2, "signed": True} | kept
-            config = {
-                "latent_channels": first.shape[1],
-                "widths": [first.shape[0], *(w.shape[0] for w in projections)],
-                "patch": round((last.shape[0] / 3) ** 0.5),
-                "time_upscale": [w.shape[0] == 2 * w.shape[1] for w in grows],
-                **kept,
-            }
-            decoder = cls(**config)
+            config = kind._layout(state, written if isinstance(written, dict) else {}, path)
+            with torch.device("meta"):  # a file must not decide how much memory is taken before its shapes are checked
+                expected = {name: value.shape for name, value in kind(**config).state_dict().items()}
+            if expected != (found := {name: value.shape for name, value in state.items()}):
+                name = next(name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name))
+                sizes = " but ".join(
+                    str(tuple(each[name])) if name in each else "missing" for each in (expected, found)
+                )
+                raise ValueError(f"{name} should be {sizes}" if name in expected else f"unexpected {name}")
+            decoder = kind(**config)
             decoder.load_state_dict(state)
-        except (AttributeError, KeyError, IndexError, ValueError, RuntimeError, TypeError) as error:
+        except (AttributeError, KeyError, IndexError, ValueError, RuntimeError, TypeError, OverflowError) as error:
             raise InputError(
-                f"{path} is not a TAEHV decoder ({_short(error)}): give a checkpoint such as taew2_1 or taew2_2"
-                " (the _super variants have other layers)"
+                f"{path} is not a TAEHV decoder ({_short(error)}): give a checkpoint such as taew2_1, taew2_2 or"
+                " taew2_2_super"
             ) from error
         if _is_hunyuan15(path):
             decoder.latents_mean = torch.zeros(1, decoder.latent_channels, 1, 1, 1)
             decoder.latents_std = torch.full_like(decoder.latents_mean, 1 / HUNYUAN15_SCALE)
         return decoder.to(dtype).eval().requires_grad_(False)
+
+    @staticmethod
+    def _layout(state: dict[str, Tensor], written: dict[str, Any], path: Path) -> dict[str, Any]:
+        """The keywords of the decoder whose weights `state` holds; drops from it what is not used.
+
+        written: the layout in the file's metadata.
+        """
+        first, last = state["decoder.1.weight"], state["decoder.22.weight"]
+        projections = [state[f"decoder.{i}.weight"] for i in (8, 14, 20)]
+        if first.shape[1] in FIRST_STAGE_KEEPS_TIME and "time_upscale" not in written:
+            grow = state["decoder.7.conv.weight"]  # of two frames, as upstream does, the later one
+            state["decoder.7.conv.weight"] = grow[-grow.shape[1] :]
+        grows = [state[f"decoder.{i}.conv.weight"] for i in (7, 13, 19)]
+        kept = {name: written[name] for name in ("space_upscale", "slope", "signed") if name in written}
+        if not _is_flags(kept.get("space_upscale", [True] * 3)) or not isinstance(kept.get("signed", True), bool):
+            raise ValueError("space_upscale must be three of true or false, signed one")
+        if type(slope := kept.get("slope", 0)) not in (int, float) or not 0 <= slope < 1:
+            raise ValueError(f"slope must be from 0 to 1, not {slope}")
+        if _is_hunyuan15(path):
+            kept = {"slope": 0.2, "signed": True} | kept
+        return {
+            "latent_channels": first.shape[1],
+            "widths": [first.shape[0], *(w.shape[0] for w in projections)],
+            "patch": round((last.shape[0] / 3) ** 0.5),
+            "time_upscale": [w.shape[0] == 2 * w.shape[1] for w in grows],
+            **kept,
+        }
+
+
+class SuperVideoDecoder(TinyVideoDecoder):
+    """The ``_super`` layer table: wider, `SuperMemBlock`s, pixel shuffles instead of upsampling, no clamp of latents.
+
+    It runs as the plain torch modules; a gradient through it keeps the activations at the four borders of its stages
+    and computes the others again. widths: of the three stages and of what the last convolution reads.
+    """
+
+    def __init__(
+        self,
+        latent_channels: int,
+        widths: Sequence[int] = (512, 256, 128, 64),
+        patch: int = 2,
+        time_upscale: Sequence[bool] = (False, True, True),
+        space_upscale: Sequence[bool] = (True, True, True),
+    ) -> None:
+        super().__init__(latent_channels, widths, patch, time_upscale, space_upscale)
+
+    def _make_modules(self) -> list[nn.Module]:
+        widths, patch = self.config["widths"], self.config["patch"]
+        layers: list[nn.Module] = [nn.Conv2d(self.latent_channels, widths[0], 1, bias=False)]
+        for stage in range(3):
+            side, width = 2 if self.config["space_upscale"][stage] else 1, widths[stage + 1]
+            layers += [SuperMemBlock(widths[stage]) for _ in range(3)]
+            layers += [
+                nn.Conv2d(widths[stage], width * side**2, 3, padding=1),
+                nn.ReLU(inplace=True),
+                nn.PixelShuffle(side),
+                TGrow(width, 2 if self.config["time_upscale"][stage] else 1),
+            ]
+        return [*layers, nn.Conv2d(widths[3], 3 * patch**2, 3, padding=1)]
+
+    def layers(self) -> list[Layer]:
+        """None: these layers have no fused form."""
+        return []
+
+    def _decode(
+        self, latents: Tensor, indices: list[int], chunk: int | None, layout: PatchLayout | None = None
+    ) -> Tensor:
+        stride = self.temporal_stride
+        needed = (max(indices) + stride - 1) // stride + 1  # no frame depends on later latents
+        x = self._network_latents(latents[:, :, :needed]).transpose(1, 2).flatten(0, 1)
+        for first, end in pairwise((0, 8, 15, 22, len(self.decoder))):
+            if x.requires_grad:
+                x = checkpoint(self._run, x, 1, first, end, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = self._run(x, 1, first, end)
+        frames = F.pixel_shuffle(x, self.config["patch"])[[i + stride - 1 for i in indices]].clamp(0, 1)
+        return frames if layout is None else layout.of(frames)
+
+    @staticmethod
+    def _layout(state: dict[str, Tensor], written: dict[str, Any], path: Path) -> dict[str, Any]:
+        grows = [state[f"decoder.{i}.conv.weight"] for i in (7, 14, 21)]
+        widths = [w.shape[1] for w in grows]
+        first = state["decoder.0.weight"]
+        shuffled = [state[f"decoder.{i}.weight"].shape[0] for i in (4, 11, 18)]
+        return {
+            "latent_channels": first.shape[1],
+            "widths": [first.shape[0], *widths],
+            "patch": round((state["decoder.22.weight"].shape[0] / 3) ** 0.5),
+            "time_upscale": [w.shape[0] == 2 * w.shape[1] for w in grows],
+            "space_upscale": [channels == 4 * width for channels, width in zip(shuffled, widths, strict=True)],
+        }
 
 
 def load_decoder(path: str | os.PathLike[str], reasoner: Any, dtype: torch.dtype = torch.float32) -> TinyVideoDecoder:
@@ -425,16 +542,29 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The ``decoder.*`` tensors of a file and its safetensors metadata."""
     if not path.is_file():
         raise InputError(f"decoder file {path} does not exist: give the path of a .pth or .safetensors checkpoint")
+    metadata: dict[str, str] = {}
     try:
+        if path.stat().st_size > FILE_LIMIT:
+            raise ValueError(f"it is larger than {FILE_LIMIT >> 20} MiB")
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-                found = {own: file.get_tensor(name) for name in names if (own := _own_name(name))}
-                return found, file.metadata() or {}
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-        return {own: value for name, value in loaded.items() if (own := _own_name(name))}, {}
+                found = {own: file.get_tensor(name) for name in file.keys() if (own := _own_name(name))}  # noqa: SIM118
+                metadata = file.metadata() or {}
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            found = {own: value for name, value in loaded.items() if (own := _own_name(name))}
+        for name, value in found.items():
+            if not (isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()):
+                raise TypeError(f"{name} is no tensor of floating-point numbers")
+            if value.numel() * value.element_size() > path.stat().st_size:
+                raise ValueError(f"{name} is larger than the file")  # strides of 0 make much of little
     except Exception as error:  # a damaged archive can raise anything from its reader
         raise InputError(f"cannot read {path} as decoder weights ({_short(error)})") from error
+    return found, metadata
+
+
+def _is_flags(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(isinstance(each, bool) for each in value)
 
 
 def _own_name(name: str) -> str | None:
