@@ -112,7 +112,7 @@ def build(preset: str, dtype: torch.dtype | None = None, device: str = "cpu") ->
 
 def packaged(dtype: torch.dtype, device: str) -> Instance:
     """The packaged pair on its example, with the questions that its Teacher writes."""
-    pipe = TeacherPipeline.from_pretrained(dtype=dtype).to(device)
+    pipe = TeacherPipeline.from_pretrained(dtype=dtype, device_map=device)
     example = read_pair()[1]["example"]
     frame = TeacherPipelineOutput.uint8(render(Scene.from_json(example["scene"]))[:1])[0]
     image, prompt = Image.fromarray(frame), example["prompt"]

@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("teachers", nargs="*", default=[str(PACKAGED_PAIR / "teacher")])
     teachers = {name: load_teacher(name, torch.float32) for name in parser.parse_args().teachers}
-    pipe = TeacherPipeline.from_pretrained()
+    pipe = TeacherPipeline.from_pretrained(dtype=torch.float32, device_map="cpu")
     reasoner, settings = pipe.reasoner, pipe.defaults
     indices = teacher_frame_indices(world.NUM_FRAMES, settings.teacher_frames)
     cosines: dict[str, list[list[float]]] = {name: [[] for _ in SEEN] for name in teachers}

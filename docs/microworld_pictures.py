@@ -101,7 +101,7 @@ def main() -> None:
     if wanted.table:
         table(wanted.table)
         return
-    pipe = TeacherPipeline.from_pretrained() if wanted.solved else None
+    pipe = TeacherPipeline.from_pretrained(dtype=torch.float32, device_map="cpu") if wanted.solved else None
     for family in world.FAMILIES:
         drawn, name = (solved(pipe, family), f"{family}_solved") if pipe else (sheet(family), family)
         drawn.save(Path(__file__).with_name(f"microworld_{name}.png"), optimize=True)

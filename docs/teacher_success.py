@@ -80,7 +80,7 @@ def main() -> None:
     for name in GIVEN:
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="instead of the pair's")
     arguments = parser.parse_args()
-    pipe = TeacherPipeline.from_pretrained()
+    pipe = TeacherPipeline.from_pretrained(dtype=torch.float32, device_map="cpu")
     given = {name: getattr(arguments, name) for name in GIVEN}
     settings = Settings(**pipe.defaults.to_dict() | {k: v for k, v in given.items() if v is not None})
     reasoner, device = pipe.reasoner.to(arguments.device), torch.device(arguments.device)

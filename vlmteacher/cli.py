@@ -86,7 +86,11 @@ def parser() -> argparse.ArgumentParser:
     _add_instance(sub)
     sub.add_argument("--queries", metavar="FILE.json", help="the Teacher's queries (default: it writes them)")
     sub.add_argument("--reasoner", metavar="ID", help="video model: hub id or directory (default: the packaged one)")
-    sub.add_argument("--decoder", metavar="FILE", help="surrogate decoder: checkpoint file (default: the packaged one)")
+    sub.add_argument(
+        "--decoder",
+        metavar="FILE",
+        help="surrogate decoder: file, or OWNER/REPO/FILE on the hub (default: the one that is known for the Reasoner)",
+    )
     both = "; two for the experts of Wan 2.2 A14B, high noise first"
     sub.add_argument(
         "--transformer", nargs="+", metavar="ID", help=f"instead of the Reasoner's: directory, hub id or file{both}"
@@ -268,8 +272,10 @@ def _add_instance(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--prompt", required=True, metavar="TEXT", help="the task")
     sub.add_argument("--image", metavar="FILE", help="the first frame")
     sub.add_argument("--teacher", metavar="ID", help="VLM: hub id or directory (default: the packaged one)")
-    sub.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    sub.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: the GPU, if there is one)")
+    sub.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on a CPU"
+    )
     sub.add_argument("--quantize", choices=("8bit", "4bit"), help="of the Teacher's weights (extra: quantized)")
 
 
@@ -292,10 +298,13 @@ def demo(arguments: argparse.Namespace) -> None:
     from vlmteacher.microworld.scorer import score
     from vlmteacher.microworld.world import Scene, render
     from vlmteacher.pipeline import TeacherPipeline, TeacherPipelineOutput, read_pair
+    from vlmteacher.placement import describe, find_devices, find_dtype
 
     example = read_pair()[1]["example"]
     scene = Scene.from_json(example["scene"])
     image = Image.fromarray(TeacherPipelineOutput.uint8(render(scene)[:1])[0])
+    devices = find_devices(None)
+    print(describe(devices, find_dtype(devices)))
     pipe = TeacherPipeline.from_pretrained()
     print(f"Task: {example['prompt']}", flush=True)
     output = pipe(
@@ -393,14 +402,14 @@ def queries(arguments: argparse.Namespace) -> None:
     import torch
 
     from vlmteacher.pipeline import read_pair
-    from vlmteacher.placement import find_device
+    from vlmteacher.placement import find_devices, find_dtype
     from vlmteacher.teachers import load_teacher
 
     if arguments.teacher is None:
         directory, pair = read_pair()
         arguments.teacher = str(directory / pair["teacher"])
-    device = find_device(arguments.device or "cpu", "--device")
-    dtype = getattr(torch, arguments.dtype)
+    devices = find_devices(arguments.device, "--device")
+    device, dtype = devices["teacher"], getattr(torch, arguments.dtype) if arguments.dtype else find_dtype(devices)
     teacher = load_teacher(arguments.teacher, dtype=dtype, quantize=arguments.quantize, device=device).to(device)
     written = teacher.write_queries(arguments.prompt, image)
     if arguments.output:
@@ -666,19 +675,21 @@ def _pipeline(arguments: argparse.Namespace) -> TeacherPipeline:
     import torch
 
     from vlmteacher.pipeline import TeacherPipeline
-    from vlmteacher.placement import find_devices
+    from vlmteacher.placement import describe, find_devices, find_dtype
 
-    where = parse_device_map(arguments.device_map) if arguments.device_map else arguments.device or "cpu"
+    where = parse_device_map(arguments.device_map) if arguments.device_map else arguments.device
     devices = find_devices(where, "--device", "--device-map")
     if arguments.device_map and arguments.device:
         raise InputError(f"--device {arguments.device} and --device-map {arguments.device_map} exclude each other")
     if arguments.offload and all(device.type == "cpu" for device in devices.values()):
         raise InputError("--offload keeps in main memory what a GPU does not need: give --device or --device-map too")
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else find_dtype(devices)
+    print(describe(devices, dtype), flush=True)
     return TeacherPipeline.from_pretrained(
         arguments.reasoner,
         arguments.teacher,
         arguments.decoder,
-        dtype=getattr(torch, arguments.dtype),
+        dtype=dtype,
         device_map=devices,
         offload=arguments.offload,
         quantize=arguments.quantize,

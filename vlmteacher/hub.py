@@ -49,3 +49,48 @@ def unknown_model(name: str) -> InputError:
         f"{name} is neither a directory nor a model that can be reached on the hub: check the name and the network, or"
         " give a local directory (`hf download OWNER/MODEL --local-dir DIR`)"
     )
+
+
+def find_weights(name: str, label: str) -> Path:
+    """The file that `OWNER/REPO/FILE[@REVISION]` means; `OWNER/REPO` is its only .safetensors file, or only .pth file.
+
+    label: what the file is, for messages. Raises InputError, with where to get it, when it is neither cached nor within
+    reach.
+    """
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    path, _, revision = name.partition("@")
+    owner, repository, *rest = path.split("/")
+    repo, file = f"{owner}/{repository}", "/".join(rest)
+    local = only_local(repo)
+    try:
+        if not file:
+            if local:
+                folder = Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
+                names = [each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()]
+            else:
+                names = HfApi().list_repo_files(repo, revision=revision or None)
+            file = only_weights(names, repo)
+        return Path(hf_hub_download(repo, file, revision=revision or None, local_files_only=local))
+    except InputError:
+        raise
+    except Exception as error:  # not there, not allowed, or the errors of whichever HTTP client the hub library uses
+        where = f"huggingface.co/{repo}/blob/{revision or 'main'}/{file}" if file else f"huggingface.co/{repo}"
+        raise InputError(
+            f"{label} {name} is no file here{' and the hub is out of reach' if local else ', nor one on the hub'}:"
+            f" check the name, or download {where} and give its path"
+        ) from error
+
+
+def only_weights(names: list[str], where: str) -> str:
+    """The .safetensors file among `names`, or else the .pth file. Raises InputError where it is not one."""
+    for ending in (".safetensors", ".pth"):
+        found = sorted(each for each in names if each.endswith(ending))
+        if len(found) > 1:
+            listed = ", ".join(found[:12]) + (", ..." if len(found) > 12 else "")
+            raise InputError(
+                f"{where} has {len(found)} files of weights: name one, as in {where}/{found[0]} ({listed})"
+            )
+        if found:
+            return found[0]
+    raise InputError(f"{where} has no .safetensors or .pth file: name a file of weights")

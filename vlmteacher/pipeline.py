@@ -24,7 +24,7 @@ from vlmteacher.errors import InputError, OutOfMemory
 from vlmteacher.lora import add_lora, export_lora, frozen_blocks, merge_lora, remove_lora
 from vlmteacher.lora_files import LoRA, read_lora
 from vlmteacher.optimization import NonFiniteError, Optimization, Settings, teacher_frame_indices
-from vlmteacher.placement import DeviceMap, find_devices
+from vlmteacher.placement import DeviceMap, find_devices, find_dtype
 from vlmteacher.prompts import check_prompt
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners.base import Target
@@ -149,29 +149,34 @@ class TeacherPipeline:
         decoder: str | os.PathLike[str] | None = None,
         *,
         pair: str | os.PathLike[str] | None = None,
-        dtype: torch.dtype = torch.float32,
-        device_map: str | torch.device | DeviceMap = "cpu",
+        dtype: torch.dtype | None = None,
+        device_map: str | torch.device | DeviceMap | None = None,
         offload: bool = False,
         quantize: Quantize | None = None,
         transformer: str | Sequence[str] | None = None,
         few_step_lora: str | Sequence[str] | None = None,
         preset: str | None = None,
     ) -> TeacherPipeline:
-        """Load the models: hub ids or local directories for `reasoner` and `teacher`, a checkpoint file for `decoder`.
+        """Load the models: hub ids or local directories for `reasoner` and `teacher`, a file or hub name for `decoder`.
 
         Those left out come from `pair`, a directory with a pair.json; by default the packaged tiny pair. The pair's
-        own default settings hold as long as the Reasoner is the pair's.
-        device_map: one device, or {"reasoner": "cuda:0", "teacher": "cuda:1"} (see `to`). offload: see `need`.
+        own default settings hold as long as the Reasoner is the pair's. A Reasoner with other latents than the pair's
+        decoder gets the decoder that its family is known to have, from the hub (`known_decoder`).
+        device_map: one device, or {"reasoner": "cuda:0", "teacher": "cuda:1"} (see `to`); None is the GPU where there
+        is one. dtype: None is bfloat16 on GPUs, float32 elsewhere. offload: see `need`.
         quantize: keep the Teacher's language model in "8bit" or "4bit" (the extra `quantized`); it stays on its device.
         transformer, few_step_lora, preset: parts of the Reasoner from elsewhere, and how it samples (`load_reasoner`).
         Raises InputError: no such model, an unknown family, models that do not fit together, a device that is not
         there; MissingExtra.
         """
-        from vlmteacher.decoders.taehv import load_decoder
+        from vlmteacher.decoders.agreement import check_agreement
+        from vlmteacher.decoders.find import known_decoder
+        from vlmteacher.decoders.taehv import fits_decoder, load_decoder
         from vlmteacher.reasoners import load_reasoner
         from vlmteacher.teachers import load_teacher
 
         devices = find_devices(device_map)
+        dtype = find_dtype(devices) if dtype is None else dtype
         given = {"reasoner": reasoner, "teacher": teacher, "decoder": decoder}
         models = {name: os.fspath(path) for name, path in given.items() if path is not None}
         models = {name: os.path.abspath(path) if os.path.exists(path) else path for name, path in models.items()}
@@ -192,9 +197,12 @@ class TeacherPipeline:
         the_reasoner = load_reasoner(
             paths["reasoner"], dtype=dtype, transformer=transformer, few_step_lora=few_step_lora, preset=preset
         )
-        the_decoder = load_decoder(
-            paths["decoder"], the_reasoner, dtype=dtype
-        )  # a misfit shows before the Teacher loads
+        if reasoner is not None and decoder is None and not fits_decoder(paths["decoder"], the_reasoner):
+            models["decoder"] = paths["decoder"] = known_decoder(the_reasoner)
+        # A misfit shows before the Teacher loads.
+        the_reasoner.to(devices["reasoner"], networks=False).vae.to(devices["reasoner"])
+        the_decoder = load_decoder(paths["decoder"], the_reasoner, dtype=dtype)
+        check_agreement(the_decoder, the_reasoner, models["decoder"])
         the_teacher = load_teacher(paths["teacher"], dtype=dtype, quantize=quantize, device=devices["teacher"])
         return cls(the_reasoner, the_teacher, the_decoder, defaults, models, offload).to(devices)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from vlmteacher.errors import InputError
@@ -28,13 +30,14 @@ def parse_device_map(text: str) -> dict[str, str]:
 
 
 def find_devices(
-    where: str | torch.device | DeviceMap, label: str = "device", map_label: str = "device_map"
+    where: str | torch.device | DeviceMap | None, label: str = "device", map_label: str = "device_map"
 ) -> dict[str, torch.device]:
-    """The device of each of `PARTS`, from one for all or from a map that names each.
+    """The device of each of `PARTS`, from one for all or from a map that names each; None is the GPU, if there is one.
 
     label, map_label: how the caller's user knows what is wrong. Raises InputError for a part that is not known or is
     left out, and for a device that is not there.
     """
+    where = default_device() if where is None else where
     if not isinstance(where, Mapping):
         return dict.fromkeys(PARTS, find_device(where, label))
     for part in where:
@@ -47,9 +50,43 @@ def find_devices(
     return {part: find_device(where[part], f"{map_label}: {part}=") for part in PARTS}
 
 
+def default_device() -> str:
+    """The GPU where there is one."""
+    import torch  # here, for the command line's --help needs none
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def find_dtype(devices: Mapping[str, torch.device]) -> torch.dtype:
+    """What weights are computed in where nobody says: bfloat16 on GPUs, float32 if any part is elsewhere."""
+    import torch
+
+    return torch.bfloat16 if all(device.type == "cuda" for device in devices.values()) else torch.float32
+
+
+def describe(devices: Mapping[str, torch.device], dtype: torch.dtype) -> str:
+    """Devices and dtype in a line: "cpu (AMD EPYC 9R14), float32"."""
+    names = {part: f"{device} ({_processor(device)})" for part, device in devices.items()}
+    where = [f"{part} {name}" for part, name in names.items()] if len({*names.values()}) > 1 else [names["reasoner"]]
+    return ", ".join([*where, str(dtype).removeprefix("torch.")])
+
+
+def _processor(device: torch.device) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
 def find_device(device: str | torch.device, label: str = "device") -> torch.device:
     """The device that tensors made on `device` are on ("cuda" is one with a number). Raises InputError without it."""
-    import torch  # here, for the command line's --help needs none
+    import torch
 
     try:
         probe = torch.empty(1, device=device)

@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vlmteacher.decoders.find import find_decoder
 from vlmteacher.errors import InputError
 from vlmteacher.files import parse_json
 from vlmteacher.ops import tiny_decoder
@@ -53,6 +54,7 @@ CHUNK_BYTES = {"cpu": 28 << 20, "cuda": 256 << 20}
 
 
 CPU = torch.device("cpu")
+LAYOUT = ("latent_channels", "temporal_stride", "spatial_stride")
 
 
 class SoftClamp(nn.Module):
@@ -499,10 +501,12 @@ class SuperVideoDecoder(TinyVideoDecoder):
 
 
 def load_decoder(path: str | os.PathLike[str], reasoner: Any, dtype: torch.dtype = torch.float32) -> TinyVideoDecoder:
-    """`TinyVideoDecoder.from_checkpoint` for a Reasoner: checked against it, on its device.
+    """`TinyVideoDecoder.from_checkpoint` for a Reasoner: of its latents' shape (`check_decoder`), on its device.
 
-    LightX2V's ``lighttaew*`` files were trained on de-normalised latents: they are given the Reasoner's statistics.
+    path: a file, or one on the hub (`find_decoder`). LightX2V's ``lighttaew*`` files were trained on de-normalised
+    latents: they are given the Reasoner's statistics. Raises InputError.
     """
+    path = find_decoder(path)
     decoder = TinyVideoDecoder.from_checkpoint(path, dtype)
     check_decoder(decoder, reasoner, name=str(path))
     if Path(path).name.startswith("taeltx"):  # channels and strides are the same
@@ -519,6 +523,12 @@ def _is_hunyuan15(path: Path) -> bool:
     """LightX2V's decoder of HunyuanVideo-1.5, by the name of its file (lighttaehy1_5, lighttae_hy1_5): it has another
     activation, range and scale of the latents, of which its weights show nothing."""
     return re.match(r"lighttae_?hy", path.name) is not None
+
+
+def fits_decoder(path: str | os.PathLike[str], reasoner: Any) -> bool:
+    """Whether the checkpoint's channels and strides are those of the Reasoner's latents."""
+    decoder = TinyVideoDecoder.from_checkpoint(path)
+    return all(getattr(decoder, name) == getattr(reasoner, name) for name in LAYOUT)
 
 
 def check_decoder(decoder: TinyVideoDecoder, reasoner: Any, name: str = "the decoder") -> None:

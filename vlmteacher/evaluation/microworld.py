@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -316,13 +317,14 @@ def _load(pair: str | None, many_step: str | None) -> TeacherPipeline:
     from vlmteacher.quiet import quiet
 
     quiet()
+    here: dict[str, Any] = {"dtype": torch.float32, "device_map": "cpu"}  # results are those of any machine
     if many_step and (Path(many_step) / "config.json").exists():  # a transformer alone: the rest is the pair's
-        pipe = TeacherPipeline.from_pretrained(pair=pair, transformer=many_step)
+        pipe = TeacherPipeline.from_pretrained(pair=pair, transformer=many_step, **here)
         pipe.reasoner.settings = replace(
             pipe.reasoner.settings, timesteps=even_timesteps(MANY_STEPS), shift=1.0, sampler="euler"
         )
     else:
-        pipe = TeacherPipeline.from_pretrained(pair=pair, reasoner=many_step)
+        pipe = TeacherPipeline.from_pretrained(pair=pair, reasoner=many_step, **here)
     pipe.defaults = Settings(**read_pair(pair)[1].get("defaults", {}))  # a Reasoner of another place has none
     return pipe
 

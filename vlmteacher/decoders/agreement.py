@@ -1,0 +1,120 @@
+"""Whether a surrogate decoder and a VAE read the same latents.
+
+Channels and strides can agree where the latents do not: taew2_1 fits every model of 16 channels, and decodes another's
+to coloured noise; a decoder of de-normalised latents gives pale frames of normalised ones. So a small clip goes through
+the VAE, and its latents through both decoders. `agreement` is the share of the VAE's frames that the surrogate's
+explain, 1 - |ours - theirs|^2 / |theirs - mean|^2. The packaged decoder has .97, and .77 where it is told the wrong
+scale of the latents. Published ones were measured by others at 39 dB, about .998, and at 19 to 20 dB, about .8, with
+the wrong scale. Random weights are below 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vlmteacher.errors import InputError
+from vlmteacher.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from vlmteacher.decoders.taehv import TinyVideoDecoder
+
+LEAST = 0.9  # agreement of a decoder that is used
+CELLS = 8  # latent cells down and across
+SWITCH = "VLMTEACHER_CHECK_DECODER"  # an environment variable; 0 turns the check off
+VERSION = 1  # of what is measured and cached
+
+
+def check_agreement(decoder: TinyVideoDecoder, reasoner: Any, name: str) -> None:
+    """Raise InputError unless `decoder` reads the latents of `reasoner`'s VAE, which is on the Reasoner's device.
+
+    It is measured once for each pair of networks and kept in ``$XDG_CACHE_HOME/vlmteacher``.
+    """
+    if os.environ.get(SWITCH) == "0":
+        return
+    key = fingerprint(decoder, reasoner)
+    found = _cached(key)
+    if found is None:
+        found = agreement(decoder, reasoner)
+        _keep(key, found)
+    if not found >= LEAST:
+        raise InputError(
+            f"{name} is no decoder of this Reasoner's latents: on a test clip its frames explain {found:.2f} of the"
+            f" variance of the VAE's, and {LEAST} is the least: give the decoder of the Reasoner's family, or"
+            f" train one with `vlmteacher distill decoder` ({SWITCH}=0 uses this one all the same)"
+        )
+
+
+@torch.no_grad()
+def agreement(decoder: TinyVideoDecoder, reasoner: Any) -> float:
+    """The share of the variance of the VAE's frames that the surrogate's explain, on `clip`: at most 1.
+
+    No lower than -99, which also stands for frames that are not finite.
+    """
+    latents = reasoner.encode_video(clip(reasoner.temporal_stride + 1, CELLS * reasoner.spatial_stride))
+    theirs = reasoner.decode(latents).float()
+    if not latents.isfinite().all():
+        return -99.0
+    ours = decoder.decode(latents).float()
+    share = 1 - (ours - theirs).square().mean() / theirs.var().clamp(min=1e-4)
+    return share.nan_to_num(-99.0).clamp(min=-99.0).item()
+
+
+def clip(frames: int, side: int) -> np.ndarray:
+    """(frames, side, side, 3) uint8: a red disc and a blue square that move on a light ground."""
+    y, x = (np.mgrid[0:side, 0:side] + 0.5) / side
+    video = np.empty((frames, side, side, 3), np.uint8)
+    video[:] = (242, 242, 237)
+    for frame, way in zip(video, np.linspace(0, 0.1, frames), strict=True):
+        frame[(x - 0.3 - way) ** 2 + (y - 0.35) ** 2 < 0.15**2] = (217, 38, 26)
+        frame[(abs(x - 0.7) < 0.14) & (abs(y - 0.65 + way) < 0.14)] = (38, 76, 217)
+    return video
+
+
+def fingerprint(decoder: TinyVideoDecoder, reasoner: Any) -> str:
+    """Of both networks: their configurations and a sample of their weights."""
+    digest = hashlib.sha256()
+    for network, config in ((decoder, decoder.config), (reasoner.vae, dict(reasoner.vae.config))):
+        digest.update(json.dumps([VERSION, type(network).__name__, config], sort_keys=True, default=str).encode())
+        _sample(network, digest)
+    for statistics in (decoder.latents_mean, decoder.latents_std, reasoner.latents_mean, reasoner.latents_std):
+        digest.update(b"none" if statistics is None else _bytes(statistics))
+    return digest.hexdigest()[:32]
+
+
+def _sample(network: nn.Module, digest: Any) -> None:
+    for name, value in network.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        flat = value.detach().reshape(-1)
+        digest.update(_bytes(flat[:: max(1, len(flat) // 64)]))
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.detach().double().cpu().numpy().tobytes()
+
+
+def _file(key: str) -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "vlmteacher" / "decoders" / f"{key}.json"
+
+
+def _cached(key: str) -> float | None:
+    with suppress(InputError):  # not there, or damaged: it is measured again
+        found = read_json(_file(key), "cache")
+        if isinstance(found, dict) and isinstance(found.get("agreement"), float):
+            return found["agreement"]
+    return None
+
+
+def _keep(key: str, found: float) -> None:
+    with suppress(OSError):  # a cache that cannot be written costs time, nothing else
+        _file(key).parent.mkdir(parents=True, exist_ok=True)
+        write_json(_file(key), {"agreement": found})

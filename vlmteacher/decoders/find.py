@@ -1,0 +1,50 @@
+"""Where a surrogate decoder is: a file, a file on the hub, or what a family's latents are known to be decoded by."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from vlmteacher.errors import InputError
+from vlmteacher.hub import find_weights, only_weights
+
+# (channels, frames per latent frame, pixels per latent cell): the file on the hub. Only lightx2v/Autoencoders has the
+# decoders of all three families; of HunyuanVideo-1.5's it has LightX2V's own.
+KNOWN = {
+    (16, 4, 8): "lightx2v/Autoencoders/taew2_1.pth",
+    (48, 4, 16): "lightx2v/Autoencoders/taew2_2.safetensors",
+    (32, 4, 16): "lightx2v/Autoencoders/lighttaehy1_5.pth",
+}
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+)?(@[\w./-]+)?")
+
+
+def find_decoder(name: str | os.PathLike[str]) -> Path:
+    """The file that `name` means: a path, `OWNER/REPO/FILE`, or `OWNER/REPO` (a directory) with one file of weights.
+
+    `@REVISION` at the end of a hub name is a branch, tag or commit. Raises InputError.
+    """
+    text = os.path.expanduser(os.fspath(name))
+    path = Path(text)
+    if path.is_dir():
+        return path / only_weights([each.name for each in path.iterdir()], text)
+    if path.exists() or not HUB_NAME.fullmatch(text) or text.startswith(".") or _is_local(text):
+        return path
+    return find_weights(text, "decoder")
+
+
+def known_decoder(reasoner: Any) -> str:
+    """The hub name of the decoder of this Reasoner's latents. Raises InputError where none is known."""
+    latents = (reasoner.latent_channels, reasoner.temporal_stride, reasoner.spatial_stride)
+    if latents not in KNOWN:
+        raise InputError(
+            f"no decoder is known for latents of {latents[0]} channels, {latents[1]}x in time and {latents[2]}x in"
+            " space: give --decoder FILE, or train one with `vlmteacher distill decoder`"
+        )
+    return KNOWN[latents]
+
+
+def _is_local(text: str) -> bool:
+    """Whether what is not there was meant as a path: it has two parts, and the second is a file's name."""
+    return text.count("/") == 1 and text.endswith((".safetensors", ".pth"))
