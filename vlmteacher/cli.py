@@ -1,4 +1,8 @@
-"""The command line. Exit status: 0 done, 1 broke down or cannot write, 2 bad input (one line), 130 interrupted."""
+"""The command line.
+
+Exit status: 0 done; 1 the optimisation broke down, or a result cannot be written; 2 bad input (one line on stderr);
+130, 143 and 129 interrupted by SIGINT, SIGTERM and SIGHUP (`--resume` goes on).
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from vlmteacher import __version__
 from vlmteacher.errors import InputError, MissingExtra, OutputError, TaskFailed
 from vlmteacher.files import check_text
+from vlmteacher.interruption import Interrupted, endings_interrupt
 from vlmteacher.microworld.stages import STAGES
 from vlmteacher.placement import EXAMPLE, parse_device_map
 from vlmteacher.quiet import quiet_warnings
@@ -50,22 +55,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser().parse_args(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
-    try:
-        _check_texts(arguments)
-        arguments.command(arguments)
-    except (InputError, MissingExtra) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except (ArithmeticError, OutputError, TaskFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        can_resume = "resume" in arguments and any((Path(arguments.out) / name).exists() for name in RESUMABLE)
-        print(f"interrupted{'; the same with --resume goes on' if can_resume else ''}", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with endings_interrupt():
+        try:
+            _check_texts(arguments)
+            arguments.command(arguments)
+            sys.stdout.flush()
+        except (InputError, MissingExtra) as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except (ArithmeticError, TaskFailed) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt as stop:
+            print(f"interrupted{_how_to_go_on(arguments)}", file=sys.stderr)
+            return stop.status if isinstance(stop, Interrupted) else 130
+        except OutputError as error:
+            print(f"error: {' '.join(str(error).split())}{_how_to_go_on(arguments)}", file=sys.stderr)
+            return 1
+        except OSError as error:  # standard output; its reader, `head` for one, may have seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if not isinstance(error, BrokenPipeError):
+                print(f"error: {error}", file=sys.stderr)
+                return 1
     return 0
+
+
+def _how_to_go_on(arguments: argparse.Namespace) -> str:
+    if "stage" in arguments:
+        return "; the same command goes on"
+    out = arguments.out if "resume" in arguments else None
+    can_resume = out is not None and any((Path(out) / name).exists() for name in RESUMABLE)
+    return "; the same with --resume goes on" if can_resume else ""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -80,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = add("demo", demo, "solve one packaged example with the packaged pair of models")
     sub.add_argument("--out", metavar="DIR", help="run folder to write (default: runs/demo, runs/demo-2, ...)")
+    sub.add_argument("--resume", action="store_true", help="take up the interrupted run in --out (default: runs/demo)")
     _add_fused(sub)
 
     sub = add("solve", solve, "answer one prompt with a video, improved by the Teacher")
@@ -283,11 +304,10 @@ def _add_instance(sub: argparse.ArgumentParser) -> None:
 
 
 def demo(arguments: argparse.Namespace) -> None:
-    from vlmteacher.run_folder import RunFolder
-
-    out = Path(arguments.out) if arguments.out else _first_free("runs/demo")
-    arguments.out = out
-    RunFolder(out)  # a folder that cannot be used shows before any model is loaded
+    if arguments.out is None:
+        arguments.out = "runs/demo" if arguments.resume else _first_free("runs/demo")
+    out = Path(arguments.out)
+    _check_run_folder(arguments)
     from vlmteacher.quiet import quiet
 
     quiet()
@@ -314,6 +334,7 @@ def demo(arguments: argparse.Namespace) -> None:
         output_type="np",
         fused_lora=arguments.fused_lora,
         run_dir=out,
+        resume=arguments.resume,
     )
     _print_result(output)
     for name, frames in (("before", output.frames_before), ("after", output.frames)):
@@ -328,9 +349,8 @@ def solve(arguments: argparse.Namespace) -> None:
     _check_instance(arguments)
     from vlmteacher.lora_files import read_lora
     from vlmteacher.queries import QuerySet
-    from vlmteacher.run_folder import RunFolder
 
-    RunFolder(arguments.out, arguments.resume)
+    _check_run_folder(arguments)
     query_set = None if arguments.queries is None else QuerySet.load(arguments.queries)
     if arguments.lora is not None:
         read_lora(arguments.lora)  # one that cannot be read shows before any model is loaded
@@ -697,6 +717,15 @@ def _pipeline(arguments: argparse.Namespace) -> TeacherPipeline:
         few_step_lora=arguments.few_step_lora,
         preset=arguments.preset,
     )
+
+
+def _check_run_folder(arguments: argparse.Namespace) -> None:
+    """A folder that cannot be used shows before any model is loaded."""
+    from vlmteacher.files import claimed
+    from vlmteacher.run_folder import RunFolder, checked
+
+    with claimed(checked(arguments.out)):
+        RunFolder(arguments.out, arguments.resume)
 
 
 def _first_free(path: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 
@@ -30,7 +31,9 @@ class OutputError(OSError):
         return OutputError, (self.filename, OSError(self.errno, self.strerror))
 
     def __str__(self) -> str:
-        return f"{self.filename} cannot be written ({self.strerror}): make room there, or give another place"
+        full = self.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room there" if full else "see that it can be"
+        return f"{self.filename} cannot be written ({self.strerror}): {remedy}, or give another place"
 
 
 class TaskFailed(RuntimeError):

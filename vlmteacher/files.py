@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -15,8 +16,11 @@ from typing import Any, NoReturn
 from vlmteacher.errors import InputError, OutputError
 
 TEXT_LIMIT = 16 * 2**20  # bytes of a file of settings, queries or names; larger ones are something else
+FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what file systems without locks say
 LARGEST_INTEGER = 2**64 - 1  # a seed is the largest integer that any of our files means
-TEMPORARY = re.compile(r"\..*\.(\d+)(\.[^.]*)?")  # see `replacing`
+TEMPORARY = re.compile(r"\..*\.\d+\.partial(\.[^.]*)?")  # see `replacing`
+LOCK = ".lock"  # see `claimed`
 
 
 @contextmanager
@@ -27,22 +31,79 @@ def replacing(path: Path) -> Iterator[Path]:
     OutputError when the file system refuses (full, read-only, gone); `path` is then as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
-    except OSError as error:
-        raise OutputError(path, error) from error
-    except Exception as error:
-        # torch.save and safetensors hide the system's error in one of their own: look whether the disk is full.
-        if _is_full(path.parent):
-            raise OutputError(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
-        raise
+    except (OSError, RuntimeError) as error:
+        if (cause := _system_error(error)) is None:
+            raise
+        raise OutputError(path, cause) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """The system's error that led to `error`: torch.save raises one of its own after it."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+@contextmanager
+def claimed(folder: Path, label: str = "output directory") -> Iterator[None]:
+    """Hold `folder` for this process and thread alone while they write to it; it is made where it is not there.
+
+    The lock is the system's, on the file `LOCK`: it ends with the process, whatever ends that. What earlier processes
+    left half-written is removed; so is a folder that was made here and has stayed empty. Raises InputError: `folder` is
+    held elsewhere, is no directory or cannot be written to; OutputError: the disk is full.
+    """
+    folder = Path(folder)
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = _lock(folder / LOCK)
+        except BlockingIOError as error:
+            raise InputError(
+                f"{label} {folder} is being written to by another process: wait for its end, or give another one"
+            ) from error
+        except OSError as error:
+            if error.errno in FULL:
+                raise OutputError(folder, error) from error
+            raise InputError(f"{label} {folder} cannot be written to ({error.strerror}): give another one") from error
+        try:
+            remove_leftovers(folder)
+            yield
+        finally:
+            with suppress(OSError):
+                (folder / LOCK).unlink()  # while it is held: whoever waits for it sees that it is another file by then
+            os.close(handle)
+    finally:
+        for each in made:
+            with suppress(OSError):  # there is something in it
+                each.rmdir()
+
+
+def _lock(path: Path) -> int:
+    """A handle of the file `path`, locked. Raises BlockingIOError when somebody else holds it."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                os.close(handle)
+                raise
+        try:
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+        except FileNotFoundError:
+            pass
+        os.close(handle)  # it was removed when its last holder let go of it
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -62,11 +123,18 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def remove(path: Path) -> None:
+    """Remove a file if it is there. Raises OutputError."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(path, error) from error
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files in `folder` that processes left which run no more."""
-    for file in folder.iterdir() if folder.is_dir() else ():
-        match = TEMPORARY.fullmatch(file.name)
-        if match and file.is_file() and not _runs(int(match[1])):
+    """Remove the temporary files of `replacing` in `folder`, which nobody else may be writing to (see `claimed`)."""
+    for file in folder.iterdir():
+        if TEMPORARY.fullmatch(file.name) and file.is_file():
             file.unlink(missing_ok=True)
 
 
@@ -171,25 +239,3 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(handle)
-
-
-def _is_full(folder: Path) -> bool:
-    probe = folder / f".probe.{os.getpid()}"
-    try:
-        probe.write_bytes(b"\0" * 65536)
-    except OSError as error:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    finally:
-        with suppress(OSError):
-            probe.unlink(missing_ok=True)
-    return False
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it runs, and is somebody else's
-        return True
-    return True

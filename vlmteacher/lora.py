@@ -134,14 +134,23 @@ def lora_state_dict(transformer: Any) -> dict[str, Tensor]:
 
 
 def load_lora_state(transformer: Any, state: dict[str, Tensor]) -> None:
-    """Put `lora_state_dict` values back into an adapter of the same rank and layers, in place."""
+    """Put `lora_state_dict` values back into an adapter of the same rank and layers, in place. Raises InputError."""
     own = dict(transformer.named_parameters())
     ours = {name.replace(f".{ADAPTER}.", "."): parameter for name, parameter in own.items() if ".lora_" in name}
     if ours.keys() != state.keys():
         raise InputError(f"the LoRA has {len(state)} tensors of other layers than this transformer's {len(ours)}")
+    for name, parameter in ours.items():
+        check_like(state[name], parameter, name)
     with torch.no_grad():
         for name, parameter in ours.items():
             parameter.copy_(state[name])
+
+
+def check_like(given: Any, wanted: Tensor, name: str) -> None:
+    """Raise InputError unless `given` is a tensor of the shape and dtype of `wanted`: copying would convert it."""
+    if not isinstance(given, Tensor) or (given.shape, given.dtype) != (wanted.shape, wanted.dtype):
+        what = f"{tuple(given.shape)} {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
+        raise InputError(f"{name} is {what}, not {tuple(wanted.shape)} {wanted.dtype}")
 
 
 def export_lora(transformer: Any) -> bytes:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from vlmteacher.engines import ENGINES, Engine, make_engine
 from vlmteacher.errors import InputError, NonFiniteFrames, OutOfMemory
-from vlmteacher.lora import frozen_blocks, load_lora_state, lora_parameters, lora_state_dict, parse_blocks
+from vlmteacher.interruption import uninterrupted
+from vlmteacher.lora import check_like, frozen_blocks, load_lora_state, lora_parameters, lora_state_dict, parse_blocks
 from vlmteacher.memory_ladder import MemoryLadder, is_out_of_memory
 from vlmteacher.ops.patchify import PatchRows
 from vlmteacher.reasoners.base import Target
@@ -277,22 +278,22 @@ class Optimization:
             row["final_loss"] = self._within_memory(self._final_loss)
             stop = row["final_loss"] <= self.settings.threshold
         row["grad_norm"] = None if stop else facts[-1]
-        if not stop:
-            if not math.isfinite(facts[-1]):
-                raise NonFiniteError(f"the gradient of step {row['step']} is not finite: {REMEDY}")
-            # Out of the ladder's reach: done halfway it could not be repeated. What the backward held is free by now.
-            self.engine.update()
-
+        if not stop and not math.isfinite(facts[-1]):
+            raise NonFiniteError(f"the gradient of step {row['step']} is not finite: {REMEDY}")
         row["guards"] = guards
         if taken := self.ladder.taken[rungs:]:
             row["out_of_memory"] = taken
-        row["seconds"] = time.perf_counter() - start
-        self.best = best
-        self.history.append(row)
-        if stop:
-            self.stopped = "threshold"
-        elif len(self.history) >= self.settings.max_steps:
-            self.stopped = "max_steps"
+        with uninterrupted():  # an update goes with its row
+            if not stop:
+                # Out of the ladder's reach: done halfway it could not be repeated. What the backward held is free now.
+                self.engine.update()
+            row["seconds"] = time.perf_counter() - start
+            self.best = best
+            self.history.append(row)
+            if stop:
+                self.stopped = "threshold"
+            elif len(self.history) >= self.settings.max_steps:
+                self.stopped = "max_steps"
         return row
 
     def _decode(self, latents: Tensor) -> Tensor | PatchRows:
@@ -357,7 +358,7 @@ class Optimization:
         """Everything that the coming steps depend on; `torch.load(weights_only=True)` takes it."""
         return {
             "lora": lora_state_dict(self.reasoner.transformer),
-            "optimizer": None if self.stopped else copy.deepcopy(self.optimizer.state_dict()),
+            "optimizer": None if self.stopped == "threshold" else copy.deepcopy(self.optimizer.state_dict()),
             "history": copy.deepcopy(self.history),
             "best": self.best,
             "anchor": self.anchor,
@@ -366,12 +367,25 @@ class Optimization:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a run of the same instance and settings where `state_dict()` left it."""
+        """Take up a run of the same instance and settings where `state_dict()` left it; it may have more steps now.
+
+        Raises InputError for tensors of another shape or dtype, KeyError and the like for what is no state.
+        """
         load_lora_state(self.reasoner.transformer, state["lora"])
         if state["optimizer"] is not None:
+            moments = state["optimizer"]["state"]
+            if [*moments] != [*range(len(self.parameters))] * bool(moments):
+                raise InputError(f"its optimizer has {len(moments)} parameters, the LoRA {len(self.parameters)}")
+            for parameter, values in zip(self.parameters, moments.values(), strict=False):
+                check_like(values["exp_avg"], parameter, "its optimizer's mean")
+                check_like(values["exp_avg_sq"], parameter, "its optimizer's square")
             self.optimizer.load_state_dict(state["optimizer"])
         self.history = copy.deepcopy(state["history"])
+        if [row["step"] for row in self.history] != [*range(len(self.history))]:
+            raise InputError("its history lacks steps")
         self.best, self.stopped, self.anchor = state["best"], state["stopped"], state["anchor"]
+        if self.stopped in (None, "max_steps"):
+            self.stopped = None if len(self.history) < self.settings.max_steps else "max_steps"
         if self.anchor is not None:  # read from a file it is on the CPU
             self.anchor = self.anchor.to(self.noise.z1)
         self.ladder.take(state["rungs"])

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -19,8 +19,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from vlmteacher import state
 from vlmteacher.engines import Engine, check_engine
 from vlmteacher.errors import InputError, OutOfMemory
+from vlmteacher.files import claimed
 from vlmteacher.lora import add_lora, export_lora, frozen_blocks, merge_lora, remove_lora
 from vlmteacher.lora_files import LoRA, read_lora
 from vlmteacher.optimization import NonFiniteError, Optimization, Settings, teacher_frame_indices
@@ -29,7 +31,7 @@ from vlmteacher.prompts import check_prompt
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners.base import Target
 from vlmteacher.reward import pick, vqa_objective
-from vlmteacher.run_folder import RunFolder
+from vlmteacher.run_folder import RunFolder, checked, in_its_folder
 
 if TYPE_CHECKING:
     from vlmteacher.decoders.taehv import TinyVideoDecoder
@@ -98,11 +100,12 @@ class TeacherPipelineOutput:
         """Write a run folder: before.mp4, after.mp4, lora.safetensors and its README.md, queries.json, run.json,
         report.html.
 
-        Raises InputError when `path` cannot be written to or already holds a run.
+        Raises InputError when `path` cannot be written to or already holds a run, OutputError when the disk is full.
         """
-        folder = RunFolder(path)
-        folder.begin(self.record())
-        folder.finish(self)
+        with claimed(checked(path)):
+            folder = RunFolder(path)
+            folder.begin(self.record())
+            folder.finish(self)
 
     @staticmethod
     def uint8(frames: Frames) -> np.ndarray:
@@ -234,6 +237,7 @@ class TeacherPipeline:
             home = self.devices["teacher" if name == "teacher" else "reasoner"]
             parts[name].to(home if name in names else torch.device("cpu"))
 
+    @in_its_folder
     def __call__(
         self,
         prompt: str,
@@ -287,10 +291,12 @@ class TeacherPipeline:
             output_type: what the videos come as (see `Frames`). return_dict: False returns `(frames,)`.
             callback_on_step_end: called as `callback(pipe, step, row)` after each step.
             run_dir: a folder to write the run to while it goes on; an interrupted one (KeyboardInterrupt, kill, power)
-                is taken up by the same call with `resume=True`, and ends in the same LoRA as if nothing had happened.
+                is taken up by the same call with `resume=True`, and ends in the same LoRA as if nothing had happened. A
+                finished one gets the files that it lacks, or, with a greater `max_steps`, goes on.
 
-        Raises InputError for what cannot be used, NonFiniteError when the optimisation breaks down, OutOfMemory when a
-        step does not fit, however little is kept (`vlmteacher/memory_ladder.py`).
+        Raises InputError for what cannot be used, OutputError for a file that cannot be written, NonFiniteError when
+        the optimisation breaks down, OutOfMemory when a step does not fit, however little is kept
+        (`vlmteacher/memory_ladder.py`).
         """
         start = time.perf_counter()
         teacher, decoder = self.teacher, self.decoder
@@ -337,6 +343,8 @@ class TeacherPipeline:
         image = fit_image(image, size["height"], size["width"])
         run = None if run_dir is None else RunFolder(run_dir, resume)
         recorded = run.record if run else None
+        if recorded and max_steps is None:  # it may have been raised since
+            settings = replace(settings, max_steps=recorded["config"].get("max_steps"))
         if generator is None:
             generator = torch.Generator()
             generator.manual_seed(recorded["config"]["seed"] if recorded else generator.seed())
@@ -355,7 +363,7 @@ class TeacherPipeline:
             queries = queries or QuerySet.from_dict(recorded["queries"])
             if settings.preserve:
                 queries = queries.plus(teacher.style.preservation_query)
-            run.check_same({"prompt": prompt, "config": config, "models": self.models, "queries": queries.to_dict()})
+            run.take_up(self._record(prompt, config, queries))
         seconds: dict[str, float] = {}
         self.need(*(name for name in reasoner.networks if not name.startswith("transformer")))
         condition = reasoner.encode(prompt, image, **size)
@@ -365,6 +373,8 @@ class TeacherPipeline:
             queries = queries or self.write_queries(prompt, image)
             if settings.preserve:
                 queries = queries.plus(teacher.style.preservation_query)
+
+        record = self._record(prompt, config, queries) if run else {}  # of the models without the LoRA
 
         # 2. One noise for the whole instance, and a LoRA that changes nothing yet.
         noise = reasoner.noise(condition, generator, settings.final_samples)
@@ -381,7 +391,7 @@ class TeacherPipeline:
                 video_before = self.sample(condition, noise, reasoner)
                 losses_before = self.judge(video_before, frame_indices, queries)
             if run and not recorded:
-                run.begin({"prompt": prompt, "config": config, "models": self.models, "queries": queries.to_dict()})
+                run.begin(record)
             working = ["transformer", "teacher"]
             if settings.check_final or settings.target != "first_step":
                 working += ["transformer_2", "vae"]
@@ -400,6 +410,9 @@ class TeacherPipeline:
                     if callback_on_step_end:
                         callback_on_step_end(self, row["step"], row)
                 loop.finish()
+                lora = export_lora(reasoner.transformer)
+                if run:
+                    run.write_lora(lora)
 
                 # 4. The few-step video of the adapted Reasoner from the same noise.
                 with timed(seconds, "after"):
@@ -410,10 +423,9 @@ class TeacherPipeline:
                     judged += [self.judge(each, frame_indices, queries) for each in samples[known:]]
                     sample = pick(judged, settings.goal_weight)
                     video, losses = samples[sample], judged[sample]
-                    lora = export_lora(reasoner.transformer)
             except (KeyboardInterrupt, NonFiniteError, OutOfMemory):
                 if run:
-                    run.interrupt(loop.history)
+                    run.interrupt(loop)
                 raise
             finally:
                 self.loop = None
@@ -453,6 +465,17 @@ class TeacherPipeline:
         if not return_dict:
             return (output.frames,)  # type: ignore[return-value]  # diffusers' other form, for those who ask for it
         return output
+
+    def _record(self, prompt: str, config: dict[str, Any], queries: QuerySet) -> dict[str, Any]:
+        """What identifies a run in its folder (see `RunFolder.begin`)."""
+        teacher = getattr(self.teacher, "model", None)
+        fingerprints = {
+            "reasoner": state.fingerprint(self.reasoner.networks, self.reasoner.settings),
+            "teacher": state.fingerprint({} if teacher is None else {"model": teacher}, self.teacher.style),
+            "decoder": state.fingerprint({"decoder": self.decoder}),
+        }
+        what = {"prompt": prompt, "config": config, "models": self.models}
+        return {**what, "queries": queries.to_dict(), "fingerprints": fingerprints}
 
     def load_lora(self, lora: str | os.PathLike[str] | TeacherPipelineOutput | None) -> None:
         """Let every following call go on from this LoRA instead of a fresh one; None: from a fresh one again.
@@ -506,21 +529,16 @@ class TeacherPipeline:
 
 def watch(loop: Optimization, run: RunFolder | None, progress: bool) -> Iterator[dict[str, Any]]:
     """The steps of `loop`, with a progress bar, from and to the state that `run` keeps on disk."""
-    if run and (state := run.load_state()):
-        loop.load_state_dict(state)
+    if run:
+        run.load_state(loop)
     with tqdm(total=loop.settings.max_steps, initial=len(loop.history), disable=not progress) as bar:
-        try:
-            for row in loop:
-                p_yes = " ".join(f"{p:.2f}" for p in row["p_yes"])
-                bar.set_postfix_str(f"loss {row['loss']:.3f}, P(Yes) {p_yes}", refresh=False)
-                bar.update()
-                if run:
-                    run.save_state(loop.state_dict, force=loop.stopped is not None)
-                yield row
-        except (NonFiniteError, OutOfMemory):  # raised before the step changed anything
+        for row in loop:
+            p_yes = " ".join(f"{p:.2f}" for p in row["p_yes"])
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, P(Yes) {p_yes}", refresh=False)
+            bar.update()
             if run:
-                run.save_state(loop.state_dict, force=True)
-            raise
+                run.save_state(loop, force=loop.stopped is not None)
+            yield row
 
 
 def read_pair(path: str | os.PathLike[str] | None = None) -> tuple[Path, dict[str, Any]]:

@@ -1,0 +1,68 @@
+"""Signals that end a program early: the work stops where its state is whole, and keeps it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+ENDINGS = (signal.SIGTERM, signal.SIGHUP)  # what a batch system, `kill` and a closed terminal send
+
+
+class Interrupted(KeyboardInterrupt):
+    """The process was asked to end by a signal other than Ctrl-C's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number
+
+
+@contextmanager
+def endings_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise `Interrupted` inside the block, the first of them only.
+
+    A signal that is ignored (`nohup`) or has a handler of somebody else's stays as it is.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    taken = [number for number in ENDINGS if signal.getsignal(number) is signal.SIG_DFL]
+
+    def interrupt(number: int, _: FrameType | None) -> NoReturn:
+        for each in taken:
+            signal.signal(each, signal.SIG_IGN)  # what it started must be able to end
+        raise Interrupted(number)
+
+    for number in taken:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Signals that would interrupt the block take effect at its end.
+
+    For what must be done whole or not at all: an update with its entry in the history, the writing of a state.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Python runs handlers in the main thread only
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDINGS)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    came: list[int] = []
+    try:
+        for number in handlers:
+            signal.signal(number, lambda number, _: came.append(number))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])

@@ -1,0 +1,94 @@
+"""State files: what a run or a training resumes from, written durably and read without trust."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmteacher.errors import InputError
+from vlmteacher.files import replacing
+from vlmteacher.interruption import uninterrupted
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SAMPLE = 64  # values of every tensor that `fingerprint` looks at
+
+
+def write_state(path: Path, form: str, content: Mapping[str, Any]) -> None:
+    """Write tensors and plain values, a whole file or none; an interruption takes effect afterwards.
+
+    form: program, kind and version of the content ("vlmteacher run 1"). Raises OutputError.
+    """
+    import torch
+
+    with uninterrupted(), replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save({"form": form, **content}, file)
+
+
+def read_state(path: Path, form: str, limit: int) -> dict[str, Any]:
+    """The content that `write_state` wrote, on the CPU; no code in the file is run.
+
+    limit: bytes that the content may take. Raises InputError: damaged, longer, of another program or version.
+    """
+    import torch
+
+    try:
+        if not path.is_file():
+            raise ValueError("it is no file")
+        with zipfile.ZipFile(path) as archive:
+            if (size := sum(entry.file_size for entry in archive.infolist())) > limit:
+                raise ValueError(f"it holds {size} bytes where at most {limit} are expected")
+            if damaged := archive.testzip():
+                raise ValueError(f"its part {damaged} is damaged")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and pickle raise whatever a foreign file leads them to
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+        raise unusable(path, reason) from error
+    found = content.get("form") if isinstance(content, dict) else None
+    if found != form:
+        what = found if isinstance(found, str) else "another program or an earlier version"
+        raise unusable(path, f"it was written by {what[:60]}, not as {form}")
+    return content
+
+
+def unusable(path: Path, reason: str) -> InputError:
+    """The error to raise for a state that cannot be gone on from."""
+    return InputError(f"{path} cannot be used ({reason}): delete it to start again, or give another --out")
+
+
+def fingerprint(networks: Mapping[str, nn.Module], *settings: object) -> str:
+    """A hash of what models compute: their configurations, all names, shapes and dtypes, a sample of every tensor.
+
+    settings: dataclasses that matter beside them. A change of most values in any tensor changes it, a single value may
+    not: to hash every byte of a large model takes minutes.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for each in settings:
+        values = asdict(each) if is_dataclass(each) and not isinstance(each, type) else each
+        digest.update(json.dumps(values, sort_keys=True, default=str).encode())
+    for name, network in sorted(networks.items()):
+        digest.update(f"{name} {type(network).__name__} {_configuration(network)}".encode())
+        for key, tensor in sorted(network.state_dict().items()):
+            flat = tensor.detach().reshape(-1)
+            stride = max(1, len(flat) // SAMPLE) | 1  # odd: an even one would stay in a few columns of a matrix
+            sample = flat[::stride][:SAMPLE].cpu().contiguous()
+            digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _configuration(network: Any) -> str:
+    """The configuration of a network of diffusers or transformers, without where and by which version it was loaded."""
+    config = getattr(network, "config", None) or {}
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    left_out = ("transformers_version", "dtype", "torch_dtype")
+    values = {name: value for name, value in values.items() if name[0] != "_" and name not in left_out}
+    return json.dumps(values, sort_keys=True, default=str)
