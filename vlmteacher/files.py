@@ -183,6 +183,54 @@ def parse_json(text: str, name: str) -> Any:
     return value
 
 
+def read_yaml(path: str | os.PathLike[str], label: str) -> Any:
+    """Read a YAML file as strictly: plain values only, no tags, no aliases, no name twice. Raises InputError."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):  # a few of them can stand for gigabytes
+                raise yaml.YAMLError("an alias (*name): write the value out")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [each.value for each, _ in node.value if isinstance(each.value, str)]
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise yaml.YAMLError(f"{twice!r} stands twice in one mapping")
+            return super().construct_mapping(node, deep)
+
+    text, name = read_text(path, label), f"{label} {os.fspath(path)}"
+    try:
+        value = yaml.load(text, Loader)
+    except RecursionError as error:
+        raise InputError(f"{name} is nested too deep") from error
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:  # odd dates and numbers raise all of them
+        raise InputError(f"{name} is no YAML that can be used ({' '.join(str(error).split())[:200]})") from error
+    _check_plain(value, name)
+    return value
+
+
+def _check_plain(value: Any, name: str) -> None:
+    """Raise InputError for what JSON has not: dates, sets, bytes, NaN, infinite and very large numbers."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            _check_plain(key, name)
+            _check_plain(each, name)
+    elif isinstance(value, list):
+        for each in value:
+            _check_plain(each, name)
+    elif isinstance(value, str):
+        check_text(value, name)
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise InputError(f"{name} holds {value}, which is no number to work with")
+    elif isinstance(value, int):
+        if abs(value) > LARGEST_INTEGER:
+            raise InputError(f"{name} holds an integer of more than 64 bits")
+    elif value is not None:
+        raise InputError(f"{name} holds a {type(value).__name__} where a text, a number or a list is expected")
+
+
 def check_text(text: str, name: str) -> str:
     """Return `text`. Raise InputError when it cannot be written as UTF-8 (a lone surrogate) or holds a NUL."""
     at = next((i for i, c in enumerate(text) if c == "\0" or "\ud800" <= c <= "\udfff"), None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 import warnings
@@ -22,7 +21,7 @@ from tqdm.auto import tqdm
 from vlmteacher import state
 from vlmteacher.engines import Engine, check_engine
 from vlmteacher.errors import InputError, OutOfMemory
-from vlmteacher.files import claimed
+from vlmteacher.files import claimed, read_json
 from vlmteacher.lora import add_lora, export_lora, frozen_blocks, merge_lora, remove_lora
 from vlmteacher.lora_files import LoRA, read_lora
 from vlmteacher.optimization import NonFiniteError, Optimization, Settings, teacher_frame_indices
@@ -544,13 +543,23 @@ def watch(loop: Optimization, run: RunFolder | None, progress: bool) -> Iterator
 def read_pair(path: str | os.PathLike[str] | None = None) -> tuple[Path, dict[str, Any]]:
     """The directory and the pair.json of a pair of models, by default of the packaged one. Raises InputError."""
     directory = PACKAGED_PAIR if path is None else Path(path)
+    file = directory / "pair.json"
     try:
-        description = json.loads((directory / "pair.json").read_text(encoding="utf-8"))
-        missing = [name for name in ("reasoner", "teacher", "decoder") if name not in description]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{directory} is no pair of models: its pair.json cannot be read ({error})") from error
-    if missing:
-        raise InputError(f"{directory / 'pair.json'} does not name its {' and '.join(missing)}")
+        description = read_json(file, "file")
+    except InputError as error:
+        raise InputError(f"{directory} is no pair of models: {error}") from error
+    if not isinstance(description, dict):
+        raise InputError(f"{file} is no object of names: it must name reasoner, teacher and decoder")
+    if missing := [name for name in ("reasoner", "teacher", "decoder") if name not in description]:
+        raise InputError(f"{file} does not name its {' and '.join(missing)}")
+    for name in ("reasoner", "teacher", "decoder", "many_step"):
+        if not isinstance(description.get(name, ""), str):
+            raise InputError(f"{file}: {name} must be a path, not {description[name]!r}")
+    defaults = description.get("defaults", {})
+    try:
+        Settings(**defaults)
+    except TypeError as error:
+        raise InputError(f"{file}: its defaults are no settings ({str(error).split('__init__() ')[-1]})") from error
     return directory, description
 
 

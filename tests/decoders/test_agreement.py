@@ -14,7 +14,7 @@ import torch
 from tests.tiny_pair import tiny_decoder
 from vlmteacher.cli import main
 from vlmteacher.decoders import TinyVideoDecoder, load_decoder
-from vlmteacher.decoders.agreement import LEAST, agreement, check_agreement, fingerprint
+from vlmteacher.decoders.agreement import LEAST, agreement, check_agreement, pair_fingerprint
 from vlmteacher.decoders.find import find_decoder, known_decoder
 from vlmteacher.errors import InputError
 from vlmteacher.pipeline import TeacherPipeline, read_pair
@@ -72,10 +72,10 @@ def test_the_packaged_decoder_agrees(reasoner: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("change", [random, permuted, denormalised, signed, broken])
 def test_wrong_decoders_are_refused(reasoner: Any, change: Any) -> None:
     decoder = load_decoder(FILE, reasoner)
-    right = fingerprint(decoder, reasoner)
+    right = pair_fingerprint(decoder, reasoner)
     with torch.no_grad():
         change(decoder, reasoner)
-    assert fingerprint(decoder, reasoner) != right
+    assert pair_fingerprint(decoder, reasoner) != right
     for _ in range(2):  # measured, and from the cache
         with pytest.raises(
             InputError, match=r"other\.pth is no decoder of this Reasoner's latents: .* explain -?\d+\."
@@ -105,7 +105,7 @@ def test_it_is_measured_once(reasoner: Any, cache: Path, monkeypatch: pytest.Mon
     other = load_reasoner(DIRECTORY / PAIR["reasoner"])  # another VAE is another pair
     with torch.no_grad():
         next(other.vae.decoder.parameters()).add_(1e-3)
-    assert fingerprint(decoder, other) != fingerprint(decoder, reasoner)
+    assert pair_fingerprint(decoder, other) != pair_fingerprint(decoder, reasoner)
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(

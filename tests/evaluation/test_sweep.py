@@ -128,3 +128,17 @@ def test_damaged_results_are_named(pair: Path, tmp_path: Path) -> None:  # noqa:
 def test_workers_must_be_some(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="workers must be at least 1, not 0"):
         run_benchmark("base", 1, 1, tmp_path / "out", workers=0)
+
+
+def test_a_second_sweep_in_one_folder_is_refused(pair: Path, tmp_path: Path) -> None:  # noqa: F811
+    from vlmteacher.files import LOCK, claimed
+
+    small = Table(splits=("id",), main=("base",), others=(), against=("base",))
+    for name in ("sweep", "table", "table/base"):
+        with claimed(tmp_path / name), pytest.raises(InputError, match="being written to by another process"):
+            if name == "sweep":
+                run_benchmark("base", 1, 1, tmp_path / name, pair=str(pair))
+            else:
+                run_table(small, Bench(pair=str(pair)), 1, 1, tmp_path / "table", resume=True)
+    run_benchmark("base", 1, 1, tmp_path / "sweep", pair=str(pair))
+    assert not list(tmp_path.rglob(LOCK))

@@ -10,8 +10,6 @@ the wrong scale. Random weights are below 0.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -19,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
 from vlmteacher.files import read_json, write_json
+from vlmteacher.state import fingerprint
 
 if TYPE_CHECKING:
     from vlmteacher.decoders.taehv import TinyVideoDecoder
@@ -40,7 +38,7 @@ def check_agreement(decoder: TinyVideoDecoder, reasoner: Any, name: str) -> None
     """
     if os.environ.get(SWITCH) == "0":
         return
-    key = fingerprint(decoder, reasoner)
+    key = pair_fingerprint(decoder, reasoner)
     found = _cached(key)
     if found is None:
         found = agreement(decoder, reasoner)
@@ -79,26 +77,11 @@ def clip(frames: int, side: int) -> np.ndarray:
     return video
 
 
-def fingerprint(decoder: TinyVideoDecoder, reasoner: Any) -> str:
-    """Of both networks: their configurations and a sample of their weights."""
-    digest = hashlib.sha256()
-    for network, config in ((decoder, decoder.config), (reasoner.vae, dict(reasoner.vae.config))):
-        digest.update(json.dumps([VERSION, type(network).__name__, config], sort_keys=True, default=str).encode())
-        _sample(network, digest)
-    for statistics in (decoder.latents_mean, decoder.latents_std, reasoner.latents_mean, reasoner.latents_std):
-        digest.update(b"none" if statistics is None else _bytes(statistics))
-    return digest.hexdigest()[:32]
-
-
-def _sample(network: nn.Module, digest: Any) -> None:
-    for name, value in network.state_dict().items():
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        flat = value.detach().reshape(-1)
-        digest.update(_bytes(flat[:: max(1, len(flat) // 64)]))
-
-
-def _bytes(values: Tensor) -> bytes:
-    return values.detach().double().cpu().numpy().tobytes()
+def pair_fingerprint(decoder: TinyVideoDecoder, reasoner: Any) -> str:
+    """Of both networks, as they are used: with the statistics of the latents."""
+    statistics = [decoder.latents_mean, decoder.latents_std, reasoner.latents_mean, reasoner.latents_std]
+    values = [None if each is None else each.flatten().tolist() for each in statistics]
+    return fingerprint({"decoder": decoder, "vae": reasoner.vae}, VERSION, values)
 
 
 def _file(key: str) -> Path:

@@ -18,7 +18,7 @@ from vlmteacher.distillation.adapters import Networks, Role, SeparateNetworks, S
 from vlmteacher.distillation.dataset import LatentDataset
 from vlmteacher.distillation.trainer import Trainer, TrainSettings, check_out
 from vlmteacher.errors import InputError
-from vlmteacher.files import write_json
+from vlmteacher.files import read_yaml, write_json
 from vlmteacher.optimization import NonFiniteError
 from vlmteacher.reasoners import load_reasoner
 from vlmteacher.reasoners.base import Condition, Reasoner
@@ -35,12 +35,7 @@ T = TypeVar("T")
 
 def read_settings(path: Path, overrides: dict[str, Any], build: Callable[[dict[str, Any]], T]) -> T:
     """`build` from the entries of a YAML file, some of them replaced by `overrides`. Raises InputError."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"configuration {path} cannot be read: {error}") from error
+    values = read_yaml(path, "configuration")
     if not isinstance(values, dict):
         raise InputError(f"configuration {path} is no list of `name: value`")
     return build_settings(values | overrides, build)

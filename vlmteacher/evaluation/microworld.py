@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from vlmteacher.errors import InputError, OutputError, TaskFailed
 from vlmteacher.evaluation import methods
 from vlmteacher.evaluation.failures import explain
 from vlmteacher.evaluation.methods import Method, Row, find_method
-from vlmteacher.files import read_json, read_text, write_json, write_text
+from vlmteacher.files import LOCK, claimed, read_json, read_text, write_json, write_text
 from vlmteacher.microworld import world
 from vlmteacher.microworld.labeller import label
 from vlmteacher.microworld.questions import truths
@@ -90,7 +90,7 @@ class Bench:
             if method.name != "teacher":
                 raise InputError(f"lora_blocks {self.lora_blocks} is of the method teacher, not of {method.name}")
             directory, description = read_pair(self.pair)
-            config = json.loads((directory / description["reasoner"] / "transformer" / "config.json").read_text())
+            config = read_json(directory / description["reasoner"] / "transformer" / "config.json", "config")
             if parse_blocks(self.lora_blocks) > config["num_layers"]:
                 raise InputError(f"lora_blocks {self.lora_blocks}: the transformer has {config['num_layers']} blocks")
 
@@ -201,7 +201,8 @@ def summary(rows: list[Row]) -> dict[str, Any]:
 class Folder:
     """Where the rows of a method are kept while it goes on: settings.json, and instances.jsonl with a line per row.
 
-    Raises InputError: not writable; holding other results, or any without `resume`.
+    While it is open no other process writes there. Raises InputError: not writable, or being written to; holding other
+    results, or any without `resume`.
     """
 
     def __init__(self, path: Path, bench: Bench, method: Method, splits: Sequence[str], resume: bool) -> None:
@@ -209,31 +210,29 @@ class Folder:
         self.failed: dict[Instance, str] = {}
         what = {"benchmark": "microworld", "methods": list(method.rows), "splits": list(splits), **described(bench)}
         settings, self.log = path / "settings.json", path / "instances.jsonl"
-        try:
-            path.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as held:
+            held.enter_context(claimed(path))
             if settings.exists():
                 if not resume:
                     raise InputError(f"{path} already holds results: give another --out, or --resume to go on")
                 there = read_json(settings, "settings")
                 if there != what:
                     raise InputError(f"{path} holds other results ({there}): give another --out")
-            elif any(path.iterdir()):
+            elif any(each.name != LOCK for each in path.iterdir()):
                 raise InputError(f"{path} is not empty: give another --out")
             lines = self._lines()
             self.rows = {(row["method"], Instance.of(row)): row for row in map(self._row, lines)}
             write_json(settings, what)
             write_text(self.log, "".join(lines))
-            self._file = self.log.open("ab", buffering=0)  # what a full disk refuses must not wait in a buffer
-        except OutputError:
-            raise
-        except OSError as error:
-            raise InputError(f"{path} cannot be written to ({error.strerror}): give another --out") from error
+            # What a full disk refuses must not wait in a buffer.
+            self._file = held.enter_context(self.log.open("ab", buffering=0))
+            self._held = held.pop_all()
 
     def __enter__(self) -> Folder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._held.close()
 
     def _lines(self) -> list[str]:
         if not self.log.exists():

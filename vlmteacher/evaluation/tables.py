@@ -29,7 +29,7 @@ from vlmteacher.evaluation.microworld import (
     start_workers,
     write_results,
 )
-from vlmteacher.files import write_json
+from vlmteacher.files import claimed, write_json
 
 RESAMPLES = 10_000
 
@@ -90,7 +90,7 @@ def run_table(
     found: dict[str, list[Row]] = {}
     queries: dict[tuple[str, int], Queries] = {}
     failed: dict[Instance, str] = {}
-    with start_workers(workers, bench) as work:
+    with claimed(out), start_workers(workers, bench) as work:
         for name in names:
             if name == "steps@0":  # no update: the base video
                 first = {Instance.of(row): row for row in found["base"]}
