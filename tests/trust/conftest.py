@@ -9,6 +9,7 @@ import pytest
 
 from tests.tiny_pair import PROMPT
 from tests.trust.forking import Forks, build
+from vlmteacher.cli import main
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +43,15 @@ def forks(solve: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFact
     forks = Forks(solve(folder / "warm-up", max_steps=1), build(folder))
     yield forks
     forks.close()
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process: exit status, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        status = main([str(argument) for argument in arguments])
+        return status, *capfd.readouterr()
+
+    return run

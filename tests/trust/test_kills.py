@@ -30,7 +30,7 @@ def whole(forks: Forks, solve: Solve, tmp_path_factory: pytest.TempPathFactory) 
 
 def same(folder: Path, other: Path) -> None:
     """Both hold the same finished run."""
-    assert {f.name for f in folder.iterdir()} == {f.name for f in other.iterdir()}
+    assert {file.name for file in folder.iterdir()} == {file.name for file in other.iterdir()}
     for name in ("lora.safetensors", "queries.json", "before.mp4", "after.mp4"):
         assert (folder / name).read_bytes() == (other / name).read_bytes(), name
     records: Any = [json.loads((each / RECORD).read_text()) for each in (folder, other)]
@@ -86,10 +86,8 @@ def test_a_kill_at_every_rename(forks: Forks, solve: Solve, whole: tuple[Path, R
     count("SIGKILL of solve before the n-th rename, for every n", whole[1].changes, "resumed, equal to the bit")
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_kills_at_random(
-    forks: Forks, solve: Solve, whole: tuple[Path, Result], tmp_path: Path, seed: int
-) -> None:
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 80))])
+def test_kills_at_random(forks: Forks, solve: Solve, whole: tuple[Path, Result], tmp_path: Path, seed: int) -> None:
     signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
     kills = kill_and_resume(forks, solve, whole, tmp_path / "run", signals, seed)
     count("SIGKILL, SIGTERM, SIGHUP and SIGINT of solve at random moments", kills, "resumed, equal to the bit")
