@@ -24,6 +24,7 @@ from vlmteacher.errors import InputError, OutOfMemory
 from vlmteacher.files import claimed, read_json
 from vlmteacher.lora import add_lora, export_lora, frozen_blocks, merge_lora, remove_lora
 from vlmteacher.lora_files import LoRA, read_lora
+from vlmteacher.media import ImageInput, fit_image
 from vlmteacher.optimization import NonFiniteError, Optimization, Settings, teacher_frame_indices
 from vlmteacher.placement import DeviceMap, find_devices, find_dtype
 from vlmteacher.prompts import check_prompt
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from vlmteacher.teachers.quantization import Quantize
 
 PACKAGED_PAIR = Path(__file__).parent / "microworld" / "models"
-ASPECT_TOLERANCE = 0.05
 
 Frames: TypeAlias = list[Image.Image] | np.ndarray | Tensor
 """A video: list of F images ("pil"), array (F, H, W, 3) ("np") or tensor (F, 3, H, W) ("pt"), floats in [0, 1]."""
@@ -240,7 +240,7 @@ class TeacherPipeline:
     def __call__(
         self,
         prompt: str,
-        image: Image.Image | None = None,
+        image: ImageInput | None = None,
         *,
         num_frames: int | None = None,
         height: int | None = None,
@@ -339,7 +339,7 @@ class TeacherPipeline:
         check_choice("output_type", output_type, ("pil", "np", "pt"))
         reasoner.check(**size)
         frame_indices = teacher_frame_indices(size["num_frames"], settings.teacher_frames)
-        image = fit_image(image, size["height"], size["width"])
+        image = None if image is None else fit_image(image, size["height"], size["width"])
         run = None if run_dir is None else RunFolder(run_dir, resume)
         recorded = run.record if run else None
         if recorded and max_steps is None:  # it may have been raised since
@@ -504,7 +504,7 @@ class TeacherPipeline:
         read.check_fits(self.reasoner.transformer)
         return read
 
-    def write_queries(self, prompt: str, image: Image.Image | None = None) -> QuerySet:
+    def write_queries(self, prompt: str, image: ImageInput | None = None) -> QuerySet:
         """The Teacher's queries for a task (see `Teacher.write_queries`)."""
         self.need("teacher")
         return self.teacher.write_queries(prompt, image)
@@ -566,19 +566,6 @@ def read_pair(path: str | os.PathLike[str] | None = None) -> tuple[Path, dict[st
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise InputError(f"{name} {value!r} is not there: it can be {' or '.join(map(repr, choices))}")
-
-
-def fit_image(image: Image.Image | None, height: int, width: int) -> Image.Image | None:
-    """The first frame in the video's size. Raises InputError when its shape is another."""
-    if image is None:
-        return None
-    if abs(image.width / image.height / (width / height) - 1) > ASPECT_TOLERANCE:
-        raise InputError(
-            f"the image is {image.width}x{image.height} pixels, the video {width}x{height}: crop it to that shape, or "
-            "give another width and height"
-        )
-    image = image.convert("RGB")
-    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def convert(video: Tensor, output_type: Literal["pil", "np", "pt"]) -> Frames:

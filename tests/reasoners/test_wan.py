@@ -153,8 +153,10 @@ def test_text_only_with_one_timestep_equals_one_per_token(reasoner):
 
 
 def test_an_image_of_another_size_is_resized(reasoner, image):
-    condition, _ = instance(reasoner, image.resize((20, 70)).convert("RGBA"))
+    condition, _ = instance(reasoner, image.resize((144, 96)).convert("RGBA"))
     assert condition.first_frame.shape == (1, 8, 1, 4, 6)
+    with pytest.raises(InputError, match="the image is 20x70 pixels, the video 48x32: crop it"):
+        instance(reasoner, image.resize((20, 70)))
 
 
 def test_bfloat16_stays_near_float32(directory, image):

@@ -11,20 +11,17 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
-from PIL import Image as PILImage
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlmteacher.errors import InputError
 from vlmteacher.files import check_text
+from vlmteacher.media import ImageInput, fit_image
 from vlmteacher.reasoners import few_step
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -275,7 +272,7 @@ class Reasoner(ABC):
         return Noise(z1, draw(later), tuple(draw(later) for _ in range(samples - 1)))
 
     @abstractmethod
-    def encode(self, prompt: str, image: Image | None, num_frames: int, height: int, width: int) -> Condition:
+    def encode(self, prompt: str, image: ImageInput | None, num_frames: int, height: int, width: int) -> Condition:
         """Encode the instance once, without gradient. Raises InputError for what the model cannot take."""
 
     @abstractmethod
@@ -389,15 +386,9 @@ class Reasoner(ABC):
         latents = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.mode().float()
         return (latents - self.latents_mean) / self.latents_std
 
-    def encode_image(self, image: Image, height: int, width: int) -> Tensor:
-        """An image, resized where it has another size -> normalised latents (1, C, 1, h, w) float32."""
+    def encode_image(self, image: ImageInput, height: int, width: int) -> Tensor:
+        """An image, in the video's size (see `fit_image`) -> normalised latents (1, C, 1, h, w) float32."""
         return self.encode_video(np.array(fit_image(image, height, width))[None])
-
-
-def fit_image(image: Image, height: int, width: int) -> Image:
-    """`image` in RGB, resized where it has another size."""
-    image = image.convert("RGB")
-    return image if image.size == (width, height) else image.resize((width, height), PILImage.Resampling.LANCZOS)
 
 
 def with_first_frame(latents: Tensor, first_frame: Tensor | None) -> Tensor:

@@ -9,20 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
+from vlmteacher.media import ImageInput, fit_image
 from vlmteacher.prompts import check_cut, check_prompt, encode, quote
 from vlmteacher.reasoners.attention import attend
-from vlmteacher.reasoners.base import Condition, Reasoner, Settings, fit_image
+from vlmteacher.reasoners.base import Condition, Reasoner, Settings
 from vlmteacher.reasoners.parts import load_part, load_transformers
 from vlmteacher.reasoners.presets import PRESETS
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 class HunyuanVideo15Reasoner(Reasoner):
@@ -59,8 +57,7 @@ class HunyuanVideo15Reasoner(Reasoner):
         self._prompts: Any = HunyuanVideo15Pipeline(
             text_encoder, tokenizer, transformer, vae, None, text_encoder_2, tokenizer_2, None
         )
-        if tokenizer_2 is not None:  # a plan has none
-            tokenizer_2.split_special_tokens = True  # control tokens in quoted words are text, byte by byte
+        tokenizer_2.split_special_tokens = True  # control tokens in quoted words are text, byte by byte
         self.image_encoder, self.feature_extractor = image_encoder, feature_extractor
         self.image_conditioning = image_encoder is not None
         self.settings = settings or Settings()
@@ -76,8 +73,8 @@ class HunyuanVideo15Reasoner(Reasoner):
         self.to(transformer.device)
 
     @torch.no_grad()
-    def encode(self, prompt: str, image: Image | None, num_frames: int, height: int, width: int) -> Condition:
-        """See `Reasoner.encode`. The image is resized to `width` x `height` when it has another size."""
+    def encode(self, prompt: str, image: ImageInput | None, num_frames: int, height: int, width: int) -> Condition:
+        """See `Reasoner.encode`. The image is fitted to the video's size."""
         self.check(num_frames, height, width)
         check_prompt(prompt)
         if image is None and self.image_conditioning:
@@ -144,7 +141,7 @@ class HunyuanVideo15Reasoner(Reasoner):
         }
         return embeds, inputs, cut
 
-    def _encode_features(self, image: Image, height: int, width: int) -> Tensor:
+    def _encode_features(self, image: ImageInput, height: int, width: int) -> Tensor:
         """SigLIP's features (1, N, D) of the image in the video's size."""
         pixels = self.feature_extractor(fit_image(image, height, width), return_tensors="pt").pixel_values
         hidden = self.image_encoder(pixels.to(self.image_encoder.device, self.image_encoder.dtype)).last_hidden_state

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
+from vlmteacher.media import ImageInput
 from vlmteacher.prompts import check_cut, check_prompt, tokenize
 from vlmteacher.reasoners.base import Condition, Reasoner, Settings, with_first_frame
 from vlmteacher.reasoners.parts import load_part, load_transformers
 from vlmteacher.reasoners.presets import PRESETS
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 # How the decoders that take a timestep are run (configs of github.com/Lightricks/LTX-Video).
 DECODE_TIMESTEP = 0.05
@@ -66,8 +64,8 @@ class LTXReasoner(Reasoner):
         self.to(transformer.device)
 
     @torch.no_grad()
-    def encode(self, prompt: str, image: Image | None, num_frames: int, height: int, width: int) -> Condition:
-        """See `Reasoner.encode`. The image is resized to `width` x `height` when it has another size."""
+    def encode(self, prompt: str, image: ImageInput | None, num_frames: int, height: int, width: int) -> Condition:
+        """See `Reasoner.encode`. The image is fitted to the video's size."""
         self.check(num_frames, height, width)
         check_prompt(prompt)
         first_frame = None if image is None else self.encode_image(image, height, width)

@@ -17,20 +17,17 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
+from vlmteacher.media import ImageInput, fit_image, read_image
 from vlmteacher.prompts import check_cut, check_prompt, tokenize
-from vlmteacher.reasoners.base import Condition, Reasoner, Settings, Target, fit_image, with_first_frame
+from vlmteacher.reasoners.base import Condition, Reasoner, Settings, Target, with_first_frame
 from vlmteacher.reasoners.parts import load_part, load_transformers
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 
 TEXT_TOKENS = 512  # what diffusers' attention counts on where image features stand before the text
 
@@ -112,8 +109,8 @@ class WanReasoner(Reasoner):
             raise InputError('target "last_step" is made by the low-noise expert, which has no LoRA: take "first_step"')
 
     @torch.no_grad()
-    def encode(self, prompt: str, image: Image | None, num_frames: int, height: int, width: int) -> Condition:
-        """See `Reasoner.encode`. The image is resized to `width` x `height` when it has another size."""
+    def encode(self, prompt: str, image: ImageInput | None, num_frames: int, height: int, width: int) -> Condition:
+        """See `Reasoner.encode`. The image is fitted to the video's size."""
         self.check(num_frames, height, width)
         check_prompt(prompt)
         if image is not None and not (self.image_conditioning or self.image_channels):
@@ -127,7 +124,7 @@ class WanReasoner(Reasoner):
             )
         first_frame, inputs = None, {}
         if image is not None and self.image_channels:
-            inputs = self._encode_image_channels(image.convert("RGB"), num_frames, height, width)
+            inputs = self._encode_image_channels(read_image(image), num_frames, height, width)
         elif image is not None:
             first_frame = self.encode_image(image, height, width)
 
@@ -149,7 +146,7 @@ class WanReasoner(Reasoner):
         # The transformer attends to all positions without a mask and was trained with zeros beyond the prompt.
         return (hidden * tokens.attention_mask[..., None]).to(self.device, self.dtype)
 
-    def _encode_image_channels(self, image: Image, num_frames: int, height: int, width: int) -> dict[str, Tensor]:
+    def _encode_image_channels(self, image: ImageInput, num_frames: int, height: int, width: int) -> dict[str, Tensor]:
         """What an I2V transformer is given beside the noisy latents: `image_latents` as channels, CLIP's features.
 
         The first are a mask, of one channel for each frame of a latent frame, that is 1 on the image, and the latents
