@@ -26,12 +26,17 @@ def data(tmp_path_factory) -> Path:
 
 
 def write_instance(
-    folder: Path, prompt: str, seed: int = 0, frames: int = 5, size: tuple[int, int] = (32, 48)
+    folder: Path, prompt: str, seed: int = 0, frames: int = 5, size: tuple[int, int] = (32, 48), fps: float = 8.0
 ) -> np.ndarray:
     """An instance of noise in VBVR's layout; returns its frames."""
-    folder.mkdir(parents=True)
     video = np.random.default_rng(seed).integers(0, 255, (frames, *size, 3)).astype(np.uint8)
-    write_video(folder / "ground_truth.mp4", video, 8.0)
+    return write_clip(folder, video, fps, prompt)
+
+
+def write_clip(folder: Path, video: np.ndarray, fps: float, prompt: str = "move") -> np.ndarray:
+    """An instance of these frames in VBVR's layout; returns them."""
+    folder.mkdir(parents=True)
+    write_video(folder / "ground_truth.mp4", video, fps)
     Image.fromarray(video[0]).save(folder / "first_frame.png")
     (folder / "prompt.txt").write_text(prompt)
     return video

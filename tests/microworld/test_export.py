@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from vlmteacher.cli import main
-from vlmteacher.distillation.dataset import find_instances, read_video
+from vlmteacher.distillation.dataset import find_instances
+from vlmteacher.media import read_clip
 from vlmteacher.microworld import scorer, world
 from vlmteacher.microworld.families import FAMILIES
 from vlmteacher.microworld.world import Scene
@@ -23,7 +24,7 @@ def read(out):
     for instance in find_instances(out):
         metadata = json.loads((instance / "metadata.json").read_text())
         scene = Scene.from_json(metadata["scene"])
-        frames = read_video(instance / "ground_truth.mp4").astype(np.float32) / 255
+        frames = read_clip(instance / "ground_truth.mp4", world.NUM_FRAMES).astype(np.float32) / 255
         yield metadata, scene, scorer.score(frames, scene)
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from vlmteacher.errors import InputError
+from vlmteacher.files import read_text
+from vlmteacher.media import check_aspect, check_first_frame, read_clip, read_image, resize_clip
 from vlmteacher.reasoners.base import Condition, Reasoner, collate
 from vlmteacher.reasoners.wan import WanReasoner
 
@@ -41,11 +42,13 @@ class LatentDataset:
         """Encode every instance in `folder`, at any depth, into `cache`; what is there already is kept.
 
         A cached file is named by the digest of the instance's files, the size and the encoders' weights: none is
-        ever stale. Videos are cut to their first `num_frames` frames and resized to `width` x `height`.
+        ever stale. Of a video the first `num_frames` frames are taken, at the Reasoner's rate, and resized to
+        `width` x `height`.
 
         Raises:
-            InputError: no instance; one that lacks a file, cannot be read, is too short or of another size than the
-                others (it is named); a Reasoner of a family that cannot be trained.
+            InputError: no instance; one that lacks a file, cannot be read, is too short or slow, of another shape than
+                the Reasoner's videos, of another size than the others or with a first frame of another video (it is
+                named); a Reasoner of a family that cannot be trained.
         """
         if not isinstance(reasoner, WanReasoner):
             raise InputError(f"a {type(reasoner).__name__} cannot be trained: only the Wan family can")
@@ -58,7 +61,7 @@ class LatentDataset:
         encoders, files = _fingerprint(reasoner), []
         seen: dict[str, Path] = {}
         for instance in tqdm(instances, desc="encode"):
-            digest = hashlib.sha256(f"{encoders} {size}".encode())
+            digest = hashlib.sha256(f"{encoders} {size} {reasoner.fps}".encode())
             for name in FILES:
                 digest.update(hashlib.sha256((instance / name).read_bytes()).digest())
             path = cache / f"{digest.hexdigest()[:32]}.safetensors"
@@ -109,41 +112,26 @@ def find_instances(folder: Path) -> list[Path]:
     return found
 
 
-def read_video(path: Path) -> np.ndarray:
-    """Frames (F, H, W, 3) uint8. Raises InputError."""
-    import imageio.v3 as iio
-
-    try:
-        return np.stack(list(iio.imiter(path, plugin="FFMPEG")))
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"video {path} cannot be read ({reason})") from error
-
-
-def read_sized(path: Path, size: Size) -> tuple[np.ndarray, str]:
-    """Its first frames (F, H, W, 3) uint8 in this size, and what size its own is. Raises InputError."""
+def read_sized(path: Path, size: Size, fps: float | None = None) -> tuple[np.ndarray, str]:
+    """Its first frames (F, H, W, 3) uint8 in this size and rate, and what size its own is. Raises InputError."""
     num_frames, height, width = size
-    video = read_video(path)
-    if len(video) < num_frames:
-        raise InputError(f"video {path} is too short: {len(video)} frames of {num_frames}")
-    own = f"{video.shape[2]}x{video.shape[1]}"
-    video = video[:num_frames]
-    if video.shape[1:3] != (height, width):
-        video = np.stack(
-            [np.asarray(Image.fromarray(f).resize((width, height), Image.Resampling.LANCZOS)) for f in video]
-        )
-    return video, own
+    video = read_clip(path, num_frames, fps)
+    own_height, own_width = video.shape[1:3]
+    check_aspect(own_width, own_height, height, width, f"video {path}")
+    return resize_clip(video, height, width), f"{own_width}x{own_height}"
 
 
 def _encode(instance: Path, reasoner: WanReasoner, size: Size) -> tuple[dict[str, Tensor], dict[str, str]]:
-    video, own = read_sized(instance / "ground_truth.mp4", size)
+    video, own = read_sized(instance / "ground_truth.mp4", size, reasoner.fps)
+    prompt, image = read_text(instance / "prompt.txt", "prompt"), None
+    if reasoner.image_conditioning:
+        path = instance / "first_frame.png"
+        image = read_image(path)
+        check_first_frame(image, video[0], f"image {path}")
     try:
-        prompt = (instance / "prompt.txt").read_text(encoding="utf-8")
-        with Image.open(instance / "first_frame.png") as file:
-            image = file.convert("RGB") if reasoner.image_conditioning else None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"instance {instance} cannot be read: {error}") from error
-    condition = reasoner.encode(prompt, image, *size)
+        condition = reasoner.encode(prompt, image, *size)
+    except InputError as error:
+        raise InputError(f"instance {instance}: {error}") from error
     tensors = {"latents": reasoner.encode_video(video)[0], "prompt_embeds": condition.prompt_embeds[0]}
     if condition.first_frame is not None:
         tensors["first_frame"] = condition.first_frame[0]
