@@ -356,6 +356,11 @@ def test_queries_to_edit_and_give_back(run: Run, tmp_path: Path) -> None:
     goal, *process, hint = told.splitlines()
     assert goal.split(maxsplit=1) == ["goal", json.loads(out)["goal"]] and "vlmteacher solve --queries" in hint
     assert [line.split(maxsplit=1) for line in process] == [["process", q] for q in json.loads(out)["process"]]
+    Image.open(tmp_path / "first.png").resize((2048, 2048), Image.Resampling.NEAREST).save(tmp_path / "large.png")
+    assert run("queries", "--prompt", prompt, "--image", tmp_path / "large.png")[1] == out  # as large as the video
+    Image.new("RGB", (64, 128)).save(tmp_path / "tall.png")
+    status, _, err = run("queries", "--prompt", prompt, "--image", tmp_path / "tall.png")
+    assert status == 2 and "the image is 64x128 pixels, the video 64x64" in err
     edited = {**json.loads((tmp_path / "q.json").read_text()), "process": ["Do the boxes stay as they are?"]}
     (tmp_path / "q.json").write_text(json.dumps(edited))
     flags = [*instance_flags, "--queries", tmp_path / "q.json", "--max-steps", 1, "--out", tmp_path / "run"]

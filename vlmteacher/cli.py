@@ -421,13 +421,18 @@ def queries(arguments: argparse.Namespace) -> None:
     quiet()
     import torch
 
+    from vlmteacher.media import fit_image
     from vlmteacher.pipeline import read_pair
     from vlmteacher.placement import find_devices, find_dtype
+    from vlmteacher.reasoners import Settings
     from vlmteacher.teachers import load_teacher
 
     if arguments.teacher is None:
         directory, pair = read_pair()
         arguments.teacher = str(directory / pair["teacher"])
+        if image is not None:  # the first frame as the packaged Reasoner gets it
+            frame = Settings.load(directory / pair["reasoner"] / "reasoner.json")
+            image = fit_image(image, frame.height, frame.width)
     devices = find_devices(arguments.device, "--device")
     device, dtype = devices["teacher"], getattr(torch, arguments.dtype) if arguments.dtype else find_dtype(devices)
     teacher = load_teacher(arguments.teacher, dtype=dtype, quantize=arguments.quantize, device=device).to(device)
@@ -675,15 +680,9 @@ def _check_texts(arguments: argparse.Namespace) -> None:
 def _open_image(path: str | None) -> Image.Image | None:
     if path is None:
         return None
-    from PIL import Image
+    from vlmteacher.media import read_image
 
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise InputError(f"image {path} does not exist") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"image {path} cannot be read ({error}): give a PNG, JPEG or WebP file") from error
+    return read_image(path)
 
 
 def _check_instance(arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.tiny_teacher import tiny_internvl, tiny_qwen3_vl, tiny_qwen25_vl
@@ -126,6 +127,14 @@ def test_a_template_that_writes_pads_of_its_own_is_refused(qwen):
     teacher = with_generation_prompt(load_teacher(qwen), "{{- '<|video_pad|>' -}}")
     with pytest.raises(InputError, match=r"template writes <\|video_pad\|> elsewhere"):
         teacher.losses(torch.rand(2, 3, 32, 32), range(2), 8.0, QuerySet("Is it?"))
+
+
+def test_a_photograph_is_looked_at_in_the_size_of_a_video(qwen):
+    teacher = load_teacher(qwen)
+    large, small = (teacher._query_inputs("Move it.", Image.new("RGB", size)) for size in ((3840, 2160), (1280, 720)))
+    assert large["input_ids"].shape == small["input_ids"].shape
+    with pytest.raises(InputError, match="its shape is"):
+        teacher.write_queries("Move it.", torch.zeros(5, 5))
 
 
 def test_who_seldom_answers_yes_or_no_is_told(qwen):

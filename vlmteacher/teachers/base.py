@@ -19,7 +19,7 @@ from vlmteacher.queries import QuerySet, QueryStyle
 from vlmteacher.teachers.quantization import Quantize, check_quantize
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from vlmteacher.media import ImageInput
 
 # transformers' model_type -> the module of the family and its class
 FAMILIES = {
@@ -67,7 +67,7 @@ class Teacher(ABC):
     style: QueryStyle = QueryStyle()
 
     @abstractmethod
-    def write_queries(self, prompt: str, image: Image | None = None) -> QuerySet:
+    def write_queries(self, prompt: str, image: ImageInput | None = None) -> QuerySet:
         """Write the goal and process questions for a task, from its text and its first frame if there is one.
 
         Raises InputError when the model's answer is not a valid set of queries, also at the second try.

@@ -10,12 +10,13 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError, Notice
+from vlmteacher.media import ImageInput, read_image, shrink
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
 from vlmteacher.prompts import check_prompt, encode, quote
 from vlmteacher.queries import ANSWER_INSTRUCTION, QuerySet, QueryStyle, ask_for_queries, query_prompt
@@ -26,11 +27,9 @@ from vlmteacher.teachers.shared_prefix import Layout, answer_losses, check_langu
 from vlmteacher.teachers.visual_checkpoint import stream
 from vlmteacher.teachers.writer import Writer
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 ANSWER = "Yes"
 MAX_NEW_TOKENS = 256
+IMAGE_PIXELS = 1280 * 720  # of an image that queries are written from: no known video model's frames have more
 CHUNK_PATCHES = {"cpu": 1024, "cuda": 16384}  # of the visual encoder; the caches of a CPU, the occupancy of a GPU
 LAYOUTS_KEPT = 4
 LEAST_YES_OR_NO = 0.5  # of the probability, on a plain question
@@ -285,7 +284,7 @@ class VLMTeacher(Teacher):
         cos, sin = self.language.rotary_emb(torch.empty(0, device=self.device), positions)
         return cos[0], sin[0]
 
-    def write_queries(self, prompt: str, image: Image | None = None) -> QuerySet:
+    def write_queries(self, prompt: str, image: ImageInput | None = None) -> QuerySet:
         """See `Teacher.write_queries`. Greedy first; the one retry is sampled, with a seed of its own."""
         check_prompt(prompt)
         with self.writer.on(self.model) if self.writer else contextlib.nullcontext():
@@ -293,12 +292,12 @@ class VLMTeacher(Teacher):
                 self.style, lambda later, sample: self._generate(self._query_inputs(prompt, image, later), sample)
             )
 
-    def _query_inputs(self, prompt: str, image: Image | None, later: Sequence[str] = ()) -> dict[str, Tensor]:
+    def _query_inputs(self, prompt: str, image: ImageInput | None, later: Sequence[str] = ()) -> dict[str, Tensor]:
         """What `generate` takes to write the queries of a task, or to mend them after `later` turns."""
         vision: dict[str, Tensor] = {}
         placeholder = None
         if image is not None:
-            rgb = image.convert("RGB")
+            rgb = shrink(read_image(image), IMAGE_PIXELS)
             pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3)
             placeholder, vision = self.image_inputs(pixels.permute(2, 0, 1) / 255)
         text = query_prompt(prompt, self.style.query_instruction)
