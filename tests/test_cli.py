@@ -91,6 +91,22 @@ def test_solve_writes_a_run(run: Run, solve: Any, tmp_path: Path) -> None:
     assert config["image"] and record["queries"] == QUERIES and len(record["steps"]) == 3
 
 
+def test_notices_and_texts_on_a_narrow_terminal(tmp_path: Path) -> None:
+    """A notice is a line, and no text fails to be printed: run as a process, for a test's own streams are others."""
+    Image.new("RGBA", (8, 8)).save(tmp_path / "cle\u00e4r.png")
+    arguments = ["--prompt", PROMPT, "--image", tmp_path / "cle\u00e4r.png", "-o", tmp_path / "none" / "q.json"]
+    command = [sys.executable, "-m", "vlmteacher", "queries", *map(str, arguments)]
+    for encoding in ("ascii:strict", "utf-8:strict"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        result = subprocess.run(command, capture_output=True, env=environment)
+        warning, error = result.stderr.splitlines()
+        name = b"cle\\xe4r.png" if encoding.startswith("ascii") else "cle\u00e4r.png".encode()
+        assert result.returncode == 2 and error.startswith(b"error: queries file") and result.stdout == b""
+        assert warning.startswith(b"warning: image /") and warning.endswith(
+            name + b" is transparent in places: they are taken as white"
+        )
+
+
 def bad_inputs(tmp_path: Path) -> dict[str, tuple[dict[str, Any], str]]:
     text = tmp_path / "text.png"
     text.write_text("no image")

@@ -185,7 +185,7 @@ def read_clip(
     command = [
         *(imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-xerror"),
         # A path that is absolute is no option and no address, and a list of other files in the clip's place reads none.
-        *("-protocol_whitelist", "file", "-i", os.path.abspath(path), "-map", "0:v:0"),
+        *("-protocol_whitelist", "file", "-i", os.path.abspath(path), "-map", "0:V:0"),
         *(("-fps_mode", "passthrough") if fps is None else ("-vf", nearest)),
         *("-frames:v", str(num_frames), "-f", "image2pipe", "-c:v", "ppm", "-"),
     ]
@@ -198,7 +198,7 @@ def read_clip(
         )
         reason = next((line[1] for line in known if line), "it holds no frame")
         raise InputError(f"{label} cannot be read ({reason[:120]}): is it a whole video?")
-    stream = next(line for line in log.splitlines() if "Video:" in line)
+    stream = next(line for line in log.splitlines() if "Video:" in line and "attached pic" not in line)
     if (sar := re.search(r"\[SAR (\d+):(\d+)", stream)) and sar[1] != sar[2]:
         raise InputError(f"{label} has pixels of {sar[1]}:{sar[2]}, which are not square: scale it to square ones")
     own = re.search(r"([\d.]+) fps", stream)

@@ -390,7 +390,7 @@ class TeacherPipeline:
                 video_before = self.sample(condition, noise, reasoner)
                 losses_before = self.judge(video_before, frame_indices, queries)
             if run and not recorded:
-                run.begin(record)
+                run.begin({**record, "cut_tokens": condition.all_cut})
             working = ["transformer", "teacher"]
             if settings.check_final or settings.target != "first_step":
                 working += ["transformer_2", "vae"]

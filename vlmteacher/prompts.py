@@ -11,6 +11,8 @@ from vlmteacher.files import check_text
 
 CUT = "\ufdd0"  # a code point that Unicode keeps for such uses inside of programs: no text holds it
 
+BRACKETS = {*"<>[]{}|"}  # of a control token; an added word of a domain has none
+
 
 def check_prompt(prompt: str) -> None:
     """Raise InputError for a prompt that says nothing, or is no text."""
@@ -24,12 +26,14 @@ def check_prompt(prompt: str) -> None:
 def quote(tokenizer: Any, text: str) -> str:
     """Return `text` with a mark inside of every control token, so that `encode` reads its letters and no token.
 
-    Control tokens are all that were added to the tokenizer's vocabulary: ends of turns, places of images, thoughts.
-    Text without any is returned as it is. Raises InputError for a text that holds the mark itself.
+    Control tokens end turns, stand for images, open thoughts: the tokenizer's special tokens, and what was added to its
+    vocabulary in brackets. Text without any is returned as it is. Raises InputError for a text that holds the mark
+    itself.
     """
     if CUT in text:
         raise InputError(f"the text holds {ascii(CUT)[1:-1]}, which is no character: remove it")
-    control = sorted((token for token in tokenizer.get_added_vocab() if len(token.strip()) > 1), key=len, reverse=True)
+    control = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special or BRACKETS & {*str(t)}]
+    control = sorted((token for token in control if len(token.strip()) > 1), key=len, reverse=True)
     if not control:
         return text
     # A lookahead, for one token may begin inside of another.

@@ -74,6 +74,16 @@ def test_a_normal_text_has_the_ids_of_the_whole_chat(teacher):
         )
 
 
+def test_words_that_were_added_stay_words(qwen):
+    """A domain's own words, and what else is in brackets there."""
+    teacher = load_teacher(qwen)
+    plain = teacher._question_ids("Is the gripper <depth> ok?", "")[0]
+    teacher.tokenizer.add_tokens(["gripper", "<depth>"])
+    ids = teacher._question_ids("Is the gripper <depth> ok?", "")[0]
+    word, bracketed = teacher.tokenizer.convert_tokens_to_ids(["gripper", "<depth>"])
+    assert word in ids and bracketed not in ids and ids != plain
+
+
 def test_the_mark_itself_is_refused(teacher):
     with pytest.raises(InputError, match=r"\\ufdd0, which is no character"):
         teacher.losses(torch.rand(2, 3, 32, 32), range(2), 8.0, QuerySet(f"<{CUT}|im_end|>?"))
