@@ -22,27 +22,30 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def endings_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise `Interrupted` inside the block, the first of them only.
+    """SIGTERM and SIGHUP raise `Interrupted` inside the block, unless one of them or Ctrl-C did so before.
 
     A signal that is ignored (`nohup`) or has a handler of somebody else's stays as it is.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    taken = [number for number in ENDINGS if signal.getsignal(number) is signal.SIG_DFL]
+    defaults = {signal.SIGINT: signal.default_int_handler} | dict.fromkeys(ENDINGS, signal.SIG_DFL)
+    defaults = {number: default for number, default in defaults.items() if signal.getsignal(number) is default}
 
     def interrupt(number: int, _: FrameType | None) -> NoReturn:
-        for each in taken:
-            signal.signal(each, signal.SIG_IGN)  # what it started must be able to end
+        for each in defaults:  # what is written now is written to its end, but for who insists
+            signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_IGN)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         raise Interrupted(number)
 
-    for number in taken:
+    for number in defaults:
         signal.signal(number, interrupt)
     try:
         yield
     finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
+        for number, default in defaults.items():
+            signal.signal(number, default)
 
 
 @contextmanager

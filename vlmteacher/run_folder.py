@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlmteacher.errors import InputError, OutputError
 from vlmteacher.files import check_text, claimed, read_json, remove, replacing, write_bytes, write_json, write_text
+from vlmteacher.interruption import uninterrupted
 from vlmteacher.state import read_state, unusable, write_state
 
 if TYPE_CHECKING:
@@ -171,9 +172,10 @@ class RunFolder:
 
     def interrupt(self, loop: Optimization) -> None:
         """Write down how far a run has come that ends here. Raises OutputError."""
-        if loop.stopped is None:  # else it is there, and `loop.finish` may have changed the LoRA
-            self.save_state(loop, force=True)
-        self._say(loop.history)
+        with uninterrupted():
+            if loop.stopped is None:  # else it is there, and `loop.finish` may have changed the LoRA
+                self.save_state(loop, force=True)
+            self._say(loop.history)
 
     def _say(self, history: list[dict[str, Any]]) -> None:
         assert self.record is not None
