@@ -5,9 +5,8 @@
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <cpuid.h>
 
-#include <cstdlib>
-
 #include "../bf16_avx512.h"
+#include "../scratch.h"
 
 namespace vlmteacher::wide {
 namespace {
@@ -55,7 +54,7 @@ void pack_columns(const char* from, int64_t stride, int64_t words, int64_t colum
       }
       transpose(rows);
       UNROLL for (int i = 0; i < 16; ++i) if (word + i < words)
-        _mm512_storeu_si512(to + ((word + i) * kVectors + v) * 64, rows[i]);
+          _mm512_storeu_si512(to + ((word + i) * kVectors + v) * 64, rows[i]);
     }
 }
 
@@ -89,8 +88,8 @@ struct Tile {
 template <int ROWS>
 void run(const Tile& t) {
   __m512 sum[ROWS][kVectors];
-  UNROLL for (int i = 0; i < ROWS; ++i) UNROLL for (int v = 0; v < kVectors; ++v)
-      sum[i][v] = t.first ? _mm512_setzero_ps() : _mm512_loadu_ps(t.sums + i * kColumns + v * kLanes);
+  UNROLL for (int i = 0; i < ROWS; ++i) UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] =
+      t.first ? _mm512_setzero_ps() : _mm512_loadu_ps(t.sums + i * kColumns + v * kLanes);
   const char* panel = t.panel;
   for (int64_t s = 0; s < t.count; ++s) {
     const int64_t step = t.stretches[s].step;
@@ -109,11 +108,9 @@ void run(const Tile& t) {
   UNROLL for (int v = 0; v < kVectors; ++v) {
     const __mmask16 mask = lanes(t.columns - v * kLanes);
     const __m512 bias = t.bias && t.last ? BFloat16::load(t.bias + 32 * v, mask) : _mm512_setzero_ps();
-    UNROLL for (int i = 0; i < ROWS; ++i)
-      if (t.last)
+    UNROLL for (int i = 0; i < ROWS; ++i) if (t.last)
         BFloat16::store(t.out + i * t.out_step + 32 * v, mask, _mm512_add_ps(sum[i][v], bias));
-      else
-        _mm512_storeu_ps(t.sums + i * kColumns + v * kLanes, sum[i][v]);
+    else _mm512_storeu_ps(t.sums + i * kColumns + v * kLanes, sum[i][v]);
   }
 }
 
@@ -137,16 +134,27 @@ void part(const Product& p, int64_t row, int64_t rows, int64_t panel, int64_t pa
   int64_t all = 0;
   for (int64_t s = 0; s < p.count; ++s) all += p.segments[s].k / 2;
   const int64_t passes = (all + kWords - 1) / kWords, most = (all + passes - 1) / passes;
-  char* packed = static_cast<char*>(std::aligned_alloc(64, most * kVectors * 64));
-  float* sums = passes == 1 ? nullptr : static_cast<float*>(std::aligned_alloc(64, rows * kColumns * 4));
-  Stretch* stretches = static_cast<Stretch*>(std::malloc(p.count * sizeof(Stretch)));
+  const Scratch packed_memory(most * kVectors * 64);
+  const Scratch<float> sum_memory(passes == 1 ? 0 : rows * kColumns);
+  const Scratch<Stretch> stretch_memory(p.count);
+  char* const packed = packed_memory.data;
+  float* const sums = passes == 1 ? nullptr : sum_memory.data;
+  Stretch* const stretches = stretch_memory.data;
   for (int64_t column = panel * kColumns; column < p.n && panels > 0; column += kColumns, --panels) {
     const int64_t columns = p.n - column < kColumns ? p.n - column : kColumns;
     int64_t segment = 0, done = 0;  // words of it
     for (int64_t pass = 0; pass < passes; ++pass) {
-      Tile t{stretches, 0, row, packed, sums, pass == 0, pass + 1 == passes,
+      Tile t{stretches,
+             0,
+             row,
+             packed,
+             sums,
+             pass == 0,
+             pass + 1 == passes,
              p.bias ? static_cast<const char*>(p.bias) + 2 * column : nullptr,
-             static_cast<char*>(p.out) + (row * p.out_stride + column) * 2, p.out_stride * 2, columns};
+             static_cast<char*>(p.out) + (row * p.out_stride + column) * 2,
+             p.out_stride * 2,
+             columns};
       int64_t room = most;
       char* to = packed;
       while (room > 0 && segment < p.count) {
@@ -169,9 +177,6 @@ void part(const Product& p, int64_t row, int64_t rows, int64_t panel, int64_t pa
       }
     }
   }
-  std::free(stretches);
-  std::free(sums);
-  std::free(packed);
 }
 
 }  // namespace vlmteacher::wide
