@@ -217,7 +217,7 @@ def _library(name: str, q: Tensor, k: Tensor, v: Tensor, spans: Spans | None) ->
     n, parts = spans.causal, []
     if n:
         parts.append(run(q[:, :n], k[:, :n], v[:, :n], True))
-    if n < q.shape[1]:
+    if n < q.shape[1] or not n:
         parts.append(_sdpa(q[:, n:], k, v, False, spans.rest))
     return torch.cat(parts, 1)
 

@@ -354,7 +354,9 @@ def shuffle_to_rows_reference(y: Tensor, slots: Tensor, rows: Tensor, upscale: i
     Returns:
         (G, 3, upscale h, ceil(upscale w / 8)) uint8: the bits (`pack_bits`) of the pixels that were within [0, 1].
     """
-    frames = F.pixel_shuffle(y.permute(0, 3, 1, 2), upscale)
+    g, height, width, _ = y.shape
+    frames = y.reshape(g, height, width, 3, upscale, upscale).permute(0, 3, 1, 4, 2, 5)
+    frames = frames.reshape(g, 3, height * upscale, width * upscale)  # F.pixel_shuffle leaves empty ones as they are
     clamped = frames.clamp(0, 1).to(torch.promote_types(y.dtype, rows.dtype))
     values = (clamped - clamped.new_tensor(layout.mean).view(3, 1, 1)) / clamped.new_tensor(layout.std).view(3, 1, 1)
     video = _video(rows, layout, *frames.shape[2:])
@@ -377,9 +379,10 @@ def shuffle_to_rows_backward_reference(
     for at in slots.long().unbind(1):
         here = at >= 0
         total[here] += video[at[here] // layout.temporal_patch, at[here] % layout.temporal_patch].to(wide)
-    frames = total.view(-1, 3, height * upscale, width * upscale) / total.new_tensor(layout.std).view(3, 1, 1)
+    frames = total.view(len(slots), 3, height * upscale, width * upscale) / total.new_tensor(layout.std).view(3, 1, 1)
     frames = torch.where(unpack_bits(inside, width * upscale), frames, 0)
-    return F.pixel_unshuffle(frames, upscale).permute(0, 2, 3, 1).to(dtype).contiguous()
+    frames = frames.view(len(slots), 3, height, upscale, width, upscale).permute(0, 2, 4, 1, 3, 5)
+    return frames.reshape(len(slots), height, width, 3 * upscale**2).to(dtype).contiguous()
 
 
 def _video(rows: Tensor, layout: Rows, height: int, width: int) -> Tensor:
