@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | clean. Everything lives in .venv; the tested torch is pinned in pyproject.toml.
+# make demo | test | test-all | lint | fuzz | soak | clean. Everything lives in .venv; the tested torch is pinned in pyproject.toml.
 PYTHON ?= python3
 TORCH := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD := pyproject.toml setup.py CMakeLists.txt $(wildcard build_backend/*.py csrc/*.* csrc/*/*)
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint fuzz fuzz-atheris soak clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -26,6 +26,20 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Damaged inputs for everything that reads what a user or a hub gives: at least 10,000, other ones each time, counted at
+# the end. `make fuzz ATHERIS=1`, or `make fuzz-atheris`: five minutes led by coverage.
+fuzz: .venv/installed-dev $(if $(ATHERIS),fuzz-atheris)
+	rm -f build/fuzz.jsonl && mkdir -p build
+	FUZZ_EXAMPLES=1000 VLMTEACHER_TRUST_REPORT=build/fuzz.jsonl $(PYTEST) tests/trust/test_fuzz.py
+	$(BIN)/python -m tests.trust.report build/fuzz.jsonl
+
+fuzz-atheris: .venv/installed-dev
+	$(BIN)/python -m tests.trust.coverage_guided 300 build/fuzz-atheris
+
+# 1,000 instances in one process; fails where memory grows by 1%.
+soak: .venv/installed-dev
+	$(BIN)/python -W ignore -m tests.trust.soak 1000
 
 clean:
 	rm -rf .venv build *.egg-info vlmteacher/_C.*.so vlmteacher/_cuda.so vlmteacher/_build.json

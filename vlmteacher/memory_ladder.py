@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import re
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -27,15 +26,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-# What a RuntimeError says when memory is full: torch's allocators, C++, the CUDA runtime, cuBLAS and cuDNN, oneDNN. Our
-# own operators pass on the message of what failed within them (csrc/operator.h).
-_FULL = re.compile(r"can't allocate memory|out of memory|std::bad_alloc|_ALLOC_FAILED|could not create a memory object")
-
-
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is full: a GPU's or the CPU's, torch's own, an operator's or Python's."""
+    """Of a GPU's allocator, the CPU's (which raises a plain RuntimeError) or Python's."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and _FULL.search(str(error)) is not None
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
 

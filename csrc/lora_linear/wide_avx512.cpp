@@ -5,8 +5,9 @@
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <cpuid.h>
 
+#include <cstdlib>
+
 #include "../bf16_avx512.h"
-#include "../scratch.h"
 
 namespace vlmteacher::wide {
 namespace {
@@ -136,12 +137,9 @@ void part(const Product& p, int64_t row, int64_t rows, int64_t panel, int64_t pa
   int64_t all = 0;
   for (int64_t s = 0; s < p.count; ++s) all += p.segments[s].k / 2;
   const int64_t passes = (all + kWords - 1) / kWords, most = (all + passes - 1) / passes;
-  const Scratch packed_memory(most * kVectors * 64);
-  const Scratch<float> sum_memory(passes == 1 ? 0 : rows * kColumns);
-  const Scratch<Stretch> stretch_memory(p.count);
-  char* const packed = packed_memory.data;
-  float* const sums = passes == 1 ? nullptr : sum_memory.data;
-  Stretch* const stretches = stretch_memory.data;
+  char* packed = static_cast<char*>(std::aligned_alloc(64, most * kVectors * 64));
+  float* sums = passes == 1 ? nullptr : static_cast<float*>(std::aligned_alloc(64, rows * kColumns * 4));
+  Stretch* stretches = static_cast<Stretch*>(std::malloc(p.count * sizeof(Stretch)));
   for (int64_t column = panel * kColumns; column < p.n && panels > 0; column += kColumns, --panels) {
     const int64_t columns = p.n - column < kColumns ? p.n - column : kColumns;
     int64_t segment = 0, done = 0;  // words of it
@@ -171,6 +169,9 @@ void part(const Product& p, int64_t row, int64_t rows, int64_t panel, int64_t pa
       }
     }
   }
+  std::free(stretches);
+  std::free(sums);
+  std::free(packed);
 }
 
 }  // namespace vlmteacher::wide

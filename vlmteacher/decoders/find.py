@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmteacher.errors import InputError
+from vlmteacher.files import check_text
 from vlmteacher.hub import find_weights, only_weights
 
 # (channels, frames per latent frame, pixels per latent cell): the file on the hub. Only lightx2v/Autoencoders has the
@@ -25,11 +26,11 @@ def find_decoder(name: str | os.PathLike[str]) -> Path:
 
     `@REVISION` at the end of a hub name is a branch, tag or commit. Raises InputError.
     """
-    text = os.path.expanduser(os.fspath(name))
+    text = os.path.expanduser(check_text(os.fspath(name), "decoder"))
     path = Path(text)
-    if path.is_dir():
+    if os.path.isdir(text):
         return path / only_weights([each.name for each in path.iterdir()], text)
-    if path.exists() or not HUB_NAME.fullmatch(text) or text.startswith(".") or _is_local(text):
+    if os.path.exists(text) or not HUB_NAME.fullmatch(text) or text.startswith(".") or _is_local(text):
         return path
     return find_weights(text, "decoder")
 

@@ -420,7 +420,7 @@ class TinyVideoDecoder(nn.Module):
             grow = state["decoder.7.conv.weight"]  # of two frames, as upstream does, the later one
             state["decoder.7.conv.weight"] = grow[-grow.shape[1] :]
         grows = [state[f"decoder.{i}.conv.weight"] for i in (7, 13, 19)]
-        kept = {name: written[name] for name in ("space_upscale", "slope", "signed") if name in written}
+        kept: dict[str, Any] = {n: written[n] for n in ("space_upscale", "slope", "signed") if n in written}
         if not _is_flags(kept.get("space_upscale", [True] * 3)) or not isinstance(kept.get("signed", True), bool):
             raise ValueError("space_upscale must be three of true or false, signed one")
         if type(slope := kept.get("slope", 0)) not in (int, float) or not 0 <= slope < 1:
@@ -550,7 +550,7 @@ def check_decoder(decoder: TinyVideoDecoder, reasoner: Any, name: str = "the dec
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The ``decoder.*`` tensors of a file and its safetensors metadata."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"decoder file {path} does not exist: give the path of a .pth or .safetensors checkpoint")
     metadata: dict[str, str] = {}
     try:

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
@@ -217,7 +217,7 @@ class Folder:
                     raise InputError(f"{path} already holds results: give another --out, or --resume to go on")
                 there = read_json(settings, "settings")
                 if there != what:
-                    raise InputError(f"{path} holds other results ({there}): give another --out")
+                    raise InputError(f"{path} holds other results ({str(there)[:300]}): give another --out")
             elif any(each.name != LOCK for each in path.iterdir()):
                 raise InputError(f"{path} is not empty: give another --out")
             lines = self._lines()
@@ -243,7 +243,8 @@ class Folder:
     def _row(self, line: str) -> Row:
         try:
             row: Row = json.loads(line)
-            _ = row["method"], Instance.of(row)
+            if not all(map(isinstance, (row["method"], *astuple(Instance.of(row))), (str, str, int, int))):
+                raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{self.log}: {line[:40]!r}... is no result: remove that line, or give another --out"
