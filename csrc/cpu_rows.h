@@ -1,38 +1,23 @@
 // What operators that work row by row need of torch on the CPU.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <optional>
 #include <type_traits>
 
+#include "operator.h"
 #include "vectors.h"
 
 namespace vlmteacher {
 
-using torch::headeronly::ScalarType;
-
-inline torch::stable::Tensor dense(const torch::stable::Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
-inline std::optional<torch::stable::Tensor> dense(const std::optional<torch::stable::Tensor>& t) {
-  if (!t) return t;
-  return dense(*t);
-}
-
 template <class T>
-T* data(const torch::stable::Tensor& t) {
+T* data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
 template <class T>
-T* data(const std::optional<torch::stable::Tensor>& t) {
+T* data(const Maybe& t) {
   return t ? data<T>(*t) : nullptr;
 }
 

@@ -6,15 +6,10 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <limits>
-#include <optional>
-#include <vector>
+
+#include "operator.h"
 
 // weak: a torch without CUDA has no such symbol. Of one with it, libtorch_cuda.so has to be in the global scope by the
 // time that this library is loaded (ops/backends.py).
@@ -22,11 +17,6 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
                                                                                    void** ret_stream);
 
 namespace vlmteacher {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-using Maybe = std::optional<Tensor>;
 
 inline void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, cudaGetErrorString(error)); }
 

@@ -202,7 +202,7 @@ def lora_linear(
         layers = zip(ys, weights, lora_b, s.split(ranks, 1), scaling, strict=True)
         for i, (y, weight, b, low, factor) in enumerate(layers):
             tile = _wide_tile(y, x, weight)
-            _product(y[None], [(low, b.T), (x, weight.T)], tile, factor, biases[i] if biases else None)
+            _product(y[None], [(low, b.T), (x, weight.T)], tile, factor, biases[i].contiguous() if biases else None)
     return [*ys, s]
 
 

@@ -271,7 +271,8 @@ def shuffle_to_rows(
         grid, tile = _shuffle_launch(g, height, width, upscale)
         with torch.cuda.device_of(y):
             shuffle_to_rows_kernel[grid](
-                y, slots, rows, inside, height, width, *mean, *std, REPEATS=slots.shape[1], UPSCALE=upscale,
+                y.contiguous(), slots.contiguous(), rows, inside, height, width, *mean, *std,
+                REPEATS=slots.shape[1], UPSCALE=upscale,
                 HIGH=patch_height, WIDE=patch_width, TEMPORAL=temporal_patch, MERGE=merge, **tile,
             )  # fmt: skip
     return inside
@@ -287,7 +288,8 @@ def shuffle_to_rows_backward(
         grid, tile = _shuffle_launch(len(slots), height, width, upscale)
         with torch.cuda.device_of(grad):
             shuffle_to_rows_backward_kernel[grid](
-                grad, slots, inside, dy, height, width, *std, REPEATS=slots.shape[1], UPSCALE=upscale,
+                grad.contiguous(), slots.contiguous(), inside.contiguous(), dy, height, width, *std,
+                REPEATS=slots.shape[1], UPSCALE=upscale,
                 HIGH=patch_height, WIDE=patch_width, TEMPORAL=temporal_patch, MERGE=merge, **tile,
             )  # fmt: skip
     return dy

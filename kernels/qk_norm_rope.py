@@ -63,6 +63,7 @@ def _launch(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not x.numel():
         return out
+    cos, sin = (None if t is None else t.contiguous() for t in (cos, sin))
     with torch.cuda.device_of(x):
         kernel[(items * tokens,)](
             *(t.contiguous() for t in tensors), cos, sin, out,

@@ -14,7 +14,7 @@ The tiles below are chosen by reasoning, not by measurement.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -226,6 +226,11 @@ def _launch(
     return (tiles, frames), constants | {"num_warps": tile.warps, "num_stages": tile.stages}
 
 
+def _dense(*tensors: Any) -> Any:
+    """The tensors, or Nones, contiguous, as the kernels read them."""
+    return (None if t is None else t.contiguous() for t in tensors)
+
+
 def conv3x3(
     x: Tensor,
     taps: Tensor,
@@ -237,6 +242,7 @@ def conv3x3(
     upscale: int,
 ) -> tuple[Tensor, Tensor]:
     """y (G, upscale H, upscale W, N) and the packed signs, or an empty tensor without an activation."""
+    x, taps, weight, bias, residual, rows = _dense(x, taps, weight, bias, residual, rows)
     _, height, width, channels = x.shape
     size = (len(taps), height * upscale, width * upscale)
     n = len(weight)
@@ -265,6 +271,7 @@ def conv3x3_backward(
     upscale: int,
 ) -> Tensor:
     """dx (frames, H, W, C)."""
+    grad, signs, taps, weight, residual, residual_signs = _dense(grad, signs, taps, weight, residual, residual_signs)
     _, height, width, n = grad.shape
     count = taps.shape[1]
     channels = weight.shape[-1] // count

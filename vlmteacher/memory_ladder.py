@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -26,10 +27,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+# What a RuntimeError says when memory is full: torch's allocators, C++, the CUDA runtime, cuBLAS and cuDNN, oneDNN. Our
+# own operators pass on the message of what failed within them (csrc/operator.h).
+_FULL = re.compile(r"can't allocate memory|out of memory|std::bad_alloc|_ALLOC_FAILED|could not create a memory object")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU's allocator, the CPU's (which raises a plain RuntimeError) or Python's."""
+    """Whether an error says that memory is full: a GPU's or the CPU's, torch's own, an operator's or Python's."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and _FULL.search(str(error)) is not None
     )
 
 

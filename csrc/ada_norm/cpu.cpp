@@ -1,20 +1,12 @@
 // Residual, LayerNorm and modulation on the CPU. The definition is vlmteacher/ops/ada_norm.py; arithmetic is in float
 // (double for double), rounded once.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-#include <vector>
-
 #include "../cpu_rows.h"
+#include "check.h"
 #include "rows.h"
 
 namespace {
 
 using namespace vlmteacher;
-using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
 
 template <class T>
 ada_norm::Rows<T> best_rows() {
@@ -34,11 +26,12 @@ ada_norm::Sizes sizes_of(const Tensor& x, const Maybe& gate, const Maybe& weight
   return {x.size(1), x.size(2), first, table ? table->size(0) : 1, table ? table->size(1) : 1};
 }
 
-std::vector<Tensor> forward(const Tensor& any_x, const Maybe& any_y, const Maybe& gate, const Maybe& weight,
-                            const Maybe& bias, int64_t first, double eps) {
+Tensors forward(const Tensor& any_x, const Maybe& any_y, const Maybe& any_gate, const Maybe& any_weight,
+                const Maybe& any_bias, int64_t first, double eps) {
+  check_ada_norm(any_x, any_y, any_gate, any_weight, any_bias, first);
   const Tensor x = dense(any_x);
-  const Maybe y = dense(any_y);
-  std::vector<Tensor> found;
+  const Maybe y = dense(any_y), gate = dense(any_gate), weight = dense(any_weight), bias = dense(any_bias);
+  Tensors found;
   Tensor out = x, norm = x;
   if (y) found.push_back(out = torch::stable::empty_like(x));
   if (weight) found.push_back(norm = torch::stable::empty_like(x));
@@ -59,12 +52,13 @@ std::vector<Tensor> forward(const Tensor& any_x, const Maybe& any_y, const Maybe
   return found;
 }
 
-std::vector<Tensor> backward(const Maybe& any_grad_out, const Maybe& any_grad_norm, const Maybe& any_kept,
-                             const Maybe& gate, const Maybe& weight, int64_t first, double eps, bool need_x,
-                             bool need_y) {
+Tensors backward(const Maybe& any_grad_out, const Maybe& any_grad_norm, const Maybe& any_kept, const Maybe& any_gate,
+                 const Maybe& any_weight, int64_t first, double eps, bool need_x, bool need_y) {
+  check_ada_norm_backward(any_grad_out, any_grad_norm, any_kept, any_gate, any_weight, first, need_y);
   const Maybe grad_out = dense(any_grad_out), grad_norm = dense(any_grad_norm), kept = dense(any_kept);
+  const Maybe gate = dense(any_gate), weight = dense(any_weight);
   const Tensor& like = grad_out ? *grad_out : *grad_norm;
-  std::vector<Tensor> found;
+  Tensors found;
   Maybe dx, dy;
   if (need_x) found.push_back(*(dx = torch::stable::empty_like(like)));
   if (need_y) found.push_back(*(dy = torch::stable::empty_like(like)));
@@ -95,6 +89,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmteacher_cpp, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlmteacher_cpp, CPU, m) {
-  m.impl("ada_norm", TORCH_BOX(&forward));
-  m.impl("ada_norm_backward", TORCH_BOX(&backward));
+  m.impl("ada_norm", boxed<&forward>);
+  m.impl("ada_norm_backward", boxed<&backward>);
 }

@@ -1,5 +1,6 @@
 // Residual, LayerNorm and modulation on NVIDIA GPUs: torch's tensors for plan.cuh.
 #include "../cuda_device.h"
+#include "check.h"
 #include "plan.cuh"
 
 namespace {
@@ -13,6 +14,7 @@ ada_norm::Sizes sizes_of(const Tensor& x, const Maybe& gate, const Maybe& weight
 
 Tensors forward(const Tensor& any_x, const Maybe& any_y, const Maybe& any_gate, const Maybe& any_weight,
                 const Maybe& any_bias, int64_t first, double eps) {
+  check_ada_norm(any_x, any_y, any_gate, any_weight, any_bias, first);
   const Tensor x = aligned(any_x);
   const Maybe y = aligned(any_y), gate = aligned(any_gate), weight = aligned(any_weight), bias = aligned(any_bias);
   Tensors found;
@@ -32,6 +34,7 @@ Tensors forward(const Tensor& any_x, const Maybe& any_y, const Maybe& any_gate, 
 
 Tensors backward(const Maybe& any_grad_out, const Maybe& any_grad_norm, const Maybe& any_kept, const Maybe& any_gate,
                  const Maybe& any_weight, int64_t first, double eps, bool need_x, bool need_y) {
+  check_ada_norm_backward(any_grad_out, any_grad_norm, any_kept, any_gate, any_weight, first, need_y);
   const Maybe grad_out = aligned(any_grad_out), grad_norm = aligned(any_grad_norm), kept = aligned(any_kept);
   const Maybe gate = aligned(any_gate), weight = aligned(any_weight);
   const Tensor& like = grad_out ? *grad_out : *grad_norm;
@@ -60,6 +63,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmteacher_cuda, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlmteacher_cuda, CUDA, m) {
-  m.impl("ada_norm", TORCH_BOX(&forward));
-  m.impl("ada_norm_backward", TORCH_BOX(&backward));
+  m.impl("ada_norm", boxed<&forward>);
+  m.impl("ada_norm_backward", boxed<&backward>);
 }

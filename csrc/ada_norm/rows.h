@@ -107,7 +107,8 @@ void backward(const Backward<T>& f, int64_t begin, int64_t end) {
   const int64_t width = f.sizes.width;
   for (int64_t token = begin; token < end; ++token) {
     const int64_t start = token * width, row = f.sizes.row(token);
-    const T *const kept = f.kept + start, *const grad_norm = f.grad_norm + start, *const grad_out = f.grad_out + start;
+    const auto from = [start](const T* all) { return all ? all + start : all; };
+    const T *const kept = from(f.kept), *const grad_norm = from(f.grad_norm), *const grad_out = from(f.grad_out);
     A mean = 0, scale = 0, along = 0, average = 0;
     if (f.weight) {
       const Moments<A> found = moments(kept, width, f.eps);

@@ -4,9 +4,9 @@
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <math.h>
-#include <stdlib.h>
 
 #include "../bf16_avx512.h"
+#include "../scratch.h"
 
 namespace vlmteacher::attention {
 namespace {
@@ -19,13 +19,6 @@ constexpr double kLog2e = 1.4426950408889634;
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-struct Scratch {
-  char* data;
-  explicit Scratch(int64_t bytes) : data(static_cast<char*>(aligned_alloc(64, up(bytes, 64)))) {}
-  ~Scratch() { free(data); }
-  Scratch(const Scratch&) = delete;
-};
 
 // Two vectors of a row, 32 elements, to memory.
 template <class T>
@@ -205,7 +198,7 @@ void forward_of(const Problem& p, int64_t batch, int64_t head, int64_t first, co
   const Width<T> width(p.dim);
   const int64_t padded = up(p.keys, kPanel), row_bytes = width.words * 4;
   const char* values = packed + padded * row_bytes;
-  Scratch scratch(kRows * (width.columns * 4 + row_bytes));
+  const Scratch scratch(kRows * (width.columns * 4 + row_bytes));
   ForwardTile<T> tile;
   tile.out = reinterpret_cast<float*>(scratch.data);
   char* q = scratch.data + kRows * width.columns * 4;
@@ -356,7 +349,7 @@ void backward_of(const Problem& p, int64_t batch, int64_t key_head) {
   const int64_t group = p.heads / p.key_heads, bytes = width.words * 4;
   const int64_t keys = up(p.keys, kRows), queries = up(p.queries, kPanel);  // a block is whole tiles of both
   const int64_t sums = width.columns * 4, pairs = width.columns * T::kBytes, numbers = up(queries * 4, 64);
-  Scratch scratch(int64_t(sizeof(BackwardBlock<T>)) + keys * (2 * bytes + pairs + 2 * sums) +
+  const Scratch scratch(int64_t(sizeof(BackwardBlock<T>)) + keys * (2 * bytes + pairs + 2 * sums) +
                   queries * (2 * bytes + 2 * pairs) + (queries + kRows) * sums + 6 * numbers + 17 * 64);
   char* next = scratch.data;
   const auto take = [&](int64_t size) {

@@ -1,33 +1,45 @@
 // Attention on the CPU where the processor has AVX-512 BF16 (elsewhere it is torch's). The definition is
 // vlmteacher/ops/attention.py.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
+#include <limits>
 
-#include <cstdlib>
-#include <memory>
-#include <optional>
-#include <vector>
-
+#include "../operator.h"
+#include "../scratch.h"
 #include "attention.h"
 
 namespace {
 
-namespace attention = vlmteacher::attention;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace vlmteacher;
 
-// One whose heads have contiguous elements.
-Tensor rows(const Tensor& t) { return t.stride(3) == 1 || t.size(3) == 1 ? t : torch::stable::contiguous(t); }
+// One whose heads have contiguous elements, in tokens that stand near enough for 32-bit offsets (pack_transposed).
+Tensor rows(const Tensor& t) {
+  const bool near = t.stride(1) <= std::numeric_limits<int32_t>::max() / 16 / int64_t(t.element_size());
+  return near && (t.stride(3) == 1 || t.size(3) == 1) ? t : torch::stable::contiguous(t);
+}
+
+void check(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& spans) {
+  STD_TORCH_CHECK(attention::available(), "attention needs a processor, and a build, with AVX-512 BF16");
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "attention takes (batch, tokens, heads, channels)");
+  const ScalarType dtype = q.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || (dtype == ScalarType::BFloat16 && q.size(3) % 2 == 0),
+                  "attention takes float32, and bfloat16 with an even number of channels");
+  expect("k", k, {q.size(0), kAny, kAny, q.size(3)}, dtype, q);
+  expect_like("v", v, k);
+  STD_TORCH_CHECK(k.size(1) > 0 && k.size(2) > 0 && q.size(2) % k.size(2) == 0, k.size(1), " keys, or ", k.size(2),
+                  " key heads for ", q.size(2), " heads");
+  if (!spans) return;
+  expect("spans", *spans, {q.size(1), 3}, ScalarType::Int, q);
+  STD_TORCH_CHECK(spans->is_contiguous(), "spans must be contiguous");
+  const int32_t* bound = static_cast<const int32_t*>(spans->const_data_ptr());
+  for (int64_t i = 0; i < 3 * q.size(1); ++i)
+    STD_TORCH_CHECK(bound[i] >= 0 && bound[i] <= k.size(1), "spans must lie within the ", k.size(1), " keys");
+}
 
 attention::Heads heads(const Tensor& t) {
   const int64_t bytes = t.element_size();
   return {static_cast<char*>(t.mutable_data_ptr()), t.stride(0) * bytes, t.stride(1) * bytes, t.stride(2) * bytes};
 }
 
-attention::Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& spans,
-                           double scale) {
+attention::Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& spans, double scale) {
   attention::Problem p{};
   p.half = q.scalar_type() == ScalarType::BFloat16;
   p.batch = q.size(0);
@@ -49,8 +61,8 @@ void read(attention::Problem& p, const Tensor& softmax) {
   p.inverse = p.top + p.batch * p.heads * p.queries;
 }
 
-std::vector<Tensor> forward(const Tensor& any_q, const Tensor& any_k, const Tensor& any_v, std::optional<Tensor> spans,
-                            double scale) {
+Tensors forward(const Tensor& any_q, const Tensor& any_k, const Tensor& any_v, const Maybe& spans, double scale) {
+  check(any_q, any_k, any_v, spans);
   const Tensor q = rows(any_q), k = rows(any_k), v = rows(any_v);
   attention::Problem p = problem(q, k, v, spans, scale);
   Tensor out = torch::stable::new_empty(q, {p.batch, p.queries, p.heads, p.dim});
@@ -59,24 +71,27 @@ std::vector<Tensor> forward(const Tensor& any_q, const Tensor& any_k, const Tens
   read(p, softmax);
   const int64_t bytes = attention::packed_bytes(p), blocks = (p.queries + attention::kBlock - 1) / attention::kBlock;
   const int64_t group = p.heads / p.key_heads;
-  const std::unique_ptr<char, decltype(&std::free)> packed(
-      static_cast<char*>(std::aligned_alloc(64, bytes * p.batch * p.key_heads + 64)), std::free);
+  const Scratch packed(bytes * p.batch * p.key_heads);
   torch::stable::parallel_for(0, p.batch * p.key_heads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      attention::pack(p, i / p.key_heads, i % p.key_heads, packed.get() + i * bytes);
+    for (int64_t i = begin; i < end; ++i) attention::pack(p, i / p.key_heads, i % p.key_heads, packed.data + i * bytes);
   });
   torch::stable::parallel_for(0, p.batch * p.heads * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t batch = i / blocks / p.heads, head = i / blocks % p.heads;
       attention::forward(p, batch, head, i % blocks * attention::kBlock,
-                         packed.get() + (batch * p.key_heads + head / group) * bytes);
+                         packed.data + (batch * p.key_heads + head / group) * bytes);
     }
   });
   return {out, softmax};
 }
 
-std::vector<Tensor> backward(const Tensor& any_grad, const Tensor& any_q, const Tensor& any_k, const Tensor& any_v,
-                             const Tensor& any_out, const Tensor& softmax, std::optional<Tensor> spans, double scale) {
+Tensors backward(const Tensor& any_grad, const Tensor& any_q, const Tensor& any_k, const Tensor& any_v,
+                 const Tensor& any_out, const Tensor& any_softmax, const Maybe& spans, double scale) {
+  check(any_q, any_k, any_v, spans);
+  expect_like("the gradient", any_grad, any_q);
+  expect_like("out", any_out, any_q);
+  expect("softmax", any_softmax, {2, any_q.size(0), any_q.size(2), any_q.size(1)}, ScalarType::Float, any_q);
+  const Tensor softmax = dense(any_softmax);
   const Tensor grad = rows(any_grad), q = rows(any_q), k = rows(any_k), v = rows(any_v), out = rows(any_out);
   attention::Problem p = problem(q, k, v, spans, scale);
   const Tensor dq = torch::stable::new_empty(q, {p.batch, p.queries, p.heads, p.dim});
@@ -107,10 +122,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmteacher_cpp, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlmteacher_cpp, CompositeExplicitAutograd, m) {
-  m.impl("avx512_bf16", TORCH_BOX(&available));
+  m.impl("avx512_bf16", boxed<&available>);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlmteacher_cpp, CPU, m) {
-  m.impl("attention", TORCH_BOX(&forward));
-  m.impl("attention_backward", TORCH_BOX(&backward));
+  m.impl("attention", boxed<&forward>);
+  m.impl("attention_backward", boxed<&backward>);
 }

@@ -1,28 +1,28 @@
 // Element-wise operators on the CPU where the processor has AVX-512 BF16 (elsewhere they are torch's). The definitions
 // are in vlmteacher/ops/elementwise.py.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <optional>
-
+#include "../operator.h"
 #include "elementwise.h"
 
 namespace {
 
-namespace elementwise = vlmteacher::elementwise;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace vlmteacher;
 
 constexpr int64_t kGrain = 1 << 14;  // elements that are worth a thread
 
 bool half(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; }
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 char* bytes(const Tensor& t) { return static_cast<char*>(t.mutable_data_ptr()); }
 
-// x (B, N, H, d), rows of any strides but contiguous elements; cos, sin (N, d / 2).
+void check(const Tensor& x) {
+  STD_TORCH_CHECK(elementwise::available(), "this operator needs a processor, and a build, with AVX-512 BF16");
+  STD_TORCH_CHECK(half(x) || x.scalar_type() == ScalarType::Float, "this operator takes float32 and bfloat16");
+}
+
+// x (B, N, H, d), rows of any strides but contiguous elements; cos, sin (N, 1, d / 2).
 Tensor rotate(const Tensor& any_x, const Tensor& any_cos, const Tensor& any_sin, bool back) {
+  check(any_x);
+  STD_TORCH_CHECK(any_x.dim() == 4 && any_x.size(3) % 2 == 0, "rotate takes (batch, tokens, heads, even channels)");
+  for (const Tensor* table : {&any_cos, &any_sin})
+    expect("cos and sin", *table, {any_x.size(1), 1, any_x.size(3) / 2}, ScalarType::Float, any_x);
   const Tensor x = any_x.stride(3) == 1 ? any_x : torch::stable::contiguous(any_x);
   const Tensor cos = dense(any_cos), sin = dense(any_sin);
   const int64_t tokens = x.size(1), heads = x.size(2), width = x.size(3) / 2, size = x.element_size();
@@ -32,7 +32,7 @@ Tensor rotate(const Tensor& any_x, const Tensor& any_cos, const Tensor& any_sin,
   const char* from = bytes(x);
   char* to = bytes(out);
   const int64_t row = heads * 2 * width;
-  torch::stable::parallel_for(0, x.size(0) * tokens, kGrain / row + 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, x.size(0) * tokens, kGrain / (row + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t token = i % tokens;
       elementwise::rotate(half(x), back, heads, width, from + (i / tokens * x.stride(0) + token * x.stride(1)) * size,
@@ -42,9 +42,11 @@ Tensor rotate(const Tensor& any_x, const Tensor& any_cos, const Tensor& any_sin,
   return out;
 }
 
-Tensor gelu(const Tensor& any_x, std::optional<Tensor> any_grad) {
+Tensor gelu(const Tensor& any_x, const Maybe& any_grad) {
+  check(any_x);
+  expect_like("the gradient", any_grad, any_x);
   const Tensor x = dense(any_x);
-  const std::optional<Tensor> grad = any_grad ? std::optional(dense(*any_grad)) : std::nullopt;
+  const Maybe grad = dense(any_grad);
   Tensor out = torch::stable::empty_like(x);
   const char *from = bytes(x), *slope = grad ? bytes(*grad) : nullptr;
   char* to = bytes(out);
@@ -64,6 +66,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmteacher_cpp, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlmteacher_cpp, CPU, m) {
-  m.impl("rotate", TORCH_BOX(&rotate));
-  m.impl("gelu", TORCH_BOX(&gelu));
+  m.impl("rotate", boxed<&rotate>);
+  m.impl("gelu", boxed<&gelu>);
 }

@@ -51,6 +51,12 @@ void gelu_of(int64_t count, const char* x, const char* grad, char* out) {
 
 }  // namespace
 
+bool available() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl");
+}
+
 void rotate(bool half, bool back, int64_t heads, int64_t width, const char* x, int64_t stride, const float* cos,
             const float* sin, char* out) {
   (half ? rotate_of<BFloat16> : rotate_of<Float32>)(back, heads, width, x, stride, cos, sin, out);
@@ -65,6 +71,7 @@ void gelu(bool half, int64_t count, const char* x, const char* grad, char* out) 
 #else
 
 namespace vlmteacher::elementwise {
+bool available() { return false; }
 void rotate(bool, bool, int64_t, int64_t, const char*, int64_t, const float*, const float*, char*) {}
 void gelu(bool, int64_t, const char*, const char*, char*) {}
 }  // namespace vlmteacher::elementwise

@@ -2,25 +2,18 @@
 // processor has AVX-512 BF16: those with the rank always, the big ones in bfloat16 where it has no AMX. Else they are
 // the vendor's.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <vector>
 
+#include "check.h"
 #include "skinny.h"
 #include "wide.h"
 
 namespace {
 
-namespace skinny = vlmteacher::skinny;
-namespace wide = vlmteacher::wide;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace vlmteacher;
 
 // (rows, columns), contiguous, of t's dtype. This and `transposed` ask torch directly: through its dispatcher, by name,
 // a small layer's handful of them takes as long as its products with the rank.
@@ -70,8 +63,6 @@ struct Operand {
 void vendor(Tensor out, const Tensor& base, const Tensor& left, const Tensor& right, double alpha, double beta) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), base.get(), left.get(), right.get(), beta, alpha));
 }
-
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // `t`, contiguous, in `dtype`.
 Tensor as(ScalarType dtype, const Tensor& t) {
@@ -172,7 +163,7 @@ bool takes(ScalarType dtype, int64_t rows, const std::vector<int64_t>& columns) 
 
 // out = the sum of all left right, plus the bias where there is one. All have contiguous rows.
 struct Wide {
-  std::vector<Tensor> alive;
+  Tensors alive;
   std::vector<wide::Segment> segments;
   wide::Product product;
 
@@ -216,7 +207,7 @@ void in_panels(std::vector<Wide>& products) {
 
 // The tensors on top of one another, (sum of rows, columns), times a factor, in x's dtype; one alone of that dtype is
 // itself.
-Tensor stack(const Tensor& x, const std::vector<Tensor>& tensors, double factor = 1) {
+Tensor stack(const Tensor& x, const Tensors& tensors, double factor = 1) {
   const ScalarType dtype = x.scalar_type();
   if (tensors.size() == 1 && tensors[0].scalar_type() == dtype && factor == 1) return dense(tensors[0]);
   static const bool available = skinny::available();
@@ -235,8 +226,9 @@ Tensor stack(const Tensor& x, const std::vector<Tensor>& tensors, double factor 
   return all;
 }
 
-std::vector<Tensor> lora_linear(const Tensor& any_x, std::vector<Tensor> weights, std::vector<Tensor> biases,
-                                std::vector<Tensor> lora_a, std::vector<Tensor> lora_b, std::vector<double> scaling) {
+Tensors forward(const Tensor& any_x, Tensors weights, Tensors biases, Tensors lora_a, Tensors lora_b,
+                std::vector<double> scaling) {
+  check_lora_linear(any_x, weights, biases, lora_a, lora_b, scaling, true);
   const Tensor x = dense(any_x), a = stack(x, lora_a);
   const int64_t m = x.size(0);
   const Tensor s = empty(x, m, a.size(0));
@@ -245,7 +237,7 @@ std::vector<Tensor> lora_linear(const Tensor& any_x, std::vector<Tensor> weights
   const bool own = takes(x.scalar_type(), m, columns);
   std::vector<WithRank> products{{s, x, Operand(a).transpose(), 1, false}};
   std::vector<Wide> big;
-  std::vector<Tensor> found;
+  Tensors found;
   int64_t column = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
     const int64_t rank = lora_b[i].size(1);
@@ -267,14 +259,13 @@ std::vector<Tensor> lora_linear(const Tensor& any_x, std::vector<Tensor> weights
   return found;
 }
 
-std::vector<Tensor> lora_linear_backward(std::vector<Tensor> grads, const Tensor& any_x, const Tensor& any_s,
-                                         std::vector<Tensor> weights, std::vector<Tensor> lora_a,
-                                         std::vector<Tensor> lora_b, std::vector<double> scaling, bool need_x,
-                                         bool need_a, bool need_b) {
+Tensors backward(Tensors grads, const Tensor& any_x, const Tensor& any_s, Tensors weights, Tensors lora_a,
+                 Tensors lora_b, std::vector<double> scaling, bool need_x, bool need_a, bool need_b) {
+  check_lora_linear_backward(grads, any_x, any_s, weights, lora_a, lora_b, scaling, need_a, need_b, true);
   const size_t layers = weights.size();
   const int64_t m = grads[0].size(0);
   for (Tensor& grad : grads) grad = dense(grad);
-  std::vector<Tensor> found;
+  Tensors found;
   std::vector<WithRank> factors;  // the gradients of A and B, after all else
   if (need_x || need_a) {
     const Tensor a = stack(grads[0], lora_a);
@@ -343,6 +334,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmteacher_cpp, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlmteacher_cpp, CPU, m) {
-  m.impl("lora_linear", TORCH_BOX(&lora_linear));
-  m.impl("lora_linear_backward", TORCH_BOX(&lora_linear_backward));
+  m.impl("lora_linear", boxed<&forward>);
+  m.impl("lora_linear_backward", boxed<&backward>);
 }

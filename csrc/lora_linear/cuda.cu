@@ -1,26 +1,24 @@
 // The LoRA linear on NVIDIA GPUs: torch's tensors for plan.cuh.
 #include "../cuda_device.h"
+#include "check.h"
 #include "plan.cuh"
 
 namespace {
 
 using namespace vlmteacher;
 
-// What the kernels may assume: contiguous rows, one dtype, one GPU.
-void prepare(const Tensor& x, std::initializer_list<Tensors*> groups, size_t layers) {
+// What the kernels may assume: contiguous rows.
+void prepare(std::initializer_list<Tensors*> groups, size_t layers) {
   STD_TORCH_CHECK(layers < lora_linear::MostProducts, "lora_linear: too many layers in a group: ", layers);
   for (Tensors* group : groups)
-    for (Tensor& t : *group) {
-      STD_TORCH_CHECK(t.scalar_type() == x.scalar_type() && t.get_device() == x.get_device(),
-                      "lora_linear: tensors of several dtypes or devices");
-      t = torch::stable::contiguous(t);
-    }
+    for (Tensor& t : *group) t = torch::stable::contiguous(t);
 }
 
 Tensors lora_linear_forward(const Tensor& x_any, Tensors weights, Tensors biases, Tensors lora_a, Tensors lora_b,
                             std::vector<double> scaling) {
+  check_lora_linear(x_any, weights, biases, lora_a, lora_b, scaling, false);
   const Tensor x = torch::stable::contiguous(x_any);
-  prepare(x, {&weights, &biases, &lora_a, &lora_b}, weights.size());
+  prepare({&weights, &biases, &lora_a, &lora_b}, weights.size());
   Tensors found;
   int64_t ranks = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -47,8 +45,9 @@ Tensors lora_linear_forward(const Tensor& x_any, Tensors weights, Tensors biases
 
 Tensors lora_linear_backward(Tensors grads, const Tensor& x_any, const Tensor& s_any, Tensors weights, Tensors lora_a,
                              Tensors lora_b, std::vector<double> scaling, bool need_x, bool need_a, bool need_b) {
+  check_lora_linear_backward(grads, x_any, s_any, weights, lora_a, lora_b, scaling, need_a, need_b, false);
   const Tensor x = torch::stable::contiguous(x_any), s = torch::stable::contiguous(s_any);
-  prepare(x, {&grads, &weights, &lora_a, &lora_b}, weights.size());
+  prepare({&grads, &weights, &lora_a, &lora_b}, weights.size());
   Tensors found;
   const auto add_like = [&](const Tensor& t) {
     found.push_back(torch::stable::new_empty(t, t.sizes()));
@@ -91,6 +90,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmteacher_cuda, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlmteacher_cuda, CUDA, m) {
-  m.impl("lora_linear", TORCH_BOX(&lora_linear_forward));
-  m.impl("lora_linear_backward", TORCH_BOX(&lora_linear_backward));
+  m.impl("lora_linear", boxed<&lora_linear_forward>);
+  m.impl("lora_linear_backward", boxed<&lora_linear_backward>);
 }

@@ -3,9 +3,8 @@
 #include "skinny.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#include <cstdlib>
-
 #include "../bf16_avx512.h"
+#include "../scratch.h"
 
 namespace vlmteacher::skinny {
 namespace {
@@ -119,8 +118,6 @@ void run_panel(const Tile& t, int64_t vectors, int64_t rows) {
   if (vectors == 1) run_rows<T, 12, 1>(t, rows);
 }
 
-char* scratch(int64_t bytes) { return static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)); }
-
 template <class T>
 void product_of(int64_t m, int64_t n, int64_t k, float alpha, const Matrix& left, const Matrix& right, bool accumulate,
                 void* out, int64_t out_stride, bool wide) {
@@ -134,8 +131,9 @@ void product_of(int64_t m, int64_t n, int64_t k, float alpha, const Matrix& left
   // cache lines.
   const bool wide_rows = right_vectors > kVectors && words * right_vectors * 64 <= kPanels;
   const int64_t most = wide_rows ? 4 : kVectors, panel_bytes = words * 64 * most;
-  char* panels = scratch(wide_rows ? words * 64 * (right_vectors + most) : panel_bytes);
-  char* pairs = pack_left ? scratch(words * 64 * left_vectors) : nullptr;
+  const Scratch panel_memory(wide_rows ? words * 64 * (right_vectors + most) : panel_bytes);
+  const Scratch pair_memory(pack_left ? words * 64 * left_vectors : 0);
+  char *const panels = panel_memory.data, *const pairs = pair_memory.data;
   const int64_t left_step = left.stride * T::kBytes, right_step = right.stride * T::kBytes;
   const auto pack = [&](int64_t column, int64_t columns, char* to) {
     const char* source = static_cast<const char*>(right.data);
@@ -174,8 +172,6 @@ void product_of(int64_t m, int64_t n, int64_t k, float alpha, const Matrix& left
         run_panel<T>(t, vectors, rows - done < run_of_rows ? rows - done : run_of_rows);
       }
   }
-  std::free(pairs);
-  std::free(panels);
 }
 
 }  // namespace

@@ -5,9 +5,8 @@
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <cpuid.h>
 
-#include <cstdlib>
-
 #include "../bf16_avx512.h"
+#include "../scratch.h"
 
 namespace vlmteacher::wide {
 namespace {
@@ -137,9 +136,12 @@ void part(const Product& p, int64_t row, int64_t rows, int64_t panel, int64_t pa
   int64_t all = 0;
   for (int64_t s = 0; s < p.count; ++s) all += p.segments[s].k / 2;
   const int64_t passes = (all + kWords - 1) / kWords, most = (all + passes - 1) / passes;
-  char* packed = static_cast<char*>(std::aligned_alloc(64, most * kVectors * 64));
-  float* sums = passes == 1 ? nullptr : static_cast<float*>(std::aligned_alloc(64, rows * kColumns * 4));
-  Stretch* stretches = static_cast<Stretch*>(std::malloc(p.count * sizeof(Stretch)));
+  const Scratch packed_memory(most * kVectors * 64);
+  const Scratch<float> sum_memory(passes == 1 ? 0 : rows * kColumns);
+  const Scratch<Stretch> stretch_memory(p.count);
+  char* const packed = packed_memory.data;
+  float* const sums = passes == 1 ? nullptr : sum_memory.data;
+  Stretch* const stretches = stretch_memory.data;
   for (int64_t column = panel * kColumns; column < p.n && panels > 0; column += kColumns, --panels) {
     const int64_t columns = p.n - column < kColumns ? p.n - column : kColumns;
     int64_t segment = 0, done = 0;  // words of it
@@ -169,9 +171,6 @@ void part(const Product& p, int64_t row, int64_t rows, int64_t panel, int64_t pa
       }
     }
   }
-  std::free(stretches);
-  std::free(sums);
-  std::free(packed);
 }
 
 }  // namespace vlmteacher::wide

@@ -1,11 +1,6 @@
 // Resize + normalise + patchify + cast on the CPU. The definition is vlmteacher/ops/patchify.py; arithmetic is in float
 // (double for double), rounded once.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
@@ -13,22 +8,18 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
+#include "check.h"
 #include "resize.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-namespace resize = vlmteacher::resize;
+using namespace vlmteacher;
 
 struct Grid {  // the rows run over (t, h, w, y, x): block coordinates, then the patch within its merge x merge block
   int64_t patch, temporal_patch, merge, h, w;
   int64_t columns() const { return 3 * temporal_patch * patch * patch; }
 };
-
-using vlmteacher::Accumulate;
 
 // visit(row, t, y, x): patch row `row` starts at pixel (y, x) of the frames of temporal patch t.
 template <class Visit>
@@ -324,9 +315,22 @@ void with_types(ScalarType from, ScalarType to, const F& f) {
   with_type(from, [&]<class T>() { with_type(to, [&]<class Out>() { f.template operator()<T, Out>(); }); });
 }
 
+// Dense, their starts within a plane of that size.
+Tensors checked(Tensors tables, int64_t height, int64_t width) {
+  for (Tensor& table : tables) table = dense(table);
+  for (size_t i = 0; i < tables.size(); i += 2) {
+    const int32_t* start = static_cast<const int32_t*>(tables[i].const_data_ptr());
+    const int64_t last = (i ? width : height) - tables[i + 1].size(1);
+    for (int64_t row = 0; row < tables[i].numel(); ++row)
+      STD_TORCH_CHECK(start[row] >= (row ? start[row - 1] : 0) && start[row] <= last,
+                      "a band's starts must rise within the plane");
+  }
+  return tables;
+}
+
 // The two bands that tables (vertical start and weight, horizontal start and weight) hold, for a plane of that size.
 template <class A>
-std::array<resize::Band<A>, 2> bands(const std::vector<Tensor>& tables, int64_t height, int64_t width) {
+std::array<resize::Band<A>, 2> bands(const Tensors& tables, int64_t height, int64_t width) {
   const auto band = [&](size_t i, int64_t columns) {
     return resize::Band<A>{static_cast<const int32_t*>(tables[i].const_data_ptr()),
                            static_cast<const A*>(tables[i + 1].const_data_ptr()), tables[i + 1].size(0), columns,
@@ -336,9 +340,11 @@ std::array<resize::Band<A>, 2> bands(const std::vector<Tensor>& tables, int64_t 
 }
 
 Tensor patchify(const Tensor& frames, int64_t patch, int64_t temporal_patch, int64_t merge, std::vector<double> mean,
-                std::vector<double> std, ScalarType dtype, std::vector<Tensor> tables) {
-  const int64_t height = tables.empty() ? frames.size(2) : tables[0].size(0);
-  const int64_t width = tables.empty() ? frames.size(3) : tables[2].size(0);
+                std::vector<double> std, ScalarType dtype, Tensors any_tables) {
+  check_frames(frames);
+  const auto [height, width] = check_bands(any_tables, frames.size(2), frames.size(3), frames);
+  check_blocks(height, width, patch, patch, temporal_patch, merge, mean, std);
+  const Tensors tables = checked(any_tables, frames.size(2), frames.size(3));
   const Grid g{patch, temporal_patch, merge, height / (patch * merge), width / (patch * merge)};
   const int64_t temporal_patches = (frames.size(0) + temporal_patch - 1) / temporal_patch;
   Tensor out = torch::stable::new_empty(frames, {temporal_patches * g.h * g.w * merge * merge, g.columns()}, dtype);
@@ -355,7 +361,12 @@ Tensor patchify(const Tensor& frames, int64_t patch, int64_t temporal_patch, int
 
 Tensor patchify_backward(const Tensor& grad, int64_t num_frames, int64_t height, int64_t width, int64_t patch,
                          int64_t temporal_patch, int64_t merge, std::vector<double> std, int64_t resized_height,
-                         int64_t resized_width, ScalarType dtype, std::vector<Tensor> tables) {
+                         int64_t resized_width, ScalarType dtype, Tensors any_tables) {
+  check_blocks(resized_height, resized_width, patch, patch, temporal_patch, merge, std, std);
+  check_rows(grad, num_frames, resized_height, resized_width, patch, temporal_patch);
+  const std::pair size = check_bands(any_tables, resized_height, resized_width, grad);
+  STD_TORCH_CHECK(size == std::pair(height, width), "the bands do not lead to frames of ", height, "x", width);
+  const Tensors tables = checked(any_tables, resized_height, resized_width);
   const Grid g{patch, temporal_patch, merge, resized_height / (patch * merge), resized_width / (patch * merge)};
   Tensor rows = torch::stable::contiguous(grad);
   Tensor out = torch::stable::new_empty(grad, {num_frames, 3, height, width}, dtype);
@@ -369,9 +380,25 @@ Tensor patchify_backward(const Tensor& grad, int64_t num_frames, int64_t height,
   return out;
 }
 
-Tensor shuffle_to_rows(const Tensor& y, const Tensor& slots, Tensor rows, int64_t upscale, int64_t patch_height,
+// slots, dense, of frames of `patches` patches each.
+Tensor checked_slots(const Tensor& any_slots, const Tensor& rows, int64_t patches, int64_t temporal_patch) {
+  const Tensor slots = dense(any_slots);
+  const int32_t* slot = static_cast<const int32_t*>(slots.const_data_ptr());
+  const int64_t frames = patches ? rows.size(0) / patches * temporal_patch : 0;
+  for (int64_t i = 0; patches && i < slots.numel(); ++i)
+    STD_TORCH_CHECK(slot[i] < frames, "slots must be below the ", frames, " frames, not ", slot[i]);
+  return slots;
+}
+
+Tensor shuffle_to_rows(const Tensor& any_y, const Tensor& any_slots, Tensor rows, int64_t upscale, int64_t patch_height,
                        int64_t patch_width, int64_t temporal_patch, int64_t merge, std::vector<double> mean,
                        std::vector<double> std) {
+  STD_TORCH_CHECK(any_y.dim() == 4, "shuffle_to_rows takes (frames, height, width, channels)");
+  check_shuffle(rows, any_slots, any_y.size(1), any_y.size(2), upscale, patch_height, patch_width, temporal_patch,
+                merge, mean, std);
+  check_shuffled(any_y, any_slots, rows, upscale);
+  const int64_t patches = any_y.size(1) * upscale / patch_height * (any_y.size(2) * upscale / patch_width);
+  const Tensor y = dense(any_y), slots = checked_slots(any_slots, rows, patches, temporal_patch);
   const Shuffle s{y.size(0),      y.size(1),    y.size(2),
                   upscale,        patch_height, patch_width,
                   temporal_patch, merge,        static_cast<const int32_t*>(slots.const_data_ptr()),
@@ -384,10 +411,15 @@ Tensor shuffle_to_rows(const Tensor& y, const Tensor& slots, Tensor rows, int64_
   return inside;
 }
 
-Tensor shuffle_to_rows_backward(const Tensor& grad, const Tensor& slots, const Tensor& inside, int64_t height,
-                                int64_t width, int64_t upscale, int64_t patch_height, int64_t patch_width,
-                                int64_t temporal_patch, int64_t merge, std::vector<double> /* mean */,
+Tensor shuffle_to_rows_backward(const Tensor& any_grad, const Tensor& any_slots, const Tensor& any_inside,
+                                int64_t height, int64_t width, int64_t upscale, int64_t patch_height,
+                                int64_t patch_width, int64_t temporal_patch, int64_t merge, std::vector<double> mean,
                                 std::vector<double> std, ScalarType dtype) {
+  const Tensor grad = dense(any_grad);
+  check_shuffle(grad, any_slots, height, width, upscale, patch_height, patch_width, temporal_patch, merge, mean, std);
+  check_inside(any_inside, any_slots, height, width, upscale);
+  const int64_t patches = height * upscale / patch_height * (width * upscale / patch_width);
+  const Tensor slots = checked_slots(any_slots, grad, patches, temporal_patch), inside = dense(any_inside);
   const Shuffle s{slots.size(0),  height,       width,
                   upscale,        patch_height, patch_width,
                   temporal_patch, merge,        static_cast<const int32_t*>(slots.const_data_ptr()),
@@ -420,8 +452,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmteacher_cpp, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlmteacher_cpp, CPU, m) {
-  m.impl("patchify", TORCH_BOX(&patchify));
-  m.impl("patchify_backward", TORCH_BOX(&patchify_backward));
-  m.impl("shuffle_to_rows", TORCH_BOX(&shuffle_to_rows));
-  m.impl("shuffle_to_rows_backward", TORCH_BOX(&shuffle_to_rows_backward));
+  m.impl("patchify", boxed<&patchify>);
+  m.impl("patchify_backward", boxed<&patchify_backward>);
+  m.impl("shuffle_to_rows", boxed<&shuffle_to_rows>);
+  m.impl("shuffle_to_rows_backward", boxed<&shuffle_to_rows_backward>);
 }

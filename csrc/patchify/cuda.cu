@@ -1,5 +1,6 @@
 // Resize + normalise + patchify + cast on NVIDIA GPUs: torch's tensors for plan.cuh.
 #include "../cuda_device.h"
+#include "check.h"
 #include "plan.cuh"
 
 namespace {
@@ -16,8 +17,11 @@ patchify::Band band(const Tensors& tables, size_t i, int64_t columns) {
 
 Tensor forward(const Tensor& frames, int64_t patch, int64_t temporal_patch, int64_t merge, std::vector<double> mean,
                std::vector<double> std, ScalarType dtype, Tensors tables) {
-  const int64_t height = tables.empty() ? frames.size(2) : tables[0].size(0);
-  const int64_t width = tables.empty() ? frames.size(3) : tables[2].size(0);
+  check_frames(frames);
+  const auto size = check_bands(tables, frames.size(2), frames.size(3), frames);
+  const int64_t height = size.first, width = size.second;
+  check_blocks(height, width, patch, patch, temporal_patch, merge, mean, std);
+  for (Tensor& table : tables) table = dense(table);
   const patchify::Sizes sizes{static_cast<int>(frames.size(0)), static_cast<int>(height),
                               static_cast<int>(width),          static_cast<int>(patch),
                               static_cast<int>(temporal_patch), static_cast<int>(merge)};
@@ -39,6 +43,11 @@ Tensor forward(const Tensor& frames, int64_t patch, int64_t temporal_patch, int6
 Tensor backward(const Tensor& grad, int64_t num_frames, int64_t height, int64_t width, int64_t patch,
                 int64_t temporal_patch, int64_t merge, std::vector<double> std, int64_t resized_height,
                 int64_t resized_width, ScalarType dtype, Tensors tables) {
+  check_blocks(resized_height, resized_width, patch, patch, temporal_patch, merge, std, std);
+  check_rows(grad, num_frames, resized_height, resized_width, patch, temporal_patch);
+  const std::pair size = check_bands(tables, resized_height, resized_width, grad);
+  STD_TORCH_CHECK(size == std::pair(height, width), "the bands do not lead to frames of ", height, "x", width);
+  for (Tensor& table : tables) table = dense(table);
   const patchify::Sizes sizes{static_cast<int>(num_frames),     static_cast<int>(resized_height),
                               static_cast<int>(resized_width),  static_cast<int>(patch),
                               static_cast<int>(temporal_patch), static_cast<int>(merge)};
@@ -58,8 +67,6 @@ Tensor backward(const Tensor& grad, int64_t num_frames, int64_t height, int64_t 
 patchify::Shuffled shuffled(int64_t frames, int64_t height, int64_t width, int64_t upscale, int64_t patch_height,
                             int64_t patch_width, int64_t temporal_patch, int64_t merge, const Tensor& slots) {
   STD_TORCH_CHECK(frames <= 65535, "shuffle_to_rows: ", frames, " frames are too many");
-  STD_TORCH_CHECK(slots.scalar_type() == ScalarType::Int && slots.size(0) == frames,
-                  "shuffle_to_rows: slots are int32, a row for each frame");
   return {static_cast<int>(frames),         static_cast<int>(height),
           static_cast<int>(width),          static_cast<int>(upscale),
           static_cast<int>(patch_height),   static_cast<int>(patch_width),
@@ -67,9 +74,14 @@ patchify::Shuffled shuffled(int64_t frames, int64_t height, int64_t width, int64
           data<const int>(slots),           size(slots, 1)};
 }
 
-Tensor shuffle_to_rows(const Tensor& y, const Tensor& slots, Tensor rows, int64_t upscale, int64_t patch_height,
+Tensor shuffle_to_rows(const Tensor& any_y, const Tensor& any_slots, Tensor rows, int64_t upscale, int64_t patch_height,
                        int64_t patch_width, int64_t temporal_patch, int64_t merge, std::vector<double> mean,
                        std::vector<double> std) {
+  STD_TORCH_CHECK(any_y.dim() == 4, "shuffle_to_rows takes (frames, height, width, channels)");
+  check_shuffle(rows, any_slots, any_y.size(1), any_y.size(2), upscale, patch_height, patch_width, temporal_patch,
+                merge, mean, std);
+  check_shuffled(any_y, any_slots, rows, upscale);
+  const Tensor y = dense(any_y), slots = dense(any_slots);
   const auto s =
       shuffled(y.size(0), y.size(1), y.size(2), upscale, patch_height, patch_width, temporal_patch, merge, slots);
   const int64_t bytes = (y.size(2) * upscale + 7) / 8;
@@ -84,10 +96,14 @@ Tensor shuffle_to_rows(const Tensor& y, const Tensor& slots, Tensor rows, int64_
   return inside;
 }
 
-Tensor shuffle_to_rows_backward(const Tensor& grad, const Tensor& slots, const Tensor& inside, int64_t height,
-                                int64_t width, int64_t upscale, int64_t patch_height, int64_t patch_width,
-                                int64_t temporal_patch, int64_t merge, std::vector<double> mean,
+Tensor shuffle_to_rows_backward(const Tensor& any_grad, const Tensor& any_slots, const Tensor& any_inside,
+                                int64_t height, int64_t width, int64_t upscale, int64_t patch_height,
+                                int64_t patch_width, int64_t temporal_patch, int64_t merge, std::vector<double> mean,
                                 std::vector<double> std, ScalarType dtype) {
+  const Tensor grad = dense(any_grad);
+  check_shuffle(grad, any_slots, height, width, upscale, patch_height, patch_width, temporal_patch, merge, mean, std);
+  check_inside(any_inside, any_slots, height, width, upscale);
+  const Tensor slots = dense(any_slots), inside = dense(any_inside);
   const auto s =
       shuffled(slots.size(0), height, width, upscale, patch_height, patch_width, temporal_patch, merge, slots);
   Tensor dy = torch::stable::new_empty(grad, {slots.size(0), height, width, 3 * upscale * upscale}, dtype);
@@ -120,8 +136,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmteacher_cuda, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlmteacher_cuda, CUDA, m) {
-  m.impl("patchify", TORCH_BOX(&forward));
-  m.impl("patchify_backward", TORCH_BOX(&backward));
-  m.impl("shuffle_to_rows", TORCH_BOX(&shuffle_to_rows));
-  m.impl("shuffle_to_rows_backward", TORCH_BOX(&shuffle_to_rows_backward));
+  m.impl("patchify", boxed<&forward>);
+  m.impl("patchify_backward", boxed<&backward>);
+  m.impl("shuffle_to_rows", boxed<&shuffle_to_rows>);
+  m.impl("shuffle_to_rows_backward", boxed<&shuffle_to_rows_backward>);
 }

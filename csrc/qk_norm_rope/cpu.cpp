@@ -1,21 +1,12 @@
 // RMSNorm and rotary position embedding on the CPU. The definition is vlmteacher/ops/qk_norm_rope.py; arithmetic is in
 // float (double for double), rounded once.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-#include <vector>
-
 #include "../cpu_rows.h"
+#include "check.h"
 #include "rows.h"
 
 namespace {
 
 using namespace vlmteacher;
-using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
-using Tensors = std::vector<Tensor>;
 
 template <class T>
 qk_norm_rope::Rows<T>* best_rows() {
@@ -31,8 +22,10 @@ qk_norm_rope::Rows<T>* best_rows() {
 }
 
 // Forward where there are no gradients.
-Tensors run(const Tensors& grads, const Tensors& xs, const Tensors& weights, const Maybe& cos, const Maybe& sin,
+Tensors run(const Tensors& grads, const Tensors& xs, const Tensors& weights, const Maybe& any_cos, const Maybe& any_sin,
             int64_t heads, double eps) {
+  check_qk_norm_rope(grads, xs, weights, any_cos, any_sin, heads);
+  const Maybe cos = dense(any_cos), sin = dense(any_sin);
   Tensors found;
   for (size_t i = 0; i < xs.size(); ++i) {
     const Tensor x = dense(xs[i]), weight = dense(weights[i]);
@@ -67,6 +60,12 @@ Tensors forward(Tensors xs, Tensors weights, const Maybe& cos, const Maybe& sin,
   return run({}, xs, weights, cos, sin, heads, eps);
 }
 
+Tensors backward(Tensors grads, Tensors xs, Tensors weights, const Maybe& cos, const Maybe& sin, int64_t heads,
+                 double eps) {
+  STD_TORCH_CHECK(grads.size() == xs.size(), "qk_norm_rope takes as many gradients as tensors");
+  return run(grads, xs, weights, cos, sin, heads, eps);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vlmteacher_cpp, m) {
@@ -77,6 +76,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmteacher_cpp, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlmteacher_cpp, CPU, m) {
-  m.impl("qk_norm_rope", TORCH_BOX(&forward));
-  m.impl("qk_norm_rope_backward", TORCH_BOX(&run));
+  m.impl("qk_norm_rope", boxed<&forward>);
+  m.impl("qk_norm_rope_backward", boxed<&backward>);
 }

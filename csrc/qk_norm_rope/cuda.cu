@@ -1,5 +1,6 @@
 // RMSNorm and rotary position embedding on NVIDIA GPUs: torch's tensors for plan.cuh.
 #include "../cuda_device.h"
+#include "check.h"
 #include "plan.cuh"
 
 namespace {
@@ -9,6 +10,7 @@ using namespace vlmteacher;
 // Forward where there are no gradients.
 Tensors run(const Tensors& grads, const Tensors& xs, const Tensors& weights, const Maybe& any_cos, const Maybe& any_sin,
             int64_t heads, double eps) {
+  check_qk_norm_rope(grads, xs, weights, any_cos, any_sin, heads);
   const Maybe cos = aligned(any_cos), sin = aligned(any_sin);
   Tensors found;
   for (size_t i = 0; i < xs.size(); ++i) {
@@ -33,6 +35,7 @@ Tensors forward(Tensors xs, Tensors weights, const Maybe& cos, const Maybe& sin,
 
 Tensors backward(Tensors grads, Tensors xs, Tensors weights, const Maybe& cos, const Maybe& sin, int64_t heads,
                  double eps) {
+  STD_TORCH_CHECK(grads.size() == xs.size(), "qk_norm_rope takes as many gradients as tensors");
   return run(grads, xs, weights, cos, sin, heads, eps);
 }
 
@@ -46,6 +49,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmteacher_cuda, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlmteacher_cuda, CUDA, m) {
-  m.impl("qk_norm_rope", TORCH_BOX(&forward));
-  m.impl("qk_norm_rope_backward", TORCH_BOX(&backward));
+  m.impl("qk_norm_rope", boxed<&forward>);
+  m.impl("qk_norm_rope_backward", boxed<&backward>);
 }

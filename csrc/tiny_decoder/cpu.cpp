@@ -2,26 +2,19 @@
 // cases are one sum over taps (conv.h): forward, 9 taps; forward from an upsampled image, four phases of the output with
 // 2x2 taps each on the small image, the weights that meet the same pixel summed; and backward of either, where frame f
 // sees the output frames that saw it, 9 taps or all 16 of the phases.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <algorithm>
 #include <atomic>
 #include <bit>
-#include <cstdlib>
 #include <cstring>
-#include <optional>
-#include <vector>
 
+#include "../scratch.h"
+#include "check.h"
 #include "conv.h"
 
 namespace {
 
+using namespace vlmteacher;
 using namespace vlmteacher::tiny_decoder;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kStrip = 256 << 10;  // bytes, beside the weights in the second-level cache
 
@@ -57,14 +50,30 @@ uint16_t rounded(float value) {
   return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+void check_available(const Tensor& t, int64_t upscale) {
+  STD_TORCH_CHECK(available(), "conv3x3 needs a processor, and a build, with AVX-512 BF16");
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16,
+                  "conv3x3 takes float32 and bfloat16");
+  STD_TORCH_CHECK(upscale == 1 || upscale == 2, "upscale is 1 or 2, not ", upscale);
+}
+
+int64_t packed_size(bool half, int64_t inputs, int64_t outputs, const Geometry& g) {
+  return g.phases * g.taps * (half ? (inputs + 1) / 2 : inputs) * ((outputs + kLanes - 1) / kLanes * kLanes);
+}
+
 // The weight (N, 3, 3, T C) in the order that conv.h wants: words of (phase, panel, tap).
-Tensor conv3x3_pack(const Tensor& weight, int64_t sources, int64_t upscale, bool backward) {
+Tensor conv3x3_pack(const Tensor& any_weight, int64_t sources, int64_t upscale, bool backward) {
+  STD_TORCH_CHECK(any_weight.dim() == 4 && (sources == 1 || sources == 2) && any_weight.size(3) % sources == 0,
+                  "conv3x3 takes a weight (N, 3, 3, C) and 1 or 2 sources that share C");
+  expect("the weight", any_weight, {kAny, 3, 3, kAny}, any_weight.scalar_type(), any_weight);
+  check_available(any_weight, upscale);
+  const Tensor weight = dense(any_weight);
   const bool half = weight.scalar_type() == ScalarType::BFloat16;
   const int64_t n = weight.size(0), wide = weight.size(3), c = wide / sources;
   const int64_t inputs = backward ? sources * n : wide, outputs = backward ? c : n;
   const int64_t words = half ? (inputs + 1) / 2 : inputs, vectors = (outputs + kLanes - 1) / kLanes;
   const Geometry g = geometry(upscale, backward);
-  Tensor packed = torch::stable::new_empty(weight, {g.phases * g.taps * words * vectors * kLanes}, ScalarType::Int);
+  Tensor packed = torch::stable::new_empty(weight, {packed_size(half, inputs, outputs, g)}, ScalarType::Int);
   const void* from = weight.const_data_ptr();
   // of input k to output o, at (ky, kx)
   const auto element = [&](int64_t k, int64_t o, int64_t ky, int64_t kx) {
@@ -101,6 +110,7 @@ int64_t sign_bytes(const Tensor& t) { return t.size(1) * t.size(2) * ((t.size(3)
 
 // All frames, a strip of rows at a time.
 void run(const Conv& conv, const std::vector<Frame>& frames) {
+  if (!conv.height || !conv.width) return;
   int64_t rows_at_once = 1;
   while (rows_at_once < conv.height && conv.strip_bytes(rows_at_once + 1) <= kStrip) ++rows_at_once;
   const int64_t strips = (conv.height + rows_at_once - 1) / rows_at_once;
@@ -108,16 +118,15 @@ void run(const Conv& conv, const std::vector<Frame>& frames) {
   const int64_t count = int64_t(frames.size()) * strips;
   std::atomic<int64_t> next = 0;  // a thread takes the next one when it is done: they cost differently
   torch::stable::parallel_for(0, std::min<int64_t>(count, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
-    char* strip = static_cast<char*>(std::aligned_alloc(64, (conv.strip_bytes(rows_at_once) + 63) / 64 * 64));
+    const Scratch strip(conv.strip_bytes(rows_at_once));
     for (int64_t i = next++; i < count; i = next++) {
       const int64_t row = i % strips * rows_at_once;
-      if (row < conv.height) rows(conv, frames[i / strips], row, std::min(row + rows_at_once, conv.height), strip);
+      if (row < conv.height) rows(conv, frames[i / strips], row, std::min(row + rows_at_once, conv.height), strip.data);
     }
-    std::free(strip);
   });
 }
 
-std::vector<float> bias_of(const std::optional<Tensor>& bias, int64_t channels) {
+std::vector<float> bias_of(const Maybe& bias, int64_t channels) {
   std::vector<float> found((channels + kLanes - 1) / kLanes * kLanes, 0.f);
   if (!bias) return found;
   const bool half = bias->scalar_type() == ScalarType::BFloat16;
@@ -127,15 +136,32 @@ std::vector<float> bias_of(const std::optional<Tensor>& bias, int64_t channels) 
   return found;
 }
 
-std::tuple<Tensor, Tensor> conv3x3(const Tensor& x, const Tensor& taps, const Tensor& packed, int64_t channels,
-                                   std::optional<Tensor> bias, std::optional<Tensor> residual,
-                                   std::optional<Tensor> rows, std::optional<double> slope, int64_t upscale) {
+// Throws unless every index is from `least` on and below `end`.
+void expect_within(const char* name, const Tensor& indices, int64_t least, int64_t end) {
+  const int32_t* index = static_cast<const int32_t*>(indices.const_data_ptr());
+  for (int64_t i = 0; i < indices.numel(); ++i)
+    STD_TORCH_CHECK(index[i] >= least && index[i] < end, name, " must be from ", least, " on and below ", end, ", not ",
+                    index[i]);
+}
+
+std::tuple<Tensor, Tensor> conv3x3(const Tensor& any_x, const Tensor& any_taps, const Tensor& any_packed,
+                                   int64_t channels, const Maybe& any_bias, const Maybe& any_residual,
+                                   const Maybe& any_rows, std::optional<double> slope, int64_t upscale) {
+  check_available(any_x, upscale);
+  check_conv3x3(any_x, any_taps, channels, any_bias, any_residual, any_rows, upscale);
+  const Tensor x = dense(any_x), taps = dense(any_taps);
+  const Maybe bias = dense(any_bias), residual = dense(any_residual), rows = dense(any_rows);
+  expect_within("taps", taps, -1, x.size(0));
+  if (rows) expect_within("rows", *rows, 0, residual->size(0));
   const int64_t count = taps.size(0), sources = taps.size(1), height = x.size(1), width = x.size(2);
   Tensor y = torch::stable::new_empty(x, {count, height * upscale, width * upscale, channels});
-  Tensor signs = slope ? torch::stable::new_empty(
-                             x, {count, height * upscale, width * upscale, (channels + 7) / 8}, ScalarType::Byte)
+  Tensor signs = slope ? torch::stable::new_empty(x, {count, height * upscale, width * upscale, (channels + 7) / 8},
+                                                  ScalarType::Byte)
                        : torch::stable::new_empty(x, {0}, ScalarType::Byte);
   const Geometry g = geometry(upscale, false);
+  expect("packed", any_packed, {packed_size(x.scalar_type() == ScalarType::BFloat16, sources * x.size(3), channels, g)},
+         ScalarType::Int, x);
+  const Tensor packed = dense(any_packed);
   const std::vector<float> offset = bias_of(bias, channels);
   const Conv conv{x.scalar_type() == ScalarType::BFloat16, height, width, x.size(3), sources, height, width, g.step,
                   g.phases, g.out_step, g.taps, g.tap.data(), channels,
@@ -155,12 +181,22 @@ std::tuple<Tensor, Tensor> conv3x3(const Tensor& x, const Tensor& taps, const Te
   return {y, signs};
 }
 
-Tensor conv3x3_backward(const Tensor& grad, const Tensor& signs, const Tensor& taps, int64_t bank, const Tensor& packed,
-                        int64_t channels, std::optional<Tensor> residual, std::optional<Tensor> residual_signs,
-                        std::optional<double> slope, int64_t upscale) {
+Tensor conv3x3_backward(const Tensor& any_grad, const Tensor& any_signs, const Tensor& any_taps, int64_t bank,
+                        const Tensor& any_packed, int64_t channels, const Maybe& any_residual,
+                        const Maybe& any_residual_signs, std::optional<double> slope, int64_t upscale) {
+  check_available(any_grad, upscale);
+  check_conv3x3_backward(any_grad, any_signs, any_taps, bank, channels, any_residual, any_residual_signs,
+                         slope.has_value(), upscale);
+  const Tensor grad = dense(any_grad), signs = dense(any_signs), taps = dense(any_taps);
+  const Maybe residual = dense(any_residual), residual_signs = dense(any_residual_signs);
+  expect_within("taps", taps, -1, bank);
   const int64_t count = taps.size(0), sources = taps.size(1), height = grad.size(1), width = grad.size(2);
   Tensor dx = torch::stable::new_empty(grad, {bank, height / upscale, width / upscale, channels});
   const Geometry g = geometry(upscale, true);
+  expect("packed", any_packed,
+         {packed_size(grad.scalar_type() == ScalarType::BFloat16, sources * grad.size(3), channels, g)},
+         ScalarType::Int, grad);
+  const Tensor packed = dense(any_packed);
   const std::vector<float> offset = bias_of({}, channels);
   const Conv conv{grad.scalar_type() == ScalarType::BFloat16, height, width, grad.size(3), sources, height / upscale,
                   width / upscale, g.step, g.phases, g.out_step, g.taps, g.tap.data(), channels,
@@ -175,6 +211,7 @@ Tensor conv3x3_backward(const Tensor& grad, const Tensor& signs, const Tensor& t
     const int64_t f = tap[i], from = i / sources;
     if (f < 0) continue;
     seen_at_all[f] = true;
+    STD_TORCH_CHECK(!seen[f * sources + i % sources].frame, "frame ", f, " stands twice in a column of taps");
     seen[f * sources + i % sources] = {data(grad) + from * frame_bytes(grad),
                                        slope ? signs_of(signs) + from * sign_bytes(grad) : nullptr};
     if (residual && i % sources == 0) {
@@ -204,7 +241,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmteacher_cpp, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlmteacher_cpp, CPU, m) {
-  m.impl("conv3x3_pack", TORCH_BOX(&conv3x3_pack));
-  m.impl("conv3x3", TORCH_BOX(&conv3x3));
-  m.impl("conv3x3_backward", TORCH_BOX(&conv3x3_backward));
+  m.impl("conv3x3_pack", boxed<&conv3x3_pack>);
+  m.impl("conv3x3", boxed<&conv3x3>);
+  m.impl("conv3x3_backward", boxed<&conv3x3_backward>);
 }

@@ -1,5 +1,6 @@
 // The tiny decoder's convolutions on NVIDIA GPUs: torch's tensors for plan.cuh.
 #include "../cuda_device.h"
+#include "check.h"
 #include "plan.cuh"
 
 namespace {
@@ -7,38 +8,21 @@ namespace {
 using namespace vlmteacher;
 using tiny_decoder::Shape;
 
-// What the kernels may assume beside contiguity: frames that 32 bits address, one GPU.
-void check(const Shape& s, const Tensor& x, const Tensor& taps, const Tensor& weight,
-           std::initializer_list<std::optional<Tensor>> others) {
+// What the kernels may assume: frames that 32 bits address.
+void check_size(const Shape& s) {
   constexpr int64_t Most = std::numeric_limits<int>::max();
   const int64_t pixels = int64_t{s.height} * s.width * s.upscale * s.upscale;
   STD_TORCH_CHECK(pixels <= Most && std::max(s.frames, 4 * s.outputs) <= 65535, "tiny_decoder: ", s.outputs,
                   " frames of ", pixels, " pixels are too many or too large");
-  STD_TORCH_CHECK(s.upscale == 1 || s.upscale == 2, "tiny_decoder: upscale is 1 or 2, not ", s.upscale);
-  STD_TORCH_CHECK(taps.scalar_type() == ScalarType::Int && weight.scalar_type() == x.scalar_type() &&
-                      taps.get_device() == x.get_device() && weight.get_device() == x.get_device(),
-                  "tiny_decoder: taps are int32, the other tensors of one dtype, all on one GPU");
-  for (const auto& t : others)
-    STD_TORCH_CHECK(!t || (t->scalar_type() == x.scalar_type() && t->get_device() == x.get_device()),
-                    "tiny_decoder: a bias or residual of another dtype or GPU");
-}
-
-std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
-  return t ? std::optional(torch::stable::contiguous(*t)) : std::nullopt;
-}
-
-template <class T>
-T* data_or_null(const std::optional<Tensor>& t) {
-  return t ? data<T>(*t) : nullptr;
 }
 
 std::tuple<Tensor, Tensor> conv3x3(const Tensor& x_any, const Tensor& taps_any, const Tensor& weight_any,
-                                   const std::optional<Tensor>& bias_any, const std::optional<Tensor>& residual_any,
-                                   const std::optional<Tensor>& rows_any, std::optional<double> slope,
-                                   int64_t upscale) {
-  const Tensor x = torch::stable::contiguous(x_any), taps = torch::stable::contiguous(taps_any);
-  const Tensor weight = torch::stable::contiguous(weight_any);
-  const auto bias = contiguous(bias_any), residual = contiguous(residual_any), rows = contiguous(rows_any);
+                                   const Maybe& bias_any, const Maybe& residual_any, const Maybe& rows_any,
+                                   std::optional<double> slope, int64_t upscale) {
+  check_conv3x3(x_any, taps_any, weight_any.size(0), bias_any, residual_any, rows_any, upscale);
+  expect("the weight", weight_any, {kAny, 3, 3, taps_any.size(1) * x_any.size(3)}, x_any.scalar_type(), x_any);
+  const Tensor x = dense(x_any), taps = dense(taps_any), weight = dense(weight_any);
+  const Maybe bias = dense(bias_any), residual = dense(residual_any), rows = dense(rows_any);
   const Shape shape{.frames = size(x, 0),
                     .outputs = size(taps, 0),
                     .taps = size(taps, 1),
@@ -48,9 +32,7 @@ std::tuple<Tensor, Tensor> conv3x3(const Tensor& x_any, const Tensor& taps_any, 
                     .n = size(weight, 0),
                     .upscale = static_cast<int>(upscale),
                     .slope = static_cast<float>(slope.value_or(0))};
-  check(shape, x, taps, weight, {bias, residual});
-  STD_TORCH_CHECK(residual.has_value() == rows.has_value() && (!rows || rows->scalar_type() == ScalarType::Int),
-                  "tiny_decoder: a residual comes with int32 rows");
+  check_size(shape);
   const int64_t height = shape.height * upscale, width = shape.width * upscale;
   const Tensor y = torch::stable::new_empty(x, {shape.outputs, height, width, shape.n});
   const Tensor signs =
@@ -58,19 +40,22 @@ std::tuple<Tensor, Tensor> conv3x3(const Tensor& x_any, const Tensor& taps_any, 
             : torch::stable::new_empty(x, {0}, ScalarType::Byte);
   with_type(x.scalar_type(), [&]<class T>() {
     Device device(x);
-    tiny_decoder::forward(device, data<T>(x), data<int>(taps), data<T>(weight), data_or_null<T>(bias),
-                          data_or_null<T>(residual), data_or_null<int>(rows), shape, data<T>(y),
-                          slope ? data<uint8_t>(signs) : nullptr);
+    tiny_decoder::forward(device, data<T>(x), data<int>(taps), data<T>(weight), data<T>(bias), data<T>(residual),
+                          data<int>(rows), shape, data<T>(y), slope ? data<uint8_t>(signs) : nullptr);
   });
   return {y, signs};
 }
 
 Tensor conv3x3_backward(const Tensor& grad_any, const Tensor& signs_any, const Tensor& taps_any, int64_t frames,
-                        const Tensor& weight_any, const std::optional<Tensor>& residual_any,
-                        const std::optional<Tensor>& residual_signs_any, std::optional<double> slope, int64_t upscale) {
-  const Tensor grad = torch::stable::contiguous(grad_any), signs = torch::stable::contiguous(signs_any);
-  const Tensor taps = torch::stable::contiguous(taps_any), weight = torch::stable::contiguous(weight_any);
-  const auto residual = contiguous(residual_any), residual_signs = contiguous(residual_signs_any);
+                        const Tensor& weight_any, const Maybe& residual_any, const Maybe& residual_signs_any,
+                        std::optional<double> slope, int64_t upscale) {
+  check_taps(grad_any, taps_any, upscale);
+  expect("the weight", weight_any, {grad_any.size(3), 3, 3, kAny}, grad_any.scalar_type(), grad_any);
+  STD_TORCH_CHECK(weight_any.size(3) % taps_any.size(1) == 0, "taps that do not share the weight's channels");
+  check_conv3x3_backward(grad_any, signs_any, taps_any, frames, weight_any.size(3) / taps_any.size(1), residual_any,
+                         residual_signs_any, slope.has_value(), upscale);
+  const Tensor grad = dense(grad_any), signs = dense(signs_any), taps = dense(taps_any), weight = dense(weight_any);
+  const Maybe residual = dense(residual_any), residual_signs = dense(residual_signs_any);
   const Shape shape{.frames = static_cast<int>(frames),
                     .outputs = size(taps, 0),
                     .taps = size(taps, 1),
@@ -80,13 +65,13 @@ Tensor conv3x3_backward(const Tensor& grad_any, const Tensor& signs_any, const T
                     .n = size(weight, 0),
                     .upscale = static_cast<int>(upscale),
                     .slope = static_cast<float>(slope.value_or(0))};
-  check(shape, grad, taps, weight, {residual});
+  check_size(shape);
   const Tensor dx = torch::stable::new_empty(grad, {frames, shape.height, shape.width, shape.channels});
   with_type(grad.scalar_type(), [&]<class T>() {
     Device device(grad);
     tiny_decoder::backward(device, data<T>(grad), slope ? data<uint8_t>(signs) : nullptr, data<int>(taps),
-                           data<T>(weight), data_or_null<T>(residual),
-                           slope ? data_or_null<uint8_t>(residual_signs) : nullptr, shape, data<T>(dx));
+                           data<T>(weight), data<T>(residual), slope ? data<uint8_t>(residual_signs) : nullptr, shape,
+                           data<T>(dx));
   });
   return dx;
 }
@@ -103,6 +88,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmteacher_cuda, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlmteacher_cuda, CUDA, m) {
-  m.impl("conv3x3", TORCH_BOX(&conv3x3));
-  m.impl("conv3x3_backward", TORCH_BOX(&conv3x3_backward));
+  m.impl("conv3x3", boxed<&conv3x3>);
+  m.impl("conv3x3_backward", boxed<&conv3x3_backward>);
 }

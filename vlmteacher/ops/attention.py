@@ -217,7 +217,7 @@ def _library(name: str, q: Tensor, k: Tensor, v: Tensor, spans: Spans | None) ->
     n, parts = spans.causal, []
     if n:
         parts.append(run(q[:, :n], k[:, :n], v[:, :n], True))
-    if n < q.shape[1]:
+    if n < q.shape[1] or not n:
         parts.append(_sdpa(q[:, n:], k, v, False, spans.rest))
     return torch.cat(parts, 1)
 
@@ -278,6 +278,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, spans: Spans | None) -> None:
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
         raise InputError(f"attention takes q, k and v of one floating-point dtype on one device, got {kinds}")
+    if spans is not None and spans.table.device != q.device:
+        raise InputError(f"spans on {spans.table.device} do not fit q on {q.device}: make them there")
     if spans is not None and (len(spans.table), spans.keys) != (q.shape[1], k.shape[1]):
         raise InputError(
             f"spans of {len(spans.table)} queries and {spans.keys} keys do not fit {shapes}: make them for these"

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 def pack_bits(bits: Tensor) -> Tensor:
     """(..., N) bool -> (..., ceil(N / 8)) uint8: bit n % 8 of byte n // 8."""
-    eight = F.pad(bits, (0, -bits.shape[-1] % 8)).contiguous().view(torch.int64)
+    whole = F.pad(bits, (0, -bits.shape[-1] % 8))
+    eight = whole.clone(memory_format=torch.contiguous_format).view(torch.int64)
     return ((eight * 0x0102040810204080) >> 56).to(torch.uint8)  # byte n, 0 or 1, lands in bit n of the highest byte
 
 

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vlmteacher.errors import InputError
 from vlmteacher.ops.backends import has_avx512_bf16, plain
+from vlmteacher.ops.checks import expect
 
 _AVX512_BF16 = has_avx512_bf16()  # asked here, for torch.compile must not look into the question
 
@@ -89,9 +91,16 @@ class _Rotate(torch.autograd.Function):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding, `x cos + rotate_half(x) sin`, in float32, in the dtype of x.
 
-    x: (N, H, d) or (B, N, H, d); cos, sin: (N, 1, d / 2) float32: the first half, which the second repeats.
-    Differentiable once with respect to x.
+    x: (N, H, d) or (B, N, H, d), d even, of any strides; cos, sin: (N, 1, d / 2) float32 (another floating dtype goes
+    the slow way): the first half, which the second repeats. Differentiable once with respect to x.
+
+    Raises InputError for shapes, dtypes or devices that do not fit.
     """
+    if x.dim() not in (3, 4) or not x.is_floating_point() or x.shape[-1] % 2:
+        raise InputError(f"rotate takes a floating-point (N, H, d) or (B, N, H, d), d even: {x.dtype} {tuple(x.shape)}")
+    dtype = cos.dtype if cos.is_floating_point() else torch.float32
+    for name, table in (("cos", cos), ("sin", sin)):
+        expect(name, table, (x.shape[-3], 1, x.shape[-1] // 2), dtype, x.device)
     out: Tensor = _Rotate.apply(x, cos, sin)
     return out
 
@@ -111,6 +120,8 @@ class _Gelu(torch.autograd.Function):
 
 def gelu(x: Tensor) -> Tensor:
     """`F.gelu(x, approximate="tanh")` of any shape; by the C++ backend differentiable once."""
+    if not x.is_floating_point():
+        raise InputError(f"gelu takes floating-point tensors, not {x.dtype} {tuple(x.shape)}")
     if not _is_fast(x):
         return F.gelu(x, approximate="tanh")
     out: Tensor = _Gelu.apply(x)

@@ -22,6 +22,7 @@ from torch import Tensor
 from vlmteacher.errors import InputError
 from vlmteacher.ops.backends import backend, without_data
 from vlmteacher.ops.bits import pack_bits, unpack_bits
+from vlmteacher.ops.checks import expect
 
 
 class Band(NamedTuple):
@@ -179,7 +180,10 @@ _patchify_backward.register_autograd(
 )
 
 
-def _check(frames: Tensor, patch: int, merge: int, size: Sequence[int], dtype: torch.dtype) -> None:
+def _check(
+    frames: Tensor, patch: int, temporal_patch: int, merge: int, mean: Sequence[float], std: Sequence[float],
+    size: Sequence[int], dtype: torch.dtype,
+) -> None:  # fmt: skip
     if frames.dim() != 4 or frames.shape[1] != 3 or not len(frames) or not frames.is_floating_point():
         raise InputError(f"patchify takes floating-point frames (T, 3, H, W), got {frames.dtype} {tuple(frames.shape)}")
     if not dtype.is_floating_point or (dtype == torch.float64) != (frames.dtype == torch.float64):
@@ -189,6 +193,11 @@ def _check(frames: Tensor, patch: int, merge: int, size: Sequence[int], dtype: t
     if not frames.numel() or len(size) != 2 or min(size) < 1:
         raise InputError(
             f"frames of {tuple(frames.shape)} cannot be resized to {tuple(size)}: give (height, width) >= 1"
+        )
+    if min(patch, temporal_patch, merge) < 1 or len(mean) != 3 or len(std) != 3:
+        raise InputError(
+            f"patches of {patch} pixels and {temporal_patch} frames, merged by {merge}, with {len(mean)} means and"
+            f" {len(std)} deviations: give extents >= 1 and three values each"
         )
     block = patch * merge
     if size[0] % block or size[1] % block:
@@ -226,7 +235,7 @@ def patchify(
     Source: `_preprocess` of transformers' Qwen2VLVideoProcessor and Qwen3VLVideoProcessor.
     """
     size, dtype = list(frames.shape[2:] if size is None else size), dtype or frames.dtype
-    _check(frames, patch, merge, size, dtype)
+    _check(frames, patch, temporal_patch, merge, mean, std, size, dtype)
     return _patchify(frames, patch, temporal_patch, merge, list(mean), list(std), size, dtype)
 
 
@@ -345,7 +354,9 @@ def shuffle_to_rows_reference(y: Tensor, slots: Tensor, rows: Tensor, upscale: i
     Returns:
         (G, 3, upscale h, ceil(upscale w / 8)) uint8: the bits (`pack_bits`) of the pixels that were within [0, 1].
     """
-    frames = F.pixel_shuffle(y.permute(0, 3, 1, 2), upscale)
+    g, height, width, _ = y.shape
+    frames = y.reshape(g, height, width, 3, upscale, upscale).permute(0, 3, 1, 4, 2, 5)
+    frames = frames.reshape(g, 3, height * upscale, width * upscale)  # F.pixel_shuffle leaves empty ones as they are
     clamped = frames.clamp(0, 1).to(torch.promote_types(y.dtype, rows.dtype))
     values = (clamped - clamped.new_tensor(layout.mean).view(3, 1, 1)) / clamped.new_tensor(layout.std).view(3, 1, 1)
     video = _video(rows, layout, *frames.shape[2:])
@@ -362,15 +373,16 @@ def shuffle_to_rows_backward_reference(
     """The gradient of `shuffle_to_rows_reference` to y, (G, *size, 3 upscale^2) of `dtype`, from that of the rows,
     contiguous; inside: what it returned."""
     height, width = size
-    video = _video(grad, layout, height * upscale, width * upscale)
+    video = _video(grad.contiguous(), layout, height * upscale, width * upscale)
     wide = torch.promote_types(grad.dtype, dtype)
     total = torch.zeros(len(slots), *video.shape[2:], dtype=wide, device=grad.device)
     for at in slots.long().unbind(1):
         here = at >= 0
         total[here] += video[at[here] // layout.temporal_patch, at[here] % layout.temporal_patch].to(wide)
-    frames = total.view(-1, 3, height * upscale, width * upscale) / total.new_tensor(layout.std).view(3, 1, 1)
+    frames = total.view(len(slots), 3, height * upscale, width * upscale) / total.new_tensor(layout.std).view(3, 1, 1)
     frames = torch.where(unpack_bits(inside, width * upscale), frames, 0)
-    return F.pixel_unshuffle(frames, upscale).permute(0, 2, 3, 1).to(dtype).contiguous()
+    frames = frames.view(len(slots), 3, height, upscale, width, upscale).permute(0, 2, 4, 1, 3, 5)
+    return frames.reshape(len(slots), height, width, 3 * upscale**2).to(dtype).contiguous()
 
 
 def _video(rows: Tensor, layout: Rows, height: int, width: int) -> Tensor:
@@ -382,7 +394,14 @@ def _video(rows: Tensor, layout: Rows, height: int, width: int) -> Tensor:
 
 
 def shuffle_to_rows(y: Tensor, slots: Tensor, rows: Tensor, upscale: int, layout: Rows) -> Tensor:
-    """`shuffle_to_rows_reference` by the backend of y's device."""
+    """`shuffle_to_rows_reference` by the backend of y's device; y and slots of any strides.
+
+    Raises InputError for shapes, dtypes, devices or strides that do not fit.
+    """
+    expect("y", y, (len(slots), None, None, 3 * upscale**2), y.dtype, rows.device)
+    _check_rows(rows, slots, y.shape[1] * upscale, y.shape[2] * upscale, layout)
+    if not rows.is_contiguous():
+        raise InputError("the rows that frames are written to must be contiguous")
     if without_data(y):
         return _shuffle_operator(y, slots, rows, upscale, *layout)
     if fast := _fast(y, rows):
@@ -393,12 +412,34 @@ def shuffle_to_rows(y: Tensor, slots: Tensor, rows: Tensor, upscale: int, layout
 def shuffle_to_rows_backward(
     grad: Tensor, slots: Tensor, inside: Tensor, size: tuple[int, int], upscale: int, layout: Rows, dtype: torch.dtype
 ) -> Tensor:
-    """`shuffle_to_rows_backward_reference` by the backend of grad's device."""
+    """`shuffle_to_rows_backward_reference` by the backend of grad's device, with tensors of any strides.
+
+    Raises InputError for shapes, dtypes or devices that do not fit.
+    """
+    height, width = (side * upscale for side in size)
+    _check_rows(grad, slots, height, width, layout)
+    expect("inside", inside, (len(slots), 3, height, (width + 7) // 8), torch.uint8, grad.device)
     if without_data(grad):
         return _unshuffle_operator(grad, slots, inside, *size, upscale, *layout, dtype)
     if fast := _fast(grad, grad.new_empty(0, dtype=dtype)):
         return fast.shuffle_to_rows_backward(grad, slots, inside, *size, upscale, *layout, dtype)
     return shuffle_to_rows_backward_reference(grad, slots, inside, size, upscale, layout, dtype)
+
+
+def _check_rows(rows: Tensor, slots: Tensor, height: int, width: int, layout: Rows) -> None:
+    """rows: of a video whose frames have this size."""
+    high, wide, pairs, merge = layout.patch_height, layout.patch_width, layout.temporal_patch, layout.merge
+    if min(high, wide, pairs, merge) < 1 or len(layout.mean) != 3 or len(layout.std) != 3:
+        raise InputError(f"patch rows take extents >= 1 and three means and deviations: {layout}")
+    if height % (high * merge) or width % (wide * merge):
+        raise InputError(f"frames of {height}x{width} do not split into blocks of {high * merge}x{wide * merge}")
+    if not rows.is_floating_point():
+        raise InputError(f"patch rows are floating-point, not {rows.dtype}")
+    expect("rows", rows, (None, 3 * pairs * high * wide), rows.dtype, rows.device)
+    patches = height // high * (width // wide)
+    if len(rows) % patches if patches else len(rows):
+        raise InputError(f"{len(rows)} rows are no whole frames of {patches} patches")
+    expect("slots", slots, (None, None), torch.int32, rows.device)
 
 
 # The same as operators, for tensors without data.

@@ -152,8 +152,11 @@ def _check(xs: Sequence[Tensor], weights: Sequence[Tensor], rope: tuple[Tensor, 
         if x.dim() != 3 or not x.is_floating_point() or x.dtype != xs[0].dtype or x.device != xs[0].device:
             kinds = [f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in xs]
             raise InputError(f"qk_norm_rope takes floating-point (B, N, C) of one dtype and device, got {kinds}")
-        if weight.shape != x.shape[-1:] or weight.device != x.device:
-            raise InputError(f"a weight of {tuple(weight.shape)} on {weight.device} does not fit {tuple(x.shape)}")
+        if weight.shape != x.shape[-1:] or weight.device != x.device or not weight.is_floating_point():
+            raise InputError(
+                f"a weight, {weight.dtype} {tuple(weight.shape)} on {weight.device}, does not fit {x.dtype}"
+                f" {tuple(x.shape)} on {x.device}"
+            )
         if heads < 1 or x.shape[2] % (2 * heads):
             raise InputError(f"{x.shape[2]} channels make no {heads} heads of whole pairs")
         for table in rope or ():

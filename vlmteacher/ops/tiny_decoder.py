@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from vlmteacher.errors import InputError
 from vlmteacher.ops.backends import backend, has_avx512_bf16, without_data
 from vlmteacher.ops.bits import pack_bits, unpack_bits
+from vlmteacher.ops.checks import expect
 from vlmteacher.ops.patchify import PatchLayout, Rows, shuffle_to_rows, shuffle_to_rows_backward
 
 
@@ -139,16 +141,62 @@ def _fast(x: Tensor) -> Any:
     return backend(x, "tiny_decoder")
 
 
-def conv3x3(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """`conv3x3_reference` by the backend of x's device."""
-    return _forward_operator(x, *rest) if without_data(x) else (_fast(x) or _Reference).conv3x3(x, *rest)
+def conv3x3(
+    x: Tensor, taps: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, rows: Tensor | None,
+    slope: float | None, upscale: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`conv3x3_reference` by the backend of x's device, with tensors of any strides.
+
+    Raises InputError for shapes, dtypes or devices that do not fit.
+    """
+    _check(x, taps, upscale)
+    (_, height, width, channels), n, like = x.shape, len(weight), (x.dtype, x.device)
+    expect("weight", weight, (n, 3, 3, taps.shape[1] * channels), *like)
+    if bias is not None:
+        expect("bias", bias, (n,), *like)
+    if (residual is None) != (rows is None):
+        raise InputError("conv3x3 takes a residual with rows, or neither")
+    if residual is not None and rows is not None:
+        expect("residual", residual, (None, height * upscale, width * upscale, n), *like)
+        expect("rows", rows, (len(taps),), torch.int32, x.device)
+    run = _forward_operator if without_data(x) else (_fast(x) or _Reference).conv3x3
+    return run(x, taps, weight, bias, residual, rows, slope, upscale)
 
 
-def conv3x3_backward(grad: Tensor, *rest: Any) -> Tensor:
-    """`conv3x3_backward_reference` by the backend of grad's device."""
-    if without_data(grad):
-        return _backward_operator(grad, *rest)
-    return (_fast(grad) or _Reference).conv3x3_backward(grad, *rest)
+def conv3x3_backward(
+    grad: Tensor, signs: Tensor, taps: Tensor, frames: int, weight: Tensor, residual: Tensor | None,
+    residual_signs: Tensor | None, slope: float | None, upscale: int,
+) -> Tensor:  # fmt: skip
+    """`conv3x3_backward_reference` by the backend of grad's device, with tensors of any strides.
+
+    Raises InputError for shapes, dtypes or devices that do not fit.
+    """
+    _check(grad, taps, upscale)
+    (g, height, width, n), like = grad.shape, (grad.dtype, grad.device)
+    if g != len(taps) or height % upscale or width % upscale or frames < 0:
+        raise InputError(f"a gradient {tuple(grad.shape)} does not fit {len(taps)} frames, upscale {upscale}")
+    expect("weight", weight, (n, 3, 3, None), *like)
+    channels, rest = divmod(weight.shape[3], taps.shape[1])
+    if rest or (residual is not None and upscale != 1):
+        raise InputError(f"a weight of {weight.shape[3]} channels, upscale {upscale}: none of a block's first layer")
+    if residual is not None:
+        expect("residual", residual, (g, height, width, channels), *like)
+    if slope is not None:
+        expect("signs", signs, (g, height, width, (n + 7) // 8), torch.uint8, grad.device)
+        if residual is not None:
+            if residual_signs is None:
+                raise InputError("a residual behind an activation comes with its signs")
+            expect("residual_signs", residual_signs, (g, height, width, (channels + 7) // 8), torch.uint8, grad.device)
+    run = _backward_operator if without_data(grad) else (_fast(grad) or _Reference).conv3x3_backward
+    return run(grad, signs, taps, frames, weight, residual, residual_signs, slope, upscale)
+
+
+def _check(x: Tensor, taps: Tensor, upscale: int) -> None:
+    if x.dim() != 4 or not x.is_floating_point() or upscale not in (1, 2):
+        raise InputError(f"conv3x3 takes floating-point frames (F, H, W, C): {x.dtype} {tuple(x.shape)} by {upscale}")
+    expect("taps", taps, (None, None), torch.int32, x.device)
+    if taps.shape[1] not in (1, 2):
+        raise InputError(f"taps of a frame are 1 or 2, not {taps.shape[1]}")
 
 
 # The same as operators, for tensors without data, which count what a clip of full size would take.
