@@ -27,8 +27,9 @@ def test_every_slow_test_runs_once_a_week() -> None:
 
 
 @pytest.fixture
-def collected(pytester: pytest.Pytester) -> Callable[..., set[str]]:
+def collected(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Callable[..., set[str]]:
     """The ids that pytest collects from that file with these arguments."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     pytester.makeconftest(Path(__file__).with_name("slow.py").read_text())
     pytester.makepyfile(test_it=FILE)
 

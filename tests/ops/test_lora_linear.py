@@ -44,10 +44,6 @@ def run(function, tensors: dict[str, Tensor | None], grad: Tensor, dtype: torch.
     return {name: t.double() for name, t in found.items()}
 
 
-def rms(t: Tensor) -> float:
-    return float(t.square().mean().sqrt()) if t.numel() else 0.0
-
-
 @pytest.fixture(params=["reference", "cpp"])
 def each_backend(request, monkeypatch):
     if request.param == "reference":
