@@ -95,8 +95,8 @@ MISTAKES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a term left out": lambda x, w: F.linear(x[:, 1:].double(), w[:, 1:].double()),
     "a term twice": lambda x, w: F.linear(x.double(), w.double()) + x[:, :1].double() * w[:, 0].double(),
     "one percent": lambda x, w: 1.02 * F.linear(x.double(), w.double()),
-    "a value of another row": lambda x, w: (
-        F.linear(x.double(), w.double()).index_put((torch.tensor(0), torch.tensor(1)), torch.tensor(0.1).double())
+    "a value of another row": lambda x, w: F.linear(x.double(), w.double()).index_put(
+        (torch.tensor(0), torch.tensor(1)), torch.tensor(0.1).double()
     ),
     "NaN": lambda x, w: F.linear(x, w).index_fill(0, torch.tensor(3), torch.nan),
 }

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tests.kernels import simt
 from tests.kernels.compilers import compiled, interpreted, with_compilers, with_triton
-from tests.ops.test_ada_norm import FORMS, check, draw, expected
+from tests.ops.test_ada_norm import FORMS, draw, expected
+from tests.rounding import check
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CASES = [  # items, tokens, width, first, batches and rows of a table
@@ -55,7 +56,7 @@ def execute(library: ctypes.CDLL, drawn: dict[str, Tensor | None], form: str, ca
 def test_cuda(library, case, form, dtype):
     library.simt_seed(case[2])
     drawn = draw(case, form, dtype)
-    check(execute(library, drawn, form, case), *(expected(drawn, case[3], d) for d in (torch.float64, dtype)))
+    check(execute(library, drawn, form, case), expected(drawn, case[3]))
 
 
 def test_every_order_of_the_warps_gives_the_same_bits(library):
@@ -76,7 +77,7 @@ def test_a_wider_row_than_a_block_holds_is_refused(library):
 def test_triton_in_its_interpreter(tmp_path):
     rows = interpreted("ada_norm_process", tmp_path)
     assert len(rows) == len(CASES) * len(FORMS) * 2
-    assert not [row for row in rows if row["wrong"]]
+    assert not [row for row in rows if not row["part"] <= 1]  # a NaN fails too
 
 
 @with_compilers

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tests.kernels import simt
 from tests.kernels.compilers import compiled, interpreted, with_compilers, with_triton
-from tests.ops.test_ada_norm import check
 from tests.ops.test_qk_norm_rope import Drawn, draw, expected
+from tests.rounding import check
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CASES = [  # as in tests/ops/test_qk_norm_rope.py
@@ -50,7 +50,7 @@ def execute(library: ctypes.CDLL, drawn: Drawn) -> dict[str, Tensor]:
 def test_cuda(library, case, dtype):
     library.simt_seed(case[3])
     drawn = draw(case, dtype)
-    check(execute(library, drawn), *(expected(drawn, d) for d in (torch.float64, dtype)))
+    check(execute(library, drawn), expected(drawn))
 
 
 def test_every_order_of_the_warps_gives_the_same_bits(library):
@@ -65,7 +65,7 @@ def test_every_order_of_the_warps_gives_the_same_bits(library):
 def test_triton_in_its_interpreter(tmp_path):
     rows = interpreted("qk_norm_rope_process", tmp_path)
     assert len(rows) == 2 * len(CASES)
-    assert not [row for row in rows if row["wrong"]]
+    assert not [row for row in rows if not row["part"] <= 1]  # a NaN fails too
 
 
 @with_compilers

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tests import rounding
+from tests.rounding import Expected, check
 from vlmteacher.errors import InputError
 from vlmteacher.ops import ada_norm as operator
 from vlmteacher.ops.ada_norm import ada_norm, ada_norm_reference, gated_residual, residual_ada_norm
@@ -62,28 +64,12 @@ def run(function, drawn: dict[str, Tensor | None], first: int, dtype: torch.dtyp
     return dict(zip(names, (t.detach() for t in made), strict=True)) | gradients
 
 
-def expected(drawn: dict[str, Tensor | None], first: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def definition(drawn: dict[str, Tensor | None], first: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return run(ada_norm_reference, {n: None if t is None else t.detach() for n, t in drawn.items()}, first, dtype)
 
 
-def too_large(
-    found: dict[str, Tensor], exact: dict[str, Tensor], plain: dict[str, Tensor], roundings: float = 1
-) -> list[str]:
-    """What is further from the truth than 1.5 times the plain expression, plus a rounding. A NaN is."""
-    assert found.keys() == exact.keys() == plain.keys()
-    wrong = []
-    for name, truth in exact.items():
-        assert found[name].dtype == plain[name].dtype and found[name].shape == truth.shape
-        if truth.numel():
-            error, usual = ((t[name].double() - truth).abs().max() for t in (found, plain))
-            floor = torch.finfo(plain[name].dtype).eps * truth.abs().max().clamp(min=1) * roundings
-            if not error <= 1.5 * usual + floor:
-                wrong.append(f"{name}: {error:.1e}, plain {usual:.1e}")
-    return wrong
-
-
-def check(found: dict[str, Tensor], exact: dict[str, Tensor], plain: dict[str, Tensor], roundings: float = 1) -> None:
-    assert not too_large(found, exact, plain, roundings)
+def expected(drawn: dict[str, Tensor | None], first: int) -> dict[str, Expected]:
+    return rounding.expected(definition, drawn, first, drawn["x"].dtype)
 
 
 @pytest.fixture(params=["reference", "cpp"])
@@ -119,9 +105,15 @@ def test_the_definition_token_by_token(case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_against_float64(case, form, dtype, each_backend):
     drawn, first = draw(case, form, dtype), case[3]
-    found = run(operator._run, drawn, first, dtype)
-    # where the truth itself is rounded
-    check(found, *(expected(drawn, first, d) for d in (torch.float64, dtype)), 64 if dtype == torch.float64 else 1)
+    check(run(operator._run, drawn, first, dtype), expected(drawn, first))
+
+
+def test_without_a_gate_both_gradients_are_one(each_backend):
+    drawn = draw(CASES[0], "ungated", torch.bfloat16)
+    x, y = drawn["x"].requires_grad_(), drawn["y"].requires_grad_()
+    made = residual_ada_norm(x, y, None, drawn["weight"], drawn["bias"], 3)
+    dx, dy = torch.autograd.grad(made, (x, y), (drawn["grad_out"], drawn["grad_norm"]))
+    assert torch.equal(dx, dy)
 
 
 def test_gradients_by_finite_differences(each_backend):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tests.rounding import check, expected
 from vlmteacher.errors import InputError, MissingExtra
 from vlmteacher.ops.attention import Spans, attention, attention_reference, is_native
 
@@ -62,16 +63,6 @@ def run(function, given: tuple[Tensor, ...], spans: Spans | None, dtype: torch.d
     return [x.double() for x in found]
 
 
-def within(ours: list[Tensor], plains: list[list[Tensor]], exact: list[Tensor], dtype: torch.dtype) -> None:
-    """At most 1.5 times the error of plain torch, the formula's or its operator's, and a rounding."""
-    eps = torch.finfo(dtype).eps
-    for name, a, c, *each in zip(("output", "dq", "dk", "dv"), ours, exact, *plains, strict=True):
-        error, allowed = (a - c).norm(), 1.5 * max((b - c).norm() for b in each) + eps / 8 * c.norm()
-        # where one key is seen dq and dk are zero, and what is left is the rounding of the numbers that cancel
-        allowed = allowed + eps * c.numel() ** 0.5 * (c.norm() < 1e-9)
-        assert a.isfinite().all() and error <= allowed, f"{name}: {error:.3g}, allowed {allowed:.3g}"
-
-
 native = pytest.mark.skipif(not is_native(torch.zeros(1, 1, 1, 2)), reason="no AVX-512 BF16, or no C++ operators")
 
 
@@ -83,8 +74,7 @@ def test_error(case, mask, dtype):
     given, spans = draw(case, dtype), spans_of(mask, *CASES[case][1:3])
     torch.full((2, *given[0].shape), torch.nan, dtype=dtype)  # where the next allocations of this size will likely be
     ours = run(attention, given, spans, dtype, "native")
-    formula, exact = (run(attention_reference, given, spans, each) for each in (dtype, torch.float64))
-    within(ours, [formula, run(attention, given, spans, dtype, "sdpa")], exact, dtype)
+    check(ours, expected(run, attention_reference, given, spans, dtype))
 
 
 @native

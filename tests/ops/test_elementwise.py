@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.rounding import check, expected
 from vlmteacher.ops import elementwise
 from vlmteacher.ops.backends import has_avx512_bf16
 from vlmteacher.ops.elementwise import gelu, rotate, rotate_reference
@@ -20,14 +21,6 @@ def backend(request, monkeypatch):
         pytest.skip("no AVX-512 with bfloat16 here")
 
 
-def within(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:
-    """At most 1.5 times the error of the plain expression, and a rounding."""
-    for a, b, c in zip(ours, plain, exact, strict=True):
-        eps = torch.finfo(a.dtype).eps
-        assert a.isfinite().all() and a.dtype == b.dtype
-        assert (a - c).norm() <= 1.5 * (b - c).norm() + eps / 8 * c.norm()
-
-
 def run(function, x: Tensor, grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
     x = x.to(dtype).requires_grad_()
     y = function(x)
@@ -39,6 +32,10 @@ def plain_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * torch.cat([cos, cos], -1) + torch.cat([-b, a], -1) * torch.cat([sin, sin], -1)
 
 
+def rotation(cos: Tensor, sin: Tensor, x: Tensor, grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    return run(lambda t: plain_rotation(t, cos.to(dtype), sin.to(dtype)), x, grad, dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(5, 3, 8), (2, 7, 4, 72), (1, 3, 1, 66)], ids=str)
 def test_rotate(shape, dtype):
@@ -47,9 +44,7 @@ def test_rotate(shape, dtype):
     angle = torch.randn(shape[-3], 1, shape[-1] // 2, generator=g).mul(9)
     cos, sin = angle.cos(), angle.sin()
     ours = run(lambda t: rotate(t, cos, sin), x, grad, dtype)
-    plain = run(lambda t: plain_rotation(t, cos.to(dtype), sin.to(dtype)), x, grad, dtype)
-    exact = run(lambda t: plain_rotation(t, cos.double(), sin.double()), x, grad, torch.float64)
-    within(ours, plain, exact)
+    check(ours, expected(rotation, cos, sin, x, grad, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -57,8 +52,8 @@ def test_rotate(shape, dtype):
 def test_gelu(shape, dtype):
     g = torch.Generator().manual_seed(len(shape))
     x, grad = (torch.randn(shape, generator=g, dtype=torch.float64).mul(3).to(dtype).double() for _ in range(2))
-    plain, exact = (run(lambda t: F.gelu(t, approximate="tanh"), x, grad, each) for each in (dtype, torch.float64))
-    within(run(gelu, x, grad, dtype), plain, exact)
+    wanted = expected(run, lambda t: F.gelu(t, approximate="tanh"), x, grad, dtype)
+    check(run(gelu, x, grad, dtype), wanted)
 
 
 def test_gelu_at_the_ends():

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.rounding import check, expected
 from vlmteacher.errors import InputError
 from vlmteacher.ops import patchify as operator
 from vlmteacher.ops.backends import cpp_status
@@ -92,6 +93,21 @@ def resized(frames: Tensor, size: tuple[int, int]) -> Tensor:
     return y @ frames.double() @ x.T
 
 
+def by_matrices(
+    frames: Tensor, grad: Tensor, args: tuple[int, ...], size: tuple[int, int] | None, out: torch.dtype
+) -> list[Tensor]:
+    """The rows and the gradient of the frames by the definition, its resize by exact matrices."""
+
+    def interpolate(frames: Tensor, size: tuple[int, int], **_: object) -> Tensor:
+        y, x = (resize_matrix(a, b) for a, b in zip(frames.shape[2:], size, strict=True))
+        return y @ frames @ x.T
+
+    frames = frames.detach().requires_grad_()
+    with mock.patch.object(F, "interpolate", interpolate):
+        rows = patchify_reference(frames, *args, MEAN, STD, size, out)
+    return [rows.detach(), *torch.autograd.grad(rows, frames, grad)]
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_the_definition_is_the_layout(size):
     frames = frames_of(size, torch.float64)
@@ -159,22 +175,15 @@ def test_both_derivatives(temporal_patch, merge, resize):
 @pytest.mark.parametrize(("dtype", "out"), TO, ids=str)
 @pytest.mark.parametrize("size", [*SIZES, *RESIZES])
 def test_error_against_float64(size, dtype, out):
-    """At most 1.5 times the error of the plain expression in the same dtypes, outputs and gradients."""
-    roundings = 1 if dtype != torch.float64 else 64  # where the truth itself is rounded
     args, resize = size[3:6], size[6] if len(size) > 6 else None
+    if resize and not cpp_status()[0]:
+        pytest.skip(f"torch's own resize has weights of positions that it rounds: {cpp_status()[1]}")
     frames = frames_of(size, dtype)
-    exact = patchify_reference(frames.double(), *args, MEAN, STD, resize)
-    grad = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
-    exact_grad = gradient(patchify_reference, frames.double(), args, grad.double(), resize)
-    for ours, plain, truth, to in [
-        (*(f(frames, *args, MEAN, STD, resize, out) for f in (patchify, patchify_reference)), exact, out),
-        (*(gradient(f, frames, args, grad, resize, out) for f in (patchify, patchify_reference)), exact_grad, dtype),
-    ]:
-        assert ours.dtype == to and ours.shape == truth.shape
-        error, allowed = (ours.double() - truth).abs().max(), (plain.double() - truth).abs().max()
-        # a row may be small only because the mean was subtracted: what was rounded is near one
-        magnitude = truth.abs().max().clamp(min=1 if truth is exact else 0)
-        assert error <= 1.5 * allowed + roundings * torch.finfo(to).eps * magnitude
+    ours = patchify(frames, *args, MEAN, STD, resize, out)
+    grad = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
+    found = [ours, gradient(patchify, frames, args, grad, resize, out)]
+    assert [t.dtype for t in found] == [out, dtype]
+    check(found, expected(by_matrices, frames, grad, args, resize, out))
 
 
 def test_the_frames_own_size_is_no_resize():

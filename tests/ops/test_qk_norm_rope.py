@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.ops.test_ada_norm import DTYPES, check
+from tests import rounding
+from tests.ops.test_ada_norm import DTYPES
+from tests.rounding import Expected, check
 from vlmteacher.errors import InputError
 from vlmteacher.ops import qk_norm_rope as operator
 from vlmteacher.ops.backends import cpp_status
@@ -67,8 +69,8 @@ def reference(xs: list[Tensor], weights: list[Tensor], rope: tuple[Tensor, Tenso
     return qk_norm_rope_reference(xs, weights, *(rope or (None, None)), heads, 1e-6)
 
 
-def expected(drawn: Drawn, dtype: torch.dtype) -> dict[str, Tensor]:
-    return run(reference, drawn, dtype)
+def expected(drawn: Drawn) -> dict[str, Expected]:
+    return rounding.expected(run, reference, drawn, drawn.xs[0].dtype)
 
 
 @pytest.fixture(params=["reference", "cpp"])
@@ -83,8 +85,7 @@ def each_backend(request, monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_against_float64(case, dtype, each_backend):
     drawn = draw(case, dtype)
-    roundings = 64 if dtype == torch.float64 else 1  # where the truth itself is rounded
-    check(run(qk_norm_rope, drawn, dtype), *(expected(drawn, d) for d in (torch.float64, dtype)), roundings)
+    check(run(qk_norm_rope, drawn, dtype), expected(drawn))
 
 
 def test_the_definition_is_what_diffusers_does(each_backend, monkeypatch):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tests.ops import test_ada_norm, test_qk_norm_rope
-from tests.ops.test_ada_norm import check
 from tests.ops.test_resize import FLAGS, compile_for
+from tests.rounding import check
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -43,8 +43,7 @@ def test_ada_norm_rows(library, width, dtype):
     call(library, "ada_norm", dtype, *sizes, *inputs, found["out"], found["norm"])
     grads = drawn["grad_out"], drawn["grad_norm"]
     call(library, "ada_norm_backward", dtype, *sizes, *grads, found["out"], *inputs[2:4], found["dx"], found["dy"])
-    exact, plain = (test_ada_norm.expected(drawn, 2, d) for d in (torch.float64, dtype))
-    check(found, exact, plain, 64 if dtype == torch.float64 else 1)
+    check(found, test_ada_norm.expected(drawn, 2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -56,8 +55,7 @@ def test_qk_norm_rope_rows(library, heads, channels, dtype):
         for to, given in ((name, None), (f"d{name}", grad)):
             found[to] = torch.full_like(x, float("nan"))
             call(library, "qk_norm_rope", dtype, 4, x.shape[2], channels, x, weight, given, *drawn.rope, found[to])
-    exact, plain = (test_qk_norm_rope.expected(drawn, d) for d in (torch.float64, dtype))
-    check({name: found[name] for name in exact}, exact, plain, 64 if dtype == torch.float64 else 1)
+    check(found, test_qk_norm_rope.expected(drawn))
 
 
 def test_bfloat16_is_rounded_as_torch_does(library):
