@@ -343,10 +343,8 @@ packaged = pytest.mark.skipif(not (PACKAGED_PAIR / "pair.json").exists(), reason
 def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("runs/demo", "runs/demo-2"):
-        start = time.process_time()
         status, out, err = run("demo")
-        assert status == 0 and time.process_time() - start < 60
-        assert "Warning" not in err
+        assert status == 0 and "Warning" not in err
         record = json.loads((tmp_path / folder / "run.json").read_text())
         for question in (record["queries"]["goal"], *record["queries"]["process"]):
             assert question in out

@@ -65,24 +65,36 @@ def test_every_choice_of_frames_in_any_chunks(family, indices, chunk):
 
 @pytest.mark.parametrize("family", [*FAMILIES, "wan22"])
 def test_float32_is_the_reference_class(family):
-    decoder = frozen(**(FAMILIES | {"wan22": WAN22})[family])
+    """Against it in float64. A ReLU whose input lies within a rounding of zero may have either slope: latents that are
+    a hundred roundings away, where a hundred times as many do, tell what that may do to the gradient."""
+    config = (FAMILIES | {"wan22": WAN22})[family]
+    decoder = frozen(**config)
     z = latents(decoder, 3, 4, 6)
-    (ours, grad), (plain, expected) = both(decoder, z, [0, 3, 4, 8])
-    assert (ours - plain).abs().max() <= 1e-5
-    assert relative(grad, expected) <= 1e-4
+    (ours, grad), _ = both(decoder, z, [0, 3, 4, 8])
+    truth, exact_grad = reference(config, z.detach().double())
+    moves = torch.randn(3, *z.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 1e-5
+    near = max(relative(reference(config, z.detach() + move)[1], exact_grad) for move in moves)
+    assert (ours - truth).abs().max() <= 1e-5
+    assert near < 0.02 and relative(grad, exact_grad) <= max(1e-5, 2 * near)
+
+
+def reference(config: dict, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The frames and the latent gradient of the plain class in float64."""
+    return both(frozen(**config).double(), z.requires_grad_(), [0, 3, 4, 8])[1]
 
 
 @pytest.mark.parametrize("family", ["packaged", "wan22"])
 def test_bfloat16_errs_no_more_than_the_plain_class(family):
     config = (FAMILIES | {"wan22": WAN22})[family]
-    exact = frozen(torch.bfloat16, **config).double()
-    z = latents(exact, 3, 4, 6).bfloat16().double().detach().requires_grad_()
-    _, (frames, grad) = both(exact, z, [0, 3, 4, 8])
-    low = frozen(torch.bfloat16, **config)
-    z16 = z.detach().bfloat16().requires_grad_()
-    (ours, our_grad), (plain, plain_grad) = both(low, z16, [0, 3, 4, 8])
-    assert relative(ours, frames) <= 1.5 * relative(plain, frames)
-    assert relative(our_grad, grad) <= 1.5 * relative(plain_grad, grad)
+    exact, low = frozen(torch.bfloat16, **config).double(), frozen(torch.bfloat16, **config)
+    errors = []
+    for seed in range(3):  # one draw of the plain class's rounding may be a lucky one
+        z16 = (latents(low, 3, 4, 6) + 0.1 * seed).bfloat16().detach().requires_grad_()
+        _, truth = both(exact, z16.detach().double().requires_grad_(), [0, 3, 4, 8])
+        found = both(low, z16, [0, 3, 4, 8])
+        errors.append([[relative(a, b) for a, b in zip(each, truth, strict=True)] for each in found])
+    ours, plain = torch.tensor(errors).square().mean(0).sqrt()
+    assert (ours <= 2 * plain).all()
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 3])
