@@ -104,7 +104,7 @@ def test_a_step_never_waits_for_the_host(image: bool, level: Keep, settings: dic
     loop.optimizer.zero_grad(set_to_none=True)
     with NoNumbers(), NoTransfers(before):
         facts = loop.differentiate(*loop.look())
-    assert facts.shape == (9 + 3 + 1,)
+    assert facts.shape == (10 + 3 + 1,)
     with pytest.raises(RuntimeError, match="meta"):
         facts.tolist()
 

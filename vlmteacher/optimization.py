@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -33,11 +34,19 @@ if TYPE_CHECKING:
 
 GRADIENT_CLIP = 1.0
 REMEDY = "try a lower learning rate or another dtype"
+DIVERGED_RISE = math.log(5)  # of the loss above its start: the P(Yes) of the questions have fallen to a fifth
+DIVERGED_LOOKS = 5  # in a row; a healthy run rises so far at single steps only (docs/step.md)
+FLAT_CONTRAST = 0.5 / 255  # standard deviation of frames that 8 bits show as one colour
+log = logging.getLogger(__name__)
 T = TypeVar("T")
+Stopped = Literal["threshold", "max_steps", "diverged"]
 
 
 class NonFiniteError(ArithmeticError):
-    """The loss or its gradient is not a finite number; the LoRA is left as it was before that step."""
+    """The loss or its gradient is not a finite number and no earlier LoRA is a remedy: the run stands before that step.
+
+    Where an update was made before, `Optimization.step` goes back to the best LoRA instead.
+    """
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,18 @@ def teacher_frame_indices(num_frames: int, count: int) -> list[int]:
 GUARDS = ("brightness", "dark_fraction", "edge_density", "colour_entropy", "temporal_jump")
 
 
+def small_frames(frames: Tensor | PatchRows) -> Tensor:
+    """Every n-th pixel of frames (K, 3, H, W) or of their patch rows, about 128x128 of them, float32."""
+    stride = max(1, max(frames.shape[-2:]) // 128)
+    return frames.pixels(stride) if isinstance(frames, PatchRows) else frames[..., ::stride, ::stride].float()
+
+
+@torch.no_grad()
+def frame_contrast(frames: Tensor | PatchRows) -> Tensor:
+    """The standard deviation over all frames and pixels, of the channel where it is largest; a scalar tensor."""
+    return small_frames(frames).std((0, 2, 3), correction=0).amax()
+
+
 @torch.no_grad()
 def frame_guards(frames: Tensor | PatchRows) -> Tensor:
     """Cheap signs of reward hacking, to be watched over the steps (the detectors of UniRL#407).
@@ -133,8 +154,7 @@ def frame_guards(frames: Tensor | PatchRows) -> Tensor:
     by more than 0.1), colour_entropy (bits, of 64 colour bins: 0..6) and temporal_jump (largest mean absolute change
     between two neighbouring frames), all measured on about 128x128 pixels.
     """
-    stride = max(1, max(frames.shape[-2:]) // 128)
-    frames = frames.pixels(stride) if isinstance(frames, PatchRows) else frames[..., ::stride, ::stride].float()
+    frames = small_frames(frames)
     red, green, blue = frames.unbind(1)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     edges = torch.maximum(
@@ -166,6 +186,11 @@ class Optimization:
     rungs (`MemoryLadder`) that the step took. Nothing in a step is drawn at random, so that `state_dict()` /
     `load_state_dict()` between any two steps change no bit of the result.
 
+    A run diverges when, after an update, a number of a step is not finite, the gradient is exactly 0, the loss stays
+    `DIVERGED_RISE` above its start for `DIVERGED_LOOKS` steps, or the frames become one colour. The step then goes back
+    to the best LoRA so far with a fresh optimiser at half the learning rate; its row says why ("rolled_back") and the
+    new "learning_rate". The second time the run ends there: `stopped` is "diverged".
+
     make_room: moves to main memory what no step needs, where memory runs out. `close()` when it is not used any more.
     """
 
@@ -191,8 +216,9 @@ class Optimization:
             capturable=settings.engine == "cuda_graph",
         )
         self.history: list[dict[str, Any]] = []
-        self.best: tuple[float, dict[str, Tensor]] | None = None
-        self.stopped: Literal["threshold", "max_steps"] | None = None if settings.max_steps else "max_steps"
+        self.best: tuple[float, dict[str, Tensor]] | None = None  # the lowest loss that was sound, and its LoRA
+        self.first_contrast: float | None = None  # `frame_contrast` before the first update
+        self.stopped: Stopped | None = None if settings.max_steps else "max_steps"
         self.decoder_chunk: int | None = None
         self.offload = False  # of what the Reasoner saves for the backward, to pinned host memory
         self.anchor: Tensor | None = None  # the latents before the first update, where there is a pull to them
@@ -217,8 +243,9 @@ class Optimization:
     def look(self) -> tuple[Tensor, Tensor]:
         """(what is to fall, what the host wants to know of the step), nothing read from the device.
 
-        The first is the Teacher's loss on the prediction, and the pull. The second is (9 + 1+M,) float32: the Teacher's
-        loss alone, whether the latents hold NaN, the frames' extremes, `GUARDS`, P(Yes) of each query.
+        The first is the Teacher's loss on the prediction, and the pull. The second is (10 + 1+M,) float32: the Teacher's
+        loss alone, whether the latents hold NaN, the frames' extremes, `GUARDS`, the frames' contrast, P(Yes) of each
+        query.
         """
         offload: Any = torch.autograd.graph.save_on_cpu(pin_memory=True) if self.offload else nullcontext()
         with offload, self.front:
@@ -228,7 +255,9 @@ class Optimization:
         losses = self.teacher.losses(looked_at, self.frame_indices, self.reasoner.fps, self.queries, check=False)
         loss = vqa_objective(losses, self.settings.goal_weight)
         with torch.no_grad():
-            seen = (latents.isnan().any(), *frames.aminmax(), frame_guards(frames), losses.neg().exp())
+            small = small_frames(frames)
+            guards, contrast = frame_guards(small), frame_contrast(small)
+            seen = (latents.isnan().any(), *frames.aminmax(), guards, contrast, losses.neg().exp())
             facts = torch.cat([each.to(loss.device, torch.float32).view(-1) for each in (loss, *seen)])
         if self.settings.pull:
             if self.anchor is None:
@@ -261,40 +290,128 @@ class Optimization:
         Raises NonFiniteError and OutOfMemory; the state is then what it was before the step.
         """
         start, rungs = time.perf_counter(), len(self.ladder.taken)
-        facts = self._within_memory(self.engine.facts)
-        row: dict[str, Any] = {
-            "step": len(self.history),
-            "loss": facts[0],
-            "p_yes": facts[9 : 10 + len(self.queries.process)],
-        }
-        guards = dict(zip(GUARDS, facts[4:9], strict=True))
-        self._check(row, nan=bool(facts[1]), extremes=facts[2:4])
+        with ExitStack() as undo:
+            diverged = False
+            try:
+                row, stop, why = self._assess()
+            except NonFiniteError as error:
+                if self.best is None:
+                    raise
+                stop, why = False, str(error)
+            if why and self.best is not None:
+                undo.enter_context(self._whole_or_not_at_all())
+                row, stop, diverged = self._roll_back(why)
+            elif why:  # the first prediction has no gradient: no update would change anything
+                row["rolled_back"], diverged = why, True
 
-        best = self.best
-        if self.settings.keep == "best" and (best is None or row["loss"] < best[0]):
-            best = row["loss"], lora_state_dict(self.reasoner.transformer)
-        stop = row["loss"] <= self.settings.threshold
+            best = self.best
+            if best is None or row["loss"] < best[0]:
+                best = row["loss"], lora_state_dict(self.reasoner.transformer)
+            if stop or diverged:
+                row["grad_norm"] = None
+            if taken := self.ladder.taken[rungs:]:
+                row["out_of_memory"] = taken
+            with uninterrupted():  # an update goes with its row
+                if row["grad_norm"] is not None:
+                    # Out of the ladder's reach: done halfway it could not be repeated. What the backward held is free.
+                    self.engine.update()
+                row["seconds"] = time.perf_counter() - start
+                self.best = best
+                self.history.append(row)
+                if stop:
+                    self.stopped = "threshold"
+                elif diverged:
+                    self.stopped = "diverged"
+                elif len(self.history) >= self.settings.max_steps:
+                    self.stopped = "max_steps"
+        return row
+
+    def _assess(self) -> tuple[dict[str, Any], bool, str | None]:
+        """The row of a look, whether it is good enough to stop, and else what shows that the run has diverged.
+
+        Changes no LoRA. Raises NonFiniteError.
+        """
+        facts = self._within_memory(self.engine.facts)
+        loss, contrast, number = facts[0], facts[9], len(self.history)
+        row: dict[str, Any] = {"step": number, "loss": loss, "p_yes": facts[10 : 11 + len(self.queries.process)]}
+        self._check(row, nan=bool(facts[1]), extremes=facts[2:4])
+        stop = loss <= self.settings.threshold
         if stop and self.settings.check_final:
-            row["final_loss"] = self._within_memory(self._final_loss)
+            try:
+                row["final_loss"] = self._within_memory(self._final_loss)
+            except NonFiniteFrames as error:
+                raise NonFiniteError(f"the few-step video of step {number}: {error}") from error
             stop = row["final_loss"] <= self.settings.threshold
         row["grad_norm"] = None if stop else facts[-1]
-        if not stop and not math.isfinite(facts[-1]):
-            raise NonFiniteError(f"the gradient of step {row['step']} is not finite: {REMEDY}")
-        row["guards"] = guards
-        if taken := self.ladder.taken[rungs:]:
-            row["out_of_memory"] = taken
-        with uninterrupted():  # an update goes with its row
-            if not stop:
-                # Out of the ladder's reach: done halfway it could not be repeated. What the backward held is free now.
-                self.engine.update()
-            row["seconds"] = time.perf_counter() - start
-            self.best = best
-            self.history.append(row)
-            if stop:
-                self.stopped = "threshold"
-            elif len(self.history) >= self.settings.max_steps:
-                self.stopped = "max_steps"
-        return row
+        row["guards"] = dict(zip(GUARDS, facts[4:9], strict=True))
+        if stop:
+            return row, True, None
+        if not math.isfinite(facts[-1]):
+            raise NonFiniteError(f"the gradient of step {number} is not finite: {REMEDY}")
+        if self.first_contrast is None:
+            self.first_contrast = contrast
+        return row, False, self._divergence(loss, facts[-1], contrast)
+
+    def _divergence(self, loss: float, grad_norm: float, contrast: float) -> str | None:
+        """What shows, of finite numbers, that the updates have led nowhere."""
+        number = len(self.history)
+        if grad_norm == 0 and loss > self.settings.threshold:
+            return f"the gradient of step {number} is exactly 0"
+        if not self.history:
+            return None
+        losses = [*(row["loss"] for row in self.history[1 - DIVERGED_LOOKS :]), loss]
+        if len(losses) == DIVERGED_LOOKS and min(losses) > self.history[0]["loss"] + DIVERGED_RISE:
+            return f"the loss is far above its start for {DIVERGED_LOOKS} steps"
+        return self.flatness(contrast)
+
+    def flatness(self, contrast: float) -> str | None:
+        """What there is to say of frames of this contrast when they have lost the picture that the first ones had."""
+        if contrast < FLAT_CONTRAST <= (self.first_contrast or 0.0):
+            return "the frames have become one colour"
+        return None
+
+    @contextmanager
+    def _whole_or_not_at_all(self) -> Iterator[None]:
+        """A step that an error or an interruption ends leaves everything as it was before."""
+        before = self.state_dict()
+        try:
+            yield
+        except BaseException:
+            if len(self.history) == len(before["history"]):
+                self.load_state_dict(before)
+            raise
+
+    def _roll_back(self, why: str) -> tuple[dict[str, Any], bool, bool]:
+        """Look again with the best LoRA so far, a fresh optimiser and half the learning rate.
+
+        Returns the row, whether it is good enough, and whether this is the end. Raises NonFiniteError where the best
+        LoRA's numbers are not finite any more: something else has broken.
+        """
+        again = any("rolled_back" in row for row in self.history)
+        self._take_best()
+        self.optimizer.state.clear()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate = group["lr"] / 2
+        self.engine.reset()
+        row, stop, still = self._assess()
+        diverged = not stop and (again or still is not None)
+        row["rolled_back"] = why
+        if not (stop or diverged):
+            row["learning_rate"] = rate
+        then = "the end" if diverged else f"learning rate {rate:g}"
+        log.warning("step %d: %s: back to the best LoRA so far, %s", row["step"], why, then)
+        return row, stop, diverged
+
+    def diverge(self, why: str) -> None:
+        """End as diverged after all, where the video of the last update shows it: the LoRA is the best one."""
+        self._take_best()
+        self.history[-1]["rolled_back"] = why
+        self.stopped = "diverged"
+        log.warning("after step %d: %s: back to the best LoRA so far, the end", self.history[-1]["step"], why)
+
+    def _take_best(self) -> None:
+        assert self.best is not None
+        load_lora_state(self.reasoner.transformer, self.best[1])
 
     def _decode(self, latents: Tensor) -> Tensor | PatchRows:
         """What the Teacher sees: where it would not resize the frames, its own patch rows right from the decoder.
@@ -352,7 +469,7 @@ class Optimization:
     def finish(self) -> None:
         """Leave on the transformer the LoRA that `settings.keep` asks for."""
         if self.settings.keep == "best" and self.best is not None:
-            load_lora_state(self.reasoner.transformer, self.best[1])
+            self._take_best()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the coming steps depend on; `torch.load(weights_only=True)` takes it."""
@@ -362,6 +479,7 @@ class Optimization:
             "history": copy.deepcopy(self.history),
             "best": self.best,
             "anchor": self.anchor,
+            "first_contrast": self.first_contrast,
             "stopped": self.stopped,
             "rungs": list(self.ladder.taken),
         }
@@ -380,10 +498,12 @@ class Optimization:
                 check_like(values["exp_avg"], parameter, "its optimizer's mean")
                 check_like(values["exp_avg_sq"], parameter, "its optimizer's square")
             self.optimizer.load_state_dict(state["optimizer"])
+            self.engine.reset()  # a recorded update reads the old state's memory
         self.history = copy.deepcopy(state["history"])
         if [row["step"] for row in self.history] != [*range(len(self.history))]:
             raise InputError("its history lacks steps")
         self.best, self.stopped, self.anchor = state["best"], state["stopped"], state["anchor"]
+        self.first_contrast = state["first_contrast"]
         if self.stopped in (None, "max_steps"):
             self.stopped = None if len(self.history) < self.settings.max_steps else "max_steps"
         if self.anchor is not None:  # read from a file it is on the CPU
