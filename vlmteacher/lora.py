@@ -93,6 +93,22 @@ def add_lora(
         fuse_blocks(transformer)
 
 
+def lora_size(transformer: nn.Module, rank: int, blocks: str | None = None) -> int:
+    """How many numbers a fresh LoRA of this rank has. Raises InputError for a transformer not known here."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    config = LoraConfig(target_modules=target_modules(transformer))
+    first = frozen_blocks(transformer, blocks)
+    return rank * sum(
+        layer.in_features + layer.out_features
+        for name, layer in transformer.named_modules()
+        if isinstance(layer, nn.Linear)
+        and check_target_module_exists(config, name)
+        and not (first and int(name.split(".")[1]) < first)
+    )
+
+
 def parse_blocks(text: str) -> int:
     """The n of "last:n". Raises InputError."""
     name, _, count = text.partition(":")

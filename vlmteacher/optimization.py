@@ -7,14 +7,15 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from vlmteacher import arguments
 from vlmteacher.engines import ENGINES, Engine, make_engine
 from vlmteacher.errors import InputError, NonFiniteFrames, OutOfMemory
 from vlmteacher.interruption import uninterrupted
@@ -61,7 +62,7 @@ class Settings:
     agree to rounding. engine: how the steps are run (`vlmteacher/engines.py`). lora_blocks: "last:n" adapts the last n
     blocks of the Reasoner only, which is another method than the paper's: what comes before them is computed once.
     target: which latents the Teacher looks at, and through what the gradient goes (`Reasoner.predict_target`); the
-    paper's is the "first_step".
+    paper's is the "first_step". deterministic: the same bytes whatever the number of threads (`torch_modes.py`).
 
     Remedies against videos that please only the Teacher, all off: preserve asks for what the task does not change, by a
     process question of the Teacher's (`QueryStyle.preservation_query`). frame_jitter >= 0, pixels by which the frames
@@ -88,13 +89,18 @@ class Settings:
     lora_decay: float = 0.0
     pull: float = 0.0
     final_samples: int = 1
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         whole = {"max_steps": 0, "teacher_frames": 1, "rank": 1, "frame_jitter": 0, "final_samples": 1}
         for name, least in whole.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise InputError(f"{name} must be a whole number of at least {least}, not {value}")
+            self._set(name, arguments.whole(name, getattr(self, name), least))
+        for name in ("check_final", "fused_lora", "preserve", "deterministic"):
+            self._set(name, arguments.flag(name, getattr(self, name)))
+        for name in ("threshold", "learning_rate", "goal_weight", "lora_decay", "pull"):
+            self._set(name, arguments.number(name, getattr(self, name)))
+        for name, choices in (("keep", ("last", "best")), ("target", get_args(Target)), ("engine", ENGINES)):
+            arguments.one_of(name, getattr(self, name), choices)
         for name in ("threshold", "learning_rate"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
@@ -105,16 +111,25 @@ class Settings:
                 raise InputError(f"{name} must be 0 (off) or greater, not {value}")
         if not 0 <= self.goal_weight <= 1:
             raise InputError(f"goal_weight must lie between 0 and 1, not {self.goal_weight}")
-        if self.keep not in ("last", "best"):
-            raise InputError(f'keep must be "last" or "best", not {self.keep!r}')
-        if self.target not in get_args(Target):
-            raise InputError(f"target must be {' or '.join(get_args(Target))}, not {self.target!r}")
-        if self.engine not in ENGINES:
-            raise InputError(f"engine must be {' or '.join(ENGINES)}, not {self.engine!r}")
         if self.engine == "cuda_graph" and self.frame_jitter:
             raise InputError('frame_jitter changes from step to step, a CUDA graph does not: take engine "eager"')
         if self.lora_blocks is not None:
-            parse_blocks(self.lora_blocks)
+            parse_blocks(arguments.text("lora_blocks", self.lora_blocks))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, values: object, source: str) -> Settings:
+        """Settings by name. Raises InputError, which names `source`, for what is no mapping or an unknown name."""
+        known = [field.name for field in fields(cls)]
+        if not isinstance(values, Mapping):
+            raise InputError(f"{source} must be settings by name, not {arguments.show(values)}")
+        if unknown := [name for name in values if name not in known]:
+            raise InputError(
+                f"{source}: there is no setting {arguments.show(unknown[0])}: it can be {', '.join(known)}"
+            )
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -243,9 +258,8 @@ class Optimization:
     def look(self) -> tuple[Tensor, Tensor]:
         """(what is to fall, what the host wants to know of the step), nothing read from the device.
 
-        The first is the Teacher's loss on the prediction, and the pull. The second is (10 + 1+M,) float32: the Teacher's
-        loss alone, whether the latents hold NaN, the frames' extremes, `GUARDS`, the frames' contrast, P(Yes) of each
-        query.
+        The first is the Teacher's loss on the prediction, and the pull. The second is (10 + 1+M,) float32: the loss
+        alone, whether the latents hold NaN, the frames' extremes, `GUARDS`, the frames' contrast, P(Yes) of each query.
         """
         offload: Any = torch.autograd.graph.save_on_cpu(pin_memory=True) if self.offload else nullcontext()
         with offload, self.front:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -18,20 +20,31 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vlmteacher import state
+from vlmteacher import arguments, state
 from vlmteacher.engines import Engine, check_engine
-from vlmteacher.errors import InputError, OutOfMemory
+from vlmteacher.errors import InputError, NonFiniteFrames, OutOfMemory
+from vlmteacher.exclusive import exclusive
 from vlmteacher.files import claimed, read_json
-from vlmteacher.lora import add_lora, export_lora, frozen_blocks, merge_lora, remove_lora
+from vlmteacher.lora import add_lora, export_lora, frozen_blocks, lora_size, merge_lora, remove_lora
 from vlmteacher.lora_files import LoRA, read_lora
 from vlmteacher.media import ImageInput, fit_image
-from vlmteacher.optimization import NonFiniteError, Optimization, Settings, teacher_frame_indices
-from vlmteacher.placement import DeviceMap, find_devices, find_dtype
+from vlmteacher.memory_ladder import is_out_of_memory
+from vlmteacher.optimization import (
+    DIVERGED_RISE,
+    NonFiniteError,
+    Optimization,
+    Settings,
+    Stopped,
+    frame_contrast,
+    teacher_frame_indices,
+)
+from vlmteacher.placement import DeviceMap, check_memory, find_devices, find_dtype, parse_dtype
 from vlmteacher.prompts import check_prompt
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners.base import Target
 from vlmteacher.reward import pick, vqa_objective
 from vlmteacher.run_folder import RunFolder, checked, in_its_folder
+from vlmteacher.torch_modes import deterministic, leave_inference_mode, plain_torch
 
 if TYPE_CHECKING:
     from vlmteacher.decoders.taehv import TinyVideoDecoder
@@ -40,6 +53,9 @@ if TYPE_CHECKING:
     from vlmteacher.teachers.quantization import Quantize
 
 PACKAGED_PAIR = Path(__file__).parent / "microworld" / "models"
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 Frames: TypeAlias = list[Image.Image] | np.ndarray | Tensor
 """A video: list of F images ("pil"), array (F, H, W, 3) ("np") or tensor (F, 3, H, W) ("pt"), floats in [0, 1]."""
@@ -50,7 +66,8 @@ class TeacherPipelineOutput:
     """What one call gives.
 
     frames, frames_before: the final video with the trained LoRA and with what that started from, of the same noise.
-    history: one row per step (see `Optimization`). stopped: "threshold" or "max_steps". p_yes_before, p_yes_after: the
+    history: one row per step (see `Optimization`). stopped: "threshold", "max_steps" or "diverged"
+    (the updates led nowhere: the LoRA is the best before them). p_yes_before, p_yes_after: the
     Teacher's P(Yes) for each query, goal first, on the two final videos; loss_before, loss_after: the objective there.
     sample: which of `final_samples` videos `frames` is; 0 is the one from all the noise of frames_before.
     lora: the bytes of lora.safetensors. seconds: wall time of each part. cut_tokens: of the prompt, the negative prompt
@@ -62,7 +79,7 @@ class TeacherPipelineOutput:
     prompt: str
     queries: QuerySet
     history: list[dict[str, Any]]
-    stopped: Literal["threshold", "max_steps"]
+    stopped: Stopped
     updates: int
     p_yes_before: list[float]
     p_yes_after: list[float]
@@ -116,6 +133,35 @@ class TeacherPipelineOutput:
         return np.stack([np.asarray(frame) for frame in frames])
 
 
+def alone(
+    nested: bool = False,
+) -> Callable[[Callable[Concatenate[Any, P], R]], Callable[Concatenate[Any, P], R]]:
+    """Decorate a method that works with the models: one thread and one call at a time, in torch's plain modes.
+
+    nested: may be called inside another one of the same thread, by a callback for one. The call raises InputError where
+    the pipeline is at work already, and OutOfMemory where what it makes does not fit.
+    """
+
+    def decorate(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+        @wraps(method)
+        def run(self: Any, *args: P.args, **keywords: P.kwargs) -> R:
+            with exclusive(self.reasoner.transformer, nested), plain_torch(), self._same_bytes(keywords):
+                try:
+                    return method(self, *args, **keywords)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise OutOfMemory(
+                f"it does not fit in memory ({why}): give fewer or smaller frames, or offload; `vlmteacher plan` says"
+                " what fits"
+            )
+
+        return run
+
+    return decorate
+
+
 class TeacherPipeline:
     """A Reasoner (video generation model), a Teacher (vision-language model) and a surrogate decoder between them.
 
@@ -138,12 +184,22 @@ class TeacherPipeline:
         self.reasoner, self.teacher, self.decoder = reasoner, teacher, decoder
         self.offload = offload
         self.devices = {"reasoner": reasoner.device, "teacher": teacher.device}
-        self.defaults = Settings(**(defaults or {}))
+        self.defaults = Settings.of(defaults or {}, "defaults")
         self.models = models or {}
         self.lora: LoRA | None = None
         self.loop: Optimization | None = None
 
+    def _same_bytes(self, keywords: Mapping[str, Any]) -> Any:
+        """The context of a call with these keywords: `deterministic`, or none."""
+        wanted = keywords.get("deterministic")
+        if wanted is None:
+            wanted = self.defaults.deterministic
+        if not arguments.flag("deterministic", wanted):
+            return nullcontext()
+        return deterministic(*self.devices.values())
+
     @classmethod
+    @plain_torch()
     def from_pretrained(
         cls,
         reasoner: str | os.PathLike[str] | None = None,
@@ -151,7 +207,8 @@ class TeacherPipeline:
         decoder: str | os.PathLike[str] | None = None,
         *,
         pair: str | os.PathLike[str] | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device_map: str | torch.device | DeviceMap | None = None,
         offload: bool = False,
         quantize: Quantize | None = None,
@@ -165,7 +222,8 @@ class TeacherPipeline:
         own default settings hold as long as the Reasoner is the pair's. A Reasoner with other latents than the pair's
         decoder gets the decoder that its family is known to have, from the hub (`known_decoder`).
         device_map: one device, or {"reasoner": "cuda:0", "teacher": "cuda:1"} (see `to`); None is the GPU where there
-        is one. dtype: None is bfloat16 on GPUs, float32 elsewhere. offload: see `need`.
+        is one. dtype: torch's or its name; None is bfloat16 on GPUs, float32 elsewhere; torch_dtype: the same under
+        diffusers' other name. offload: see `need`.
         quantize: keep the Teacher's language model in "8bit" or "4bit" (the extra `quantized`); it stays on its device.
         transformer, few_step_lora, preset: parts of the Reasoner from elsewhere, and how it samples (`load_reasoner`).
         Raises InputError: no such model, an unknown family, models that do not fit together, a device that is not
@@ -177,10 +235,21 @@ class TeacherPipeline:
         from vlmteacher.reasoners import load_reasoner
         from vlmteacher.teachers import load_teacher
 
+        dtypes = {parse_dtype(each) for each in (dtype, torch_dtype) if each is not None}
+        if len(dtypes) > 1:
+            raise InputError(f"dtype {dtype} and torch_dtype {torch_dtype} are two names of one thing: give one")
+        arguments.flag("offload", offload)
+        for name, value in (("quantize", quantize), ("preset", preset)):
+            if value is not None:
+                arguments.text(name, value)
+        if transformer is not None:
+            transformer = arguments.paths("transformer", transformer)
+        if few_step_lora is not None:
+            few_step_lora = arguments.paths("few_step_lora", few_step_lora)
         devices = find_devices(device_map)
-        dtype = find_dtype(devices) if dtype is None else dtype
+        chosen = dtypes.pop() if dtypes else find_dtype(devices)
         given = {"reasoner": reasoner, "teacher": teacher, "decoder": decoder}
-        models = {name: os.fspath(path) for name, path in given.items() if path is not None}
+        models = {name: arguments.path(name, path) for name, path in given.items() if path is not None}
         models = {name: os.path.abspath(path) if os.path.exists(path) else path for name, path in models.items()}
         defaults: dict[str, Any] = {}
         if len(models) < 3:
@@ -197,17 +266,18 @@ class TeacherPipeline:
                 path = os.path.abspath(file) if os.path.exists(file) else file
                 models[name] = f"{models[name]}, {path}" if name in models else path
         the_reasoner = load_reasoner(
-            paths["reasoner"], dtype=dtype, transformer=transformer, few_step_lora=few_step_lora, preset=preset
+            paths["reasoner"], dtype=chosen, transformer=transformer, few_step_lora=few_step_lora, preset=preset
         )
         if reasoner is not None and decoder is None and not fits_decoder(paths["decoder"], the_reasoner):
             models["decoder"] = paths["decoder"] = known_decoder(the_reasoner)
         # A misfit shows before the Teacher loads.
         the_reasoner.to(devices["reasoner"], networks=False).vae.to(devices["reasoner"])
-        the_decoder = load_decoder(paths["decoder"], the_reasoner, dtype=dtype)
+        the_decoder = load_decoder(paths["decoder"], the_reasoner, dtype=chosen)
         check_agreement(the_decoder, the_reasoner, models["decoder"])
-        the_teacher = load_teacher(paths["teacher"], dtype=dtype, quantize=quantize, device=devices["teacher"])
+        the_teacher = load_teacher(paths["teacher"], dtype=chosen, quantize=quantize, device=devices["teacher"])
         return cls(the_reasoner, the_teacher, the_decoder, defaults, models, offload).to(devices)
 
+    @alone()
     def to(self, device: str | torch.device | DeviceMap) -> TeacherPipeline:
         """Work on one device, or on one for each of "reasoner" and "teacher"; the decoder goes with the Reasoner.
 
@@ -215,12 +285,15 @@ class TeacherPipeline:
         that is not there, and a quantised Teacher that would have to move.
         """
         self.devices = find_devices(device)
+        self._place()
+        return self
+
+    def _place(self) -> None:
         self.reasoner.to(self.devices["reasoner"], networks=not self.offload)
         self.decoder.to(self.devices["reasoner"])
         if self.teacher.quantized or not self.offload:
             self.teacher.to(self.devices["teacher"])
         self.need()
-        return self
 
     def need(self, *names: str) -> None:
         """With `offload`: these on their devices, every other in main memory. Else all stay where they are.
@@ -236,10 +309,11 @@ class TeacherPipeline:
             home = self.devices["teacher" if name == "teacher" else "reasoner"]
             parts[name].to(home if name in names else torch.device("cpu"))
 
+    @alone()
     @in_its_folder
     def __call__(
         self,
-        prompt: str,
+        prompt: str | Sequence[str],
         image: ImageInput | None = None,
         *,
         num_frames: int | None = None,
@@ -247,9 +321,9 @@ class TeacherPipeline:
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        negative_prompt: str | None = None,
-        generator: torch.Generator | None = None,
-        queries: QuerySet | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        queries: QuerySet | Mapping[str, Any] | Sequence[str] | str | os.PathLike[str] | None = None,
         max_steps: int | None = None,
         threshold: float | None = None,
         goal_weight: float | None = None,
@@ -267,6 +341,7 @@ class TeacherPipeline:
         lora_decay: float | None = None,
         pull: float | None = None,
         final_samples: int | None = None,
+        deterministic: bool | None = None,
         output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[TeacherPipeline, int, dict[str, Any]], Any] | None = None,
@@ -277,28 +352,46 @@ class TeacherPipeline:
         """Answer one instance (prompt, first frame) by test-time optimisation: Algorithm 1 of arXiv 2606.02564.
 
         Args:
-            prompt: the task. image: the first frame, or None for a text-only instance; an image of another size but
-                the same shape is resized.
+            prompt: the task; it, negative_prompt and generator may come as a list of one. image: the first frame, or
+                None for a text-only instance; an image of another size but the same shape is resized.
             num_frames, height, width: of the video; None is the Reasoner's own size.
             num_inference_steps, guidance_scale, negative_prompt: how the Reasoner samples; None is its preset's. The
                 steps are evenly spaced (before the shift); guidance, 1 for none, holds in the one-step prediction too.
             generator: the source of the instance's noise and of the LoRA's start; None draws a new seed.
-            queries: None lets the Teacher write them.
+            queries: a QuerySet, its dictionary, a list with the goal first, or a file of `vlmteacher queries`; None
+                lets the Teacher write them.
             max_steps, threshold, goal_weight, teacher_frames, rank, learning_rate, keep, check_final, fused_lora,
-                engine, lora_blocks, target, preserve, frame_jitter, lora_decay, pull, final_samples: see `Settings`;
-                None is the pair's default, where it has one, or else the paper's.
+                engine, lora_blocks, target, preserve, frame_jitter, lora_decay, pull, final_samples, deterministic:
+                see `Settings`; None is the pair's default, where it has one, or else the paper's.
             output_type: what the videos come as (see `Frames`). return_dict: False returns `(frames,)`.
             callback_on_step_end: called as `callback(pipe, step, row)` after each step.
             run_dir: a folder to write the run to while it goes on; an interrupted one (KeyboardInterrupt, kill, power)
                 is taken up by the same call with `resume=True`, and ends in the same LoRA as if nothing had happened. A
                 finished one gets the files that it lacks, or, with a greater `max_steps`, goes on.
 
+        It does not matter whether the caller is inside `no_grad`, `inference_mode` or autocast. A pipeline does one
+        thing at a time: from another thread, or from its callback, a second call is refused.
+
         Raises InputError for what cannot be used, OutputError for a file that cannot be written, NonFiniteError when
-        the optimisation breaks down, OutOfMemory when a step does not fit, however little is kept
+        the optimisation breaks down at its first step, OutOfMemory when a step does not fit, however little is kept
         (`vlmteacher/memory_ladder.py`).
         """
         start = time.perf_counter()
+        leave_inference_mode(self.reasoner, self.teacher, self.decoder)
         teacher, decoder = self.teacher, self.decoder
+        prompt = arguments.text("prompt", arguments.single("prompt", prompt))
+        if negative_prompt is not None:
+            negative_prompt = arguments.text("negative_prompt", arguments.single("negative_prompt", negative_prompt))
+        if guidance_scale is not None:
+            guidance_scale = arguments.number("guidance_scale", guidance_scale)
+        if num_inference_steps is not None:
+            num_inference_steps = arguments.whole("num_inference_steps", num_inference_steps)
+        generator = find_generator(generator)
+        queries = find_queries(queries)
+        for name, value in (("return_dict", return_dict), ("progress", progress), ("resume", resume)):
+            arguments.flag(name, value)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise InputError(f"callback_on_step_end must be a function, not {arguments.show(callback_on_step_end)}")
         reasoner = self.reasoner.with_sampling(
             num_inference_steps, guidance_scale=guidance_scale, negative_prompt=negative_prompt
         )
@@ -321,6 +414,7 @@ class TeacherPipeline:
             "pull": pull,
             # A pair's default is for its own sampler: by another, all videos from one z1 can be the same.
             "final_samples": 1 if final_samples is None and not reasoner.draws_later else final_samples,
+            "deterministic": deterministic,
         }
         if self.lora:
             if rank not in (None, self.lora.rank):
@@ -334,13 +428,17 @@ class TeacherPipeline:
         if self.lora and settings.lora_blocks is not None:
             raise InputError(f"{self.lora.source} has its own layers: it cannot go on with lora_blocks")
         given = {"num_frames": num_frames, "height": height, "width": width}
-        size = {name: getattr(reasoner, name) if value is None else value for name, value in given.items()}
+        size = {
+            name: getattr(reasoner, name) if value is None else arguments.whole(name, value)
+            for name, value in given.items()
+        }
         check_prompt(prompt)
         check_choice("output_type", output_type, ("pil", "np", "pt"))
         reasoner.check(**size)
+        check_size(reasoner, settings, **size)
         frame_indices = teacher_frame_indices(size["num_frames"], settings.teacher_frames)
         image = None if image is None else fit_image(image, size["height"], size["width"])
-        run = None if run_dir is None else RunFolder(run_dir, resume)
+        run = None if run_dir is None else RunFolder(arguments.path("run_dir", run_dir), resume)
         recorded = run.record if run else None
         if recorded and max_steps is None:  # it may have been raised since
             settings = replace(settings, max_steps=recorded["config"].get("max_steps"))
@@ -407,7 +505,9 @@ class TeacherPipeline:
                 # 3. Look at the one-step prediction; stop if the Teacher is content, else update; at most N times.
                 for row in watch(loop, run, progress):
                     if callback_on_step_end:
-                        callback_on_step_end(self, row["step"], row)
+                        with plain_torch():
+                            callback_on_step_end(self, row["step"], row)
+                        self.need(*working)  # it may have looked at a video
                 loop.finish()
                 lora = export_lora(reasoner.transformer)
                 if run:
@@ -415,13 +515,11 @@ class TeacherPipeline:
 
                 # 4. The few-step video of the adapted Reasoner from the same noise.
                 with timed(seconds, "after"):
-                    # Without an update the first of them is the video of before.
-                    samples, judged = ([], []) if loop.updates else ([video_before], [losses_before])
-                    known = len(samples)
-                    samples += [self.sample(condition, each, reasoner) for each in noise.samples()[known:]]
-                    judged += [self.judge(each, frame_indices, queries) for each in samples[known:]]
-                    sample = pick(judged, settings.goal_weight)
-                    video, losses = samples[sample], judged[sample]
+                    video, losses, sample = self._final(loop, video_before, losses_before)
+                if loop.stopped == "diverged":  # which this video may have shown
+                    lora = export_lora(reasoner.transformer)
+                    if run:
+                        run.write_lora(lora)
             except (KeyboardInterrupt, NonFiniteError, OutOfMemory):
                 if run:
                     run.interrupt(loop)
@@ -431,7 +529,7 @@ class TeacherPipeline:
                 loop.close()
                 if self.offload and not offload:  # memory ran out; the next instance may be smaller
                     self.offload = False
-                    self.to(self.devices)
+                    self._place()
         finally:
             remove_lora(reasoner.transformer)
             self.need()
@@ -476,6 +574,36 @@ class TeacherPipeline:
         what = {"prompt": prompt, "config": config, "models": self.models}
         return {**what, "queries": queries.to_dict(), "fingerprints": fingerprints}
 
+    def _final(self, loop: Optimization, video_before: Tensor, losses_before: Tensor) -> tuple[Tensor, Tensor, int]:
+        """The few-step video of the LoRA that stays, its losses, and which of the samples it is.
+
+        The last update was not looked at by any step: where this video shows that it led nowhere, the best LoRA comes
+        in its place.
+        """
+        weight = loop.settings.goal_weight
+
+        def best() -> tuple[Tensor, Tensor, int]:
+            # Without an update the first of them is the video of before.
+            samples, judged = ([], []) if loop.updates else ([video_before], [losses_before])
+            known = len(samples)
+            samples += [self.sample(loop.condition, each, loop.reasoner) for each in loop.noise.samples()[known:]]
+            judged += [self.judge(each, loop.frame_indices, loop.queries) for each in samples[known:]]
+            sample = pick(judged, weight)
+            return samples[sample], judged[sample], sample
+
+        try:
+            found = best()
+            rise = vqa_objective(found[1], weight).item() - vqa_objective(losses_before, weight).item()
+            flat = loop.flatness(frame_contrast(found[0]).item())
+            why = f"the few-step video's loss has risen by {rise:.2f}" if rise > DIVERGED_RISE else flat
+        except NonFiniteFrames as error:
+            why = str(error)
+        if why is None or loop.stopped != "max_steps" or not loop.updates:
+            return found
+        loop.diverge(why)
+        return best()
+
+    @alone()
     def load_lora(self, lora: str | os.PathLike[str] | TeacherPipelineOutput | None) -> None:
         """Let every following call go on from this LoRA instead of a fresh one; None: from a fresh one again.
 
@@ -485,6 +613,7 @@ class TeacherPipeline:
         """
         self.lora = None if lora is None else self._read_lora(lora)
 
+    @alone()
     def fuse(self, lora: str | os.PathLike[str] | TeacherPipelineOutput) -> None:
         """Add a LoRA (see `load_lora`) to the Reasoner's weights for good; following calls start from them.
 
@@ -504,11 +633,13 @@ class TeacherPipeline:
         read.check_fits(self.reasoner.transformer)
         return read
 
+    @alone(nested=True)
     def write_queries(self, prompt: str, image: ImageInput | None = None) -> QuerySet:
         """The Teacher's queries for a task (see `Teacher.write_queries`)."""
         self.need("teacher")
         return self.teacher.write_queries(prompt, image)
 
+    @alone(nested=True)
     def sample(self, condition: Condition, noise: Noise, reasoner: Reasoner | None = None) -> Tensor:
         """The video (F, 3, H, W) of the Reasoner, as it is now, from this noise; float32 in [0, 1].
 
@@ -519,6 +650,7 @@ class TeacherPipeline:
         self.need("vae")
         return self.reasoner.decode(latents)
 
+    @alone(nested=True)
     @torch.no_grad()
     def judge(self, video: Tensor, frame_indices: Sequence[int], queries: QuerySet) -> Tensor:
         """-log P(Yes) (1+M,) of each query on a decoded video (F, 3, H, W)."""
@@ -542,7 +674,7 @@ def watch(loop: Optimization, run: RunFolder | None, progress: bool) -> Iterator
 
 def read_pair(path: str | os.PathLike[str] | None = None) -> tuple[Path, dict[str, Any]]:
     """The directory and the pair.json of a pair of models, by default of the packaged one. Raises InputError."""
-    directory = PACKAGED_PAIR if path is None else Path(path)
+    directory = PACKAGED_PAIR if path is None else Path(arguments.path("pair", path))
     file = directory / "pair.json"
     try:
         description = read_json(file, "file")
@@ -563,9 +695,45 @@ def read_pair(path: str | os.PathLike[str] | None = None) -> tuple[Path, dict[st
     return directory, description
 
 
+def find_generator(generator: object) -> torch.Generator | None:
+    """A generator, or the only one of a list. Raises InputError."""
+    found = arguments.single("generator", generator)
+    if found is None or isinstance(found, torch.Generator):
+        return found
+    raise InputError(
+        f"generator must be a torch.Generator, not {arguments.show(found)}: torch.Generator().manual_seed(0) is one"
+    )
+
+
+def find_queries(queries: object) -> QuerySet | None:
+    """A query set from its dictionary, from a list with the goal first, or from a file. Raises InputError."""
+    if queries is None or isinstance(queries, QuerySet):
+        return queries
+    if isinstance(queries, (str, os.PathLike)):
+        return QuerySet.load(arguments.path("queries", queries))
+    if isinstance(queries, (list, tuple)) and queries:
+        return QuerySet(queries[0], tuple(queries[1:]))
+    return QuerySet.from_dict(queries)
+
+
+def check_size(reasoner: Reasoner, settings: Settings, num_frames: int, height: int, width: int) -> None:
+    """Raise InputError where noise and pixels alone, or the LoRA alone, are larger than the Reasoner's device."""
+    if settings.frame_jitter >= min(height, width):
+        raise InputError(f"frame_jitter {settings.frame_jitter} shifts frames of {width}x{height} out of themselves")
+    latents = math.prod(reasoner.latent_shape(num_frames, height, width))
+    later = len(reasoner.settings.timesteps) - 1 if reasoner.settings.sampler == "renoise" else 0
+    pixels = 3 * num_frames * height * width
+    numbers = latents * (2 + later * settings.final_samples) + pixels * (1 + settings.final_samples)
+    samples = f" and {settings.final_samples} final_samples" if settings.final_samples > 1 else ""
+    video = f"a video of {num_frames} frames of {width}x{height} with {later + 1} draws of noise{samples}"
+    check_memory(reasoner.device, 4 * numbers, video, "give fewer or smaller frames, steps or final_samples")
+    weights = lora_size(reasoner.transformer, settings.rank, settings.lora_blocks)
+    check_memory(reasoner.device, 16 * weights, f"a LoRA of rank {settings.rank} in training", "give a lower rank")
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise InputError(f"{name} {value!r} is not there: it can be {' or '.join(map(repr, choices))}")
+    if not isinstance(value, str) or value not in choices:
+        raise InputError(f"{name} {arguments.show(value)} is not there: it can be {' or '.join(map(repr, choices))}")
 
 
 def convert(video: Tensor, output_type: Literal["pil", "np", "pt"]) -> Frames:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from vlmteacher.arguments import show
 from vlmteacher.errors import InputError
 
 if TYPE_CHECKING:
@@ -84,15 +86,59 @@ def _processor(device: torch.device) -> str:
     return next(named, platform.processor() or platform.machine())
 
 
+DTYPES = {
+    name: kind
+    for kind, names in {
+        "float32": ("float32", "fp32", "float"),
+        "bfloat16": ("bfloat16", "bf16"),
+        "float16": ("float16", "fp16", "half"),
+        "float64": ("float64", "fp64", "double"),
+    }.items()
+    for name in names
+}
+
+
+def parse_dtype(dtype: object, label: str = "dtype") -> torch.dtype:
+    """A dtype that models compute in, given as torch's or by name ("bfloat16", "bf16"). Raises InputError."""
+    import torch
+
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, (str, torch.dtype)) else ""
+    if name not in DTYPES:
+        known = ", ".join(dict.fromkeys(DTYPES.values()))
+        raise InputError(f"{label} must be one of {known}, of torch or as a string, not {show(dtype)}")
+    found: torch.dtype = getattr(torch, DTYPES[name])
+    return found
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of memory that a device has in all; None where that is not known."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device.type == "cpu" else None
+
+
+def check_memory(device: torch.device, needed: int, what: str, remedy: str) -> None:
+    """Raise InputError where `what` needs more bytes than the device has in all."""
+    there = device_memory(device)
+    if there is not None and needed > there:
+        raise InputError(
+            f"{what} needs at least {needed / 1e9:.3g} GB, {device} has {there / 1e9:.3g} GB in all: {remedy}"
+        )
+
+
 def find_device(device: str | torch.device, label: str = "device") -> torch.device:
     """The device that tensors made on `device` are on ("cuda" is one with a number). Raises InputError without it."""
     import torch
 
+    if device is None:  # for torch whatever the default device is
+        raise InputError(f"{label} None is no device: give cpu, cuda or the like")
     try:
         probe = torch.empty(1, device=device)
         probe.item()
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        name = f"{label}{'' if label.endswith('=') else ' '}{device}"
+        name = f"{label}{'' if label.endswith('=') else ' '}{device if isinstance(device, str) else show(device)}"
         raise InputError(f"{name} cannot be used here ({reason}): see `vlmteacher env`") from error
     return probe.device

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from vlmteacher import arguments
 from vlmteacher.errors import InputError, OutputError
 from vlmteacher.files import check_text, claimed, read_json, remove, replacing, write_bytes, write_json, write_text
 from vlmteacher.interruption import uninterrupted
@@ -90,8 +91,7 @@ def in_its_folder(call: F) -> F:
 
 def checked(path: str | os.PathLike[str]) -> Path:
     """The path of a run folder. Raises InputError: its name is no text, a file is there, it cannot be written to."""
-    check_text(os.fsdecode(path), "output directory")
-    path = Path(path)
+    path = Path(check_text(arguments.path("output directory", path), "output directory"))
     try:
         existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     except OSError as error:

@@ -82,8 +82,8 @@ Target = Literal["first_step", "last_step", "full"]
 
 def even_timesteps(steps: int) -> tuple[float, ...]:
     """`steps` timesteps evenly spaced from 1000 down, the last of which goes to 0: what many-step sampling takes."""
-    if steps < 1:
-        raise InputError(f"num_inference_steps must be at least 1, not {steps}")
+    if not 1 <= steps <= 1000:
+        raise InputError(f"num_inference_steps must lie between 1 and 1000, not {steps}")
     return tuple(1000 * (steps - k) / steps for k in range(steps))
 
 

@@ -1,0 +1,79 @@
+"""What a caller gives in Python: of the type that is meant, or InputError names the argument and the value."""
+
+from __future__ import annotations
+
+import os
+import reprlib
+from numbers import Integral, Real
+from typing import Any
+
+from vlmteacher.errors import InputError
+
+LARGEST = 2**63 - 1  # of a tensor's size, a number of steps, a seed
+
+
+def show(value: object) -> str:
+    """`value` for a message of one line, whatever it is."""
+    try:
+        return " ".join(reprlib.repr(value).split())
+    except Exception:  # an integer of thousands of digits, an object whose __repr__ fails
+        return f"a {type(value).__name__}"
+
+
+def whole(name: str, value: object, least: int = 1) -> int:
+    """An integer of Python or numpy, from `least` up."""
+    if isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= LARGEST:
+        return int(value)
+    raise InputError(f"{name} must be a whole number of at least {least}, not {show(value)}")
+
+
+def number(name: str, value: object) -> float:
+    """A real number of Python or numpy, NaN and infinity included; Python's own int stays one."""
+    if isinstance(value, Real) and not isinstance(value, bool):
+        try:
+            return value if type(value) is int and float(value) == value else float(value)
+        except OverflowError:
+            pass
+    raise InputError(f"{name} must be a number, not {show(value)}")
+
+
+def flag(name: str, value: object) -> bool:
+    """True or False of Python or numpy."""
+    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    raise InputError(f"{name} must be True or False, not {show(value)}")
+
+
+def one_of(name: str, value: object, choices: tuple[str, ...]) -> Any:
+    """One of `choices`."""
+    if isinstance(value, str) and value in choices:
+        return value
+    raise InputError(f"{name} must be {' or '.join(choices)}, not {show(value)}")
+
+
+def path(name: str, value: object) -> str:
+    """A path or a hub id as text."""
+    if isinstance(value, (str, os.PathLike)) and isinstance(found := os.fspath(value), str):
+        return found
+    raise InputError(f"{name} must be a path or a name, not {show(value)}")
+
+
+def paths(name: str, value: object) -> str | list[str]:
+    """A path or a hub id as text, or a list of them."""
+    return [path(name, each) for each in value] if isinstance(value, (list, tuple)) else path(name, value)
+
+
+def single(name: str, value: object) -> object:
+    """`value`, or the only entry where it is a list: diffusers' pipelines take lists, a call here is one instance."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    if len(value) != 1:
+        raise InputError(f"{name} is a list of {len(value)}: a call answers one instance, call once for each")
+    return value[0]
+
+
+def text(name: str, value: object) -> str:
+    """A string."""
+    if isinstance(value, str):
+        return value
+    raise InputError(f"{name} must be a string, not {show(value)}")
