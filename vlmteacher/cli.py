@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -158,6 +159,12 @@ def parser() -> argparse.ArgumentParser:
         "--activations",
         metavar="LEVELS",
         help="what the Reasoner's blocks keep for the backward, as `vlmteacher plan` says it (default: everything)",
+    )
+    sub.add_argument(
+        "--deterministic",
+        action="store_true",
+        default=None,
+        help="the same bytes whatever the number of threads: works on one, and is slower",
     )
     sub.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the noise (default: 0)")
     sub.add_argument("--out", required=True, metavar="DIR", help="run folder to write")
@@ -342,6 +349,7 @@ def demo(arguments: argparse.Namespace) -> None:
         parts = ", ".join(f"{part} {value:.2f}" for part, value in verdict.subscores.items())
         print(f"Rule scorer {name}: {'success' if verdict.success else 'failure'}, score {verdict.score:.2f} ({parts})")
     _print_folder(out)
+    _check_converged(output)
 
 
 def solve(arguments: argparse.Namespace) -> None:
@@ -357,6 +365,8 @@ def solve(arguments: argparse.Namespace) -> None:
     from vlmteacher.quiet import quiet
 
     quiet()
+    if arguments.deterministic:  # cuBLAS reads it when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
     from vlmteacher.optimization import Settings
@@ -379,6 +389,7 @@ def solve(arguments: argparse.Namespace) -> None:
         "lora_decay": arguments.lora_decay,
         "pull": arguments.pull,
         "final_samples": arguments.final_samples,
+        "deterministic": arguments.deterministic,
     }
     settings = {name: value for name, value in names.items() if value is not None}
     Settings(**settings)  # bad values show before any model is loaded
@@ -407,6 +418,7 @@ def solve(arguments: argparse.Namespace) -> None:
     )
     _print_result(output)
     _print_folder(Path(arguments.out))
+    _check_converged(output)
 
 
 def queries(arguments: argparse.Namespace) -> None:
@@ -695,6 +707,7 @@ def _pipeline(arguments: argparse.Namespace) -> TeacherPipeline:
 
     from vlmteacher.pipeline import TeacherPipeline
     from vlmteacher.placement import describe, find_devices, find_dtype
+    from vlmteacher.torch_modes import deterministic
 
     where = parse_device_map(arguments.device_map) if arguments.device_map else arguments.device
     devices = find_devices(where, "--device", "--device-map")
@@ -704,18 +717,19 @@ def _pipeline(arguments: argparse.Namespace) -> TeacherPipeline:
         raise InputError("--offload keeps in main memory what a GPU does not need: give --device or --device-map too")
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else find_dtype(devices)
     print(describe(devices, dtype), flush=True)
-    return TeacherPipeline.from_pretrained(
-        arguments.reasoner,
-        arguments.teacher,
-        arguments.decoder,
-        dtype=dtype,
-        device_map=devices,
-        offload=arguments.offload,
-        quantize=arguments.quantize,
-        transformer=arguments.transformer,
-        few_step_lora=arguments.few_step_lora,
-        preset=arguments.preset,
-    )
+    with deterministic(*devices.values()) if arguments.deterministic else nullcontext():  # a LoRA is merged here
+        return TeacherPipeline.from_pretrained(
+            arguments.reasoner,
+            arguments.teacher,
+            arguments.decoder,
+            dtype=dtype,
+            device_map=devices,
+            offload=arguments.offload,
+            quantize=arguments.quantize,
+            transformer=arguments.transformer,
+            few_step_lora=arguments.few_step_lora,
+            preset=arguments.preset,
+        )
 
 
 def _check_run_folder(arguments: argparse.Namespace) -> None:
@@ -735,12 +749,19 @@ def _first_free(path: str) -> Path:
 
 
 def _print_result(output: TeacherPipelineOutput) -> None:
-    reason = "the threshold was reached" if output.stopped == "threshold" else "no step was left"
+    reasons = {"threshold": "the threshold was reached", "max_steps": "no step was left", "diverged": "diverged"}
+    reason = reasons[output.stopped]
     steps, total = output.seconds["steps"], output.seconds["total"]
     print(f"{output.updates} updates in {steps:.1f} s ({reason}), {total:.1f} s in all")
     print("P(Yes) before -> after")
     for question, before, after in zip(output.queries.questions, output.p_yes_before, output.p_yes_after, strict=True):
         print(f"  {before:.2f} -> {after:.2f}  {question}")
+
+
+def _check_converged(output: TeacherPipelineOutput) -> None:
+    if output.stopped == "diverged":
+        why = output.history[-1]["rolled_back"]
+        raise ArithmeticError(f"the optimisation diverged ({why}); the best LoRA before is kept: try a lower --lr")
 
 
 def _print_folder(path: Path) -> None:

@@ -311,7 +311,7 @@ class Optimization:
             except NonFiniteError as error:
                 if self.best is None:
                     raise
-                stop, why = False, str(error)
+                stop, why = False, str(error).removesuffix(f": {REMEDY}")
             if why and self.best is not None:
                 undo.enter_context(self._whole_or_not_at_all())
                 row, stop, diverged = self._roll_back(why)
