@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vlmteacher.teachers.base import Teacher
 
 GRADIENT_CLIP = 1.0
+LARGEST_NUMBER = 1e18  # of a setting: ten times the product of two still is a float32
 REMEDY = "try a lower learning rate or another dtype"
 DIVERGED_RISE = math.log(5)  # of the loss above its start: the P(Yes) of the questions have fallen to a fifth
 DIVERGED_LOOKS = 5  # in a row; a healthy run rises so far at single steps only (docs/step.md)
@@ -103,12 +104,12 @@ class Settings:
             arguments.one_of(name, getattr(self, name), choices)
         for name in ("threshold", "learning_rate"):
             value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise InputError(f"{name} must be greater than 0, not {value}")
+            if not 0 < value <= LARGEST_NUMBER:
+                raise InputError(f"{name} must be greater than 0 and at most {LARGEST_NUMBER:g}, not {value}")
         for name in ("lora_decay", "pull"):
             value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise InputError(f"{name} must be 0 (off) or greater, not {value}")
+            if not 0 <= value <= LARGEST_NUMBER:
+                raise InputError(f"{name} must be 0 (off) or greater, at most {LARGEST_NUMBER:g}, not {value}")
         if not 0 <= self.goal_weight <= 1:
             raise InputError(f"goal_weight must lie between 0 and 1, not {self.goal_weight}")
         if self.engine == "cuda_graph" and self.frame_jitter:
@@ -190,6 +191,11 @@ def frame_guards(frames: Tensor | PatchRows) -> Tensor:
             jumps.max() if len(jumps) else luma.new_zeros(()),
         ]
     )
+
+
+def _cause(error: object) -> str:
+    """What went wrong, without the remedy that rolling back is."""
+    return str(error).removesuffix(f": {REMEDY}")
 
 
 class Optimization:
@@ -311,7 +317,7 @@ class Optimization:
             except NonFiniteError as error:
                 if self.best is None:
                     raise
-                stop, why = False, str(error).removesuffix(f": {REMEDY}")
+                stop, why = False, _cause(error)
             if why and self.best is not None:
                 undo.enter_context(self._whole_or_not_at_all())
                 row, stop, diverged = self._roll_back(why)
@@ -416,8 +422,9 @@ class Optimization:
         log.warning("step %d: %s: back to the best LoRA so far, %s", row["step"], why, then)
         return row, stop, diverged
 
-    def diverge(self, why: str) -> None:
+    def diverge(self, why: str | NonFiniteFrames) -> None:
         """End as diverged after all, where the video of the last update shows it: the LoRA is the best one."""
+        why = _cause(why)
         self._take_best()
         self.history[-1]["rolled_back"] = why
         self.stopped = "diverged"

@@ -386,7 +386,7 @@ class TeacherPipeline:
             guidance_scale = arguments.number("guidance_scale", guidance_scale)
         if num_inference_steps is not None:
             num_inference_steps = arguments.whole("num_inference_steps", num_inference_steps)
-        generator = find_generator(generator)
+        source = find_generator(generator)
         queries = find_queries(queries)
         for name, value in (("return_dict", return_dict), ("progress", progress), ("resume", resume)):
             arguments.flag(name, value)
@@ -442,16 +442,16 @@ class TeacherPipeline:
         recorded = run.record if run else None
         if recorded and max_steps is None:  # it may have been raised since
             settings = replace(settings, max_steps=recorded["config"].get("max_steps"))
-        if generator is None:
-            generator = torch.Generator()
-            generator.manual_seed(recorded["config"]["seed"] if recorded else generator.seed())
-        seed = generator.initial_seed()
+        if source is None:
+            source = torch.Generator()
+            source.manual_seed(recorded["config"]["seed"] if recorded else source.seed())
+        seed = source.initial_seed()
         config = {
             **settings.to_dict(),
             **size,
             "sampling": reasoner.settings.sampling,
             "seed": seed,
-            "generator": digest(generator.get_state().numpy()),  # one that was used before has the same seed
+            "generator": digest(source.get_state().numpy()),  # one that was used before has the same seed
             "image": None if image is None else digest(np.asarray(image)),
             "dtype": str(reasoner.dtype).removeprefix("torch."),
             "lora": self.lora and fingerprint(self.lora),
@@ -474,7 +474,7 @@ class TeacherPipeline:
         record = self._record(prompt, config, queries) if run else {}  # of the models without the LoRA
 
         # 2. One noise for the whole instance, and a LoRA that changes nothing yet.
-        noise = reasoner.noise(condition, generator, settings.final_samples)
+        noise = reasoner.noise(condition, source, settings.final_samples)
         add_lora(
             reasoner.transformer,
             settings.rank,
@@ -593,11 +593,14 @@ class TeacherPipeline:
 
         try:
             found = best()
-            rise = vqa_objective(found[1], weight).item() - vqa_objective(losses_before, weight).item()
-            flat = loop.flatness(frame_contrast(found[0]).item())
-            why = f"the few-step video's loss has risen by {rise:.2f}" if rise > DIVERGED_RISE else flat
         except NonFiniteFrames as error:
-            why = str(error)
+            if not loop.updates:
+                raise
+            loop.diverge(error)
+            return best()
+        rise = vqa_objective(found[1], weight).item() - vqa_objective(losses_before, weight).item()
+        flat = loop.flatness(frame_contrast(found[0]).item())
+        why = f"the few-step video's loss has risen by {rise:.2f}" if rise > DIVERGED_RISE else flat
         if why is None or loop.stopped != "max_steps" or not loop.updates:
             return found
         loop.diverge(why)
