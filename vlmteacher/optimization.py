@@ -422,6 +422,13 @@ class Optimization:
         log.warning("step %d: %s: back to the best LoRA so far, %s", row["step"], why, then)
         return row, stop, diverged
 
+    def last_divergence(self) -> str | None:
+        """What one more look says of the last update, which no step looks at."""
+        try:
+            return self._assess()[2]
+        except NonFiniteError as error:
+            return _cause(error)
+
     def diverge(self, why: str | NonFiniteFrames) -> None:
         """End as diverged after all, where the video of the last update shows it: the LoRA is the best one."""
         why = _cause(why)

@@ -489,9 +489,7 @@ class TeacherPipeline:
                 losses_before = self.judge(video_before, frame_indices, queries)
             if run and not recorded:
                 run.begin({**record, "cut_tokens": condition.all_cut})
-            working = ["transformer", "teacher"]
-            if settings.check_final or settings.target != "first_step":
-                working += ["transformer_2", "vae"]
+            working = self._working(settings)
             self.need(*working)
             offload = self.offload
 
@@ -600,11 +598,21 @@ class TeacherPipeline:
             return best()
         rise = vqa_objective(found[1], weight).item() - vqa_objective(losses_before, weight).item()
         flat = loop.flatness(frame_contrast(found[0]).item())
+        if loop.settings.keep == "best" or loop.stopped != "max_steps" or not (rise > 0 or flat):
+            return found
         why = f"the few-step video's loss has risen by {rise:.2f}" if rise > DIVERGED_RISE else flat
-        if why is None or loop.stopped != "max_steps" or not loop.updates:
+        if why is None:
+            self.need(*self._working(loop.settings))
+            why = loop.last_divergence()
+        if why is None:
             return found
         loop.diverge(why)
         return best()
+
+    def _working(self, settings: Settings) -> list[str]:
+        """The networks that a step needs."""
+        final = settings.check_final or settings.target != "first_step"
+        return ["transformer", "teacher", *(["transformer_2", "vae"] if final else [])]
 
     @alone()
     def load_lora(self, lora: str | os.PathLike[str] | TeacherPipelineOutput | None) -> None:
