@@ -9,6 +9,7 @@ from typing import Any
 
 from vlmteacher.errors import InputError
 
+LARGEST_NUMBER = 1e18  # of a setting: ten times the product of two still is a float32
 LARGEST = 2**63 - 1  # of a tensor's size, a number of steps, a seed
 
 

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from vlmteacher.teachers.base import Teacher
 
 GRADIENT_CLIP = 1.0
-LARGEST_NUMBER = 1e18  # of a setting: ten times the product of two still is a float32
 REMEDY = "try a lower learning rate or another dtype"
 DIVERGED_RISE = math.log(5)  # of the loss above its start: the P(Yes) of the questions have fallen to a fifth
 DIVERGED_LOOKS = 5  # in a row; a healthy run rises so far at single steps only (docs/step.md)
@@ -104,12 +103,14 @@ class Settings:
             arguments.one_of(name, getattr(self, name), choices)
         for name in ("threshold", "learning_rate"):
             value = getattr(self, name)
-            if not 0 < value <= LARGEST_NUMBER:
-                raise InputError(f"{name} must be greater than 0 and at most {LARGEST_NUMBER:g}, not {value}")
+            if not 0 < value <= arguments.LARGEST_NUMBER:
+                raise InputError(f"{name} must be greater than 0 and at most {arguments.LARGEST_NUMBER:g}, not {value}")
         for name in ("lora_decay", "pull"):
             value = getattr(self, name)
-            if not 0 <= value <= LARGEST_NUMBER:
-                raise InputError(f"{name} must be 0 (off) or greater, at most {LARGEST_NUMBER:g}, not {value}")
+            if not 0 <= value <= arguments.LARGEST_NUMBER:
+                raise InputError(
+                    f"{name} must be 0 (off) or greater, at most {arguments.LARGEST_NUMBER:g}, not {value}"
+                )
         if not 0 <= self.goal_weight <= 1:
             raise InputError(f"goal_weight must lie between 0 and 1, not {self.goal_weight}")
         if self.engine == "cuda_graph" and self.frame_jitter:

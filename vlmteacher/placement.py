@@ -132,8 +132,8 @@ def find_device(device: str | torch.device, label: str = "device") -> torch.devi
     """The device that tensors made on `device` are on ("cuda" is one with a number). Raises InputError without it."""
     import torch
 
-    if device is None:  # for torch whatever the default device is
-        raise InputError(f"{label} None is no device: give cpu, cuda or the like")
+    if not isinstance(device, (str, torch.device)) and not (type(device) is int and device >= 0):
+        raise InputError(f"{label} {show(device)} is no device: give cpu, cuda or the like")
     try:
         probe = torch.empty(1, device=device)
         probe.item()

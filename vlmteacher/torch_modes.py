@@ -36,6 +36,16 @@ def plain_torch() -> Iterator[None]:
 
 
 @contextmanager
+def keepable() -> Iterator[None]:
+    """What is made here can be kept: autograd takes it later, even if `inference_mode` is on now. A decorator too."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
 def deterministic(*devices: torch.device) -> Iterator[None]:
     """The same bytes from the same work, whatever the number of threads: on one machine with the same versions.
 

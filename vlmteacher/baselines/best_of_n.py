@@ -12,6 +12,7 @@ from vlmteacher.optimization import teacher_frame_indices
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import QuerySet
 from vlmteacher.reward import vqa_objective
+from vlmteacher.torch_modes import plain_torch
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class BestOfN:
     best: int
 
 
+@plain_torch()
 @torch.no_grad()
 def best_of_n(
     pipe: TeacherPipeline, prompt: str, image: Image.Image | None, seeds: list[int], queries: QuerySet | None = None

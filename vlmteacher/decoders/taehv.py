@@ -43,6 +43,7 @@ from vlmteacher.ops import tiny_decoder
 from vlmteacher.ops.backends import without_data
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
 from vlmteacher.ops.tiny_decoder import Layer, Plan
+from vlmteacher.torch_modes import keepable
 
 HUNYUAN15_SCALE = 1.03682  # of HunyuanVideo-1.5's latents: its VAE's times this are what its transformer sees
 FILE_LIMIT = 2**30  # bytes; the largest published decoder has a tenth
@@ -298,9 +299,9 @@ class TinyVideoDecoder(nn.Module):
         convolution for each frame that TGrow makes.
         """
         parameters = list(self.parameters())
-        state = [(p.untyped_storage()._cdata, p._version, p.dtype) for p in parameters]
+        state = [(p.untyped_storage()._cdata, 0 if p.is_inference() else p._version, p.dtype) for p in parameters]
         if self._layers is None or self._layers[0] != state:
-            with torch.no_grad():
+            with keepable(), torch.no_grad():
                 self._layers = state, self._make_layers()
         return self._layers[1]
 

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from vlmteacher.errors import InputError, MissingExtra
 from vlmteacher.ops.backends import has_avx512_bf16, plain
+from vlmteacher.torch_modes import keepable
 
 _AVX512_BF16 = has_avx512_bf16()  # asked here, for torch.compile must not look into the question
 BACKENDS = ("native", "sdpa", "flex", "xformers", "flash")
@@ -77,11 +78,13 @@ class Spans:
         return (key < a) | (b <= key) & (key < c)
 
     @functools.cached_property
+    @keepable()
     def rest(self) -> Tensor:
         """The mask of the queries that are not causal."""
         return self.mask(self.causal)
 
     @functools.cached_property
+    @keepable()
     def block_mask(self) -> Any:
         """FlexAttention's."""
         from torch.nn.attention.flex_attention import create_block_mask

@@ -23,6 +23,7 @@ from vlmteacher.errors import InputError
 from vlmteacher.ops.backends import backend, without_data
 from vlmteacher.ops.bits import pack_bits, unpack_bits
 from vlmteacher.ops.checks import expect
+from vlmteacher.torch_modes import keepable
 
 
 class Band(NamedTuple):
@@ -64,6 +65,7 @@ def resize_matrix(size_in: int, size_out: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
+@keepable()
 def _bands(size_in: int, size_out: int, backward: bool, dtype: torch.dtype, device: torch.device) -> Band:
     matrix = resize_matrix(size_in, size_out)
     start, weight = Band.of(matrix.T if backward else matrix)

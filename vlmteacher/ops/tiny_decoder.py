@@ -22,6 +22,7 @@ from vlmteacher.ops.backends import backend, has_avx512_bf16, without_data
 from vlmteacher.ops.bits import pack_bits, unpack_bits
 from vlmteacher.ops.checks import expect
 from vlmteacher.ops.patchify import PatchLayout, Rows, shuffle_to_rows, shuffle_to_rows_backward
+from vlmteacher.torch_modes import keepable
 
 
 def pack_signs(x: Tensor) -> Tensor:
@@ -121,6 +122,7 @@ class _Cpp:
         return torch.ops.vlmteacher_cpp.conv3x3_backward(grad, signs, taps, frames, packed, channels, *rest)
 
 
+@keepable()
 def _packed(weight: Tensor, *how: Any) -> Tensor:
     kept: dict[Any, Tensor] = weight.__dict__.setdefault("packed", {})
     key = (*how, weight._version)
@@ -528,5 +530,6 @@ def indices(places: Sequence[int], device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
+@keepable()
 def _indices(places: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(places, device=device)

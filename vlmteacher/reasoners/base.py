@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vlmteacher import arguments
 from vlmteacher.errors import InputError
 from vlmteacher.files import check_text
 from vlmteacher.media import ImageInput, fit_image
@@ -144,8 +145,9 @@ class Settings:
             raise InputError(f"shift must be greater than 0, not {self.shift}")
         for name in ("guidance_scale", "guidance_scale_2"):
             scale = getattr(self, name)
-            if scale is not None and not 1 <= scale < math.inf:
-                raise InputError(f"{name} must be 1 (no guidance) or more, not {scale}")
+            if scale is not None and not 1 <= scale <= arguments.LARGEST_NUMBER:
+                most = f"{arguments.LARGEST_NUMBER:g}"
+                raise InputError(f"{name} must be 1 (no guidance) or more, at most {most}, not {scale}")
         if not isinstance(self.negative_prompt, str):
             raise InputError(f"negative_prompt must be a text, not {type(self.negative_prompt).__name__}")
         check_text(self.negative_prompt, "negative_prompt")

@@ -14,6 +14,7 @@ from vlmteacher.teachers.preprocessing import CLIP_MEAN, CLIP_STD, VisionSetting
 from vlmteacher.teachers.qwen_vl import VIDEO_PAD, VISION_END, VISION_START, QwenTokens, half_angles
 from vlmteacher.teachers.visual_checkpoint import attend_segments
 from vlmteacher.teachers.vlm import Clip
+from vlmteacher.torch_modes import keepable
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -92,6 +93,7 @@ class Qwen25VLTeacher(QwenTokens):
         merged = visual.merger(x.flatten(0, 1)).unflatten(0, (-1, len(order)))
         return (merged[:, order.argsort()].flatten(0, 1),)
 
+    @keepable()
     def _table(self, size: tuple[int, int]) -> tuple[Tensor, list[int], Tensor, Tensor]:
         """For one frame pair: the order of its merged tokens by windows, the patches of each window, rotary angles."""
         from transformers.vision_utils import get_vision_position_ids, get_vision_window_index

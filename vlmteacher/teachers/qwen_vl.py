@@ -17,6 +17,7 @@ from vlmteacher.teachers.preprocessing import (
 )
 from vlmteacher.teachers.visual_checkpoint import LinearPatchEmbed, attend
 from vlmteacher.teachers.vlm import Clip, VLMTeacher, freeze_patch_embed
+from vlmteacher.torch_modes import keepable
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -123,6 +124,7 @@ class QwenVLTeacher(QwenTokens):
                 deepstack.append(merger(x.flatten(0, 1)))
         return visual.merger(x.flatten(0, 1)), *deepstack
 
+    @keepable()
     def _table(self, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Position embeddings (P, C) and rotary angles (P, 1, d / 2) of one frame pair's P patches."""
         from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids

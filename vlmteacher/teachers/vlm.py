@@ -26,6 +26,7 @@ from vlmteacher.teachers.quantization import Quantize, check_stays, is_quantized
 from vlmteacher.teachers.shared_prefix import Layout, answer_losses, check_language, lay_out
 from vlmteacher.teachers.visual_checkpoint import stream
 from vlmteacher.teachers.writer import Writer
+from vlmteacher.torch_modes import keepable
 
 ANSWER = "Yes"
 MAX_NEW_TOKENS = 256
@@ -257,6 +258,7 @@ class VLMTeacher(Teacher):
                 self.language, head, layout, video, deepstack, self.activation_bytes, self.attention_backend
             )
 
+    @keepable()
     def _layout(self, clip: Clip, queries: QuerySet) -> Layout:
         """The packed prompts; the same for every step of an optimisation, so it is kept."""
         key = (clip, queries, self.device)
