@@ -43,7 +43,7 @@ from vlmteacher.ops import tiny_decoder
 from vlmteacher.ops.backends import without_data
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
 from vlmteacher.ops.tiny_decoder import Layer, Plan
-from vlmteacher.torch_modes import keepable
+from vlmteacher.torch_modes import keepable, plain_torch
 
 HUNYUAN15_SCALE = 1.03682  # of HunyuanVideo-1.5's latents: its VAE's times this are what its transformer sees
 FILE_LIMIT = 2**30  # bytes; the largest published decoder has a tenth
@@ -501,6 +501,7 @@ class SuperVideoDecoder(TinyVideoDecoder):
         }
 
 
+@plain_torch()
 def load_decoder(path: str | os.PathLike[str], reasoner: Any, dtype: torch.dtype = torch.float32) -> TinyVideoDecoder:
     """`TinyVideoDecoder.from_checkpoint` for a Reasoner: of its latents' shape (`check_decoder`), on its device.
 

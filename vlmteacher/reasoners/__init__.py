@@ -16,6 +16,7 @@ from vlmteacher.reasoners.hunyuan_video15 import load_hunyuan_video15
 from vlmteacher.reasoners.ltx import load_ltx
 from vlmteacher.reasoners.presets import PRESETS, find_preset, known_preset
 from vlmteacher.reasoners.wan import load_wan
+from vlmteacher.torch_modes import plain_torch
 
 __all__ = ["Condition", "Noise", "Reasoner", "Settings", "load_reasoner"]
 
@@ -31,6 +32,7 @@ FAMILIES: dict[str, Callable[..., Reasoner]] = {
 }
 
 
+@plain_torch()
 def load_reasoner(
     path_or_id: str | os.PathLike[str],
     dtype: torch.dtype = torch.float32,

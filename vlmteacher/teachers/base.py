@@ -17,6 +17,7 @@ from vlmteacher.hub import only_local
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
 from vlmteacher.queries import QuerySet, QueryStyle
 from vlmteacher.teachers.quantization import Quantize, check_quantize
+from vlmteacher.torch_modes import plain_torch
 
 if TYPE_CHECKING:
     from vlmteacher.media import ImageInput
@@ -104,6 +105,7 @@ class Teacher(ABC):
     def device(self) -> torch.device: ...
 
 
+@plain_torch()
 def load_teacher(
     path_or_id: str | os.PathLike[str],
     dtype: torch.dtype = torch.float32,
