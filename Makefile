@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | fuzz | soak | clean. Everything lives in .venv; the tested torch is pinned in pyproject.toml.
+# make demo | test | test-all | test-paths | lint | fuzz | soak | clean. Everything lives in .venv; the tested torch is pinned in pyproject.toml.
 PYTHON ?= python3
 TORCH := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD := pyproject.toml setup.py CMakeLists.txt $(wildcard build_backend/*.py csrc/*.* csrc/*/*)
 
-.PHONY: demo test test-all lint fuzz fuzz-atheris soak clean
+.PHONY: demo test test-all test-paths lint fuzz fuzz-atheris soak clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -21,6 +21,10 @@ test: .venv/installed-dev
 # With every slow test, of which `make test` runs a seventh, another one every day of the week.
 test-all: .venv/installed-dev
 	$(PYTEST) --slow=all
+
+# The numeric tests as older processors would run them: a table of path, passed and failed.
+test-paths: .venv/installed-dev
+	$(BIN)/python -m tests.vendor_paths --write docs/trust/vendor_paths.md
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .

@@ -1,0 +1,101 @@
+"""Runs the numeric tests as other processors would: by the instruction sets that torch's vendors are told to use.
+
+    python -m tests.vendor_paths [--paths NAME ...] [--write FILE] [pytest's arguments]     (make test-paths)
+
+A processor can be told to compute as an older one. What each switch is for: ONEDNN_MAX_CPU_ISA oneDNN (convolutions,
+products of bfloat16), ATEN_CPU_CAPABILITY torch's own loops, MKL_CBWR MKL (products of float32 and float64),
+OPENBLAS_CORETYPE numpy's, OMP_NUM_THREADS how sums are split. The project's own operators have no such switch: they
+take the processor's widest vectors (tests/ops/test_rows.py and test_resize.py compile theirs for every width).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+SETS = {  # what each of the vendors is told
+    "SSE 4.1": ("SSE41", "default", "COMPATIBLE", "Nehalem"),
+    "AVX2": ("AVX2", "avx2", "AVX2", "Haswell"),
+    "AVX-512": ("AVX512_CORE", "avx512", "AVX512", "SkylakeX"),
+    "AMX": ("AVX512_CORE_AMX", "avx512", "AUTO", ""),
+}
+SWITCHES = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_CBWR", "OPENBLAS_CORETYPE")
+PATHS = {
+    f"{name}, {threads} thread{'s' * (threads > 1)}": dict(zip(SWITCHES, values, strict=True))
+    | {"OMP_NUM_THREADS": str(threads)}
+    for name, values in SETS.items()
+    for threads in (1, 2)
+}
+NUMERIC = """
+    tests/test_rounding.py tests/ops tests/kernels/test_lora_linear.py tests/decoders tests/test_lora.py
+    tests/test_lora_linear.py tests/test_lora_files.py tests/test_lora_pipeline.py tests/teachers tests/reasoners
+    tests/test_engines.py tests/test_optimization.py tests/test_pipeline.py tests/test_remedies.py
+    tests/test_memory_ladder.py tests/test_targets.py tests/distillation/test_consistency.py
+    tests/distillation/test_dmd2.py tests/distillation/test_adapters.py tests/evaluation/test_few_step.py
+    tests/microworld/test_training.py tests/microworld/test_pointing.py
+""".split()
+TABLE = """# The numeric tests by other processors' paths
+
+Made by `make test-paths` (`tests/vendor_paths.py`), which tells torch's vendors to compute as older processors do. Every
+test must pass on every path: its bound is derived (`tests/rounding.py`), not measured. The last column names what failed.
+
+Measured on {cpu}, torch {torch}. oneDNN takes what the processor has where it is asked for more (AMX here is what the
+processor offers at most), and MKL may do so on processors of other makers.
+
+| path | passed | skipped | failed |
+|---|---|---|---|
+{rows}
+"""
+ELSEWHERE = "not cuda and not triton and not compiles and not warps"  # what no vendor's product takes part in
+
+
+def run(path: str, arguments: list[str]) -> tuple[int, int, list[str], float]:
+    """(passed, skipped, the names of what failed, seconds)."""
+    environment = {**os.environ, **{name: value for name, value in PATHS[path].items() if value}}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", ELSEWHERE, *arguments]
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        sys.exit(done.stdout + done.stderr)
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    passed, skipped = (sum(map(int, re.findall(rf"(\d+) {word}", done.stdout[-200:]))) for word in ("passed", "skipped"))
+    return passed, skipped, failed, time.perf_counter() - start
+
+
+def processor() -> str:
+    """Its name, family and number of cores, by /proc/cpuinfo."""
+    facts = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
+    cores = len(os.sched_getaffinity(0))
+    amx = "with" if "amx_bf16" in facts["flags"] else "without"
+    return f"{facts['model name']} (family {facts['cpu family']}), {cores} cores, {amx} AMX"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS), metavar="NAME", help=", ".join(PATHS))
+    parser.add_argument("--write", type=Path, help="a Markdown file for the table")
+    settings, arguments = parser.parse_known_args()
+    rows, wrong = [], False
+    for path in settings.paths:
+        passed, skipped, failed, seconds = run(path, arguments or NUMERIC)
+        wrong |= bool(failed)
+        rows.append(f"| {path} | {passed} | {skipped} | {', '.join(failed) or 0} |")
+        print(f"{path:<20} {passed} passed, {skipped} skipped, {len(failed)} failed, {seconds:.0f} s", flush=True)
+        for name in failed:
+            print(f"    {name}", flush=True)
+    if settings.write:
+        settings.write.parent.mkdir(parents=True, exist_ok=True)
+        settings.write.write_text(TABLE.format(cpu=processor(), torch=torch.__version__, rows="\n".join(rows)))
+    sys.exit(wrong)
+
+
+if __name__ == "__main__":
+    main()
