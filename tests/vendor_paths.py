@@ -1,6 +1,6 @@
 """Runs the numeric tests as other processors would: by the instruction sets that torch's vendors are told to use.
 
-    python -m tests.vendor_paths [--paths NAME ...] [--write FILE] [pytest's arguments]     (make test-paths)
+    python -m tests.vendor_paths [--path NAME]... [--write FILE] [pytest's arguments]     (make test-paths)
 
 A processor can be told to compute as an older one. What each switch is for: ONEDNN_MAX_CPU_ISA oneDNN (convolutions,
 products of bfloat16), ATEN_CPU_CAPABILITY torch's own loops, MKL_CBWR MKL (products of float32 and float64),
@@ -97,11 +97,11 @@ def processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS), metavar="NAME", help=", ".join(PATHS))
+    parser.add_argument("--path", action="append", choices=PATHS, help="of these alone; may be given several times")
     parser.add_argument("--write", type=Path, help="a Markdown file for the table")
     settings, arguments = parser.parse_known_args()
     rows, wrong = [], False
-    for path in settings.paths:
+    for path in settings.path or PATHS:
         passed, skipped, failed, seconds = run(path, arguments or NUMERIC)
         wrong |= bool(failed)
         rows.append(f"| {path} | {passed} | {skipped} | {', '.join(failed) or 0} |")

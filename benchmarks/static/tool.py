@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Row:
         return 32 * warps * blocks / threads
 
 
-def nvcc_rows(only: str | None = None) -> Iterator[Row]:
+def nvcc_rows(only: str | None = None, architectures: Sequence[int] = ARCHITECTURES) -> Iterator[Row]:
     """Of every kernel in csrc/*/instances.cu, where lines `// launch PATTERN THREADS BYTES` tell how many threads and
     how much dynamic shared memory a launch of the kernels of that name takes; the first match counts."""
     for source in sorted(ROOT.glob("csrc/*/instances.cu")):
@@ -55,7 +55,7 @@ def nvcc_rows(only: str | None = None) -> Iterator[Row]:
         if only not in (None, operator):
             continue
         launches = re.findall(r"// launch (\S+) (\d+) (\d+)", source.read_text())
-        for architecture in ARCHITECTURES:
+        for architecture in architectures:
             with tempfile.TemporaryDirectory() as folder:
                 command = ["nvcc", "-std=c++20", "-cubin", f"-arch=sm_{architecture}", "-Xptxas", "-v", str(source)]
                 done = subprocess.run([*command, "-o", f"{folder}/k.cubin"], capture_output=True, text=True)
@@ -83,9 +83,9 @@ def _short(name: str) -> str:
     return re.sub(r"\b\w+::", "", name).replace(" ", "").replace("__nv_bfloat16", "bf16").replace("__half", "f16")
 
 
-def triton_rows(only: str | None = None) -> Iterator[Row]:
+def triton_rows(only: str | None = None, architectures: Sequence[int] = ARCHITECTURES) -> Iterator[Row]:
     """Of every launch in triton_examples.py. A process for each architecture: Triton keeps what it compiled for one."""
-    for architecture in ARCHITECTURES:
+    for architecture in architectures:
         command = [
             sys.executable,
             "-W",
@@ -103,15 +103,15 @@ def triton_rows(only: str | None = None) -> Iterator[Row]:
         yield from (Row(**row) for row in json.loads(done.stdout.splitlines()[-1]))
 
 
-def rows(backends: tuple[str, ...], only: str | None = None) -> list[Row]:
+def rows(backends: tuple[str, ...], only: str | None = None, architectures: Sequence[int] = ARCHITECTURES) -> list[Row]:
     """The table's rows. Raises RuntimeError with the compiler's words where a kernel does not compile."""
     found: list[Row] = []
     if "triton" in backends:
-        found += triton_rows(only)
+        found += triton_rows(only, architectures)
     if "cuda" in backends:
         if shutil.which("nvcc") is None:
             raise RuntimeError("nvcc was not found: install the CUDA toolkit, or ask for --only triton")
-        found += nvcc_rows(only)
+        found += nvcc_rows(only, architectures)
     return sorted(found, key=lambda r: (r.operator, r.backend, r.kernel, r.architecture))
 
 

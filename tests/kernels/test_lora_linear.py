@@ -207,12 +207,16 @@ def test_any_of_the_gradients_alone(library, needs):
 
 
 @with_triton
-def test_triton_in_its_interpreter(tmp_path):
-    rows = interpreted("lora_linear_process", tmp_path)
-    assert len(rows) == 147
+@pytest.mark.parametrize(
+    "dtype",
+    ["bfloat16", pytest.param("float16", marks=pytest.mark.slow), pytest.param("float32", marks=pytest.mark.slow)],
+)
+def test_triton_in_its_interpreter(dtype, tmp_path):
+    rows = interpreted("lora_linear_process", tmp_path, dtype)
+    assert len(rows) == 49
     assert not [row for row in rows if not row["part"] <= 1]  # a NaN fails too
 
 
 @with_compilers
-def test_compiles_for_ampere_and_hopper_without_spills(backend):
-    assert len(compiled(backend, "lora_linear")) >= {"triton": 32, "cuda": 32}[backend]
+def test_compiles_for_ampere_and_hopper_without_spills(backend, architecture):
+    assert len(compiled(backend, "lora_linear", architecture)) >= {"triton": 16, "cuda": 16}[backend]

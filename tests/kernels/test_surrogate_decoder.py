@@ -236,5 +236,5 @@ def test_triton_in_its_interpreter(tmp_path):
 
 
 @with_compilers
-def test_compiles_for_ampere_and_hopper_without_spills(backend):
-    assert len(compiled(backend, "tiny_decoder")) >= {"triton": 34, "cuda": 34}[backend]
+def test_compiles_for_ampere_and_hopper_without_spills(backend, architecture):
+    assert len(compiled(backend, "tiny_decoder", architecture)) >= {"triton": 17, "cuda": 17}[backend]
