@@ -276,6 +276,7 @@ def file_of(kind):
         (b"no image", "give a PNG, JPEG"),
         (png(60_000, 60_000), "is too large .*make it smaller"),
         (png(2**31 - 1, 2**31 - 1), "is too large"),
+        (png(8193, 8192), "is too large .8193x8192, of 67,108,864 pixels at most.: make it smaller"),
         (png(0, 8), "cannot be read"),
         (png(64, 64), "cannot be read"),
         (file_of("PNG")[:60], "cannot be read"),

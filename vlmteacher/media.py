@@ -23,6 +23,7 @@ ImageInput: TypeAlias = Union[Image.Image, str, os.PathLike[str], np.ndarray, "T
 list of one of them."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+MOST_PIXELS = 2**26  # 8192x8192; PIL takes up to 16 bytes and .1 us for each
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF's tags
 ASPECT_TOLERANCE = 0.05
 RATE_TOLERANCE = 0.1  # so much slower than the model's a clip may be: every tenth frame is then shown twice
@@ -46,7 +47,7 @@ def read_image(image: ImageInput, name: str = "image") -> Image.Image:
     if isinstance(image, str | os.PathLike):
         return _read_file(os.fspath(image), name)
     if isinstance(image, Image.Image):
-        return _to_rgb(*_load(image), name)
+        return _to_rgb(*_load(image, name), name)
     if isinstance(image, np.ndarray):
         return _from_array(image, name)
     if hasattr(image, "detach"):  # a tensor, of which a command line that has none must not know
@@ -69,7 +70,9 @@ def _read_file(path: str, name: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images, and of metadata that is not quite as it should be
             with Image.open(path, formats=FORMATS) as file:
-                loaded = _load(file)
+                loaded = _load(file, label)
+    except InputError:
+        raise
     except UnidentifiedImageError as error:
         raise InputError(f"{label} cannot be read: give a PNG, JPEG, WebP, BMP, TIFF or GIF file") from error
     except Image.DecompressionBombError as error:
@@ -80,8 +83,12 @@ def _read_file(path: str, name: str) -> Image.Image:
     return _to_rgb(*loaded, label)
 
 
-def _load(image: Image.Image) -> tuple[Image.Image, int]:
+def _load(image: Image.Image, label: str) -> tuple[Image.Image, int]:
     """The pixels of the first frame, upright and not deep; the number of frames."""
+    if image.width * image.height > MOST_PIXELS:
+        raise InputError(
+            f"{label} is too large ({image.width}x{image.height}, of {MOST_PIXELS:,} pixels at most): make it smaller"
+        )
     # A camera's JPEG (MPO) may carry a preview, which is no animation.
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames > 1:
