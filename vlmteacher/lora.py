@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
 from vlmteacher.lora_files import LoRA, diffusers_bytes
+from vlmteacher.lora_files import merge_lora as merge_lora  # it can be imported from here too
 from vlmteacher.reasoners.checkpointing import block_list
 
 ADAPTER = "default"
@@ -67,7 +68,7 @@ def add_lora(
     first = frozen_blocks(transformer, blocks)
     remove_lora(transformer)
     if start:
-        start.check_fits(transformer)
+        start = start.fitted(transformer, trainable=True)
         config = start.config()
     else:
         alpha = rank if alpha is None else alpha  # a fraction is fine too
@@ -175,22 +176,3 @@ def export_lora(transformer: Any) -> bytes:
     Equal adapters give equal bytes, so that a resumed run can be compared with an uninterrupted one.
     """
     return diffusers_bytes(lora_state_dict(transformer), transformer.peft_config[ADAPTER].to_dict())
-
-
-@torch.no_grad()
-def merge_lora(transformer: nn.Module, lora: LoRA) -> float:
-    """Add `lora` to the weights of `transformer`, in float32, rounded to their dtype once.
-
-    Returns the share of the update that the rounding lost: RMS(rounding) / RMS(update), about 0 in float32. Raises
-    InputError when it does not fit; the weights are then as they were.
-    """
-    lora.check_fits(transformer)
-    lost = size = 0.0
-    for name, layer in lora.layers.items():
-        weight = transformer.get_submodule(name).weight
-        update = layer.update().to(weight.device)
-        wanted = weight.float() + update
-        weight.copy_(wanted)
-        lost += float((weight.float() - wanted).square().sum())
-        size += float(update.square().sum())
-    return math.sqrt(lost / size) if size else 0.0
