@@ -123,6 +123,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--guidance-scale", type=float, metavar="X", help="1: no guidance (default: the preset's)")
     sub.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from (default: the preset's)")
     sub.add_argument("--lora", metavar="FILE", help="go on from this LoRA (default: a fresh one)")
+    _add_lora_partial(sub)
     sub.add_argument("--num-frames", type=int, metavar="F", help="frames of the video")
     sub.add_argument("--height", type=int, metavar="H", help="pixels")
     sub.add_argument("--width", type=int, metavar="W", help="pixels")
@@ -176,12 +177,13 @@ def parser() -> argparse.ArgumentParser:
 
     sub = add("lora", lora, "LoRA files in the names that other tools use")
     kinds = sub.add_subparsers(required=True, metavar="WHAT", parser_class=Parser)
-    kind = kinds.add_parser("convert", help="write a LoRA of any of the three styles in another one")
-    kind.add_argument("file", metavar="FILE", help="diffusers', ComfyUI's or musubi-tuner's .safetensors")
+    kind = kinds.add_parser("convert", help="write a LoRA of any tool that is known in the names of another one")
+    kind.add_argument("file", metavar="FILE", help="a .safetensors file, or PEFT's folder")
     kind.add_argument(
         "--to", required=True, choices=("diffusers", "comfyui", "musubi"), help="whose names the new file has"
     )
-    kind.add_argument("-o", "--output", required=True, metavar="FILE", help="where to")
+    kind.add_argument("-o", "--output", required=True, metavar="FILE", help="where to; of two experts, two files")
+    _add_lora_partial(kind)
 
     sub = add("bench", bench, "a sweep over the instances of a benchmark")
     sub.add_argument("benchmark", choices=("microworld", "vbvr", "ruler"))
@@ -296,6 +298,14 @@ def _add_lora_blocks(sub: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_lora_partial(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--lora-partial",
+        action="store_true",
+        help="leave out what a LoRA file has for other networks, instead of refusing",
+    )
+
+
 def _add_instance(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--prompt", required=True, metavar="TEXT", help="the task")
     sub.add_argument("--image", metavar="FILE", help="the first frame")
@@ -361,7 +371,9 @@ def solve(arguments: argparse.Namespace) -> None:
     _check_run_folder(arguments)
     query_set = None if arguments.queries is None else QuerySet.load(arguments.queries)
     if arguments.lora is not None:
-        read_lora(arguments.lora)  # one that cannot be read shows before any model is loaded
+        read_lora(
+            arguments.lora, partial=arguments.lora_partial
+        )  # one that cannot be read shows before any model is loaded
     from vlmteacher.quiet import quiet
 
     quiet()
@@ -395,7 +407,7 @@ def solve(arguments: argparse.Namespace) -> None:
     Settings(**settings)  # bad values show before any model is loaded
     pipe = _pipeline(arguments)
     if arguments.lora is not None:
-        pipe.load_lora(arguments.lora)
+        pipe.load_lora(arguments.lora, arguments.lora_partial)
     if arguments.activations is not None:
         from vlmteacher.reasoners.checkpointing import block_list, keep_activations, parse_levels
 
@@ -462,17 +474,27 @@ def lora(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise InputError(f"-o {output}: give the name of a file in a directory that exists")
-    from vlmteacher.files import replacing
-    from vlmteacher.lora_files import read_lora
+    from vlmteacher.files import write_bytes
+    from vlmteacher.lora_files import read_experts
 
-    read = read_lora(arguments.file)
-    data = read.to_bytes(arguments.to)
-    try:
-        with replacing(output) as temporary:
-            temporary.write_bytes(data)
-    except OSError as error:
-        raise InputError(f"{output} cannot be written ({error.strerror})") from error
-    print(f"{len(read.layers)} layers, rank {read.rank}, alpha {read.alpha:g}, as {arguments.to} names them: {output}")
+    experts = {
+        expert: each.factors_only() if arguments.lora_partial and arguments.to != "comfyui" else each
+        for expert, each in read_experts(arguments.file, partial=arguments.lora_partial).items()
+    }
+    names = {"transformer": "_high_noise", "transformer_2": "_low_noise"} if len(experts) > 1 else {}
+    outputs = {
+        output.with_name(f"{output.stem}{names.get(str(expert), '')}{output.suffix}"): (
+            each,
+            each.to_bytes(arguments.to),
+        )
+        for expert, each in experts.items()
+    }
+    for path, (read, data) in outputs.items():
+        read.tell()
+        write_bytes(path, data)
+        print(
+            f"{len(read.layers)} layers, rank {read.rank}, alpha {read.alpha:g}, as {arguments.to} names them: {path}"
+        )
 
 
 def bench(arguments: argparse.Namespace) -> None:
@@ -729,6 +751,7 @@ def _pipeline(arguments: argparse.Namespace) -> TeacherPipeline:
             transformer=arguments.transformer,
             few_step_lora=arguments.few_step_lora,
             preset=arguments.preset,
+            lora_partial=arguments.lora_partial,
         )
 
 

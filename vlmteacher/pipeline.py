@@ -25,8 +25,8 @@ from vlmteacher.engines import Engine, check_engine
 from vlmteacher.errors import InputError, NonFiniteFrames, OutOfMemory
 from vlmteacher.exclusive import exclusive
 from vlmteacher.files import claimed, read_json
-from vlmteacher.lora import add_lora, export_lora, frozen_blocks, lora_size, merge_lora, remove_lora
-from vlmteacher.lora_files import LoRA, read_lora
+from vlmteacher.lora import add_lora, export_lora, frozen_blocks, lora_size, remove_lora
+from vlmteacher.lora_files import LoRA, merge_lora, read_lora, safetensors_bytes
 from vlmteacher.media import ImageInput, fit_image
 from vlmteacher.memory_ladder import is_out_of_memory
 from vlmteacher.optimization import (
@@ -215,6 +215,7 @@ class TeacherPipeline:
         transformer: str | Sequence[str] | None = None,
         few_step_lora: str | Sequence[str] | None = None,
         preset: str | None = None,
+        lora_partial: bool = False,
     ) -> TeacherPipeline:
         """Load the models: hub ids or local directories for `reasoner` and `teacher`, a file or hub name for `decoder`.
 
@@ -225,7 +226,8 @@ class TeacherPipeline:
         is one. dtype: torch's or its name; None is bfloat16 on GPUs, float32 elsewhere; torch_dtype: the same under
         diffusers' other name. offload: see `need`.
         quantize: keep the Teacher's language model in "8bit" or "4bit" (the extra `quantized`); it stays on its device.
-        transformer, few_step_lora, preset: parts of the Reasoner from elsewhere, and how it samples (`load_reasoner`).
+        transformer, few_step_lora, preset, lora_partial: parts of the Reasoner from elsewhere, and how it samples
+            (`load_reasoner`).
         Raises InputError: no such model, an unknown family, models that do not fit together, a device that is not
         there; MissingExtra.
         """
@@ -266,8 +268,14 @@ class TeacherPipeline:
                 path = os.path.abspath(file) if os.path.exists(file) else file
                 models[name] = f"{models[name]}, {path}" if name in models else path
         the_reasoner = load_reasoner(
-            paths["reasoner"], dtype=chosen, transformer=transformer, few_step_lora=few_step_lora, preset=preset
+            paths["reasoner"],
+            dtype=chosen,
+            transformer=transformer,
+            few_step_lora=few_step_lora,
+            preset=preset,
+            lora_partial=lora_partial,
         )
+        models |= the_reasoner.notes
         if reasoner is not None and decoder is None and not fits_decoder(paths["decoder"], the_reasoner):
             models["decoder"] = paths["decoder"] = known_decoder(the_reasoner)
         # A misfit shows before the Teacher loads.
@@ -455,6 +463,7 @@ class TeacherPipeline:
             "image": None if image is None else digest(np.asarray(image)),
             "dtype": str(reasoner.dtype).removeprefix("torch."),
             "lora": self.lora and fingerprint(self.lora),
+            **({"lora_scale": self.lora.scale_source} if self.lora else {}),
         }
         if run and recorded:
             queries = queries or QuerySet.from_dict(recorded["queries"])
@@ -615,33 +624,39 @@ class TeacherPipeline:
         return ["transformer", "teacher", *(["transformer_2", "vae"] if final else [])]
 
     @alone()
-    def load_lora(self, lora: str | os.PathLike[str] | TeacherPipelineOutput | None) -> None:
+    def load_lora(self, lora: str | os.PathLike[str] | TeacherPipelineOutput | None, partial: bool = False) -> None:
         """Let every following call go on from this LoRA instead of a fresh one; None: from a fresh one again.
 
-        lora: a file in the names of diffusers, ComfyUI or musubi-tuner (see `read_lora`), or the output of a call. Its
-        layers, rank and alpha stay as they are, and `frames_before` is made with it. Raises InputError for a file that
-        cannot be read or a LoRA for another model.
+        lora: a file of one of many tools or PEFT's folder (see `read_lora`), or the output of a call. Its layers, rank
+        and alpha stay as they are, and `frames_before` is made with it. partial: leave out what the Reasoner has no
+        place for, of which a Notice tells. Raises InputError for a file that cannot be read, a LoRA for another model,
+        and weight differences, which cannot be trained.
         """
-        self.lora = None if lora is None else self._read_lora(lora)
+        self.lora = None if lora is None else self._read_lora(lora, partial, trainable=True)
 
     @alone()
-    def fuse(self, lora: str | os.PathLike[str] | TeacherPipelineOutput) -> None:
+    def fuse(self, lora: str | os.PathLike[str] | TeacherPipelineOutput, partial: bool = False) -> None:
         """Add a LoRA (see `load_lora`) to the Reasoner's weights for good; following calls start from them.
 
-        The sum is made in float32. Weights of a smaller dtype lose a part of the update, of which a warning tells:
-        `load_lora` loses nothing. Raises InputError as `load_lora` does; the weights are then as they were.
+        Weight differences (of norms, biases, modulations) are added too. The sum is made in float32. Weights of a
+        smaller dtype lose a part of the update, of which a warning tells: `load_lora` loses nothing. Raises InputError
+        as `load_lora` does; the weights are then as they were.
         """
-        read = self._read_lora(lora)
+        read = self._read_lora(lora, partial)
         lost = merge_lora(self.reasoner.transformer, read)
         if lost > 0.01:
             dtype = str(self.reasoner.dtype).removeprefix("torch.")
             warnings.warn(f"rounding to {dtype} lost {lost:.0%} of the update by {read.source}", stacklevel=2)
         fused = f"{self.models['fused']}, " if "fused" in self.models else ""
-        self.models = {**self.models, "fused": f"{fused}{read.source} ({fingerprint(read)})"}
+        what = f"{read.source} ({fingerprint(read)}; scale: {read.scale_source})"
+        self.models = {**self.models, "fused": fused + what}
 
-    def _read_lora(self, lora: str | os.PathLike[str] | TeacherPipelineOutput) -> LoRA:
-        read = read_lora(lora.lora, "the output's LoRA") if isinstance(lora, TeacherPipelineOutput) else read_lora(lora)
-        read.check_fits(self.reasoner.transformer)
+    def _read_lora(
+        self, lora: str | os.PathLike[str] | TeacherPipelineOutput, partial: bool, trainable: bool = False
+    ) -> LoRA:
+        source, name = (lora.lora, "the output's LoRA") if isinstance(lora, TeacherPipelineOutput) else (lora, None)
+        read = read_lora(source, name, partial).fitted(self.reasoner.transformer, partial, trainable)
+        read.tell()
         return read
 
     @alone(nested=True)
@@ -757,7 +772,9 @@ def convert(video: Tensor, output_type: Literal["pil", "np", "pt"]) -> Frames:
 
 
 def fingerprint(lora: LoRA) -> str:
-    return hashlib.sha256(lora.to_bytes("diffusers")).hexdigest()[:16]
+    data = replace(lora, differences={}).to_bytes("diffusers")
+    differences = safetensors_bytes(lora.differences) if lora.differences else b""
+    return hashlib.sha256(data + differences).hexdigest()[:16]
 
 
 def digest(values: np.ndarray) -> str:

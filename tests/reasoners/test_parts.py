@@ -248,7 +248,7 @@ def test_a_lora_with_biases(t2v, tmp_path):
 
 def test_each_expert_has_its_lora(a14b, tmp_path):
     files = [
-        write_lora(tmp_path / f"{name}.safetensors", lora_of(a14b / "transformer", seed), "musubi")
+        write_lora(tmp_path / f"{name}_noise.safetensors", lora_of(a14b / "transformer", seed), "musubi")
         for seed, name in enumerate(("high", "low"))
     ]
     reasoner = load_reasoner(a14b, few_step_lora=files, preset="wan2.2-a14b-lightx2v-4step")
@@ -258,8 +258,6 @@ def test_each_expert_has_its_lora(a14b, tmp_path):
         a, b = lora_of(a14b / "transformer", seed)["blocks.0.ffn.net.2"]
         expected = weights(a14b / name)["blocks.0.ffn.net.2.weight"] + 2 * b @ a
         torch.testing.assert_close(network.blocks[0].ffn.net[2].weight, expected)
-    one = load_reasoner(a14b, few_step_lora=files[0], preset="wan2.2-a14b-lightx2v-4step")
-    assert same_weights(one.transformer_2, weights(a14b / "transformer_2"))
 
 
 def test_a_bfloat16_model_is_merged_in_float32(t2v, tmp_path):
@@ -279,12 +277,26 @@ def test_a_bfloat16_model_is_merged_in_float32(t2v, tmp_path):
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda s: {f"unet.{k}": v for k, v in s.items()}, "is no LoRA for this WanTransformer3DModel: it has unet"),
-        (lambda s: {k.replace("blocks.1", "blocks.9"): v for k, v in s.items()}, "it has transformer.blocks.9"),
-        (lambda s: {k: torch.cat([v, v], -1) if "lora_A" in k else v for k, v in s.items()}, "is .3, 64., the layer"),
-        (lambda s: {k.replace("lora_A", "hada_w1"): v for k, v in s.items()}, "it has transformer.blocks.0.*hada_w1"),
-        (lambda s: {k: v * float("nan") for k, v in s.items()}, "not finite"),
-        (lambda s: {"diffusion_model.something": torch.zeros(1)}, "is no LoRA for this"),
+        (
+            lambda s: {f"unet.{k}": v for k, v in s.items()},
+            r"no linear layer unet\.transformer\.\S+ \(unet\.transformer",
+        ),
+        (
+            lambda s: {k.replace("blocks.1", "blocks.9"): v for k, v in s.items()},
+            r"no linear layer blocks\.9\.\S+ \(transformer\.blocks\.9",
+        ),
+        (
+            lambda s: {k: torch.cat([v, v], -1) if "lora_A" in k else v for k, v in s.items()},
+            r"\(transformer\.blocks\.\S+\) is 64 -> 32, that of this Wan",
+        ),
+        (
+            lambda s: {k.replace("lora_A", "hada_w1"): v for k, v in s.items()},
+            r"holds transformer\.blocks\.0\.\S+hada_w1",
+        ),
+        (lambda s: {k: v * float("nan") for k, v in s.items()}, "no finite numbers"),
+        (lambda s: {"diffusion_model.something": torch.zeros(1)}, "holds diffusion_model.something"),
+        (lambda s: {k: 0 * v for k, v in s.items()}, "changes nothing"),
+        (lambda s: {f"text_encoder.{k}": v for k, v in s.items()}, "is of a text encoder"),
     ],
 )
 def test_loras_of_other_models(t2v, tmp_path, change, said):
@@ -300,7 +312,7 @@ def test_lora_files_that_cannot_be_read(t2v, tmp_path):
     for file, said in (
         (tmp_path / "none.safetensors", "is no file"),
         (tmp_path / "lora.bin", "is no .safetensors file"),
-        (tmp_path / "cut.safetensors", "is no LoRA for this|cannot be loaded"),
+        (tmp_path / "cut.safetensors", r"cannot be read \(Error"),
     ):
         if file.name != "none.safetensors":
             file.write_bytes(b"12345678 cut")
@@ -333,7 +345,6 @@ def test_which_settings_are_taken(t2v, tmp_path):
     directory = tmp_path / "Wan2.1-T2V-1.3B-Diffusers"
     shutil.copytree(t2v, directory)
     assert load_reasoner(directory).settings == PRESETS["wan2.1-t2v-480p"]
-    assert load_reasoner(directory, preset="wan2.1-lightx2v-4step").settings == PRESETS["wan2.1-lightx2v-4step"]
     (directory / "reasoner.json").write_text(json.dumps({"timesteps": [1000, 400], "sampler": "euler"}))
     assert load_reasoner(directory).settings == Settings(timesteps=(1000, 400), sampler="euler")
     assert load_reasoner(directory, preset="wan2.1-lightx2v-4step").settings == PRESETS["wan2.1-lightx2v-4step"]

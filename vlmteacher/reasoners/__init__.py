@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from safetensors import SafetensorError
 
-from vlmteacher.errors import InputError
+from vlmteacher.errors import InputError, Notice
 from vlmteacher.hub import find_file, only_local
 from vlmteacher.reasoners.base import Condition, Noise, Reasoner, Settings
+from vlmteacher.reasoners.few_step_lora import (
+    EXPERTS,
+    check_experts,
+    merge_few_step_loras,
+    read_few_step_loras,
+)
 from vlmteacher.reasoners.hunyuan_video15 import load_hunyuan_video15
 from vlmteacher.reasoners.ltx import load_ltx
-from vlmteacher.reasoners.presets import PRESETS, find_preset, known_preset
+from vlmteacher.reasoners.presets import (
+    PRESETS,
+    check_config,
+    check_distilled,
+    check_preset,
+    describe,
+    find_preset,
+    known_name,
+)
 from vlmteacher.reasoners.wan import load_wan
 from vlmteacher.torch_modes import plain_torch
 
@@ -41,6 +56,7 @@ def load_reasoner(
     transformer: str | Sequence[str] | None = None,
     few_step_lora: str | Sequence[str] | None = None,
     preset: str | None = None,
+    lora_partial: bool = False,
 ) -> Reasoner:
     """Load the Reasoner of a diffusers pipeline: a local directory or a hub id.
 
@@ -53,9 +69,13 @@ def load_reasoner(
         transformer: a transformer of the same class that comes in the place of the pipeline's: a directory or hub id
             (of a transformer or of a whole pipeline) or a single ``.safetensors`` file, in diffusers' names or the
             original ones. Two experts: (high noise, low noise).
-        few_step_lora: a LoRA file that makes the model a few-step one; it is merged into the weights. Two experts: two
-            files. Needs a `preset` or a ``reasoner.json``, for it changes how the model is sampled.
+        few_step_lora: a LoRA file (`read_lora`) that makes the model a few-step one; it is merged into the weights. Two
+            experts: two files, or one of both. Needs a `preset` or a ``reasoner.json``, for it changes how the model is
+            sampled.
         preset: a name in ``presets.PRESETS``.
+        lora_partial: leave out what of the few-step LoRA the model has no place for.
+
+    What is assumed is told by a Notice and stands in the Reasoner's `notes`.
 
     Raises:
         InputError: it cannot be found or read, is of no known family, or the parts do not fit together.
@@ -66,6 +86,7 @@ def load_reasoner(
         for option, given in (("transformer", transformer), ("few_step_lora", few_step_lora))
         if given
     }
+    loras = parts.pop("few_step_lora", [])
     if local_files_only is None:
         away = [each for each in (name, *parts.get("transformer", ())) if not os.path.exists(each)]
         local_files_only = not away or only_local(away[0])
@@ -79,22 +100,45 @@ def load_reasoner(
         raise InputError(f"{index_file} is no diffusers pipeline index") from error
     if family not in FAMILIES:
         raise InputError(f"{name} is a {family}: the known Reasoners are {', '.join(FAMILIES)}")
-    settings: Settings | None
+    experts = [each for each in EXPERTS if (index.get(each) or [None])[0]] or ["transformer"]
+    transformers = parts.get("transformer", [])
+    check_experts("transformer", transformers, experts, name)
+    known = known_name(*transformers) or known_name(name)
+    as_known = known_name(*transformers or [name])  # None for another transformer, of no known name
+    settings: Settings | None = None
+    notes: dict[str, str] = {}
     if preset is not None:
         settings = find_preset(preset)
+        check_preset(preset, index, name)
+        if as_known and not loras and not find_file(name, "reasoner.json", local_files_only):
+            check_distilled(preset, as_known, ", ".join(transformers) or name)
     elif settings_file := find_file(name, "reasoner.json", local_files_only):
         settings = Settings.load(settings_file)
-    elif few_step_lora:
+    elif loras:
         raise InputError(f"{few_step_lora} changes how {name} is sampled: name a preset ({', '.join(PRESETS)})")
-    else:
-        settings = known_preset(*parts.get("transformer", ()), name)
+    elif known:
+        settings = PRESETS[known]
+        if not as_known:
+            notes["sampling"] = f"assumed: {', '.join(transformers)} as {name}, {known}"
+    few_step_loras = read_few_step_loras(loras, experts, name, lora_partial, len(transformers))
     # A cached model is opened as the directory that it is: by its id, transformers looks for a tokenizer/config.json
     # that is not there, and takes its absence for a lost connection.
     where = str(index_file.parent) if local_files_only else name
     try:
-        return FAMILIES[family](where, index, settings, dtype, local_files_only, **parts)
+        reasoner = FAMILIES[family](where, index, settings, dtype, local_files_only, **parts)
+        if preset is not None:
+            check_config(preset, reasoner.transformer.config, name, changed=bool(loras))
+        notes |= merge_few_step_loras(reasoner, few_step_loras, lora_partial)
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"{name} cannot be loaded ({reason}): is the copy complete?") from error
+    if settings is None:
+        notes["sampling"] = f"assumed: {describe(reasoner.settings)}"
+    if "sampling" in notes:
+        warnings.warn(f"how {name} is to be sampled is not known; {notes['sampling']} (--preset says it)", Notice, 2)
+    elif loras and reasoner.settings.guided:
+        warnings.warn(f"few_step_lora with {describe(reasoner.settings)}, as base models are sampled", Notice, 2)
+    reasoner.notes = notes
+    return reasoner

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
@@ -185,6 +186,7 @@ class Reasoner(ABC):
     latents_mean: Tensor  # (1, C, 1, 1, 1) float32: latents = (vae latents - mean) / std
     latents_std: Tensor
     patch: tuple[int, int]  # latent cells per token, down and across
+    notes: Mapping[str, str] = MappingProxyType({})  # what was assumed at loading, for run.json
 
     @property
     def num_frames(self) -> int:

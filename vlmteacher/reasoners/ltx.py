@@ -151,12 +151,12 @@ def load_ltx(
 
     settings: None takes it for a distilled model. parts: see `load_transformers`.
     """
-    from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
+    from diffusers import AutoencoderKLLTXVideo, LTXVideoTransformer3DModel
     from transformers import AutoTokenizer, T5EncoderModel
 
     hub = {"local_files_only": local_files_only}
     transformer = load_transformers(
-        LTXVideoTransformer3DModel, path_or_id, ["transformer"], dtype, local_files_only, loader=LTXPipeline, **parts
+        LTXVideoTransformer3DModel, path_or_id, ["transformer"], dtype, local_files_only, **parts
     )["transformer"]
     vae = load_part(AutoencoderKLLTXVideo, path_or_id, "vae", torch.float32, local_files_only)
     text_encoder = T5EncoderModel.from_pretrained(path_or_id, subfolder="text_encoder", dtype=dtype, **hub)

@@ -1,4 +1,4 @@
-"""Parts of a pipeline that come from somewhere else: another transformer, a LoRA that is merged into it."""
+"""Parts of a pipeline that come from somewhere else: another transformer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from vlmteacher import lora
 from vlmteacher.errors import InputError
 from vlmteacher.hub import find_file, unknown_model
-from vlmteacher.lora_files import read_lora
 
 
 def load_transformers(
@@ -24,29 +22,15 @@ def load_transformers(
     local_files_only: bool,
     *,
     transformer: Sequence[str] = (),
-    few_step_lora: Sequence[str] = (),
-    loader: Any = None,
 ) -> dict[str, Any]:
     """The transformers `names` of a diffusers pipeline, by name, all of class `kind`.
 
     transformer: what comes in the place of its own ones, in this order (see `load_transformer`).
-    few_step_lora: files that are merged into them, in the same order, read by the `loader` (see `merge_lora`), or where
-        diffusers has none by `vlmteacher.lora_files`.
     """
-    for option, files in (("transformer", transformer), ("few_step_lora", few_step_lora)):
-        if len(files) > len(names):
-            raise InputError(f"{option}: {pipeline} has {len(names)} transformer(s), {len(files)} were given")
     networks = {}
     for number, name in enumerate(names):
         given = transformer[number] if number < len(transformer) else None
         networks[name] = load_transformer(kind, pipeline, name, given, dtype, local_files_only)
-        if number < len(few_step_lora):
-            file = few_step_lora[number]
-            if loader is None:
-                check_safetensors(Path(file), "few_step_lora")
-                lora.merge_lora(networks[name], read_lora(file, f"few_step_lora {file}"))
-            else:
-                merge_lora(networks[name], file, loader)
     return networks
 
 
@@ -118,36 +102,3 @@ def check_safetensors(path: Path, option: str) -> None:
         raise InputError(f"{option} {path} is no file")
     if path.suffix != ".safetensors":
         raise InputError(f"{option} {path} is no .safetensors file: other formats can run code, convert it first")
-
-
-def merge_lora(transformer: Any, file: str, pipeline: Any) -> None:
-    """Add a LoRA to the weights of `transformer`: W + scale B A in float32, rounded once to the dtype of W.
-
-    file: ``.safetensors`` in any key style that `pipeline`, a diffusers class with a LoRA loader, reads.
-    Raises InputError, without changing a weight, for a LoRA of another model.
-    """
-    path = Path(file)
-    check_safetensors(path, "few_step_lora")
-    wrong = f"few_step_lora {path} is no LoRA for this {type(transformer).__name__}"
-    try:
-        state, metadata = pipeline.lora_state_dict(str(path), return_lora_metadata=True)
-    except (ValueError, KeyError, IndexError) as error:
-        raise InputError(f"{wrong} ({' '.join(str(error).split())[:200]})") from error
-    layers = dict(transformer.named_modules())
-    for key, value in state.items():
-        name, _, kind = key.removeprefix("transformer.").partition(".lora_")
-        weight = getattr(layers.get(name), "weight", None)
-        sides = {"A.weight": (-1, 1), "B.weight": (0, 0), "B.bias": (0, 0)}.get(kind)
-        if weight is None or sides is None:
-            raise InputError(f"{wrong}: it has {key}")
-        if not value.isfinite().all():
-            raise InputError(f"{wrong}: {key} holds values that are not finite")
-        if value.shape[sides[0]] != weight.shape[sides[1]]:
-            raise InputError(f"{wrong}: {key} is {tuple(value.shape)}, the layer {tuple(weight.shape)}")
-    transformer.load_lora_adapter(state, adapter_name="few_step", metadata=metadata)
-    for name, parameter in transformer.named_parameters():
-        if ".lora_" in name:  # which was rounded to the dtype of W
-            key = f"transformer.{name.replace('.few_step.', '.')}"
-            parameter.data = state.get(key, torch.zeros(parameter.shape)).float()  # some layers may have no bias
-    transformer.fuse_lora()
-    transformer.unload_lora()

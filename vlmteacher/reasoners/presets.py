@@ -7,7 +7,9 @@ base Wan models is UniPC; here they are sampled by Euler steps.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners.base import Settings, even_timesteps
@@ -101,6 +103,10 @@ HUB_IDS: dict[str, str] = {
 }
 
 
+FAMILY = {"wan": "Wan", "fastwan": "Wan", "ltx": "LTX", "hunyuan": "HunyuanVideo15"}  # preset -> pipelines' class
+FEW = 10  # steps; distilled models take fewer, base models more
+
+
 def find_preset(name: str) -> Settings:
     """The settings of a preset. Raises InputError, which lists the names."""
     if name not in PRESETS:
@@ -108,12 +114,83 @@ def find_preset(name: str) -> Settings:
     return PRESETS[name]
 
 
-def known_preset(*paths_or_ids: str) -> Settings | None:
+def known_name(*paths_or_ids: str) -> str | None:
     """The preset of the first that is known: a hub id, or a directory that still has the name of one."""
     by_name = {key.lower(): preset for hub_id, preset in HUB_IDS.items() for key in (hub_id, hub_id.partition("/")[2])}
     for path_or_id in paths_or_ids:
         path = path_or_id.lower().rstrip("/")
         preset = by_name.get(path) or by_name.get(path.rpartition("/")[2])
         if preset:
-            return PRESETS[preset]
+            return preset
     return None
+
+
+def known_preset(*paths_or_ids: str) -> Settings | None:
+    """The settings of `known_name`."""
+    name = known_name(*paths_or_ids)
+    return None if name is None else PRESETS[name]
+
+
+def check_preset(name: str, index: Mapping[str, Any], pipeline: str) -> None:
+    """Raise InputError for a preset of another model than the pipeline's, as far as model_index.json shows it.
+
+    That is its family, whether an image is given, and the kind of Wan model. A preset with the settings of one that
+    fits is fine.
+    """
+    if any(PRESETS[other] == PRESETS[name] and not _misfit(other, index) for other in PRESETS):
+        return
+    raise InputError(f"preset {name} is for {_misfit(name, index)}, which {pipeline} is not: name another (--preset)")
+
+
+def _misfit(name: str, index: Mapping[str, Any]) -> str | None:
+    """What the preset is for and the pipeline is not; None where nothing is seen."""
+    kind, words = str(index["_class_name"]), name.split("-")
+    family = next(family for start, family in FAMILY.items() if name.startswith(start))
+    if not kind.startswith(family):
+        return f"{family} models"
+    for word, image in (("t2v", False), ("i2v", True)):
+        if word in words and ("ImageToVideo" in kind) != image:
+            return f"models that are given {'an' if image else 'no'} image"
+    if family == "Wan":
+        two, tokens = bool((index.get("transformer_2") or [None])[0]), bool(index.get("expand_timesteps"))
+        for wanted, has, what in (("a14b", two, "models of two experts (A14B)"), ("ti2v", tokens, "Wan 2.2 TI2V-5B")):
+            if (wanted in words) != has:
+                return what if wanted in words else "a single Wan model that is not TI2V-5B"
+    return None
+
+
+def check_distilled(name: str, known: str, pipeline: str) -> None:
+    """Raise InputError for a distilled model's preset on a base model as it is, and the other way round.
+
+    known: the preset that the pipeline is known to want.
+    """
+    preset, wanted = PRESETS[name], PRESETS[known]
+    fewer = len(preset.timesteps) <= FEW < len(wanted.timesteps)
+    if fewer or preset.guided != wanted.guided:
+        remedy = "" if preset.guided else ", or add the --few-step-lora or --transformer that makes it one of those"
+        raise InputError(
+            f"preset {name} ({describe(preset)}) is not for {pipeline}, a model that is known to want"
+            f" {known} ({describe(wanted)}): name that preset{remedy}"
+        )
+
+
+def check_config(name: str, config: Mapping[str, Any], pipeline: str, changed: bool) -> None:
+    """Raise InputError for a preset that the config of a HunyuanVideo-1.5 transformer speaks against.
+
+    changed: a few-step LoRA is merged into it.
+    """
+    if "use_meanflow" not in config:
+        return
+    words = name.split("-")
+    if bool(config["use_meanflow"]) != ("step" in words) and not changed:
+        what = "with" if "step" in words else "without"
+        raise InputError(f"preset {name} is for a transformer {what} use_meanflow in its config, unlike {pipeline}'s")
+    size = "480p" if config["target_size"] <= 640 else "720p"
+    if size not in words:
+        raise InputError(f"preset {name} is for another size than {pipeline}, a {size} model by its config")
+
+
+def describe(settings: Settings) -> str:
+    """How it samples, in a few words."""
+    guidance = f"guidance {settings.guidance_scale:g}" if settings.guided else "no guidance"
+    return f"{len(settings.timesteps)} steps, {settings.sampler}, shift {settings.shift:g}, {guidance}"

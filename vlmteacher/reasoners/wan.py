@@ -262,13 +262,12 @@ def load_wan(
     local_files_only: bool,
     *,
     transformer: Sequence[str] = (),
-    few_step_lora: Sequence[str] = (),
 ) -> WanReasoner:
     """The Reasoner of a diffusers Wan pipeline, local or on the hub, whose model_index.json is `index`.
 
-    transformer, few_step_lora: see `load_transformers`; the high-noise expert comes first.
+    transformer: see `load_transformers`; the high-noise expert comes first.
     """
-    from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
     hub: dict[str, Any] = {"local_files_only": local_files_only}
@@ -286,8 +285,6 @@ def load_wan(
         dtype,
         local_files_only,
         transformer=transformer,
-        few_step_lora=few_step_lora,
-        loader=WanPipeline,
     )
     # diffusers' Wan examples keep the VAE in float32; it runs once or twice an instance.
     vae = load_part(AutoencoderKLWan, path_or_id, "vae", torch.float32, local_files_only)
