@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlmteacher.distillation.adapters import Networks
 from vlmteacher.distillation.flow_matching import counted, grid_levels, noised
+from vlmteacher.distillation.kinds import check_kinds
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners.base import Condition, Reasoner
 from vlmteacher.reasoners.many_step import ode_step
@@ -33,6 +34,7 @@ class Settings:
     substeps: int = 4
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if not (isinstance(self.substeps, int) and self.substeps >= 1):
             raise InputError(f"substeps must be a whole number of at least 1, not {self.substeps}")
         if not (self.guidance >= 0 and math.isfinite(self.guidance)):

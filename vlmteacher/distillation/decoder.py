@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from vlmteacher.decoders.taehv import TinyVideoDecoder
 from vlmteacher.distillation.dataset import find_instances, read_sized, save_whole, whole
+from vlmteacher.distillation.kinds import check_kinds
 from vlmteacher.distillation.trainer import AVERAGED, Trainer, TrainSettings, check_out
 from vlmteacher.distillation.training import read_settings
 from vlmteacher.errors import InputError
@@ -59,6 +60,7 @@ class Settings:
     train: TrainSettings = field(default_factory=TrainSettings)
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         least = {"num_frames": 1, "height": 1, "width": 1, "patch": 0, "crop": 0, "held_out": 1}
         for name, low in least.items():
             value = getattr(self, name)

@@ -19,6 +19,7 @@ from vlmteacher.distillation import consistency, dmd2
 from vlmteacher.distillation.adapters import Role
 from vlmteacher.distillation.dataset import LatentDataset
 from vlmteacher.distillation.flow_matching import flow_matching_loss, grid_levels, noised
+from vlmteacher.distillation.kinds import check_kinds
 from vlmteacher.distillation.trainer import TrainSettings
 from vlmteacher.distillation.training import Training, begin, build_settings, finish, read_settings
 from vlmteacher.errors import InputError
@@ -60,6 +61,7 @@ class Settings:
     consistency: consistency.Settings = field(default_factory=consistency.Settings)
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.method not in METHODS:
             raise InputError(f"method {self.method!r} is not there: it can be {', '.join(METHODS)}")
         ts = self.timesteps
@@ -90,8 +92,8 @@ class Settings:
         for name, part in (("dmd2", dmd2.Settings), ("consistency", consistency.Settings)):
             if name in values:
                 values[name] = part(**(values[name] or {}))
-        if "timesteps" in values:
-            values["timesteps"] = tuple(float(t) for t in values["timesteps"])
+        if isinstance(values.get("timesteps"), list):
+            values["timesteps"] = tuple(values["timesteps"])
         return cls(**values)
 
 

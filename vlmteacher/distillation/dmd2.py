@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from vlmteacher.distillation.adapters import Networks, Role
 from vlmteacher.distillation.flow_matching import counted, flow_matching_loss, noised
+from vlmteacher.distillation.kinds import check_kinds
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners.base import Condition, Reasoner, with_first_frame
 from vlmteacher.reasoners.few_step import trajectory
@@ -101,6 +102,7 @@ class Settings:
     gan_block: int = -2
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if not (isinstance(self.fake_updates, int) and self.fake_updates >= 1):
             raise InputError(f"fake_updates must be a whole number of at least 1, not {self.fake_updates}")
         for name in ("fake_learning_rate", "score_shift"):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlmteacher.distillation.dataset import LatentDataset
 from vlmteacher.distillation.flow_matching import flow_matching_loss, noised
+from vlmteacher.distillation.kinds import check_kinds
 from vlmteacher.distillation.trainer import TrainSettings
 from vlmteacher.distillation.training import Training, begin, build_settings, finish, read_settings
 from vlmteacher.errors import InputError
@@ -63,6 +64,7 @@ class Settings:
     train: TrainSettings = field(default_factory=TrainSettings)
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.noise_levels not in ("uniform", "logit-normal"):
             raise InputError(f"noise_levels must be uniform or logit-normal, not {self.noise_levels!r}")
         for name in ("logit_std", "shift"):

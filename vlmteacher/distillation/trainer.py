@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from vlmteacher.distillation.kinds import check_kinds
 from vlmteacher.errors import InputError
 from vlmteacher.optimization import NonFiniteError
 
@@ -62,6 +63,7 @@ class TrainSettings:
     rank: int = 32
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         least = {"steps": 1, "batch_size": 1, "gradient_accumulation": 1, "save_every": 1, "log_every": 1, "rank": 1}
         for name, low in (least | {"warmup": 0, "validate_every": 0, "seed": 0}).items():
             value = getattr(self, name)
