@@ -121,7 +121,7 @@ def test_noise_levels_are_drawn_as_told(config, teacher, data, tmp_path):
         ({"held_out": 3}, "3 of 3 instances cannot be held out"),
         ({"sample_steps": 0}, "sample_steps must be a whole number of at least 1"),
         ({"colour": "red"}, "colour"),
-        ({"learning_rate": "fast"}, "learning_rate must be greater than 0, not fast"),
+        ({"learning_rate": "fast"}, "learning_rate must be of the type float, not 'fast'"),
     ],
 )
 def test_bad_settings_exit_with_2_and_one_line(config, capfd, changed, message):
