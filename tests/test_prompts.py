@@ -114,7 +114,14 @@ def test_a_run_records_it(pipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "what"), [("", "empty"), (" \n", "empty"), (3, "not int"), ("a\udcff", "half a char"), ("a\0", "a NUL")]
+    ("prompt", "what"),
+    [
+        ("", "empty"),
+        (" \n", "empty"),
+        (3, "prompt must be a string, not 3"),
+        ("a\udcff", "half a char"),
+        ("a\0", "a NUL"),
+    ],
 )
 def test_what_is_no_prompt_is_refused_everywhere(pipe: TeacherPipeline, prompt, what):
     calls = [

@@ -6,6 +6,7 @@ import re
 import warnings
 from typing import Any
 
+from vlmteacher import arguments
 from vlmteacher.errors import InputError, Notice
 from vlmteacher.files import check_text
 
@@ -16,9 +17,7 @@ BRACKETS = {*"<>[]{}|"}  # of a control token; an added word of a domain has non
 
 def check_prompt(prompt: str) -> None:
     """Raise InputError for a prompt that says nothing, or is no text."""
-    if not isinstance(prompt, str):
-        raise InputError(f"the prompt must be a text, not {type(prompt).__name__}")
-    if not prompt.strip():
+    if not arguments.text("prompt", prompt).strip():
         raise InputError("the prompt is empty: say what the video must show")
     check_text(prompt, "the prompt")
 

@@ -149,9 +149,7 @@ class Settings:
             if scale is not None and not 1 <= scale <= arguments.LARGEST_NUMBER:
                 most = f"{arguments.LARGEST_NUMBER:g}"
                 raise InputError(f"{name} must be 1 (no guidance) or more, at most {most}, not {scale}")
-        if not isinstance(self.negative_prompt, str):
-            raise InputError(f"negative_prompt must be a text, not {type(self.negative_prompt).__name__}")
-        check_text(self.negative_prompt, "negative_prompt")
+        check_text(arguments.text("negative_prompt", self.negative_prompt), "negative_prompt")
 
     @classmethod
     def load(cls, path: Path) -> Settings:
