@@ -17,6 +17,7 @@ from vlmteacher.cli import main
 from vlmteacher.errors import InputError, Notice
 from vlmteacher.media import FORMATS, check_first_frame, fit_image, read_clip, read_image, shrink
 from vlmteacher.microworld import world
+from vlmteacher.queries import QuerySet
 from vlmteacher.run_folder import write_video
 
 RAMP = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5  # a grey picture that no turn leaves as it is
@@ -349,6 +350,20 @@ def test_the_command_line_reads_as_python_does(models, queries_file, tmp_path, c
     images = [record[record.index('"image"') :].splitlines()[0] for record in records]
     assert images[0] == images[1] and "null" not in images[0]
     assert solve("none", tmp_path / "none.png") == 2 and not (tmp_path / "none").exists()
+
+
+def test_the_pipeline_takes_all_of_them(pipe, tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (32, 48, 3)).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    kinds = [tmp_path / "a.png", str(tmp_path / "a.png"), picture, [Image.fromarray(picture)], picture / 255]
+    kinds.append(torch.from_numpy(picture).permute(2, 0, 1))
+    given = {"queries": QuerySet("Is it?"), "max_steps": 0, "teacher_frames": 4}
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        seen = {pipe("move the ball", image, **given).config["image"] for image in kinds}
+        with pytest.raises(InputError, match="a int is none"):
+            pipe("move the ball", 3, **given)
+    assert len(seen) == 1 and None not in seen
 
 
 # ---------------------------------------------------------------- clips
