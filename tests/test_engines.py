@@ -303,5 +303,29 @@ def test_a_recorded_step_played_again_is_the_step(
         keep_activations(pipe.reasoner.transformer, Keep.ALL)
 
 
+def test_a_recorded_run_rolls_back_and_is_recorded_anew(
+    make: Any, pipe: TeacherPipeline, cuda_of_the_cpu: None
+) -> None:
+    """The new learning rate, and the fresh optimiser's memory, are in no graph that was recorded before."""
+
+    def steps(recorded: bool) -> list[dict[str, Any]]:
+        loop = make(max_steps=9, threshold=1e-6)
+        if recorded:
+            loop.engine = engine = engines.CudaGraph(loop)
+            engine.update = loop.optimizer.step  # type: ignore[method-assign]
+        rows = [loop.step() for _ in range(4)]
+        with torch.no_grad():
+            loop.parameters[-1].view(-1)[0] = torch.inf
+        rows += [loop.step() for _ in range(5)]
+        if recorded:
+            assert engine.warm == engines.WARM_UP_STEPS and engine.step is not None
+        loop.close()
+        return [without_time(row) for row in rows]
+
+    expected = steps(recorded=False)
+    assert steps(recorded=True) == expected
+    assert expected[4]["learning_rate"] == 0.005 and expected[8]["loss"] < expected[3]["loss"]
+
+
 def without_time(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != "seconds"}

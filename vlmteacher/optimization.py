@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 GRADIENT_CLIP = 1.0
 REMEDY = "try a lower learning rate or another dtype"
 DIVERGED_RISE = math.log(5)  # of the loss above its start: the P(Yes) of the questions have fallen to a fifth
+WORSE = 0.1  # a rise of the final video's loss that makes the last update worth another look
 DIVERGED_LOOKS = 5  # in a row; a healthy run rises so far at single steps only (docs/step.md)
 FLAT_CONTRAST = 0.5 / 255  # standard deviation of frames that 8 bits show as one colour
 log = logging.getLogger(__name__)
@@ -425,6 +426,7 @@ class Optimization:
 
     def last_divergence(self) -> str | None:
         """What one more look says of the last update, which no step looks at."""
+        self.parameters = list(lora_parameters(self.reasoner.transformer))  # sampling may have moved them elsewhere
         try:
             return self._assess()[2]
         except NonFiniteError as error:

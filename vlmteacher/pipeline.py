@@ -31,6 +31,7 @@ from vlmteacher.media import ImageInput, fit_image
 from vlmteacher.memory_ladder import is_out_of_memory
 from vlmteacher.optimization import (
     DIVERGED_RISE,
+    WORSE,
     NonFiniteError,
     Optimization,
     Settings,
@@ -607,7 +608,7 @@ class TeacherPipeline:
             return best()
         rise = vqa_objective(found[1], weight).item() - vqa_objective(losses_before, weight).item()
         flat = loop.flatness(frame_contrast(found[0]).item())
-        if loop.settings.keep == "best" or loop.stopped != "max_steps" or not (rise > 0 or flat):
+        if loop.settings.keep == "best" or loop.stopped != "max_steps" or not (rise > WORSE or flat):
             return found
         why = f"the few-step video's loss has risen by {rise:.2f}" if rise > DIVERGED_RISE else flat
         if why is None:

@@ -23,6 +23,7 @@ from vlmteacher.errors import InputError
 from vlmteacher.microworld.train_vae import reconstruction_loss
 from vlmteacher.optimization import NonFiniteError
 from vlmteacher.reasoners.ltx import decode_latents
+from vlmteacher.torch_modes import plain_torch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -279,6 +280,7 @@ class Distillation:
         return {name: sum(row.get(name, 0.0) for row in rows) / len(rows) for name in rows[0]}
 
 
+@plain_torch()
 def run(settings: Settings, resume: bool = False) -> Path:
     """Distil; returns the checkpoint for `TinyVideoDecoder.from_checkpoint`, ``decoder.safetensors`` in `settings.out`.
 

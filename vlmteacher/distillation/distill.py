@@ -25,6 +25,7 @@ from vlmteacher.distillation.training import Training, begin, build_settings, fi
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners.base import Condition, Reasoner
 from vlmteacher.reasoners.few_step import relative_rms
+from vlmteacher.torch_modes import plain_torch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -150,6 +151,7 @@ class Distillation(Training):
         return {"relative_rms": sum(found) / len(found)}
 
 
+@plain_torch()
 def run(settings: Settings, resume: bool = False) -> Path:
     """Distil; returns the pipeline directory that `load_reasoner` opens, ``pipeline`` in `settings.out`.
 

@@ -22,6 +22,7 @@ from vlmteacher.distillation.training import Training, begin, build_settings, fi
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners.base import Condition, Reasoner
 from vlmteacher.reasoners.many_step import sample_many
+from vlmteacher.torch_modes import plain_torch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -160,6 +161,7 @@ class FineTuning(Training):
         return {"flow": total / (LEVELS * len(self.held_out))}
 
 
+@plain_torch()
 def run(settings: Settings, resume: bool = False) -> Path:
     """Fine-tune; returns the pipeline directory that `load_reasoner` opens, ``pipeline`` in `settings.out`.
 

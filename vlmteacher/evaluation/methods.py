@@ -178,7 +178,8 @@ def run(
     )
     assert isinstance(made.frames, Tensor) and isinstance(made.frames_before, Tensor)
     end = row(made.frames, made.queries, made.history, made.p_yes_after, made.loss_after)
-    history = [{name: each[name] for name in ("loss", "p_yes", "grad_norm", "guards")} for each in made.history]
+    kept = ("loss", "p_yes", "grad_norm", "guards", "rolled_back", "learning_rate")
+    history = [{name: each[name] for name in kept if name in each} for each in made.history]
     if trace:  # a step looks at what the updates before it have made
         seen = [judge(made.frames_before), *verdicts]
         history = [
