@@ -397,3 +397,8 @@ def test_the_documented_commands_for_queries(run: Run, tmp_path: Path, monkeypat
     assert run(*commands[0])[0] == 0
     assert run(*commands[1], "--max-steps", 0)[0] == 0
     assert json.loads(Path("runs/edited/run.json").read_text())["queries"] == json.loads(Path("q.json").read_text())
+
+
+def test_an_unknown_flag_is_one_line(run: Run) -> None:
+    status, _, err = run("queries", "--prompt", "x", "--what\x85ever\nelse")
+    assert status == 2 and len(err.splitlines()) == 1 and "--what ever else" in err

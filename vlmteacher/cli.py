@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage that argparse prints before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
