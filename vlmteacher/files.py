@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,30 +28,48 @@ LOCK = ".lock"  # see `claimed`
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path` to write to; at the end it is flushed to the disk and renamed to `path`.
 
-    A reader, after a crash or a power failure too, finds the file that was there before or the whole new one. Raises
-    OutputError when the file system refuses (full, read-only, gone); `path` is then as it was.
+    A reader, after a crash or a power failure too, finds the file that was there before or the whole new one. What is
+    written may be a folder; then for a moment between old and new there is none. Raises OutputError when the file
+    system refuses (full, read-only, gone); `path` is then as it was.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    with output_errors(path):
+        try:
+            yield temporary
+            if temporary.is_dir():
+                for each in temporary.rglob("*"):
+                    _sync(each)
+                shutil.rmtree(path, ignore_errors=True)
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        finally:
+            with suppress(OSError):
+                _remove(temporary)
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Errors of the system inside the block are an OutputError about `path`."""
     try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except (OSError, RuntimeError) as error:
+        yield
+    except OutputError:
+        raise
+    except Exception as error:
         if (cause := _system_error(error)) is None:
             raise
         raise OutputError(path, cause) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
-def _system_error(error: BaseException | None) -> OSError | None:
-    """The system's error that led to `error`: torch.save raises one of its own after it."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
+def _system_error(error: Exception) -> OSError | None:
+    """The system's error that led to `error`, which torch and libraries in Rust raise in its place."""
+    if isinstance(error, OSError):
+        return error
+    if rust := re.search(r"\(os error (\d+)\)", str(error)):
+        return OSError(int(rust[1]), os.strerror(int(rust[1])))
+    context = error.__context__
+    return context if isinstance(error, RuntimeError) and isinstance(context, OSError) else None
 
 
 @contextmanager
@@ -123,19 +142,38 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def append_text(path: Path, text: str) -> None:
+    """Append to a UTF-8 file and wait until it is on the disk. Raises OutputError; a part may then be there."""
+    with output_errors(path), path.open("ab") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those that it lies in, where they are not there. Raises OutputError."""
+    with output_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def remove(path: Path) -> None:
     """Remove a file if it is there. Raises OutputError."""
-    try:
+    with output_errors(path):
         path.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(path, error) from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of `replacing` in `folder`, which nobody else may be writing to (see `claimed`)."""
-    for file in folder.iterdir():
-        if TEMPORARY.fullmatch(file.name) and file.is_file():
-            file.unlink(missing_ok=True)
+    for each in folder.iterdir():
+        if TEMPORARY.fullmatch(each.name):
+            _remove(each)
 
 
 def read_text(path: str | os.PathLike[str], label: str, limit: int = TEXT_LIMIT) -> str:

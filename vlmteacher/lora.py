@@ -12,6 +12,7 @@ from vlmteacher.errors import InputError
 from vlmteacher.lora_files import LoRA, diffusers_bytes
 from vlmteacher.lora_files import merge_lora as merge_lora  # it can be imported from here too
 from vlmteacher.reasoners.checkpointing import block_list
+from vlmteacher.state import check_like
 
 ADAPTER = "default"
 # Every linear layer of the blocks but their modulation. PEFT: ends of names, or an expression for the whole name where
@@ -161,13 +162,6 @@ def load_lora_state(transformer: Any, state: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in ours.items():
             parameter.copy_(state[name])
-
-
-def check_like(given: Any, wanted: Tensor, name: str) -> None:
-    """Raise InputError unless `given` is a tensor of the shape and dtype of `wanted`: copying would convert it."""
-    if not isinstance(given, Tensor) or (given.shape, given.dtype) != (wanted.shape, wanted.dtype):
-        what = f"{tuple(given.shape)} {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
-        raise InputError(f"{name} is {what}, not {tuple(wanted.shape)} {wanted.dtype}")
 
 
 def export_lora(transformer: Any) -> bytes:

@@ -19,12 +19,13 @@ from vlmteacher import arguments
 from vlmteacher.engines import ENGINES, Engine, make_engine
 from vlmteacher.errors import InputError, NonFiniteFrames, OutOfMemory
 from vlmteacher.interruption import uninterrupted
-from vlmteacher.lora import check_like, frozen_blocks, load_lora_state, lora_parameters, lora_state_dict, parse_blocks
+from vlmteacher.lora import frozen_blocks, load_lora_state, lora_parameters, lora_state_dict, parse_blocks
 from vlmteacher.memory_ladder import MemoryLadder, is_out_of_memory
 from vlmteacher.ops.patchify import PatchRows
 from vlmteacher.reasoners.base import Target
 from vlmteacher.reasoners.frozen_front import FrozenFront
 from vlmteacher.reward import pick, vqa_objective
+from vlmteacher.state import load_optimizer
 from vlmteacher.teachers.base import check_range
 
 if TYPE_CHECKING:
@@ -522,13 +523,7 @@ class Optimization:
         """
         load_lora_state(self.reasoner.transformer, state["lora"])
         if state["optimizer"] is not None:
-            moments = state["optimizer"]["state"]
-            if [*moments] != [*range(len(self.parameters))] * bool(moments):
-                raise InputError(f"its optimizer has {len(moments)} parameters, the LoRA {len(self.parameters)}")
-            for parameter, values in zip(self.parameters, moments.values(), strict=False):
-                check_like(values["exp_avg"], parameter, "its optimizer's mean")
-                check_like(values["exp_avg_sq"], parameter, "its optimizer's square")
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(self.optimizer, state["optimizer"])
             self.engine.reset()  # a recorded update reads the old state's memory
         self.history = copy.deepcopy(state["history"])
         if [row["step"] for row in self.history] != [*range(len(self.history))]:

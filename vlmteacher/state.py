@@ -15,7 +15,8 @@ from vlmteacher.files import replacing
 from vlmteacher.interruption import uninterrupted
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
 
 SAMPLE = 64  # values of every tensor that `fingerprint` looks at
 
@@ -60,6 +61,26 @@ def read_state(path: Path, form: str, limit: int) -> dict[str, Any]:
 def unusable(path: Path, reason: str) -> InputError:
     """The error to raise for a state that cannot be gone on from."""
     return InputError(f"{path} cannot be used ({reason}): delete it to start again, or give another --out")
+
+
+def check_like(given: Any, wanted: Tensor, name: str) -> None:
+    """Raise InputError unless `given` is a tensor of the shape and dtype of `wanted`: copying would convert it."""
+    if not hasattr(given, "shape") or (given.shape, given.dtype) != (wanted.shape, wanted.dtype):
+        what = f"{tuple(given.shape)} {given.dtype}" if hasattr(given, "shape") else type(given).__name__
+        raise InputError(f"{name} is {what}, not {tuple(wanted.shape)} {wanted.dtype}")
+
+
+def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """`Optimizer.load_state_dict`, which takes tensors of any shape. Raises InputError for those of another."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kept = state["state"]
+    if kept and len(kept) != len(parameters):
+        raise InputError(f"its optimizer has {len(kept)} parameters of {len(parameters)}")
+    for place, entries in kept.items():
+        for name, value in entries.items():
+            if name != "step":
+                check_like(value, parameters[place], f"its optimizer's {name}")
+    optimizer.load_state_dict(dict(state))
 
 
 def fingerprint(networks: Mapping[str, nn.Module], *settings: object) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from vlmteacher.cli import main
@@ -80,8 +81,9 @@ def test_accumulated_batches_are_one_batch(config, tmp_path):
 
     def gradient(**changed: Any) -> list[torch.Tensor]:
         settings = load_settings(config(full=True, caption_dropout=0.0, **changed), {"out": str(tmp_path / "none")})
-        accelerator, reasoner, data = begin(
-            settings.reasoner, settings.data, None, tmp_path / "none", settings.train, resume=False
+        accelerator = Accelerator()
+        reasoner, data, _ = begin(
+            settings.reasoner, settings.data, None, tmp_path / "none", settings.train, accelerator
         )
         tuning = FineTuning(settings, reasoner, data, accelerator)
         generator = torch.Generator().manual_seed(0)

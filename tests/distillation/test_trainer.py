@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 
 import pytest
 import torch
 from torch import nn
 
-from vlmteacher.distillation.trainer import Trainer, TrainSettings, check_out
-from vlmteacher.errors import InputError
+from vlmteacher.distillation.trainer import FORM, Trainer, TrainSettings, check_out, training_folder
+from vlmteacher.errors import InputError, OutputError
+from vlmteacher.interruption import endings_interrupt
+from vlmteacher.state import write_state
 
 
 @pytest.fixture
@@ -95,7 +98,7 @@ def test_a_full_disk_leaves_the_state_before(trainer):
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # it would end the process; what is left is EFBIG
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        with pytest.raises(InputError, match=r"cannot be written to .* the state of step 2 stays: make room"):
+        with pytest.raises(OutputError, match=r"state\.pt cannot be written \(File too large\)"):
             second.run(stepping(second), 4)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -117,6 +120,84 @@ def test_a_folder_is_resumed_only_when_it_can_be(trainer, tmp_path):
         check_out(tmp_path / "run", resume=False)
     with pytest.raises(InputError, match=r"seed \(3, now 4\)"):
         trainer(seed=4).resume()
+
+
+@pytest.mark.parametrize("where", ["step", "validation"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interruption_keeps_the_last_step(trainer, number, where):
+    whole = trainer(ema=0.5, save_every=100)
+    whole.run(stepping(whole), 6)
+    shutil.rmtree(whole.out)
+    first = trainer(ema=0.5, save_every=100, validate_every=1)
+    made = stepping(first)
+
+    def step(index: int, generator: torch.Generator) -> dict[str, float]:
+        if index == 3 and where == "step":
+            signal.raise_signal(number)  # the step is made all the same
+        return made(index, generator)
+
+    def validate(step: int) -> dict[str, float]:
+        if step == 4 and where == "validation":
+            signal.raise_signal(number)
+        return {}
+
+    with pytest.raises(KeyboardInterrupt), endings_interrupt():
+        first.run(step, 6, validate)
+    assert first.saved == first.step == 4
+    second = trainer(ema=0.5, save_every=100, validate_every=1)
+    second.resume()
+    assert second.step == 4
+    second.run(stepping(second), 6, validate)
+    assert torch.equal(second.modules["student"].weight, whole.modules["student"].weight)
+
+
+def test_a_state_that_cannot_be_gone_on_from(trainer):
+    once = trainer(ema=0.5)
+    once.run(stepping(once), 2)
+    good = once.state_file.read_bytes()
+    content = torch.load(once.state_file, weights_only=True)
+    del content["form"]
+    weights = content["modules"]["student"]
+    broken = {
+        "a shape that broadcasts": {"modules": {"student": weights | {"bias": torch.zeros(1)}}},
+        "another dtype": {"modules": {"student": weights | {"weight": weights["weight"].double()}}},
+        "a mean of another shape": {"average": [torch.zeros(1), torch.zeros(1)]},
+        "no modules": {"modules": {}},
+        "settings that are none": {"settings": "{"},
+        "a step of text": {"step": "two"},
+    }
+    cases = {"empty": b"", "cut off": good[:-100], "foreign": b"PK" + good, "a pickle": b"\x80\x04N."}
+    for what, changes in broken.items():
+        write_state(once.state_file, FORM, content | changes)
+        cases[what] = once.state_file.read_bytes()
+    torch.save(content, once.state_file)  # of the version before this check
+    cases["of an earlier version"] = once.state_file.read_bytes()
+    for what, data in cases.items():
+        once.state_file.write_bytes(data)
+        with pytest.raises(InputError, match="delete it to start again, or give another --out") as raised:
+            trainer(ema=0.5).resume()
+            pytest.fail(what)
+        assert str(once.state_file) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_one_training_in_a_folder(trainer, tmp_path):
+    from accelerate import Accelerator
+
+    folder = tmp_path / "run", False, Accelerator()
+    with training_folder(*folder), pytest.raises(InputError, match="another process"), training_folder(*folder):
+        pass
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_a_crash_cut_off_are_left_out(trainer):
+    once = trainer()
+    once.run(stepping(once), 2)
+    log = once.out / "log.jsonl"
+    log.write_bytes(log.read_bytes() + b'{"step": 3, "drawn": 0.1}\n{"step": 2, "dr\xff')
+    again = trainer()
+    again.resume()
+    again.run(stepping(again), 4)
+    assert [row["step"] for row in rows(again)] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

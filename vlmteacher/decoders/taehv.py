@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlmteacher.decoders.find import find_decoder
 from vlmteacher.errors import InputError
-from vlmteacher.files import parse_json
+from vlmteacher.files import parse_json, replacing
 from vlmteacher.ops import tiny_decoder
 from vlmteacher.ops.backends import without_data
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
@@ -369,12 +369,13 @@ class TinyVideoDecoder(nn.Module):
         return latents.to(next(self.parameters()).dtype)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file with upstream's ``decoder.{i}`` keys and the layout as metadata."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
+        """Write a safetensors file with upstream's ``decoder.{i}`` keys and the layout as metadata.
+
+        Raises OutputError.
+        """
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        save_file(state, partial, metadata={"config": json.dumps(self.config)})
-        os.replace(partial, path)
+        with replacing(Path(path)) as temporary:
+            save_file(state, temporary, metadata={"config": json.dumps(self.config)})
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> TinyVideoDecoder:

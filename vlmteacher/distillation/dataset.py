@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vlmteacher.errors import InputError
-from vlmteacher.files import read_text
+from vlmteacher.files import make_folder, read_text, replacing
 from vlmteacher.media import check_aspect, check_first_frame, read_clip, read_image, resize_clip
 from vlmteacher.reasoners.base import Condition, Reasoner, collate
 from vlmteacher.reasoners.wan import WanReasoner
@@ -57,7 +56,7 @@ class LatentDataset:
         reasoner.check(num_frames, height, width)
         size = (num_frames, height, width)
         instances = find_instances(folder)
-        cache.mkdir(parents=True, exist_ok=True)
+        make_folder(cache)
         encoders, files = _fingerprint(reasoner), []
         seen: dict[str, Path] = {}
         for instance in tqdm(instances, desc="encode"):
@@ -86,6 +85,10 @@ class LatentDataset:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def fingerprint(self) -> str:
+        """A hash of the videos, prompts and the networks that encoded them, which the files' names are made of."""
+        return hashlib.sha256("".join(sorted(file.name for file in self.files)).encode()).hexdigest()[:16]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """latents (C, T, h, w), prompt_embeds (L, D) and, for image models, first_frame (C, 1, h, w)."""
@@ -139,14 +142,9 @@ def _encode(instance: Path, reasoner: WanReasoner, size: Size) -> tuple[dict[str
 
 
 def save_whole(content: tuple[dict[str, Tensor], dict[str, str]], path: Path) -> None:
-    """Tensors and metadata to a safetensors file, all of it or nothing. Raises InputError."""
-    partial = path.with_suffix(f".partial-{os.getpid()}")  # several processes may encode at once
-    try:
-        save_file(content[0], partial, metadata=content[1])
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"{path.parent} cannot be written to ({error}): what is encoded stays") from error
+    """Tensors and metadata to a safetensors file, all of it or nothing. Raises OutputError."""
+    with replacing(path) as temporary:  # several processes may encode at once
+        save_file(content[0], temporary, metadata=content[1])
 
 
 def whole(path: Path) -> bool:

@@ -17,9 +17,10 @@ from tqdm.auto import tqdm
 from vlmteacher.decoders.taehv import TinyVideoDecoder
 from vlmteacher.distillation.dataset import find_instances, read_sized, save_whole, whole
 from vlmteacher.distillation.kinds import check_kinds
-from vlmteacher.distillation.trainer import AVERAGED, Trainer, TrainSettings, check_out
+from vlmteacher.distillation.trainer import AVERAGED, Trainer, TrainSettings, training_folder
 from vlmteacher.distillation.training import read_settings
 from vlmteacher.errors import InputError
+from vlmteacher.files import make_folder
 from vlmteacher.microworld.train_vae import reconstruction_loss
 from vlmteacher.optimization import NonFiniteError
 from vlmteacher.reasoners.ltx import decode_latents
@@ -155,7 +156,7 @@ class Clips:
     def prepare(cls, settings: Settings, vae: VideoVAE) -> Clips:
         """Encode what `settings.data` holds; what the cache has already is kept. Raises InputError."""
         cache = Path(settings.cache or Path(settings.out) / "cache")
-        cache.mkdir(parents=True, exist_ok=True)
+        make_folder(cache)
         size = settings.num_frames, settings.height, settings.width
         weights = hashlib.sha256(f"{size} {settings.target}".encode())
         for name, value in vae.model.state_dict().items():
@@ -184,6 +185,10 @@ class Clips:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def fingerprint(self) -> str:
+        """A hash of the videos and of the VAE that encoded them, which the files' names are made of."""
+        return hashlib.sha256("".join(sorted(file.name for file in self.files)).encode()).hexdigest()[:16]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Latents (C, T, h, w) float32 and frames (F, H, W, 3) uint8."""
@@ -289,14 +294,20 @@ def run(settings: Settings, resume: bool = False) -> Path:
     from accelerate import Accelerator
 
     out, accelerator = Path(settings.out), Accelerator()
-    check_out(out, resume)
-    clips = Clips.prepare(settings, VideoVAE(settings.vae, accelerator.device))
-    distillation = Distillation(settings, clips, accelerator)
-    modules: dict[str, nn.Module] = {AVERAGED: distillation.decoder}
-    trainer = Trainer(out, modules, {AVERAGED: distillation.optimizer}, settings.to_dict(), accelerator)
-    if resume:
-        trainer.resume()
-    trainer.run(distillation.step, settings.train.steps, distillation.validate)
-    if accelerator.is_main_process:
-        distillation.decoder.save(out / "decoder.safetensors")
-    return out / "decoder.safetensors"
+    with training_folder(out, resume, accelerator):
+        clips = Clips.prepare(settings, VideoVAE(settings.vae, accelerator.device))
+        distillation = Distillation(settings, clips, accelerator)
+        modules: dict[str, nn.Module] = {AVERAGED: distillation.decoder}
+        trainer = Trainer(
+            out,
+            modules,
+            {AVERAGED: distillation.optimizer},
+            settings.to_dict() | {"videos": clips.fingerprint()},
+            accelerator,
+        )
+        if resume:
+            trainer.resume()
+        trainer.run(distillation.step, settings.train.steps, distillation.validate)
+        if accelerator.is_main_process:
+            distillation.decoder.save(out / "decoder.safetensors")
+        return out / "decoder.safetensors"

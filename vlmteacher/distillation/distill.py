@@ -20,7 +20,7 @@ from vlmteacher.distillation.adapters import Role
 from vlmteacher.distillation.dataset import LatentDataset
 from vlmteacher.distillation.flow_matching import flow_matching_loss, grid_levels, noised
 from vlmteacher.distillation.kinds import check_kinds
-from vlmteacher.distillation.trainer import TrainSettings
+from vlmteacher.distillation.trainer import TrainSettings, training_folder
 from vlmteacher.distillation.training import Training, begin, build_settings, finish, read_settings
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners.base import Condition, Reasoner
@@ -157,17 +157,21 @@ def run(settings: Settings, resume: bool = False) -> Path:
 
     Raises InputError for what cannot be used, NonFiniteError when the training breaks down (the last good state stays).
     """
+    from accelerate import Accelerator
+
     out = Path(settings.out)
-    accelerator, reasoner, data = begin(settings.reasoner, settings.data, settings.cache, out, settings.train, resume)
-    reasoner.settings = replace(
-        reasoner.settings,
-        timesteps=settings.timesteps,
-        shift=settings.shift,
-        sampler="renoise",  # what its losses train; and the student needs no guidance
-        guidance_scale=1.0,
-        guidance_scale_2=None,
-    )
-    distillation = Distillation(settings, reasoner, data, accelerator)
-    return finish(
-        distillation, settings.to_dict(), settings.reasoner, out, resume, lambda step: distillation.validate(step, out)
-    )
+    accelerator = Accelerator()
+    with training_folder(out, resume, accelerator):
+        source, train = settings.reasoner, settings.train
+        reasoner, data, given = begin(source, settings.data, settings.cache, out, train, accelerator)
+        reasoner.settings = replace(
+            reasoner.settings,
+            timesteps=settings.timesteps,
+            shift=settings.shift,
+            sampler="renoise",  # what its losses train; and the student needs no guidance
+            guidance_scale=1.0,
+            guidance_scale_2=None,
+        )
+        distillation = Distillation(settings, reasoner, data, accelerator)
+        shared = settings.to_dict() | given
+        return finish(distillation, shared, source, out, resume, lambda step: distillation.validate(step, out))

@@ -17,7 +17,7 @@ from torch import Tensor
 from vlmteacher.distillation.dataset import LatentDataset
 from vlmteacher.distillation.flow_matching import flow_matching_loss, noised
 from vlmteacher.distillation.kinds import check_kinds
-from vlmteacher.distillation.trainer import TrainSettings
+from vlmteacher.distillation.trainer import TrainSettings, training_folder
 from vlmteacher.distillation.training import Training, begin, build_settings, finish, read_settings
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners.base import Condition, Reasoner
@@ -167,8 +167,14 @@ def run(settings: Settings, resume: bool = False) -> Path:
 
     Raises InputError for what cannot be used, NonFiniteError when the training breaks down (the last good state stays).
     """
+    from accelerate import Accelerator
+
     out = Path(settings.out)
-    accelerator, reasoner, data = begin(settings.reasoner, settings.data, settings.cache, out, settings.train, resume)
-    reasoner.settings = replace(reasoner.settings, shift=settings.shift)
-    tuning = FineTuning(settings, reasoner, data, accelerator)
-    return finish(tuning, settings.to_dict(), settings.reasoner, out, resume, lambda step: tuning.validate(step, out))
+    accelerator = Accelerator()
+    with training_folder(out, resume, accelerator):
+        source, train = settings.reasoner, settings.train
+        reasoner, data, given = begin(source, settings.data, settings.cache, out, train, accelerator)
+        reasoner.settings = replace(reasoner.settings, shift=settings.shift)
+        tuning = FineTuning(settings, reasoner, data, accelerator)
+        shared = settings.to_dict() | given
+        return finish(tuning, shared, source, out, resume, lambda step: tuning.validate(step, out))

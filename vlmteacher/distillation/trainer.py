@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,12 +19,17 @@ from tqdm.auto import tqdm
 
 from vlmteacher.distillation.kinds import check_kinds
 from vlmteacher.errors import InputError
+from vlmteacher.files import append_text, claimed, make_folder, remove_leftovers, write_text
+from vlmteacher.interruption import uninterrupted
 from vlmteacher.optimization import NonFiniteError
+from vlmteacher.state import check_like, load_optimizer, read_state, unusable, write_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 STATE = Path("state") / "state.pt"
+FORM = "vlmteacher training 1"  # of the state; another number when its content changes
+STATE_ROOM = 2**26  # bytes of a state beside its tensors
 AVERAGED = "student"  # the module whose average is kept, and which is the result
 
 
@@ -81,6 +85,17 @@ class TrainSettings:
             raise InputError(f"dtype must be float32 or bfloat16, not {self.dtype!r}")
 
 
+@contextmanager
+def training_folder(out: Path, resume: bool, accelerator: Accelerator) -> Iterator[None]:
+    """Hold `out` for a training (see `claimed` and `check_out`); of several processes the main one holds it."""
+    with claimed(out) if accelerator.is_main_process else nullcontext():
+        check_out(out, resume)
+        for folder in ((out / STATE).parent, out / "samples"):
+            if accelerator.is_main_process and folder.is_dir():
+                remove_leftovers(folder)
+        yield
+
+
 def check_out(out: Path, resume: bool) -> None:
     """Raise InputError when `out` holds a training that is not to be resumed, or none that could be."""
     there = (out / STATE).exists()
@@ -90,11 +105,15 @@ def check_out(out: Path, resume: bool) -> None:
         raise InputError(f"{out} already holds a training: give another out, or --resume to go on")
 
 
+class OtherSettings(InputError):
+    """A training is to be resumed with settings that are not its own."""
+
+
 class Trainer:
     """Runs a training in the folder `out` so that it can be stopped anywhere and taken up again with the same result.
 
-    ``state/state.pt`` holds all that changes; it is replaced only by a whole new one. ``log.jsonl`` and
-    ``validation.jsonl`` hold a row each time.
+    ``state/state.pt`` holds all that changes; it is replaced only by a whole new one, every `save_every` steps and when
+    the training is interrupted. ``log.jsonl`` and ``validation.jsonl`` hold a row each time.
 
     Args:
         out: folder to write to.
@@ -124,24 +143,42 @@ class Trainer:
         return list(self.modules[AVERAGED].parameters())
 
     def resume(self) -> None:
-        """Take up the run in `out`. Raises InputError: there is none, or its settings (those that differ are named)."""
+        """Take up the run in `out`.
+
+        Raises InputError: there is none, its state cannot be used, its settings are others, which are named.
+        """
         check_out(self.out, resume=True)
-        state = torch.load(self.state_file, weights_only=True, map_location="cpu")
-        before = json.loads(state["settings"])
-        names = [n for n in sorted(before | self.settings) if n != "steps" and before.get(n) != self.settings.get(n)]
-        if names:
-            listed = ", ".join(f"{n} ({before.get(n)}, now {self.settings.get(n)})" for n in names)
-            raise InputError(f"{self.out} was trained with other settings: {listed}; set them back or give another out")
-        for name, module in self.modules.items():
-            module.load_state_dict(state["modules"][name])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        for mean, value in zip(self.average, state["average"], strict=True):
-            mean.copy_(value)
-        self.step = self.saved = state["step"]
+        tensors = [*self.average, *(each for module in self.modules.values() for each in module.state_dict().values())]
+        sizes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        state = read_state(self.state_file, FORM, limit=8 * sizes + STATE_ROOM)
+        try:
+            self._load(state, json.loads(state["settings"]))
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if isinstance(error, OtherSettings):
+                raise
+            reason = str(error).splitlines()[0] if isinstance(error, InputError) else "it is damaged"
+            raise unusable(self.state_file, reason) from error
         if self.accelerator.is_main_process:
             for name in ("log.jsonl", "validation.jsonl"):
                 _cut(self.out / name, self.step)
+
+    def _load(self, state: dict[str, Any], before: dict[str, Any]) -> None:
+        names = [n for n in sorted(before | self.settings) if n != "steps" and before.get(n) != self.settings.get(n)]
+        if names:
+            listed = ", ".join(f"{n} ({before.get(n)}, now {self.settings.get(n)})" for n in names)
+            raise OtherSettings(
+                f"{self.out} was trained with other settings: {listed}; set them back or give another out"
+            )
+        for name, module in self.modules.items():
+            for key, value in module.state_dict().items():
+                check_like(state["modules"][name][key], value, key)
+            module.load_state_dict(state["modules"][name])
+        for name, optimizer in self.optimizers.items():
+            load_optimizer(optimizer, state["optimizers"][name])
+        for mean, value in zip(self.average, state["average"], strict=True):
+            check_like(value, mean, "a mean")
+            mean.copy_(value)
+        self.step = self.saved = int(state["step"])
 
     def run(
         self,
@@ -154,27 +191,21 @@ class Trainer:
         The generator is seeded by the seed and the index alone. The student ends as the average, where one is kept.
 
         Raises:
-            InputError: `out` cannot be written to; the state that is there stays usable.
+            OutputError: `out` cannot be written to; the state that is there stays usable.
+            KeyboardInterrupt: after the step that is made is whole and saved.
             NonFiniteError: from `step`; the last state stays.
         """
         main, settings = self.accelerator.is_main_process, self.settings
         sums: dict[str, float] = {}
         seconds, since = 0.0, self.step
-        with tqdm(total=steps, initial=self.step, disable=not main, desc="train") as bar:
+        with (
+            tqdm(total=steps, initial=self.step, disable=not main, desc="train") as bar,
+            self._saved_when_interrupted(),
+        ):
             while self.step < steps:
-                for group, rate in self.rates:
-                    group["lr"] = rate * min(1.0, (self.step + 1) / max(settings["warmup"], 1))
-                began = time.perf_counter()
-                try:
-                    values = step(self.step, torch.Generator().manual_seed(settings["seed"] * 1_000_003 + self.step))
-                except NonFiniteError as error:
-                    kept = "nothing was saved yet" if self.saved is None else f"the state of step {self.saved} stays"
-                    raise NonFiniteError(f"{error}; {kept} in {self.out}: lower the learning rate") from error
-                seconds += time.perf_counter() - began
-                self.step += 1
-                decay = min(settings["ema"], self.step / (self.step + 10))
-                for mean, p in zip(self.average, self._averaged() if self.average else [], strict=True):
-                    mean.lerp_(p.detach(), 1 - decay)
+                with uninterrupted():
+                    values, took = self._make(step)
+                seconds += took
                 for name, value in values.items():
                     sums[name] = sums.get(name, 0.0) + value
                 bar.update()
@@ -193,6 +224,33 @@ class Trainer:
             for mean, p in zip(self.average, self._averaged() if self.average else [], strict=True):
                 p.copy_(mean)
 
+    def _make(self, step: Callable[[int, torch.Generator], dict[str, float]]) -> tuple[dict[str, float], float]:
+        """Make the next step and its part of the average; what is to be logged, and the seconds that it took."""
+        settings = self.settings
+        for group, rate in self.rates:
+            group["lr"] = rate * min(1.0, (self.step + 1) / max(settings["warmup"], 1))
+        began = time.perf_counter()
+        try:
+            values = step(self.step, torch.Generator().manual_seed(settings["seed"] * 1_000_003 + self.step))
+        except NonFiniteError as error:
+            kept = "nothing was saved yet" if self.saved is None else f"the state of step {self.saved} stays"
+            raise NonFiniteError(f"{error}; {kept} in {self.out}: lower the learning rate") from error
+        took = time.perf_counter() - began
+        self.step += 1
+        decay = min(settings["ema"], self.step / (self.step + 10))
+        for mean, p in zip(self.average, self._averaged() if self.average else [], strict=True):
+            mean.lerp_(p.detach(), 1 - decay)
+        return values, took
+
+    @contextmanager
+    def _saved_when_interrupted(self) -> Iterator[None]:
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.step and self.step != self.saved:
+                self.save()
+            raise
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The student is the average, where one is kept, inside the block."""
@@ -200,12 +258,14 @@ class Trainer:
         last = [p.detach().clone() for p in parameters]
         for p, mean in zip(parameters, self.average, strict=True):
             p.data.copy_(mean)
-        yield
-        for p, value in zip(parameters, last, strict=True):
-            p.data.copy_(value)
+        try:
+            yield
+        finally:
+            for p, value in zip(parameters, last, strict=True):
+                p.data.copy_(value)
 
     def save(self) -> None:
-        """Write the state beside the old one and put it in its place. Raises InputError when there is no room."""
+        """Write the state in place of the one before. Raises OutputError; that one then stays."""
         if not self.accelerator.is_main_process:
             return
         state = {
@@ -215,18 +275,8 @@ class Trainer:
             "step": self.step,
             "settings": json.dumps(self.settings),
         }
-        partial = self.state_file.with_suffix(".partial")
-        try:
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(state, partial)
-            os.replace(partial, self.state_file)
-        except (OSError, RuntimeError) as error:  # torch's own writer raises the latter on a full disk
-            partial.unlink(missing_ok=True)
-            kept = "nothing was saved before" if self.saved is None else f"the state of step {self.saved} stays"
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(
-                f"{partial.parent} cannot be written to ({reason}), {kept}: make room, then --resume"
-            ) from error
+        make_folder(self.state_file.parent)
+        write_state(self.state_file, FORM, state)
         self.saved = self.step
 
     def _speed(self, seconds: float) -> dict[str, float]:
@@ -244,14 +294,17 @@ class Trainer:
 
     def _write(self, name: str, row: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
-            self.out.mkdir(parents=True, exist_ok=True)
-            with (self.out / name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.step, **row}) + "\n")
+            make_folder(self.out)
+            append_text(self.out / name, json.dumps({"step": self.step, **row}) + "\n")
 
 
 def _cut(path: Path, step: int) -> None:
-    """Leave out the rows after `step`: they will be written again."""
-    if path.exists():
-        rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [row for row in rows if json.loads(row)["step"] <= step]
-        path.write_text("".join(f"{row}\n" for row in kept), encoding="utf-8")
+    """Leave out the rows after `step`, which will be written again, and what is no row: a crash may cut one off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(f"{line}\n")
+    write_text(path, "".join(kept))

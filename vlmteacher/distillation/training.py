@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,13 +15,14 @@ from torch import Tensor, nn
 
 from vlmteacher.distillation.adapters import Networks, Role, SeparateNetworks, SharedBackbone
 from vlmteacher.distillation.dataset import LatentDataset
-from vlmteacher.distillation.trainer import Trainer, TrainSettings, check_out
+from vlmteacher.distillation.trainer import Trainer, TrainSettings
 from vlmteacher.errors import InputError
-from vlmteacher.files import read_yaml, write_json
+from vlmteacher.files import make_folder, read_yaml, replacing, write_json
 from vlmteacher.optimization import NonFiniteError
 from vlmteacher.reasoners import load_reasoner
 from vlmteacher.reasoners.base import Condition, Reasoner
 from vlmteacher.run_folder import write_video
+from vlmteacher.state import fingerprint
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -149,27 +149,25 @@ class Training:
     def write_sample(self, path: Path, latents: Tensor) -> None:
         """The video of `latents` (1, C, T, h, w)."""
         frames = (self.reasoner.decode(latents).permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_video(path, frames, self.reasoner.fps)
 
 
 def begin(
-    reasoner: str, data: str, cache: str | None, out: Path, train: TrainSettings, resume: bool
-) -> tuple[Accelerator, Reasoner, LatentDataset]:
-    """What a training in `out` starts from.
+    reasoner: str, data: str, cache: str | None, out: Path, train: TrainSettings, accelerator: Accelerator
+) -> tuple[Reasoner, LatentDataset, dict[str, str]]:
+    """What a training in `out` starts from, and fingerprints of it that a resumed run must agree with.
 
     The instances in `data` are encoded in the Reasoner's own size; `cache` keeps them, ``out/cache`` by default. The
     Reasoner's weights are in float32 unless they stay frozen and bfloat16 is asked for. Raises InputError.
     """
-    from accelerate import Accelerator
-
-    check_out(out, resume)
-    accelerator = Accelerator()
     frozen_low = train.dtype == "bfloat16" and not train.full
     model = load_reasoner(reasoner, torch.bfloat16 if frozen_low else torch.float32)
     model.to(accelerator.device)
     size = model.num_frames, model.height, model.width
-    return accelerator, model, LatentDataset.prepare(Path(data), Path(cache or out / "cache"), model, *size)
+    dataset = LatentDataset.prepare(Path(data), Path(cache or out / "cache"), model, *size)
+    given = {"transformer": fingerprint({"transformer": model.transformer}), "videos": dataset.fingerprint()}
+    return model, dataset, given
 
 
 def finish(
@@ -194,7 +192,10 @@ def finish(
 
 
 def write_pipeline(source: str, reasoner: Reasoner, weights: dict[str, Tensor], out: Path) -> None:
-    """A diffusers pipeline directory: that of `source` with other `weights` and the Reasoner's settings."""
+    """A diffusers pipeline directory: that of `source` with other `weights` and the Reasoner's settings.
+
+    Raises OutputError.
+    """
     transformer: Any = type(reasoner.transformer).from_config(reasoner.transformer.config)
     transformer.load_state_dict(weights, assign=True)  # in the precision that each of them has
     directory = Path(source)
@@ -202,10 +203,7 @@ def write_pipeline(source: str, reasoner: Reasoner, weights: dict[str, Tensor], 
         from huggingface_hub import snapshot_download
 
         directory = Path(snapshot_download(source, local_files_only=True))  # it was loaded from there
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(directory, partial, ignore=lambda at, names: names if Path(at).name == "transformer" else [])
-    transformer.save_pretrained(partial / "transformer")
-    write_json(partial / "reasoner.json", asdict(reasoner.settings))
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(partial, out)
+    with replacing(out) as temporary:
+        shutil.copytree(directory, temporary, ignore=lambda at, names: names if Path(at).name == "transformer" else [])
+        transformer.save_pretrained(temporary / "transformer")
+        write_json(temporary / "reasoner.json", asdict(reasoner.settings))

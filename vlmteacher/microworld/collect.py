@@ -7,7 +7,6 @@ Reasoner's one-step predictions and few-step videos; and predictions in the cour
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlmteacher.files import make_folder, replacing
 from vlmteacher.microworld import labeller, splits, world
 from vlmteacher.microworld.facts import Facts, facts_of
 from vlmteacher.microworld.questions import right_queries
@@ -46,8 +46,8 @@ class Shard:
             "facts": [{name: torch.from_numpy(getattr(f, name)) for name in FIELDS} for f in self.facts],
             "scenes": [s.to_json() for s in self.scenes],
         }
-        torch.save(content, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            torch.save(content, file)
 
 
 def load(paths: list[Path]) -> list[tuple[np.ndarray, Scene, Facts]]:
@@ -155,7 +155,7 @@ def main(out: Path, optimise: bool) -> None:
 
     config = load_config("collect")
     reasoner, decoder = parts(out)
-    (out / "collect").mkdir(exist_ok=True)
+    make_folder(out / "collect")
     if optimise:
         teacher = load_teacher(str(out / "finetune/teacher"), torch.float32)
         settings = Settings(**config["settings"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from vlmteacher.errors import InputError
+from vlmteacher.files import claimed, make_folder, remove_leftovers, replacing, write_json, write_text
 from vlmteacher.microworld import world
 from vlmteacher.run_folder import write_video
 
@@ -31,12 +30,15 @@ def export(
     alternate; an index, a seed and they always mean the same instance. `flawed` gives the videos the documented flaw:
     for half of the colours they go wrong, always in the same way, and the metadata says which.
 
-    Raises InputError: a count below 1, an unknown split or family, a folder that cannot be written to.
+    Raises InputError: a count below 1, an unknown split or family, a folder that cannot be written to or is in use;
+    OutputError: the disk is full. What is whole stays.
     """
     if count < 1:
         raise InputError(f"--count must be at least 1, not {count}")
     world.check(split, chosen)
-    try:
+    with claimed(out):
+        for folder in out.glob("*_task"):
+            remove_leftovers(folder)
         for index in tqdm(range(count), desc="export"):
             scene, prompt = world.instance(index, seed, split, chosen)
             instance = out / f"{scene.family}_task" / f"{index:06d}"
@@ -53,16 +55,13 @@ def export(
             shown = world.flawed(scene) if flawed else scene
             description |= {"right": shown == scene, "fps": world.FPS}
             pixels = (world.render(shown) * 255).round().astype(np.uint8)
-            partial = instance.with_name(f"{instance.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            Image.fromarray(pixels[0]).save(partial / "first_frame.png")
-            (partial / "prompt.txt").write_text(prompt + "\n", encoding="utf-8")
-            write_video(partial / "ground_truth.mp4", pixels, world.FPS)
-            (partial / "metadata.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, instance)
-    except OSError as error:
-        raise InputError(f"{out} cannot be written to ({error}): what is whole stays") from error
+            make_folder(instance.parent)
+            with replacing(instance) as temporary:
+                temporary.mkdir()
+                Image.fromarray(pixels[0]).save(temporary / "first_frame.png")
+                write_text(temporary / "prompt.txt", prompt + "\n")
+                write_video(temporary / "ground_truth.mp4", pixels, world.FPS)
+                write_json(temporary / "metadata.json", description)
 
 
 def _check_same(instance: Path, description: dict) -> None:

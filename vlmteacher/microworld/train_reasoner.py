@@ -10,7 +10,6 @@ Reasoner has systematic errors, which no resampling mends, beside the sampling n
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanTransformer3DModel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from vlmteacher.files import make_folder, replacing
 from vlmteacher.microworld import world
 from vlmteacher.microworld.tokenizer import kept_tokenizer
 from vlmteacher.microworld.training import adopt, fast_attention, load_config, to_video, train
@@ -65,7 +65,7 @@ def build(vocab_size: int, config: dict) -> tuple[WanTransformer3DModel, UMT5Enc
 def encode_dataset(vae_path: Path, out: Path) -> None:
     """Stage ``latents``: shards of latents (mode of the posterior, normalised) with their prompts."""
     config = load_config("latents")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     vae = AutoencoderKLWan.from_pretrained(vae_path).eval()
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
@@ -83,8 +83,8 @@ def encode_dataset(vae_path: Path, out: Path) -> None:
                 with torch.autocast("cpu", torch.bfloat16):
                     z = vae.encode(x).latent_dist.mode()
                 latents.append(((z.float() - mean) / std).half())
-        torch.save({"latents": torch.cat(latents), "prompts": texts}, out / "shard.tmp")
-        os.replace(out / "shard.tmp", path)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            torch.save({"latents": torch.cat(latents), "prompts": texts}, file)
         print(path, flush=True)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,9 +18,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlmteacher.errors import InputError
+from vlmteacher.files import append_text, make_folder
 from vlmteacher.microworld import world
 from vlmteacher.ops.attention import attention
+from vlmteacher.state import read_state, write_state
 
+FORM = "vlmteacher stage 1"  # of the state; another number when its content changes
 CONFIGS = Path(__file__).parent / "configs"
 
 
@@ -50,13 +52,16 @@ def train(
     resumed run sees the data that an uninterrupted one would. With ``ema`` > 0 the modules end as the average.
     Writes ``log.jsonl`` (one row per `log_every` steps: means over the steps that report a value) and ``state.pt``.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     params = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay)
     average = [p.detach().clone() for p in params] if ema else []
     start = 0
     if (out / "state.pt").exists():
-        state = torch.load(out / "state.pt", weights_only=True)
+        sizes = sum(
+            tensor.numel() * tensor.element_size() for m in modules.values() for tensor in m.state_dict().values()
+        )
+        state = read_state(out / "state.pt", FORM, limit=8 * sizes + 2**20)
         for name, module in modules.items():
             module.load_state_dict(state["modules"][name])
         optimizer.load_state_dict(state["optimizer"])
@@ -71,8 +76,7 @@ def train(
             "average": average,
             "step": index,
         }
-        torch.save(state, out / "state.tmp")
-        os.replace(out / "state.tmp", out / "state.pt")
+        write_state(out / "state.pt", FORM, state)
 
     sums: dict[str, list[float]] = {}
     began = time.time()
@@ -96,8 +100,7 @@ def train(
             row = {"step": index + 1, "seconds": round(time.time() - began, 1)}
             row |= {name: round(fmean(values), 5) for name, values in sums.items()}
             sums = {}
-            with (out / "log.jsonl").open("a") as log:
-                log.write(json.dumps(row) + "\n")
+            append_text(out / "log.jsonl", json.dumps(row) + "\n")
             print(row, flush=True)
         if (index + 1) % save_every == 0:
             save(index + 1)
