@@ -33,8 +33,8 @@ def endings_interrupt() -> Iterator[None]:
     defaults = {number: default for number, default in defaults.items() if signal.getsignal(number) is default}
 
     def interrupt(number: int, _: FrameType | None) -> NoReturn:
-        for each in defaults:  # what is written now is written to its end, but for who insists
-            signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_IGN)
+        for each in defaults:  # what is written now is written to its end, but for who insists by Ctrl-C
+            signal.signal(each, signal.default_int_handler if each == signal.SIGINT else _overhear)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise Interrupted(number)
@@ -46,6 +46,10 @@ def endings_interrupt() -> Iterator[None]:
     finally:
         for number, default in defaults.items():
             signal.signal(number, default)
+
+
+def _overhear(*_: object) -> None:
+    """Do nothing; unlike SIG_IGN also for a signal that has come already and waits for Python."""
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from vlmteacher.ops.patchify import PatchRows
 from vlmteacher.reasoners.base import Target
 from vlmteacher.reasoners.frozen_front import FrozenFront
 from vlmteacher.reward import pick, vqa_objective
-from vlmteacher.state import load_optimizer
+from vlmteacher.state import check_like, load_optimizer
 from vlmteacher.teachers.base import check_range
 
 if TYPE_CHECKING:
@@ -529,11 +529,14 @@ class Optimization:
         if [row["step"] for row in self.history] != [*range(len(self.history))]:
             raise InputError("its history lacks steps")
         self.best, self.stopped, self.anchor = state["best"], state["stopped"], state["anchor"]
+        for name, value in self.best[1].items() if self.best else ():
+            check_like(value, state["lora"][name], f"its best {name}")
         self.first_contrast = state["first_contrast"]
         if self.stopped in (None, "max_steps"):
             self.stopped = None if len(self.history) < self.settings.max_steps else "max_steps"
         if self.anchor is not None:  # read from a file it is on the CPU
             self.anchor = self.anchor.to(self.noise.z1)
+            check_like(self.anchor, self.noise.z1, "its anchor")
         self.ladder.take(state["rungs"])
 
     def close(self) -> None:

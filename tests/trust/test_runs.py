@@ -192,6 +192,8 @@ def broken(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "no history", {k: v for k, v in content.items() if k != "history"}
     yield "a history that lacks a step", content | {"history": content["history"][1:]}
     yield "a history of text", content | {"history": "two"}
+    yield "a best LoRA of another shape", content | {"best": (1.0, {name: value[:1]})}
+    yield "a pull toward other latents", content | {"anchor": torch.zeros(1)}
     for entry in ("optimizer", "lora", "rungs", "stopped"):
         yield f"no {entry}", {k: v for k, v in content.items() if k != entry}
 
@@ -367,7 +369,7 @@ def test_a_signal_ends_the_command_line(forks: Forks, solve: Solve, tmp_path: Pa
     stopped = forks.run(solve(folder, max_steps=10_000), signals=signals, when=str(folder / STATE))
     assert stopped.status in (128 + number, 128 + again)  # Python handles those that wait in the order of their numbers
     assert stopped.err.splitlines()[-1].endswith("interrupted; the same with --resume goes on")
-    assert "Traceback" not in stopped.err
+    assert "Traceback" not in stopped.err, stopped.err
     record = json.loads((folder / RECORD).read_text())
     assert record["stopped"] == "interrupted" and len(record["steps"]) == len(torch.load(folder / STATE)["history"])
 
