@@ -173,14 +173,46 @@ def decoder_file(suffix: str) -> bytes:
     return pickled(load_file(path))
 
 
+LORA_NAMES = (  # of diffusers, ComfyUI, musubi-tuner, DiffSynth; each with what else may stand there
+    ("transformer.blocks.{}.attn1.to_q.lora_A.weight", "transformer.blocks.{}.attn1.to_q.lora_B.weight", None),
+    ("diffusion_model.blocks.{}.self_attn.q.lora_A.weight", "diffusion_model.blocks.{}.self_attn.q.lora_B.weight",
+     "diffusion_model.blocks.{}.self_attn.q.diff_b"),
+    ("lora_unet_blocks_{}_self_attn_q.lora_down.weight", "lora_unet_blocks_{}_self_attn_q.lora_up.weight",
+     "lora_unet_blocks_{}_self_attn_q.alpha"),
+    ("blocks.{}.self_attn.q.lora_A.default.weight", "blocks.{}.self_attn.q.lora_B.default.weight",
+     "blocks.{}.self_attn.norm_q.diff"),
+)  # fmt: skip
+
+
 @cache
-def lora_file() -> bytes:
-    tensors = {}
-    for block in range(2):
-        for part in ("to_q", "to_k"):
-            name = f"transformer.blocks.{block}.attn1.{part}"
-            tensors |= {f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.zeros(32, 2)}
-    return save(tensors, metadata={"format": "pt"})
+def lora_files() -> tuple[bytes, ...]:
+    files = []
+    for down, up, other in LORA_NAMES:
+        tensors = {}
+        for block in range(2):
+            tensors |= {down.format(block): torch.ones(2, 32), up.format(block): torch.zeros(32, 2)}
+            if other:
+                tensors[other.format(block)] = torch.tensor(2.0) if other.endswith("alpha") else torch.zeros(32)
+        files.append(save(tensors, metadata={"format": "pt"}))
+    return tuple(files)
+
+
+def lora_inputs() -> st.SearchStrategy[bytes]:
+    return st.one_of(*map(safetensors_files, lora_files()), st.sampled_from(lora_files()))
+
+
+ADAPTER = {
+    "peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": {}, "alpha_pattern": {"attn1.to_q": 8},
+    "target_modules": ["to_q"], "use_rslora": False, "use_dora": False, "bias": "none", "fan_in_fan_out": False,
+}  # fmt: skip
+
+
+def lora_folder(data: bytes, where: Path) -> Any:
+    from vlmteacher.lora_files import read_lora
+
+    written(data, where / "adapter/adapter_config.json")
+    written(lora_files()[0], where / "adapter/adapter_model.safetensors")
+    return read_lora(where / "adapter")
 
 
 def image_file(format: str, mode: str = "RGB") -> bytes:
@@ -627,7 +659,8 @@ TARGETS = [
     Target("state.pt", st.deferred(states), run_state),
     Target("pair.json", st.deferred(lambda: documents(PAIR)), pair_description),
     Target("teacher.json", st.deferred(lambda: documents(STYLE)), teacher_style),
-    Target("LoRA file", st.deferred(lambda: safetensors_files(lora_file())), lora),
+    Target("LoRA file", st.deferred(lora_inputs), lora),
+    Target("LoRA folder", st.deferred(lambda: documents(ADAPTER)), lora_folder),
     Target("decoder file", st.deferred(decoder_files), decoder),
     Target("training settings", st.deferred(yaml_files), training_settings, 2),
     Target("image", st.deferred(images), image),
