@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -479,6 +480,7 @@ KEY = "diffusion_model.blocks.0.self_attn.q"
         ({f"{KEY}.alpha": torch.ones(2)}, r"q\.alpha \(2,\)"),
         ({f"{KEY}.lora_A.weight": torch.ones(3, 32, dtype=torch.int8)}, "in torch.int8: only"),
         ({f"{KEY}.lora_A.weight": torch.ones(2, 32)}, "of rank 2 and 3"),
+        ({f"{KEY}.lora_A.weight": torch.ones(3, 32, 1, 1)}, "of a convolution"),
     ],
 )
 @pytest.mark.parametrize("partial", [False, True])
@@ -500,6 +502,10 @@ def test_what_would_change_the_update_is_refused_by_name(change, message, partia
         ({"lora_alpha": "many"}, "gives alpha as 'many': a number"),
         ({"lora_alpha": True}, "gives alpha as True: a number"),
         ({"alpha_pattern": {"(": 3}}, "is no regular expression"),
+        ({"alpha_pattern": {"to_q{99999999999}": 3}}, "is no regular expression"),
+        ({"alpha_pattern": {"(.+)+x": 3}}, "could take forever"),
+        ({"rank_pattern": {".*.*.*.*.*.*x": 3}}, "could take forever"),
+        ({"lora_alpha": 2**70}, "more than 64 bits"),
         ({"alpha_pattern": {"to_q": [3]}}, r"gives alpha as \[3\]: a number"),
         ([], "is no JSON object"),
         ("{", "is not JSON"),
@@ -536,6 +542,35 @@ def test_a_merge_that_does_not_arrive_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"blocks\.0\.attn1\.to_q is quantised \(torch.float8_e4m3fn\)"):
         merge_lora(tiny_transformer("wan").to(torch.float8_e4m3fn), lora)
     assert merge_lora(tiny_transformer("wan").bfloat16(), lora) < 0.1
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 31, 97])
+def test_joint_layers_of_a_size_that_is_not_three_layers(rows, tmp_path):
+    """ComfyUI's HunyuanVideo-1.5 has query, key and value in one."""
+    layer = "diffusion_model.double_blocks.0.img_attn.qkv"
+    factors = {f"{layer}.lora_A.weight": torch.ones(2, 32), f"{layer}.lora_B.weight": torch.ones(rows, 2)}
+    save_file(factors | {f"{layer}.diff_b": torch.ones(rows)}, path := tmp_path / "lora.safetensors")
+    with pytest.raises(InputError, match="is a LoRA for another model"):
+        merge_lora(tiny_transformer("hunyuan_video15"), read_lora(path))
+
+
+def test_a_joint_layer_is_three_with_its_differences(tmp_path):
+    layer = "diffusion_model.double_blocks.0.img_attn.qkv"
+    generator = torch.Generator().manual_seed(0)
+    a, b, bias = (torch.randn(shape, generator=generator) for shape in ((2, 32), (96, 2), (96,)))
+    tensors = {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b, f"{layer}.diff_b": bias}
+    save_file(tensors, path := tmp_path / "lora.safetensors")
+    expected = {}
+    for i, name in enumerate(("to_q", "to_k", "to_v")):
+        rows = slice(32 * i, 32 * i + 32)
+        expected[f"transformer_blocks.0.attn.{name}.weight"] = b[rows] @ a
+        expected[f"transformer_blocks.0.attn.{name}.bias"] = bias[rows]
+    assert_same(merged(path, "hunyuan_video15"), expected)
+    factors = replace(read_lora(path), differences={})
+    for style in STYLES:  # the three share their A, which no file can say
+        again = read_lora(factors.to_bytes(style))
+        for name, layer in factors.layers.items():
+            torch.testing.assert_close(again.layers[name].update(), layer.update())
 
 
 @pytest.mark.parametrize("tool", ["DiffSynth", "VideoX-Fun", "finetrainers", "lightx2v", "save_lora_adapter"])

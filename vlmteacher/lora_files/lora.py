@@ -265,7 +265,7 @@ def split_qkv(name: str, layer: Factors) -> dict[str, Factors]:
     for fused, held in FUSED.items():
         if name.endswith(f".{fused}"):
             block, scale = name.removesuffix(fused), layer.scale
-            a, b = [layer.a] * 3, list(layer.b.chunk(3))
+            a, b = [layer.a.clone() for _ in held], list(layer.b.tensor_split(3))
             own = [each.tensor_split(3, dim=1)[i] for i, each in enumerate(b)]
             if layer.rank % 3 == 0 and torch.equal(torch.block_diag(*own), layer.b):
                 a, b = list(layer.a.chunk(3)), own

@@ -14,7 +14,7 @@ from torch import Tensor
 from vlmteacher.errors import InputError
 from vlmteacher.lora_files.keys import TEXT_ENCODERS, Expert, Key, parse_key
 from vlmteacher.lora_files.lora import HOW_TO_GO_ON, Factors, LoRA, split_qkv
-from vlmteacher.lora_files.names import FUSED
+from vlmteacher.lora_files.names import BLOCK, FUSED
 from vlmteacher.lora_files.scale import CONFIG_FILE, TENSORS, Scales, find_scales
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -163,6 +163,8 @@ def _build(found: Mapping[str, tuple[Key, Tensor]], scales: Scales, name: str, u
         a, b = each["A"], each["B"]
         if a.shape[0] != b.flatten(1).shape[1] or not a.shape[0]:
             raise InputError(f"{name}: the factors of {layer} are of rank {a.shape[0]} and {b.flatten(1).shape[1]}")
+        if BLOCK.match(layer) and not a.ndim == b.ndim == 2:
+            raise InputError(f"{name} holds factors of a convolution ({keys[layer][0]}), where the models have none")
         if "alpha" in each:
             alpha, source = float(each["alpha"]), TENSORS
         else:
@@ -194,7 +196,9 @@ def _split_diff(parameter: str, value: Tensor) -> dict[str, Tensor]:
     for fused, held in FUSED.items():
         if layer.endswith(f".{fused}"):
             block = layer.removesuffix(fused)
-            return {f"{block}{each}.{kind}": part for each, part in zip(held, value.chunk(3), strict=True)}
+            return {
+                f"{block}{each}.{kind}": part.clone() for each, part in zip(held, value.tensor_split(3), strict=True)
+            }
     return {parameter: value}
 
 

@@ -59,10 +59,12 @@ class Scales:
         value, patterns = self.config.get(entry), self.config.get(f"{what}_pattern")
         for pattern, special in patterns.items() if isinstance(patterns, dict) else ():
             try:
+                if _costly(pattern):
+                    raise InputError(f"{name}: {what}_pattern {pattern!r:.60} could take forever: name the layers")
                 if re.match(rf"(.*\.)?({pattern})$", path):
                     value = special
                     break
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise InputError(
                     f"{name}: {what}_pattern {pattern!r:.60} is no regular expression ({error})"
                 ) from error
@@ -114,6 +116,11 @@ def _peft(config: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:
     aliases = {"lora_alpha": ALPHAS, "r": RANKS}
     first = {key: next((config[each] for each in names if each in config), None) for key, names in aliases.items()}
     return {**config, **first}
+
+
+def _costly(pattern: str) -> bool:
+    """Whether an expression repeats groups, or repeats so often that a name takes very long to try."""
+    return len(pattern) > 1000 or bool(re.search(r"\)[*+?{]", pattern)) or len(re.findall(r"[*+{]", pattern)) > 4
 
 
 def _json(text: str, name: str) -> dict[str, Any]:
