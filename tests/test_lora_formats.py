@@ -391,6 +391,19 @@ def test_both_experts_in_one_file(prefixes, tmp_path, capfd):
     assert said in capfd.readouterr().out
 
 
+def test_a_part_is_converted_where_asked_for(tmp_path, capfd):
+    extra = {"diffusion_model.blocks.0.norm3.diff": torch.ones(32), "lora_te_x.lora_up.weight": torch.ones(3, 3)}
+    save_file(FORMATS["comfyui, alphas"][0] | extra, path := tmp_path / "lora.safetensors")
+    line = ["lora", "convert", str(path), "--to", "diffusers", "-o", str(tmp_path / "new.safetensors")]
+    assert main(line) == 2 and "lora_te_x.lora_up.weight, which is of a text encoder" in capfd.readouterr().err
+    assert not (tmp_path / "new.safetensors").exists()
+    with pytest.warns(Notice, match=r"2 of 11 tensors stay unused: lora_te_x\.\S+, diffusion_model\.blocks\.\*\.norm3"):
+        assert main([*line, "--lora-partial"]) == 0
+    assert_same(
+        merged(tmp_path / "new.safetensors"), {f"{name}.weight": 2 * b @ a for name, (a, b) in factors().items()}
+    )
+
+
 def test_an_expert_that_nobody_names(tmp_path):
     save_file(
         diffusers_keys(prefix="high_noise.") | diffusers_keys(prefix="low_noise.") | diffusers_keys(),

@@ -9,10 +9,12 @@ import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
 from peft import get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import load, save_file
 
 from tests.test_pipeline import call, seed
 from tests.tiny_transformers import tiny_transformer
 from vlmteacher import InputError, TeacherPipeline
+from vlmteacher.errors import Notice
 from vlmteacher.lora import add_lora, export_lora, lora_parameters
 from vlmteacher.lora_files import read_lora
 from vlmteacher.pipeline import PACKAGED_PAIR
@@ -60,6 +62,30 @@ def test_a_fused_lora_stays_and_bfloat16_warns(pipe, models):
     half = TeacherPipeline.from_pretrained(**models, dtype=torch.bfloat16)
     with pytest.warns(UserWarning, match=r"rounding to bfloat16 lost \d+% of the update"):
         half.fuse(out)
+
+
+def test_what_is_assumed_of_loras_stands_in_the_record(models, tmp_path):
+    """The source of the scale, of a merged LoRA and of one that is gone on from."""
+    pipe = TeacherPipeline.from_pretrained(**models)
+    add_lora(pipe.reasoner.transformer, 2, seed=0)
+    with torch.no_grad():
+        for parameter in lora_parameters(pipe.reasoner.transformer):
+            parameter += 0.05
+    tensors = load(export_lora(pipe.reasoner.transformer))
+    tensors["text_encoder.x.lora_A.weight"] = torch.ones(2, 2)
+    save_file(tensors, path := tmp_path / "lora.safetensors")
+    with pytest.warns(Notice, match="1 of 41 tensors stay unused: text_encoder"):
+        merged = TeacherPipeline.from_pretrained(**models, few_step_lora=str(path), lora_partial=True)
+    assert merged.models["few_step_lora_scale"] == "assumed: alpha = rank"
+    assert merged.models["few_step_lora_unused"] == "text_encoder.x.lora_A.weight"
+    with pytest.raises(InputError, match=r"is of a text encoder .* --lora-partial"):
+        merged.load_lora(path)
+    with pytest.warns(Notice, match="alpha = rank is assumed"):
+        merged.load_lora(path, partial=True)
+    out = call(merged, max_steps=1)
+    assert out.config["lora_scale"] == "assumed: alpha = rank" and out.record()["models"] == merged.models
+    merged.load_lora(out)
+    assert call(merged, max_steps=1).config["lora_scale"] == "metadata lora_adapter_metadata"
 
 
 def test_a_lora_for_another_model_is_refused(pipe, tmp_path):

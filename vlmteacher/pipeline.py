@@ -43,6 +43,7 @@ from vlmteacher.placement import DeviceMap, check_memory, find_devices, find_dty
 from vlmteacher.prompts import check_prompt
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners.base import Target
+from vlmteacher.reasoners.few_step_lora import noise_in_name
 from vlmteacher.reward import pick, vqa_objective
 from vlmteacher.run_folder import RunFolder, checked, in_its_folder
 from vlmteacher.torch_modes import deterministic, leave_inference_mode, plain_torch
@@ -656,6 +657,11 @@ class TeacherPipeline:
         self, lora: str | os.PathLike[str] | TeacherPipelineOutput, partial: bool, trainable: bool = False
     ) -> LoRA:
         source, name = (lora.lora, "the output's LoRA") if isinstance(lora, TeacherPipelineOutput) else (lora, None)
+        two = getattr(self.reasoner, "transformer_2", None) is not None
+        if two and not isinstance(source, bytes) and noise_in_name(os.fspath(source)) == "low":
+            raise InputError(
+                f"LoRA {os.fspath(source)} is for the low-noise expert by its name: the other one is taught"
+            )
         read = read_lora(source, name, partial).fitted(self.reasoner.transformer, partial, trainable)
         read.tell()
         return read

@@ -17,6 +17,7 @@ from tests.reasoners.test_parts import RANK, lora_of, same_weights, weights, wri
 from tests.reasoners.tiny_hunyuan import tiny_hunyuan_pipeline
 from tests.reasoners.tiny_ltx import tiny_ltx_pipeline
 from vlmteacher.errors import InputError, Notice
+from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.reasoners import Settings, load_reasoner
 from vlmteacher.reasoners.few_step_lora import noise_in_name
 from vlmteacher.reasoners.presets import HUB_IDS, PRESETS, check_distilled, check_preset
@@ -98,6 +99,16 @@ def test_one_lora_for_two_experts_is_refused(a14b, tmp_path):
         reasoner = load_reasoner(a14b, few_step_lora=one, transformer=distilled, preset=FOUR_STEPS_A14B)
     assert any("few_step_lora: assumed is" in text and "own for low noise" in text for text in told)
     assert same_weights(reasoner.transformer_2, weights(a14b / "transformer_2"))
+
+
+def test_the_low_noise_experts_lora_is_not_gone_on_from(a14b, pipe, tmp_path):
+    low, high = files(a14b, tmp_path, "low_noise.safetensors", "high_noise.safetensors")
+    two = TeacherPipeline(load_reasoner(a14b), pipe.teacher, pipe.decoder)
+    for use in (two.load_lora, two.fuse):
+        with pytest.raises(InputError, match="is for the low-noise expert by its name: the other one is taught"):
+            use(low)
+        use(high)
+    assert two.lora.scale_source == "alpha tensors"
 
 
 def test_what_is_assumed_of_two_files(a14b, tmp_path):
