@@ -391,6 +391,17 @@ def test_both_experts_in_one_file(prefixes, tmp_path, capfd):
     assert said in capfd.readouterr().out
 
 
+def test_each_expert_has_its_own_configuration(tmp_path):
+    """As diffusers packs the metadata of several networks into one file."""
+    configs = {"transformer": {"r": 3, "lora_alpha": 6}, "transformer_2": {"r": 3, "lora_alpha": 1.5}}
+    packed = {f"{name}.{key}": value for name, config in configs.items() for key, value in config.items()}
+    tensors = diffusers_keys(prefix="transformer.") | diffusers_keys(prefix="transformer_2.")
+    save_file(tensors, path := tmp_path / "both.safetensors", {"lora_adapter_metadata": json.dumps(packed)})
+    assert {name: lora.alpha for name, lora in read_experts(path).items()} == {"transformer": 6, "transformer_2": 1.5}
+    save_file(diffusers_keys(prefix="transformer_2."), path, {"lora_adapter_metadata": json.dumps(packed)})
+    assert read_experts(path)["transformer_2"].alpha == 1.5
+
+
 def test_a_part_is_converted_where_asked_for(tmp_path, capfd):
     extra = {"diffusion_model.blocks.0.norm3.diff": torch.ones(32), "lora_te_x.lora_up.weight": torch.ones(3, 3)}
     save_file(FORMATS["comfyui, alphas"][0] | extra, path := tmp_path / "lora.safetensors")

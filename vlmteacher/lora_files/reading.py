@@ -50,7 +50,7 @@ def read_experts(
 ) -> dict[Expert | None, LoRA]:
     """The LoRAs in a file (see `read_lora`), by the expert that its keys name; None where they name none."""
     label = name or ("the LoRA" if isinstance(source, bytes) else f"LoRA {os.fspath(source)}")
-    tensors, scales = _open(source, label)
+    tensors, metadata, folder = _open(source, label)
     keys: dict[str, Key] = {}
     unused: list[str] = []
     for key, value in tensors.items():
@@ -81,7 +81,7 @@ def read_experts(
     return {
         expert: _build(
             {key: (parsed, tensors[key]) for key, parsed in keys.items() if parsed.expert == expert},
-            scales,
+            find_scales(metadata, folder, label, expert or "transformer"),
             label,
             tuple(unused),
         )
@@ -89,8 +89,10 @@ def read_experts(
     }
 
 
-def _open(source: str | os.PathLike[str] | bytes, name: str) -> tuple[dict[str, Tensor], Scales]:
-    """The tensors, and what is said of their scale."""
+def _open(
+    source: str | os.PathLike[str] | bytes, name: str
+) -> tuple[dict[str, Tensor], Mapping[str, str], Path | None]:
+    """The tensors, the metadata, and the folder if PEFT's configuration in it is theirs."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -118,7 +120,7 @@ def _open(source: str | os.PathLike[str] | bytes, name: str) -> tuple[dict[str, 
         raise InputError(f"{name} cannot be read ({reason}): give a complete .safetensors file") from error
     if not tensors:
         raise InputError(f"{name} holds no tensors")
-    return tensors, find_scales(metadata, folder, name)
+    return tensors, metadata, folder
 
 
 def _file_in(folder: Path, name: str) -> Path:

@@ -77,16 +77,17 @@ class Scales:
         return number
 
 
-def find_scales(metadata: Mapping[str, str], folder: Path | None, name: str) -> Scales:
-    """By a file's own metadata, or else by PEFT's configuration in `folder`.
+def find_scales(metadata: Mapping[str, str], folder: Path | None, name: str, expert: str = "transformer") -> Scales:
+    """By a file's own metadata, or else by PEFT's configuration in `folder`. expert: whose, where diffusers says it.
 
     Raises InputError where they cannot be read, or say that the file is something else than a plain LoRA.
     """
     for key, source in ((METADATA_KEY, f"metadata {METADATA_KEY}"), ("lora_config", "metadata lora_config")):
         if key in metadata:
             config = _json(metadata[key], f"{name}: its metadata {key}")
-            prefixed = {each.removeprefix("transformer."): value for each, value in config.items()}
-            return Scales(_peft(prefixed, name, source), source)
+            own = {each.removeprefix(f"{expert}."): config[each] for each in config if each.startswith(f"{expert}.")}
+            own = own or {each.removeprefix("transformer."): value for each, value in config.items()}
+            return Scales(_peft(own, name, source), source)
     if folder:
         config = read_json(folder / CONFIG_FILE, "file")
         if not isinstance(config, dict):
