@@ -7,6 +7,8 @@ once a step.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -50,6 +52,24 @@ def check_engine(engine: Engine, reasoner: Reasoner, teacher: Teacher) -> None:
             )
 
 
+@contextmanager
+def _all_or_none(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """An error within leaves the parameters and the optimiser's state as they were."""
+    known = dict(optimizer.state)
+    owned = [p for group in optimizer.param_groups for p in group["params"]]
+    owned += [value for state in known.values() for value in state.values() if isinstance(value, Tensor)]
+    before = [tensor.detach().clone() for tensor in owned]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in zip(owned, before, strict=True):
+                tensor.copy_(value)
+        for parameter in optimizer.state.keys() - known.keys():
+            del optimizer.state[parameter]
+        raise
+
+
 class Eager:
     """Operator by operator."""
 
@@ -69,8 +89,9 @@ class Eager:
         return loop.differentiate(loss, facts).tolist()
 
     def update(self) -> None:
-        """Apply the gradients that `facts` left."""
-        self.loop.optimizer.step()
+        """Apply the gradients that `facts` left: to all parameters, or, where memory is full, to none."""
+        with _all_or_none(self.loop.optimizer):
+            self.loop.optimizer.step()
         self.loop.optimizer.zero_grad(set_to_none=True)
 
     def reset(self) -> None:
