@@ -329,15 +329,14 @@ class Optimization:
 
             best = self.best
             if best is None or row["loss"] < best[0]:
-                best = row["loss"], lora_state_dict(self.reasoner.transformer)
+                best = row["loss"], self._within_memory(lambda: lora_state_dict(self.reasoner.transformer))
             if stop or diverged:
                 row["grad_norm"] = None
-            if taken := self.ladder.taken[rungs:]:
-                row["out_of_memory"] = taken
             with uninterrupted():  # an update goes with its row
                 if row["grad_norm"] is not None:
-                    # Out of the ladder's reach: done halfway it could not be repeated. What the backward held is free.
-                    self.engine.update()
+                    self._within_memory(self.engine.update)
+                if taken := self.ladder.taken[rungs:]:
+                    row["out_of_memory"] = taken
                 row["seconds"] = time.perf_counter() - start
                 self.best = best
                 self.history.append(row)
