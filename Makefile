@@ -1,4 +1,5 @@
-# make demo | test | test-all | test-paths | lint | fuzz | soak | clean. Everything lives in .venv; the tested torch is pinned in pyproject.toml.
+# make demo | test | test-all | test-paths | sanitize | lint | fuzz | soak | clean. Everything lives in .venv; the tested
+# torch is pinned in pyproject.toml.
 PYTHON ?= python3
 TORCH := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -6,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD := pyproject.toml setup.py CMakeLists.txt $(wildcard build_backend/*.py csrc/*.* csrc/*/*)
 
-.PHONY: demo test test-all test-paths lint fuzz fuzz-atheris soak clean
+.PHONY: demo test test-all test-paths sanitize lint fuzz fuzz-atheris soak clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -25,6 +26,21 @@ test-all: .venv/installed-dev
 # The numeric tests as older processors would run them: a table of path, passed and failed.
 test-paths: .venv/installed-dev
 	$(BIN)/python -m tests.vendor_paths --write docs/trust/vendor_paths.md
+
+# The C++ operators on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer, in a package of their own.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -g1
+SANITIZED_TESTS := tests/trust/test_guard_pages.py tests/ops/test_elementwise.py tests/ops/test_qk_norm_rope.py \
+  tests/ops/test_tiny_decoder.py -k "not compile and not fake and not opcheck and not trace"
+
+sanitize: build/sanitize/installed
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
+	$(BIN)/python -m pytest -q -p no:cacheprovider -o pythonpath="build/sanitize ." $(SANITIZED_TESTS)
+
+build/sanitize/installed: .venv/installed-dev $(BUILD)
+	rm -rf build/sanitize
+	CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(PIP) install -q --no-deps --target build/sanitize .
+	touch $@
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
