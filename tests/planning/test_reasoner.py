@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -231,3 +232,13 @@ def test_saved_bytes_at_the_benchmarks_mid_size(tmp_path: Path) -> None:
         keep_activations(real.transformer, level)
         saved, _ = saved_bytes(lambda: real.predict_clean(condition, noise), real.transformer)
         assert saved <= costs.total([level] * 8).kept <= beyond * saved
+
+
+@pytest.mark.parametrize("value", [None, "x", [1], {}])
+def test_configs_of_wrong_types_are_one_line(value: Any, models: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(models["reasoner"], tmp_path / "reasoner")
+    file = tmp_path / "reasoner/text_encoder/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "d_kv": value}))
+    with pytest.raises(InputError, match="make no model") as error:
+        build_reasoner(str(tmp_path / "reasoner"))
+    assert "\n" not in str(error.value)

@@ -51,6 +51,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be used ({error}): a config.json of the model is needed there") from error
 
 
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def cast(model: Any, dtype: torch.dtype) -> Any:
     """A diffusers model in `dtype`, but for what its `from_pretrained` keeps in float32."""
     keep = model._keep_in_fp32_modules or ()
@@ -80,10 +84,10 @@ def build_reasoner(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Reas
     try:
         with META:
             return BUILDERS[FAMILIES[facts["pipeline"]]](facts, settings, dtype), facts.get("decoder")
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+    except Exception as error:  # the libraries raise anything of a config that is wrong
         if isinstance(error, InputError):
             raise
-        raise InputError(f"--reasoner {name!r}: its configs make no model ({str(error).splitlines()[0]})") from error
+        raise InputError(f"--reasoner {name!r}: its configs make no model ({_short(error)})") from error
 
 
 def _wan(facts: dict[str, Any], settings: Settings, dtype: torch.dtype) -> WanReasoner:
@@ -171,8 +175,8 @@ def build_teacher(name: str, dtype: torch.dtype = torch.bfloat16) -> QwenVLTeach
         full.text_config.pad_token_id = None
         with META:
             model = Qwen3VLForConditionalGeneration(full).to(dtype)
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
-        raise InputError(f"--teacher {name!r}: its config makes no model ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # the libraries raise anything of a config that is wrong
+        raise InputError(f"--teacher {name!r}: its config makes no model ({_short(error)})") from error
     if directory.is_dir():
         return QwenVLTeacher(
             model, tokenizer, *read_settings(str(directory), full.vision_config, local_files_only=True)
