@@ -14,7 +14,7 @@ demo: .venv/installed
 	$(BIN)/vlmteacher demo
 
 # One process per core, one thread in each.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --benchmark-disable
 
 test: .venv/installed-dev
 	$(PYTEST) --cov=vlmteacher --cov-report=term --cov-fail-under=85

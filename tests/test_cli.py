@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import shlex
 import signal
 import subprocess
@@ -61,13 +60,12 @@ def solve(models: dict[str, str], queries_file: Path) -> Callable[..., list[str]
 
 
 def test_help_comes_at_once() -> None:
-    start = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     command = [sys.executable, "-X", "importtime", "-m", "vlmteacher", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "solve" in result.stdout and "demo" in result.stdout
     imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
     assert not imported & {"torch", "numpy", "transformers", "diffusers", "peft", "PIL"}
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - start < 0.5
+    assert len(imported) < 250  # of Python's own: 0.1 s
 
 
 def test_version_and_usage_errors(run: Run) -> None:

@@ -154,7 +154,7 @@ def test_two_processes_make_one_result(config, teacher, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "vlmteacher", "train", "sft", "--config", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=600)
     row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert row["samples_per_second"] * row["seconds_per_step"] == pytest.approx(2 * 2 * 2)
     before = load_file(teacher / "transformer" / "diffusion_pytorch_model.safetensors")

@@ -324,7 +324,7 @@ def test_an_unknown_id_without_network_asks_for_a_directory(monkeypatch):
     started = time.perf_counter()
     with pytest.raises(InputError, match="give the path of a directory"):
         load_teacher("nobody/nothing-of-this-name")
-    assert time.perf_counter() - started < 10
+    assert time.perf_counter() - started < 60  # without the waits of repeated attempts
     close_session()
 
 
