@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import math
+import numbers
 import os
 import re
 import shutil
@@ -276,6 +277,19 @@ def check_text(text: str, name: str) -> str:
         what = "a NUL" if text[at] == "\0" else f"a byte or half a character ({ascii(text[at])[1:-1]})"
         raise InputError(f"{name} holds {what} at position {at}, which is no text: remove it, or save it as UTF-8")
     return text
+
+
+def check_number(
+    value: object, name: str, *, whole: bool = False, least: float = -math.inf, above: float = -math.inf
+) -> None:
+    """Raise InputError, which names the value, unless it is a finite number (true and false are none) of this range."""
+    shown = repr(value) if len(repr(value)) <= 40 else f"{value!r:.40}..."
+    kind = numbers.Integral if whole else numbers.Real
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise InputError(f"{name} must be a {'whole ' if whole else ''}number, not {shown}")
+    if not value >= least or not value > above or not value < math.inf:
+        limit = f"at least {least:g}" if value < least else f"greater than {above:g}" if value <= above else "finite"
+        raise InputError(f"{name} must be {limit}, not {shown}")
 
 
 def _check_texts(value: Any, name: str) -> None:

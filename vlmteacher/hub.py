@@ -1,4 +1,8 @@
-"""Whether a model is to be asked for on the hub or only on this machine."""
+"""Files of models: in a local directory, or in a hub repository at a revision, of which the cache keeps a copy.
+
+A model is named by the path of a directory, by a hub id (OWNER/MODEL), or by a hub id and a branch, tag or commit
+(OWNER/MODEL@REVISION).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,16 @@ import os
 from pathlib import Path
 
 from vlmteacher.errors import InputError
+
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # configs, tokenizers, chat templates
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """The hub id of `name`, and its revision or None. Raises InputError for an empty one."""
+    model, at, revision = name.partition("@")
+    if at and not (model and revision):
+        raise InputError(f"{name} names no revision: it is OWNER/MODEL@REVISION, of a branch, a tag or a commit")
+    return model, revision or None
 
 
 def only_local(path_or_id: str) -> bool:
@@ -32,8 +46,9 @@ def find_file(name: str, file: str, local_files_only: bool) -> Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
+    model, revision = split_revision(name)
     try:
-        return Path(hf_hub_download(name, file, local_files_only=local_files_only))
+        return Path(hf_hub_download(model, file, revision=revision, local_files_only=local_files_only))
     except LocalEntryNotFoundError as error:
         if file != "model_index.json":  # optional, and the pipeline itself was found in the cache
             return None
@@ -44,9 +59,36 @@ def find_file(name: str, file: str, local_files_only: bool) -> Path | None:
         raise unknown_model(name) from error
 
 
+def fetch(name: str, subfolder: str, local_files_only: bool) -> Path:
+    """The directory `subfolder` of a model, with its configs and tokenizer files; weights are left to `find_file`."""
+    if os.path.isdir(name):
+        return Path(name) / subfolder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    model, revision = split_revision(name)
+    files = [os.path.join(subfolder, pattern) for pattern in SMALL_FILES]
+    try:
+        root = snapshot_download(model, revision=revision, allow_patterns=files, local_files_only=local_files_only)
+    except (HFValidationError, OSError) as error:
+        raise unknown_model(name) from error
+    return Path(root) / subfolder
+
+
+def pinned(name: str, root: Path, local_files_only: bool) -> str:
+    """`name`, one of whose files was found in `root`, for what is read of it from now on: one commit, whatever comes.
+
+    A cached model that the hub is not asked about is the directory that it is.
+    """
+    if local_files_only or os.path.isdir(name):
+        return str(root)
+    return f"{split_revision(name)[0]}@{root.name}"
+
+
 def unknown_model(name: str) -> InputError:
+    check = "the name, the revision after @ and the network" if "@" in name else "the name and the network"
     return InputError(
-        f"{name} is neither a directory nor a model that can be reached on the hub: check the name and the network, or"
+        f"{name} is neither a directory nor a model that can be reached on the hub: check {check}, or"
         " give a local directory (`hf download OWNER/MODEL --local-dir DIR`)"
     )
 

@@ -204,7 +204,7 @@ def test_prompt_cleaning_is_that_of_diffusers():
 def test_not_a_pipeline(tmp_path):
     with pytest.raises(InputError, match="no diffusers pipeline: it has no model_index"):
         load_reasoner(tmp_path)
-    (tmp_path / "model_index.json").write_text("[]")
+    (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(InputError, match="no diffusers pipeline index"):
         load_reasoner(tmp_path)
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))

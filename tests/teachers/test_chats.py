@@ -159,17 +159,25 @@ def test_the_packaged_teacher_answers_yes_or_no(dtype):
         load_teacher(PACKAGED_PAIR / "teacher", dtype=dtype)
 
 
-@pytest.mark.parametrize("part", ["visual.merger", "language_model.norm", "language_model.layers.1"])
-def test_weights_that_are_nan_are_refused(qwen, tmp_path, part):
+@pytest.mark.parametrize(
+    "part, factor, said",
+    [
+        ("visual.merger", float("nan"), "weight holds NaN or infinity"),
+        ("language_model.norm", float("nan"), "weight holds NaN or infinity"),
+        ("visual.merger", 1e37, "answers NaN: its weights are damaged, or float32 is too small"),
+        ("language_model.layers.1", 1e37, "answers NaN: its weights are damaged, or float32 is too small"),
+    ],
+)
+def test_weights_that_are_nan_or_overflow_are_refused(qwen, tmp_path, part, factor, said):
     for file in qwen.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = load_file(qwen / "model.safetensors")
     spoilt = [name for name in weights if part in name]
     assert spoilt
     save_file(
-        {name: value * float("nan") if name in spoilt else value for name, value in weights.items()},
+        {name: value * factor if name in spoilt else value for name, value in weights.items()},
         tmp_path / "model.safetensors",
         metadata={"format": "pt"},
     )
-    with pytest.raises(InputError, match="answers NaN: its weights are damaged, or float32 is too small"):
+    with pytest.raises(InputError, match=said):
         load_teacher(tmp_path)

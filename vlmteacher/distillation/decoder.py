@@ -21,8 +21,10 @@ from vlmteacher.distillation.trainer import AVERAGED, Trainer, TrainSettings, tr
 from vlmteacher.distillation.training import read_settings
 from vlmteacher.errors import InputError
 from vlmteacher.files import make_folder
+from vlmteacher.hub import find_file, only_local
 from vlmteacher.microworld.train_vae import reconstruction_loss
 from vlmteacher.optimization import NonFiniteError
+from vlmteacher.pretrained import json_object, load_network
 from vlmteacher.reasoners.ltx import decode_latents
 from vlmteacher.torch_modes import plain_torch
 
@@ -123,27 +125,18 @@ class VideoVAE:
 
 
 def _load(source: str) -> nn.Module:
-    from diffusers import AutoModel
+    """A VAE of diffusers in float32: that of a pipeline, or one alone. Raises InputError."""
+    import diffusers
 
-    from vlmteacher.hub import only_local
-
-    local = {"local_files_only": only_local(source)}
-    subfolder = "vae" if (Path(source) / "vae").is_dir() or not Path(source).exists() else None
-    try:
-        try:
-            model: Any = AutoModel.from_pretrained(source, subfolder=subfolder, **local)
-        except (OSError, ValueError):
-            if Path(source).exists() or subfolder is None:
-                raise
-            model = AutoModel.from_pretrained(source, **local)  # the VAE alone
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        raise InputError(
-            f"vae {source} cannot be loaded ({reason}): give a diffusers VAE or a pipeline with one"
-        ) from error
-    if not hasattr(model, "encode") or not hasattr(model, "decode"):
-        raise InputError(f"vae {source} is a {type(model).__name__}: give a diffusers VAE or a pipeline with one")
-    return model
+    local = only_local(source)
+    for subfolder in ("vae", ""):
+        if file := find_file(source, f"{subfolder}/config.json".lstrip("/"), local):
+            name = json_object(file).get("_class_name")
+            kind = getattr(diffusers, name, None) if isinstance(name, str) and name.startswith("Autoencoder") else None
+            if kind is None:
+                raise InputError(f"vae {source} is a {name}: give a diffusers VAE or a pipeline with one")
+            return load_network(kind, source, subfolder, dtype=torch.float32, local_files_only=local)
+    raise InputError(f"vae {source} cannot be loaded (no config.json): give a diffusers VAE or a pipeline with one")
 
 
 class Clips:

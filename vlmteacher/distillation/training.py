@@ -18,6 +18,7 @@ from vlmteacher.distillation.dataset import LatentDataset
 from vlmteacher.distillation.trainer import Trainer, TrainSettings
 from vlmteacher.errors import InputError
 from vlmteacher.files import make_folder, read_yaml, replacing, write_json
+from vlmteacher.hub import fetch
 from vlmteacher.optimization import NonFiniteError
 from vlmteacher.reasoners import load_reasoner
 from vlmteacher.reasoners.base import Condition, Reasoner
@@ -200,9 +201,7 @@ def write_pipeline(source: str, reasoner: Reasoner, weights: dict[str, Tensor], 
     transformer.load_state_dict(weights, assign=True)  # in the precision that each of them has
     directory = Path(source)
     if not directory.is_dir():
-        from huggingface_hub import snapshot_download
-
-        directory = Path(snapshot_download(source, local_files_only=True))  # it was loaded from there
+        directory = fetch(source, "", local_files_only=True)  # it was loaded from there
     with replacing(out) as temporary:
         shutil.copytree(directory, temporary, ignore=lambda at, names: names if Path(at).name == "transformer" else [])
         transformer.save_pretrained(temporary / "transformer")

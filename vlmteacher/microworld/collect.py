@@ -21,6 +21,7 @@ from vlmteacher.microworld.facts import Facts, facts_of
 from vlmteacher.microworld.questions import right_queries
 from vlmteacher.microworld.scene import Scene
 from vlmteacher.optimization import Optimization, Settings
+from vlmteacher.pretrained import load_network
 from vlmteacher.reasoners.wan import WanReasoner
 
 FIELDS = tuple(field.name for field in fields(Facts))
@@ -144,7 +145,11 @@ def parts(trained: Path) -> tuple[WanReasoner, Any]:
     reasoner = load_reasoner(str(trained / "distil/pipeline"), torch.float32)
     assert isinstance(reasoner, WanReasoner)
     if (trained / "vae_decoder/vae").exists():
-        reasoner.vae = type(reasoner.vae).from_pretrained(trained / "vae_decoder/vae").eval().requires_grad_(False)
+        reasoner.vae = (
+            load_network(type(reasoner.vae), trained / "vae_decoder/vae", dtype=torch.float32)
+            .eval()
+            .requires_grad_(False)
+        )
     return reasoner, load_decoder(trained / "decoder/decoder.safetensors", reasoner, torch.float32)
 
 

@@ -155,29 +155,32 @@ def package(trained: Path, pair: Path) -> None:
     """Write the pair's directory in half precision: the Reasoner with its refined VAE, the decoder, the Teacher."""
     import torch
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
-    from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration, UMT5EncoderModel
+    from transformers import Qwen3VLForConditionalGeneration, UMT5EncoderModel
 
     from vlmteacher.decoders.taehv import TinyVideoDecoder
     from vlmteacher.microworld import train_reasoner, train_writer, world
+    from vlmteacher.pretrained import load_network, load_tokenizer
 
     half = torch.float16
     pair.mkdir(parents=True, exist_ok=True)
     source = trained / "distil/pipeline"
     train_reasoner.save_pipeline(
         pair / "reasoner",
-        WanTransformer3DModel.from_pretrained(source / "transformer").to(half),
-        UMT5EncoderModel.from_pretrained(source / "text_encoder").to(half),
-        AutoTokenizer.from_pretrained(source / "tokenizer"),
-        AutoencoderKLWan.from_pretrained(trained / "vae_decoder/vae").to(half),
+        load_network(WanTransformer3DModel, source / "transformer", dtype=torch.float32).to(half),
+        load_network(UMT5EncoderModel, source / "text_encoder", dtype=torch.float32).to(half),
+        load_tokenizer(source / "tokenizer"),
+        load_network(AutoencoderKLWan, trained / "vae_decoder/vae", dtype=torch.float32).to(half),
     )
-    many_step = WanTransformer3DModel.from_pretrained(trained / "reasoner/reasoner/transformer").to(half)
+    many_step = load_network(WanTransformer3DModel, trained / "reasoner/reasoner/transformer", dtype=torch.float32).to(
+        half
+    )
     many_step.save_pretrained(pair / "many_step")
     TinyVideoDecoder.from_checkpoint(trained / "decoder/decoder.safetensors").to(half).save(
         pair / "decoder.safetensors"
     )
     teacher = trained / "point/teacher"
     shutil.copytree(teacher, pair / "teacher", dirs_exist_ok=True)
-    Qwen3VLForConditionalGeneration.from_pretrained(teacher, dtype=half).save_pretrained(pair / "teacher")
+    load_network(Qwen3VLForConditionalGeneration, teacher, dtype=half).save_pretrained(pair / "teacher")
     train_writer.attach(trained / "writer/writer", pair / "teacher")
     for config in pair.rglob("config.json"):  # diffusers writes down where a part was loaded from
         content = json.loads(config.read_text())

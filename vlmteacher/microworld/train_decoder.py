@@ -12,6 +12,7 @@ from vlmteacher.decoders.taehv import TinyVideoDecoder
 from vlmteacher.microworld import world
 from vlmteacher.microworld.train_vae import reconstruction_loss
 from vlmteacher.microworld.training import adopt, load_config, random_clip, shaken, to_video, train
+from vlmteacher.pretrained import load_network
 
 
 def build(widths: list[int], latent_channels: int = 24) -> TinyVideoDecoder:
@@ -23,7 +24,7 @@ def main(out: Path, vae_path: Path, init: Path | None = None) -> None:
     """Stage ``decoder``, from scratch or from the weights of a surrogate's file in `init`."""
     config = load_config("decoder")
     torch.manual_seed(config["seed"])
-    vae = AutoencoderKLWan.from_pretrained(vae_path).eval().requires_grad_(False)
+    vae = load_network(AutoencoderKLWan, vae_path, dtype=torch.float32).eval().requires_grad_(False)
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
     decoder = build(config["widths"], vae.config.z_dim)

@@ -29,6 +29,7 @@ from vlmteacher.microworld.scene import Scene
 from vlmteacher.microworld.train_teacher import SAVE_EVERY, Lesson, build, climbed, faded, lesson, save
 from vlmteacher.microworld.training import adopt, load_config, train
 from vlmteacher.optimization import Settings
+from vlmteacher.pretrained import load_network
 from vlmteacher.workers import Task, Workers
 
 AHEAD = 4  # steps by which rows are drawn before they are needed
@@ -218,7 +219,7 @@ def main(trained: Path, out: Path, device: torch.device) -> None:
         torch.set_float32_matmul_precision("high")
     lessons = Lesson(build(config, trained / "teacher/tokenizer"), config)
     teacher = lessons.teacher.model
-    adopt(teacher, Qwen3VLForConditionalGeneration.from_pretrained(trained / "finetune/teacher", dtype=torch.float32))
+    adopt(teacher, load_network(Qwen3VLForConditionalGeneration, trained / "finetune/teacher", dtype=torch.float32))
     lessons.to(device)
     start = [p.detach().clone() for p in teacher.parameters()]
     reasoner, decoder = parts(trained)

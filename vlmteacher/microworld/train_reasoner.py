@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanTransformer3DModel
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from vlmteacher.files import make_folder, replacing
 from vlmteacher.microworld import world
 from vlmteacher.microworld.tokenizer import kept_tokenizer
 from vlmteacher.microworld.training import adopt, fast_attention, load_config, to_video, train
+from vlmteacher.pretrained import load_network, load_tokenizer
 
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
 TEXT_TOKENS = 24
@@ -66,7 +67,7 @@ def encode_dataset(vae_path: Path, out: Path) -> None:
     """Stage ``latents``: shards of latents (mode of the posterior, normalised) with their prompts."""
     config = load_config("latents")
     make_folder(out)
-    vae = AutoencoderKLWan.from_pretrained(vae_path).eval()
+    vae = load_network(AutoencoderKLWan, vae_path, dtype=torch.float32).eval()
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
     for shard in range(config["shards"]):
@@ -95,9 +96,9 @@ def main(out: Path, latents: Path, vae: Path, init: Path | None = None) -> None:
     tokenizer = kept_tokenizer(out / "tokenizer", prompts, 600)
     transformer, encoder = build(len(tokenizer), config)
     if init:
-        adopt(transformer, WanTransformer3DModel.from_pretrained(init / "transformer", torch_dtype=torch.float32))
-        known = UMT5EncoderModel.from_pretrained(init / "text_encoder", dtype=torch.float32)
-        adopt(encoder, known, tokenizer, AutoTokenizer.from_pretrained(init / "tokenizer"))
+        adopt(transformer, load_network(WanTransformer3DModel, init / "transformer", dtype=torch.float32))
+        known = load_network(UMT5EncoderModel, init / "text_encoder", dtype=torch.float32)
+        adopt(encoder, known, tokenizer, load_tokenizer(init / "tokenizer"))
     table: dict[str, torch.Tensor] = {}
     shards: list[Path] = []
     bank = torch.empty(0)
@@ -154,7 +155,9 @@ def main(out: Path, latents: Path, vae: Path, init: Path | None = None) -> None:
         log_every=100,
         ema=0.998,
     )
-    save_pipeline(out / "reasoner", transformer, encoder, tokenizer, AutoencoderKLWan.from_pretrained(vae))
+    save_pipeline(
+        out / "reasoner", transformer, encoder, tokenizer, load_network(AutoencoderKLWan, vae, dtype=torch.float32)
+    )
 
 
 def save_pipeline(

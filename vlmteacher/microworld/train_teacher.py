@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import AttentionInterface, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from vlmteacher.microworld import corruptions, splits, world
@@ -35,6 +35,7 @@ from vlmteacher.microworld.training import adopt, load_config, train
 from vlmteacher.ops.attention import Spans, attention
 from vlmteacher.ops.patchify import patchify
 from vlmteacher.optimization import teacher_frame_indices
+from vlmteacher.pretrained import load_network, load_tokenizer
 from vlmteacher.queries import query_prompt
 from vlmteacher.reward import vqa_objective
 from vlmteacher.teachers.preprocessing import VisionSettings
@@ -667,8 +668,8 @@ def main(out: Path, init: Path | None = None) -> None:
     torch.manual_seed(config["seed"])
     lessons = Lesson(build(config, out / "tokenizer"), config)
     if init:
-        known = Qwen3VLForConditionalGeneration.from_pretrained(init, dtype=torch.float32)
-        adopt(lessons.teacher.model, known, lessons.teacher.tokenizer, AutoTokenizer.from_pretrained(init))
+        known = load_network(Qwen3VLForConditionalGeneration, init, dtype=torch.float32)
+        adopt(lessons.teacher.model, known, lessons.teacher.tokenizer, load_tokenizer(init))
     fit(lessons, lambda rng: [lesson(rng, config["outside"]) for _ in range(config["batch"])], out, warmup=100)
 
 

@@ -11,6 +11,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
 from vlmteacher.microworld import world
 from vlmteacher.microworld.training import adopt, load_config, random_clip, shaken, to_video, train
+from vlmteacher.pretrained import load_network
 
 Z_DIM = 24
 
@@ -64,7 +65,7 @@ def refine(vae_path: Path, out: Path) -> None:
     """Stage ``vae-decoder``: train the VAE's decoder on while its encoder, and so the latents, stay as they are."""
     config = load_config("vae_decoder")
     torch.manual_seed(config["seed"])
-    vae = AutoencoderKLWan.from_pretrained(vae_path).requires_grad_(False)
+    vae = load_network(AutoencoderKLWan, vae_path, dtype=torch.float32).requires_grad_(False)
     vae.decoder.requires_grad_(True)
     vae.post_quant_conv.requires_grad_(True)
 
@@ -104,7 +105,7 @@ def main(out: Path, init: Path | None = None) -> None:
     torch.manual_seed(config["seed"])
     vae = build(config["base_dim"])
     if init:
-        adopt(vae, AutoencoderKLWan.from_pretrained(init, torch_dtype=torch.float32))
+        adopt(vae, load_network(AutoencoderKLWan, init, dtype=torch.float32))
 
     def step(index: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         full = index >= config["steps"] * config["crop_share"]

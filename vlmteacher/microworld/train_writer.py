@@ -20,6 +20,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from vlmteacher.microworld.questions import STYLE
 from vlmteacher.microworld.train_teacher import Lesson, build, scenes_to_write
 from vlmteacher.microworld.training import adopt, load_config, train
+from vlmteacher.pretrained import load_network
 
 SUBFOLDER = "writer"
 
@@ -29,7 +30,7 @@ def main(trained: Path, out: Path) -> None:
     config = load_config("teacher") | load_config("writer")
     torch.manual_seed(config["seed"])
     lessons = Lesson(build(config, trained.parent / "teacher/tokenizer"), config)
-    known = Qwen3VLForConditionalGeneration.from_pretrained(trained / "teacher", dtype=torch.float32)
+    known = load_network(Qwen3VLForConditionalGeneration, trained / "teacher", dtype=torch.float32)
     adopt(lessons.teacher.model, known)
     lora = LoraConfig(r=config["rank"], lora_alpha=config["rank"], target_modules="all-linear")
     adapted = get_peft_model(lessons.teacher.model, lora)

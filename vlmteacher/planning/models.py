@@ -12,6 +12,7 @@ import torch
 from vlmteacher.decoders.taehv import TinyVideoDecoder
 from vlmteacher.errors import InputError
 from vlmteacher.planning.costs import META
+from vlmteacher.pretrained import load_tokenizer
 from vlmteacher.reasoners import FAMILIES
 from vlmteacher.reasoners.base import Reasoner, Settings
 from vlmteacher.reasoners.hunyuan_video15 import HunyuanVideo15Reasoner, load_hunyuan_video15
@@ -160,13 +161,13 @@ BUILDERS: dict[Any, Callable[[dict[str, Any], Settings, torch.dtype], Reasoner]]
 
 def build_teacher(name: str, dtype: torch.dtype = torch.bfloat16) -> QwenVLTeacher:
     """The Teacher on the meta device, with the packaged tokenizer: only numbers of tokens matter. Raises InputError."""
-    from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     directory = PACKAGED / "teacher" if name == "packaged" else Path(name)
     config = _read(directory / "config.json") if directory.is_dir() else known_facts(name, "teacher")["config"]
     if config.get("model_type", "qwen3_vl") != "qwen3_vl":
         raise InputError(f"--teacher {name!r} is a {config['model_type']}: the plan knows Qwen3-VL")
-    tokenizer = AutoTokenizer.from_pretrained(PACKAGED / "teacher", local_files_only=True)
+    tokenizer = load_tokenizer(str(PACKAGED / "teacher"))
     pads = ("image_pad", "video_pad", "vision_start", "vision_end")
     keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     ids = {key: tokenizer.convert_tokens_to_ids(f"<|{pad}|>") for key, pad in zip(keys, pads, strict=True)}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from vlmteacher.errors import InputError, Notice
-from vlmteacher.hub import find_file, only_local
+from vlmteacher.files import check_number
+from vlmteacher.hub import find_file, only_local, pinned
+from vlmteacher.pretrained import json_object, refusing
 from vlmteacher.reasoners.base import Condition, Noise, Reasoner, Settings
 from vlmteacher.reasoners.few_step_lora import (
     EXPERTS,
@@ -93,11 +95,8 @@ def load_reasoner(
     index_file = find_file(name, "model_index.json", local_files_only)
     if index_file is None:
         raise InputError(f"{name} is no diffusers pipeline: it has no model_index.json")
-    try:
-        index = json.loads(index_file.read_text())
-        family = index["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{index_file} is no diffusers pipeline index") from error
+    index = read_index(index_file)
+    family = index["_class_name"]
     if family not in FAMILIES:
         raise InputError(f"{name} is a {family}: the known Reasoners are {', '.join(FAMILIES)}")
     experts = [each for each in EXPERTS if (index.get(each) or [None])[0]] or ["transformer"]
@@ -121,19 +120,14 @@ def load_reasoner(
         if not as_known:
             notes["sampling"] = f"assumed: {', '.join(transformers)} as {name}, {known}"
     few_step_loras = read_few_step_loras(loras, experts, name, lora_partial, len(transformers))
-    # A cached model is opened as the directory that it is: by its id, transformers looks for a tokenizer/config.json
-    # that is not there, and takes its absence for a lost connection.
-    where = str(index_file.parent) if local_files_only else name
-    try:
+    where = pinned(name, index_file.parent, local_files_only)
+    with refusing(name):
         reasoner = FAMILIES[family](where, index, settings, dtype, local_files_only, **parts)
         if preset is not None:
             check_config(preset, reasoner.transformer.config, name, changed=bool(loras))
         notes |= merge_few_step_loras(reasoner, few_step_loras, lora_partial)
-    except InputError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"{name} cannot be loaded ({reason}): is the copy complete?") from error
+    if not (reasoner.latents_mean.isfinite().all() and (reasoner.latents_std > 0).all()):
+        raise InputError(f"{name}: the VAE's latents_mean or latents_std are not finite, or a std is not above 0")
     if settings is None:
         notes["sampling"] = f"assumed: {describe(reasoner.settings)}"
     if "sampling" in notes:
@@ -142,3 +136,18 @@ def load_reasoner(
         warnings.warn(f"few_step_lora with {describe(reasoner.settings)}, as base models are sampled", Notice, 2)
     reasoner.notes = notes
     return reasoner
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """A model_index.json. Raises InputError where an entry is not of the kind that a pipeline's is."""
+    index = json_object(path)
+    if not isinstance(index.get("_class_name"), str):
+        raise InputError(f"{path} is no diffusers pipeline index: it does not name its _class_name")
+    for name, part in index.items():
+        if isinstance(part, list) and not (len(part) == 2 and all(isinstance(x, str | None) for x in part)):
+            raise InputError(f"{path}: {name} must be a library and a class, not {part!r:.60}")
+    if index.get("boundary_ratio") is not None:
+        check_number(index["boundary_ratio"], f"{path}: boundary_ratio", least=0)
+    if not isinstance(index.get("expand_timesteps"), bool | None):
+        raise InputError(f"{path}: expand_timesteps must be true or false, not {index['expand_timesteps']!r:.40}")
+    return index

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -21,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlmteacher import arguments
 from vlmteacher.errors import InputError
-from vlmteacher.files import check_text
+from vlmteacher.files import check_number, check_text, read_json
 from vlmteacher.media import ImageInput, fit_image
 from vlmteacher.reasoners import few_step
 
@@ -137,13 +135,22 @@ class Settings:
 
     def check(self) -> None:
         """Raise InputError for the first entry that no sampler can work with."""
+        if not isinstance(self.timesteps, tuple):
+            raise InputError(f"timesteps must be a list of numbers, not {self.timesteps!r:.40}")
+        for timestep in self.timesteps:
+            check_number(timestep, "timesteps", above=0)
+        check_number(self.shift, "shift", above=0)
+        check_number(self.fps, "fps", above=0)
+        for name in ("num_frames", "height", "width", "max_sequence_length"):
+            check_number(getattr(self, name), name, whole=True, least=1)
+        check_number(self.guidance_scale, "guidance_scale")
+        if self.guidance_scale_2 is not None:
+            check_number(self.guidance_scale_2, "guidance_scale_2")
         ts = self.timesteps
         if not ts or ts[0] != 1000 or ts[-1] <= 0 or any(a <= b for a, b in pairwise(ts)):
             raise InputError(f"timesteps must fall from 1000 and stay above 0, not {list(ts)}")
         if self.sampler not in get_args(Sampler):
             raise InputError(f"sampler must be {' or '.join(get_args(Sampler))}, not {self.sampler!r}")
-        if not (self.shift > 0 and math.isfinite(self.shift)):
-            raise InputError(f"shift must be greater than 0, not {self.shift}")
         for name in ("guidance_scale", "guidance_scale_2"):
             scale = getattr(self, name)
             if scale is not None and not 1 <= scale <= arguments.LARGEST_NUMBER:
@@ -155,13 +162,16 @@ class Settings:
     def load(cls, path: Path) -> Settings:
         """Read a `reasoner.json`; InputError names the entry that cannot be used."""
         try:
-            values: dict[str, Any] = json.loads(path.read_text())
+            values = read_json(path, "file")
+            if not isinstance(values, dict):
+                raise ValueError("it is no JSON object")
             unknown = sorted(set(values) - {field.name for field in fields(cls)})
             if unknown:
                 raise ValueError(f"unknown entry {unknown[0]!r}")
-            settings = cls(**values | {"timesteps": tuple(values.get("timesteps", cls.timesteps))})
+            timesteps = values.get("timesteps", cls.timesteps)
+            settings = cls(**values | {"timesteps": tuple(timesteps) if isinstance(timesteps, list) else timesteps})
             settings.check()
-        except (OSError, ValueError, TypeError) as error:
+        except ValueError as error:
             raise InputError(f"{path} cannot be used: {error}") from error
         return settings
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput, fit_image
+from vlmteacher.pretrained import load_network, load_processor, load_tokenizer, read_config
 from vlmteacher.prompts import check_cut, check_prompt, encode, quote
 from vlmteacher.reasoners.attention import attend
 from vlmteacher.reasoners.base import Condition, Reasoner, Settings
-from vlmteacher.reasoners.parts import load_part, load_transformers
+from vlmteacher.reasoners.parts import load_transformers
 from vlmteacher.reasoners.presets import PRESETS
 
 
@@ -276,16 +278,14 @@ def load_hunyuan_video15(
     settings: None follows the configs of transformer, scheduler and guider. parts: see `load_transformers`.
     """
     from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
-    from transformers import AutoTokenizer, Qwen2_5_VLTextModel, SiglipImageProcessor, SiglipVisionModel, T5EncoderModel
+    from transformers import Qwen2_5_VLTextModel, SiglipImageProcessor, SiglipVisionModel, T5EncoderModel
 
-    def load(kind: Any, subfolder: str, **keywords: Any) -> Any:
-        return kind.from_pretrained(path_or_id, subfolder=subfolder, local_files_only=local_files_only, **keywords)
-
+    load = partial(load_network, name=path_or_id, local_files_only=local_files_only)
     transformer = load_transformers(
         HunyuanVideo15Transformer3DModel, path_or_id, ["transformer"], dtype, local_files_only, **parts
     )["transformer"]
-    vae = load_part(AutoencoderKLHunyuanVideo15, path_or_id, "vae", torch.float32, local_files_only)
-    text_encoder = load(Qwen2_5_VLTextModel, "text_encoder", dtype=dtype)
+    vae = load(AutoencoderKLHunyuanVideo15, subfolder="vae", dtype=torch.float32)
+    text_encoder = load(Qwen2_5_VLTextModel, subfolder="text_encoder", dtype=dtype)
     takes, makes = transformer.config.in_channels, 2 * vae.config.latent_channels + 1
     if takes != makes:
         raise InputError(
@@ -300,16 +300,18 @@ def load_hunyuan_video15(
     image_parts = {}
     if index["_class_name"] == "HunyuanVideo15ImageToVideoPipeline":
         image_parts = {
-            "image_encoder": load(SiglipVisionModel, "image_encoder", dtype=dtype),
-            "feature_extractor": load(SiglipImageProcessor, "feature_extractor"),
+            "image_encoder": load(SiglipVisionModel, subfolder="image_encoder", dtype=dtype),
+            "feature_extractor": load_processor(
+                SiglipImageProcessor, path_or_id, "feature_extractor", local_files_only
+            ),
         }
     return HunyuanVideo15Reasoner(
         transformer,
         vae,
         text_encoder,
-        load(AutoTokenizer, "tokenizer"),
-        load(T5EncoderModel, "text_encoder_2", dtype=dtype),
-        load(AutoTokenizer, "tokenizer_2"),
+        load_tokenizer(path_or_id, "tokenizer", local_files_only),
+        load(T5EncoderModel, subfolder="text_encoder_2", dtype=dtype),
+        load_tokenizer(path_or_id, "tokenizer_2", local_files_only),
         settings=settings or _settings(path_or_id, transformer.config, local_files_only),
         **image_parts,
     )
@@ -317,12 +319,14 @@ def load_hunyuan_video15(
 
 def _settings(path_or_id: str, config: Any, local_files_only: bool) -> Settings:
     """How a checkpoint of an unknown name is sampled, by what its configs say."""
-    from diffusers import ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler
-
     size = "480p" if config.target_size <= 640 else "720p-i2v"
     known = PRESETS[f"hunyuan-video-1.5-{'480p-i2v-step-distilled' if config.use_meanflow else size}"]
-    scheduler, guider = (
-        kind.load_config(path_or_id, subfolder=subfolder, local_files_only=local_files_only)
-        for kind, subfolder in ((FlowMatchEulerDiscreteScheduler, "scheduler"), (ClassifierFreeGuidance, "guider"))
-    )
-    return replace(known, shift=scheduler["shift"], guidance_scale=guider["guidance_scale"])
+    settings = known
+    for subfolder, file, entry, field in (
+        ("scheduler", "scheduler_config.json", "shift", "shift"),
+        ("guider", "guider_config.json", "guidance_scale", "guidance_scale"),
+    ):
+        _, values = read_config(path_or_id, subfolder, file, local_files_only)
+        settings = replace(settings, **{field: values.get(entry)})
+    settings.check()
+    return settings

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput
+from vlmteacher.pretrained import load_network, load_tokenizer
 from vlmteacher.prompts import check_cut, check_prompt, tokenize
 from vlmteacher.reasoners.base import Condition, Reasoner, Settings, with_first_frame
-from vlmteacher.reasoners.parts import load_part, load_transformers
+from vlmteacher.reasoners.parts import load_transformers
 from vlmteacher.reasoners.presets import PRESETS
 
 # How the decoders that take a timestep are run (configs of github.com/Lightricks/LTX-Video).
@@ -152,14 +154,14 @@ def load_ltx(
     settings: None takes it for a distilled model. parts: see `load_transformers`.
     """
     from diffusers import AutoencoderKLLTXVideo, LTXVideoTransformer3DModel
-    from transformers import AutoTokenizer, T5EncoderModel
+    from transformers import T5EncoderModel
 
-    hub = {"local_files_only": local_files_only}
+    load = partial(load_network, name=path_or_id, local_files_only=local_files_only)
     transformer = load_transformers(
         LTXVideoTransformer3DModel, path_or_id, ["transformer"], dtype, local_files_only, **parts
     )["transformer"]
-    vae = load_part(AutoencoderKLLTXVideo, path_or_id, "vae", torch.float32, local_files_only)
-    text_encoder = T5EncoderModel.from_pretrained(path_or_id, subfolder="text_encoder", dtype=dtype, **hub)
+    vae = load(AutoencoderKLLTXVideo, subfolder="vae", dtype=torch.float32)
+    text_encoder = load(T5EncoderModel, subfolder="text_encoder", dtype=dtype)
     for what, wanted, got in (
         ("channels, and its VAE makes", transformer.config.in_channels, vae.config.latent_channels),
         (
@@ -172,7 +174,7 @@ def load_ltx(
             raise InputError(
                 f"the transformer of {path_or_id} takes {wanted} {what} {got}: they belong to different models"
             )
-    tokenizer = AutoTokenizer.from_pretrained(path_or_id, subfolder="tokenizer", **hub)
+    tokenizer = load_tokenizer(path_or_id, "tokenizer", local_files_only)
     condition_pipeline = index["_class_name"] == "LTXConditionPipeline"
     settings = settings or PRESETS["ltx-0.9.8-distilled"]
     return LTXReasoner(transformer, vae, text_encoder, tokenizer, condition_pipeline, settings)

@@ -118,7 +118,7 @@ def known_name(*paths_or_ids: str) -> str | None:
     """The preset of the first that is known: a hub id, or a directory that still has the name of one."""
     by_name = {key.lower(): preset for hub_id, preset in HUB_IDS.items() for key in (hub_id, hub_id.partition("/")[2])}
     for path_or_id in paths_or_ids:
-        path = path_or_id.lower().rstrip("/")
+        path = path_or_id.partition("@")[0].lower().rstrip("/")
         preset = by_name.get(path) or by_name.get(path.rpartition("/")[2])
         if preset:
             return preset

@@ -17,6 +17,7 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,10 @@ from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput, fit_image, read_image
+from vlmteacher.pretrained import load_network, load_processor, load_tokenizer
 from vlmteacher.prompts import check_cut, check_prompt, tokenize
 from vlmteacher.reasoners.base import Condition, Reasoner, Settings, Target, with_first_frame
-from vlmteacher.reasoners.parts import load_part, load_transformers
+from vlmteacher.reasoners.parts import load_transformers
 
 TEXT_TOKENS = 512  # what diffusers' attention counts on where image features stand before the text
 
@@ -268,9 +270,9 @@ def load_wan(
     transformer: see `load_transformers`; the high-noise expert comes first.
     """
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
-    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
+    from transformers import CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
-    hub: dict[str, Any] = {"local_files_only": local_files_only}
+    load = partial(load_network, name=path_or_id, local_files_only=local_files_only)
 
     def there(part: str) -> bool:
         return bool((index.get(part) or [None])[0])
@@ -287,8 +289,8 @@ def load_wan(
         transformer=transformer,
     )
     # diffusers' Wan examples keep the VAE in float32; it runs once or twice an instance.
-    vae = load_part(AutoencoderKLWan, path_or_id, "vae", torch.float32, local_files_only)
-    text_encoder = UMT5EncoderModel.from_pretrained(path_or_id, subfolder="text_encoder", dtype=dtype, **hub)
+    vae = load(AutoencoderKLWan, subfolder="vae", dtype=torch.float32)
+    text_encoder = load(UMT5EncoderModel, subfolder="text_encoder", dtype=dtype)
     for name, network in networks.items():
         if network.config.text_dim != text_encoder.config.d_model:
             raise InputError(
@@ -297,13 +299,13 @@ def load_wan(
             )
     image_encoder = image_processor = None
     if there("image_encoder") and networks["transformer"].config.image_dim is not None:
-        image_encoder = CLIPVisionModel.from_pretrained(path_or_id, subfolder="image_encoder", dtype=dtype, **hub)
-        image_processor = CLIPImageProcessor.from_pretrained(path_or_id, subfolder="image_processor", **hub)
+        image_encoder = load(CLIPVisionModel, subfolder="image_encoder", dtype=dtype)
+        image_processor = load_processor(CLIPImageProcessor, path_or_id, "image_processor", local_files_only)
     return WanReasoner(
         networks["transformer"],
         vae,
         text_encoder,
-        AutoTokenizer.from_pretrained(path_or_id, subfolder="tokenizer", **hub),
+        load_tokenizer(path_or_id, "tokenizer", local_files_only),
         bool(index.get("expand_timesteps")),
         settings,
         transformer_2=networks.get("transformer_2"),

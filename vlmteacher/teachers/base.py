@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from vlmteacher.errors import InputError, NonFiniteFrames
-from vlmteacher.hub import only_local
+from vlmteacher.hub import find_file, only_local, pinned
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
+from vlmteacher.pretrained import json_object
 from vlmteacher.queries import QuerySet, QueryStyle
 from vlmteacher.teachers.quantization import Quantize, check_quantize
 from vlmteacher.torch_modes import plain_torch
@@ -121,32 +122,29 @@ def load_teacher(
     Raises InputError when there is no such checkpoint (or no network to fetch it), when its `model_type` is of no known
     family, or when a part (weights, tokenizer, chat template) is missing.
     """
-    from transformers import PretrainedConfig
-
     check_quantize(quantize)
     name = os.fspath(path_or_id)
     if local_files_only is None:
         local_files_only = only_local(name)
     try:
-        config, _ = PretrainedConfig.get_config_dict(name, local_files_only=local_files_only)
-        model_type = config["model_type"]
-    except (OSError, ValueError, KeyError) as error:
+        file = find_file(name, "config.json", local_files_only)
+    except InputError:  # it says that of a pipeline
+        file = None
+    if file is None:
         where = "has no usable config.json" if os.path.isdir(name) else "is no local directory and cannot be fetched"
-        raise InputError(f"teacher {name!r} {where}: give the path of a directory that holds the checkpoint") from error
-    if model_type not in FAMILIES:
+        raise InputError(f"teacher {name!r} {where}: give the path of a directory that holds the checkpoint")
+    model_type = json_object(file).get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise InputError(f"teacher {name!r} is of the model type {model_type!r}; known types: {known}")
     module, family = FAMILIES[model_type]
     teacher = getattr(importlib.import_module(f"vlmteacher.teachers.{module}"), family)
-    return teacher.from_pretrained(name, dtype, local_files_only, quantize, device)
+    return teacher.from_pretrained(
+        pinned(name, file.parent, local_files_only), dtype, local_files_only, quantize, device
+    )
 
 
 def read_style(path_or_id: str, local_files_only: bool = False) -> QueryStyle:
     """How a checkpoint wants to be asked for queries: its `teacher.json`, or the way for any VLM where it has none."""
-    from transformers.utils import cached_file
-
-    try:
-        file = cached_file(path_or_id, "teacher.json", local_files_only=local_files_only)
-    except OSError:
-        return QueryStyle()
-    return QueryStyle.load(file)
+    file = find_file(path_or_id, "teacher.json", local_files_only)
+    return QueryStyle.load(file) if file else QueryStyle()

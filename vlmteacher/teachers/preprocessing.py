@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,9 @@ import torch
 from torch import Tensor
 
 from vlmteacher.errors import InputError
+from vlmteacher.hub import find_file
 from vlmteacher.ops.patchify import PatchLayout, patchify
+from vlmteacher.pretrained import check_processor, json_object
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -49,10 +50,22 @@ class VisionSettings:
         sizes = self.patch_size, self.temporal_patch_size, self.merge_size
         return PatchLayout(*sizes, tuple(self.image_mean), tuple(self.image_std), dtype)
 
-    def updated(self, config: Mapping[str, Any]) -> VisionSettings:
-        """These settings with the values of a processor's config file put in, patch sizes excepted."""
+    def updated(self, config: Mapping[str, Any], label: str) -> VisionSettings:
+        """These settings with the values of a processor's config put in, patch sizes excepted.
+
+        label: the config's name. Raises InputError for a value that cannot be used, and for a processor that does not
+        normalise as ours.
+        """
+        check_processor(config, label)
+        if not isinstance(config.get("size"), dict | None):
+            raise InputError(f"{label}: size must be an object of sides, not {config['size']!r:.40}")
+        scale = config.get("rescale_factor")
+        if False in (config.get("do_rescale"), config.get("do_normalize")) or scale not in (None, 1 / 255):
+            raise InputError(
+                f"{label}: a processor that does not bring pixels to [0, 1] and normalise them is not known"
+            )
         size = config.get("size") or {}
-        return replace(
+        settings = replace(
             self,
             min_pixels=size.get("shortest_edge") or config.get("min_pixels") or self.min_pixels,
             max_pixels=size.get("longest_edge") or config.get("max_pixels") or self.max_pixels,
@@ -62,6 +75,9 @@ class VisionSettings:
             max_video_tokens=config.get("max_video_tokens") or self.max_video_tokens,
             fixed_size=(size["height"], size["width"]) if "height" in size and "width" in size else self.fixed_size,
         )
+        if settings.min_pixels > settings.max_pixels:
+            raise InputError(f"{label}: at least {settings.min_pixels} and at most {settings.max_pixels} pixels")
+        return settings
 
 
 def read_settings(
@@ -84,22 +100,22 @@ def processor_settings(
     Without a video processor's file videos get the image processor's, as in transformers; without an image processor's
     file images get the settings of videos.
     """
-    from transformers.utils import cached_file
 
-    def read(name: str) -> dict[str, Any]:
-        try:
-            file = cached_file(path_or_id, name, local_files_only=local_files_only)
-            with open(file, encoding="utf-8") as stream:
-                return json.load(stream)
-        except OSError:
-            return {}
-        except ValueError as error:
-            raise InputError(f"teacher {path_or_id!r}: {name} is not JSON ({error})") from error
+    def read(name: str, entry: str) -> dict[str, Any]:
+        """A processor's own file, or its entry in the one file that newer checkpoints keep both in."""
+        if file := find_file(path_or_id, name, local_files_only):
+            return json_object(file)
+        file = find_file(path_or_id, "processor_config.json", local_files_only)
+        found = json_object(file).get(entry) if file else None
+        if not isinstance(found, dict | None):
+            raise InputError(f"{file}: {entry} must be an object of settings, not {found!r:.40}")
+        return found or {}
 
-    both = read("processor_config.json")  # newer checkpoints keep both processors in this one file
-    images = read("preprocessor_config.json") or both.get("image_processor", {})
-    video = base.updated(read("video_preprocessor_config.json") or both.get("video_processor", {}) or images)
-    return video, video.updated(images)
+    where = f"teacher {path_or_id}: the"
+    images = read("preprocessor_config.json", "image_processor")
+    video = read("video_preprocessor_config.json", "video_processor")
+    settings = base.updated(video or images, f"{where} {'video' if video else 'image'} processor's config")
+    return settings, settings.updated(images, f"{where} image processor's config")
 
 
 def smart_resize(

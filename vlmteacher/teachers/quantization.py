@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError, MissingExtra
+from vlmteacher.pretrained import load_network
 
 Quantize = Literal["8bit", "4bit"]
 CHOICES = ("8bit", "4bit")
@@ -31,14 +32,13 @@ def load_model(
     device: torch.device | None = None,
     **hub: Any,
 ) -> Any:
-    """`model_class.from_pretrained`; with `quantize` the language model's linear layers are in 8 or 4 bits (NF4).
+    """`load_network` of `model_class`; with `quantize` the language model's linear layers are in 8 or 4 bits (NF4).
 
     device: where a quantised model is loaded to, and stays. Checkpoints that are quantised by bitsandbytes already load
     without `quantize`. Raises InputError for another value of `quantize`, MissingExtra without bitsandbytes.
     """
-    if quantize is None:
-        model = model_class.from_pretrained(path_or_id, dtype=dtype, **hub)
-    else:
+    options = {}
+    if quantize is not None:
         check_quantize(quantize)
         from transformers import BitsAndBytesConfig
 
@@ -50,10 +50,8 @@ def load_model(
         }
         how = four if quantize == "4bit" else {"load_in_8bit": True}
         config = BitsAndBytesConfig(**how, llm_int8_skip_modules=UNTOUCHED)
-        where = {"": device or torch.device("cpu")}
-        model = model_class.from_pretrained(
-            path_or_id, dtype=dtype, quantization_config=config, device_map=where, **hub
-        )
+        options = {"quantization_config": config, "device_map": {"": device or torch.device("cpu")}}
+    model = load_network(model_class, path_or_id, dtype=dtype, keep_quantized="bitsandbytes", **hub, **options)
     if is_quantized(model):
         use_exact_products(model)
     return model

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vlmteacher.errors import InputError, Notice
 from vlmteacher.media import ImageInput, read_image, shrink
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
+from vlmteacher.pretrained import load_tokenizer
 from vlmteacher.prompts import check_prompt, encode, quote
 from vlmteacher.queries import ANSWER_INSTRUCTION, QuerySet, QueryStyle, ask_for_queries, query_prompt
 from vlmteacher.teachers.base import Teacher, check_frames, check_range, read_style
@@ -113,13 +114,9 @@ class VLMTeacher(Teacher):
         """Load model, tokenizer and processor settings from a local directory or a hub id."""
         import transformers
 
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_id, local_files_only=local_files_only)
-            architecture = getattr(transformers, cls.architecture)
-            model = load_model(architecture, path_or_id, dtype, quantize, device, local_files_only=local_files_only)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"teacher {path_or_id!r} cannot be loaded: {reason}") from error
+        tokenizer = load_tokenizer(path_or_id, local_files_only=local_files_only)
+        architecture = getattr(transformers, cls.architecture)
+        model = load_model(architecture, path_or_id, dtype, quantize, device, local_files_only=local_files_only)
         teacher = cls.from_parts(path_or_id, model, tokenizer, local_files_only)
         teacher.style = read_style(path_or_id, local_files_only)
         if teacher.style.writer:

@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 
 from vlmteacher.errors import InputError
+from vlmteacher.hub import find_file
+from vlmteacher.pretrained import read_config
+
+# What an adapter_config.json may say; other entries make other layers, or import what they name.
+ENTRIES = {"r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora"}
+ENTRIES |= {"lora_dropout", "bias", "layers_to_transform", "layers_pattern", "fan_in_fan_out"}
+NOTES = {"auto_mapping", "base_model_name_or_path", "peft_version", "revision", "task_type", "inference_mode"}
 
 
 @dataclass(frozen=True)
@@ -24,20 +31,22 @@ class Writer:
     def load(cls, model: Any, path_or_id: str, subfolder: str, local_files_only: bool = False) -> Writer:
         """Read the adapter of `model` in its checkpoint's `subfolder`. Raises InputError when it is no LoRA for it."""
         from peft import LoraConfig
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
-        from transformers.utils import cached_file
-
-        def find(name: str) -> str:
-            return cached_file(path_or_id, name, subfolder=subfolder, local_files_only=local_files_only)
 
         try:
-            config = LoraConfig(**LoraConfig.from_json_file(find("adapter_config.json")))
-            config.inference_mode = True
-            writer = cls(config, load_file(find("adapter_model.safetensors")))
+            _, values = read_config(path_or_id, subfolder, "adapter_config.json", local_files_only)
+            defaults = LoraConfig()
+            for name, value in values.items():
+                if name not in ENTRIES | NOTES and value not in (None, False, getattr(defaults, name, None)):
+                    raise ValueError(f"its adapter_config.json sets {name}, which no writer needs: remove it")
+            config = LoraConfig(**{name: values[name] for name in ENTRIES & set(values)}, inference_mode=True)
+            file = find_file(path_or_id, f"{subfolder}/adapter_model.safetensors", local_files_only)
+            if file is None:
+                raise ValueError("it has no adapter_model.safetensors")
+            writer = cls(config, load_file(file))
             with writer.on(model):
                 return writer
-        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # of a damaged file, anything
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"teacher {path_or_id!r}: its writer {subfolder!r} cannot be used: {reason}") from error
 
