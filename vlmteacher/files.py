@@ -280,11 +280,11 @@ def check_text(text: str, name: str) -> str:
 
 
 def check_number(
-    value: object, name: str, *, whole: bool = False, least: float = -math.inf, above: float = -math.inf
+    value: Any, name: str, *, whole: bool = False, least: float = -math.inf, above: float = -math.inf
 ) -> None:
     """Raise InputError, which names the value, unless it is a finite number (true and false are none) of this range."""
     shown = repr(value) if len(repr(value)) <= 40 else f"{value!r:.40}..."
-    kind = numbers.Integral if whole else numbers.Real
+    kind: Any = numbers.Integral if whole else numbers.Real
     if not isinstance(value, kind) or isinstance(value, bool):
         raise InputError(f"{name} must be a {'whole ' if whole else ''}number, not {shown}")
     if not value >= least or not value > above or not value < math.inf:

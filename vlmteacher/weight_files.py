@@ -22,7 +22,7 @@ from vlmteacher.files import parse_json, read_json
 FLOATS = ("F64", "F32", "F16", "BF16")
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 VARIANTS = (None, "fp16", "bf16", "fp32")  # of a network's files, in the order in which they are taken
-PICKLES = ("pytorch_model.bin", "diffusion_pytorch_model.bin", "model.bin", "model.pt", "model.pth", "model.ckpt")
+PICKLES: tuple[str, ...] = ("pytorch_model.bin", "diffusion_pytorch_model.bin", "model.bin", "model.pt", "model.ckpt")
 PICKLES += tuple(f"{name}.index.json" for name in PICKLES[:2])
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of a transformer in the single files of other tools
 

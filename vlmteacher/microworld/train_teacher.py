@@ -176,7 +176,7 @@ def build(config: dict[str, Any], vocabulary: Path) -> QwenVLTeacher:
         )
     )
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    settings = VisionSettings(patch_size=PATCH).updated(VIDEO_PROCESSOR)
+    settings = VisionSettings(patch_size=PATCH).updated(VIDEO_PROCESSOR, "VIDEO_PROCESSOR")
     teacher = QwenVLTeacher(model, tokenizer, settings)
     model.model.language_model.set_attn_implementation(SPANS)
     model.requires_grad_(True).train()

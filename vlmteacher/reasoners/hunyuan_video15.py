@@ -321,12 +321,9 @@ def _settings(path_or_id: str, config: Any, local_files_only: bool) -> Settings:
     """How a checkpoint of an unknown name is sampled, by what its configs say."""
     size = "480p" if config.target_size <= 640 else "720p-i2v"
     known = PRESETS[f"hunyuan-video-1.5-{'480p-i2v-step-distilled' if config.use_meanflow else size}"]
-    settings = known
-    for subfolder, file, entry, field in (
-        ("scheduler", "scheduler_config.json", "shift", "shift"),
-        ("guider", "guider_config.json", "guidance_scale", "guidance_scale"),
-    ):
-        _, values = read_config(path_or_id, subfolder, file, local_files_only)
-        settings = replace(settings, **{field: values.get(entry)})
+    _, scheduler = read_config(path_or_id, "scheduler", "scheduler_config.json", local_files_only)
+    _, guider = read_config(path_or_id, "guider", "guider_config.json", local_files_only)
+    entries: dict[str, Any] = {"shift": scheduler.get("shift"), "guidance_scale": guider.get("guidance_scale")}
+    settings = replace(known, **entries)
     settings.check()
     return settings
