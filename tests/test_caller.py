@@ -389,6 +389,19 @@ def test_types_of_what_is_loaded(models: dict[str, str]) -> None:
         TeacherPipeline.from_pretrained(pair=5)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("bad", [5, ["a.safetensors"], {"a": 1}])
+def test_types_of_what_is_added_later(pipe: TeacherPipeline, bad: Any) -> None:
+    for work, name in (
+        (pipe.load_lora, "lora"),
+        (pipe.fuse, "lora"),
+        (call(pipe, max_steps=0).save, "output directory"),
+    ):
+        with pytest.raises(InputError, match=f"{name} must be a path"):
+            work(bad)
+    with pytest.raises(InputError, match="teacher must be a loaded model"):
+        TeacherPipeline(pipe.reasoner, bad, pipe.decoder)
+
+
 def test_settings_of_a_pair_are_checked(pipe: TeacherPipeline) -> None:
     parts = pipe.reasoner, pipe.teacher, pipe.decoder
     for defaults, message in (({"steps": 3}, "no setting 'steps'"), ([1], "by name"), ({"rank": "2"}, "rank")):

@@ -183,6 +183,11 @@ class TeacherPipeline:
         models: dict[str, str] | None = None,
         offload: bool = False,
     ) -> None:
+        for name, part in (("reasoner", reasoner), ("teacher", teacher), ("decoder", decoder)):
+            if not hasattr(part, "to"):
+                raise InputError(
+                    f"{name} must be a loaded model, not {arguments.show(part)}: `from_pretrained` loads by name"
+                )
         self.reasoner, self.teacher, self.decoder = reasoner, teacher, decoder
         self.offload = offload
         self.devices = {"reasoner": reasoner.device, "teacher": teacher.device}
@@ -656,7 +661,12 @@ class TeacherPipeline:
     def _read_lora(
         self, lora: str | os.PathLike[str] | TeacherPipelineOutput, partial: bool, trainable: bool = False
     ) -> LoRA:
-        source, name = (lora.lora, "the output's LoRA") if isinstance(lora, TeacherPipelineOutput) else (lora, None)
+        source: str | bytes
+        name: str | None
+        if isinstance(lora, TeacherPipelineOutput):
+            source, name = lora.lora, "the output's LoRA"
+        else:
+            source, name = lora if isinstance(lora, bytes) else arguments.path("lora", lora), None
         two = getattr(self.reasoner, "transformer_2", None) is not None
         if two and not isinstance(source, bytes) and noise_in_name(os.fspath(source)) == "low":
             raise InputError(
