@@ -143,7 +143,7 @@ def test_stock_diffusers_makes_the_same_video_of_the_packaged_pair(with_image, t
 
     base = video()
     stock.load_lora_weights(tmp_path, weight_name="lora.safetensors")
-    torch.testing.assert_close(video(), ours, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(video(), ours, atol=1e-3, rtol=1e-3)
     assert (base - ours).abs().max() > 0.05
 
 

@@ -56,7 +56,7 @@ def test_many_steps_follow_the_guided_field(models):
     torch.testing.assert_close(sample_many(reasoner, condition, None, noise, steps=2, guidance=1.0), halves)
     with pytest.raises(InputError, match="needs the embeddings of the empty prompt"):
         sample_many(reasoner, condition, None, noise, steps=1, guidance=3.0)
-    with pytest.raises(InputError, match="at least 1, not 0"):
+    with pytest.raises(InputError, match="between 1 and 1000, not 0"):
         sample_many(reasoner, condition, None, noise, steps=0, guidance=1.0)
 
 

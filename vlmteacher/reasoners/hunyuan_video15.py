@@ -59,7 +59,8 @@ class HunyuanVideo15Reasoner(Reasoner):
         self._prompts: Any = HunyuanVideo15Pipeline(
             text_encoder, tokenizer, transformer, vae, None, text_encoder_2, tokenizer_2, None
         )
-        tokenizer_2.split_special_tokens = True  # control tokens in quoted words are text, byte by byte
+        if tokenizer_2 is not None:  # a plan has none
+            tokenizer_2.split_special_tokens = True  # control tokens in quoted words are text, byte by byte
         self.image_encoder, self.feature_extractor = image_encoder, feature_extractor
         self.image_conditioning = image_encoder is not None
         self.settings = settings or Settings()
