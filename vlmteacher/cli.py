@@ -56,28 +56,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser().parse_args(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
-    with endings_interrupt():
-        try:
+    try:
+        with endings_interrupt():
             _check_texts(arguments)
             arguments.command(arguments)
             sys.stdout.flush()
-        except (InputError, MissingExtra) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
-        except (ArithmeticError, TaskFailed) as error:
+    except (InputError, MissingExtra) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except (ArithmeticError, TaskFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        print(f"interrupted{_how_to_go_on(arguments)}", file=sys.stderr)
+        return stop.status if isinstance(stop, Interrupted) else 130
+    except OutputError as error:
+        print(f"error: {' '.join(str(error).split())}{_how_to_go_on(arguments)}", file=sys.stderr)
+        return 1
+    except OSError as error:  # standard output; its reader, `head` for one, may have seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
             print(f"error: {error}", file=sys.stderr)
             return 1
-        except KeyboardInterrupt as stop:
-            print(f"interrupted{_how_to_go_on(arguments)}", file=sys.stderr)
-            return stop.status if isinstance(stop, Interrupted) else 130
-        except OutputError as error:
-            print(f"error: {' '.join(str(error).split())}{_how_to_go_on(arguments)}", file=sys.stderr)
-            return 1
-        except OSError as error:  # standard output; its reader, `head` for one, may have seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if not isinstance(error, BrokenPipeError):
-                print(f"error: {error}", file=sys.stderr)
-                return 1
     return 0
 
 

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import NoReturn
 
 ENDINGS = (signal.SIGTERM, signal.SIGHUP)  # what a batch system, `kill` and a closed terminal send
+_came: list[KeyboardInterrupt] = []  # what a signal has raised inside `endings_interrupt`
 
 
 class Interrupted(KeyboardInterrupt):
@@ -24,7 +25,8 @@ class Interrupted(KeyboardInterrupt):
 def endings_interrupt() -> Iterator[None]:
     """SIGTERM and SIGHUP raise `Interrupted` inside the block, unless one of them or Ctrl-C did so before.
 
-    A signal that is ignored (`nohup`) or has a handler of somebody else's stays as it is.
+    A signal that is ignored (`nohup`) or has a handler of somebody else's stays as it is. An error that a library made
+    of the interruption (safetensors takes any exception for a damaged file) ends the block as the interruption.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -35,17 +37,27 @@ def endings_interrupt() -> Iterator[None]:
     def interrupt(number: int, _: FrameType | None) -> NoReturn:
         for each in defaults:  # what is written now is written to its end, but for who insists by Ctrl-C
             signal.signal(each, signal.default_int_handler if each == signal.SIGINT else _overhear)
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise Interrupted(number)
+        _came.append(KeyboardInterrupt() if number == signal.SIGINT else Interrupted(number))
+        raise _came[0]
 
     for number in defaults:
         signal.signal(number, interrupt)
     try:
         yield
+    except Exception as error:
+        if _came:
+            raise _came[0] from error
+        raise
     finally:
+        _came.clear()
         for number, default in defaults.items():
             signal.signal(number, default)
+
+
+def raise_lost() -> None:
+    """Raise the interruption that came, where the work still goes on: a library has swallowed it."""
+    if _came:
+        raise _came[0]
 
 
 def _overhear(*_: object) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from vlmteacher import arguments
 from vlmteacher.engines import ENGINES, Engine, make_engine
 from vlmteacher.errors import InputError, NonFiniteFrames, OutOfMemory
-from vlmteacher.interruption import uninterrupted
+from vlmteacher.interruption import raise_lost, uninterrupted
 from vlmteacher.lora import frozen_blocks, load_lora_state, lora_parameters, lora_state_dict, parse_blocks
 from vlmteacher.memory_ladder import MemoryLadder, is_out_of_memory
 from vlmteacher.ops.patchify import PatchRows
@@ -262,6 +262,7 @@ class Optimization:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while self.stopped is None:
+            raise_lost()
             yield self.step()
 
     def look(self) -> tuple[Tensor, Tensor]:

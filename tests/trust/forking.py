@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
 
@@ -97,10 +98,14 @@ def serve() -> None:
 
 def _answer(command: Command, folder: Path) -> Result:
     out, err, changes = (folder / name for name in ("out", "err", "changes"))
+    out.touch()
+    err.touch()
     began = time.monotonic()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a child that is interrupted before it has begun is no child
     pid = os.fork()
     if pid == 0:
         _child(command, out, err, changes)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     while command.when and not os.path.exists(command.when) and not os.waitid(os.P_PID, pid, ENDED):
         time.sleep(0.002)
     sending = time.monotonic() if command.when else began
@@ -123,10 +128,14 @@ def _child(command: Command, out: Path, err: Path, changes: Path) -> None:
         libc = ctypes.CDLL(None)
         rest = command.nth, command.error, command.lasting, command.renames
         libc.fault_set(command.folder.encode(), *rest)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         status = main([*command.arguments])
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         changes.write_text(str(libc.fault_count()))
         sys.stdout.flush()
         sys.stderr.flush()
+    except KeyboardInterrupt:  # before `main` or after it
+        status = 128 + signal.SIGINT
     except BaseException:
         import traceback
 

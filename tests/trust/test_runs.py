@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -383,6 +384,26 @@ def test_ignored_signals_stay_ignored() -> None:
     finally:
         signal.signal(signal.SIGHUP, before)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_an_interruption_that_a_library_takes_for_an_error_is_one() -> None:
+    with pytest.raises(Interrupted) as raised, endings_interrupt():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException as error:
+            raise InputError("a damaged file") from error
+    assert raised.value.status == 143
+
+
+def test_an_interruption_that_is_swallowed_ends_the_next_step(pipe: TeacherPipeline, tmp_path: Path) -> None:
+    def swallow(_: Any, step: int, __: Any) -> None:
+        if step == 1:
+            with suppress(BaseException):
+                signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted), endings_interrupt():
+        call(pipe, run_dir=tmp_path, max_steps=4, callback_on_step_end=swallow)
+    assert len(torch.load(tmp_path / STATE)["history"]) == 2
 
 
 def test_what_must_be_whole_is_not_interrupted() -> None:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from vlmteacher.distillation.kinds import check_kinds
 from vlmteacher.errors import InputError
 from vlmteacher.files import append_text, claimed, make_folder, remove_leftovers, write_text
-from vlmteacher.interruption import uninterrupted
+from vlmteacher.interruption import raise_lost, uninterrupted
 from vlmteacher.optimization import NonFiniteError
 from vlmteacher.state import check_like, load_optimizer, read_state, unusable, write_state
 
@@ -203,6 +203,7 @@ class Trainer:
             self._saved_when_interrupted(),
         ):
             while self.step < steps:
+                raise_lost()
                 with uninterrupted():
                     values, took = self._make(step)
                 seconds += took
