@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any
 
 ENDINGS = (signal.SIGTERM, signal.SIGHUP)  # what a batch system, `kill` and a closed terminal send
+TOGETHER = 1.0  # seconds
 _came: list[KeyboardInterrupt] = []  # what a signal has raised inside `endings_interrupt`
 
 
@@ -23,7 +26,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def endings_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise `Interrupted` inside the block, unless one of them or Ctrl-C did so before.
+    """SIGTERM and SIGHUP raise `Interrupted` inside the block; those that come together, Ctrl-C among them, once.
 
     A signal that is ignored (`nohup`) or has a handler of somebody else's stays as it is. An error that a library made
     of the interruption (safetensors takes any exception for a damaged file) ends the block as the interruption.
@@ -33,15 +36,24 @@ def endings_interrupt() -> Iterator[None]:
         return
     defaults = {signal.SIGINT: signal.default_int_handler} | dict.fromkeys(ENDINGS, signal.SIG_DFL)
     defaults = {number: default for number, default in defaults.items() if signal.getsignal(number) is default}
+    latest = -TOGETHER
+    report = sys.unraisablehook
 
-    def interrupt(number: int, _: FrameType | None) -> NoReturn:
-        for each in defaults:  # what is written now is written to its end, but for who insists by Ctrl-C
-            signal.signal(each, signal.default_int_handler if each == signal.SIGINT else _overhear)
+    def interrupt(number: int, _: FrameType | None) -> None:
+        nonlocal latest
+        before, latest = latest, time.monotonic()
+        if latest - before < TOGETHER:  # what the first has started comes to its end
+            return
         _came.append(KeyboardInterrupt() if number == signal.SIGINT else Interrupted(number))
-        raise _came[0]
+        raise _came[-1]
+
+    def report_others(error: Any) -> None:
+        if error.exc_value not in _came:  # else Python could raise it nowhere, which `raise_lost` will
+            report(error)
 
     for number in defaults:
         signal.signal(number, interrupt)
+    sys.unraisablehook = report_others
     try:
         yield
     except Exception as error:
@@ -50,6 +62,7 @@ def endings_interrupt() -> Iterator[None]:
         raise
     finally:
         _came.clear()
+        sys.unraisablehook = report
         for number, default in defaults.items():
             signal.signal(number, default)
 
@@ -58,10 +71,6 @@ def raise_lost() -> None:
     """Raise the interruption that came, where the work still goes on: a library has swallowed it."""
     if _came:
         raise _came[0]
-
-
-def _overhear(*_: object) -> None:
-    """Do nothing; unlike SIG_IGN also for a signal that has come already and waits for Python."""
 
 
 @contextmanager

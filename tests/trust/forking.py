@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -83,10 +84,13 @@ def build(folder: Path) -> Path:
 
 
 def serve() -> None:
+    from tqdm import tqdm
+
     from vlmteacher.cli import main
 
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the warm-up prints is no reply
+    tqdm.set_lock(threading.RLock())  # the usual one is shared by all forks: who is killed with it stops the others
     assert main(json.loads(sys.argv[1])) == 0
     replies.write("ready\n")
     replies.flush()
