@@ -19,7 +19,7 @@ from tests.test_pipeline import call
 from tests.tiny_pair import PROMPT
 from vlmteacher.lora import lora_parameters, lora_state_dict
 from vlmteacher.microworld.world import Scene, render
-from vlmteacher.optimization import DIVERGED_LOOKS, DIVERGED_RISE, NonFiniteError, Optimization
+from vlmteacher.optimization import DIVERGED_LOOKS, DIVERGED_RISE, FLAT_CONTRAST, NonFiniteError, Optimization
 from vlmteacher.pipeline import TeacherPipeline, TeacherPipelineOutput, read_pair
 
 ABSURD = 1e10  # the tiny pair's frames then lie at the ends of their range, without a gradient
@@ -176,6 +176,14 @@ def test_frames_that_become_one_colour(make_loop: Any, pipe: TeacherPipeline) ->
     loop = make_loop()  # which has never seen anything else
     loop.decoder = flat
     assert all("rolled_back" not in loop.step() for _ in range(2))
+
+
+def test_nearly_blank_frames_may_stay_so(make_loop: Any) -> None:
+    """A blank first frame gives a contrast about the limit, which rounding crosses."""
+    loop = make_loop()
+    for first, collapsed in ((FLAT_CONTRAST / 2, False), (1.5 * FLAT_CONTRAST, False), (40 * FLAT_CONTRAST, True)):
+        loop.first_contrast = first
+        assert (loop.flatness(0.9 * FLAT_CONTRAST) is not None) is collapsed
 
 
 @pytest.mark.parametrize("keep", ["last", "best"])

@@ -40,6 +40,7 @@ DIVERGED_RISE = math.log(5)  # of the loss above its start: the P(Yes) of the qu
 WORSE = 0.1  # a rise of the final video's loss that makes the last update worth another look
 DIVERGED_LOOKS = 5  # in a row; a healthy run rises so far at single steps only (docs/step.md)
 FLAT_CONTRAST = 0.5 / 255  # standard deviation of frames that 8 bits show as one colour
+SEEN_CONTRAST = 4 * FLAT_CONTRAST  # frames of less were nearly blank before: no collapse
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 Stopped = Literal["threshold", "max_steps", "diverged"]
@@ -389,7 +390,7 @@ class Optimization:
 
     def flatness(self, contrast: float) -> str | None:
         """What there is to say of frames of this contrast when they have lost the picture that the first ones had."""
-        if contrast < FLAT_CONTRAST <= (self.first_contrast or 0.0):
+        if contrast < FLAT_CONTRAST and (self.first_contrast or 0.0) >= SEEN_CONTRAST:
             return "the frames have become one colour"
         return None
 
