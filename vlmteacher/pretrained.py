@@ -55,6 +55,8 @@ MODULES = {"auto-round": "auto_round", "nvidia-modelopt": "modelopt", "optimum-q
 MODULES |= {"amd-quark": "quark", "compressed-tensors": "compressed_tensors"}
 # entries of configs that count the layers of a network
 LAYERS = re.compile(r"n(um)?_(\w+_)?(layers|blocks)|layers_per_block|depths?")
+# numbers of a VAE's config, and what each is above
+STATISTICS = {"latents_mean": -math.inf, "latents_std": 0, "scaling_factor": 0}
 ALLOWANCE = 2**26  # values that a network may have and its files not: tables that are computed
 
 
@@ -212,6 +214,11 @@ def check_config(config: Mapping[str, Any], kind: Any, tensors: Mapping[str, Sto
             for count in value if isinstance(value, list) else [value]:
                 if isinstance(count, int) and not 0 <= count <= len(tensors):
                     raise InputError(f"{label}: its config says {key} {count}, its files hold {len(tensors)} tensors")
+        elif key in STATISTICS and value is not None:
+            if not isinstance(value, list) and key != "scaling_factor":
+                raise InputError(f"{label}: {key} must be a list of numbers, not {value!r:.40}")
+            for each in value if isinstance(value, list) else [value]:
+                check_number(each, f"{label}: {key}", above=STATISTICS[key])
 
 
 def _check_size(kind: Any, directory: Path, config: dict[str, Any], tensors: Mapping[str, Stored], label: str) -> None:
@@ -276,6 +283,8 @@ def _is_installed(module: str) -> bool:
 
 def _plain(network: Any, method: str, dtype: torch.dtype, label: str) -> Any:
     """The network with the layers of its class. Raises InputError where the library cannot make them again."""
+    if getattr(network, "hf_quantizer", None) is None:  # it did at loading, as transformers does of float8 on a CPU
+        return network.to(dtype)
     try:
         network = network.dequantize() or network
     except NotImplementedError as error:

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
 
+from tests.tiny_models import TINY_SETTINGS
 from tests.tiny_pair import PROMPT, QUERIES, tiny_decoder, tiny_pair
 
 ROOT = Path(__file__).parents[2]
@@ -659,6 +660,11 @@ TARGETS = [
     Target("state.pt", st.deferred(states), run_state),
     Target("pair.json", st.deferred(lambda: documents(PAIR)), pair_description),
     Target("teacher.json", st.deferred(lambda: documents(STYLE)), teacher_style),
+    Target("reasoner.json", st.deferred(lambda: documents(TINY_SETTINGS)), reasoner_settings),
+    Target("model_index.json", st.deferred(indices), model_index, 2),
+    Target("files of a Teacher", st.deferred(lambda: model_files("teacher", TEACHER)), teacher_config, 20),
+    Target("files of a Reasoner", st.deferred(lambda: model_files("reasoner", REASONER)), part_config, 20),
+    Target("configurations of a plan", st.deferred(lambda: model_files("reasoner", REASONER)), plan, 10),
     Target("LoRA file", st.deferred(lora_inputs), lora),
     Target("LoRA folder", st.deferred(lambda: documents(ADAPTER)), lora_folder),
     Target("decoder file", st.deferred(decoder_files), decoder),

@@ -12,8 +12,8 @@ import torch
 from vlmteacher.decoders.taehv import TinyVideoDecoder
 from vlmteacher.errors import InputError
 from vlmteacher.planning.costs import META
-from vlmteacher.pretrained import load_tokenizer
-from vlmteacher.reasoners import FAMILIES
+from vlmteacher.pretrained import json_object, load_tokenizer
+from vlmteacher.reasoners import FAMILIES, read_index
 from vlmteacher.reasoners.base import Reasoner, Settings
 from vlmteacher.reasoners.hunyuan_video15 import HunyuanVideo15Reasoner, load_hunyuan_video15
 from vlmteacher.reasoners.ltx import LTXReasoner, load_ltx
@@ -42,16 +42,6 @@ def known_facts(name: str, kind: str) -> dict[str, Any]:
     raise InputError(f"--{kind} {name!r} is unknown: known are {', '.join(names)}, or {also}")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError("not an object")
-        return found
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be used ({error}): a config.json of the model is needed there") from error
-
-
 def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
@@ -69,7 +59,7 @@ def build_reasoner(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Reas
     """(the Reasoner on the meta device, the name of its family's decoder, if known). Raises InputError."""
     directory = PACKAGED / "reasoner" if name == "packaged" else Path(name)
     if directory.is_dir():
-        index = _read(directory / "model_index.json")
+        index = read_index(directory / "model_index.json")
         facts: dict[str, Any] = {name: index.get(name) for name in ("expand_timesteps", "boundary_ratio")}
         facts["pipeline"] = index.get("_class_name")
     else:
@@ -79,7 +69,7 @@ def build_reasoner(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Reas
     settings = find_preset(facts["preset"]) if "preset" in facts else Settings()
     if directory.is_dir():
         optional = [part for part in ("text_encoder_2", "image_encoder") if (index.get(part) or [None])[0]]
-        facts |= {part: _read(directory / part / "config.json") for part in (*PARTS, *optional)}
+        facts |= {part: json_object(directory / part / "config.json") for part in (*PARTS, *optional)}
         own = directory / "reasoner.json"
         settings = Settings.load(own) if own.is_file() else known_preset(name) or settings
     try:
@@ -164,7 +154,7 @@ def build_teacher(name: str, dtype: torch.dtype = torch.bfloat16) -> QwenVLTeach
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     directory = PACKAGED / "teacher" if name == "packaged" else Path(name)
-    config = _read(directory / "config.json") if directory.is_dir() else known_facts(name, "teacher")["config"]
+    config = json_object(directory / "config.json") if directory.is_dir() else known_facts(name, "teacher")["config"]
     if config.get("model_type", "qwen3_vl") != "qwen3_vl":
         raise InputError(f"--teacher {name!r} is a {config['model_type']}: the plan knows Qwen3-VL")
     tokenizer = load_tokenizer(str(PACKAGED / "teacher"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +38,10 @@ from vlmteacher.torch_modes import plain_torch
 
 __all__ = ["Condition", "Noise", "Reasoner", "Settings", "load_reasoner"]
 
+# entries of an index that name a part by its library and class
+PARTS = re.compile(
+    r"(transformer|tokenizer|text_encoder)(_2)?|vae|scheduler|guider|feature_extractor|image_(enc|process)\w+"
+)
 # diffusers pipeline class -> loader of its family
 FAMILIES: dict[str, Callable[..., Reasoner]] = {
     "WanPipeline": load_wan,
@@ -126,7 +131,8 @@ def load_reasoner(
         if preset is not None:
             check_config(preset, reasoner.transformer.config, name, changed=bool(loras))
         notes |= merge_few_step_loras(reasoner, few_step_loras, lora_partial)
-    if not (reasoner.latents_mean.isfinite().all() and (reasoner.latents_std > 0).all()):
+    mean, std = reasoner.latents_mean, reasoner.latents_std
+    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
         raise InputError(f"{name}: the VAE's latents_mean or latents_std are not finite, or a std is not above 0")
     if settings is None:
         notes["sampling"] = f"assumed: {describe(reasoner.settings)}"
@@ -144,7 +150,8 @@ def read_index(path: Path) -> dict[str, Any]:
     if not isinstance(index.get("_class_name"), str):
         raise InputError(f"{path} is no diffusers pipeline index: it does not name its _class_name")
     for name, part in index.items():
-        if isinstance(part, list) and not (len(part) == 2 and all(isinstance(x, str | None) for x in part)):
+        of_part = isinstance(part, list) or (PARTS.fullmatch(name) and part is not None)
+        if of_part and not (isinstance(part, list) and len(part) == 2 and all(isinstance(x, str | None) for x in part)):
             raise InputError(f"{path}: {name} must be a library and a class, not {part!r:.60}")
     if index.get("boundary_ratio") is not None:
         check_number(index["boundary_ratio"], f"{path}: boundary_ratio", least=0)
