@@ -326,3 +326,11 @@ def test_processors_of_teachers(families, family, entries, tmp_path):
 def test_processors_of_reasoners(families, entries, tmp_path):
     directory = changed(families["i2v"], tmp_path / "copy", "image_processor/preprocessor_config.json", **entries)
     refused(lambda: load_reasoner(directory), str(directory))
+
+
+@pytest.mark.parametrize("template", ["{% for i in range(10**12) %}a{% endfor %}", "{{ 1 / 0 }}", "{% for %}"])
+def test_a_chat_template_that_cannot_be_rendered(families, template, tmp_path):
+    """Jinja's sandbox counts to 100,000 at most."""
+    directory = Path(shutil.copytree(families["qwen3_vl"], tmp_path / "copy"))
+    (directory / "chat_template.jinja").write_text(template)
+    refused(lambda: load_teacher(directory), "the teacher's chat template cannot be loaded")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vlmteacher.errors import InputError, Notice
 from vlmteacher.media import ImageInput, read_image, shrink
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
-from vlmteacher.pretrained import load_tokenizer
+from vlmteacher.pretrained import load_tokenizer, refusing
 from vlmteacher.prompts import check_prompt, encode, quote
 from vlmteacher.queries import ANSWER_INSTRUCTION, QuerySet, QueryStyle, ask_for_queries, query_prompt
 from vlmteacher.teachers.base import Teacher, check_frames, check_range, read_style
@@ -341,9 +341,10 @@ class VLMTeacher(Teacher):
         for turn, role in zip(later, cycle(("assistant", "user")), strict=False):
             messages.append({"role": role, "content": [{"type": "text", "text": quote(self.tokenizer, turn)}]})
         # A template that knows this switch closes the thought at once; the others do not look at it.
-        chat = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
+        with refusing("the teacher's chat template"):
+            chat = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
         if thought := open_thought(chat.rpartition(messages[-1]["content"][-1]["text"].strip())[2]):
             raise InputError(
                 f"the teacher's chat template opens a thought ({thought}) where its answer is read: take the instruct "
