@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput, fit_image
-from vlmteacher.pretrained import load_network, load_processor, load_tokenizer, read_config
+from vlmteacher.pretrained import load_network, load_processor, load_tokenizer, read_config, refusing
 from vlmteacher.prompts import check_cut, check_prompt, encode, quote
 from vlmteacher.reasoners.attention import attend
 from vlmteacher.reasoners.base import Condition, Reasoner, Settings
@@ -119,9 +119,9 @@ class HunyuanVideo15Reasoner(Reasoner):
             {"role": "system", "content": pipe.system_message},
             {"role": "user", "content": quote(pipe.tokenizer, prompt) or " "},
         ]
-        ids = encode(
-            pipe.tokenizer, pipe.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        )
+        with refusing("the text encoder's chat template"):
+            text = pipe.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        ids = encode(pipe.tokenizer, text)
         cut = check_cut(pipe.tokenizer, ids[skipped:], limit - skipped, what)
         tokens = pipe.tokenizer.pad(
             {"input_ids": [ids[:limit]]}, padding="max_length", max_length=limit, return_tensors="pt"
