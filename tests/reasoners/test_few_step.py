@@ -96,5 +96,5 @@ def test_euler_is_diffusers_euler(steps, shift):
 
 
 def test_no_steps():
-    with pytest.raises(InputError, match="at least 1, not 0"):
+    with pytest.raises(InputError, match="between 1 and 1000, not 0"):
         even_timesteps(0)
