@@ -25,7 +25,7 @@ test-all: .venv/installed-dev
 
 # The numeric tests as older processors would run them: a table of path, passed and failed.
 test-paths: .venv/installed-dev
-	$(BIN)/python -m tests.vendor_paths --write docs/trust/vendor_paths.md
+	$(BIN)/python -m tests.vendor_paths --write docs/results/vendor_paths.md
 
 # The C++ operators on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer, in a package of their own.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -g1
