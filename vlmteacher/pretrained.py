@@ -23,7 +23,7 @@ from torch import nn
 from vlmteacher.errors import InputError, MissingExtra
 from vlmteacher.files import check_number, read_json
 from vlmteacher.hub import fetch, find_file
-from vlmteacher.weight_files import Stored, check_floats, network_weights, read_single_file
+from vlmteacher.weight_files import FLOATS, Stored, check_floats, network_weights, read_single_file
 
 # attention implementations that a config may name, and the package that brings it
 ATTENTION = {
@@ -108,7 +108,7 @@ def load_network(
         )
         check_keys(info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"], label)
         if method not in (None, keep_quantized):
-            network = _plain(network, method, dtype, label)
+            network = _plain(network, method, dtype, label, weights.tensors)
         check_finite(network, label)
     return network
 
@@ -281,9 +281,14 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def _plain(network: Any, method: str, dtype: torch.dtype, label: str) -> Any:
+def _plain(network: Any, method: str, dtype: torch.dtype, label: str, tensors: Mapping[str, Stored]) -> Any:
     """The network with the layers of its class. Raises InputError where the library cannot make them again."""
     if getattr(network, "hf_quantizer", None) is None:  # it did at loading, as transformers does of float8 on a CPU
+        if all(stored.dtype in FLOATS for stored in tensors.values()):
+            raise InputError(
+                f"{label} says that it is quantised by {method}, and its files hold plain weights: remove the"
+                " quantization_config from its config.json, or give the checkpoint that it was written for"
+            )
         return network.to(dtype)
     try:
         network = network.dequantize() or network
