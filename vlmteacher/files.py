@@ -218,7 +218,7 @@ def parse_json(text: str, name: str) -> Any:
         raise InputError(f"{name} is nested too deep") from error
     except ValueError as error:
         raise InputError(f"{name} is not JSON ({error})") from error
-    _check_texts(value, name)
+    _check_plain(value, name)
     return value
 
 
@@ -250,7 +250,7 @@ def read_yaml(path: str | os.PathLike[str], label: str) -> Any:
 
 
 def _check_plain(value: Any, name: str) -> None:
-    """Raise InputError for what JSON has not: dates, sets, bytes, NaN, infinite and very large numbers."""
+    """Raise InputError for dates, sets, bytes, NaN, infinite and very large numbers, and for text that is none."""
     if isinstance(value, dict):
         for key, each in value.items():
             _check_plain(key, name)
@@ -290,18 +290,6 @@ def check_number(
     if not value >= least or not value > above or not value < math.inf:
         limit = f"at least {least:g}" if value < least else f"greater than {above:g}" if value <= above else "finite"
         raise InputError(f"{name} must be {limit}, not {shown}")
-
-
-def _check_texts(value: Any, name: str) -> None:
-    if isinstance(value, str):
-        check_text(value, name)
-    elif isinstance(value, dict):
-        for key, each in value.items():
-            check_text(key, name)
-            _check_texts(each, name)
-    elif isinstance(value, list):
-        for each in value:
-            _check_texts(each, name)
 
 
 def _integer(digits: str) -> int:
