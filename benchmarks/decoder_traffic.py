@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.traffic import WIDE, Count
 from vlmteacher.decoders import TinyVideoDecoder
-from vlmteacher.optimization import teacher_frame_indices
+from vlmteacher.optimization.loop import teacher_frame_indices
 
 
 @dataclass

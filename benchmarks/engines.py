@@ -1,4 +1,4 @@
-"""The ways to run a step (`vlmteacher/engines.py`) against each other, from the same start, in alternation.
+"""The engines (`vlmteacher/optimization/engines.py`) against each other, from the same start, in alternation.
 
     python -m benchmarks.engines [--json] [--preset tiny|mid] [--engines compile cuda_graph] [--pairs N]
 
@@ -20,9 +20,9 @@ import torch
 from benchmarks.presets import PRESETS, Instance, build
 from benchmarks.step import TOLERANCE, loss_differences
 from benchmarks.timing import argument_parser, parsed, publish
-from vlmteacher.engines import ENGINES, WARM_UP_STEPS, Engine
-from vlmteacher.lora import add_lora
-from vlmteacher.optimization import Optimization
+from vlmteacher.lora.adapter import add_lora
+from vlmteacher.optimization.engines import ENGINES, WARM_UP_STEPS, Engine
+from vlmteacher.optimization.loop import Optimization
 
 
 def start(instance: Instance, engine: Engine) -> Optimization:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.memory import saved_bytes
 from benchmarks.timing import arguments, compare, publish
-from vlmteacher.lora import add_lora, lora_parameters
+from vlmteacher.lora.adapter import add_lora, lora_parameters
 from vlmteacher.ops.ada_norm import ada_norm, gated_residual, residual_ada_norm
 from vlmteacher.ops.qk_norm_rope import qk_norm_rope
 from vlmteacher.planning.models import cast

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from vlmteacher.decoders.taehv import TinyVideoDecoder
 from vlmteacher.microworld.tokenizer import build_tokenizer
 from vlmteacher.microworld.world import Scene, render
-from vlmteacher.optimization import Settings
 from vlmteacher.pipeline import TeacherPipeline, TeacherPipelineOutput, read_pair
 from vlmteacher.queries import ANSWER_INSTRUCTION, QuerySet
 from vlmteacher.reasoners.base import Condition, Noise, Reasoner
 from vlmteacher.reasoners.base import Settings as Sampling
 from vlmteacher.reasoners.wan import WanReasoner
+from vlmteacher.settings import Settings
 from vlmteacher.teachers.preprocessing import VisionSettings
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher
 

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from benchmarks.presets import PRESETS, SHORTER, Instance, build
 from benchmarks.stock import PARTS, VARIANTS, StockLoop, Variant, Watch
 from benchmarks.timing import argument_parser, compare, parsed, publish
-from vlmteacher.lora import add_lora, load_lora_state, lora_state_dict
+from vlmteacher.lora.adapter import add_lora, load_lora_state, lora_state_dict
 from vlmteacher.ops.patchify import PatchRows
-from vlmteacher.optimization import Optimization
+from vlmteacher.optimization.loop import Optimization
 from vlmteacher.reasoners.checkpointing import block_list, keep_activations, parse_levels
 from vlmteacher.teachers.preprocessing import preprocess_video
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from benchmarks.presets import PRESETS, Instance, build
 from benchmarks.timing import argument_parser, parsed
-from vlmteacher.lora import target_modules
-from vlmteacher.optimization import GRADIENT_CLIP
+from vlmteacher.lora.adapter import target_modules
+from vlmteacher.optimization.loop import GRADIENT_CLIP
 from vlmteacher.teachers.qwen_vl import video_placeholder
 from vlmteacher.teachers.visual_checkpoint import LinearPatchEmbed
 

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmteacher.evaluation.microworld import first_frame, noise_seed, right_latents
-from vlmteacher.lora import add_lora, lora_parameters, remove_lora
+from vlmteacher.lora.adapter import add_lora, lora_parameters, remove_lora
 from vlmteacher.microworld import world
 from vlmteacher.microworld.questions import right_queries
-from vlmteacher.optimization import teacher_frame_indices
+from vlmteacher.optimization.loop import teacher_frame_indices
+from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.pipeline import PACKAGED_PAIR, TeacherPipeline
-from vlmteacher.reward import vqa_objective
 from vlmteacher.teachers import load_teacher
 
 SEEN = (0, 6, 12)  # updates made before the gradients are compared

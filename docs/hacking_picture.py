@@ -17,7 +17,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from vlmteacher.optimization import GUARDS
+from vlmteacher.optimization.guards import GUARDS
 
 
 def curves(instances: list[dict[str, Any]], value: Any) -> np.ndarray:

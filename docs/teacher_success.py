@@ -21,9 +21,9 @@ from vlmteacher.microworld import world
 from vlmteacher.microworld.pointing import Loras, RowAdam, Scenes
 from vlmteacher.microworld.train_teacher import Lesson
 from vlmteacher.microworld.training import load_config
-from vlmteacher.optimization import Settings
 from vlmteacher.pipeline import PACKAGED_PAIR, TeacherPipeline
 from vlmteacher.reasoners.base import Noise
+from vlmteacher.settings import Settings
 from vlmteacher.teachers import load_teacher
 
 GIVEN = ("threshold", "learning_rate", "goal_weight")

@@ -23,10 +23,11 @@ from tests.slow import (  # noqa: F401
 )
 from tests.tiny_pair import PROMPT, QUERIES, tiny_pair
 from vlmteacher import placement
-from vlmteacher.lora import add_lora, remove_lora
-from vlmteacher.optimization import Optimization, Settings
+from vlmteacher.lora.adapter import add_lora, remove_lora
+from vlmteacher.optimization.loop import Optimization
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import QuerySet
+from vlmteacher.settings import Settings
 
 placement.default_device = lambda: "cpu"  # whose numbers the tests know; tests of GPUs say so
 

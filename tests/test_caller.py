@@ -22,9 +22,9 @@ from vlmteacher.decoders.taehv import load_decoder
 from vlmteacher.errors import OutOfMemory
 from vlmteacher.ops.patchify import _bands
 from vlmteacher.ops.tiny_decoder import _indices
-from vlmteacher.optimization import Settings
 from vlmteacher.reasoners import load_reasoner
 from vlmteacher.reasoners.wan import WanReasoner
+from vlmteacher.settings import Settings
 from vlmteacher.teachers import load_teacher
 from vlmteacher.torch_modes import deterministic
 

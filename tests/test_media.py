@@ -18,7 +18,7 @@ from vlmteacher.errors import InputError, Notice
 from vlmteacher.media import FORMATS, check_first_frame, fit_image, read_clip, read_image, shrink
 from vlmteacher.microworld import world
 from vlmteacher.queries import QuerySet
-from vlmteacher.run_folder import write_video
+from vlmteacher.runs.folder import write_video
 
 RAMP = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5  # a grey picture that no turn leaves as it is
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vlmteacher import moved  # noqa: F401  registers the old import paths
 from vlmteacher.errors import InputError, MissingExtra
 
 if TYPE_CHECKING:

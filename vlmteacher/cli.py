@@ -365,7 +365,7 @@ def demo(arguments: argparse.Namespace) -> None:
 def solve(arguments: argparse.Namespace) -> None:
     image = _open_image(arguments.image)
     _check_instance(arguments)
-    from vlmteacher.lora_files import read_lora
+    from vlmteacher.lora.formats import read_lora
     from vlmteacher.queries import QuerySet
 
     _check_run_folder(arguments)
@@ -381,7 +381,7 @@ def solve(arguments: argparse.Namespace) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
-    from vlmteacher.optimization import Settings
+    from vlmteacher.settings import Settings
 
     names = {
         "max_steps": arguments.max_steps,
@@ -475,7 +475,7 @@ def lora(arguments: argparse.Namespace) -> None:
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise InputError(f"-o {output}: give the name of a file in a directory that exists")
     from vlmteacher.files import write_bytes
-    from vlmteacher.lora_files import read_experts
+    from vlmteacher.lora.formats import read_experts
 
     experts = {
         expert: each.factors_only() if arguments.lora_partial and arguments.to != "comfyui" else each
@@ -758,7 +758,7 @@ def _pipeline(arguments: argparse.Namespace) -> TeacherPipeline:
 def _check_run_folder(arguments: argparse.Namespace) -> None:
     """A folder that cannot be used shows before any model is loaded."""
     from vlmteacher.files import claimed
-    from vlmteacher.run_folder import RunFolder, checked
+    from vlmteacher.runs.folder import RunFolder, checked
 
     with claimed(checked(arguments.out)):
         RunFolder(arguments.out, arguments.resume)

@@ -21,31 +21,31 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vlmteacher import arguments, state
-from vlmteacher.engines import Engine, check_engine
 from vlmteacher.errors import InputError, NonFiniteFrames, OutOfMemory
 from vlmteacher.exclusive import exclusive
 from vlmteacher.files import claimed, read_json
-from vlmteacher.lora import add_lora, export_lora, frozen_blocks, lora_size, remove_lora
-from vlmteacher.lora_files import LoRA, merge_lora, read_lora, safetensors_bytes
+from vlmteacher.lora.adapter import add_lora, export_lora, frozen_blocks, lora_size, remove_lora
+from vlmteacher.lora.formats import LoRA, merge_lora, read_lora, safetensors_bytes
 from vlmteacher.media import ImageInput, fit_image
-from vlmteacher.memory_ladder import is_out_of_memory
-from vlmteacher.optimization import (
+from vlmteacher.optimization.engines import Engine, check_engine
+from vlmteacher.optimization.guards import frame_contrast
+from vlmteacher.optimization.loop import (
     DIVERGED_RISE,
     WORSE,
     NonFiniteError,
     Optimization,
-    Settings,
     Stopped,
-    frame_contrast,
     teacher_frame_indices,
 )
+from vlmteacher.optimization.memory_ladder import is_out_of_memory
+from vlmteacher.optimization.reward import pick, vqa_objective
 from vlmteacher.placement import DeviceMap, check_memory, find_devices, find_dtype, parse_dtype
 from vlmteacher.prompts import check_prompt
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners.base import Target
 from vlmteacher.reasoners.few_step_lora import noise_in_name
-from vlmteacher.reward import pick, vqa_objective
-from vlmteacher.run_folder import RunFolder, checked, in_its_folder
+from vlmteacher.runs.folder import RunFolder, checked, in_its_folder
+from vlmteacher.settings import Settings
 from vlmteacher.torch_modes import deterministic, leave_inference_mode, plain_torch
 
 if TYPE_CHECKING:
@@ -389,7 +389,7 @@ class TeacherPipeline:
 
         Raises InputError for what cannot be used, OutputError for a file that cannot be written, NonFiniteError when
         the optimisation breaks down at its first step, OutOfMemory when a step does not fit, however little is kept
-        (`vlmteacher/memory_ladder.py`).
+        (`vlmteacher/optimization/memory_ladder.py`).
         """
         start = time.perf_counter()
         leave_inference_mode(self.reasoner, self.teacher, self.decoder)

@@ -15,7 +15,7 @@ from benchmarks import step
 from benchmarks.presets import Instance, build
 from benchmarks.step import OurLoop, PeakMemory, SavedBytes, Side, loss_differences
 from benchmarks.stock import PARTS, StockLoop, Watch
-from vlmteacher.lora import load_lora_state, lora_state_dict
+from vlmteacher.lora.adapter import load_lora_state, lora_state_dict
 from vlmteacher.queries import QuerySet
 
 MIB = 2**20

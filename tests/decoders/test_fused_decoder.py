@@ -10,12 +10,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.decoders.test_taehv import PACKAGED, WAN22, random_decoder
 from vlmteacher.decoders import TinyVideoDecoder
-from vlmteacher.lora import add_lora, remove_lora
+from vlmteacher.lora.adapter import add_lora, remove_lora
 from vlmteacher.microworld.world import Scene, render
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
-from vlmteacher.optimization import Optimization, Settings
+from vlmteacher.optimization.loop import Optimization
 from vlmteacher.pipeline import TeacherPipeline, TeacherPipelineOutput, read_pair
 from vlmteacher.queries import QuerySet
+from vlmteacher.settings import Settings
 
 LIKE_THE_DEMO = {"max_steps": 3, "threshold": 1e-6, "teacher_frames": 12, "learning_rate": 6e-4, "rank": 16}
 

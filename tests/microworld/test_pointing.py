@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from vlmteacher.lora import add_lora, lora_parameters, remove_lora
+from vlmteacher.lora.adapter import add_lora, lora_parameters, remove_lora
 from vlmteacher.microworld import train_teacher
 from vlmteacher.microworld.pointing import Pointing, RowAdam, Scenes
 from vlmteacher.microworld.train_pointing import draw_rows, label_rows
 from vlmteacher.microworld.training import load_config
-from vlmteacher.optimization import GRADIENT_CLIP, Settings
+from vlmteacher.optimization.loop import GRADIENT_CLIP
+from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.pipeline import TeacherPipeline
-from vlmteacher.reward import vqa_objective
+from vlmteacher.settings import Settings
 
 TEACHER = {"width": 32, "layers": 3, "mlp": 48, "vision_layers": 2, "vision_mlp": 48, "bf16": False}
 SCENES = {"scenes": 4, "outside": 0.5, "flawed": 1.0, "often": {"connect": 0.0}}

@@ -9,7 +9,7 @@ import torch
 
 from tests.test_cli import Run, run  # noqa: F401 (a fixture)
 from tests.tiny_models import tiny_wan_pipeline
-from vlmteacher.lora import add_lora
+from vlmteacher.lora.adapter import add_lora
 from vlmteacher.planning import GB, Step
 from vlmteacher.planning.costs import META
 from vlmteacher.planning.decoder import stock_decoder_cost

@@ -16,7 +16,7 @@ from tests.reasoners import tiny_checkpoints, tiny_hunyuan, tiny_ltx
 from tests.test_cli import Run, run  # noqa: F401 (a fixture)
 from tests.tiny_pair import PROMPT, QUERIES
 from vlmteacher.errors import InputError
-from vlmteacher.lora import add_lora, lora_parameters
+from vlmteacher.lora.adapter import add_lora, lora_parameters
 from vlmteacher.planning.models import KNOWN, build_reasoner, cast
 from vlmteacher.planning.reasoner import ReasonerCosts, blank_instance, reasoner_cost
 from vlmteacher.reasoners import checkpointing, load_reasoner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vlmteacher.lora import add_lora
+from vlmteacher.lora.adapter import add_lora
 from vlmteacher.reasoners.base import Condition, Noise, Reasoner
 from vlmteacher.reasoners.checkpointing import Keep, keep_activations
 

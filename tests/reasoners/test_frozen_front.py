@@ -12,12 +12,13 @@ from tests.test_cli import Run, run  # noqa: F401 (a fixture)
 from tests.tiny_pair import PROMPT, QUERIES
 from tests.tiny_transformers import FAMILIES, call, tiny_transformer
 from vlmteacher.errors import InputError
-from vlmteacher.lora import add_lora, export_lora, lora_parameters, lora_state_dict, remove_lora
-from vlmteacher.optimization import Optimization, Settings
+from vlmteacher.lora.adapter import add_lora, export_lora, lora_parameters, lora_state_dict, remove_lora
+from vlmteacher.optimization.loop import Optimization
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners import frozen_front
 from vlmteacher.reasoners.checkpointing import Keep, block_list, keep_activations
+from vlmteacher.settings import Settings
 
 
 @pytest.mark.parametrize("level", [Keep.ALL, Keep.INPUT, [Keep.LONG, Keep.ATTENTION]])

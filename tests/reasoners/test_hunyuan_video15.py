@@ -27,8 +27,8 @@ from tests.tiny_pair import QUERIES, tiny_decoder
 from tests.tiny_teacher import tiny_qwen3_vl
 from vlmteacher import InputError, QuerySet, TeacherPipeline
 from vlmteacher.decoders.taehv import load_decoder
-from vlmteacher.lora import add_lora, export_lora, lora_parameters
-from vlmteacher.lora_files import read_lora
+from vlmteacher.lora.adapter import add_lora, export_lora, lora_parameters
+from vlmteacher.lora.formats import read_lora
 from vlmteacher.reasoners import Settings, load_reasoner
 from vlmteacher.reasoners.presets import PRESETS
 

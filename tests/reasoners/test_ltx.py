@@ -22,7 +22,7 @@ from tests.tiny_pair import QUERIES, tiny_decoder
 from tests.tiny_teacher import tiny_qwen3_vl
 from vlmteacher import InputError, QuerySet, TeacherPipeline
 from vlmteacher.decoders.taehv import load_decoder
-from vlmteacher.lora import add_lora
+from vlmteacher.lora.adapter import add_lora
 from vlmteacher.reasoners import Settings, load_reasoner
 from vlmteacher.reasoners.presets import PRESETS
 

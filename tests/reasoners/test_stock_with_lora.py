@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from tests.reasoners import tiny_checkpoints, tiny_hunyuan, tiny_ltx
-from vlmteacher.lora import add_lora, export_lora, lora_parameters
-from vlmteacher.lora_files import read_lora
+from vlmteacher.lora.adapter import add_lora, export_lora, lora_parameters
+from vlmteacher.lora.formats import read_lora
 from vlmteacher.reasoners import Settings, load_reasoner
 
 PROMPT = "move the red ball to the box"

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.tiny_models import TINY_SETTINGS, tiny_wan_pipeline
 from vlmteacher.errors import InputError
-from vlmteacher.lora import add_lora, lora_parameters
+from vlmteacher.lora.adapter import add_lora, lora_parameters
 from vlmteacher.reasoners import Settings, load_reasoner
 from vlmteacher.reasoners.wan import clean_prompt
 

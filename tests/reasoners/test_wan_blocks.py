@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.memory import saved_bytes
 from tests.tiny_models import tiny_wan_pipeline
 from vlmteacher.errors import InputError
-from vlmteacher.lora import add_lora, lora_parameters, remove_lora
+from vlmteacher.lora.adapter import add_lora, lora_parameters, remove_lora
 from vlmteacher.reasoners import load_reasoner, wan_blocks
 from vlmteacher.reasoners.base import Condition, Noise
 from vlmteacher.reasoners.checkpointing import Keep, keep_activations

@@ -17,7 +17,7 @@ from PIL import Image
 from tests.reasoners import tiny_checkpoints
 from tests.reasoners.tiny_checkpoints import FRAMES, HEIGHT, SIZE, WIDTH
 from vlmteacher.errors import InputError
-from vlmteacher.lora import add_lora
+from vlmteacher.lora.adapter import add_lora
 from vlmteacher.reasoners import Settings, load_reasoner
 from vlmteacher.reasoners.wan import WanReasoner
 

@@ -26,7 +26,7 @@ def main(seconds: int, found: Path) -> None:
         import vlmteacher.decoders
         import vlmteacher.distillation.distill
         import vlmteacher.evaluation.tables
-        import vlmteacher.lora_files
+        import vlmteacher.lora.formats
         import vlmteacher.media
         import vlmteacher.pipeline
         import vlmteacher.state  # noqa: F401

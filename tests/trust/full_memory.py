@@ -21,10 +21,11 @@ import torch
 
 from tests.tiny_pair import PROMPT, QUERIES
 from vlmteacher.errors import OutOfMemory
-from vlmteacher.lora import add_lora, remove_lora
-from vlmteacher.optimization import Optimization, Settings
+from vlmteacher.lora.adapter import add_lora, remove_lora
+from vlmteacher.optimization.loop import Optimization
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import QuerySet
+from vlmteacher.settings import Settings
 
 MEMORY = ctypes.CDLL(None)
 MEMORY.full_memory.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_size_t)

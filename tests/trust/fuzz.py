@@ -209,7 +209,7 @@ ADAPTER = {
 
 
 def lora_folder(data: bytes, where: Path) -> Any:
-    from vlmteacher.lora_files import read_lora
+    from vlmteacher.lora.formats import read_lora
 
     written(data, where / "adapter/adapter_config.json")
     written(lora_files()[0], where / "adapter/adapter_model.safetensors")
@@ -271,7 +271,7 @@ def query_text(text: str, where: Path) -> Any:
 
 
 def run_record(data: bytes, where: Path) -> Any:
-    from vlmteacher.run_folder import RunFolder
+    from vlmteacher.runs.folder import RunFolder
 
     written(data, where / "run/run.json")
     return RunFolder(where / "run", resume=True)
@@ -348,7 +348,7 @@ def part_config(change: tuple[str, bytes], where: Path) -> Any:
 
 
 def lora(data: bytes, where: Path) -> Any:
-    from vlmteacher.lora_files import read_lora
+    from vlmteacher.lora.formats import read_lora
 
     read = read_lora(written(data, where / "lora.safetensors"))
     for style in ("diffusers", "comfyui", "musubi"):
@@ -386,7 +386,7 @@ def clip(data: bytes, where: Path) -> Any:
 def clip_file() -> bytes:
     import numpy as np
 
-    from vlmteacher.run_folder import write_video
+    from vlmteacher.runs.folder import write_video
 
     video = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), np.uint8)
     write_video(folder() / "seed.mp4", video, 8.0)

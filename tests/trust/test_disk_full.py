@@ -17,7 +17,7 @@ from tests.trust.forking import Forks, Result
 from tests.trust.report import count
 from tests.trust.test_kills import same
 from vlmteacher.files import TEMPORARY
-from vlmteacher.run_folder import RECORD, RunFolder
+from vlmteacher.runs.folder import RECORD, RunFolder
 
 Run = Callable[..., tuple[int, str, str]]
 Solve = Callable[..., list[str]]

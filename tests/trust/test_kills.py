@@ -13,7 +13,7 @@ import pytest
 
 from tests.trust.forking import Forks, Result
 from tests.trust.report import count
-from vlmteacher.run_folder import RECORD
+from vlmteacher.runs.folder import RECORD
 
 STEPS = 8
 Solve = Callable[..., list[str]]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.trust.report import count
-from vlmteacher.memory_ladder import is_out_of_memory
+from vlmteacher.optimization.memory_ladder import is_out_of_memory
 
 ROOT = Path(__file__).parents[2]
 

@@ -27,7 +27,7 @@ from vlmteacher.files import LOCK, claimed
 from vlmteacher.interruption import Interrupted, endings_interrupt, uninterrupted
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import QuerySet
-from vlmteacher.run_folder import FILES, FORM, RECORD, STATE, write_video
+from vlmteacher.runs.folder import FILES, FORM, RECORD, STATE, write_video
 from vlmteacher.state import write_state
 
 Run = Callable[..., tuple[int, str, str]]

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmteacher.optimization import teacher_frame_indices
+from vlmteacher.optimization.loop import teacher_frame_indices
+from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import QuerySet
-from vlmteacher.reward import vqa_objective
 from vlmteacher.torch_modes import plain_torch
 
 

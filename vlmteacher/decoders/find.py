@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from vlmteacher.checkpoints.hub import find_weights, only_weights
 from vlmteacher.errors import InputError
 from vlmteacher.files import check_text
-from vlmteacher.hub import find_weights, only_weights
 
 # (channels, frames per latent frame, pixels per latent cell): the file on the hub. Only lightx2v/Autoencoders has the
 # decoders of all three families; of HunyuanVideo-1.5's it has LightX2V's own.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
-from vlmteacher.lora import remove_lora, target_modules
+from vlmteacher.lora.adapter import remove_lora, target_modules
 
 Role = Literal["student", "fake", "real"]
 

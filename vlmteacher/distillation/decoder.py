@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from vlmteacher.checkpoints.hub import find_file, only_local
+from vlmteacher.checkpoints.pretrained import json_object, load_network
 from vlmteacher.decoders.taehv import TinyVideoDecoder
 from vlmteacher.distillation.dataset import find_instances, read_sized, save_whole, whole
 from vlmteacher.distillation.kinds import check_kinds
@@ -21,10 +23,8 @@ from vlmteacher.distillation.trainer import AVERAGED, Trainer, TrainSettings, tr
 from vlmteacher.distillation.training import read_settings
 from vlmteacher.errors import InputError
 from vlmteacher.files import make_folder
-from vlmteacher.hub import find_file, only_local
 from vlmteacher.microworld.train_vae import reconstruction_loss
-from vlmteacher.optimization import NonFiniteError
-from vlmteacher.pretrained import json_object, load_network
+from vlmteacher.optimization.loop import NonFiniteError
 from vlmteacher.reasoners.ltx import decode_latents
 from vlmteacher.torch_modes import plain_torch
 

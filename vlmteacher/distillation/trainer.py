@@ -21,7 +21,7 @@ from vlmteacher.distillation.kinds import check_kinds
 from vlmteacher.errors import InputError
 from vlmteacher.files import append_text, claimed, make_folder, remove_leftovers, write_text
 from vlmteacher.interruption import raise_lost, uninterrupted
-from vlmteacher.optimization import NonFiniteError
+from vlmteacher.optimization.loop import NonFiniteError
 from vlmteacher.state import check_like, load_optimizer, read_state, unusable, write_state
 
 if TYPE_CHECKING:

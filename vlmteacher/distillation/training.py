@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vlmteacher.checkpoints.hub import fetch
 from vlmteacher.distillation.adapters import Networks, Role, SeparateNetworks, SharedBackbone
 from vlmteacher.distillation.dataset import LatentDataset
 from vlmteacher.distillation.trainer import Trainer, TrainSettings
 from vlmteacher.errors import InputError
 from vlmteacher.files import make_folder, read_yaml, replacing, write_json
-from vlmteacher.hub import fetch
-from vlmteacher.optimization import NonFiniteError
+from vlmteacher.optimization.loop import NonFiniteError
 from vlmteacher.reasoners import load_reasoner
 from vlmteacher.reasoners.base import Condition, Reasoner
-from vlmteacher.run_folder import write_video
+from vlmteacher.runs.folder import write_video
 from vlmteacher.state import fingerprint
 
 if TYPE_CHECKING:

@@ -24,14 +24,14 @@ from vlmteacher.evaluation.video_distance import video_distance
 from vlmteacher.files import write_json
 from vlmteacher.microworld import world
 from vlmteacher.microworld.questions import right_queries
-from vlmteacher.optimization import teacher_frame_indices
+from vlmteacher.optimization.loop import teacher_frame_indices
+from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners import load_reasoner
 from vlmteacher.reasoners.base import Condition, Noise, Reasoner
 from vlmteacher.reasoners.few_step import relative_rms
 from vlmteacher.reasoners.many_step import sample_many
 from vlmteacher.reasoners.wan import WanReasoner
-from vlmteacher.reward import vqa_objective
 from vlmteacher.teachers import load_teacher
 from vlmteacher.teachers.base import Teacher
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from vlmteacher.errors import InputError
-from vlmteacher.optimization import Settings
+from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.queries import QuerySet
-from vlmteacher.reward import vqa_objective
+from vlmteacher.settings import Settings
 
 if TYPE_CHECKING:
     from PIL import Image

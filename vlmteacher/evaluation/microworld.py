@@ -23,6 +23,7 @@ from vlmteacher.errors import InputError, OutputError, TaskFailed
 from vlmteacher.evaluation import methods
 from vlmteacher.evaluation.failures import explain
 from vlmteacher.evaluation.methods import Method, Row, find_method
+from vlmteacher.evaluation.workers import ATTEMPTS, Task, Workers
 from vlmteacher.files import LOCK, claimed, read_json, read_text, write_json, write_text
 from vlmteacher.microworld import world
 from vlmteacher.microworld.labeller import label
@@ -30,7 +31,6 @@ from vlmteacher.microworld.questions import truths
 from vlmteacher.microworld.scorer import Verdict, score
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners.base import Reasoner, even_timesteps
-from vlmteacher.workers import ATTEMPTS, Task, Workers
 
 if TYPE_CHECKING:
     from vlmteacher.pipeline import TeacherPipeline
@@ -84,7 +84,7 @@ class Bench:
         if method.many_step:
             self.find_many_step()
         if self.lora_blocks is not None:
-            from vlmteacher.lora import parse_blocks
+            from vlmteacher.lora.adapter import parse_blocks
             from vlmteacher.pipeline import read_pair
 
             if method.name != "teacher":
@@ -312,9 +312,9 @@ def start_workers(count: int, bench: Bench) -> Iterator[Work]:
 
 @lru_cache(maxsize=2)
 def _load(pair: str | None, many_step: str | None) -> TeacherPipeline:
-    from vlmteacher.optimization import Settings
     from vlmteacher.pipeline import TeacherPipeline, read_pair
     from vlmteacher.quiet import quiet
+    from vlmteacher.settings import Settings
 
     quiet()
     here: dict[str, Any] = {"dtype": torch.float32, "device_map": "cpu"}  # results are those of any machine

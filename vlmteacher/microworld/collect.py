@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlmteacher.checkpoints.pretrained import load_network
 from vlmteacher.files import make_folder, replacing
 from vlmteacher.microworld import labeller, splits, world
 from vlmteacher.microworld.facts import Facts, facts_of
 from vlmteacher.microworld.questions import right_queries
 from vlmteacher.microworld.scene import Scene
-from vlmteacher.optimization import Optimization, Settings
-from vlmteacher.pretrained import load_network
+from vlmteacher.optimization.loop import Optimization
 from vlmteacher.reasoners.wan import WanReasoner
+from vlmteacher.settings import Settings
 
 FIELDS = tuple(field.name for field in fields(Facts))
 
@@ -108,7 +109,7 @@ def optimised(
 
     outside: the share of scenes out of domain.
     """
-    from vlmteacher.lora import add_lora, remove_lora
+    from vlmteacher.lora.adapter import add_lora, remove_lora
 
     for index in range(count // 8):
         family = world.FAMILIES[index % len(world.FAMILIES)]

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlmteacher.lora import target_modules
+from vlmteacher.lora.adapter import target_modules
 from vlmteacher.microworld import splits, world
 from vlmteacher.microworld.questions import right_queries
 from vlmteacher.microworld.scene import Scene
-from vlmteacher.optimization import GRADIENT_CLIP, Settings
+from vlmteacher.optimization.loop import GRADIENT_CLIP
 from vlmteacher.reasoners.base import Condition
+from vlmteacher.settings import Settings
 
 if TYPE_CHECKING:
     from vlmteacher.microworld.train_teacher import Lesson

@@ -157,9 +157,9 @@ def package(trained: Path, pair: Path) -> None:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import Qwen3VLForConditionalGeneration, UMT5EncoderModel
 
+    from vlmteacher.checkpoints.pretrained import load_network, load_tokenizer
     from vlmteacher.decoders.taehv import TinyVideoDecoder
     from vlmteacher.microworld import train_reasoner, train_writer, world
-    from vlmteacher.pretrained import load_network, load_tokenizer
 
     half = torch.float16
     pair.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
+from vlmteacher.checkpoints.pretrained import load_network
+from vlmteacher.evaluation.workers import Task, Workers
 from vlmteacher.microworld import labeller
 from vlmteacher.microworld.collect import parts
 from vlmteacher.microworld.pointing import Pointing, Scenes
@@ -28,9 +30,7 @@ from vlmteacher.microworld.questions import Question, ask, own_questions
 from vlmteacher.microworld.scene import Scene
 from vlmteacher.microworld.train_teacher import SAVE_EVERY, Lesson, build, climbed, faded, lesson, save
 from vlmteacher.microworld.training import adopt, load_config, train
-from vlmteacher.optimization import Settings
-from vlmteacher.pretrained import load_network
-from vlmteacher.workers import Task, Workers
+from vlmteacher.settings import Settings
 
 AHEAD = 4  # steps by which rows are drawn before they are needed
 LATER = 4  # steps after which the labels of a prediction are known

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
+from vlmteacher.checkpoints.pretrained import load_network, load_tokenizer
 from vlmteacher.microworld import corruptions, splits, world
 from vlmteacher.microworld.collect import load
 from vlmteacher.microworld.facts import FASTEST, Facts, facts_of
@@ -34,10 +35,9 @@ from vlmteacher.microworld.tokenizer import kept_tokenizer
 from vlmteacher.microworld.training import adopt, load_config, train
 from vlmteacher.ops.attention import Spans, attention
 from vlmteacher.ops.patchify import patchify
-from vlmteacher.optimization import teacher_frame_indices
-from vlmteacher.pretrained import load_network, load_tokenizer
+from vlmteacher.optimization.loop import teacher_frame_indices
+from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.queries import query_prompt
-from vlmteacher.reward import vqa_objective
 from vlmteacher.teachers.preprocessing import VisionSettings
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher, video_placeholder
 

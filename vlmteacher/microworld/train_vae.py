@@ -9,9 +9,9 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
+from vlmteacher.checkpoints.pretrained import load_network
 from vlmteacher.microworld import world
 from vlmteacher.microworld.training import adopt, load_config, random_clip, shaken, to_video, train
-from vlmteacher.pretrained import load_network
 
 Z_DIM = 24
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from vlmteacher.checkpoints.pretrained import json_object, load_tokenizer
 from vlmteacher.decoders.taehv import TinyVideoDecoder
 from vlmteacher.errors import InputError
 from vlmteacher.planning.costs import META
-from vlmteacher.pretrained import json_object, load_tokenizer
 from vlmteacher.reasoners import FAMILIES, read_index
 from vlmteacher.reasoners.base import Reasoner, Settings
 from vlmteacher.reasoners.hunyuan_video15 import HunyuanVideo15Reasoner, load_hunyuan_video15

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmteacher.lora import lora_parameters
+from vlmteacher.lora.adapter import lora_parameters
 from vlmteacher.planning.costs import META, Cost, measure, per_layer, stack
 from vlmteacher.reasoners.base import Condition, Noise
 from vlmteacher.reasoners.checkpointing import Keep, blocks_name, keep_activations

@@ -9,15 +9,15 @@ from typing import Any
 
 from vlmteacher.decoders.taehv import check_decoder
 from vlmteacher.errors import InputError
-from vlmteacher.lora import add_lora, lora_parameters
-from vlmteacher.optimization import teacher_frame_indices
+from vlmteacher.lora.adapter import add_lora, lora_parameters
+from vlmteacher.optimization.loop import teacher_frame_indices
+from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.planning.models import build_decoder, build_reasoner, build_teacher, known_models
 from vlmteacher.planning.plan import GB, nbytes
 from vlmteacher.planning.reasoner import blank_instance
 from vlmteacher.planning.teacher import query_set
 from vlmteacher.planning.tracing import tracing
 from vlmteacher.reasoners.checkpointing import Keep, keep_activations
-from vlmteacher.reward import vqa_objective
 from vlmteacher.teachers.vlm import Clip
 
 TEACHER = "qwen3-vl-4b"

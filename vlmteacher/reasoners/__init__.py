@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from vlmteacher.checkpoints.hub import find_file, only_local, pinned
+from vlmteacher.checkpoints.pretrained import json_object, refusing
 from vlmteacher.errors import InputError, Notice
 from vlmteacher.files import check_number
-from vlmteacher.hub import find_file, only_local, pinned
-from vlmteacher.pretrained import json_object, refusing
 from vlmteacher.reasoners.base import Condition, Noise, Reasoner, Settings
 from vlmteacher.reasoners.few_step_lora import (
     EXPERTS,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlmteacher.errors import InputError, Notice
-from vlmteacher.lora_files import LoRA, merge_lora, read_experts
+from vlmteacher.lora.formats import LoRA, merge_lora, read_experts
 from vlmteacher.reasoners.parts import check_safetensors
 
 EXPERTS = {"transformer": "high", "transformer_2": "low"}  # diffusers' name -> the noise levels that it is for

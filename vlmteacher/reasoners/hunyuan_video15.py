@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmteacher.checkpoints.pretrained import load_network, load_processor, load_tokenizer, read_config, refusing
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput, fit_image
-from vlmteacher.pretrained import load_network, load_processor, load_tokenizer, read_config, refusing
 from vlmteacher.prompts import check_cut, check_prompt, encode, quote
 from vlmteacher.reasoners.attention import attend
 from vlmteacher.reasoners.base import Condition, Reasoner, Settings

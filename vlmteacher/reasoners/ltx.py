@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmteacher.checkpoints.pretrained import load_network, load_tokenizer
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput
-from vlmteacher.pretrained import load_network, load_tokenizer
 from vlmteacher.prompts import check_cut, check_prompt, tokenize
 from vlmteacher.reasoners.base import Condition, Reasoner, Settings, with_first_frame
 from vlmteacher.reasoners.parts import load_transformers

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from vlmteacher.checkpoints.hub import find_file, find_weights, unknown_model
+from vlmteacher.checkpoints.pretrained import load_network, load_single_file
 from vlmteacher.errors import InputError
-from vlmteacher.hub import find_file, find_weights, unknown_model
-from vlmteacher.pretrained import load_network, load_single_file
 
 HUB_FILE = re.compile(r"\w[\w.-]*/[\w.-]+/[\w./-]+\.(safetensors|gguf)(@[\w./-]+)?")  # OWNER/REPO/FILE[@REVISION]
 

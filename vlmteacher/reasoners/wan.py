@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vlmteacher.checkpoints.pretrained import load_network, load_processor, load_tokenizer
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput, fit_image, read_image
-from vlmteacher.pretrained import load_network, load_processor, load_tokenizer
 from vlmteacher.prompts import check_cut, check_prompt, tokenize
 from vlmteacher.reasoners.base import Condition, Reasoner, Settings, Target, with_first_frame
 from vlmteacher.reasoners.parts import load_transformers

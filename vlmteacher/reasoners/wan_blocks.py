@@ -15,7 +15,7 @@ from diffusers.models.transformers import transformer_wan as stock
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
-from vlmteacher.lora_linear import TOLERANCE, linear_group
+from vlmteacher.lora.fused_layer import TOLERANCE, linear_group
 from vlmteacher.ops.ada_norm import ada_norm, gated_residual, residual_ada_norm
 from vlmteacher.ops.qk_norm_rope import qk_norm_rope
 from vlmteacher.reasoners.attention import attend

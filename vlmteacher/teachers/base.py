@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vlmteacher.checkpoints.hub import find_file, only_local, pinned
+from vlmteacher.checkpoints.pretrained import json_object
 from vlmteacher.errors import InputError, NonFiniteFrames
-from vlmteacher.hub import find_file, only_local, pinned
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
-from vlmteacher.pretrained import json_object
 from vlmteacher.queries import QuerySet, QueryStyle
 from vlmteacher.teachers.quantization import Quantize, check_quantize
 from vlmteacher.torch_modes import plain_torch

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmteacher.checkpoints.hub import find_file
+from vlmteacher.checkpoints.pretrained import check_processor, json_object
 from vlmteacher.errors import InputError
-from vlmteacher.hub import find_file
 from vlmteacher.ops.patchify import PatchLayout, patchify
-from vlmteacher.pretrained import check_processor, json_object
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlmteacher.checkpoints.pretrained import load_network
 from vlmteacher.errors import InputError, MissingExtra
-from vlmteacher.pretrained import load_network
 
 Quantize = Literal["8bit", "4bit"]
 CHOICES = ("8bit", "4bit")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmteacher.checkpoints.hub import find_file
+from vlmteacher.checkpoints.pretrained import read_config
 from vlmteacher.errors import InputError
-from vlmteacher.hub import find_file
-from vlmteacher.pretrained import read_config
 
 # What an adapter_config.json may say; other entries make other layers, or import what they name.
 ENTRIES = {"r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora"}

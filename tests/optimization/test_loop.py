@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import io
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlmteacher.errors import InputError
+from vlmteacher.lora.adapter import lora_state_dict
+from vlmteacher.ops.patchify import PatchRows
+from vlmteacher.optimization.guards import GUARDS, frame_guards
+from vlmteacher.optimization.loop import NonFiniteError, Optimization, teacher_frame_indices
+from vlmteacher.optimization.reward import vqa_objective
+from vlmteacher.pipeline import TeacherPipeline
+from vlmteacher.settings import Settings
+
+
+@pytest.fixture
+def make(make_loop: Any) -> Any:
+    return make_loop
+
+
+def without_seconds(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
+
+
+def guards(frames: Tensor) -> dict[str, float]:
+    return dict(zip(GUARDS, frame_guards(frames).tolist(), strict=True))
+
+
+def test_check_final_goes_on_until_the_few_step_video_is_good_enough_too(make: Any) -> None:
+    first = make(max_steps=1).step()["loss"]
+    loop = make(threshold=first + 1e-4, check_final=True)
+    rows = list(loop)
+    assert all("final_loss" in row for row in rows if row["loss"] <= loop.settings.threshold)
+    for row in rows[:-1]:
+        assert row["grad_norm"] is not None
+        assert row["loss"] > loop.settings.threshold or row["final_loss"] > loop.settings.threshold
+    if loop.stopped == "threshold":
+        assert rows[-1]["final_loss"] <= loop.settings.threshold
+    assert rows[0]["final_loss"] == pytest.approx(loop_final(make()), rel=1e-5)
+
+
+def loop_final(loop: Optimization) -> float:
+    """The objective on the few-step video of an untouched Reasoner, computed apart."""
+    with torch.no_grad():
+        video = loop.reasoner.decode(loop.reasoner.sample(loop.condition, loop.noise))[loop.frame_indices]
+        losses = loop.teacher.losses(video, loop.frame_indices, loop.reasoner.fps, loop.queries)
+    return vqa_objective(losses, 0.5).item()
+
+
+def test_frame_indices_are_uniform_with_both_ends() -> None:
+    assert teacher_frame_indices(13, 12) == [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12]
+    assert teacher_frame_indices(9, 5) == [0, 2, 4, 6, 8]
+    assert teacher_frame_indices(9, 1) == [0]
+    for count in (2, 24, 88, 89):
+        indices = teacher_frame_indices(89, count)
+        gaps = {b - a for a, b in pairwise(indices)}
+        assert indices[0] == 0 and indices[-1] == 88 and len(indices) == count and max(gaps) - min(gaps) <= 1
+    with pytest.raises(InputError, match="14 frames of a video of 13"):
+        teacher_frame_indices(13, 14)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"max_steps": -1},
+        {"threshold": 0},
+        {"threshold": math.nan},
+        {"rank": 0},
+        {"teacher_frames": 0},
+        {"learning_rate": -1e-3},
+        {"goal_weight": 1.5},
+        {"keep": "first"},
+    ],
+)
+def test_bad_settings_are_named(bad: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(bad))):
+        Settings(**bad)
+
+
+def test_steps_lower_the_loss_and_touch_only_the_lora(make: Any, pipe: TeacherPipeline) -> None:
+    loop = make(max_steps=8, learning_rate=0.03)
+    frozen = {n: p.clone() for n, p in pipe.reasoner.transformer.named_parameters() if "lora" not in n}
+    rows = list(loop)
+    assert loop.stopped == "max_steps" and loop.updates == 8
+    assert all(after["loss"] < before["loss"] for before, after in pairwise(rows))
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.02
+    parameters = dict(pipe.reasoner.transformer.named_parameters())
+    assert all(torch.equal(parameters[n], p) for n, p in frozen.items())
+    models = [*pipe.decoder.parameters(), *pipe.teacher.model.parameters(), *(parameters[n] for n in frozen)]
+    assert all(p.grad is None for p in models)
+
+
+def test_a_row_says_what_the_teacher_saw_before_the_update(make: Any, pipe: TeacherPipeline) -> None:
+    loop = make()
+    with torch.no_grad():
+        latents = pipe.reasoner.predict_clean(loop.condition, loop.noise)
+        frames = pipe.decoder.decode(latents)[loop.frame_indices]
+        losses = pipe.teacher.losses(frames, loop.frame_indices, 8.0, loop.queries)
+    row = loop.step()
+    assert row["step"] == 0 and row["seconds"] > 0 and row["grad_norm"] > 0
+    assert row["p_yes"] == pytest.approx(losses.neg().exp().tolist(), rel=1e-4)
+    assert row["loss"] == pytest.approx(vqa_objective(losses, 0.5).item(), rel=1e-5)
+    assert row["guards"] == pytest.approx(guards(frames), abs=1e-3)
+
+
+def test_stops_before_the_update(make: Any, pipe: TeacherPipeline) -> None:
+    loop = make()
+    first = loop.step()["loss"]
+    loop = make(threshold=first)  # "at most": equal is enough
+    start = lora_state_dict(pipe.reasoner.transformer)
+    (row,) = loop
+    assert loop.stopped == "threshold" and loop.updates == 0 and row["grad_norm"] is None
+    assert all(torch.equal(start[n], value) for n, value in lora_state_dict(pipe.reasoner.transformer).items())
+
+
+def test_no_steps_at_all(make: Any) -> None:
+    loop = make(max_steps=0)
+    assert list(loop) == [] and loop.stopped == "max_steps"
+    loop.finish()
+
+
+def test_keep_best_is_the_lora_of_the_lowest_loss(make: Any, pipe: TeacherPipeline) -> None:
+    loop = make(max_steps=3, learning_rate=2.0, keep="best")  # so fast that the loss jumps about
+    losses, loras = [], []
+    while loop.stopped is None:
+        loras.append(lora_state_dict(pipe.reasoner.transformer))
+        losses.append(loop.step()["loss"])
+    best = losses.index(min(losses))
+    assert best == 1 and losses[best] < losses[-1] - 0.01
+    loop.finish()
+    assert all(torch.equal(loras[best][n], v) for n, v in lora_state_dict(pipe.reasoner.transformer).items())
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+@pytest.mark.parametrize("killed_after", [0, 1, 3, 4])
+def test_resume_changes_no_bit(make: Any, pipe: TeacherPipeline, killed_after: int, keep: str) -> None:
+    whole = make(keep=keep, learning_rate=0.3)
+    list(whole)
+    whole.finish()
+    expected = lora_state_dict(pipe.reasoner.transformer)
+
+    killed = make(keep=keep, learning_rate=0.3)
+    for _ in range(killed_after):
+        killed.step()
+    file = io.BytesIO()
+    torch.save(killed.state_dict(), file)
+    list(killed)  # what it goes on to do is no part of the state
+    resumed = make(keep=keep, learning_rate=0.3)
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert len(resumed.history) == killed_after
+    list(resumed)
+    resumed.finish()
+    assert without_seconds(resumed.history) == without_seconds(whole.history) and resumed.stopped == whole.stopped
+    result = lora_state_dict(pipe.reasoner.transformer)
+    assert expected.keys() == result.keys() and all(torch.equal(expected[n], result[n]) for n in expected)
+
+
+class Poisoned:
+    """The real Teacher, until it breaks: its losses, or only their gradient, turn NaN."""
+
+    def __init__(self, teacher: Any, gradient_only: bool) -> None:
+        self.teacher, self.gradient_only = teacher, gradient_only
+        self.patch_layout = teacher.patch_layout
+
+    def losses(self, frames: Tensor | PatchRows, *rest: Any, **how: Any) -> Tensor:
+        losses = self.teacher.losses(frames, *rest, **how)
+        if not self.gradient_only:
+            return losses * torch.nan
+        losses.register_hook(lambda gradient: gradient * torch.nan)
+        return losses
+
+
+@pytest.mark.parametrize("gradient_only", [False, True])
+def test_what_is_not_finite_stops_with_the_last_good_state(
+    make: Any, pipe: TeacherPipeline, gradient_only: bool
+) -> None:
+    loop = make()
+    loop.step()
+    good = lora_state_dict(pipe.reasoner.transformer)
+    loop.teacher = Poisoned(pipe.teacher, gradient_only)
+    with pytest.raises(NonFiniteError, match=r"step 1.*learning rate"):
+        loop.step()
+    state = loop.state_dict()
+    assert len(state["history"]) == 1
+    assert all(torch.equal(good[n], state["lora"][n]) for n in good)
+    loop.teacher = pipe.teacher
+    assert math.isfinite(loop.step()["loss"])
+
+
+def test_the_hand_over_in_patch_rows_changes_no_loss(make: Any, pipe: TeacherPipeline, monkeypatch: Any) -> None:
+    """Rows right from the decoder, then frames that the Teacher cuts: the same losses and LoRA, guards to rounding."""
+    loop = make()
+    assert pipe.teacher.patch_layout(len(loop.frame_indices), 32, 48) is not None
+    with monkeypatch.context() as patch:  # frames would have to come from `decode`
+        patch.setattr(type(pipe.decoder), "decode", None)
+        rows, lora = [loop.step() for _ in range(2)], lora_state_dict(pipe.reasoner.transformer)
+    monkeypatch.setattr(type(pipe.teacher), "patch_layout", lambda *_: None)
+    loop = make()
+    frames, expected = [loop.step() for _ in range(2)], lora_state_dict(pipe.reasoner.transformer)
+    for ours, theirs in zip(rows, frames, strict=True):
+        for name in ("loss", "grad_norm", "guards"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-5, rel=1e-5), name
+    for name, value in expected.items():
+        torch.testing.assert_close(lora[name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_guards_on_pictures_whose_values_are_known() -> None:
+    grey = torch.full((3, 3, 16, 16), 0.5)
+    assert guards(grey) == pytest.approx(
+        {"brightness": 0.5, "dark_fraction": 0, "edge_density": 0, "colour_entropy": 0, "temporal_jump": 0}, abs=1e-6
+    )
+    halves = torch.zeros(2, 3, 16, 16)
+    halves[..., 8:] = 1
+    halves[1] = 1 - halves[1]
+    assert guards(halves) == pytest.approx(
+        {"brightness": 0.5, "dark_fraction": 0.5, "edge_density": 1 / 15, "colour_entropy": 1, "temporal_jump": 1},
+        abs=1e-6,
+    )
+    assert guards(grey[:1])["temporal_jump"] == 0
+    large = torch.rand(1, 3, 704, 1280, generator=torch.Generator().manual_seed(0))
+    assert guards(large)["brightness"] == pytest.approx(0.5, abs=0.01)

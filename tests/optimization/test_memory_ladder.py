@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny_pair import PROMPT, QUERIES
+from vlmteacher.errors import OutOfMemory
+from vlmteacher.lora.adapter import add_lora, lora_state_dict, remove_lora
+from vlmteacher.optimization.loop import Optimization
+from vlmteacher.pipeline import TeacherPipeline
+from vlmteacher.planning.tracing import Trace
+from vlmteacher.queries import QuerySet
+from vlmteacher.reasoners.checkpointing import Keep, keep_activations, kept_levels
+from vlmteacher.settings import Settings
+
+RUNGS = ["activations=long", "activations=input", "teacher_activation_bytes=0", "smaller chunks"]
+
+
+class CappedAllocator(Trace):
+    """Raises as a GPU's allocator does when more than `cap` bytes would be alive; keeps the peak."""
+
+    def __init__(self, loop: Optimization, cap: float = float("inf")) -> None:
+        super().__init__()
+        self.cap = cap
+        self.weights(loop.reasoner.transformer, loop.decoder, loop.teacher.model)
+
+    def _see(self, tensor: Tensor) -> None:
+        super()._see(tensor)
+        if self.live > self.cap:
+            raise torch.OutOfMemoryError(f"tried to hold {self.live} bytes of {self.cap:.0f}")
+
+
+@pytest.fixture
+def make(pipe: TeacherPipeline) -> Iterator[Any]:
+    reasoner = pipe.reasoner
+    condition = reasoner.encode(PROMPT, None, 17, 64, 96)
+    noise = reasoner.noise(condition, torch.Generator().manual_seed(0))
+    loops = []
+
+    def make(**settings: Any) -> Optimization:
+        add_lora(reasoner.transformer, 2, seed=0)
+        values: dict[str, Any] = {"max_steps": 2, "threshold": 1e-6, "teacher_frames": 16, "rank": 2}
+        chosen = Settings(**values | {"learning_rate": 1e-2} | settings)
+        parts = (reasoner, pipe.decoder, pipe.teacher, condition, noise)
+        loops.append(Optimization(*parts, QuerySet.from_dict(QUERIES), chosen))
+        return loops[-1]
+
+    yield make
+    for loop in loops:
+        loop.close()
+    remove_lora(reasoner.transformer)
+
+
+def peak(loop: Optimization, rungs: list[str]) -> int:
+    loop.step()  # caches, the optimiser's state
+    loop.ladder.take(rungs)
+    with CappedAllocator(loop) as allocator:
+        loop.step()
+    loop.close()
+    return allocator.peak[""]
+
+
+def test_a_full_memory_costs_rungs_and_no_loss(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    peaks = [peak(make(), RUNGS[:count]) for count in range(len(RUNGS) + 1)]
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
+    free = make()
+    expected = list(free)
+    lora = lora_state_dict(free.reasoner.transformer)
+    for count in range(1, len(RUNGS) + 1):
+        loop = make()
+        rows = [loop.step()]
+        caplog.clear()
+        with CappedAllocator(loop, peaks[count - 1] - 1):
+            rows += list(loop)
+        taken = RUNGS[:count]
+        assert loop.ladder.taken == rows[1]["out_of_memory"] == taken
+        assert "out_of_memory" not in rows[0]
+        assert [record.getMessage().rpartition(" with ")[2] for record in caplog.records] == taken
+        assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-6)
+        found = lora_state_dict(loop.reasoner.transformer)
+        for name, value in lora.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+            if count <= 2:  # recomputation repeats the same operations; chunks are other shapes for the products
+                assert torch.equal(found[name], value)
+        loop.close()
+
+
+def test_where_nothing_helps_the_state_is_as_before(make: Any) -> None:
+    loop = make()
+    loop.step()
+    before = loop.state_dict()
+    with CappedAllocator(loop, 1e5), pytest.raises(OutOfMemory, match=r"step 1 does not fit.*smaller chunks.*fewer"):
+        loop.step()
+    after = loop.state_dict()
+    assert len(after["history"]) == 1 and before["history"] == after["history"]
+    assert all(torch.equal(before["lora"][name], value) for name, value in after["lora"].items())
+    assert loop.step()["loss"] < before["history"][0]["loss"]  # with room again it goes on
+
+
+def test_another_error_is_raised_as_it_is(make: Any) -> None:
+    loop = make()
+    loop.teacher = None
+    with pytest.raises(AttributeError):
+        loop.step()
+    loop.reasoner = type("Broken", (), {"predict_target": lambda *_: torch.ones(2) @ torch.ones(3)})()
+    with pytest.raises(RuntimeError, match="size"):
+        loop.step()
+    assert not loop.ladder.taken
+
+
+def test_the_update_survives_a_rung_taken_for_the_few_step_video(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    final, failures = Optimization._final_loss, [torch.OutOfMemoryError("full")]
+
+    def full(loop: Optimization) -> float:
+        if failures:
+            raise failures.pop()
+        return final(loop) + loop.settings.threshold  # never good enough
+
+    monkeypatch.setattr(Optimization, "_final_loss", full)
+    found = []
+    for _ in range(2):
+        loop = make(threshold=100.0, check_final=True, max_steps=1)
+        (row,) = loop
+        assert row["grad_norm"] > 0 and "final_loss" in row
+        found.append((row.get("out_of_memory"), lora_state_dict(loop.reasoner.transformer)))
+        loop.close()
+    assert [taken for taken, _ in found] == [RUNGS[:1], None]
+    assert all(torch.equal(found[0][1][name], value) for name, value in found[1][1].items())
+    assert any(value.any() for name, value in found[0][1].items() if "lora_B" in name)
+
+
+def test_a_resumed_run_stands_on_the_same_rung_and_a_closed_one_on_none(make: Any, pipe: TeacherPipeline) -> None:
+    transformer = pipe.reasoner.transformer
+    keep_activations(transformer, Keep.LONG)  # what the user asked for
+    try:
+        whole = make()
+        whole.ladder.take(RUNGS[:3])
+        list(whole)
+        assert whole.ladder.taken == RUNGS[1:3]  # the first changes nothing
+        expected = lora_state_dict(transformer)
+        whole.close()
+        loop = make()
+        loop.ladder.take(RUNGS[:3])
+        loop.step()
+        file = io.BytesIO()
+        torch.save(loop.state_dict(), file)
+        loop.close()
+        assert kept_levels(transformer) == [Keep.LONG] * 2 and pipe.teacher.activation_bytes is None
+        file.seek(0)
+        resumed = make()
+        resumed.load_state_dict(torch.load(file, weights_only=True))
+        assert resumed.ladder.taken == RUNGS[1:3]
+        assert kept_levels(transformer) == [Keep.INPUT] * 2 and pipe.teacher.activation_bytes == 0
+        list(resumed)
+        assert all(torch.equal(expected[name], value) for name, value in lora_state_dict(transformer).items())
+        resumed.close()
+    finally:
+        keep_activations(transformer, Keep.ALL)
+
+
+def test_a_run_folder_tells_of_the_rungs(
+    pipe: TeacherPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look, failures = Optimization.look, [torch.OutOfMemoryError("full"), MemoryError()]
+
+    def full(loop: Optimization) -> Any:
+        if len(loop.history) == 1 and failures:
+            raise failures.pop(0)
+        return look(loop)
+
+    monkeypatch.setattr(Optimization, "look", full)
+    how: dict[str, Any] = {"num_frames": 5, "height": 32, "width": 48, "teacher_frames": 4, "max_steps": 2}
+    out = pipe(PROMPT, queries=QuerySet.from_dict(QUERIES), run_dir=tmp_path / "run", progress=False, **how)
+    steps = json.loads((tmp_path / "run" / "run.json").read_text())["steps"]
+    assert [step.get("out_of_memory") for step in steps] == [None, RUNGS[:2]]
+    assert out.updates == 2 and kept_levels(pipe.reasoner.transformer) == [Keep.ALL] * 2
+
+
+def test_the_error_of_the_cpus_own_allocator(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = make()
+    expected = [row["loss"] for row in free]
+    look, too_much = Optimization.look, [1 << 60, 1 << 61]  # bytes; more than any address space has
+
+    def full(loop: Optimization) -> Any:
+        if too_much:
+            torch.empty(too_much.pop(), dtype=torch.uint8)
+        return look(loop)
+
+    monkeypatch.setattr(Optimization, "look", full)
+    loop = make()
+    assert [row["loss"] for row in loop] == pytest.approx(expected, rel=1e-6)
+    assert loop.ladder.taken == RUNGS[:2]
+    too_much += [1 << 60] * (len(RUNGS) + 1)
+    with pytest.raises(OutOfMemory, match="does not fit in memory"):
+        make().step()

@@ -1,0 +1,1 @@
+"""Pretrained weights: from the hub or a directory, checked before use."""

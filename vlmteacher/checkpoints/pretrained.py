@@ -1,0 +1,353 @@
+"""Networks, tokenizers and processors of checkpoints: loaded whole or refused, and nothing of theirs is run.
+
+All that transformers and diffusers load for us is loaded here. A checkpoint is a directory or a hub id (`hub.py`). Its
+configs are read before a library sees them; no code in it is run (``trust_remote_code=False``, no pickles, no kernels
+that a config names); a network whose files lack a tensor, bring one too many or one of another shape is refused, where
+the libraries would draw random weights and go on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmteacher.checkpoints.hub import fetch, find_file
+from vlmteacher.checkpoints.weight_files import FLOATS, Stored, check_floats, network_weights, read_single_file
+from vlmteacher.errors import InputError, MissingExtra
+from vlmteacher.files import check_number, read_json
+
+# attention implementations that a config may name, and the package that brings it
+ATTENTION = {
+    None: None,
+    "eager": None,
+    "sdpa": None,
+    "flex_attention": None,
+    "flash_attention_2": "flash_attn",
+    "flash_attention_3": "flash_attn_interface",
+}
+ATTENTION_ENTRIES = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+# quant_method of a quantization_config -> the packages that read it; other methods have none that could be missing
+PACKAGES = {
+    "aqlm": ("aqlm",),
+    "auto-round": ("auto-round",),
+    "awq": ("gptqmodel",),
+    "bitsandbytes": ("bitsandbytes",),
+    "compressed-tensors": ("compressed-tensors",),
+    "eetq": ("kernels",),
+    "gptq": ("optimum", "gptqmodel"),
+    "hqq": ("hqq",),
+    "modelopt": ("nvidia-modelopt",),
+    "quanto": ("optimum-quanto",),
+    "quark": ("amd-quark",),
+    "torchao": ("torchao",),
+    "vptq": ("vptq",),
+}
+MODULES = {"auto-round": "auto_round", "nvidia-modelopt": "modelopt", "optimum-quanto": "optimum.quanto"}
+MODULES |= {"amd-quark": "quark", "compressed-tensors": "compressed_tensors"}
+# entries of configs that count the layers of a network
+LAYERS = re.compile(r"n(um)?_(\w+_)?(layers|blocks)|layers_per_block|depths?")
+# numbers of a VAE's config, and what each is above
+STATISTICS = {"latents_mean": -math.inf, "latents_std": 0, "scaling_factor": 0}
+ALLOWANCE = 2**26  # values that a network may have and its files not: tables that are computed
+
+
+def load_network(
+    kind: Any,
+    name: str | os.PathLike[str],
+    subfolder: str = "",
+    *,
+    dtype: torch.dtype,
+    local_files_only: bool = True,
+    keep_quantized: str | None = None,
+    **options: Any,
+) -> Any:
+    """A network of a class of transformers or diffusers, whole, in `dtype` but for what its class keeps in float32.
+
+    Files of a variant (``model.fp16.safetensors``) are taken where there are no others. A network that is stored
+    quantised is made plain again, but for one by the method `keep_quantized`. options: for its `from_pretrained`.
+
+    Raises InputError: there is no such network, a key is missing, unexpected or of another shape, values are not
+    finite or of another kind, a config names what would run code or needs a package that is not there.
+    """
+    name = os.fspath(name)
+    label = f"{name} ({subfolder or kind.__name__})"
+    with refusing(label):
+        directory, config = read_config(name, subfolder, "config.json", local_files_only)
+        ours = kind.__module__.startswith("diffusers.")
+        stem = "diffusion_pytorch_model" if ours else "model"
+        weights = network_weights(
+            lambda file: find_file(name, str(Path(subfolder, file)), local_files_only), stem, label, sharded_first=ours
+        )
+        check_config(config, kind, weights.tensors, label)
+        if not ours:
+            _check_no_others(directory, label)
+        method = quantization(config, label)
+        if method is None:
+            check_floats(weights.tensors, label)
+            _check_size(kind, directory, config, weights.tensors, label)
+        how: dict[str, Any] = {"torch_dtype": dtype} if ours else {"dtype": dtype, "trust_remote_code": False}
+        if not ours:
+            how["ignore_mismatched_sizes"] = True  # they are refused here, with all that is wrong
+        network, info = kind.from_pretrained(
+            directory,
+            variant=weights.variant,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **how,
+            **options,
+        )
+        check_keys(info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"], label)
+        if method not in (None, keep_quantized):
+            network = _plain(network, method, dtype, label, weights.tensors)
+        check_finite(network, label)
+    return network
+
+
+def load_single_file(
+    kind: Any, path: Path, name: str, subfolder: str, *, dtype: torch.dtype, local_files_only: bool = True
+) -> Any:
+    """A transformer of the diffusers class `kind` from one file, with the config of that in `subfolder` of `name`.
+
+    The file has diffusers' names or the original ones (see `read_single_file`). Raises InputError, MissingExtra.
+    """
+    from accelerate import init_empty_weights
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    label = f"transformer {path}"
+    convert = SINGLE_FILE_LOADABLE_CLASSES.get(kind.__name__, {}).get("checkpoint_mapping_fn")
+    if convert is None:
+        raise InputError(f"{label}: diffusers reads no single file of a {kind.__name__}: give a directory")
+    with refusing(label):
+        state = read_single_file(path, "transformer", dtype)
+        _, config = read_config(name, subfolder, "config.json", local_files_only)
+        config.pop("quantization_config", None)  # it was said of the files that are not taken
+        tensors = {key: Stored("F32", tuple(value.shape)) for key, value in state.items()}
+        check_config(config, kind, tensors, f"{name} ({subfolder})")
+        with init_empty_weights():
+            network = kind.from_config(config)
+        wanted = network.state_dict()
+        if set(state) != set(wanted):  # the names that fit better
+            converted = convert(checkpoint=dict(state), config=config)
+            state = min(state, converted, key=lambda names: len(set(names) ^ set(wanted)))
+        mismatched = [
+            (key, value.shape, wanted[key].shape)
+            for key, value in state.items()
+            if key in wanted and value.shape != wanted[key].shape
+        ]
+        check_keys(set(wanted) - set(state), set(state) - set(wanted), mismatched, f"{label} as {kind.__name__}")
+        keep = kind._keep_in_fp32_modules or ()
+        for key in state:
+            kept = any(part in keep for part in key.split("."))
+            state[key] = state[key].to(torch.float32 if kept else dtype).contiguous()
+        network.load_state_dict(state, assign=True)
+        check_finite(network, label)
+    return network.eval()
+
+
+def load_tokenizer(name: str | os.PathLike[str], subfolder: str = "", local_files_only: bool = True) -> Any:
+    """The tokenizer of a checkpoint, of a class of transformers. Raises InputError."""
+    from transformers import AutoTokenizer
+
+    name = os.fspath(name)
+    with refusing(f"{name} ({subfolder or 'tokenizer'})"):
+        directory = fetch(name, subfolder, local_files_only)
+        if not directory.is_dir():
+            raise InputError(f"{name} has no {subfolder}: is the copy complete?")
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+def load_processor(kind: Any, name: str, subfolder: str = "", local_files_only: bool = True) -> Any:
+    """An image processor of the class `kind` of transformers. Raises InputError."""
+    with refusing(f"{name} ({subfolder or kind.__name__})"):
+        directory, config = read_config(name, subfolder, "preprocessor_config.json", local_files_only)
+        check_processor(config, str(directory / "preprocessor_config.json"))
+        return kind.from_pretrained(directory, local_files_only=True)
+
+
+def read_config(name: str, subfolder: str, file: str, local_files_only: bool) -> tuple[Path, dict[str, Any]]:
+    """The local directory of a part of a model, and the JSON object in its `file`. Raises InputError."""
+    directory = fetch(name, subfolder, local_files_only)
+    path = directory / file
+    if not path.is_file():
+        raise InputError(f"{name} has no {Path(subfolder, file)}: is the copy complete?")
+    return directory, json_object(path)
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint. Raises InputError."""
+    config = read_json(path, "file")
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is no JSON object: is it the right file?")
+    return config
+
+
+def entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The entries of a config, and of the configs in it."""
+    for key, value in config.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from entries(value)
+
+
+def check_config(config: Mapping[str, Any], kind: Any, tensors: Mapping[str, Stored], label: str) -> None:
+    """Raise InputError for a config that is of another class, would run code, or asks for more than there is."""
+    ours = kind.__module__.startswith("diffusers.")
+    if ours and config.get("_class_name", kind.__name__) != kind.__name__:
+        raise InputError(f"{label} is a {config['_class_name']}: a {kind.__name__} is needed")
+    if "transformers_weights" in config:
+        raise InputError(f"{label}: its config names weights in {config['transformers_weights']!r}: remove that entry")
+    for key, value in entries(config):
+        if key in ATTENTION_ENTRIES:
+            for choice in value.values() if isinstance(value, dict) else [value]:
+                _check_attention(key, choice, label)
+        elif LAYERS.fullmatch(key):
+            for count in value if isinstance(value, list) else [value]:
+                if isinstance(count, int) and not 0 <= count <= len(tensors):
+                    raise InputError(f"{label}: its config says {key} {count}, its files hold {len(tensors)} tensors")
+        elif key in STATISTICS and value is not None:
+            if not isinstance(value, list) and key != "scaling_factor":
+                raise InputError(f"{label}: {key} must be a list of numbers, not {value!r:.40}")
+            for each in value if isinstance(value, list) else [value]:
+                check_number(each, f"{label}: {key}", above=STATISTICS[key])
+
+
+def _check_size(kind: Any, directory: Path, config: dict[str, Any], tensors: Mapping[str, Stored], label: str) -> None:
+    """Raise InputError for a config of a much larger network than the files hold, before memory is taken for it."""
+    with torch.device("meta"):
+        if kind.__module__.startswith("diffusers."):
+            network = kind.from_config(config)
+        else:
+            network = kind(kind.config_class.from_pretrained(directory, local_files_only=True))
+    size = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
+    stored = sum(math.prod(each.shape) for each in tensors.values())
+    if size > 2 * stored + ALLOWANCE:
+        raise InputError(f"{label}: its config is of a network of {size} values, its files hold {stored}")
+
+
+def _check_no_others(directory: Path, label: str) -> None:
+    """Raise InputError where transformers would load, or add, other weights than those in model.safetensors."""
+    for pattern in ("adapter_config.json", "shard-*-model-*.safetensors"):
+        if file := next(directory.glob(pattern), None):
+            raise InputError(f"{label} holds {file.name} too, other weights than its own: merge or remove them")
+
+
+def _check_attention(key: str, choice: Any, label: str) -> None:
+    if not isinstance(choice, str | None) or choice not in ATTENTION:
+        known = ", ".join(name for name in ATTENTION if name)
+        raise InputError(f"{label}: its config names the {key} {choice!r}, which could run code: it can be {known}")
+    package = ATTENTION[choice]
+    if package and importlib.util.find_spec(package) is None:  # transformers would fetch a kernel from the hub
+        raise InputError(f"{label}: its config asks for {choice}, which is not installed: make it sdpa")
+
+
+def quantization(config: Mapping[str, Any], label: str) -> str | None:
+    """The method by which a network is stored quantised, or None.
+
+    Raises InputError that names the package to install where it is not there.
+    """
+    found = next((value for key, value in entries(config) if key == "quantization_config" and value), None)
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if not isinstance(method, str) and isinstance(found, dict) and {"load_in_4bit", "load_in_8bit"} & set(found):
+        method = "bitsandbytes"
+    if not isinstance(method, str):
+        raise InputError(
+            f"{label} has a quantization_config without a quant_method: give weights that are not quantised"
+        )
+    for package in PACKAGES.get(method, ()):
+        if not _is_installed(MODULES.get(package, package)):
+            raise InputError(
+                f"{label} is quantised by {method}, which needs the package {package}: pip install {package}, or give"
+                " weights that are not quantised"
+            )
+    return method
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package within another one
+        return False
+
+
+def _plain(network: Any, method: str, dtype: torch.dtype, label: str, tensors: Mapping[str, Stored]) -> Any:
+    """The network with the layers of its class. Raises InputError where the library cannot make them again."""
+    if getattr(network, "hf_quantizer", None) is None:  # it did at loading, as transformers does of float8 on a CPU
+        if all(stored.dtype in FLOATS for stored in tensors.values()):
+            raise InputError(
+                f"{label} says that it is quantised by {method}, and its files hold plain weights: remove the"
+                " quantization_config from its config.json, or give the checkpoint that it was written for"
+            )
+        return network.to(dtype)
+    try:
+        network = network.dequantize() or network
+    except NotImplementedError as error:
+        raise InputError(
+            f"{label} is quantised by {method}, and no gradient is known through its layers: give weights that are not"
+            " quantised, or the checkpoint of another method"
+        ) from error
+    return network.to(dtype)
+
+
+def check_keys(missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[Any], label: str) -> None:
+    """Raise InputError, with the first and the number of the keys that do not fit, unless all do."""
+    for keys, what in (
+        (missing, "lacks"),
+        ((key for key in unexpected if not key.endswith("position_ids")), "has, unlike its class,"),
+        ((f"{key} {tuple(got)}, not {tuple(wanted)}" for key, got, wanted in mismatched), "has other shapes in"),
+    ):
+        if names := sorted(keys):
+            more = ", ..." if len(names) > 1 else ""
+            raise InputError(f"{label} {what} {len(names)} weights ({names[0]}{more}): is the copy complete?")
+
+
+def check_finite(network: nn.Module, label: str) -> None:
+    """Raise InputError for a weight with NaN or infinity in it."""
+    for name, weight in network.named_parameters():
+        if weight.is_floating_point() and weight.numel() and type(weight) is nn.Parameter:
+            low, high = weight.detach().aminmax()  # one pass, no memory
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                raise InputError(f"{label}: {name} holds NaN or infinity: the file is damaged, fetch it again")
+
+
+@contextmanager
+def refusing(label: str) -> Iterator[None]:
+    """Turn what a library raises of a checkpoint into an InputError of one line."""
+    try:
+        yield
+    except (InputError, MissingExtra):
+        raise
+    except Exception as error:  # of a damaged file, anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{label} cannot be loaded ({reason}): is the copy complete?") from error
+
+
+def check_processor(config: Mapping[str, Any], label: str) -> None:
+    """Raise InputError for an entry of an image or video processor's config that no processor can work with."""
+    for key in ("min_pixels", "max_pixels", "max_video_tokens"):
+        if config.get(key) is not None:
+            check_number(config[key], f"{label}: {key}", whole=True, least=1)
+    for key in ("size", "crop_size"):
+        sides = config.get(key)
+        for name, side in sides.items() if isinstance(sides, dict) else [("", sides)] if sides is not None else ():
+            check_number(side, f"{label}: {key} {name}".rstrip(), whole=True, least=1)
+    for key, above in (("image_mean", -math.inf), ("image_std", 0)):
+        values = config.get(key)
+        if values is not None and not (isinstance(values, list) and len(values) == 3):
+            raise InputError(f"{label}: {key} must be 3 numbers, of red, green and blue, not {values!r:.40}")
+        for value in values or ():
+            check_number(value, f"{label}: {key}", above=above)
+    for key in ("do_resize", "do_rescale", "do_normalize", "cap_pixels_per_frame"):
+        if not isinstance(config.get(key), bool | None):
+            raise InputError(f"{label}: {key} must be true or false, not {config[key]!r:.40}")

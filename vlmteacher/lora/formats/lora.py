@@ -1,0 +1,276 @@
+"""A LoRA apart from any model."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from vlmteacher.errors import InputError, Notice
+from vlmteacher.lora.formats.names import (
+    BLOCK,
+    FUSED,
+    HUNYUAN_VIDEO_15,
+    HUNYUAN_VIDEO_15_COMFYUI,
+    LTX,
+    TABLE,
+    WAN,
+    Names,
+    theirs,
+)
+from vlmteacher.lora.formats.scale import ASSUMED, MULTIPLIED
+from vlmteacher.lora.formats.writing import diffusers_bytes, safetensors_bytes
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+Style = Literal["diffusers", "comfyui", "musubi"]
+HOW_TO_GO_ON = "--lora-partial (partial=True) leaves it out"
+STYLES: tuple[Style, ...] = get_args(Style)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The update of one layer, W + alpha / rank B A: A (rank, in), B (out, rank); more axes for convolutions."""
+
+    a: Tensor
+    b: Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def linear(self) -> bool:
+        return self.a.ndim == self.b.ndim == 2
+
+    def update(self) -> Tensor:
+        """(out, in) float32: what is added to the weight."""
+        return self.scale * (self.b.float().flatten(1) @ self.a.float().flatten(1))
+
+    def norm(self) -> float:
+        """Of `update`, without making it: |s| sqrt(tr(B'B AA')), in float64."""
+        a, b = self.a.double().flatten(1), self.b.double().flatten(1)
+        return abs(self.scale) * float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt())
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """A LoRA apart from any model.
+
+    layers: by the layers' names in diffusers' models. source: for messages. differences: what is added to parameters
+    as it is, by their names there (norms, biases, modulations); these can be merged, not trained. scale_source: where
+    alpha stands. keys: the file's names of the tensors of each layer and difference. unused: those left out.
+    """
+
+    layers: Mapping[str, Factors]
+    source: str = "the LoRA"
+    differences: Mapping[str, Tensor] = field(default_factory=dict)
+    scale_source: str = "made here"
+    keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """Of most layers; 0 without layers."""
+        return Counter([layer.rank for layer in self.layers.values()] or [0]).most_common(1)[0][0]
+
+    @property
+    def alpha(self) -> float:
+        """Of most layers; 0 without layers."""
+        return Counter([layer.alpha for layer in self.layers.values()] or [0.0]).most_common(1)[0][0]
+
+    @property
+    def names(self) -> Names:
+        """How the authors of its model name the layers. Raises InputError for a model that we do not know."""
+        inner = {name.split(".", 2)[-1] for name in self.layers if re.match(r"(transformer_)?blocks\.\d+\.", name)}
+        for names in (WAN, LTX, HUNYUAN_VIDEO_15):
+            if inner and inner <= names.inner.keys():
+                return names
+        raise InputError(
+            f"{self.source} is for a model whose other names are not known: Wan, LTX-Video and HunyuanVideo-1.5 are"
+        )
+
+    def tensors(self) -> tuple[str, ...]:
+        """The file's names of all that is in use; ours where there is no file."""
+        names = (*self.layers, *self.differences)
+        return tuple(dict.fromkeys(key for name in names for key in self.keys.get(name, (name,))))
+
+    def factors_only(self) -> LoRA:
+        """The same, with its weight differences listed as left out."""
+        keys = tuple(key for name in self.differences for key in self.keys.get(name, (name,)))
+        return replace(self, differences={}, unused=self.unused + keys)
+
+    def without(self, keys: tuple[str, ...]) -> LoRA:
+        """The same, with more of the file's tensors listed as left out."""
+        return replace(self, unused=self.unused + keys)
+
+    def config(self) -> LoraConfig:
+        """PEFT's description; layers of another rank or alpha than most are listed in its patterns."""
+        from peft import LoraConfig
+
+        rank, alpha = self.rank, self.alpha
+        return LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # a fraction is fine too
+            lora_dropout=0.0,
+            target_modules=sorted(self.layers),
+            rank_pattern={name: each.rank for name, each in self.layers.items() if each.rank != rank},
+            alpha_pattern={name: each.alpha for name, each in self.layers.items() if each.alpha != alpha},
+        )
+
+    def fitted(self, transformer: nn.Module, partial: bool = False, trainable: bool = False) -> LoRA:
+        """What of it `transformer` takes, which is all of it or InputError, with the name of what does not fit.
+
+        partial: leave out what `transformer` has no place for; layers of its blocks that are of another size are
+        refused all the same. trainable: as an adapter, which has no place for `differences`.
+        """
+        kind = type(transformer).__name__
+        modules, parameters = dict(transformer.named_modules()), dict(transformer.named_parameters())
+        unused: list[str] = []
+        for name in (*self.layers, *self.differences):
+            wanted: tuple[int, ...] | None = None
+            if layer := self.layers.get(name):
+                module = modules.get(name)
+                if isinstance(module, nn.Linear if trainable else nn.Linear | nn.Conv2d | nn.Conv3d):
+                    shape = tuple(module.weight.shape)
+                    wanted = (shape[0], math.prod(shape[1:])) if layer.linear else shape
+                given = (layer.b.shape[0], *layer.a.shape[1:])
+            else:
+                given = tuple(self.differences[name].shape)
+                if name in parameters and not trainable:
+                    wanted = tuple(parameters[name].shape)
+            if wanted == given:
+                continue
+            key = f" ({self.keys[name][0]})" if name in self.keys else ""
+            if layer is None and trainable:
+                reason = f"holds a weight difference of {name}{key}, which can be merged and not trained"
+            elif wanted is None:
+                what = "linear layer" if layer else "parameter"
+                reason = f"is a LoRA for another model: this {kind} has no {what} {name}{key}"
+            else:
+                sizes = [" -> ".join(map(str, (*size[1:], size[0]))) for size in (given, wanted)]
+                reason = f"is a LoRA for another model: its {name}{key} is {sizes[0]}, that of this {kind} {sizes[1]}"
+            can_go = wanted is None or not BLOCK.match(name)
+            if not (partial and can_go):
+                raise InputError(f"{self.source} {reason}{f': {HOW_TO_GO_ON}' if can_go else ''}")
+            unused.append(name)
+        if not unused:
+            return self
+        layers, differences = (
+            {name: value for name, value in each.items() if name not in unused}
+            for each in (self.layers, self.differences)
+        )
+        if not any(map(BLOCK.match, layers)) and (any(map(BLOCK.match, self.layers)) or not differences):
+            raise InputError(f"{self.source} is a LoRA for another model: this {kind} has none of its layers")
+        keys = tuple(key for name in unused for key in self.keys.get(name, (name,)))
+        return replace(self, layers=layers, differences=differences, unused=self.unused + keys)
+
+    def tell(self) -> None:
+        """Notices of what is assumed of its scale, and of what stays unused."""
+        if ASSUMED in self.scale_source:
+            warnings.warn(
+                f"{self.source}: where no alpha is said, alpha = rank is assumed, a scale of 1 ({self.scale_source})",
+                Notice,
+                stacklevel=3,
+            )
+        if MULTIPLIED in self.scale_source:
+            warnings.warn(
+                f"{self.source} has alpha in its metadata, but not the names of the tool that writes it: taken as"
+                f" {self.scale_source}",
+                Notice,
+                stacklevel=3,
+            )
+        if self.unused:
+            kinds = Counter(re.sub(r"(blocks[._])\d+", r"\1*", key) for key in self.unused)
+            listed = ", ".join([*kinds][:20]) + (", ..." if len(kinds) > 20 else "")
+            total = len(self.unused) + len(self.tensors())
+            warnings.warn(
+                f"{self.source}: {len(self.unused)} of {total} tensors stay unused: {listed}", Notice, stacklevel=3
+            )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The factors under PEFT's names (``blocks.0.attn1.to_q.lora_A.weight``)."""
+        return {
+            f"{name}.lora_{part}.weight": value
+            for name, layer in self.layers.items()
+            for part, value in (("A", layer.a), ("B", layer.b))
+        }
+
+    def to_bytes(self, style: Style) -> bytes:
+        """A safetensors file of that style; equal LoRAs give equal bytes. Raises InputError for what it cannot hold."""
+        if self.differences and style != "comfyui":
+            name = next(iter(self.differences))
+            raise InputError(
+                f"{self.source} holds a weight difference of {name} ({self.keys.get(name, (name,))[0]}), which files of"
+                f" {style} have no place for: convert it to comfyui, or leave differences out (--lora-partial)"
+            )
+        if style == "diffusers":
+            return diffusers_bytes(self.state_dict(), self.config().to_dict())
+        names, layers = self.names, self.layers
+        if style == "comfyui":
+            if names is HUNYUAN_VIDEO_15:
+                names, layers = HUNYUAN_VIDEO_15_COMFYUI, _fuse_qkv(self)
+            tensors = {}
+            for name, layer in layers.items():
+                key = f"diffusion_model.{theirs(name, names, self.source)}"
+                tensors[f"{key}.lora_A.weight"] = layer.a
+                tensors[f"{key}.lora_B.weight"] = layer.b if layer.scale == 1 else layer.b * layer.scale
+            for parameter, value in self.differences.items():
+                name, _, kind = parameter.rpartition(".")
+                name, end = (parameter, "diff") if kind == TABLE else (name, "diff_b" if kind == "bias" else "diff")
+                tensors[f"diffusion_model.{theirs(name, names, self.source)}.{end}"] = value
+            return safetensors_bytes(tensors)
+        if names.musubi is None:
+            raise InputError(f"{self.source}: musubi-tuner has no LTX-Video: convert it to comfyui")
+        tensors = {}
+        for name, layer in layers.items():
+            key = f"lora_unet_{theirs(name, names, self.source).replace('.', '_')}"
+            tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = layer.a, layer.b
+            tensors[f"{key}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
+        facts = {"module": names.musubi, "dim": str(self.rank), "alpha": str(self.alpha)}
+        return safetensors_bytes(tensors, {f"ss_network_{name}": value for name, value in facts.items()})
+
+
+def _fuse_qkv(lora: LoRA) -> dict[str, Factors]:
+    """The layers as ComfyUI has them: those of `FUSED` as one, its A on top of each other, its B along the diagonal."""
+    layers = dict(lora.layers)
+    for name in lora.layers:
+        for fused, held in FUSED.items():
+            if not name.endswith(f".{held[0]}"):
+                continue
+            block = name.removesuffix(held[0])
+            if missing := [each for each in held if block + each not in layers]:
+                raise InputError(f"{lora.source} has {name} but no {block + missing[0]}: ComfyUI has them in one layer")
+            parts = [layers.pop(block + each) for each in held]
+            b = torch.block_diag(*(part.b * part.scale for part in parts))
+            layers[block + fused] = Factors(torch.cat([part.a for part in parts]), b, b.shape[1])
+    return layers
+
+
+def split_qkv(name: str, layer: Factors) -> dict[str, Factors]:
+    """A layer of `FUSED` as the three that it holds, with a third of the rank where B is as `_fuse_qkv` makes it."""
+    for fused, held in FUSED.items():
+        if name.endswith(f".{fused}"):
+            block, scale = name.removesuffix(fused), layer.scale
+            a, b = [layer.a.clone() for _ in held], list(layer.b.tensor_split(3))
+            own = [each.tensor_split(3, dim=1)[i] for i, each in enumerate(b)]
+            if layer.rank % 3 == 0 and torch.equal(torch.block_diag(*own), layer.b):
+                a, b = list(layer.a.chunk(3)), own
+            return {
+                block + each: Factors(part_a, part_b, scale * len(part_a))
+                for each, part_a, part_b in zip(held, a, b, strict=True)
+            }
+    return {name: layer}

@@ -1,0 +1,56 @@
+"""Cheap statistics of frames that show reward hacking and collapse."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vlmteacher.ops.patchify import PatchRows
+
+GUARDS = ("brightness", "dark_fraction", "edge_density", "colour_entropy", "temporal_jump")
+
+
+def small_frames(frames: Tensor | PatchRows) -> Tensor:
+    """Every n-th pixel of frames (K, 3, H, W) or of their patch rows, about 128x128 of them, float32."""
+    stride = max(1, max(frames.shape[-2:]) // 128)
+    return frames.pixels(stride) if isinstance(frames, PatchRows) else frames[..., ::stride, ::stride].float()
+
+
+@torch.no_grad()
+def frame_contrast(frames: Tensor | PatchRows) -> Tensor:
+    """The standard deviation over all frames and pixels, of the channel where it is largest; a scalar tensor."""
+    return small_frames(frames).std((0, 2, 3), correction=0).amax()
+
+
+@torch.no_grad()
+def frame_guards(frames: Tensor | PatchRows) -> Tensor:
+    """Cheap signs of reward hacking, to be watched over the steps (the detectors of UniRL#407).
+
+    frames: (K, 3, H, W) in [0, 1], or their patch rows. Returns (5,) float32 on their device, in the order of `GUARDS`:
+    brightness and dark_fraction (luma below 0.1), edge_density (share of pixels whose luma differs from a neighbour's
+    by more than 0.1), colour_entropy (bits, of 64 colour bins: 0..6) and temporal_jump (largest mean absolute change
+    between two neighbouring frames), all measured on about 128x128 pixels.
+    """
+    frames = small_frames(frames)
+    red, green, blue = frames.unbind(1)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    edges = torch.maximum(
+        luma[:, 1:, :-1].sub(luma[:, :-1, :-1]).abs(),
+        luma[:, :-1, 1:].sub(luma[:, :-1, :-1]).abs(),
+    )
+    levels = (frames * 4).long().clamp(0, 3)
+    places = (levels[:, 0] * 16 + levels[:, 1] * 4 + levels[:, 2]).flatten()
+    # not bincount, which waits for the device to know how many bins there are
+    share = frames.new_zeros(64).index_add_(0, places, frames.new_ones(()).expand(len(places))) / len(places)
+    jumps = frames.diff(dim=0).abs().mean((1, 2, 3))
+    return torch.stack(
+        [
+            luma.mean(),
+            (luma < 0.1).float().mean(),
+            (edges > 0.1).float().mean(),
+            torch.special.entr(share).sum() / math.log(2),
+            jumps.max() if len(jumps) else luma.new_zeros(()),
+        ]
+    )

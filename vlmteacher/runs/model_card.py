@@ -1,0 +1,121 @@
+"""The README.md beside a LoRA: what it is for, how it came about, how to load it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmteacher.errors import InputError
+from vlmteacher.lora.formats import HUNYUAN_VIDEO_15, WAN, read_lora
+
+if TYPE_CHECKING:
+    from vlmteacher.pipeline import TeacherPipelineOutput
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def model_card(output: TeacherPipelineOutput) -> str:
+    """Markdown with the hub's YAML front matter. Paths of this machine do not get into it, only their last part."""
+    import yaml
+
+    record, lora = output.record(), read_lora(output.lora)
+    models = {name: ", ".join(map(_public, model.split(", "))) for name, model in record["models"].items()}
+    changes = {"transformer": "the transformer", "few_step_lora": "the few-step LoRA", "fused": "the fused LoRA"}
+    changed = "; ".join(f"{text} {_text(models[name])}" for name, text in changes.items() if name in models)
+    base = models.get("reasoner", "a Reasoner without a name")
+    on_hub = HUB_ID.fullmatch(base) is not None
+    has_image = record["config"]["image"] is not None
+    front: dict[str, Any] = {
+        "base_model": base,
+        "base_model_relation": "adapter",
+        "library_name": "diffusers",
+        "pipeline_tag": "image-to-video" if has_image else "text-to-video",
+        "tags": ["lora", "vlmteacher", "test-time-optimization"],
+        "instance_prompt": record["prompt"],
+    }
+    if not on_hub:
+        del front["base_model"], front["base_model_relation"]
+    rows = zip(
+        ["goal", *["process"] * len(output.queries.process)],
+        output.queries.questions,
+        output.p_yes_before,
+        output.p_yes_after,
+        strict=True,
+    )
+    questions = "\n".join(f"| {kind} | {_text(q)} | {p:.2f} | {after:.2f} |" for kind, q, p, after in rows)
+    settings = "\n".join(f"| {name} | {_text(str(value))} |" for name, value in record["config"].items())
+    return f"""---
+{yaml.safe_dump(front, allow_unicode=True, sort_keys=False).strip()}
+---
+
+# A LoRA for one video
+
+For {_text(base)} and one prompt{" with one first frame" if has_image else ""}, trained at test time by
+[vlmteacher](https://arxiv.org/abs/2606.02564): a vision-language model ({_text(models.get("teacher", "the Teacher"))})
+looked at the video and answered the questions below, and the gradient of its answers went into the LoRA.
+{f"Not of that model, and needed too: {changed}." if changed else ""}
+
+{_fenced(record["prompt"], "text")}
+
+| | question | P(Yes) before | P(Yes) after |
+|---|---|---|---|
+{questions}
+
+The objective went from {output.loss_before:.3f} to {output.loss_after:.3f} in {output.updates} updates (stopped: \
+{output.stopped}). P(Yes) is the opinion of the Teacher that trained it, no independent measure.
+
+## How to load it
+
+{_fenced(_usage(base if on_hub else "DIRECTORY OF THE BASE MODEL", lora), "python")}
+
+Rank {lora.rank}, alpha {lora.alpha:g}, {len(lora.layers)} layers. The sampler must be the one that it was trained with:
+the base model's few steps, from the same noise. ComfyUI and musubi-tuner name the layers otherwise:
+`vlmteacher lora convert lora.safetensors --to comfyui -o FILE`.
+
+## Settings
+
+| | |
+|---|---|
+{settings}
+
+## Licence
+
+The LoRA is made from the weights of the base model: that model's licence says what may be done with it.
+"""
+
+
+def _usage(base: str, lora: Any) -> str:
+    lines = [
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        "",
+        f'pipe = DiffusionPipeline.from_pretrained("{base}", dtype=torch.bfloat16)',
+    ]
+    try:
+        names = lora.names
+    except InputError:
+        names = None
+    if names is HUNYUAN_VIDEO_15:  # its pipeline has no load_lora_weights
+        load = 'pipe.transformer.load_lora_adapter(".", weight_name="lora.safetensors", prefix="transformer")'
+    else:
+        load = 'pipe.load_lora_weights(".", weight_name="lora.safetensors")'
+    return "\n".join([*lines, load + ("  # of two experts: the high-noise one" if names is WAN else "")])
+
+
+def _public(model: str) -> str:
+    """A hub id as it is, of anything else the last part: the directories of a machine are nobody's business."""
+    if model.startswith("packaged/"):
+        return f"vlmteacher's {model.replace('/', ' ')}"
+    return model if HUB_ID.fullmatch(model) and not Path(model).exists() else Path(model).name
+
+
+def _text(text: str) -> str:
+    """Text in one line of Markdown that shows as it is."""
+    return re.sub(r"([\\`*_\[\]<>|~$&])", r"\\\1", " ".join(text.split()))
+
+
+def _fenced(text: str, language: str) -> str:
+    """A block of code, whatever the text holds."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{fence}{language}\n{text}\n{fence}"
