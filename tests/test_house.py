@@ -1,0 +1,156 @@
+"""The house keeps its order: no circles of files, arrows one way, functions and files of a readable length."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = [  # the lower a room, the later it stands; an arrow points down or stays in its room
+    ("cli", "app", "__main__"),
+    ("evaluation", "distillation", "planning"),
+    ("baselines",),
+    ("pipeline",),
+    ("session", "output"),
+    ("runs",),
+    ("optimization",),
+    ("reasoners", "teachers", "decoders", "lora"),
+    ("microworld", "checkpoints"),
+    ("ops",),
+]
+LEVELS = {room: len(ROOMS) - level for level, rooms in enumerate(ROOMS) for room in rooms}
+UPWARD_ARROWS, FUNCTION_LINES, FILE_LINES, CALL_LINES = 3, 80, 450, 60
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its name; the Triton kernels, a package of their own, left out."""
+    files = [path for path in ROOT.glob("vlmteacher/**/*.py") if "kernels" not in path.parts]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+
+
+def imports() -> dict[str, set[str]]:
+    """Which modules each module imports, lazily and for typing too."""
+    files, graph = modules(), defaultdict(set)
+    for module, path in files.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                graph[module] |= {name if name in files else node.module for name in names} & files.keys()
+            elif isinstance(node, ast.Import):
+                graph[module] |= {alias.name for alias in node.names} & files.keys()
+    return {module: graph[module] - {module} for module in files}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The sets of modules that reach each other (Tarjan's strongly connected components of more than one)."""
+    order: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    components: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        order[module] = low[module] = len(order)
+        stack.append(module)
+        for other in graph[module]:
+            if other not in order:
+                visit(other)
+                low[module] = min(low[module], low[other])
+            elif other in stack:
+                low[module] = min(low[module], order[other])
+        if low[module] == order[module]:
+            component = stack[stack.index(module) :]
+            del stack[-len(component) :]
+            if len(component) > 1:
+                components.append(sorted(component))
+
+    for module in graph:
+        if module not in order:
+            visit(module)
+    return components
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def upward_arrows() -> list[str]:
+    """Imports of a module by one of a lower room, and of a Reasoner by a Teacher; a room that `ROOMS` does not name may
+    be used by all and uses none that it names."""
+    return [
+        f"{module} -> {other}"
+        for module, others in imports().items()
+        for other in sorted(others)
+        if room(module)
+        and (
+            LEVELS.get(room(module), 0) < LEVELS.get(room(other), 0)
+            or (room(module), room(other)) == ("teachers", "reasoners")
+        )
+    ]
+
+
+def functions() -> list[tuple[int, str]]:
+    """The length in lines of every function, docstring and decorators included, with its place."""
+    found = []
+    for folder in ("vlmteacher", "kernels", "recipes", "tools", "benchmarks"):
+        for path in ROOT.glob(f"{folder}/**/*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    found.append((node.end_lineno - node.lineno + 1, f"{path.relative_to(ROOT)}: {node.name}"))
+    return sorted(found, reverse=True)
+
+
+def files() -> list[tuple[int, str]]:
+    """The length in lines of every source file."""
+    folders = ("vlmteacher", "kernels", "recipes", "tools", "benchmarks")
+    paths = [path for folder in folders for path in ROOT.glob(f"{folder}/**/*.py")]
+    return sorted(((len(path.read_text().splitlines()), str(path.relative_to(ROOT))) for path in paths), reverse=True)
+
+
+def test_the_measure_sees_a_circle() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+
+
+@pytest.mark.xfail(reason="being rebuilt")
+def test_no_circles_of_files() -> None:
+    assert circles(imports()) == []
+
+
+@pytest.mark.xfail(reason="being rebuilt")
+def test_arrows_point_one_way() -> None:
+    arrows = upward_arrows()
+    assert len(arrows) <= UPWARD_ARROWS, arrows
+
+
+@pytest.mark.xfail(reason="being rebuilt")
+def test_length_of_functions() -> None:
+    assert [each for each in functions() if each[0] > FUNCTION_LINES] == []
+
+
+@pytest.mark.xfail(reason="being rebuilt")
+def test_length_of_files() -> None:
+    assert [each for each in files() if each[0] > FILE_LINES] == []
+
+
+@pytest.mark.xfail(reason="being rebuilt")
+def test_length_of_algorithm_1() -> None:
+    call = [each for each in functions() if each[1] == "vlmteacher/pipeline.py: __call__"]
+    assert [each for each in call if each[0] > CALL_LINES] == []
+
+
+def main() -> None:
+    """Print what the tests would say."""
+    for circle in circles(imports()):
+        print("circle:", ", ".join(circle))
+    for arrow in upward_arrows():
+        print("upward:", arrow)
+    for length, place in [*(each for each in functions() if each[0] > FUNCTION_LINES)]:
+        print(f"function of {length} lines: {place}")
+    for length, place in (each for each in files() if each[0] > FILE_LINES):
+        print(f"file of {length} lines: {place}")
+
+
+if __name__ == "__main__":
+    main()
