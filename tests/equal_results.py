@@ -22,8 +22,8 @@ from typing import Any
 PICTURE = "from vlmteacher.microworld.world import instance, render; from PIL import Image; import sys;\
  frame = render(instance(5, 3)[0])[0]; Image.fromarray((frame * 255).round().astype('uint8')).save(sys.argv[1])"
 INSTANCE = ["solve", "--image", "{out}/first.png", "--prompt", "Move the red ball into the blue box.", "--seed", "3"]
-REMEDIES = "--preserve --frame-jitter 1 --pull 0.1 --final-samples 2 --keep best --lora-decay 0.01".split()
-BENCH = ["bench", "microworld", "--seed", "3", "--workers", "1", "--out", "{out}"]
+REMEDIES = ["--preserve", "--frame-jitter", "1", "--pull", "0.1", "--final-samples", "2", "--keep", "best"]
+BENCH = ["bench", "microworld", "--seed", "3", "--workers", "1", "--out", "{out}/sweep"]
 CASES = {
     "demo": [["demo", "--out", "{out}/run"]],
     "remedies": [
