@@ -15,12 +15,12 @@ import time
 import torch
 from torch import Tensor
 
+from recipes.microworld.teacher.lesson import Lesson
+from recipes.microworld.teacher.pointing import Loras, RowAdam, Scenes
+from recipes.microworld.training import load_config
 from vlmteacher.evaluation.microworld import judge as verdict
 from vlmteacher.evaluation.microworld import noise_seed
 from vlmteacher.microworld import world
-from vlmteacher.microworld.pointing import Loras, RowAdam, Scenes
-from vlmteacher.microworld.train_teacher import Lesson
-from vlmteacher.microworld.training import load_config
 from vlmteacher.pipeline import PACKAGED_PAIR, TeacherPipeline
 from vlmteacher.reasoners.base import Noise
 from vlmteacher.settings import Settings

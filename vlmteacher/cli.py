@@ -20,7 +20,6 @@ from vlmteacher import __version__
 from vlmteacher.errors import InputError, MissingExtra, OutputError, TaskFailed
 from vlmteacher.files import check_text
 from vlmteacher.interruption import Interrupted, endings_interrupt
-from vlmteacher.microworld.stages import STAGES
 from vlmteacher.placement import EXAMPLE, parse_device_map
 from vlmteacher.quiet import quiet_warnings
 
@@ -204,8 +203,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="DIR", help="where results.json goes")
     sub.add_argument("--resume", action="store_true", help="keep the instances that --out already has")
 
-    sub = add("train-microworld", train_microworld, "train a part of the packaged pair from scratch")
-    sub.add_argument("--stage", required=True, choices=STAGES)
+    sub = add("train-microworld", train_microworld, "deprecated: `python -m recipes.microworld` in a checkout")
+    sub.add_argument("--stage", required=True, metavar="NAME", help="what to train")
     sub.add_argument("--out", required=True, metavar="DIR", help="for the weights; earlier stages are read from it")
     sub.add_argument("--init", metavar="DIR", help="a pair whose weights the stage starts from (default: from scratch)")
     sub.add_argument(
@@ -553,10 +552,22 @@ def _bench_table(arguments: argparse.Namespace) -> None:
 
 
 def train_microworld(arguments: argparse.Namespace) -> None:
-    from vlmteacher.microworld.stages import run
+    """Run a stage of the recipe, which is no part of the installed package. Raises InputError outside a checkout."""
+    from importlib import import_module
+
     from vlmteacher.quiet import quiet
 
     quiet()
+    checkout = Path(__file__).parents[1]
+    if not (checkout / "recipes/microworld").is_dir():
+        raise InputError(
+            "the training of the packaged models is no part of the installed package: clone the repository and run"
+            " `python -m recipes.microworld` there"
+        )
+    warning = "warning: `vlmteacher train-microworld` goes with the next release: run `python -m recipes.microworld`"
+    print(warning, file=sys.stderr)
+    sys.path.insert(0, str(checkout))
+    run = import_module("recipes.microworld.stages").run
     run(arguments.stage, Path(arguments.out), Path(arguments.init) if arguments.init else None, arguments.device)
 
 

@@ -22,6 +22,9 @@ MOVED = {
     "vlmteacher.weight_files": "vlmteacher.checkpoints.weight_files",
     "vlmteacher.pretrained": "vlmteacher.checkpoints.pretrained",
     "vlmteacher.workers": "vlmteacher.evaluation.workers",
+    "vlmteacher.microworld.pointing": "recipes.microworld.teacher.pointing",
+    "vlmteacher.microworld.train_teacher": "recipes.microworld.teacher.lesson",
+    "vlmteacher.microworld.training": "recipes.microworld.training",
 }
 """Modules, by their old name."""
 
@@ -51,7 +54,14 @@ class MovedFinder(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
         _warn(name, MOVED[name])
-        sys.modules[name] = import_module(MOVED[name])  # the import system returns what stands here
+        try:
+            sys.modules[name] = import_module(MOVED[name])  # the import system returns what stands here
+        except ModuleNotFoundError as error:
+            if error.name != "recipes":
+                raise
+            raise ImportError(
+                f"{name} is now {MOVED[name]}, no part of the installed package: run from the root of the repository"
+            ) from error
 
 
 def moved_name(module: str, name: str) -> object:

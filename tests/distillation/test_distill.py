@@ -18,10 +18,10 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from recipes.microworld.training import load_config
 from vlmteacher.cli import main
 from vlmteacher.distillation.distill import Settings, load_settings, run
 from vlmteacher.errors import InputError
-from vlmteacher.microworld.training import load_config
 from vlmteacher.reasoners import load_reasoner
 
 TRAIN = {"steps": 3, "batch_size": 2, "learning_rate": 1e-3, "rank": 2, "save_every": 1, "log_every": 1, "seed": 0}

@@ -8,7 +8,7 @@ import torch
 
 from vlmteacher.errors import InputError
 from vlmteacher.evaluation.video_distance import ENCODER, VideoEncoder, features, frechet_distance, load_encoder
-from vlmteacher.microworld import corruptions, train_encoder, training, world
+from vlmteacher.microworld import corruptions, world
 
 
 def exact(mean: list[float], factor: list[list[float]]) -> torch.Tensor:
@@ -61,12 +61,3 @@ def test_packaged_encoder_is_small_and_bad_input_is_named(tmp_path):
     for name in ("missing.safetensors", "broken.safetensors"):
         with pytest.raises(InputError, match=f"{name} cannot be used"):
             load_encoder(tmp_path / name)
-
-
-def test_encoder_is_trained_to_a_file_that_loads(tmp_path, monkeypatch):
-    config = {"batch": 2, "steps": 2, "learning_rate": 1e-3, "seed": 0}
-    monkeypatch.setattr(train_encoder, "load_config", lambda stage: training.load_config(stage) | config)
-    train_encoder.main(tmp_path)
-    encoder = load_encoder(tmp_path / "encoder.safetensors")
-    found = features(encoder, [train_encoder.lesson(np.random.default_rng(k))[0] for k in range(3)])
-    assert found.shape == (3, 64) and found.isfinite().all()

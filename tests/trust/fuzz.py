@@ -540,9 +540,9 @@ YAML = (
     b"<<: {reasoner: x}\n", b"a: 0x\n", b"a: 1_0\n", b"a: 190:20:30\n",
 )  # fmt: skip
 CONFIGS = {
-    "sft": ROOT / "configs/microworld_sft.yaml",
-    "distill": ROOT / "configs/microworld_dmd2.yaml",
-    "decoder": ROOT / "configs/microworld_decoder.yaml",
+    "sft": ROOT / "recipes/microworld/distillation/sft.yaml",
+    "distill": ROOT / "recipes/microworld/distillation/dmd2.yaml",
+    "decoder": ROOT / "recipes/microworld/distillation/decoder.yaml",
 }
 
 

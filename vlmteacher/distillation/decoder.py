@@ -19,11 +19,11 @@ from vlmteacher.checkpoints.pretrained import json_object, load_network
 from vlmteacher.decoders.taehv import TinyVideoDecoder
 from vlmteacher.distillation.dataset import find_instances, read_sized, save_whole, whole
 from vlmteacher.distillation.kinds import check_kinds
+from vlmteacher.distillation.reconstruction import reconstruction_loss
 from vlmteacher.distillation.trainer import AVERAGED, Trainer, TrainSettings, training_folder
 from vlmteacher.distillation.training import read_settings
 from vlmteacher.errors import InputError
 from vlmteacher.files import make_folder
-from vlmteacher.microworld.train_vae import reconstruction_loss
 from vlmteacher.optimization.loop import NonFiniteError
 from vlmteacher.reasoners.ltx import decode_latents
 from vlmteacher.torch_modes import plain_torch

@@ -9,9 +9,10 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
+from recipes.microworld.training import adopt, load_config, random_clip, shaken, to_video, train
 from vlmteacher.checkpoints.pretrained import load_network
+from vlmteacher.distillation.reconstruction import reconstruction_loss
 from vlmteacher.microworld import world
-from vlmteacher.microworld.training import adopt, load_config, random_clip, shaken, to_video, train
 
 Z_DIM = 24
 
@@ -82,21 +83,6 @@ def refine(vae_path: Path, out: Path) -> None:
         modules, step, out, steps=config["steps"], learning_rate=config["learning_rate"], seed=config["seed"], ema=0.99
     )
     vae.save_pretrained(out / "vae")
-
-
-def reconstruction_loss(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-    """Weighted error of `y` against `x` (B, 3, T, H, W) in [-1, 1]: objects count more than ground, the ball most."""
-    background = x.new_tensor(world.BACKGROUND).view(1, 3, 1, 1, 1) * 2 - 1
-    content = (x - background).abs().amax(1, True) > 0.1
-    moving = (x - x.median(2, True).values).abs().amax(1, True) > 0.1
-    weight = 1 + 3 * content + 6 * moving
-    error = (y - x).abs()
-    seen = error.detach()
-    return (weight * (error + error**2)).mean(), {
-        "l1": float(seen.mean()),
-        "psnr": float(10 * torch.log10(4 / (seen**2).mean())),
-        "moving_l1": float(seen[moving.expand_as(seen)].mean()),
-    }
 
 
 def main(out: Path, init: Path | None = None) -> None:

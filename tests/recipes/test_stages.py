@@ -6,10 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from recipes.microworld import stages, training
+from recipes.microworld.teacher import point as train_pointing
+from recipes.microworld.teacher.pointing import Pointing
 from vlmteacher.errors import InputError
 from vlmteacher.evaluation.microworld import first_frame, run_benchmark
-from vlmteacher.microworld import stages, train_pointing, training, world
-from vlmteacher.microworld.pointing import Pointing
+from vlmteacher.microworld import world
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import QuerySet
 from vlmteacher.teachers.vlm import VLMTeacher

@@ -8,13 +8,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from recipes.microworld import decoder as train_decoder
+from recipes.microworld import stages, training
+from recipes.microworld import vae as train_vae
+from recipes.microworld.collect import Shard, load
+from recipes.microworld.teacher import lesson as train_teacher
+from recipes.microworld.training import random_clip, to_video, train
 from vlmteacher.errors import InputError
-from vlmteacher.microworld import stages, train_decoder, train_teacher, train_vae, training, world
-from vlmteacher.microworld.collect import Shard, load
+from vlmteacher.microworld import world
 from vlmteacher.microworld.facts import facts_of
 from vlmteacher.microworld.questions import ask
 from vlmteacher.microworld.tokenizer import build_tokenizer
-from vlmteacher.microworld.training import random_clip, to_video, train
 from vlmteacher.queries import QuerySet
 
 TINY_TEACHER = {"width": 32, "layers": 3, "mlp": 48, "vision_layers": 2, "vision_mlp": 48, "answer_weight": 1.0}

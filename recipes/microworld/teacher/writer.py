@@ -17,10 +17,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
+from recipes.microworld.teacher.lesson import Lesson, build, scenes_to_write
+from recipes.microworld.training import adopt, load_config, train
 from vlmteacher.checkpoints.pretrained import load_network
 from vlmteacher.microworld.questions import STYLE
-from vlmteacher.microworld.train_teacher import Lesson, build, scenes_to_write
-from vlmteacher.microworld.training import adopt, load_config, train
 
 SUBFOLDER = "writer"
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from recipes.microworld.teacher import lesson as train_teacher
+from recipes.microworld.teacher.point import draw_rows, label_rows
+from recipes.microworld.teacher.pointing import Pointing, RowAdam, Scenes
+from recipes.microworld.training import load_config
 from vlmteacher.lora.adapter import add_lora, lora_parameters, remove_lora
-from vlmteacher.microworld import train_teacher
-from vlmteacher.microworld.pointing import Pointing, RowAdam, Scenes
-from vlmteacher.microworld.train_pointing import draw_rows, label_rows
-from vlmteacher.microworld.training import load_config
 from vlmteacher.optimization.loop import GRADIENT_CLIP
 from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.pipeline import TeacherPipeline

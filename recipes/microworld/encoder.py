@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recipes.microworld.teacher.grounding import STATE, by_color
+from recipes.microworld.teacher.lesson import draw_track
+from recipes.microworld.training import load_config, train
 from vlmteacher.evaluation.video_distance import FEATURES, VideoEncoder
 from vlmteacher.microworld import world
 from vlmteacher.microworld.facts import Facts, facts_of
-from vlmteacher.microworld.grounding import STATE, by_color
 from vlmteacher.microworld.scene import Scene
-from vlmteacher.microworld.train_teacher import draw_track
-from vlmteacher.microworld.training import load_config, train
 
 NOISE = 0.1  # standard deviation of the strongest
 

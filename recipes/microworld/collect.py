@@ -71,7 +71,7 @@ def _pixels(frames: Tensor) -> np.ndarray:
 @torch.no_grad()
 def lessons(shard: Shard, count: int, rng: np.random.Generator, reasoner: WanReasoner, decoder: Any) -> None:
     """Rendered videos of every kind, sent through the VAE's encoder and the surrogate decoder."""
-    from vlmteacher.microworld.train_teacher import draw_track
+    from recipes.microworld.teacher.lesson import draw_track
 
     for _ in range(count // 8):
         drawn = [draw_track(rng) for _ in range(8)]
@@ -156,7 +156,7 @@ def parts(trained: Path) -> tuple[WanReasoner, Any]:
 
 def main(out: Path, optimise: bool) -> None:
     """Write the shards of stage ``collect`` (or of ``optimise``) to ``out/collect``; those that are there are kept."""
-    from vlmteacher.microworld.training import load_config
+    from recipes.microworld.training import load_config
     from vlmteacher.teachers import load_teacher
 
     config = load_config("collect")

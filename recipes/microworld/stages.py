@@ -84,64 +84,64 @@ def run(stage: str, out: Path, init: Path | None = None, device: str = "cpu") ->
         if not (out / need).exists():
             raise InputError(f"stage {stage} needs {out / need}: run the stage that makes it first")
     if stage == "vae":
-        from vlmteacher.microworld import train_vae
+        from recipes.microworld import vae
 
-        train_vae.main(out / "vae", start)
+        vae.main(out / "vae", start)
     elif stage == "vae-decoder":
-        from vlmteacher.microworld import train_vae
+        from recipes.microworld import vae
 
-        train_vae.refine(out / "vae/vae", out / "vae_decoder")
+        vae.refine(out / "vae/vae", out / "vae_decoder")
     elif stage == "decoder":
-        from vlmteacher.microworld import train_decoder
+        from recipes.microworld import decoder
 
-        train_decoder.main(out / "decoder", out / "vae/vae", start)
+        decoder.main(out / "decoder", out / "vae/vae", start)
     elif stage == "latents":
-        from vlmteacher.microworld import train_reasoner
+        from recipes.microworld import reasoner
 
-        train_reasoner.encode_dataset(out / "vae/vae", out / "latents")
+        reasoner.encode_dataset(out / "vae/vae", out / "latents")
     elif stage == "reasoner":
-        from vlmteacher.microworld import train_reasoner
+        from recipes.microworld import reasoner
 
-        train_reasoner.main(out / "reasoner", out / "latents", out / "vae/vae", start)
+        reasoner.main(out / "reasoner", out / "latents", out / "vae/vae", start)
     elif stage == "distil":
         distil(out)
     elif stage == "teacher":
-        from vlmteacher.microworld import train_teacher
+        from recipes.microworld.teacher import lesson
 
-        train_teacher.main(out / "teacher", start)
+        lesson.main(out / "teacher", start)
     elif stage in ("collect", "optimise"):
-        from vlmteacher.microworld import collect
+        from recipes.microworld import collect
 
         collect.main(out, optimise=stage == "optimise")
     elif stage == "teacher-finetune":
-        from vlmteacher.microworld import train_teacher
+        from recipes.microworld.teacher import lesson
 
-        train_teacher.finetune(out / "teacher/state.pt", out / "collect", out / "finetune")
+        lesson.finetune(out / "teacher/state.pt", out / "collect", out / "finetune")
     elif stage == "teacher-point":
-        from vlmteacher.microworld import train_pointing
+        from recipes.microworld.teacher import point
 
-        train_pointing.main(out, out / "point", find_device(device, "--device"))
+        point.main(out, out / "point", find_device(device, "--device"))
     elif stage == "writer":
-        from vlmteacher.microworld import train_writer
+        from recipes.microworld.teacher import writer
 
-        train_writer.main(out / "point", out / "writer")
+        writer.main(out / "point", out / "writer")
     elif stage == "package":
         package(out, out / "pair")
     elif stage == "encoder":
-        from vlmteacher.microworld import train_encoder
+        from recipes.microworld import encoder
 
-        train_encoder.main(out / "encoder")
+        encoder.main(out / "encoder")
     else:
         raise InputError(f"stage {stage!r} is not there: it can be {', '.join(STAGES)}")
 
 
 def distil(out: Path) -> None:
     """The four-step student of the many-step Reasoner, by DMD2 on instances with the flaw."""
+    from recipes.microworld.training import fast_attention, load_config
     from vlmteacher.distillation.distill import Settings, run
     from vlmteacher.distillation.trainer import STATE
     from vlmteacher.microworld import world
     from vlmteacher.microworld.export import export
-    from vlmteacher.microworld.training import fast_attention, load_config
 
     config = load_config("distil")
     videos = config.pop("videos")
@@ -157,14 +157,16 @@ def package(trained: Path, pair: Path) -> None:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import Qwen3VLForConditionalGeneration, UMT5EncoderModel
 
+    from recipes.microworld import reasoner
+    from recipes.microworld.teacher import writer
     from vlmteacher.checkpoints.pretrained import load_network, load_tokenizer
     from vlmteacher.decoders.taehv import TinyVideoDecoder
-    from vlmteacher.microworld import train_reasoner, train_writer, world
+    from vlmteacher.microworld import world
 
     half = torch.float16
     pair.mkdir(parents=True, exist_ok=True)
     source = trained / "distil/pipeline"
-    train_reasoner.save_pipeline(
+    reasoner.save_pipeline(
         pair / "reasoner",
         load_network(WanTransformer3DModel, source / "transformer", dtype=torch.float32).to(half),
         load_network(UMT5EncoderModel, source / "text_encoder", dtype=torch.float32).to(half),
@@ -181,7 +183,7 @@ def package(trained: Path, pair: Path) -> None:
     teacher = trained / "point/teacher"
     shutil.copytree(teacher, pair / "teacher", dirs_exist_ok=True)
     load_network(Qwen3VLForConditionalGeneration, teacher, dtype=half).save_pretrained(pair / "teacher")
-    train_writer.attach(trained / "writer/writer", pair / "teacher")
+    writer.attach(trained / "writer/writer", pair / "teacher")
     for config in pair.rglob("config.json"):  # diffusers writes down where a part was loaded from
         content = json.loads(config.read_text())
         if content.pop("_name_or_path", None):

@@ -21,15 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
+from recipes.microworld.collect import parts
+from recipes.microworld.teacher.lesson import SAVE_EVERY, Lesson, build, climbed, faded, lesson, save
+from recipes.microworld.teacher.pointing import Pointing, Scenes
+from recipes.microworld.training import adopt, load_config, train
 from vlmteacher.checkpoints.pretrained import load_network
 from vlmteacher.evaluation.workers import Task, Workers
 from vlmteacher.microworld import labeller
-from vlmteacher.microworld.collect import parts
-from vlmteacher.microworld.pointing import Pointing, Scenes
 from vlmteacher.microworld.questions import Question, ask, own_questions
 from vlmteacher.microworld.scene import Scene
-from vlmteacher.microworld.train_teacher import SAVE_EVERY, Lesson, build, climbed, faded, lesson, save
-from vlmteacher.microworld.training import adopt, load_config, train
 from vlmteacher.settings import Settings
 
 AHEAD = 4  # steps by which rows are drawn before they are needed

@@ -24,15 +24,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
+from recipes.microworld.collect import load
+from recipes.microworld.teacher.grounding import LAYER, STATE, Grounding, Look, by_color, find_words, in_pairs
+from recipes.microworld.training import adopt, load_config, train
 from vlmteacher.checkpoints.pretrained import load_network, load_tokenizer
 from vlmteacher.microworld import corruptions, splits, world
-from vlmteacher.microworld.collect import load
 from vlmteacher.microworld.facts import FASTEST, Facts, facts_of
-from vlmteacher.microworld.grounding import LAYER, STATE, Grounding, Look, by_color, find_words, in_pairs
 from vlmteacher.microworld.questions import STYLE, Question, ask, own_questions, right_queries
 from vlmteacher.microworld.scene import Scene, Track
 from vlmteacher.microworld.tokenizer import kept_tokenizer
-from vlmteacher.microworld.training import adopt, load_config, train
 from vlmteacher.ops.attention import Spans, attention
 from vlmteacher.ops.patchify import patchify
 from vlmteacher.optimization.loop import teacher_frame_indices

@@ -34,7 +34,7 @@ from vlmteacher.reasoners.base import Condition
 from vlmteacher.settings import Settings
 
 if TYPE_CHECKING:
-    from vlmteacher.microworld.train_teacher import Lesson
+    from recipes.microworld.teacher.lesson import Lesson
 
 
 class Loras:

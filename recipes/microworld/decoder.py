@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
+from recipes.microworld.training import adopt, load_config, random_clip, shaken, to_video, train
 from vlmteacher.checkpoints.pretrained import load_network
 from vlmteacher.decoders.taehv import TinyVideoDecoder
+from vlmteacher.distillation.reconstruction import reconstruction_loss
 from vlmteacher.microworld import world
-from vlmteacher.microworld.train_vae import reconstruction_loss
-from vlmteacher.microworld.training import adopt, load_config, random_clip, shaken, to_video, train
 
 
 def build(widths: list[int], latent_channels: int = 24) -> TinyVideoDecoder:

@@ -17,11 +17,11 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanTransformer3DModel
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from recipes.microworld.training import adopt, fast_attention, load_config, to_video, train
 from vlmteacher.checkpoints.pretrained import load_network, load_tokenizer
 from vlmteacher.files import make_folder, replacing
 from vlmteacher.microworld import world
 from vlmteacher.microworld.tokenizer import kept_tokenizer
-from vlmteacher.microworld.training import adopt, fast_attention, load_config, to_video, train
 
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
 TEXT_TOKENS = 24
