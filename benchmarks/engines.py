@@ -21,8 +21,9 @@ from benchmarks.presets import PRESETS, Instance, build
 from benchmarks.step import TOLERANCE, loss_differences
 from benchmarks.timing import argument_parser, parsed, publish
 from vlmteacher.lora.adapter import add_lora
-from vlmteacher.optimization.engines import ENGINES, WARM_UP_STEPS, Engine
+from vlmteacher.optimization.engines import ENGINES, WARM_UP_STEPS
 from vlmteacher.optimization.loop import Optimization
+from vlmteacher.settings import Engine
 
 
 def start(instance: Instance, engine: Engine) -> Optimization:

@@ -16,7 +16,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from vlmteacher import __version__
+from vlmteacher import __version__, settings
 from vlmteacher.errors import InputError, MissingExtra, OutputError, TaskFailed
 from vlmteacher.files import check_text
 from vlmteacher.interruption import Interrupted, endings_interrupt
@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     sub = add("demo", demo, "solve one packaged example with the packaged pair of models")
     sub.add_argument("--out", metavar="DIR", help="run folder to write (default: runs/demo, runs/demo-2, ...)")
     sub.add_argument("--resume", action="store_true", help="take up the interrupted run in --out (default: runs/demo)")
-    _add_fused(sub)
+    settings.add_flags(sub, "fused_lora")
 
     sub = add("solve", solve, "answer one prompt with a video, improved by the Teacher")
     _add_instance(sub)
@@ -126,45 +126,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--num-frames", type=int, metavar="F", help="frames of the video")
     sub.add_argument("--height", type=int, metavar="H", help="pixels")
     sub.add_argument("--width", type=int, metavar="W", help="pixels")
-    sub.add_argument("--max-steps", type=int, metavar="N", help="updates at most")
-    sub.add_argument("--threshold", type=float, metavar="X", help="stop when the loss is not above it")
-    sub.add_argument("--frames", type=int, metavar="K", help="frames that the Teacher sees")
-    sub.add_argument("--rank", type=int, metavar="R", help="rank of the LoRA")
-    sub.add_argument("--lr", type=float, metavar="X", help="learning rate")
-    sub.add_argument("--goal-weight", type=float, metavar="X", help="weight of the goal query, 0 to 1")
-    sub.add_argument(
-        "--check-final",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="stop only when the few-step video is good enough too (default: the pair's)",
-    )
-    _add_fused(sub)
-    sub.add_argument("--engine", choices=("eager", "compile", "cuda_graph"), help="how a step is run (default: eager)")
-    _add_lora_blocks(sub)
+    settings.add_flags(sub)
     sub.add_argument("--device-map", metavar="MAP", help=f"a device for each, {EXAMPLE}, instead of --device")
     sub.add_argument("--offload", action="store_true", help="what is not needed waits in main memory")
-    sub.add_argument("--keep", choices=("last", "best"), help="which LoRA to use after N updates")
-    sub.add_argument(
-        "--target",
-        choices=("first_step", "last_step", "full"),
-        help="what the Teacher looks at: the one-step prediction (default), or the few-step video with a gradient"
-        " through its last step or all",
-    )
-    sub.add_argument("--preserve", action="store_true", default=None, help="also ask for what the task does not change")
-    sub.add_argument("--frame-jitter", type=int, metavar="N", help="shift the Teacher's frames by up to N pixels")
-    sub.add_argument("--lora-decay", type=float, metavar="X", help="weight decay of the LoRA (default: 0)")
-    sub.add_argument("--pull", type=float, metavar="X", help="toward the prediction before any update (default: 0)")
-    sub.add_argument("--final-samples", type=int, metavar="N", help="videos of which the Teacher picks one in the end")
     sub.add_argument(
         "--activations",
         metavar="LEVELS",
         help="what the Reasoner's blocks keep for the backward, as `vlmteacher plan` says it (default: everything)",
-    )
-    sub.add_argument(
-        "--deterministic",
-        action="store_true",
-        default=None,
-        help="the same bytes whatever the number of threads: works on one, and is slower",
     )
     sub.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the noise (default: 0)")
     sub.add_argument("--out", required=True, metavar="DIR", help="run folder to write")
@@ -199,7 +167,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--many-step", metavar="ID", help="the Reasoner before its few-step distillation, for many-step")
     _add_families(sub)
     sub.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
-    _add_lora_blocks(sub)
+    settings.add_flags(sub, "lora_blocks")
     sub.add_argument("--out", required=True, metavar="DIR", help="where results.json goes")
     sub.add_argument("--resume", action="store_true", help="keep the instances that --out already has")
 
@@ -277,23 +245,6 @@ def _add_families(sub: argparse.ArgumentParser) -> None:
         action="append",
         metavar="NAME",
         help="of tasks, more than once for more, or all (the default)",
-    )
-
-
-def _add_fused(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--fused-lora",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="compute the LoRA layers and what is between them by our operators (default) or by PEFT's and diffusers'",
-    )
-
-
-def _add_lora_blocks(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--lora-blocks",
-        metavar="last:N",
-        help="adapt the last N blocks of the video model only; faster, and another method (default: all)",
     )
 
 
@@ -380,30 +331,8 @@ def solve(arguments: argparse.Namespace) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
-    from vlmteacher.settings import Settings
-
-    names = {
-        "max_steps": arguments.max_steps,
-        "threshold": arguments.threshold,
-        "teacher_frames": arguments.frames,
-        "rank": arguments.rank,
-        "learning_rate": arguments.lr,
-        "goal_weight": arguments.goal_weight,
-        "keep": arguments.keep,
-        "check_final": arguments.check_final,
-        "fused_lora": arguments.fused_lora,
-        "engine": arguments.engine,
-        "lora_blocks": arguments.lora_blocks,
-        "target": arguments.target,
-        "preserve": arguments.preserve,
-        "frame_jitter": arguments.frame_jitter,
-        "lora_decay": arguments.lora_decay,
-        "pull": arguments.pull,
-        "final_samples": arguments.final_samples,
-        "deterministic": arguments.deterministic,
-    }
-    settings = {name: value for name, value in names.items() if value is not None}
-    Settings(**settings)  # bad values show before any model is loaded
+    keywords = settings.given(arguments)
+    settings.Settings().updated(**keywords)  # bad values show before any model is loaded
     pipe = _pipeline(arguments)
     if arguments.lora is not None:
         pipe.load_lora(arguments.lora, arguments.lora_partial)
@@ -425,7 +354,7 @@ def solve(arguments: argparse.Namespace) -> None:
         queries=query_set,
         run_dir=arguments.out,
         resume=arguments.resume,
-        **settings,
+        **keywords,
     )
     _print_result(output)
     _print_folder(Path(arguments.out))

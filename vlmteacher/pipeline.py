@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar, Unpack
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from vlmteacher.files import claimed, read_json
 from vlmteacher.lora.adapter import add_lora, export_lora, frozen_blocks, lora_size, remove_lora
 from vlmteacher.lora.formats import LoRA, merge_lora, read_lora, safetensors_bytes
 from vlmteacher.media import ImageInput, fit_image
-from vlmteacher.optimization.engines import Engine, check_engine
+from vlmteacher.optimization.engines import check_engine
 from vlmteacher.optimization.guards import frame_contrast
 from vlmteacher.optimization.loop import (
     DIVERGED_RISE,
@@ -42,10 +42,9 @@ from vlmteacher.optimization.reward import pick, vqa_objective
 from vlmteacher.placement import DeviceMap, check_memory, find_devices, find_dtype, parse_dtype
 from vlmteacher.prompts import check_prompt
 from vlmteacher.queries import QuerySet
-from vlmteacher.reasoners.base import Target
 from vlmteacher.reasoners.few_step_lora import noise_in_name
 from vlmteacher.runs.folder import RunFolder, checked, in_its_folder
-from vlmteacher.settings import Settings
+from vlmteacher.settings import Keywords, Settings
 from vlmteacher.torch_modes import deterministic, leave_inference_mode, plain_torch
 
 if TYPE_CHECKING:
@@ -339,30 +338,13 @@ class TeacherPipeline:
         negative_prompt: str | Sequence[str] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         queries: QuerySet | Mapping[str, Any] | Sequence[str] | str | os.PathLike[str] | None = None,
-        max_steps: int | None = None,
-        threshold: float | None = None,
-        goal_weight: float | None = None,
-        teacher_frames: int | None = None,
-        rank: int | None = None,
-        learning_rate: float | None = None,
-        keep: Literal["last", "best"] | None = None,
-        check_final: bool | None = None,
-        fused_lora: bool | None = None,
-        engine: Engine | None = None,
-        lora_blocks: str | None = None,
-        target: Target | None = None,
-        preserve: bool | None = None,
-        frame_jitter: int | None = None,
-        lora_decay: float | None = None,
-        pull: float | None = None,
-        final_samples: int | None = None,
-        deterministic: bool | None = None,
         output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[TeacherPipeline, int, dict[str, Any]], Any] | None = None,
         progress: bool = True,
         run_dir: str | os.PathLike[str] | None = None,
         resume: bool = False,
+        **keywords: Unpack[Keywords],
     ) -> TeacherPipelineOutput:
         """Answer one instance (prompt, first frame) by test-time optimisation: Algorithm 1 of arXiv 2606.02564.
 
@@ -375,14 +357,12 @@ class TeacherPipeline:
             generator: the source of the instance's noise and of the LoRA's start; None draws a new seed.
             queries: a QuerySet, its dictionary, a list with the goal first, or a file of `vlmteacher queries`; None
                 lets the Teacher write them.
-            max_steps, threshold, goal_weight, teacher_frames, rank, learning_rate, keep, check_final, fused_lora,
-                engine, lora_blocks, target, preserve, frame_jitter, lora_decay, pull, final_samples, deterministic:
-                see `Settings`; None is the pair's default, where it has one, or else the paper's.
             output_type: what the videos come as (see `Frames`). return_dict: False returns `(frames,)`.
             callback_on_step_end: called as `callback(pipe, step, row)` after each step.
             run_dir: a folder to write the run to while it goes on; an interrupted one (KeyboardInterrupt, kill, power)
                 is taken up by the same call with `resume=True`, and ends in the same LoRA as if nothing had happened. A
                 finished one gets the files that it lacks, or, with a greater `max_steps`, goes on.
+            keywords: see `Settings`; None is the pair's default, where it has one, or else the paper's.
 
         It does not matter whether the caller is inside `no_grad`, `inference_mode` or autocast. A pipeline does one
         thing at a time: from another thread, or from its callback, a second call is refused.
@@ -410,32 +390,15 @@ class TeacherPipeline:
         reasoner = self.reasoner.with_sampling(
             num_inference_steps, guidance_scale=guidance_scale, negative_prompt=negative_prompt
         )
-        overrides = {
-            "max_steps": max_steps,
-            "threshold": threshold,
-            "goal_weight": goal_weight,
-            "teacher_frames": teacher_frames,
-            "rank": rank,
-            "learning_rate": learning_rate,
-            "keep": keep,
-            "check_final": check_final,
-            "fused_lora": fused_lora,
-            "engine": engine,
-            "lora_blocks": lora_blocks,
-            "target": target,
-            "preserve": preserve,
-            "frame_jitter": frame_jitter,
-            "lora_decay": lora_decay,
-            "pull": pull,
-            # A pair's default is for its own sampler: by another, all videos from one z1 can be the same.
-            "final_samples": 1 if final_samples is None and not reasoner.draws_later else final_samples,
-            "deterministic": deterministic,
-        }
+        if not reasoner.draws_later and keywords.get("final_samples") is None:
+            keywords["final_samples"] = 1  # a pair's default is for its own sampler: by another, all may be the same
         if self.lora:
-            if rank not in (None, self.lora.rank):
-                raise InputError(f"{self.lora.source} is of rank {self.lora.rank}: it cannot go on with rank {rank}")
-            overrides["rank"] = self.lora.rank
-        settings = Settings(**self.defaults.to_dict() | {k: v for k, v in overrides.items() if v is not None})
+            if keywords.get("rank") not in (None, self.lora.rank):
+                raise InputError(
+                    f"{self.lora.source} is of rank {self.lora.rank}: it cannot go on with rank {keywords['rank']}"
+                )
+            keywords["rank"] = self.lora.rank
+        settings = self.defaults.updated(**keywords)
         check_engine(settings.engine, reasoner, teacher)
         reasoner.check_target(settings.target)
         reasoner.check_samples(settings.final_samples)
@@ -455,7 +418,7 @@ class TeacherPipeline:
         image = None if image is None else fit_image(image, size["height"], size["width"])
         run = None if run_dir is None else RunFolder(arguments.path("run_dir", run_dir), resume)
         recorded = run.record if run else None
-        if recorded and max_steps is None:  # it may have been raised since
+        if recorded and keywords.get("max_steps") is None:  # it may have been raised since
             settings = replace(settings, max_steps=recorded["config"].get("max_steps"))
         if source is None:
             source = torch.Generator()

@@ -1,100 +1,235 @@
-"""What a call may be told, with the defaults of the paper."""
+"""The settings of a call: one field each.
+
+Keywords, command-line flags, range checks, run.json's config and the table in docs/guides/settings.md are made from the
+fields. A new setting is its field here and its use; then `python -m tools.settings` writes `Keywords` and the table.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from functools import cache
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast, get_args, get_origin, get_type_hints
 
 from vlmteacher import arguments
 from vlmteacher.errors import InputError
-from vlmteacher.lora.adapter import parse_blocks
-from vlmteacher.optimization.engines import ENGINES, Engine
-from vlmteacher.reasoners.base import Target
+
+Engine = Literal["eager", "compile", "cuda_graph"]
+Target = Literal["first_step", "last_step", "full"]
+T = TypeVar("T")
+
+
+def parse_blocks(text: str) -> int:
+    """The n of "last:n". Raises InputError."""
+    name, _, count = text.partition(":")
+    if name != "last" or not count.isdecimal() or int(count) < 1:
+        raise InputError(f"lora_blocks must be of the form last:n, n at least 1, not {text!r}")
+    return int(count)
+
+
+def setting(
+    default: T,
+    help: str,
+    *,
+    flag: str | None = None,
+    least: float | None = None,
+    above: float | None = None,
+    most: float = arguments.LARGEST_NUMBER,
+    metavar: str | None = None,
+    parse: Callable[[str], object] | None = None,
+) -> T:
+    """A field of `Settings`.
+
+    flag: on the command line, where it is not the field's name. least, above, most: the range of a number. metavar,
+    parse: form of a text, and the function that raises InputError for other texts.
+    """
+    metadata = {"help": help, "flag": flag, "least": least, "above": above, "most": most}
+    return field(default=default, metadata={**metadata, "metavar": metavar, "parse": parse})
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the loop may be told; the defaults are the paper's (arXiv 2606.02564, section on the implementation).
+class MethodSettings:
+    """The method; the defaults are the paper's (arXiv 2606.02564, implementation details)."""
 
-    max_steps N >= 0; threshold tau > 0 on the loss (0.22 = -ln 0.8); goal_weight lambda in [0, 1]; teacher_frames
-    K >= 1, frames that the Teacher sees; rank >= 1 of the LoRA; learning_rate > 0 of AdamW; keep: after N updates
-    the "last" LoRA, or the "best" one, which had the lowest loss seen. check_final: where the one-step prediction is
-    good enough, look at the few-step video too, and go on while that is not (the paper does not). fused_lora: compute
-    the LoRA layers and what is between them by our operators, not by PEFT's and diffusers' expressions; the results
-    agree to rounding. engine: how a step is run (`optimization/engines.py`). lora_blocks: "last:n" adapts the last n
-    blocks of the Reasoner only, which is another method than the paper's: what comes before them is computed once.
-    target: which latents the Teacher looks at, and through what the gradient goes (`Reasoner.predict_target`); the
-    paper's is the "first_step". deterministic: the same bytes whatever the number of threads (`torch_modes.py`).
+    max_steps: int = setting(40, "updates of the LoRA at most", least=0)
+    threshold: float = setting(0.22, "stop when the loss is not above it; 0.22 is -ln 0.8", above=0)
+    goal_weight: float = setting(0.5, "weight of the goal query; the process queries share the rest", least=0, most=1)
+    teacher_frames: int = setting(24, "frames of the video that the Teacher sees", flag="--frames", least=1)
+    rank: int = setting(16, "rank of the LoRA", least=1)
+    learning_rate: float = setting(5e-5, "learning rate of AdamW", flag="--lr", above=0)
+    keep: Literal["last", "best"] = setting("last", "LoRA to use after the last step: the last, or the best by loss")
+    check_final: bool = setting(False, "stop only when the loss of the few-step video is not above the threshold too")
+    lora_blocks: str | None = setting(
+        None,
+        "adapt the last N blocks of the Reasoner only: faster, and another method than the paper's",
+        metavar="last:N",
+        parse=parse_blocks,
+    )
+    target: Target = setting(
+        "first_step",
+        "video that the Teacher judges at each step: the one-step prediction (the paper's), or the few-step video with"
+        " a gradient through its last step or through all of them",
+    )
 
-    Remedies against videos that please only the Teacher, all off: preserve asks for what the task does not change, by a
-    process question of the Teacher's (`QueryStyle.preservation_query`). frame_jitter >= 0, pixels by which the frames
-    are shifted, another way at each step. lora_decay >= 0, AdamW's weight decay. pull >= 0, weight of the mean squared
-    distance of the latents from what they were before the first update, beside the loss. final_samples >= 1: what is
-    optimised is a one-step prediction, which the later steps, with their own noise, may spoil; so many videos are
-    sampled in the end, which differ in that noise, and the one counts that the Teacher likes best. Raises InputError.
-    """
 
-    max_steps: int = 40
-    threshold: float = 0.22
-    goal_weight: float = 0.5
-    teacher_frames: int = 24
-    rank: int = 16
-    learning_rate: float = 5e-5
-    keep: Literal["last", "best"] = "last"
-    check_final: bool = False
-    fused_lora: bool = True
-    engine: Engine = "eager"
-    lora_blocks: str | None = None
-    target: Target = "first_step"
-    preserve: bool = False
-    frame_jitter: int = 0
-    lora_decay: float = 0.0
-    pull: float = 0.0
-    final_samples: int = 1
-    deterministic: bool = False
+@dataclass(frozen=True)
+class Execution:
+    """How the method is computed: the results agree to rounding."""
+
+    fused_lora: bool = setting(
+        True, "compute the LoRA layers and what stands between them by our operators, not by PEFT's and diffusers'"
+    )
+    engine: Engine = setting(
+        "eager", "run each step operator by operator, with compiled blocks of the Reasoner, or as a CUDA graph"
+    )
+    deterministic: bool = setting(False, "the same bytes for any number of threads: works on one thread, and is slower")
+
+
+@dataclass(frozen=True)
+class Remedies:
+    """Remedies against videos that please only the Teacher; all are off by default."""
+
+    preserve: bool = setting(False, "also ask the Teacher whether what the task does not change has stayed")
+    frame_jitter: int = setting(0, "shift the Teacher's frames by up to N pixels, differently at each step", least=0)
+    lora_decay: float = setting(0.0, "weight decay of the LoRA in AdamW", least=0)
+    pull: float = setting(
+        0.0, "weight of the mean squared distance of the latents from those before the first update", least=0
+    )
+    final_samples: int = setting(
+        1,
+        "few-step videos to sample at the end, with different noise after the first sampling step: the later steps may"
+        " spoil what was optimised, and the Teacher picks the best video",
+        least=1,
+    )
+
+
+GROUPS = (MethodSettings, Execution, Remedies)
+
+
+class Keywords(TypedDict, total=False):
+    """The settings as keywords of a call; None stands for the default of the pair, or else of the paper."""
+
+    # written by `python -m tools.settings`:
+    max_steps: int | None
+    threshold: float | None
+    goal_weight: float | None
+    teacher_frames: int | None
+    rank: int | None
+    learning_rate: float | None
+    keep: Literal['last', 'best'] | None
+    check_final: bool | None
+    lora_blocks: str | None
+    target: Target | None
+    fused_lora: bool | None
+    engine: Engine | None
+    deterministic: bool | None
+    preserve: bool | None
+    frame_jitter: int | None
+    lora_decay: float | None
+    pull: float | None
+    final_samples: int | None
+
+
+@dataclass(frozen=True)
+class Settings(Remedies, Execution, MethodSettings):
+    """All settings of a call (`GROUPS`). Raises InputError for a value of another type or out of its range."""
 
     def __post_init__(self) -> None:
-        whole = {"max_steps": 0, "teacher_frames": 1, "rank": 1, "frame_jitter": 0, "final_samples": 1}
-        for name, least in whole.items():
-            self._set(name, arguments.whole(name, getattr(self, name), least))
-        for name in ("check_final", "fused_lora", "preserve", "deterministic"):
-            self._set(name, arguments.flag(name, getattr(self, name)))
-        for name in ("threshold", "learning_rate", "goal_weight", "lora_decay", "pull"):
-            self._set(name, arguments.number(name, getattr(self, name)))
-        for name, choices in (("keep", ("last", "best")), ("target", get_args(Target)), ("engine", ENGINES)):
-            arguments.one_of(name, getattr(self, name), choices)
-        for name in ("threshold", "learning_rate"):
-            value = getattr(self, name)
-            if not 0 < value <= arguments.LARGEST_NUMBER:
-                raise InputError(f"{name} must be greater than 0 and at most {arguments.LARGEST_NUMBER:g}, not {value}")
-        for name in ("lora_decay", "pull"):
-            value = getattr(self, name)
-            if not 0 <= value <= arguments.LARGEST_NUMBER:
-                raise InputError(
-                    f"{name} must be 0 (off) or greater, at most {arguments.LARGEST_NUMBER:g}, not {value}"
-                )
-        if not 0 <= self.goal_weight <= 1:
-            raise InputError(f"goal_weight must lie between 0 and 1, not {self.goal_weight}")
+        for each in fields(self):
+            object.__setattr__(self, each.name, _checked(each, getattr(self, each.name)))
         if self.engine == "cuda_graph" and self.frame_jitter:
             raise InputError('frame_jitter changes from step to step, a CUDA graph does not: take engine "eager"')
-        if self.lora_blocks is not None:
-            parse_blocks(arguments.text("lora_blocks", self.lora_blocks))
-
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
 
     @classmethod
     def of(cls, values: object, source: str) -> Settings:
-        """Settings by name. Raises InputError, which names `source`, for what is no mapping or an unknown name."""
-        known = [field.name for field in fields(cls)]
+        """Settings from a mapping. Raises InputError, which names `source`, for another type or an unknown name."""
         if not isinstance(values, Mapping):
             raise InputError(f"{source} must be settings by name, not {arguments.show(values)}")
-        if unknown := [name for name in values if name not in known]:
+        if unknown := [name for name in values if name not in types()]:
             raise InputError(
-                f"{source}: there is no setting {arguments.show(unknown[0])}: it can be {', '.join(known)}"
+                f"{source}: there is no setting {arguments.show(unknown[0])}: it can be {', '.join(types())}"
             )
         return cls(**values)
 
+    def updated(self, **values: Unpack[Keywords]) -> Settings:
+        """These settings with the values that are not None. Raises TypeError for an unknown name."""
+        for name in values:
+            if name not in types():
+                raise TypeError(f"got an unexpected keyword argument {name!r}")
+        changes: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+        return replace(self, **changes)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@cache
+def types() -> dict[str, Any]:
+    """The type of each setting, in the order of the fields."""
+    hints = get_type_hints(Settings)
+    return {each.name: hints[each.name] for each in fields(Settings)}
+
+
+def choices(name: str) -> tuple[str, ...]:
+    """The values that a setting of type Literal can have; else nothing."""
+    return get_args(types()[name]) if get_origin(types()[name]) is Literal else ()
+
+
+def flag(entry: Field[Any]) -> str:
+    """The command-line flag of a setting."""
+    return entry.metadata["flag"] or "--" + entry.name.replace("_", "-")
+
+
+def range_text(entry: Field[Any]) -> str:
+    """The range of a number, for an error and for the docs."""
+    least, above, most = (entry.metadata[name] for name in ("least", "above", "most"))
+    if above is not None:
+        return f"greater than {above:g} and at most {most:g}"
+    if most < arguments.LARGEST_NUMBER:
+        return f"between {least:g} and {most:g}"
+    if types()[entry.name] is int:
+        return f"at least {least:g}"
+    return f"{least:g}{' (off)' if entry.default == least else ''} or greater, at most {most:g}"
+
+
+def _checked(entry: Field[Any], value: object) -> object:
+    """The value as the setting's type. Raises InputError, which names the setting."""
+    name, kind, known = entry.name, types()[entry.name], entry.metadata
+    if kind is bool:
+        return arguments.flag(name, value)
+    if kind is int:
+        return arguments.whole(name, value, known["least"])
+    if kind is float:
+        number = arguments.number(name, value)
+        low = known["least"] if known["above"] is None else known["above"]
+        if not (low <= number <= known["most"]) or number == known["above"]:
+            raise InputError(f"{name} must be {range_text(entry)}, not {number}")
+        return number
+    if choices(name):
+        return arguments.one_of(name, value, choices(name))
+    if value is not None:
+        known["parse"](arguments.text(name, value))
+    return value
+
+
+def add_flags(parser: Any, *names: str) -> None:
+    """Add the command-line flags of these settings, or of all, to an argparse parser; a flag left out is None."""
+    for each in fields(Settings):
+        if names and each.name not in names:
+            continue
+        kind = types()[each.name]
+        options: dict[str, Any] = {"metavar": each.metadata["metavar"]}
+        if kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif kind in (int, float):
+            options = {"type": kind, "metavar": "N" if kind is int else "X"}
+        elif choices(each.name):
+            options = {"choices": choices(each.name)}
+        parser.add_argument(flag(each), dest=each.name, default=None, help=each.metadata["help"], **options)
+
+
+def given(namespace: argparse.Namespace) -> Keywords:
+    """The settings that were given on the command line."""
+    values = {name: getattr(namespace, name, None) for name in types()}
+    return cast(Keywords, {name: value for name, value in values.items() if value is not None})

@@ -84,8 +84,8 @@ class Bench:
         if method.many_step:
             self.find_many_step()
         if self.lora_blocks is not None:
-            from vlmteacher.lora.adapter import parse_blocks
             from vlmteacher.pipeline import read_pair
+            from vlmteacher.settings import parse_blocks
 
             if method.name != "teacher":
                 raise InputError(f"lora_blocks {self.lora_blocks} is of the method teacher, not of {method.name}")

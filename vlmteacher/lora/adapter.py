@@ -12,6 +12,7 @@ from vlmteacher.errors import InputError
 from vlmteacher.lora.formats import LoRA, diffusers_bytes
 from vlmteacher.lora.formats import merge_lora as merge_lora  # it can be imported from here too
 from vlmteacher.reasoners.checkpointing import block_list
+from vlmteacher.settings import parse_blocks
 from vlmteacher.state import check_like
 
 ADAPTER = "default"
@@ -109,14 +110,6 @@ def lora_size(transformer: nn.Module, rank: int, blocks: str | None = None) -> i
         and check_target_module_exists(config, name)
         and not (first and int(name.split(".")[1]) < first)
     )
-
-
-def parse_blocks(text: str) -> int:
-    """The n of "last:n". Raises InputError."""
-    name, _, count = text.partition(":")
-    if name != "last" or not count.isdecimal() or int(count) < 1:
-        raise InputError(f"lora_blocks must be of the form last:n, n at least 1, not {text!r}")
-    return int(count)
 
 
 def frozen_blocks(transformer: Any, blocks: str | None) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
@@ -17,13 +17,13 @@ from torch import Tensor
 from vlmteacher.errors import InputError
 from vlmteacher.optimization.memory_ladder import is_out_of_memory
 from vlmteacher.reasoners.checkpointing import Keep, block_list, kept_levels
+from vlmteacher.settings import Engine
 
 if TYPE_CHECKING:
     from vlmteacher.optimization.loop import Optimization
     from vlmteacher.reasoners.base import Reasoner
     from vlmteacher.teachers.base import Teacher
 
-Engine = Literal["eager", "compile", "cuda_graph"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 WARM_UP_STEPS = 2  # real ones; they fill every cache that a graph must not fill, and make the optimiser's state
 

@@ -22,6 +22,7 @@ from vlmteacher.errors import InputError
 from vlmteacher.files import check_number, check_text, read_json
 from vlmteacher.media import ImageInput, fit_image
 from vlmteacher.reasoners import few_step
+from vlmteacher.settings import Target
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,6 @@ class Noise:
 
 
 Sampler = Literal["renoise", "euler"]
-Target = Literal["first_step", "last_step", "full"]
 
 
 def even_timesteps(steps: int) -> tuple[float, ...]:

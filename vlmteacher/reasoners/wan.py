@@ -28,8 +28,9 @@ from vlmteacher.checkpoints.pretrained import load_network, load_processor, load
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput, fit_image, read_image
 from vlmteacher.prompts import check_cut, check_prompt, tokenize
-from vlmteacher.reasoners.base import Condition, Reasoner, Settings, Target, with_first_frame
+from vlmteacher.reasoners.base import Condition, Reasoner, Settings, with_first_frame
 from vlmteacher.reasoners.parts import load_transformers
+from vlmteacher.settings import Target
 
 TEXT_TOKENS = 512  # what diffusers' attention counts on where image features stand before the text
 
