@@ -20,7 +20,8 @@ TABLE = "<!-- written by `python -m tools.settings` -->\n", "<!-- end -->"
 def keywords() -> str:
     """The body of `Keywords`."""
     names = [each for group in settings.GROUPS for each in fields(group)]
-    return "".join(f"    {each.name}: {str(each.type).removesuffix(' | None')} | None\n" for each in names)
+    kinds = [str(each.type).removesuffix(" | None").replace("'", '"') for each in names]
+    return "".join(f"    {each.name}: {kind} | None\n" for each, kind in zip(names, kinds, strict=True))
 
 
 def table() -> str:

@@ -117,7 +117,7 @@ class Keywords(TypedDict, total=False):
     teacher_frames: int | None
     rank: int | None
     learning_rate: float | None
-    keep: Literal['last', 'best'] | None
+    keep: Literal["last", "best"] | None
     check_final: bool | None
     lora_blocks: str | None
     target: Target | None
