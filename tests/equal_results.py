@@ -41,7 +41,7 @@ CASES = {
     "pass": [[*BENCH, "--method", "pass@5", "--split", "ood", "--limit", "4"]],
     "goal-only": [[*BENCH, "--method", "goal-only", "--limit", "2"]],
     "export": [["microworld", "export", "--out", "{out}/data", "--count", "20", "--flawed"]],
-    "plan": [["plan", "--json"]],
+    "plan": [["plan", "--json", "--reasoner", "packaged", "--teacher", "packaged"]],
 }
 CLOCK = re.compile(r"seconds|time|version|per_instance|s_per|wall|date|path|out$|threads|memory")
 
