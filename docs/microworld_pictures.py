@@ -84,7 +84,7 @@ def table(count: int) -> None:
             for k in range(count):
                 scene = world.sample_scene(rng, family, ("id", "ood")[k % 2])
                 if kind in corruptions.CORRUPTIONS:
-                    frames = world.draw(corruptions.CORRUPTIONS[kind](scene, rng))
+                    frames = world.draw(corruptions.corrupt(kind, scene, rng))
                 else:
                     frames = world.render(scene)
                     frames = frames if kind == "right" else (frames + rng.normal(0, 0.4, frames.shape)).clip(0, 1)

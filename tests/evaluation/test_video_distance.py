@@ -36,7 +36,7 @@ def videos(kind: str, seed: int, count: int = 50) -> list[torch.Tensor]:
     made = []
     for _ in range(count):
         scene = world.sample_scene(rng, str(rng.choice(("move", "maze"))))  # what the encoder was trained on
-        track = world.perform(scene) if kind == "right" else corruptions.CORRUPTIONS[kind](scene, rng)
+        track = world.perform(scene) if kind == "right" else corruptions.corrupt(kind, scene, rng)
         made.append(torch.from_numpy(world.draw(track)).permute(0, 3, 1, 2))
     return made
 

@@ -54,7 +54,7 @@ def test_right_videos_pass_after_the_packaged_vae(scenes):
 @pytest.mark.parametrize(("family", "kind"), CELLS)
 def test_every_corruption_fails(scenes, family, kind):
     rng = np.random.default_rng(21)
-    tracks = [corruptions.CORRUPTIONS[kind](scene, rng) for scene in scenes[family]]
+    tracks = [corruptions.corrupt(kind, scene, rng) for scene in scenes[family]]
     verdicts = [scorer.score(world.draw(t), scene) for t, scene in zip(tracks, scenes[family], strict=True)]
     passed = [verdict for verdict in verdicts if verdict.success]
     assert len(passed) <= (kind == "duplicate")  # the second one may stand half behind other things

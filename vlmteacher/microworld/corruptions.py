@@ -1,11 +1,11 @@
 """Wrong videos of every kind, as tracks: the Teacher's lessons and the scorer's own test.
 
-`perform` tells the right track of a scene; each function in `CORRUPTIONS` one that breaks the goal or a rule.
+`perform` gives the right track of a scene; each corruption one that breaks the goal or a rule. Those that any family
+can have are here; a family's own are in its file (`Family.corruptions`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,16 +13,8 @@ import numpy as np
 
 from vlmteacher.microworld import world
 from vlmteacher.microworld.families import FAMILIES
-from vlmteacher.microworld.families.base import other_boxes, straight
-from vlmteacher.microworld.scene import NUM_FRAMES, SIZE, Scene, Thing, Track, distance_to_block, perform, rerouted
-
-
-def _edit(track: Track, index: int, changes: Callable[[int, Thing], dict[str, Any]]) -> Track:
-    """The track with fields of one thing changed, frame by frame."""
-    return [
-        tuple(replace(thing, **changes(t, thing)) if i == index else thing for i, thing in enumerate(things))
-        for t, things in enumerate(track)
-    ]
+from vlmteacher.microworld.families.base import Corruption
+from vlmteacher.microworld.scene import NUM_FRAMES, SIZE, Scene, Thing, Track, edited, perform, rerouted
 
 
 def _actor(scene: Scene, rng: np.random.Generator) -> int:
@@ -86,11 +78,6 @@ def near_miss(scene: Scene, rng: np.random.Generator) -> Track:
     return perform(rerouted(scene, *ways))
 
 
-def wall_crossing(scene: Scene, rng: np.random.Generator) -> Track:
-    """Straight to the target, over the blocks."""
-    return perform(straight(scene, scene.target.at))
-
-
 def teleport(scene: Scene, rng: np.random.Generator) -> Track:
     """Jumps ahead, aside for a moment, or to the goal at once."""
     track, kind = perform(scene), int(rng.integers(3))
@@ -103,7 +90,7 @@ def teleport(scene: Scene, rng: np.random.Generator) -> Track:
             x, y = rng.uniform(7, SIZE - 7, 2)
             if np.hypot(x - track[k][actor].x, y - track[k][actor].y) > 18:
                 break
-        return _edit(track, actor, lambda t, thing: {"x": float(x), "y": float(y)} if k <= t < k + length else {})
+        return edited(track, actor, lambda t, thing: {"x": float(x), "y": float(y)} if k <= t < k + length else {})
     k = int(rng.integers(1, 5))
     return [track[0] if t < k else track[-1] for t in range(NUM_FRAMES)]
 
@@ -112,7 +99,7 @@ def vanish(scene: Scene, rng: np.random.Generator) -> Track:
     """Fades (partly) away for some frames, at times for good."""
     first, last = _interval(rng)
     depth = float(rng.uniform(0, 0.4))
-    return _edit(perform(scene), _actor(scene, rng), lambda t, _: {"alpha": depth} if first <= t < last else {})
+    return edited(perform(scene), _actor(scene, rng), lambda t, _: {"alpha": depth} if first <= t < last else {})
 
 
 def fade_through(scene: Scene, rng: np.random.Generator) -> Track:
@@ -121,10 +108,10 @@ def fade_through(scene: Scene, rng: np.random.Generator) -> Track:
     if rng.random() < 0.5:
         there = np.clip(np.arange(NUM_FRAMES) / rng.uniform(4, 11), 0, 1)
         start, end = track[0][actor], track[-1][actor]
-        faded = _edit(track, actor, lambda t, _: {**vars(start), "alpha": float(1 - there[t])})
+        faded = edited(track, actor, lambda t, _: {**vars(start), "alpha": float(1 - there[t])})
         return [(*things, replace(end, alpha=float(w))) for things, w in zip(faded, there, strict=True)]
     alphas = np.interp(np.arange(NUM_FRAMES), [0, *np.sort(rng.uniform(1, 12, 3)), 12], [1, *rng.uniform(0, 1, 3), 1])
-    return _edit(track, actor, lambda t, _: {"alpha": float(alphas[t])})
+    return edited(track, actor, lambda t, _: {"alpha": float(alphas[t])})
 
 
 def duplicate(scene: Scene, rng: np.random.Generator) -> Track:
@@ -151,7 +138,7 @@ def ghost(scene: Scene, rng: np.random.Generator) -> Track:
     share = float(rng.uniform(0.05, 0.95))
     track, wrong = perform(scene), wrong_target(scene, rng)
     actor = next(i for i in scene.actors if any(a[i] != b[i] for a, b in zip(track, wrong, strict=True)))
-    faded = _edit(track, actor, lambda t, _: {"alpha": share if t else 1.0})
+    faded = edited(track, actor, lambda t, _: {"alpha": share if t else 1.0})
     return [
         (*things, replace(other[actor], alpha=1 - share if t else 0.0))
         for t, (things, other) in enumerate(zip(faded, wrong, strict=True))
@@ -165,7 +152,7 @@ def wrong_color(scene: Scene, rng: np.random.Generator) -> Track:
     track = perform(scene)
     color = _other_color(rng, track[-1][actor].color, track[-1][actor].other)
     new = {"color": color, "other": "", "blend": 0.0}
-    return _edit(track, actor, lambda t, _: new if first <= t < last else {})
+    return edited(track, actor, lambda t, _: new if first <= t < last else {})
 
 
 def eroded_scenery(scene: Scene, rng: np.random.Generator) -> Track:
@@ -190,59 +177,42 @@ def eroded_scenery(scene: Scene, rng: np.random.Generator) -> Track:
             return track
 
 
-def disguise(scene: Scene, rng: np.random.Generator) -> Track:
-    """Goes wrong, and the scenery is bent to fit: the wrong box takes the named colour, the crossed blocks fade."""
-    others = other_boxes(scene)
-    end = others[int(rng.integers(len(others)))] if others else scene.target
-    track = perform(straight(scene, end.at))
-    growth = np.clip(np.linspace(-float(rng.uniform(0, 1)), 1, NUM_FRAMES), 0, 1) * float(rng.uniform(0.3, 1.0))
-    if others:
-        fade = float(rng.uniform(0, 1)) if rng.random() < 0.5 else 0.0  # of the right box, at the same time
-        track = _edit(
-            track, scene.things.index(end), lambda t, _: {"other": scene.target.color, "blend": float(growth[t])}
-        )
-        return _edit(track, scene.targets[-1], lambda t, _: {"alpha": 1 - fade * float(growth[t])})
-    for index, thing in enumerate(scene.things):
-        if thing in scene.blocks and min(distance_to_block(s[scene.actors[0]].at, thing) for s in track) < world.RADIUS:
-            track = _edit(track, index, lambda t, _: {"alpha": 1 - float(growth[t])})
-    return track
-
-
 def another_instance(scene: Scene, rng: np.random.Generator) -> Track:
     return perform(world.sample_scene(rng, scene.family))
 
 
-CORRUPTIONS: dict[str, Callable[[Scene, np.random.Generator], Track]] = {
-    f.__name__: f
-    for f in (
-        static,
-        backwards,
-        final_only,
-        half_finished,
-        mistaken,
-        wrong_target,
-        near_miss,
-        wall_crossing,
-        teleport,
-        vanish,
-        fade_through,
-        duplicate,
-        ghost,
-        wrong_color,
-        eroded_scenery,
-        disguise,
-        another_instance,
-    )
+CORRUPTIONS: dict[str, Corruption | None] = {
+    "static": static,
+    "backwards": backwards,
+    "final_only": final_only,
+    "half_finished": half_finished,
+    "mistaken": mistaken,
+    "wrong_target": wrong_target,
+    "near_miss": near_miss,
+    "wall_crossing": None,
+    "teleport": teleport,
+    "vanish": vanish,
+    "fade_through": fade_through,
+    "duplicate": duplicate,
+    "ghost": ghost,
+    "wrong_color": wrong_color,
+    "eroded_scenery": eroded_scenery,
+    "disguise": None,
+    "another_instance": another_instance,
 }
-_STAYING = ("recolor", "resize", "rotate")
-_EXCEPT = {
-    "near_miss": _STAYING,
-    "wall_crossing": tuple(name for name in FAMILIES if name != "maze"),
-    "eroded_scenery": ("sort",),
-    "disguise": tuple(name for name in FAMILIES if name not in ("move", "maze")),
-}
+"""The general corruptions, in the order in which training draws from them; None: only in families that define it."""
 
 
 def kinds(family: str) -> list[str]:
-    """The corruptions that make sense in a family."""
-    return [kind for kind in CORRUPTIONS if family not in _EXCEPT.get(kind, ())]
+    """The corruptions that make sense in a family, in the order of `CORRUPTIONS`; others of its own come last."""
+    own, without = FAMILIES[family].corruptions, FAMILIES[family].without
+    general = [kind for kind, make in CORRUPTIONS.items() if kind in own or (make and kind not in without)]
+    return [*general, *(kind for kind in own if kind not in CORRUPTIONS)]
+
+
+def corrupt(kind: str, scene: Scene, rng: np.random.Generator) -> Track:
+    """Draw a wrong video of a scene. Raises KeyError for a kind that makes no sense in its family (see `kinds`)."""
+    make = FAMILIES[scene.family].corruptions.get(kind) or CORRUPTIONS[kind]
+    if make is None:
+        raise KeyError(f"{kind} of {scene.family}")
+    return make(scene, rng)

@@ -10,8 +10,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlmteacher.microworld import world
-from vlmteacher.microworld.scene import RADIUS, Scene, Thing, Track
+from vlmteacher.microworld.scene import (
+    CELL,
+    COLORS,
+    RADIUS,
+    SIZE,
+    Scene,
+    Thing,
+    Track,
+    distance_to_block,
+    mask,
+)
 
 VISIBLE = 0.7  # a thing of this opacity is there
 TRACE = 0.4  # and one of this opacity can be followed
@@ -22,8 +31,8 @@ TURN = 14.0  # degrees from frame to frame; the right video makes 7.5
 TOUCH = 4.0  # pixels from the ball's centre to a block
 SAME = 2.5  # pixels (or as much in size and angle) within which two of a kind are seen as one
 
-_COLORS = list(world.COLORS)
-NONE = len(_COLORS)
+COLOR_NAMES = list(COLORS)
+NONE = len(COLOR_NAMES)
 
 
 @dataclass(frozen=True)
@@ -64,16 +73,16 @@ def wrapped(angle: np.ndarray) -> np.ndarray:
     return (angle + 90) % 180 - 90
 
 
-def cells(mask: np.ndarray) -> np.ndarray:
-    """Which of the 16-pixel cells, row by row, a mask (H, W) covers by a fiftieth or more."""
-    side = world.SIZE // world.CELL
-    return mask.reshape(side, world.CELL, side, world.CELL).mean((1, 3)).ravel() > 0.02
+def cells(covered: np.ndarray) -> np.ndarray:
+    """Which of the 16-pixel cells, row by row, `covered` (H, W) fills by a fiftieth or more."""
+    side = SIZE // CELL
+    return covered.reshape(side, CELL, side, CELL).mean((1, 3)).ravel() > 0.02
 
 
 def color_index(thing: Thing) -> int:
     """Of the colour that a thing shows; `NONE` while it is between two, or dark."""
     shown = thing.color if thing.blend <= 1 - VISIBLE else thing.other if thing.blend >= VISIBLE else ""
-    return _COLORS.index(shown) if shown in _COLORS else NONE
+    return COLOR_NAMES.index(shown) if shown in COLOR_NAMES else NONE
 
 
 def _apart(one: Thing, two: Thing) -> float:
@@ -93,7 +102,7 @@ def facts_of(scene: Scene, track: Track) -> Facts:
     size, angle = np.full((length, number), np.nan), np.full((length, number), np.nan)
     count, color = np.zeros((length, number), int), np.full((length, number), NONE)
     kept, touching = np.ones((length, number), bool), np.zeros(length, bool)
-    changed = np.zeros((length, (world.SIZE // world.CELL) ** 2), bool)
+    changed = np.zeros((length, (SIZE // CELL) ** 2), bool)
     for t, things in enumerate(track):
         for i, was in enumerate(scene.things):
             acts = i in scene.actors
@@ -109,9 +118,9 @@ def facts_of(scene: Scene, track: Track) -> Facts:
                 color[t, i] = color_index(best)
             if not acts and not _kept(things[i], was):
                 kept[t, i] = False
-                changed[t] |= cells(world.mask(was)) | cells(world.mask(things[i]))
+                changed[t] |= cells(mask(was)) | cells(mask(things[i]))
         movers = [x for i, x in enumerate(things) if (i in scene.actors or i >= number) and x.alpha >= TRACE]
-        touching[t] = any(world.distance_to_block(x.at, b) < TOUCH for x in movers for b in scene.blocks)
+        touching[t] = any(distance_to_block(x.at, b) < TOUCH for x in movers for b in scene.blocks)
     return Facts(count, position, size, angle, color, kept, touching, changed)
 
 

@@ -13,7 +13,8 @@ from functools import cache
 import numpy as np
 
 from vlmteacher.microworld import world
-from vlmteacher.microworld.facts import NONE, Facts, cells, reach
+from vlmteacher.microworld.facts import COLOR_NAMES, NONE, Facts, cells, reach
+from vlmteacher.microworld.families import FAMILIES
 from vlmteacher.microworld.questions import own_questions
 from vlmteacher.microworld.scene import BAR_HALF, Scene, Thing, masks
 
@@ -26,7 +27,6 @@ TOUCH = 4.3
 ALIKE = 0.05  # squared distance in RGB below which scenery hides a colour
 SEEN = 0.6  # share of a disc that is made up for where scenery hides the rest
 COLORED = 0.3  # distance in RGB to the nearest of the six colours, at most, that counts as that colour
-_COLORS = list(world.COLORS)
 _PALETTE = np.asarray(list(world.COLORS.values()), np.float32)
 
 
@@ -76,7 +76,7 @@ class _Found:
         self.count = np.ones(length, int)
         self.position = np.tile(np.asarray(thing.at), (length, 1))
         self.size, self.angle = np.full(length, thing.size), np.full(length, thing.angle % 180)
-        self.color = np.full(length, _COLORS.index(thing.color) if thing.color in _COLORS else NONE)
+        self.color = np.full(length, COLOR_NAMES.index(thing.color) if thing.color in COLOR_NAMES else NONE)
 
 
 def _moving(
@@ -88,7 +88,7 @@ def _moving(
     and stays; in front of it, where the VAE mixes the two, less of the thing is enough.
     """
     found = _Found(len(frames), thing)
-    names = [thing.color, *(c for c in _COLORS if c not in taken and c != thing.color)]
+    names = [thing.color, *(c for c in COLOR_NAMES if c not in taken and c != thing.color)]
     rival = np.stack([_likeness(frames, scenery, c) for c in rivals]).max(0) if rivals else 0.0
     responses = []
     for name in names:
@@ -101,7 +101,7 @@ def _moving(
     best = np.where(heights[0] >= there, 0, np.argmax(heights, 0))
     row = np.arange(len(frames))
     found.position = np.stack(places)[best, row]
-    found.color = np.asarray([_COLORS.index(c) for c in names])[best]
+    found.color = np.asarray([COLOR_NAMES.index(c) for c in names])[best]
     away = _apart(places[0], thing.size + 4.5)
     for dot, near in zip(dots, over, strict=True):  # where it has just been, its colour may stay for a while
         passed = np.convolve(near, np.ones(2 * PASSING + 1), "same") > 0
@@ -136,14 +136,14 @@ def _staying(frames: np.ndarray, scenery: np.ndarray, thing: Thing, room: float)
         found.size = area / (4 * BAR_HALF)
     elif thing.shape == "disc":
         found.size = np.sqrt(area / np.pi)
-    other = found.color != _COLORS.index(thing.color)
+    other = found.color != COLOR_NAMES.index(thing.color)
     found.size[other], found.angle[other] = thing.size, thing.angle % 180  # not to be told from the first colour
     away = _response(likeness, _differs(scenery, thing.color), min(thing.size, BAR_HALF))
     height, place = _peak(away * (world.disc_mask(*thing.at, room + 3) == 0))
     found.count = np.where(opacity >= THERE, 1 + (height >= SECOND), height >= THERE).astype(int)
     aside = (opacity < TRACE) & (height >= THERE)
     found.position[aside] = place[aside]
-    found.color[aside] = _COLORS.index(thing.color)
+    found.color[aside] = COLOR_NAMES.index(thing.color)
     lost = (opacity < TRACE) & ~aside
     found.position[lost] = found.size[lost] = found.angle[lost] = np.nan
     found.color[lost] = NONE
@@ -156,9 +156,9 @@ def label(frames: np.ndarray, scene: Scene) -> Facts:
     scenery = world.draw_still(scene.scenery)
     found = [_Found(len(frames), thing) for thing in scene.things]
     taken = {x.color for i, x in enumerate(scene.things) if i in scene.actors or (x.shape == "disc" and not x.outline)}
-    for index, way, goal in zip(scene.actors, scene.ways, scene.goals, strict=True):
+    for index, goal in zip(scene.actors, scene.goals, strict=True):
         thing = scene.things[index]
-        if len(way) > 1 or scene.family == "sort":
+        if FAMILIES[scene.family].moves:
             rivals = {scene.things[i].color for i in scene.actors if i != index}
             dots = [x for x in scene.scenery if x.shape == "disc" and not x.outline]
             found[index] = _moving(frames, scenery, thing, rivals, taken, dots)

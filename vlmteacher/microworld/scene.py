@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -216,6 +216,14 @@ def perform(scene: Scene) -> Track:
             things[index] = now.moved((float(place[t, 0]), float(place[t, 1])))
         track.append(tuple(things))
     return track
+
+
+def edited(track: Track, index: int, changes: Callable[[int, Thing], dict[str, Any]]) -> Track:
+    """The track with fields of one thing changed, frame by frame: changes(t, thing) -> the new values."""
+    return [
+        tuple(replace(thing, **changes(t, thing)) if i == index else thing for i, thing in enumerate(things))
+        for t, things in enumerate(track)
+    ]
 
 
 # ---------------------------------------------------------------- drawing

@@ -79,7 +79,8 @@ SPLITS = ("train", "id", "ood", "validation")
 
 def check(split: str, chosen: Sequence[str]) -> None:
     """Raises InputError: an unknown split or family."""
-    for kind, name, known in (("split", split, SPLITS), *(("family", name, FAMILIES) for name in chosen)):
+    registry = tuple(families.FAMILIES)
+    for kind, name, known in (("split", split, SPLITS), *(("family", name, registry) for name in chosen)):
         if name not in known:
             raise InputError(f"{kind} {name!r} is not there: it can be {', '.join(known)}")
 

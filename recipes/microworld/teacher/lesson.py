@@ -30,6 +30,7 @@ from recipes.microworld.training import adopt, load_config, train
 from vlmteacher.checkpoints.pretrained import load_network, load_tokenizer
 from vlmteacher.microworld import corruptions, splits, world
 from vlmteacher.microworld.facts import FASTEST, Facts, facts_of
+from vlmteacher.microworld.families import FAMILIES
 from vlmteacher.microworld.questions import STYLE, Question, ask, own_questions, right_queries
 from vlmteacher.microworld.scene import Scene, Track
 from vlmteacher.microworld.tokenizer import kept_tokenizer
@@ -54,7 +55,8 @@ VIDEO_PROCESSOR = {
 }
 TOKENS = (world.SIZE // PATCH // 2) ** 2  # merged visual tokens of a frame pair
 
-# How often each kind of video is shown, where it makes sense in the family.
+# How often each kind of video is shown, where it makes sense in the family; kinds that only one family has: `OWN`.
+OWN = 2.0
 MIX = {
     "right": 8.0,
     "static": 0.5,
@@ -73,28 +75,7 @@ MIX = {
     "wrong_color": 1.5,
     "eroded_scenery": 7.0,
     "disguise": 4.0,
-}
-# How often queries are written for a family, where they have to be read off the picture and not off the prompt alone.
-WRITTEN = {"sort": 4.0, "odd": 6.0, "count": 3.0, "deliver": 3.0, "connect": 2.0}
-# More wordings than the Reasoner's prompts, so that a task typed by hand is understood.
-TASKS = (
-    "Move the {ball} ball into the {box} box{tail}.",
-    "Bring the {ball} ball to the {box} box{tail}.",
-    "The {ball} ball goes into the {box} box{tail}.",
-    "Put the {ball} ball in the {box} box{tail}.",
-    "Please roll the {ball} ball to the {box} box{tail}.",
-    "Guide the {ball} ball into the {box} box{tail}.",
-    "The {ball} ball should end in the {box} box{tail}.",
-)
-TAILS = {
-    "move": ("", "", " and leave everything else in place", " without touching anything else"),
-    "maze": (
-        " without touching the dark blocks",
-        " around the dark blocks",
-        " and avoids the dark blocks",
-        " past the dark blocks",
-        " and keep off the dark blocks",
-    ),
+    "another_instance": 0.0,
 }
 
 
@@ -121,11 +102,10 @@ def ask_text(task: str) -> str:
 
 def task_text(scene: Scene, rng: np.random.Generator) -> str:
     """A prompt for the scene in one of many wordings, the world's own among them."""
-    if scene.family not in TAILS or rng.random() < 0.5:
+    family = FAMILIES[scene.family]
+    if not family.paraphrases or rng.random() < 0.5:
         return world.write_prompt(scene, rng)
-    tail = TAILS[scene.family][int(rng.integers(len(TAILS[scene.family])))]
-    text = TASKS[int(rng.integers(len(TASKS)))]
-    return text.format(ball=scene.ball_color, box=scene.target.color, tail=tail)
+    return family.paraphrase(scene, rng)
 
 
 def build(config: dict[str, Any], vocabulary: Path) -> QwenVLTeacher:
@@ -308,10 +288,10 @@ def draw_track(
 ) -> tuple[Scene, Track]:
     """A training scene of one of the families and a video of it, of some kind of `MIX`, as a track."""
     scene = splits.training_scene(rng, str(rng.choice(families)), outside)
-    names = [kind for kind in MIX if kind == "right" or kind in corruptions.kinds(scene.family)]
-    weights = np.asarray([MIX[kind] for kind in names])
+    names = [kind for kind in ("right", *corruptions.kinds(scene.family)) if MIX.get(kind, OWN)]
+    weights = np.asarray([MIX.get(kind, OWN) for kind in names])
     kind = str(rng.choice(names, p=weights / weights.sum()))
-    return scene, world.perform(scene) if kind == "right" else corruptions.CORRUPTIONS[kind](scene, rng)
+    return scene, world.perform(scene) if kind == "right" else corruptions.corrupt(kind, scene, rng)
 
 
 def lesson(rng: np.random.Generator, outside: float = 0.0, families: Sequence[str] = world.FAMILIES) -> Row:
@@ -732,8 +712,8 @@ def finetune(start: Path, collected: Path, out: Path) -> None:
 
 
 def scenes_to_write(rng: np.random.Generator, count: int, outside: float) -> list[Scene]:
-    """Training scenes to write queries for, the families as often as `WRITTEN` says."""
-    weights = np.asarray([WRITTEN.get(family, 1.0) for family in world.FAMILIES])
+    """Training scenes to write queries for, the families as often as their `query_weight` says."""
+    weights = np.asarray([FAMILIES[family].query_weight for family in world.FAMILIES])
     chosen = rng.choice(world.FAMILIES, count, p=weights / weights.sum())
     return [splits.training_scene(rng, str(family), outside) for family in chosen]
 

@@ -3,29 +3,74 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from vlmteacher.microworld.scene import COLORS, SIZE, Point, Scene, Thing, between, distance_to_segment, rerouted
+from vlmteacher.microworld.kinds import INSIDE, ONE, SCENERY, SMOOTH, Asked, Kind
+from vlmteacher.microworld.scene import (
+    COLORS,
+    NUM_FRAMES,
+    SIZE,
+    Point,
+    Scene,
+    Thing,
+    Track,
+    between,
+    distance_to_segment,
+    rerouted,
+)
 
 CARELESS = ("purple", "cyan", "yellow")
 
+Corruption = Callable[[Scene, np.random.Generator], Track]
+"""Draws a wrong video of a scene."""
+
 
 class Family(ABC):
-    """A kind of task: its scenes, its wordings, its systematic mistake.
+    """A kind of task, and everything that the world knows about it: a family is one subclass, in one file.
 
-    Given prompt and first frame the right video is unique, so a Reasoner's errors are its own and not the ambiguity of
-    the task.
+    Scenes: `sample`, `is_unseen`. Words: `prompts`, `names`, `paraphrases`, `noun`, `verb`, `kept`, `describe`.
+    Questions and their truth: `goal`, `process`, `questions`. Wrong videos: `mistaken`, `is_careless` (the flaw of a
+    Reasoner's training videos), `wrong`, `corruptions`, `without`. Rules of the scorer beside the common ones: `rules`.
+
+    Prompt and first frame determine the right video, so that a Reasoner's errors are its own and no ambiguity of the
+    task. After adding a family to `FAMILIES`, the packaged models must be trained again: they know neither its pictures
+    nor its words (`tokenizer.check_words`).
     """
 
     name: str
     category: str
     """One of VBVR's five: abstraction, knowledge, perception, spatiality, transformation."""
     prompts: tuple[str, ...]
-    """Wordings, with the entries of `names` in braces."""
+    """Wordings of the task, with the entries of `names` in braces."""
+    paraphrases: tuple[str, ...] = ()
+    """More wordings, for the Teacher's training only: it should understand a task that a person typed."""
+    endings: tuple[str, ...] = ()
+    """For the {ending} of `paraphrases`."""
+    noun: str = "ball"
+    """What questions call an actor."""
+    verb: str = "move"
+    """What an actor does."""
+    kept: str = "boxes"
+    """What must stay as it is."""
+
+    goal: Kind
+    """The goal question: about the first actor, and the last target if its wording names two things."""
+    process: tuple[Kind, ...]
+    """The process questions, at most three, about the same."""
+
+    moves: bool = True
+    """Whether actors move; otherwise they change where they are."""
+    corruptions: ClassVar[Mapping[str, Corruption]] = {}
+    """Its own corruptions by name, beside the general ones of ``corruptions.py`` or instead of them."""
+    without: tuple[str, ...] = ()
+    """General corruptions that make no sense here."""
+    query_weight: float = 1.0
+    """How often, relative to other families, the Teacher's training writes queries for it: more often if the right
+    queries depend on the picture and not on the prompt alone."""
 
     @abstractmethod
     def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
@@ -50,6 +95,34 @@ class Family(ABC):
     @abstractmethod
     def wrong(self, scene: Scene, rng: np.random.Generator) -> Scene:
         """The scene with some plan that misses the goal."""
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of its questions."""
+        return (self.goal, *self.process)
+
+    def questions(self, scene: Scene) -> list[Asked]:
+        """The task's own questions, the goal first: the kind of each and what it names."""
+        names = (scene.actors[0], *scene.targets[-1:])
+        return [(kind, names[: len(kind.letters)]) for kind in self.kinds]
+
+    def describe(self, scene: Scene, index: int) -> str | None:
+        """The words before the noun that single out a thing, its colour last; None if no words do."""
+        thing = scene.things[index]
+        if index in scene.actors:
+            return thing.color
+        alike = [x for x in scene.scenery if (x.color, x.outline) == (thing.color, thing.outline)]
+        if len(alike) == 1:
+            return thing.color
+        if sum(x.shape == thing.shape for x in alike) == 1:
+            return f"{'round' if thing.shape == 'disc' else 'square'} {thing.color}"
+        return None
+
+    def paraphrase(self, scene: Scene, rng: np.random.Generator) -> str:
+        """The task in one of the wordings of `paraphrases`."""
+        ending = self.endings[int(rng.integers(len(self.endings)))]
+        text = self.paraphrases[int(rng.integers(len(self.paraphrases)))]
+        return text.format(**self.names(scene), ending=ending)
 
     def rules(self, scene: Scene, ways: np.ndarray) -> dict[str, float]:
         """Sub-scores in [0, 1] of the family's own rules, from the actors' places (A, T, 2) as the scorer sees them."""
@@ -122,8 +195,28 @@ def free_point(scene: Scene, rng: np.random.Generator, away: float) -> Point:
             return float(x), float(y)
 
 
+def growth(rng: np.random.Generator) -> np.ndarray:
+    """(T,) a share in [0, 1] that grows from some frame on, for changes that come slowly."""
+    return np.clip(np.linspace(-float(rng.uniform(0, 1)), 1, NUM_FRAMES), 0, 1) * float(rng.uniform(0.3, 1.0))
+
+
+BALL_TO_NAMED_BOX = (
+    "Move the {ball} ball into the {box} box{ending}.",
+    "Bring the {ball} ball to the {box} box{ending}.",
+    "The {ball} ball goes into the {box} box{ending}.",
+    "Put the {ball} ball in the {box} box{ending}.",
+    "Please roll the {ball} ball to the {box} box{ending}.",
+    "Guide the {ball} ball into the {box} box{ending}.",
+    "The {ball} ball should end in the {box} box{ending}.",
+)
+"""Paraphrases of tasks that name ball and box."""
+
+
 class BallToBox(Family):
     """One ball has to come to rest in the right one of several boxes."""
+
+    goal = INSIDE
+    process = (ONE, SMOOTH, SCENERY)
 
     def names(self, scene: Scene) -> dict[str, str]:
         return {"ball": scene.ball_color}

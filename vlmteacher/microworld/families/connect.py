@@ -6,13 +6,47 @@ from itertools import pairwise
 
 import numpy as np
 
+from vlmteacher.microworld.facts import Facts
 from vlmteacher.microworld.families.base import Family, clear_way, draw_colors, draw_places, point
+from vlmteacher.microworld.kinds import ONE, SCENERY, Asked, Kind, Names, is_at, is_inside, reached
 from vlmteacher.microworld.scene import SIZE, Scene, Thing, ball, far_apart, rerouted, scene_of
 
 DOTS = 3
 DOT = 4.0  # radius
 REACHED = 6.0  # pixels between the centres; the right video comes as near as 4
 LONGEST = 80.0  # pixels in all, 8 a frame
+VISITED = 6.5  # pixels per axis between the centres, for the Teacher's questions
+
+
+def _in_order(facts: Facts, scene: Scene, a: int, b: int, c: int) -> np.ndarray:
+    """Whether `b` has been visited wherever `c` has, and both in the end."""
+    first, second = (np.maximum.accumulate(is_at(facts, scene, a, i, VISITED)) for i in (b, c))
+    holds = first | ~second
+    holds[-1] &= second[-1]
+    return holds
+
+
+def _swapped(facts: Facts, scene: Scene, a: int, b: int, c: int) -> list[Names]:
+    return [(a, c, b)]
+
+
+AT = Kind(
+    "at",
+    ("Is the {a} ball at the {b} dot at the end?", "Does the {a} ball end up at the {b} dot?"),
+    is_inside,
+    at_end=True,
+    true_names=reached,
+)
+ORDER = Kind(
+    "order",
+    (
+        "Does the {a} ball visit the {b} dot before the {c} dot?",
+        "Does the {a} ball go to the {b} dot first, then to the {c} dot?",
+    ),
+    _in_order,
+    subscore="order",
+    true_names=_swapped,
+)
 
 
 class Connect(Family):
@@ -24,6 +58,10 @@ class Connect(Family):
         "Let the {ball} ball visit {order}.",
         "Lead the {ball} ball to {order}.",
     )
+    kept = "dots"
+    goal = AT
+    process = (ORDER, ONE, SCENERY)
+    query_weight = 2.0
 
     def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
         told = DOTS if unseen else 2
@@ -52,6 +90,12 @@ class Connect(Family):
     def names(self, scene: Scene) -> dict[str, str]:
         told = [f"the {scene.things[i].color} dot" for i in scene.targets]
         return {"ball": scene.ball_color, "order": ", then ".join(told)}
+
+    def questions(self, scene: Scene) -> list[Asked]:
+        a, dots = scene.actors[0], scene.targets
+        pairs: list[Asked] = [(ORDER, (a, *pair)) for pair in pairwise(dots)]
+        one: list[Asked] = [(ONE, (a,))] if len(pairs) < 2 else []
+        return [(AT, (a, dots[-1])), *pairs, *one, (SCENERY, ())]
 
     def key_color(self, scene: Scene) -> str:
         return scene.things[scene.targets[0]].color

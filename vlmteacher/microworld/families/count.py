@@ -8,6 +8,7 @@ from vlmteacher.microworld.families.base import BallToBox, draw_colors
 from vlmteacher.microworld.scene import Point, Scene, Thing, rerouted, scene_of
 
 BOXES = 4
+ORDINALS = ("first", "second", "third", "fourth")
 DOT = BALL = 4.0  # radii
 BOX = 7.0  # half its side: four fill a row
 
@@ -25,6 +26,8 @@ class Count(BallToBox):
         "Move the {ball} ball into the box whose place from the left is the number of dots.",
         "As many dots as there are, so far from the left is the box for the {ball} ball.",
     )
+    kept = "boxes and dots"
+    query_weight = 3.0
 
     def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
         number = 4 if unseen else int(rng.integers(1, 4))
@@ -41,6 +44,14 @@ class Count(BallToBox):
 
     def is_unseen(self, scene: Scene) -> bool:
         return self._number(scene) > 3
+
+    def describe(self, scene: Scene, index: int) -> str | None:
+        """Boxes by their place in the row."""
+        thing = scene.things[index]
+        if (words := super().describe(scene, index)) is not None:
+            return words
+        row = sorted(x.x for x in scene.scenery if (x.color, x.outline) == (thing.color, thing.outline))
+        return f"{ORDINALS[row.index(thing.x)]} {thing.color}"
 
     def key_color(self, scene: Scene) -> str:
         return scene.ball_color

@@ -14,6 +14,7 @@ from vlmteacher.microworld.families.base import (
     point,
     straight,
 )
+from vlmteacher.microworld.kinds import INSIDE, ONE, Asked
 from vlmteacher.microworld.scene import Scene, ball, box, scene_of, trajectory
 
 
@@ -26,6 +27,9 @@ class Deliver(Family):
         "Put all balls into the boxes that match them.",
         "Move each ball to the box that looks like it and leave the boxes in place.",
     )
+    goal = INSIDE
+    process = (ONE,)
+    query_weight = 3.0
 
     def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
         balls = 3 if unseen else 2
@@ -54,6 +58,11 @@ class Deliver(Family):
 
     def names(self, scene: Scene) -> dict[str, str]:
         return {}
+
+    def questions(self, scene: Scene) -> list[Asked]:
+        """Where each ball should be, the upper ball first; no more than four."""
+        inside: list[Asked] = [(INSIDE, pair) for pair in zip(scene.actors, scene.targets, strict=True)]
+        return [*inside, *((ONE, (a,)) for a in scene.actors)][:4]
 
     def key_color(self, scene: Scene) -> str:
         return scene.ball_color

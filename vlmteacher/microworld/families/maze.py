@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
-from vlmteacher.microworld.families.base import BallToBox, draw_colors, free_point, straight
+from vlmteacher.microworld.facts import Facts
+from vlmteacher.microworld.families.base import (
+    BALL_TO_NAMED_BOX,
+    BallToBox,
+    draw_colors,
+    free_point,
+    growth,
+    straight,
+)
 from vlmteacher.microworld.families.move import first_signature
+from vlmteacher.microworld.kinds import ONE, SCENERY, Kind
 from vlmteacher.microworld.scene import (
     CELL,
+    RADIUS,
     Point,
     Scene,
+    Track,
     ball,
     block,
     box,
     distance_to_block,
     distance_to_segment,
+    edited,
+    perform,
     scene_of,
 )
 
 CLEARANCE = 4.0  # pixels from the ball's centre to a block; the right path keeps 8
+
+
+def _avoids(facts: Facts, scene: Scene, a: int) -> np.ndarray:
+    return ~facts.touching & np.isfinite(facts.position[:, a, 0])
+
+
+AVOID = Kind(
+    "avoid",
+    ("Does the {a} ball stay off the dark blocks all the way?", "Does the {a} ball avoid the dark blocks?"),
+    _avoids,
+    subscore="avoid",
+)
 
 
 def _shortest_paths(start: int, goal: int, blocked: set[int]) -> list[list[int]]:
@@ -42,6 +69,21 @@ def _centre(cell: int) -> Point:
     return (cell % 4 * CELL + CELL / 2, cell // 4 * CELL + CELL / 2)
 
 
+def wall_crossing(scene: Scene, rng: np.random.Generator) -> Track:
+    """Straight to the target, over the blocks."""
+    return perform(straight(scene, scene.target.at))
+
+
+def disguise(scene: Scene, rng: np.random.Generator) -> Track:
+    """Straight to the target, and the blocks on the way fade."""
+    track, share = wall_crossing(scene, rng), growth(rng)
+    actor = scene.actors[0]
+    for index, thing in enumerate(scene.things):
+        if thing in scene.blocks and min(distance_to_block(s[actor].at, thing) for s in track) < RADIUS:
+            track = edited(track, index, lambda t, _: {"alpha": 1 - float(share[t])})
+    return track
+
+
 class Maze(BallToBox):
     name = "maze"
     category = "spatiality"
@@ -51,6 +93,17 @@ class Maze(BallToBox):
         "The {ball} ball goes into the {box} box and avoids the dark blocks.",
         "Guide the {ball} ball past the dark blocks into the {box} box.",
     )
+    paraphrases = BALL_TO_NAMED_BOX
+    endings = (
+        " without touching the dark blocks",
+        " around the dark blocks",
+        " and avoids the dark blocks",
+        " past the dark blocks",
+        " and keep off the dark blocks",
+    )
+    kept = "boxes and blocks"
+    process = (AVOID, ONE, SCENERY)
+    corruptions: ClassVar = {"wall_crossing": wall_crossing, "disguise": disguise}
 
     def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
         colors = draw_colors(rng, 2)

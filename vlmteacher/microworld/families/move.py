@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from vlmteacher.microworld.families.base import BallToBox, clear_way, draw_colors, draw_places, point
-from vlmteacher.microworld.scene import SIZE, Scene, ball, box, far_apart, scene_of
+from vlmteacher.microworld.families.base import (
+    BALL_TO_NAMED_BOX,
+    BallToBox,
+    clear_way,
+    draw_colors,
+    draw_places,
+    growth,
+    other_boxes,
+    point,
+    straight,
+)
+from vlmteacher.microworld.scene import SIZE, Scene, Track, ball, box, edited, far_apart, perform, scene_of
 
 
 def first_signature(scene: Scene) -> dict[str, Any]:
@@ -23,6 +33,17 @@ def first_signature(scene: Scene) -> dict[str, Any]:
     }
 
 
+def disguise(scene: Scene, rng: np.random.Generator) -> Track:
+    """The ball goes into a wrong box, which takes the named colour; at times the right box fades."""
+    others = other_boxes(scene)
+    end = others[int(rng.integers(len(others)))]
+    track, share = perform(straight(scene, end.at)), growth(rng)
+    fade = float(rng.uniform(0, 1)) if rng.random() < 0.5 else 0.0
+    color = scene.target.color
+    track = edited(track, scene.things.index(end), lambda t, _: {"other": color, "blend": float(share[t])})
+    return edited(track, scene.targets[-1], lambda t, _: {"alpha": 1 - fade * float(share[t])})
+
+
 class Move(BallToBox):
     name = "move"
     category = "perception"
@@ -32,6 +53,9 @@ class Move(BallToBox):
         "The {ball} ball goes into the {box} box.",
         "Put the {ball} ball in the {box} box and leave everything else in place.",
     )
+    paraphrases = BALL_TO_NAMED_BOX
+    endings = ("", "", " and leave everything else in place", " without touching anything else")
+    corruptions: ClassVar = {"disguise": disguise}
 
     def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
         count = 4 if unseen else int(rng.integers(2, 4))

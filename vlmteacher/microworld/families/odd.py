@@ -19,6 +19,7 @@ class Odd(BallToBox):
         "Bring the {ball} ball to the box that differs from the rest.",
         "Put the {ball} ball in the box that does not match the others.",
     )
+    query_weight = 6.0
 
     def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
         count = 5 if unseen else int(rng.integers(3, 5))

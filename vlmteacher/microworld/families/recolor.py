@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from vlmteacher.microworld.facts import NONE, Facts
 from vlmteacher.microworld.families.base import Family, draw_colors, draw_places, halfway, point
+from vlmteacher.microworld.kinds import SCENERY, Asked, Kind, Names, has_color
 from vlmteacher.microworld.scene import COLORS, Scene, Thing, scene_of
 
 SHAPE = 8.0  # radius, or half a side
@@ -21,6 +23,31 @@ _INSTEAD = {  # of the named colour, the first that the shape does not have yet
 }
 
 
+def _has_turned(facts: Facts, scene: Scene, a: int, b: str) -> np.ndarray:
+    return (facts.count[:, a] == 1) & has_color(facts, a, b)
+
+
+def _true_color(facts: Facts, scene: Scene, a: int, b: str) -> list[Names]:
+    shown = int(facts.color[-1, a])
+    return [(a, _NAMES[shown])] if shown != NONE else []
+
+
+TURNS = Kind(
+    "turns",
+    ("Does the {a} shape turn {b}?", "Is the {a} shape {b} at the end?"),
+    _has_turned,
+    at_end=True,
+    color="b",
+    true_names=_true_color,
+)
+VISIBLE = Kind(
+    "visible",
+    ("Is the {a} {noun} visible all the time?", "Can the {a} {noun} be seen in every frame?"),
+    lambda facts, scene, a: facts.count[:, a] == 1,
+    subscore=None,
+)
+
+
 class Recolor(Family):
     name = "recolor"
     category = "transformation"
@@ -30,6 +57,12 @@ class Recolor(Family):
         "Make the {a} shape {b} and leave the others as they are.",
         "Paint the {a} shape {b}.",
     )
+    noun = "shape"
+    kept = "other shapes"
+    goal = TURNS
+    process = (VISIBLE, SCENERY)
+    moves = False
+    without = ("near_miss",)
 
     def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
         colors = draw_colors(rng, 3)
@@ -48,6 +81,10 @@ class Recolor(Family):
 
     def names(self, scene: Scene) -> dict[str, str]:
         return {"a": scene.ball_color, "b": scene.goals[0].other}
+
+    def questions(self, scene: Scene) -> list[Asked]:
+        a = scene.actors[0]
+        return [(TURNS, (a, scene.goals[0].other)), (VISIBLE, (a,)), (SCENERY, ())]
 
     def key_color(self, scene: Scene) -> str:
         return scene.goals[0].other

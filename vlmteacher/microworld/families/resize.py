@@ -6,10 +6,26 @@ from dataclasses import replace
 
 import numpy as np
 
+from vlmteacher.microworld.facts import Facts
 from vlmteacher.microworld.families.base import Family, draw_colors, halfway
+from vlmteacher.microworld.kinds import ONE, SCENERY, SMOOTH, Kind, is_single, outline_of
 from vlmteacher.microworld.scene import FIT, SIZE, Point, Scene, Thing, scene_of
 
 SMALLEST, LARGEST = 4, 12  # radii
+FITS = 1.2  # pixels of a radius
+
+
+def _fills(facts: Facts, scene: Scene, a: int) -> np.ndarray:
+    end = outline_of(scene, a).size - FIT
+    return is_single(facts, scene, a) & (np.abs(facts.size[:, a] - end) <= FITS)
+
+
+FILLS = Kind(
+    "fills",
+    ("Does the {a} disc fill its ring at the end?", "Does the {a} disc grow to the size of its ring?"),
+    _fills,
+    at_end=True,
+)
 
 
 def _radii(rng: np.random.Generator, unseen: bool) -> tuple[float, float]:
@@ -28,6 +44,13 @@ class Resize(Family):
         "Let the {disc} disc grow to the size of its ring and leave the other disc as it is.",
         "Blow up the {disc} disc until it matches its ring.",
     )
+    noun = "disc"
+    verb = "grow"
+    kept = "other things"
+    goal = FILLS
+    process = (ONE, SMOOTH, SCENERY)
+    moves = False
+    without = ("near_miss",)
 
     def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
         colors = draw_colors(rng, 2)

@@ -6,11 +6,39 @@ from dataclasses import replace
 
 import numpy as np
 
+from vlmteacher.microworld.facts import Facts, wrapped
 from vlmteacher.microworld.families.base import Family, draw_colors, halfway
+from vlmteacher.microworld.kinds import ONE, SMOOTH, Kind, is_single, outline_of
 from vlmteacher.microworld.scene import FIT, SIZE, Scene, Thing, scene_of
 
 HALF = 11.0  # of a bar's length
 REACH = 16  # from a centre to the corners of the outline
+LIES = 8.0  # degrees
+
+
+def _lies(facts: Facts, scene: Scene, a: int) -> np.ndarray:
+    end = outline_of(scene, a).angle
+    return is_single(facts, scene, a) & (np.abs(wrapped(facts.angle[:, a] - end)) <= LIES)
+
+
+def _turns_shorter(facts: Facts, scene: Scene, a: int) -> np.ndarray:
+    start = scene.things[a].angle
+    direction = np.sign(wrapped(np.asarray(outline_of(scene, a).angle - start)))
+    return ~(direction * wrapped(facts.angle[:, a] - start) < -LIES)
+
+
+LIES_IN_OUTLINE = Kind(
+    "lies",
+    ("Does the {a} bar lie in its outline at the end?", "Does the {a} bar turn into its outline?"),
+    _lies,
+    at_end=True,
+)
+SHORTER = Kind(
+    "shorter",
+    ("Does the {a} bar turn the shorter way?", "Does the {a} bar turn the shorter way to its outline?"),
+    _turns_shorter,
+    subscore="direct",
+)
 
 
 class Rotate(Family):
@@ -22,6 +50,13 @@ class Rotate(Family):
         "Rotate the {bar} bar to match its outline and leave the other bar as it is.",
         "Turn the {bar} bar the shorter way until it lies in its outline.",
     )
+    noun = "bar"
+    verb = "turn"
+    kept = "other things"
+    goal = LIES_IN_OUTLINE
+    process = (SHORTER, ONE, SMOOTH)
+    moves = False
+    without = ("near_miss",)
 
     def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
         colors = draw_colors(rng, 2)

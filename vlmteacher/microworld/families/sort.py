@@ -6,13 +6,16 @@ from itertools import permutations
 
 import numpy as np
 
+from vlmteacher.microworld.facts import Facts
 from vlmteacher.microworld.families.base import Family, draw_colors
+from vlmteacher.microworld.kinds import NEAR, ONE, Asked, Kind, Names
 from vlmteacher.microworld.scene import Point, Scene, Thing, rerouted, scene_of
 
 RADII = (4.0, 6.0, 8.0)
 SPACING = 20.0
 HEIGHT = 16.0  # of the arcs: nothing touches what it passes
 STEPS = 16  # corners of an arc
+APART = 10.0  # pixels between discs that stand side by side
 
 _REVERSED = (2, 1, 0)
 _KNOWN = [p for p in permutations(range(3)) if p not in ((0, 1, 2), _REVERSED)]
@@ -37,6 +40,33 @@ def _arcs(discs: tuple[Thing, ...], largest_first: bool = False) -> list[tuple[P
     return [_arc(d.at, places[ranked.index(d)]) for d in discs]
 
 
+def _sorted(facts: Facts, scene: Scene, a: int, b: int) -> np.ndarray:
+    """Whether `a` is the left one and `b` the right one of three in a row."""
+    x = facts.position[..., 0]
+    (between,) = (i for i in range(len(scene.things)) if i not in (a, b)) if a != b else (a,)
+    row = np.abs(facts.position[..., 1] - scene.things[0].y).max(1) <= NEAR
+    whole = (facts.count == 1).all(1)
+    return whole & row & (x[:, between] - x[:, a] >= APART) & (x[:, b] - x[:, between] >= APART)
+
+
+def _outer_discs(facts: Facts, scene: Scene, a: int, b: int) -> list[Names]:
+    order = np.argsort(np.nan_to_num(facts.position[-1, :, 0]))
+    return [(int(order[0]), int(order[-1]))]
+
+
+SORTED = Kind(
+    "sorted",
+    (
+        "Is the {a} disc on the left and the {b} disc on the right at the end?",
+        "Is the {a} disc the left one and the {b} disc the right one at the end?",
+    ),
+    _sorted,
+    at_end=True,
+    actors="ab",
+    true_names=_outer_discs,
+)
+
+
 class Sort(Family):
     name = "sort"
     category = "abstraction"
@@ -46,6 +76,11 @@ class Sort(Family):
         "The discs change places until they grow from left to right.",
         "Order the discs from small to large.",
     )
+    noun = "disc"
+    goal = SORTED
+    process = (ONE,)
+    without = ("eroded_scenery",)
+    query_weight = 4.0
 
     def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
         colors = draw_colors(rng, 3)
@@ -62,6 +97,10 @@ class Sort(Family):
 
     def names(self, scene: Scene) -> dict[str, str]:
         return {}
+
+    def questions(self, scene: Scene) -> list[Asked]:
+        ranked = sorted(scene.actors, key=lambda i: scene.things[i].size)
+        return [(SORTED, (ranked[0], ranked[-1])), *((ONE, (i,)) for i in ranked)]
 
     def key_color(self, scene: Scene) -> str:
         """That of the smallest disc."""
