@@ -30,7 +30,7 @@ test-paths: .venv/installed-dev
 # The C++ operators on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer, in a package of their own.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -g1
 SANITIZED_TESTS := tests/trust/test_guard_pages.py tests/ops/test_elementwise.py tests/ops/test_qk_norm_rope.py \
-  tests/ops/test_tiny_decoder.py -k "not compile and not fake and not opcheck and not trace"
+  tests/ops/test_surrogate_decoder.py -k "not compile and not fake and not opcheck and not trace"
 
 sanitize: build/sanitize/installed
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \

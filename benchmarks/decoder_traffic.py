@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.traffic import WIDE, Count
-from vlmteacher.decoders import TinyVideoDecoder
+from vlmteacher.decoders import SurrogateDecoder
 from vlmteacher.optimization.loop import teacher_frame_indices
 
 
@@ -27,7 +27,7 @@ class Bytes:
     kept: float = 0
 
 
-def plain(decoder: TinyVideoDecoder, latents: tuple[int, int, int], indices: list[int]) -> Bytes:
+def plain(decoder: SurrogateDecoder, latents: tuple[int, int, int], indices: list[int]) -> Bytes:
     """Of the module that decodes every frame and then samples."""
     weights = {t.untyped_storage()._cdata for t in decoder.parameters()}
     kept: dict[int, Tensor] = {}
@@ -46,7 +46,7 @@ def plain(decoder: TinyVideoDecoder, latents: tuple[int, int, int], indices: lis
     return Bytes(forward.bytes, backward.bytes, sum(t.untyped_storage().nbytes() for t in kept.values()))
 
 
-def ours(decoder: TinyVideoDecoder, latents: tuple[int, int, int], indices: list[int]) -> Bytes:
+def ours(decoder: SurrogateDecoder, latents: tuple[int, int, int], indices: list[int]) -> Bytes:
     """Of the plan, in chunks as the decoder chooses them."""
     _, height, width = latents
     layers, plan, total = decoder.layers(), decoder.plan((height, width), indices), Bytes()
@@ -87,7 +87,7 @@ def main() -> None:
     settings = parser.parse_args()
     latents = tuple(settings.latents)
     with torch.device("meta"):
-        decoder = TinyVideoDecoder(48, patch=2).bfloat16().requires_grad_(False)
+        decoder = SurrogateDecoder(48, patch=2).bfloat16().requires_grad_(False)
     indices = teacher_frame_indices(decoder.temporal_stride * (latents[0] - 1) + 1, settings.frames)
     rows = {
         "plain, all frames, then sampled": plain(decoder, latents, indices),

@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.patchify import peak_bytes
 from benchmarks.surrogate_decoder import PRESETS, preset_decoder
 from benchmarks.timing import arguments, compare, publish
-from vlmteacher.decoders import TinyVideoDecoder
+from vlmteacher.decoders import SurrogateDecoder
 from vlmteacher.ops.bits import pack_bits, unpack_bits
 from vlmteacher.ops.patchify import PatchLayout, Rows, shuffle_to_rows, shuffle_to_rows_backward
 from vlmteacher.optimization.loop import teacher_frame_indices
@@ -67,7 +67,7 @@ def main() -> None:
             lambda args=(y, grad, upscale, layout): in_two_steps(*args),
         )
     for preset, (count, height, width, seen) in PRESETS.items():
-        decoder: TinyVideoDecoder = preset_decoder(preset).to(settings.device, dtype)
+        decoder: SurrogateDecoder = preset_decoder(preset).to(settings.device, dtype)
         layout = PatchLayout(8 if preset == "tiny" else 16, 2, 2, (0.5,) * 3, (0.5,) * 3, dtype)
         indices = teacher_frame_indices(decoder.temporal_stride * (count - 1) + 1, seen)
         z = torch.randn(1, decoder.latent_channels, count, height, width, device=settings.device).to(dtype)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vlmteacher.decoders.taehv import TinyVideoDecoder
+from vlmteacher.decoders.taehv import SurrogateDecoder
 from vlmteacher.microworld.tokenizer import build_tokenizer
 from vlmteacher.microworld.world import Scene, render
 from vlmteacher.pipeline import TeacherPipeline, TeacherPipelineOutput, read_pair
@@ -40,7 +40,7 @@ class Instance:
     """One instance ready for its first step: all that `Optimization` takes. `seed` draws the LoRA's start."""
 
     reasoner: Reasoner
-    decoder: TinyVideoDecoder
+    decoder: SurrogateDecoder
     teacher: QwenVLTeacher
     condition: Condition
     noise: Noise
@@ -161,9 +161,9 @@ def random_weights(size: Size, dtype: torch.dtype, device: str) -> Instance:
     return Instance(reasoner, decoder, teacher, condition, noise, QUERIES, settings)
 
 
-def random_decoder(size: Size) -> TinyVideoDecoder:
+def random_decoder(size: Size) -> SurrogateDecoder:
     widths, patch = size.decoder
-    decoder = TinyVideoDecoder(size.latents[0], widths, patch=patch)
+    decoder = SurrogateDecoder(size.latents[0], widths, patch=patch)
     convolutions = [layer for layer in decoder.modules() if isinstance(layer, nn.Conv2d)]
     for layer in convolutions:
         nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
@@ -174,7 +174,7 @@ def random_decoder(size: Size) -> TinyVideoDecoder:
     return decoder
 
 
-def random_reasoner(size: Size, decoder: TinyVideoDecoder, dtype: torch.dtype) -> WanReasoner:
+def random_reasoner(size: Size, decoder: SurrogateDecoder, dtype: torch.dtype) -> WanReasoner:
     """A Wan TI2V; its VAE and text encoder, which no step calls, are as small as can be."""
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel

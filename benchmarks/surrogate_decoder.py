@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.memory import saved_bytes
 from benchmarks.patchify import peak_bytes
 from benchmarks.timing import argument_parser, compare, parsed, publish
-from vlmteacher.decoders import TinyVideoDecoder
+from vlmteacher.decoders import SurrogateDecoder
 from vlmteacher.optimization.loop import teacher_frame_indices
 from vlmteacher.pipeline import PACKAGED_PAIR
 
@@ -25,16 +25,16 @@ PRESETS = {  # latent frames, h, w, frames that the Teacher sees
 }
 
 
-def preset_decoder(preset: str) -> TinyVideoDecoder:
+def preset_decoder(preset: str) -> SurrogateDecoder:
     if preset == "tiny":
-        return TinyVideoDecoder.from_checkpoint(PACKAGED_PAIR / "decoder.safetensors")
-    decoder = TinyVideoDecoder(48, patch=2)
+        return SurrogateDecoder.from_checkpoint(PACKAGED_PAIR / "decoder.safetensors")
+    decoder = SurrogateDecoder(48, patch=2)
     with torch.no_grad():  # as trained ones do, it gives frames within the range, where the clamp passes gradients
         decoder.decoder[22].bias.fill_(0.5)
     return decoder.eval().requires_grad_(False)
 
 
-def table_multiply_adds(decoder: TinyVideoDecoder, frames: int, height: int, width: int) -> int:
+def table_multiply_adds(decoder: SurrogateDecoder, frames: int, height: int, width: int) -> int:
     """Of the published layers one by one, on all frames."""
     total, pixels = 0, frames * height * width
     for layer in decoder.decoder.modules():
@@ -74,10 +74,10 @@ def main() -> None:
         sides = height * decoder.spatial_stride, width * decoder.spatial_stride
         grad = torch.randn(len(indices), 3, *sides, device=settings.device).to(dtype)
 
-        def ours(decoder: TinyVideoDecoder = decoder, z: Tensor = z, indices: list[int] = indices) -> Tensor:
+        def ours(decoder: SurrogateDecoder = decoder, z: Tensor = z, indices: list[int] = indices) -> Tensor:
             return decoder.decode(z, indices)
 
-        def plain(decoder: TinyVideoDecoder = decoder, z: Tensor = z, indices: list[int] = indices) -> Tensor:
+        def plain(decoder: SurrogateDecoder = decoder, z: Tensor = z, indices: list[int] = indices) -> Tensor:
             return decoder.decode_batch(z)[0][indices]
 
         def both(function, z: Tensor = z, grad: Tensor = grad):  # type: ignore[no-untyped-def]

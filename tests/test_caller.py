@@ -21,7 +21,7 @@ from vlmteacher.baselines.best_of_n import best_of_n
 from vlmteacher.decoders.taehv import load_decoder
 from vlmteacher.errors import OutOfMemory
 from vlmteacher.ops.patchify import _bands
-from vlmteacher.ops.tiny_decoder import _indices
+from vlmteacher.ops.surrogate_decoder import _indices
 from vlmteacher.reasoners import load_reasoner
 from vlmteacher.reasoners.wan import WanReasoner
 from vlmteacher.settings import Settings

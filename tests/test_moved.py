@@ -19,9 +19,10 @@ def test_module(old: str) -> None:
 @pytest.mark.parametrize("old", MOVED_NAMES)
 def test_name(old: str) -> None:
     module, name = old.rsplit(".", 1)
-    with pytest.warns(FutureWarning, match=f"{old} is now {MOVED_NAMES[old]}.{name}"):
+    home, _, renamed = MOVED_NAMES[old].partition(":")
+    with pytest.warns(FutureWarning, match=f"{old} is now {home}.{renamed or name}"):
         value = getattr(importlib.import_module(module), name)
-    assert value is getattr(importlib.import_module(MOVED_NAMES[old]), name)
+    assert value is getattr(importlib.import_module(home), renamed or name)
 
 
 def test_unknown_name() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from tests.tiny_models import tiny_wan_pipeline
 from tests.tiny_teacher import tiny_qwen3_vl
-from vlmteacher.decoders.taehv import TinyVideoDecoder
+from vlmteacher.decoders.taehv import SurrogateDecoder
 
 PROMPT = "move the red ball to the green square"
 QUERIES = {"goal": "Is the ball on the square?", "process": ["Is there one ball?", "Does it move?"]}
@@ -19,7 +19,7 @@ def tiny_decoder(path: Path, latent_channels: int = 8, **layout: Any) -> Path:
     """Save a random decoder, of the tiny Wan's latents if `layout` does not say otherwise."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        decoder = TinyVideoDecoder(
+        decoder = SurrogateDecoder(
             latent_channels, (16, 16, 8, 8), **({"patch": 2, "space_upscale": (True, True, False)} | layout)
         )
         with torch.no_grad():

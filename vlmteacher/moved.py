@@ -25,6 +25,7 @@ MOVED = {
     "vlmteacher.microworld.pointing": "recipes.microworld.teacher.pointing",
     "vlmteacher.microworld.train_teacher": "recipes.microworld.teacher.lesson",
     "vlmteacher.microworld.training": "recipes.microworld.training",
+    "vlmteacher.ops.tiny_decoder": "vlmteacher.ops.surrogate_decoder",
 }
 """Modules, by their old name."""
 
@@ -39,8 +40,10 @@ MOVED_NAMES = {
     "vlmteacher.lora.export_lora": "vlmteacher.lora.adapter",
     "vlmteacher.lora.lora_parameters": "vlmteacher.lora.adapter",
     "vlmteacher.lora.remove_lora": "vlmteacher.lora.adapter",
+    "vlmteacher.decoders.TinyVideoDecoder": "vlmteacher.decoders.taehv:SurrogateDecoder",
+    "vlmteacher.decoders.taehv.TinyVideoDecoder": "vlmteacher.decoders.taehv:SurrogateDecoder",
 }
-"""Names of modules that are packages now, and the module of the package that has them."""
+"""Names that left their module, and the module that has them; after a colon the new name, where it is another."""
 
 
 class MovedFinder(MetaPathFinder, Loader):
@@ -69,8 +72,9 @@ def moved_name(module: str, name: str) -> object:
     path = f"{module}.{name}"
     if path not in MOVED_NAMES:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    _warn(path, f"{MOVED_NAMES[path]}.{name}")
-    return getattr(import_module(MOVED_NAMES[path]), name)
+    home, _, renamed = MOVED_NAMES[path].partition(":")
+    _warn(path, f"{home}.{renamed or name}")
+    return getattr(import_module(home), renamed or name)
 
 
 def _warn(old: str, new: str) -> None:

@@ -48,7 +48,7 @@ from vlmteacher.settings import Keywords, Settings
 from vlmteacher.torch_modes import deterministic, leave_inference_mode, plain_torch
 
 if TYPE_CHECKING:
-    from vlmteacher.decoders.taehv import TinyVideoDecoder
+    from vlmteacher.decoders.taehv import SurrogateDecoder
     from vlmteacher.reasoners.base import Condition, Noise, Reasoner
     from vlmteacher.teachers.base import Teacher
     from vlmteacher.teachers.quantization import Quantize
@@ -177,7 +177,7 @@ class TeacherPipeline:
         self,
         reasoner: Reasoner,
         teacher: Teacher,
-        decoder: TinyVideoDecoder,
+        decoder: SurrogateDecoder,
         defaults: dict[str, Any] | None = None,
         models: dict[str, str] | None = None,
         offload: bool = False,

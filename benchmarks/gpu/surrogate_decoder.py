@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 from benchmarks.gpu import backends, forced
 from benchmarks.timing import argument_parser, compare, parsed
-from vlmteacher.decoders import TinyVideoDecoder
-from vlmteacher.ops import tiny_decoder as operator
+from vlmteacher.decoders import SurrogateDecoder
+from vlmteacher.ops import surrogate_decoder as operator
 from vlmteacher.ops.bits import unpack_bits
-from vlmteacher.ops.tiny_decoder import pack_signs
+from vlmteacher.ops.surrogate_decoder import pack_signs
 from vlmteacher.optimization.loop import teacher_frame_indices
 
 PRESETS = {"paper": ((23, 44, 80), 24), "mid": ((9, 24, 24), 24)}  # latents (T, h, w), frames that the Teacher sees
@@ -86,7 +86,8 @@ class Vendor:
 
 
 def fold(weight: Tensor) -> Tensor:
-    """(N, 3, 3, C) -> (N, 4, 4, C), as torch's transposed convolution of stride 2 has it (kernels/tiny_decoder.py)."""
+    """(N, 3, 3, C) -> (N, 4, 4, C): the weight of the transposed convolution of stride 2 that does both, upsampling and
+    convolution (see kernels/surrogate_decoder.py)."""
     wide = F.pad(weight.float(), (0, 0, 1, 1, 1, 1)).flip(1, 2)
     wide = wide[:, 1:] + wide[:, :-1]
     return (wide[:, :, 1:] + wide[:, :, :-1]).to(weight.dtype)
@@ -144,9 +145,9 @@ def check_convolutions(namespace: Any, dtype: torch.dtype, device: str) -> float
     return float(torch.tensor(worst).max())
 
 
-def network(latents: tuple[int, int, int], dtype: torch.dtype, device: str) -> tuple[TinyVideoDecoder, Tensor]:
+def network(latents: tuple[int, int, int], dtype: torch.dtype, device: str) -> tuple[SurrogateDecoder, Tensor]:
     torch.manual_seed(0)
-    decoder = TinyVideoDecoder(48, patch=2)
+    decoder = SurrogateDecoder(48, patch=2)
     with torch.no_grad():
         decoder.decoder[22].bias.fill_(0.5)  # the middle of the range: gradients pass the clamp
     decoder = decoder.to(device, dtype).requires_grad_(False)
@@ -161,7 +162,7 @@ def check_decoder(namespace: Any, dtype: torch.dtype, device: str) -> float:
     """
     latents, k = CHECK
     decoder, z = network(latents, dtype, device)
-    exact_decoder = TinyVideoDecoder(48, patch=2).to(device, torch.float64).requires_grad_(False)
+    exact_decoder = SurrogateDecoder(48, patch=2).to(device, torch.float64).requires_grad_(False)
     exact_decoder.load_state_dict(decoder.state_dict())
     indices = teacher_frame_indices(decoder.temporal_stride * (latents[0] - 1) + 1, k)
     grad = torch.randn(k, 3, *(16 * size for size in latents[1:]), device=device).to(dtype)
@@ -215,7 +216,7 @@ def measure(preset: str, dtype: torch.dtype, pairs: int, chunk: int | None) -> d
     case = f"{preset}: {k} of {decoder.temporal_stride * (latents[0] - 1) + 1} frames"
     row: dict[str, Any] = {"case": case, "backends": {}}
     stock_peak = peak_bytes(both(plain))
-    for name, namespace in ({"vendor": Vendor} | backends("tiny_decoder")).items():
+    for name, namespace in ({"vendor": Vendor} | backends("surrogate_decoder")).items():
         with forced(operator, namespace):
             facts = compare(case, both(ours), both(plain), pairs, "cuda")
             for what, wrap in (("forward", without_graph), ("backward", backward)):
@@ -241,7 +242,7 @@ def main() -> None:
         raise SystemExit(2)
     dtype = getattr(torch, settings.dtype)
     torch.backends.cudnn.allow_tf32 = False
-    for name, namespace in ({"vendor": Vendor} | backends("tiny_decoder")).items():
+    for name, namespace in ({"vendor": Vendor} | backends("surrogate_decoder")).items():
         for check in (check_convolutions, check_decoder):
             error = check(namespace, dtype, "cuda")
             if not error <= 1:  # a NaN is not

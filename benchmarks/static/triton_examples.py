@@ -57,9 +57,9 @@ def lora_linear() -> None:
             kernels.lora_linear_backward(ys, x, s, weights, *layers, True, True, True)
 
 
-def tiny_decoder() -> None:
+def surrogate_decoder() -> None:
     """The layers of taew2_2 that differ, in bfloat16, one of them in float32, and channels that are not aligned."""
-    from vlmteacher.kernels import tiny_decoder as kernels
+    from vlmteacher.kernels import surrogate_decoder as kernels
 
     layers = [  # height, width, channels, n, taps, slope, bias, residual, upscale
         (44, 80, 48, 256, 1, 0.0, True, False, 1),
@@ -117,7 +117,7 @@ def qk_norm_rope() -> None:
 EXAMPLES: dict[str, Callable[[], None]] = {
     "patchify": patchify,
     "lora_linear": lora_linear,
-    "tiny_decoder": tiny_decoder,
+    "surrogate_decoder": surrogate_decoder,
     "ada_norm": ada_norm,
     "qk_norm_rope": qk_norm_rope,
 }

@@ -10,14 +10,14 @@ from diffusers import AutoencoderKLWan
 
 from recipes.microworld.training import adopt, load_config, random_clip, shaken, to_video, train
 from vlmteacher.checkpoints.pretrained import load_network
-from vlmteacher.decoders.taehv import TinyVideoDecoder
+from vlmteacher.decoders.taehv import SurrogateDecoder
 from vlmteacher.distillation.reconstruction import reconstruction_loss
 from vlmteacher.microworld import world
 
 
-def build(widths: list[int], latent_channels: int = 24) -> TinyVideoDecoder:
+def build(widths: list[int], latent_channels: int = 24) -> SurrogateDecoder:
     """The Wan 2.2 layout (patch 2) with one spatial doubling less: 8x in space, 4x in time."""
-    return TinyVideoDecoder(latent_channels, widths, patch=2, space_upscale=(True, True, False))
+    return SurrogateDecoder(latent_channels, widths, patch=2, space_upscale=(True, True, False))
 
 
 def main(out: Path, vae_path: Path, init: Path | None = None) -> None:
@@ -29,7 +29,7 @@ def main(out: Path, vae_path: Path, init: Path | None = None) -> None:
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
     decoder = build(config["widths"], vae.config.z_dim)
     if init:
-        adopt(decoder, TinyVideoDecoder.from_checkpoint(init).float())
+        adopt(decoder, SurrogateDecoder.from_checkpoint(init).float())
 
     def step(index: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         x = to_video(np.stack([random_clip(rng, world.NUM_FRAMES) for _ in range(config["batch"])]))

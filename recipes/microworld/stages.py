@@ -160,7 +160,7 @@ def package(trained: Path, pair: Path) -> None:
     from recipes.microworld import reasoner
     from recipes.microworld.teacher import writer
     from vlmteacher.checkpoints.pretrained import load_network, load_tokenizer
-    from vlmteacher.decoders.taehv import TinyVideoDecoder
+    from vlmteacher.decoders.taehv import SurrogateDecoder
     from vlmteacher.microworld import world
 
     half = torch.float16
@@ -177,7 +177,7 @@ def package(trained: Path, pair: Path) -> None:
         half
     )
     many_step.save_pretrained(pair / "many_step")
-    TinyVideoDecoder.from_checkpoint(trained / "decoder/decoder.safetensors").to(half).save(
+    SurrogateDecoder.from_checkpoint(trained / "decoder/decoder.safetensors").to(half).save(
         pair / "decoder.safetensors"
     )
     teacher = trained / "point/teacher"

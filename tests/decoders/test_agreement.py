@@ -13,7 +13,7 @@ import torch
 
 from tests.tiny_pair import tiny_decoder
 from vlmteacher.cli import main
-from vlmteacher.decoders import TinyVideoDecoder, load_decoder
+from vlmteacher.decoders import SurrogateDecoder, load_decoder
 from vlmteacher.decoders.agreement import LEAST, agreement, check_agreement, pair_fingerprint
 from vlmteacher.decoders.find import find_decoder, known_decoder
 from vlmteacher.errors import InputError
@@ -37,29 +37,29 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache/vlmteacher/decoders"
 
 
-def random(decoder: TinyVideoDecoder, _: Any) -> None:
+def random(decoder: SurrogateDecoder, _: Any) -> None:
     torch.manual_seed(0)
-    decoder.load_state_dict(TinyVideoDecoder(**decoder.config).state_dict())
+    decoder.load_state_dict(SurrogateDecoder(**decoder.config).state_dict())
 
 
-def permuted(decoder: TinyVideoDecoder, _: Any) -> None:
+def permuted(decoder: SurrogateDecoder, _: Any) -> None:
     """Of a model whose latents mean the same, in another order."""
     order = torch.randperm(decoder.latent_channels, generator=torch.Generator().manual_seed(0))
     decoder.decoder[1].weight.copy_(decoder.decoder[1].weight[:, order])
 
 
-def denormalised(decoder: TinyVideoDecoder, reasoner: Any) -> None:
+def denormalised(decoder: SurrogateDecoder, reasoner: Any) -> None:
     """As a file of LightX2V whose name does not say so: its inverse is what the file would be."""
     decoder.latents_mean, decoder.latents_std = reasoner.latents_mean.clone(), reasoner.latents_std.clone()
 
 
-def signed(decoder: TinyVideoDecoder, _: Any) -> None:
+def signed(decoder: SurrogateDecoder, _: Any) -> None:
     """Frames in [-1, 1] that are taken for [0, 1]."""
     decoder.decoder[22].weight.mul_(2)
     decoder.decoder[22].bias.mul_(2).sub_(1)
 
 
-def broken(decoder: TinyVideoDecoder, _: Any) -> None:
+def broken(decoder: SurrogateDecoder, _: Any) -> None:
     decoder.decoder[22].bias.fill_(float("nan"))
 
 
@@ -188,7 +188,7 @@ def test_hub_names(hub: Path, tmp_path: Path) -> None:
     for name in ("nothing.pth", "runs/nothing.safetensors", "./a/b/c.pth", "/a/b/c.pth", "a b/c/d.pth", "a//b"):
         assert find_decoder(name) == Path(name)
         with pytest.raises(InputError, match="does not exist"):
-            TinyVideoDecoder.from_checkpoint(find_decoder(name))
+            SurrogateDecoder.from_checkpoint(find_decoder(name))
     assert find_decoder(FILE) == FILE
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match=r"folder has no \.safetensors or \.pth file"):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.decoders.test_taehv import PACKAGED, WAN22, random_decoder
-from vlmteacher.decoders import TinyVideoDecoder
+from vlmteacher.decoders import SurrogateDecoder
 from vlmteacher.lora.adapter import add_lora, remove_lora
 from vlmteacher.microworld.world import Scene, render
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
@@ -24,7 +24,7 @@ LIKE_THE_DEMO = {"max_steps": 3, "threshold": 1e-6, "teacher_frames": 12, "learn
 class Plain:
     """The decoder as it was: the whole clip by the plain module, then the frames that are wanted."""
 
-    def __init__(self, decoder: TinyVideoDecoder) -> None:
+    def __init__(self, decoder: SurrogateDecoder) -> None:
         self.decoder, self.spatial_stride = decoder, decoder.spatial_stride
 
     def decode_rows(
@@ -39,7 +39,7 @@ def render_first(scene: dict[str, object]) -> Image.Image:
     return Image.fromarray(TeacherPipelineOutput.uint8(frames[:1])[0])
 
 
-def plain(decoder: TinyVideoDecoder, z: Tensor, indices: list[int] | None = None) -> Tensor:
+def plain(decoder: SurrogateDecoder, z: Tensor, indices: list[int] | None = None) -> Tensor:
     frames = decoder.decode_batch(z)[0]
     return frames if indices is None else frames[indices]
 
@@ -67,7 +67,7 @@ def test_the_paper_s_size_without_data() -> None:
         return t
 
     with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        decoder = TinyVideoDecoder(**WAN22).requires_grad_(False)
+        decoder = SurrogateDecoder(**WAN22).requires_grad_(False)
         z = torch.empty(1, 48, 23, 44, 80, requires_grad=True)
         frames = decoder.decode(z, [round(k * 88 / 23) for k in range(24)])
         (grad,) = torch.autograd.grad(frames, z, torch.empty_like(frames))

@@ -8,25 +8,25 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tests.decoders.test_taehv import HUNYUAN15, LTX, NARROW, PACKAGED, WAN21, WAN22, random_decoder
-from vlmteacher.decoders import TinyVideoDecoder
+from vlmteacher.decoders import SurrogateDecoder
 from vlmteacher.errors import InputError
-from vlmteacher.ops import tiny_decoder
+from vlmteacher.ops import surrogate_decoder
 from vlmteacher.ops.patchify import PatchLayout
 
 LEAKY = HUNYUAN15 | NARROW | {"slope": 0.2, "signed": True}
 FAMILIES = {"packaged": PACKAGED, "wan21": WAN21 | NARROW, "hunyuan15": LEAKY, "ltx": LTX}
 
 
-def frozen(dtype: torch.dtype = torch.float32, **config) -> TinyVideoDecoder:
+def frozen(dtype: torch.dtype = torch.float32, **config) -> SurrogateDecoder:
     return random_decoder(**config).to(dtype).requires_grad_(False)
 
 
-def latents(decoder: TinyVideoDecoder, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def latents(decoder: SurrogateDecoder, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     torch.manual_seed(0)  # no activation within a rounding of zero, which may fall on either side in either
     return torch.randn(1, decoder.latent_channels, *size, dtype=dtype).requires_grad_()
 
 
-def both(decoder: TinyVideoDecoder, z: Tensor, indices: list[int] | None, chunk: int | None = None):
+def both(decoder: SurrogateDecoder, z: Tensor, indices: list[int] | None, chunk: int | None = None):
     """(frames, latent gradient) of ours, then of the plain modules."""
     frames = decoder.decode(z, indices, chunk)
     plain = decoder.decode_batch(z)[0]
@@ -238,7 +238,7 @@ def test_it_equals_the_definition_without_the_cpp_backend(monkeypatch):
     decoder = frozen(**PACKAGED)
     z = latents(decoder, 3, 3, 5)
     (ours, grad), _ = both(decoder, z, [0, 4])
-    monkeypatch.setattr(tiny_decoder, "_fast", lambda x: None)
+    monkeypatch.setattr(surrogate_decoder, "_fast", lambda x: None)
     (plain, expected), _ = both(decoder, z, [0, 4])
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
     assert relative(grad, expected) < 1e-4

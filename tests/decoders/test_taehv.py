@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from vlmteacher.decoders import TinyVideoDecoder, check_decoder, load_decoder
+from vlmteacher.decoders import SurrogateDecoder, check_decoder, load_decoder
 from vlmteacher.decoders.taehv import MemBlock, SuperVideoDecoder
 from vlmteacher.errors import InputError
 
@@ -22,7 +22,7 @@ NARROW = {"widths": (16, 12, 8, 8)}
 
 def random_decoder(**config):
     torch.manual_seed(0)
-    decoder = TinyVideoDecoder(**config)
+    decoder = SurrogateDecoder(**config)
     with torch.no_grad():
         decoder.decoder[22].bias.fill_(0.5)  # the middle of the range, so that clamping hides little
         decoder.decoder[22].weight.mul_(10)
@@ -93,7 +93,7 @@ def test_follows_the_layer_table(config, latents):
 
 
 def test_full_width_wan22_has_the_published_size():
-    assert sum(p.numel() for p in TinyVideoDecoder(**WAN22).parameters()) == 9_923_532
+    assert sum(p.numel() for p in SurrogateDecoder(**WAN22).parameters()) == 9_923_532
 
 
 def test_frame_indices_select_and_carry_gradient():
@@ -126,7 +126,7 @@ def test_loads_upstream_files(tmp_path, config):
     save_file(state, tmp_path / "tae.safetensors")
     z = torch.randn(1, config["latent_channels"], 2, 2, 2)
     for name in ("tae.pth", "tae.safetensors"):
-        loaded = TinyVideoDecoder.from_checkpoint(tmp_path / name)
+        loaded = SurrogateDecoder.from_checkpoint(tmp_path / name)
         assert loaded.config == decoder.config
         assert torch.equal(loaded.decode(z), decoder.decode(z))
         assert not any(p.requires_grad for p in loaded.parameters())
@@ -135,7 +135,7 @@ def test_loads_upstream_files(tmp_path, config):
 def test_save_keeps_the_layout(tmp_path):
     decoder = random_decoder(**PACKAGED)
     decoder.save(tmp_path / "decoder.safetensors")
-    loaded = TinyVideoDecoder.from_checkpoint(tmp_path / "decoder.safetensors")
+    loaded = SurrogateDecoder.from_checkpoint(tmp_path / "decoder.safetensors")
     assert loaded.config == decoder.config
     assert [p.name for p in tmp_path.iterdir()] == ["decoder.safetensors"]
 
@@ -192,10 +192,10 @@ def test_a_first_stage_of_two_frames_keeps_the_later(tmp_path):
     weight = state["decoder.7.conv.weight"]
     torch.save(state | {"decoder.7.conv.weight": torch.cat([torch.randn_like(weight), weight])}, tmp_path / "tae.pth")
     z = torch.randn(1, 16, 2, 2, 2)
-    assert torch.equal(TinyVideoDecoder.from_checkpoint(tmp_path / "tae.pth").decode(z), plain.decode(z))
-    double = TinyVideoDecoder(**WAN21, **NARROW, time_upscale=(True, True, True))
+    assert torch.equal(SurrogateDecoder.from_checkpoint(tmp_path / "tae.pth").decode(z), plain.decode(z))
+    double = SurrogateDecoder(**WAN21, **NARROW, time_upscale=(True, True, True))
     double.save(tmp_path / "double.safetensors")
-    assert TinyVideoDecoder.from_checkpoint(tmp_path / "double.safetensors").config == double.config
+    assert SurrogateDecoder.from_checkpoint(tmp_path / "double.safetensors").config == double.config
 
 
 class Code:
@@ -214,7 +214,7 @@ def test_a_pickle_with_code_is_not_run(tmp_path):
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Code(ran)))
     for name in ("tae.pth", "plain.pth"):
         with pytest.raises(InputError, match="cannot read"):
-            TinyVideoDecoder.from_checkpoint(tmp_path / name)
+            SurrogateDecoder.from_checkpoint(tmp_path / name)
     assert not ran.exists()
 
 
@@ -227,34 +227,34 @@ def test_truncated_files_and_odd_metadata_are_input_errors(tmp_path):
         for size in (0, 10, len(content) // 2, len(content) - 1):
             (tmp_path / name).write_bytes(content[:size])
             with pytest.raises(InputError, match="cannot read"):
-                TinyVideoDecoder.from_checkpoint(tmp_path / name)
+                SurrogateDecoder.from_checkpoint(tmp_path / name)
     wrong = ('{"space_upscale": 3}', '{"space_upscale": "yes"}', '{"slope": "x"}', '{"slope": NaN}', '{"signed": "no"}')
     for config in ("[", "[]", "[" * 9000, '{"slope": 0, "slope": 0}', *wrong):
         save_file(decoder.state_dict(), tmp_path / "tae.safetensors", metadata={"config": config})
         if config != "[]":  # no entry, as good as none
             with pytest.raises(InputError, match=r"not a TAEHV decoder|metadata of"):
-                TinyVideoDecoder.from_checkpoint(tmp_path / "tae.safetensors")
+                SurrogateDecoder.from_checkpoint(tmp_path / "tae.safetensors")
 
 
 def test_wrong_family_names_both_channel_counts(tmp_path):
     with pytest.raises(InputError, match=r"48 channels, but the Reasoner's have 16"):
-        check_decoder(TinyVideoDecoder(**WAN22, **NARROW), reasoner(16))
+        check_decoder(SurrogateDecoder(**WAN22, **NARROW), reasoner(16))
     with pytest.raises(InputError, match=r"8x in space, but the Reasoner's VAE 4x and 16x"):
-        check_decoder(TinyVideoDecoder(**WAN21, **NARROW), reasoner(16, space=16))
-    check_decoder(TinyVideoDecoder(**PACKAGED), reasoner(24))
+        check_decoder(SurrogateDecoder(**WAN21, **NARROW), reasoner(16, space=16))
+    check_decoder(SurrogateDecoder(**PACKAGED), reasoner(24))
 
 
 def test_bad_files_are_input_errors(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
-        TinyVideoDecoder.from_checkpoint(tmp_path / "none.pth")
+        SurrogateDecoder.from_checkpoint(tmp_path / "none.pth")
     for name in ("noise.pth", "noise.safetensors"):
         (tmp_path / name).write_bytes(b"not weights")
         with pytest.raises(InputError, match="cannot read"):
-            TinyVideoDecoder.from_checkpoint(tmp_path / name)
+            SurrogateDecoder.from_checkpoint(tmp_path / name)
     save_file({"decoder.1.weight": torch.zeros(4, 4, 3, 3)}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="not a TAEHV decoder"):
-        TinyVideoDecoder.from_checkpoint(tmp_path / "other.safetensors")
-    state = TinyVideoDecoder(**WAN21, **NARROW).state_dict()
+        SurrogateDecoder.from_checkpoint(tmp_path / "other.safetensors")
+    state = SurrogateDecoder(**WAN21, **NARROW).state_dict()
     for changes, message in (
         ({"decoder.3.extra.weight": torch.zeros(1)}, "unexpected decoder.3.extra.weight"),
         ({"decoder.4.conv.0.bias": torch.zeros(7)}, r"decoder.4.conv.0.bias should be \(\d+,\) but \(7,\)"),
@@ -265,11 +265,11 @@ def test_bad_files_are_input_errors(tmp_path):
     ):
         torch.save(state | changes, tmp_path / "changed.pth")
         with pytest.raises(InputError, match=message):
-            TinyVideoDecoder.from_checkpoint(tmp_path / "changed.pth")
+            SurrogateDecoder.from_checkpoint(tmp_path / "changed.pth")
     for content in ([1, 2], torch.zeros(3), {1: torch.zeros(3)}):
         torch.save(content, tmp_path / "changed.pth")
         with pytest.raises(InputError, match="changed"):
-            TinyVideoDecoder.from_checkpoint(tmp_path / "changed.pth")
+            SurrogateDecoder.from_checkpoint(tmp_path / "changed.pth")
 
 
 # ------------------------------------------------------------------ _super
@@ -324,7 +324,7 @@ def test_super_decoders(tmp_path, suffix):
     written = random_super()
     state = written.state_dict()
     (torch.save if suffix == ".pth" else save_file)(state, tmp_path / f"taew2_2_super{suffix}")
-    decoder = TinyVideoDecoder.from_checkpoint(tmp_path / f"taew2_2_super{suffix}", torch.float64)
+    decoder = SurrogateDecoder.from_checkpoint(tmp_path / f"taew2_2_super{suffix}", torch.float64)
     assert isinstance(decoder, SuperVideoDecoder) and decoder.config == written.config
     assert (decoder.temporal_stride, decoder.spatial_stride) == (4, 16)
     z = torch.randn(1, 6, 3, 2, 3, dtype=torch.float64, requires_grad=True)
@@ -360,9 +360,9 @@ def test_super_decoders_keep_little_for_the_backward():
 def test_super_decoders_round_trip_and_refuse(tmp_path):
     decoder = random_super(space_upscale=(True, True, False), time_upscale=(True, False, True)).float()
     decoder.save(tmp_path / "own.safetensors")
-    assert TinyVideoDecoder.from_checkpoint(tmp_path / "own.safetensors").config == decoder.config
+    assert SurrogateDecoder.from_checkpoint(tmp_path / "own.safetensors").config == decoder.config
     state = decoder.state_dict()
     del state["decoder.9.conv.1.bias"]
     save_file(state, tmp_path / "less.safetensors")
     with pytest.raises(InputError, match=r"decoder.9.conv.1.bias should be \(32,\) but missing"):
-        TinyVideoDecoder.from_checkpoint(tmp_path / "less.safetensors")
+        SurrogateDecoder.from_checkpoint(tmp_path / "less.safetensors")

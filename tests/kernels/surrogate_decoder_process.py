@@ -1,4 +1,4 @@
-"""Runs the Triton kernels of tiny_decoder in the interpreter. A process of its own, since Triton decides at import
+"""Runs the Triton kernels of surrogate_decoder in the interpreter. A process of its own, since Triton decides at import
 whether it interprets.
 
     TRITON_INTERPRET=1 python -m tests.kernels.surrogate_decoder_process
@@ -16,7 +16,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from tests.kernels.lora_linear_process import create_dot
 from tests.kernels.test_surrogate_decoder import FRAMES, INTERPRETED, draw, errors, identity
-from vlmteacher.kernels import tiny_decoder as kernels
+from vlmteacher.kernels import surrogate_decoder as kernels
 
 _empty = torch.empty
 

@@ -1,4 +1,4 @@
-"""The GPU backends of tiny_decoder's convolutions against their definition in float64: the Triton kernels in their
+"""The GPU backends of surrogate_decoder's convolutions against their definition in float64: the Triton kernels in their
 interpreter, the CUDA source executed on the CPU; and what the GPU compilers make of them."""
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 from tests.kernels import simt
 from tests.kernels.compilers import compiled, interpreted, with_compilers, with_triton
 from tests.rounding import DEVIATIONS, excess, expected, rms
-from vlmteacher.decoders import TinyVideoDecoder
-from vlmteacher.ops import tiny_decoder
+from vlmteacher.decoders import SurrogateDecoder
+from vlmteacher.ops import surrogate_decoder
 from vlmteacher.ops.bits import unpack_bits
-from vlmteacher.ops.tiny_decoder import conv3x3_backward_reference, conv3x3_reference, pack_signs
+from vlmteacher.ops.surrogate_decoder import conv3x3_backward_reference, conv3x3_reference, pack_signs
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 FRAMES = 5  # in the bank; no case uses them all
@@ -141,7 +141,7 @@ def fits(found: dict[str, float]) -> bool:
 
 @pytest.fixture(scope="module")
 def library():
-    return simt.build("tiny_decoder.cpp")
+    return simt.build("surrogate_decoder.cpp")
 
 
 def execute(library: ctypes.CDLL, case: Case, drawn: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,7 +201,7 @@ def test_cuda_in_the_decoder(library):
                 return dx.clone()
 
     torch.manual_seed(0)
-    exact = TinyVideoDecoder(3, widths=(8, 8, 8, 8), patch=2, slope=0.1).requires_grad_(False)
+    exact = SurrogateDecoder(3, widths=(8, 8, 8, 8), patch=2, slope=0.1).requires_grad_(False)
     exact.decoder[22].bias.fill_(0.5)  # the middle of the range: gradients pass the clamp
     decoder = copy.deepcopy(exact)
     exact.double()
@@ -210,7 +210,7 @@ def test_cuda_in_the_decoder(library):
     x = z.double().requires_grad_()
     frames = exact.decode_batch(x)[0][wanted]
     (back,) = torch.autograd.grad(frames, x, grad.double())
-    with mock.patch.object(tiny_decoder, "_fast", lambda x: Namespace):
+    with mock.patch.object(surrogate_decoder, "_fast", lambda x: Namespace):
         ours = decoder.decode(z.requires_grad_(), wanted, chunk=2)
         (mine,) = torch.autograd.grad(ours, z, grad)
     assert (ours - frames).abs().max() <= 1e-5
@@ -237,4 +237,4 @@ def test_triton_in_its_interpreter(tmp_path):
 
 @with_compilers
 def test_compiles_for_ampere_and_hopper_without_spills(backend, architecture):
-    assert len(compiled(backend, "tiny_decoder", architecture)) >= {"triton": 17, "cuda": 17}[backend]
+    assert len(compiled(backend, "surrogate_decoder", architecture)) >= {"triton": 17, "cuda": 17}[backend]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_pair import tiny_decoder
-from vlmteacher.decoders.taehv import TinyVideoDecoder
+from vlmteacher.decoders.taehv import SurrogateDecoder
 from vlmteacher.reasoners import checkpointing
 
 
@@ -16,5 +16,5 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def decoder(tmp_path: Path) -> TinyVideoDecoder:
-    return TinyVideoDecoder.from_checkpoint(tiny_decoder(tmp_path / "decoder.safetensors"))
+def decoder(tmp_path: Path) -> SurrogateDecoder:
+    return SurrogateDecoder.from_checkpoint(tiny_decoder(tmp_path / "decoder.safetensors"))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.planning.counting import saved_bytes, stock_count
-from vlmteacher.decoders.taehv import TinyVideoDecoder
-from vlmteacher.ops import tiny_decoder as operator
+from vlmteacher.decoders.taehv import SurrogateDecoder
+from vlmteacher.ops import surrogate_decoder as operator
 from vlmteacher.ops.backends import has_avx512_bf16
 from vlmteacher.planning.decoder import decoder_cost, stock_decoder_cost
 from vlmteacher.planning.models import build_decoder
@@ -17,7 +17,7 @@ SHAPE = (1, 8, 3, 4, 6)
 
 @pytest.mark.parametrize("frames", [range(9), [0], [8], [2, 7], [0, 8]], ids=str)
 def test_products_and_kept_bytes_are_those_of_the_real_decoder(
-    decoder: TinyVideoDecoder, frames: Any, monkeypatch: pytest.MonkeyPatch
+    decoder: SurrogateDecoder, frames: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(operator, "_fast", lambda x: None)  # torch's convolutions, whose products torch can count
     latents = torch.randn(SHAPE, requires_grad=True)

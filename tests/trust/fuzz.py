@@ -356,10 +356,10 @@ def lora(data: bytes, where: Path) -> Any:
 
 
 def decoder(file: tuple[str, bytes], where: Path) -> Any:
-    from vlmteacher.decoders import TinyVideoDecoder
+    from vlmteacher.decoders import SurrogateDecoder
 
     suffix, data = file
-    return TinyVideoDecoder.from_checkpoint(written(data, where / f"decoder{suffix}"))
+    return SurrogateDecoder.from_checkpoint(written(data, where / f"decoder{suffix}"))
 
 
 def training_settings(file: tuple[str, bytes], where: Path) -> Any:
@@ -407,10 +407,10 @@ def transformer_weights() -> bytes:
 
 
 def decoder_name(text: str, where: Path) -> Any:
-    from vlmteacher.decoders import TinyVideoDecoder
+    from vlmteacher.decoders import SurrogateDecoder
     from vlmteacher.decoders.find import find_decoder
 
-    return TinyVideoDecoder.from_checkpoint(find_decoder(text))
+    return SurrogateDecoder.from_checkpoint(find_decoder(text))
 
 
 def plan(change: tuple[str, bytes], where: Path) -> Any:

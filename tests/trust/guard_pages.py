@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmteacher.ops import ada_norm, attention, elementwise, lora_linear, patchify, qk_norm_rope, tiny_decoder
+from vlmteacher.ops import ada_norm, attention, elementwise, lora_linear, patchify, qk_norm_rope, surrogate_decoder
 from vlmteacher.ops.attention import Spans
 from vlmteacher.ops.backends import cpp_status, has_avx512_bf16
 
@@ -313,8 +313,8 @@ def fuzz_conv3x3(draw: Draw) -> None:
         rows = draw.view(torch.randint(0, 3, (g,), generator=draw.generator, dtype=torch.int32))
     wide = [None if t is None else copies([t], torch.float64)[0] for t in (x, weight, bias, residual)]
     indices = [None if t is None else copies([t])[0] for t in (taps, rows)]
-    y, signs = tiny_decoder.conv3x3(x, taps, weight, bias, residual, rows, slope, upscale)
-    exact, _ = tiny_decoder.conv3x3_reference(wide[0], indices[0], *wide[1:], indices[1], slope, upscale)
+    y, signs = surrogate_decoder.conv3x3(x, taps, weight, bias, residual, rows, slope, upscale)
+    exact, _ = surrogate_decoder.conv3x3_reference(wide[0], indices[0], *wide[1:], indices[1], slope, upscale)
     near("y", y, exact)
     assert signs.shape == ((g, *size, (n + 7) // 8) if slope is not None else (0,))
     grad = draw.views((g, *size, n), dtype=dtype)[0]
@@ -324,10 +324,10 @@ def fuzz_conv3x3(draw: Draw) -> None:
         through = draw.views((g, height, width, channels), dtype=dtype)[0]
         shape = (g, height, width, (channels + 7) // 8)
         through_signs = draw.view(torch.randint(0, 256, shape, generator=draw.generator).to(torch.uint8))
-    dx = tiny_decoder.conv3x3_backward(grad, signs, taps, frames, weight, through, through_signs, slope, upscale)
+    dx = surrogate_decoder.conv3x3_backward(grad, signs, taps, frames, weight, through, through_signs, slope, upscale)
     dense = [None if t is None else copies([t])[0] for t in (signs, through_signs)]
     wide = [None if t is None else copies([t], torch.float64)[0] for t in (grad, weight, through)]
-    exact = tiny_decoder.conv3x3_backward_reference(
+    exact = surrogate_decoder.conv3x3_backward_reference(
         wide[0], dense[0], indices[0], frames, wide[1], wide[2], dense[1], slope, upscale
     )
     near("dx", dx, exact)

@@ -18,7 +18,7 @@ from tests.trust.guard_pages import OPERATORS, cpp_operators
 from tests.trust.report import count
 from vlmteacher import ops
 from vlmteacher.errors import InputError
-from vlmteacher.ops import attention, elementwise, patchify, qk_norm_rope, tiny_decoder
+from vlmteacher.ops import attention, elementwise, patchify, qk_norm_rope, surrogate_decoder
 from vlmteacher.ops.backends import cpp_status
 
 ROOT = Path(__file__).parents[2]
@@ -95,21 +95,21 @@ LAYOUT = patchify.Rows(4, 4, 1, 1, [0.0] * 3, [1.0] * 3)
         (lambda: elementwise.rotate(X.int(), torch.zeros(5, 1, 4), torch.zeros(5, 1, 4)), r"floating-point"),
         (lambda: elementwise.gelu(X.int()), r"floating-point"),
         (lambda: elementwise.rotate(X.to("meta"), torch.zeros(5, 1, 4), torch.zeros(5, 1, 4)), r"on meta, not.*on cpu"),
-        (lambda: tiny_decoder.conv3x3(X, TAPS.long(), X, None, None, None, 0.0, 1), r"taps must be torch.int32"),
+        (lambda: surrogate_decoder.conv3x3(X, TAPS.long(), X, None, None, None, 0.0, 1), r"taps must be torch.int32"),
         (
-            lambda: tiny_decoder.conv3x3(X, TAPS, torch.zeros(4, 3, 3, 7), None, None, None, 0.0, 1),
+            lambda: surrogate_decoder.conv3x3(X, TAPS, torch.zeros(4, 3, 3, 7), None, None, None, 0.0, 1),
             r"weight must be .*\(4, 3, 3, 8\)",
         ),
         (
-            lambda: tiny_decoder.conv3x3(X, TAPS, torch.zeros(4, 3, 3, 8), torch.zeros(5), None, None, 0.0, 1),
+            lambda: surrogate_decoder.conv3x3(X, TAPS, torch.zeros(4, 3, 3, 8), torch.zeros(5), None, None, 0.0, 1),
             r"bias must be .*\(4\)",
         ),
         (
-            lambda: tiny_decoder.conv3x3(X, TAPS, torch.zeros(4, 3, 3, 8), None, X, None, 0.0, 1),
+            lambda: surrogate_decoder.conv3x3(X, TAPS, torch.zeros(4, 3, 3, 8), None, X, None, 0.0, 1),
             r"a residual with rows",
         ),
         (
-            lambda: tiny_decoder.conv3x3_backward(
+            lambda: surrogate_decoder.conv3x3_backward(
                 torch.zeros(2, 5, 4, 4), TAPS, TAPS, 2, torch.zeros(4, 3, 3, 8), None, None, 0.0, 1
             ),
             r"signs must be torch.uint8",

@@ -23,7 +23,7 @@ from vlmteacher.files import read_json, write_json
 from vlmteacher.state import fingerprint
 
 if TYPE_CHECKING:
-    from vlmteacher.decoders.taehv import TinyVideoDecoder
+    from vlmteacher.decoders.taehv import SurrogateDecoder
 
 LEAST = 0.9  # agreement of a decoder that is used
 CELLS = 8  # latent cells down and across
@@ -31,7 +31,7 @@ SWITCH = "VLMTEACHER_CHECK_DECODER"  # an environment variable; 0 turns the chec
 VERSION = 1  # of what is measured and cached
 
 
-def check_agreement(decoder: TinyVideoDecoder, reasoner: Any, name: str) -> None:
+def check_agreement(decoder: SurrogateDecoder, reasoner: Any, name: str) -> None:
     """Raise InputError unless `decoder` reads the latents of `reasoner`'s VAE, which is on the Reasoner's device.
 
     It is measured once for each pair of networks and kept in ``$XDG_CACHE_HOME/vlmteacher``.
@@ -52,7 +52,7 @@ def check_agreement(decoder: TinyVideoDecoder, reasoner: Any, name: str) -> None
 
 
 @torch.no_grad()
-def agreement(decoder: TinyVideoDecoder, reasoner: Any) -> float:
+def agreement(decoder: SurrogateDecoder, reasoner: Any) -> float:
     """The share of the variance of the VAE's frames that the surrogate's explain, on `clip`: at most 1.
 
     No lower than -99, which also stands for frames that are not finite.
@@ -77,7 +77,7 @@ def clip(frames: int, side: int) -> np.ndarray:
     return video
 
 
-def pair_fingerprint(decoder: TinyVideoDecoder, reasoner: Any) -> str:
+def pair_fingerprint(decoder: SurrogateDecoder, reasoner: Any) -> str:
     """Of both networks, as they are used: with the statistics of the latents."""
     statistics = [decoder.latents_mean, decoder.latents_std, reasoner.latents_mean, reasoner.latents_std]
     values = [None if each is None else each.flatten().tolist() for each in statistics]

@@ -1,4 +1,4 @@
-"""The TAEHV class of tiny video decoders (github.com/madebyollin/taehv, MIT; LightX2V ships the same networks).
+"""The TAEHV class of surrogate decoders (github.com/madebyollin/taehv, MIT; LightX2V ships the same networks).
 
 One layer table serves every published checkpoint; what differs can be read from the shapes of the weights:
 
@@ -16,7 +16,7 @@ taehv1_5_super        32        2      (1, 2, 2)   x16 (the same)
 ====================  ========  =====  ==========  =========
 
 Training runs through the plain torch modules, `decode_batch`; with frozen weights `decode` is one autograd function
-(`vlmteacher.ops.tiny_decoder`), of which the modules are the definition.
+(`vlmteacher.ops.surrogate_decoder`), of which the modules are the definition.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ from torch.utils.checkpoint import checkpoint
 from vlmteacher.decoders.find import find_decoder
 from vlmteacher.errors import InputError
 from vlmteacher.files import parse_json, replacing
-from vlmteacher.ops import tiny_decoder
+from vlmteacher.moved import moved_name
+from vlmteacher.ops import surrogate_decoder
 from vlmteacher.ops.backends import without_data
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
-from vlmteacher.ops.tiny_decoder import Layer, Plan
+from vlmteacher.ops.surrogate_decoder import Layer, Plan
 from vlmteacher.torch_modes import keepable, plain_torch
 
 HUNYUAN15_SCALE = 1.03682  # of HunyuanVideo-1.5's latents: its VAE's times this are what its transformer sees
@@ -120,7 +121,7 @@ class TGrow(nn.Module):
         return self.conv(x).reshape(-1, *x.shape[1:])
 
 
-class TinyVideoDecoder(nn.Module):
+class SurrogateDecoder(nn.Module):
     """Latents to frames by the published TAEHV layer table, in plain torch and differentiable.
 
     Args:
@@ -223,8 +224,8 @@ class TinyVideoDecoder(nn.Module):
         """Decode the wanted frames of one clip, and nothing that they do not need.
 
         With frozen weights this keeps one bit per activation for the backward pass, goes through the frames in chunks
-        and is differentiable, once, with respect to the latents (`vlmteacher.ops.tiny_decoder`). A decoder in training
-        decodes the whole clip by `decode_batch`.
+        and is differentiable, once, with respect to the latents (`vlmteacher.ops.surrogate_decoder`). A decoder in
+        training decodes the whole clip by `decode_batch`.
 
         Args:
             latents: (1, C, T, h, w), normalised as the Reasoner's transformer sees them; finite.
@@ -269,7 +270,7 @@ class TinyVideoDecoder(nn.Module):
         layers, plan = self.layers(), self.plan(latents.shape[-2:], indices, chunk, latents.device)
         x = self.decoder[0](self._network_latents(latents))[0].permute(1, 2, 3, 0).contiguous()
         raw = [i + self.temporal_stride - 1 for i in indices]  # the first latent frame gives fewer frames
-        return tiny_decoder.decode(x, layers, plan, self.config["patch"], raw, layout)
+        return surrogate_decoder.decode(x, layers, plan, self.config["patch"], raw, layout)
 
     def plan(
         self,
@@ -293,7 +294,7 @@ class TinyVideoDecoder(nn.Module):
         return self._plans[key]
 
     def layers(self) -> list[Layer]:
-        """The layer table for `vlmteacher.ops.tiny_decoder`, in the weights' dtype and on their device.
+        """The layer table for `vlmteacher.ops.surrogate_decoder`, in the weights' dtype and on their device.
 
         Upsampling, TGrow and the convolution after it are linear, without biases between them: they become one
         convolution for each frame that TGrow makes.
@@ -378,7 +379,7 @@ class TinyVideoDecoder(nn.Module):
             save_file(state, temporary, metadata={"config": json.dumps(self.config)})
 
     @classmethod
-    def from_checkpoint(cls, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> TinyVideoDecoder:
+    def from_checkpoint(cls, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> SurrogateDecoder:
         """Load an upstream ``.pth`` or a ``.safetensors`` file; frozen, in eval mode. Encoder weights are ignored.
 
         Raises:
@@ -386,7 +387,7 @@ class TinyVideoDecoder(nn.Module):
         """
         path = Path(path)
         state, metadata = _read(path)
-        kind = SuperVideoDecoder if "decoder.0.weight" in state else TinyVideoDecoder
+        kind = SuperVideoDecoder if "decoder.0.weight" in state else SurrogateDecoder
         written = parse_json(metadata.get("config", "{}"), f"the metadata of {path}")
         try:
             config = kind._layout(state, written if isinstance(written, dict) else {}, path)
@@ -438,7 +439,7 @@ class TinyVideoDecoder(nn.Module):
         }
 
 
-class SuperVideoDecoder(TinyVideoDecoder):
+class SuperVideoDecoder(SurrogateDecoder):
     """The ``_super`` layer table: wider, `SuperMemBlock`s, pixel shuffles instead of upsampling, no clamp of latents.
 
     It runs as the plain torch modules; a gradient through it keeps the activations at the four borders of its stages
@@ -503,14 +504,14 @@ class SuperVideoDecoder(TinyVideoDecoder):
 
 
 @plain_torch()
-def load_decoder(path: str | os.PathLike[str], reasoner: Any, dtype: torch.dtype = torch.float32) -> TinyVideoDecoder:
-    """`TinyVideoDecoder.from_checkpoint` for a Reasoner: of its latents' shape (`check_decoder`), on its device.
+def load_decoder(path: str | os.PathLike[str], reasoner: Any, dtype: torch.dtype = torch.float32) -> SurrogateDecoder:
+    """`SurrogateDecoder.from_checkpoint` for a Reasoner: of its latents' shape (`check_decoder`), on its device.
 
     path: a file, or one on the hub (`find_decoder`). LightX2V's ``lighttaew*`` files were trained on de-normalised
     latents: they are given the Reasoner's statistics. Raises InputError.
     """
     path = find_decoder(path)
-    decoder = TinyVideoDecoder.from_checkpoint(path, dtype)
+    decoder = SurrogateDecoder.from_checkpoint(path, dtype)
     check_decoder(decoder, reasoner, name=str(path))
     if Path(path).name.startswith("taeltx"):  # channels and strides are the same
         raise InputError(
@@ -530,11 +531,11 @@ def _is_hunyuan15(path: Path) -> bool:
 
 def fits_decoder(path: str | os.PathLike[str], reasoner: Any) -> bool:
     """Whether the checkpoint's channels and strides are those of the Reasoner's latents."""
-    decoder = TinyVideoDecoder.from_checkpoint(path)
+    decoder = SurrogateDecoder.from_checkpoint(path)
     return all(getattr(decoder, name) == getattr(reasoner, name) for name in LAYOUT)
 
 
-def check_decoder(decoder: TinyVideoDecoder, reasoner: Any, name: str = "the decoder") -> None:
+def check_decoder(decoder: SurrogateDecoder, reasoner: Any, name: str = "the decoder") -> None:
     """Raise InputError unless `decoder` takes the latents of `reasoner` and gives frames of the VAE's size."""
     if decoder.latent_channels != reasoner.latent_channels:
         raise InputError(
@@ -589,3 +590,7 @@ def _own_name(name: str) -> str | None:
 def _short(error: Exception) -> str:
     """The first line of an error, at most 120 characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+
+
+def __getattr__(name: str) -> object:
+    return moved_name(__name__, name)

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from vlmteacher.checkpoints.hub import find_file, only_local
 from vlmteacher.checkpoints.pretrained import json_object, load_network
-from vlmteacher.decoders.taehv import TinyVideoDecoder
+from vlmteacher.decoders.taehv import SurrogateDecoder
 from vlmteacher.distillation.dataset import find_instances, read_sized, save_whole, whole
 from vlmteacher.distillation.kinds import check_kinds
 from vlmteacher.distillation.reconstruction import reconstruction_loss
@@ -189,7 +189,7 @@ class Clips:
         return content["latents"], content["frames"]
 
 
-def build(settings: Settings, latents: Tensor, frames: Tensor) -> TinyVideoDecoder:
+def build(settings: Settings, latents: Tensor, frames: Tensor) -> SurrogateDecoder:
     """An untrained decoder from `latents` to `frames` (see `Clips`), its strides read off them. Raises InputError."""
     channels, t, h, w = latents.shape
     count, height, width = frames.shape[:3]
@@ -203,7 +203,7 @@ def build(settings: Settings, latents: Tensor, frames: Tensor) -> TinyVideoDecod
             f" patch {patch} goes back; give multiples of the VAE's strides (in time 1 more), or another patch"
         )
     late = int(math.log2(time))
-    return TinyVideoDecoder(
+    return SurrogateDecoder(
         channels,
         settings.widths,
         patch,
@@ -280,7 +280,7 @@ class Distillation:
 
 @plain_torch()
 def run(settings: Settings, resume: bool = False) -> Path:
-    """Distil; returns the checkpoint for `TinyVideoDecoder.from_checkpoint`, ``decoder.safetensors`` in `settings.out`.
+    """Distil; returns the checkpoint for `SurrogateDecoder.from_checkpoint`, ``decoder.safetensors`` in `settings.out`.
 
     Raises InputError for what cannot be used, NonFiniteError when the training breaks down (the last good state stays).
     """

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 _CPP_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_CUDA_OPERATORS = ("ada_norm", "lora_linear", "patchify", "qk_norm_rope", "tiny_decoder")  # Triton has every one
+_CUDA_OPERATORS = ("ada_norm", "lora_linear", "patchify", "qk_norm_rope", "surrogate_decoder")  # Triton has every one
 # Of a product with frozen weights, by the bytes of an element: from so many multiply-adds on torch's own are faster on
 # a GPU. Below that the launches are the time, of which CUDA C++ has the least (H200, benchmarks/NEGATIVE.md).
 _TORCH_FROM = {2: 2**33, 4: 2**31}

@@ -28,7 +28,7 @@ from vlmteacher.state import check_like, load_optimizer
 from vlmteacher.teachers.base import check_range
 
 if TYPE_CHECKING:
-    from vlmteacher.decoders.taehv import TinyVideoDecoder
+    from vlmteacher.decoders.taehv import SurrogateDecoder
     from vlmteacher.queries import QuerySet
     from vlmteacher.reasoners.base import Condition, Noise, Reasoner
     from vlmteacher.teachers.base import Teacher
@@ -87,7 +87,7 @@ class Optimization:
     def __init__(
         self,
         reasoner: Reasoner,
-        decoder: TinyVideoDecoder,
+        decoder: SurrogateDecoder,
         teacher: Teacher,
         condition: Condition,
         noise: Noise,

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlmteacher.decoders.taehv import TinyVideoDecoder
+from vlmteacher.decoders.taehv import SurrogateDecoder
 from vlmteacher.planning.costs import META, Cost, measure
 
 
-def decoder_cost(decoder: TinyVideoDecoder, shape: Sequence[int], frames: Sequence[int]) -> Cost:
+def decoder_cost(decoder: SurrogateDecoder, shape: Sequence[int], frames: Sequence[int]) -> Cost:
     """Of `decoder`, which is on the meta device, on latents of `shape` (1, C, T, h, w), for some frames."""
     decoder.layers()  # folded once, not at every step
     latents = _latents(shape)
     return measure(lambda: [decoder.decode(latents, frames)], [decoder], [latents])
 
 
-def stock_decoder_cost(decoder: TinyVideoDecoder, shape: Sequence[int], frames: Sequence[int]) -> Cost:
+def stock_decoder_cost(decoder: SurrogateDecoder, shape: Sequence[int], frames: Sequence[int]) -> Cost:
     """The same in plain torch: all frames, of which some are looked at."""
     latents = _latents(shape)
     return measure(lambda: [decoder.decode_batch(latents)[0][list(frames)]], [decoder], [latents])

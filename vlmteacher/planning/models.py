@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vlmteacher.checkpoints.pretrained import json_object, load_tokenizer
-from vlmteacher.decoders.taehv import TinyVideoDecoder
+from vlmteacher.decoders.taehv import SurrogateDecoder
 from vlmteacher.errors import InputError
 from vlmteacher.planning.costs import META
 from vlmteacher.reasoners import FAMILIES, read_index
@@ -175,12 +175,12 @@ def build_teacher(name: str, dtype: torch.dtype = torch.bfloat16) -> QwenVLTeach
     return QwenVLTeacher(model, tokenizer, VisionSettings(patch_size=full.vision_config.patch_size))
 
 
-def build_decoder(name: str, dtype: torch.dtype = torch.bfloat16) -> TinyVideoDecoder:
+def build_decoder(name: str, dtype: torch.dtype = torch.bfloat16) -> SurrogateDecoder:
     if name == "packaged":
         name = str(PACKAGED / "decoder.safetensors")
     if Path(name).is_file():
-        return TinyVideoDecoder.from_checkpoint(name, dtype).to(META)
+        return SurrogateDecoder.from_checkpoint(name, dtype).to(META)
     facts = known_facts(name, "decoder")
     with META:
-        decoder = TinyVideoDecoder(**{key: value for key, value in facts.items() if key not in ("kind", "source")})
+        decoder = SurrogateDecoder(**{key: value for key, value in facts.items() if key not in ("kind", "source")})
         return decoder.to(dtype).eval().requires_grad_(False)

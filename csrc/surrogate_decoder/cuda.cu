@@ -1,4 +1,4 @@
-// The tiny decoder's convolutions on NVIDIA GPUs: torch's tensors for plan.cuh.
+// The surrogate decoder's convolutions on NVIDIA GPUs: torch's tensors for plan.cuh.
 #include "../cuda_device.h"
 #include "check.h"
 #include "plan.cuh"
@@ -6,13 +6,13 @@
 namespace {
 
 using namespace vlmteacher;
-using tiny_decoder::Shape;
+using surrogate_decoder::Shape;
 
 // What the kernels may assume: frames that 32 bits address.
 void check_size(const Shape& s) {
   constexpr int64_t Most = std::numeric_limits<int>::max();
   const int64_t pixels = int64_t{s.height} * s.width * s.upscale * s.upscale;
-  STD_TORCH_CHECK(pixels <= Most && std::max(s.frames, 4 * s.outputs) <= 65535, "tiny_decoder: ", s.outputs,
+  STD_TORCH_CHECK(pixels <= Most && std::max(s.frames, 4 * s.outputs) <= 65535, "surrogate_decoder: ", s.outputs,
                   " frames of ", pixels, " pixels are too many or too large");
 }
 
@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> conv3x3(const Tensor& x_any, const Tensor& taps_any, 
             : torch::stable::new_empty(x, {0}, ScalarType::Byte);
   with_type(x.scalar_type(), [&]<class T>() {
     Device device(x);
-    tiny_decoder::forward(device, data<T>(x), data<int>(taps), data<T>(weight), data<T>(bias), data<T>(residual),
+    surrogate_decoder::forward(device, data<T>(x), data<int>(taps), data<T>(weight), data<T>(bias), data<T>(residual),
                           data<int>(rows), shape, data<T>(y), slope ? data<uint8_t>(signs) : nullptr);
   });
   return {y, signs};
@@ -69,7 +69,7 @@ Tensor conv3x3_backward(const Tensor& grad_any, const Tensor& signs_any, const T
   const Tensor dx = torch::stable::new_empty(grad, {frames, shape.height, shape.width, shape.channels});
   with_type(grad.scalar_type(), [&]<class T>() {
     Device device(grad);
-    tiny_decoder::backward(device, data<T>(grad), slope ? data<uint8_t>(signs) : nullptr, data<int>(taps),
+    surrogate_decoder::backward(device, data<T>(grad), slope ? data<uint8_t>(signs) : nullptr, data<int>(taps),
                            data<T>(weight), data<T>(residual), slope ? data<uint8_t>(residual_signs) : nullptr, shape,
                            data<T>(dx));
   });

@@ -1,4 +1,4 @@
-// Which kernels compute the tiny decoder's convolutions: host code, templated on what a `Device` is, as that of
+// Which kernels compute the surrogate decoder's convolutions: host code, templated on what a `Device` is, as that of
 // lora_linear (launch, scratch), so that the tests drive the CPU through the very same launches.
 #pragma once
 
@@ -6,7 +6,7 @@
 
 #include "kernels.cuh"
 
-namespace tiny_decoder {
+namespace surrogate_decoder {
 
 struct Shape {
   int frames, outputs, taps;       // in the bank, of the result, that a result's frame sees
@@ -98,4 +98,4 @@ void backward(Device& device, const T* grad, const uint8_t* signs, const int* ta
                s.frames);
 }
 
-}  // namespace tiny_decoder
+}  // namespace surrogate_decoder

@@ -1,4 +1,4 @@
-// Device code of the tiny decoder's convolutions; the definition is vlmteacher/ops/tiny_decoder.py, the order of
+// Device code of the surrogate decoder's convolutions; the definition is vlmteacher/ops/surrogate_decoder.py, the order of
 // launches plan.cuh.
 //
 // One implicit matrix product serves both directions: a block owns a rectangle of one frame's pixels and a run of
@@ -10,7 +10,7 @@
 
 #include "../mma_tile.cuh"
 
-namespace tiny_decoder {
+namespace surrogate_decoder {
 
 using namespace mma_tile;
 
@@ -238,4 +238,4 @@ __global__ void __launch_bounds__(256) fold(const T* weight, int64_t size, int c
   }
 }
 
-}  // namespace tiny_decoder
+}  // namespace surrogate_decoder

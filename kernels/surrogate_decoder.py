@@ -1,5 +1,5 @@
 """The convolutions of a TAEHV-class decoder in Triton, as implicit matrix products. The definition is
-vlmteacher/ops/tiny_decoder.py.
+vlmteacher/ops/surrogate_decoder.py.
 
 A program owns a rectangle of one frame's pixels and a run of channels, and adds up, place by place of the kernel, what
 it reads at the shifted rectangle times that place's weights: nothing is unrolled in memory. "The previous frame" is an

@@ -1,4 +1,4 @@
-// The convolutions of the surrogate decoder on the CPU; the definition is vlmteacher/ops/tiny_decoder.py. All four
+// The convolutions of the surrogate decoder on the CPU; the definition is vlmteacher/ops/surrogate_decoder.py. All four
 // cases are one sum over taps (conv.h): forward, 9 taps; forward from an upsampled image, four phases of the output with
 // 2x2 taps each on the small image, the weights that meet the same pixel summed; and backward of either, where frame f
 // sees the output frames that saw it, 9 taps or all 16 of the phases.
@@ -14,7 +14,7 @@
 namespace {
 
 using namespace vlmteacher;
-using namespace vlmteacher::tiny_decoder;
+using namespace vlmteacher::surrogate_decoder;
 
 constexpr int64_t kStrip = 256 << 10;  // bytes, beside the weights in the second-level cache
 

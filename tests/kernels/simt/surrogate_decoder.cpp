@@ -1,9 +1,9 @@
-// csrc/tiny_decoder on the CPU: its own plan and kernels.
-#include "../../../csrc/tiny_decoder/plan.cuh"
+// csrc/surrogate_decoder on the CPU: its own plan and kernels.
+#include "../../../csrc/surrogate_decoder/plan.cuh"
 
 namespace {
 
-tiny_decoder::Shape shape_of(const int* s, float slope) {
+surrogate_decoder::Shape shape_of(const int* s, float slope) {
   return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], slope};
 }
 
@@ -16,7 +16,7 @@ const char* run_forward(int bytes, bool brain, const void* x, const int* taps, c
   return simt::attempt([&] {
     simt::with_type(bytes, brain, [&]<class T>() {
       simt::Device device;
-      tiny_decoder::forward(device, static_cast<const T*>(x), taps, static_cast<const T*>(weight),
+      surrogate_decoder::forward(device, static_cast<const T*>(x), taps, static_cast<const T*>(weight),
                             static_cast<const T*>(bias), static_cast<const T*>(residual), rows, shape_of(shape, slope),
                             static_cast<T*>(y), signs);
     });
@@ -29,7 +29,7 @@ const char* run_backward(int bytes, bool brain, const void* grad, const uint8_t*
   return simt::attempt([&] {
     simt::with_type(bytes, brain, [&]<class T>() {
       simt::Device device;
-      tiny_decoder::backward(device, static_cast<const T*>(grad), signs, taps, static_cast<const T*>(weight),
+      surrogate_decoder::backward(device, static_cast<const T*>(grad), signs, taps, static_cast<const T*>(weight),
                              static_cast<const T*>(residual), residual_signs, shape_of(shape, slope),
                              static_cast<T*>(dx));
     });

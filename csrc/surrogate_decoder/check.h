@@ -1,4 +1,4 @@
-// What the convolutions' backends take; see vlmteacher/ops/tiny_decoder.py.
+// What the convolutions' backends take; see vlmteacher/ops/surrogate_decoder.py.
 #pragma once
 
 #include "../operator.h"

@@ -5,7 +5,7 @@
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include "../bf16_avx512.h"
 
-namespace vlmteacher::tiny_decoder {
+namespace vlmteacher::surrogate_decoder {
 namespace {
 
 // The sign bits of the lanes of a vector, in bytes of their own: behind the last of them nothing is read or written. A
@@ -246,13 +246,13 @@ void rows(const Conv& conv, const Frame& frame, int64_t begin, int64_t end, char
   (conv.half ? rows_of<BFloat16> : rows_of<Float32>)(conv, frame, begin, end, strip);
 }
 
-}  // namespace vlmteacher::tiny_decoder
+}  // namespace vlmteacher::surrogate_decoder
 
 #else
 
-namespace vlmteacher::tiny_decoder {
+namespace vlmteacher::surrogate_decoder {
 bool available() { return false; }
 void rows(const Conv&, const Frame&, int64_t, int64_t, char*) {}
-}  // namespace vlmteacher::tiny_decoder
+}  // namespace vlmteacher::surrogate_decoder
 
 #endif

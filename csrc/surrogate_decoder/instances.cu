@@ -1,7 +1,7 @@
 // Every kernel that plan.cuh launches, for `nvcc -cubin`: what the compiler makes of them can be read without torch.
 #include "kernels.cuh"
 
-namespace tiny_decoder {
+namespace surrogate_decoder {
 
 // The compile table (benchmarks/static) reads what a launch asks for from these lines; the assertions hold them true.
 // launch conv<float,.*false> 256 40960
@@ -36,4 +36,4 @@ CONV(__half, Middle);
 CONV(__half, Thin);
 KERNELS(float);
 
-}  // namespace tiny_decoder
+}  // namespace surrogate_decoder

@@ -140,7 +140,7 @@ def _fast(x: Tensor) -> Any:
     """
     if x.device.type == "cpu":
         return _Cpp if x.dtype in (torch.float32, torch.bfloat16) and has_avx512_bf16() else None
-    return backend(x, "tiny_decoder")
+    return backend(x, "surrogate_decoder")
 
 
 def conv3x3(

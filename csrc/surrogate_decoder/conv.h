@@ -4,7 +4,7 @@
 #pragma once
 #include <cstdint>
 
-namespace vlmteacher::tiny_decoder {
+namespace vlmteacher::surrogate_decoder {
 
 constexpr int64_t kLanes = 16;  // output channels of a vector
 
@@ -51,4 +51,4 @@ bool available();
 // Rows [begin, end) of the grid; `strip` has strip_bytes(end - begin), aligned to 64.
 void rows(const Conv& conv, const Frame& frame, int64_t begin, int64_t end, char* strip);
 
-}  // namespace vlmteacher::tiny_decoder
+}  // namespace vlmteacher::surrogate_decoder

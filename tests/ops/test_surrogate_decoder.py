@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from tests.rounding import check, expected, rms
-from vlmteacher.ops import tiny_decoder
+from vlmteacher.ops import surrogate_decoder
 from vlmteacher.ops.backends import has_avx512_bf16
 from vlmteacher.ops.bits import pack_bits, unpack_bits
-from vlmteacher.ops.tiny_decoder import (
+from vlmteacher.ops.surrogate_decoder import (
     conv3x3,
     conv3x3_backward,
     conv3x3_backward_reference,
@@ -134,4 +134,4 @@ def test_the_cpp_backend_is_used():
     """Where the processor has what it needs; otherwise the tests above have compared the definition with itself."""
     if not has_avx512_bf16():
         pytest.skip("no AVX-512 with bfloat16 here")
-    assert tiny_decoder._fast(torch.empty(0)) is tiny_decoder._Cpp
+    assert surrogate_decoder._fast(torch.empty(0)) is surrogate_decoder._Cpp
