@@ -7,60 +7,31 @@ Reasoner's one-step predictions and few-step videos; and predictions in the cour
 
 from __future__ import annotations
 
-from dataclasses import fields
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from recipes.microworld.shards import Shard
+from recipes.microworld.teacher.data import draw_track
+from recipes.microworld.training import Run
 from vlmteacher.checkpoints.pretrained import load_network
-from vlmteacher.files import make_folder, replacing
+from vlmteacher.decoders.taehv import load_decoder
+from vlmteacher.evaluation.microworld import first_frame
+from vlmteacher.files import make_folder
+from vlmteacher.lora.adapter import add_lora, remove_lora
 from vlmteacher.microworld import labeller, splits, world
-from vlmteacher.microworld.facts import Facts, facts_of
+from vlmteacher.microworld.facts import facts_of
 from vlmteacher.microworld.questions import right_queries
 from vlmteacher.microworld.scene import Scene
 from vlmteacher.optimization.loop import Optimization
+from vlmteacher.reasoners import load_reasoner
 from vlmteacher.reasoners.wan import WanReasoner
 from vlmteacher.settings import Settings
-
-FIELDS = tuple(field.name for field in fields(Facts))
-
-
-class Shard:
-    """Videos as (N, T, H, W, 3) uint8, facts and scenes of each: plain tensors and JSON in one file."""
-
-    def __init__(self) -> None:
-        self.videos: list[np.ndarray] = []
-        self.facts: list[Facts] = []
-        self.scenes: list[Scene] = []
-
-    def add(self, frames: np.ndarray, scene: Scene, facts: Facts | None = None) -> None:
-        """frames (T, H, W, 3) in [0, 1]; without facts the labeller finds them."""
-        self.videos.append((frames.clip(0, 1) * 255).round().astype(np.uint8))
-        self.facts.append(facts or labeller.label(frames, scene))
-        self.scenes.append(scene)
-
-    def save(self, path: Path) -> None:
-        content = {
-            "videos": torch.from_numpy(np.stack(self.videos)),
-            "facts": [{name: torch.from_numpy(getattr(f, name)) for name in FIELDS} for f in self.facts],
-            "scenes": [s.to_json() for s in self.scenes],
-        }
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            torch.save(content, file)
-
-
-def load(paths: list[Path]) -> list[tuple[np.ndarray, Scene, Facts]]:
-    """(video uint8 (T, H, W, 3), scene, facts) of every row of `paths`."""
-    rows = []
-    for path in paths:
-        content = torch.load(path, weights_only=True)
-        for video, scene, facts in zip(content["videos"], content["scenes"], content["facts"], strict=True):
-            truth = Facts(**{name: value.numpy() for name, value in facts.items()})
-            rows.append((video.numpy(), Scene.from_json(scene), truth))
-    return rows
+from vlmteacher.teachers import load_teacher
 
 
 def _pixels(frames: Tensor) -> np.ndarray:
@@ -71,8 +42,6 @@ def _pixels(frames: Tensor) -> np.ndarray:
 @torch.no_grad()
 def lessons(shard: Shard, count: int, rng: np.random.Generator, reasoner: WanReasoner, decoder: Any) -> None:
     """Rendered videos of every kind, sent through the VAE's encoder and the surrogate decoder."""
-    from recipes.microworld.teacher.lesson import draw_track
-
     for _ in range(count // 8):
         drawn = [draw_track(rng) for _ in range(8)]
         z = reasoner.encode_video(255 * np.stack([world.draw(track) for _, track in drawn]))
@@ -109,8 +78,6 @@ def optimised(
 
     outside: the share of scenes out of domain.
     """
-    from vlmteacher.lora.adapter import add_lora, remove_lora
-
     for index in range(count // 8):
         family = world.FAMILIES[index % len(world.FAMILIES)]
         scene = splits.training_scene(rng, family, outside)
@@ -131,53 +98,44 @@ def optimised(
 
 def start(reasoner: WanReasoner, scene: Scene, rng: np.random.Generator) -> tuple[Any, Any]:
     """Condition and noise of a training scene, as the pipeline makes them."""
-    from vlmteacher.evaluation.microworld import first_frame
-
     size = {"num_frames": world.NUM_FRAMES, "height": world.SIZE, "width": world.SIZE}
     condition = reasoner.encode(world.write_prompt(scene, rng), first_frame(scene), **size)
     return condition, reasoner.noise(condition, torch.Generator().manual_seed(int(rng.integers(2**31))))
 
 
-def parts(trained: Path) -> tuple[WanReasoner, Any]:
+def parts(run: Run) -> tuple[WanReasoner, Any]:
     """The Reasoner of stage ``distil``, with the VAE of ``vae-decoder``, and the surrogate decoder."""
-    from vlmteacher.decoders.taehv import load_decoder
-    from vlmteacher.reasoners import load_reasoner
-
-    reasoner = load_reasoner(str(trained / "distil/pipeline"), torch.float32)
+    reasoner = load_reasoner(str(run.path("distil/pipeline")), torch.float32)
     assert isinstance(reasoner, WanReasoner)
-    if (trained / "vae_decoder/vae").exists():
-        reasoner.vae = (
-            load_network(type(reasoner.vae), trained / "vae_decoder/vae", dtype=torch.float32)
-            .eval()
-            .requires_grad_(False)
-        )
-    return reasoner, load_decoder(trained / "decoder/decoder.safetensors", reasoner, torch.float32)
+    if (refined := run.path("vae_decoder/vae")).exists():
+        reasoner.vae = load_network(type(reasoner.vae), refined, dtype=torch.float32).eval().requires_grad_(False)
+    return reasoner, load_decoder(run.path("decoder/decoder.safetensors"), reasoner, torch.float32)
 
 
-def main(out: Path, optimise: bool) -> None:
-    """Write the shards of stage ``collect`` (or of ``optimise``) to ``out/collect``; those that are there are kept."""
-    from recipes.microworld.training import load_config
-    from vlmteacher.teachers import load_teacher
+def collect(run: Run) -> None:
+    """Stage ``collect``: shards of lessons and of predictions."""
+    reasoner, decoder = parts(run)
+    _write(run, "lessons", partial(lessons, reasoner=reasoner, decoder=decoder))
+    _write(run, "predictions", partial(predictions, reasoner=reasoner, decoder=decoder))
 
-    config = load_config("collect")
-    reasoner, decoder = parts(out)
-    make_folder(out / "collect")
-    if optimise:
-        teacher = load_teacher(str(out / "finetune/teacher"), torch.float32)
-        settings = Settings(**config["settings"])
-    for kind in ("optimised",) if optimise else ("lessons", "predictions"):
-        for index in range(config[kind]["shards"]):
-            path = out / "collect" / f"{kind}-{index:03d}.pt"
-            if path.exists():
-                continue
-            rng = np.random.default_rng([config["seed"], index, len(kind)])
-            shard, count = Shard(), config[kind]["videos"]
-            if kind == "lessons":
-                lessons(shard, count, rng, reasoner, decoder)
-            elif kind == "predictions":
-                predictions(shard, count, rng, reasoner, decoder)
-            else:
-                optimised(shard, count, rng, reasoner, decoder, teacher, settings, config["outside"])
-            shard.save(path)
-            right = np.mean([labeller.succeeds(f, s) for f, s in zip(shard.facts, shard.scenes, strict=True)])
-            print(f"{path}: {len(shard.videos)} videos, {right:.2f} right", flush=True)
+
+def optimise(run: Run) -> None:
+    """Stage ``optimise``: shards of predictions in the course of optimisations by the Teacher in ``run.start``."""
+    reasoner, decoder = parts(run)
+    teacher = load_teacher(str(run.start), torch.float32)
+    given = {"teacher": teacher, "settings": Settings(**run.config["settings"]), "outside": run.config["outside"]}
+    _write(run, "optimised", partial(optimised, reasoner=reasoner, decoder=decoder, **given))
+
+
+def _write(run: Run, kind: str, fill: Callable[[Shard, int, np.random.Generator], None]) -> None:
+    """Write the shards of one kind of videos to ``run.out``; those that exist are kept."""
+    make_folder(run.out)
+    for index in range(run.config[kind]["shards"]):
+        path = run.out / f"{kind}-{index:03d}.pt"
+        if path.exists():
+            continue
+        shard = Shard()
+        fill(shard, run.config[kind]["videos"], np.random.default_rng([run.config["seed"], index, len(kind)]))
+        shard.save(path)
+        right = np.mean([labeller.succeeds(f, s) for f, s in zip(shard.facts, shard.scenes, strict=True)])
+        print(f"{path}: {len(shard.videos)} videos, {right:.2f} right", flush=True)

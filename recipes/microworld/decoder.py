@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
-from recipes.microworld.training import adopt, load_config, random_clip, shaken, to_video, train
+from recipes.microworld.clips import random_clip, shaken, to_video
+from recipes.microworld.training import Run, adopt, train
 from vlmteacher.checkpoints.pretrained import load_network
 from vlmteacher.decoders.taehv import SurrogateDecoder
 from vlmteacher.distillation.reconstruction import reconstruction_loss
@@ -20,16 +19,16 @@ def build(widths: list[int], latent_channels: int = 24) -> SurrogateDecoder:
     return SurrogateDecoder(latent_channels, widths, patch=2, space_upscale=(True, True, False))
 
 
-def main(out: Path, vae_path: Path, init: Path | None = None) -> None:
-    """Stage ``decoder``, from scratch or from the weights of a surrogate's file in `init`."""
-    config = load_config("decoder")
+def train_decoder(run: Run) -> None:
+    """Stage ``decoder``, from scratch or from the weights of the surrogate decoder in the file ``run.start``."""
+    config = run.config
     torch.manual_seed(config["seed"])
-    vae = load_network(AutoencoderKLWan, vae_path, dtype=torch.float32).eval().requires_grad_(False)
+    vae = load_network(AutoencoderKLWan, run.path("vae/vae"), dtype=torch.float32).eval().requires_grad_(False)
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
     decoder = build(config["widths"], vae.config.z_dim)
-    if init:
-        adopt(decoder, SurrogateDecoder.from_checkpoint(init).float())
+    if run.start:
+        adopt(decoder, SurrogateDecoder.from_checkpoint(run.start).float())
 
     def step(index: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         x = to_video(np.stack([random_clip(rng, world.NUM_FRAMES) for _ in range(config["batch"])]))
@@ -39,13 +38,5 @@ def main(out: Path, vae_path: Path, init: Path | None = None) -> None:
             y = decoder.decode_batch(shaken(latents, config["latent_noise"], rng), clamp=False)
         return reconstruction_loss(x, y.float().transpose(1, 2) * 2 - 1)
 
-    train(
-        {"decoder": decoder},
-        step,
-        out,
-        steps=config["steps"],
-        learning_rate=config["learning_rate"],
-        seed=config["seed"],
-        ema=0.99,
-    )
-    decoder.save(out / "decoder.safetensors")
+    train({"decoder": decoder}, step, run, ema=0.99)
+    decoder.save(run.out / "decoder.safetensors")

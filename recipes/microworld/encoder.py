@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import repeat
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -17,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recipes.microworld.teacher.data import draw_track
 from recipes.microworld.teacher.grounding import STATE, by_color
-from recipes.microworld.teacher.lesson import draw_track
-from recipes.microworld.training import load_config, train
+from recipes.microworld.training import Run, train
 from vlmteacher.evaluation.video_distance import FEATURES, VideoEncoder
 from vlmteacher.microworld import world
 from vlmteacher.microworld.facts import Facts, facts_of
@@ -69,9 +68,9 @@ def lesson(rng: np.random.Generator) -> tuple[Tensor, Scene, Facts, Tensor]:
     return video, scene, facts_of(scene, track), torch.from_numpy(harm).float()
 
 
-def main(out: Path) -> None:
-    """Train, and write ``encoder.safetensors`` (half precision)."""
-    config = load_config("encoder")
+def train_encoder(run: Run) -> None:
+    """Stage ``encoder``: write ``encoder.safetensors`` (half precision)."""
+    config = run.config
     torch.manual_seed(config["seed"])
     encoder, heads = VideoEncoder(), Heads()
 
@@ -84,18 +83,10 @@ def main(out: Path) -> None:
         losses = heads.losses(encoder(videos), scenes, facts, harm)
         return torch.stack(list(losses.values())).sum(), {name: float(x.detach()) for name, x in losses.items()}
 
-    train(
-        {"encoder": encoder, "heads": heads},
-        step,
-        out,
-        steps=config["steps"],
-        learning_rate=config["learning_rate"],
-        seed=config["seed"],
-        ema=0.99,
-    )
+    train({"encoder": encoder, "heads": heads}, step, run, ema=0.99)
     calibrate(encoder, [draw(np.random.default_rng([config["seed"], 0, k]))[0] for k in range(8)])
     state = {name: x.half() if x.is_floating_point() else x for name, x in encoder.state_dict().items()}
-    save_file(state, out / "encoder.safetensors")
+    save_file(state, run.out / "encoder.safetensors")
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ Reasoner has systematic errors, which no resampling mends, beside the sampling n
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,15 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanTransformer3DModel
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from recipes.microworld.training import adopt, fast_attention, load_config, to_video, train
+from recipes.microworld.attention import fast_attention
+from recipes.microworld.clips import to_video
+from recipes.microworld.training import Run, adopt, train
 from vlmteacher.checkpoints.pretrained import load_network, load_tokenizer
+from vlmteacher.distillation import distill
+from vlmteacher.distillation.trainer import STATE
 from vlmteacher.files import make_folder, replacing
 from vlmteacher.microworld import world
+from vlmteacher.microworld.export import export
 from vlmteacher.microworld.tokenizer import kept_tokenizer
 
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
@@ -63,15 +69,15 @@ def build(vocab_size: int, config: dict) -> tuple[WanTransformer3DModel, UMT5Enc
     return transformer, encoder
 
 
-def encode_dataset(vae_path: Path, out: Path) -> None:
+def encode_latents(run: Run) -> None:
     """Stage ``latents``: shards of latents (mode of the posterior, normalised) with their prompts."""
-    config = load_config("latents")
-    make_folder(out)
-    vae = load_network(AutoencoderKLWan, vae_path, dtype=torch.float32).eval()
+    config = run.config
+    make_folder(run.out)
+    vae = load_network(AutoencoderKLWan, run.path("vae/vae"), dtype=torch.float32).eval()
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
     for shard in range(config["shards"]):
-        path = out / f"{shard:04d}.pt"
+        path = run.out / f"{shard:04d}.pt"
         if path.exists():
             continue
         rng = np.random.default_rng([config["seed"], shard])
@@ -89,16 +95,16 @@ def encode_dataset(vae_path: Path, out: Path) -> None:
         print(path, flush=True)
 
 
-def main(out: Path, latents: Path, vae: Path, init: Path | None = None) -> None:
-    """Stage ``reasoner``, from scratch or from the weights of a diffusers directory in `init`."""
-    config = load_config("reasoner")
+def train_reasoner(run: Run) -> None:
+    """Stage ``reasoner``, from scratch or from the weights of the diffusers directory ``run.start``."""
+    config, latents = run.config, run.path("latents")
     torch.manual_seed(config["seed"])
-    tokenizer = kept_tokenizer(out / "tokenizer", prompts, 600)
+    tokenizer = kept_tokenizer(run.out / "tokenizer", prompts, 600)
     transformer, encoder = build(len(tokenizer), config)
-    if init:
-        adopt(transformer, load_network(WanTransformer3DModel, init / "transformer", dtype=torch.float32))
-        known = load_network(UMT5EncoderModel, init / "text_encoder", dtype=torch.float32)
-        adopt(encoder, known, tokenizer, load_tokenizer(init / "tokenizer"))
+    if run.start:
+        adopt(transformer, load_network(WanTransformer3DModel, run.start / "transformer", dtype=torch.float32))
+        known = load_network(UMT5EncoderModel, run.start / "text_encoder", dtype=torch.float32)
+        adopt(encoder, known, tokenizer, load_tokenizer(run.start / "tokenizer"))
     table: dict[str, torch.Tensor] = {}
     shards: list[Path] = []
     bank = torch.empty(0)
@@ -146,18 +152,24 @@ def main(out: Path, latents: Path, vae: Path, init: Path | None = None) -> None:
     train(
         {"transformer": transformer, "encoder": encoder},
         step,
-        out,
-        steps=config["steps"],
-        learning_rate=config["learning_rate"],
-        seed=config["seed"],
+        run,
         warmup=300,
         save_every=500,
         log_every=100,
         ema=0.998,
     )
-    save_pipeline(
-        out / "reasoner", transformer, encoder, tokenizer, load_network(AutoencoderKLWan, vae, dtype=torch.float32)
-    )
+    vae = load_network(AutoencoderKLWan, run.path("vae/vae"), dtype=torch.float32)
+    save_pipeline(run.out / "reasoner", transformer, encoder, tokenizer, vae)
+
+
+def distil(run: Run) -> None:
+    """Stage ``distil``: the four-step student of the many-step Reasoner, by DMD2 on instances with the flaw."""
+    config = dict(run.config)
+    videos, out = config.pop("videos"), run.path("videos")
+    export(out, videos["count"], videos["seed"], flawed=True, chosen=world.FAMILIES)
+    paths = {"reasoner": str(run.path("reasoner/reasoner")), "data": str(out), "out": str(run.out)}
+    with fast_attention():
+        distill.run(distill.Settings.from_dict(config | paths), resume=(run.out / STATE).exists())
 
 
 def save_pipeline(
@@ -168,8 +180,6 @@ def save_pipeline(
     vae: AutoencoderKLWan,
 ) -> None:
     """Write a normal diffusers directory, with the few-step settings in ``reasoner.json`` beside it."""
-    import json
-
     WanImageToVideoPipeline(
         tokenizer=tokenizer,
         text_encoder=encoder,

@@ -1,203 +1,139 @@
-"""How the packaged models are made, stage by stage; each resumes where it was stopped.
+"""The stages in which the packaged models are made, and one run of a stage.
 
-vae -> vae-decoder, decoder, latents -> reasoner -> distil -> (teacher) -> collect -> teacher-finetune -> optimise ->
-teacher-finetune -> teacher-point -> writer -> package. The encoder of the video distance stands by itself. Every stage
-reads its predecessors from the same folder.
+Every stage reads the results of earlier ones from the same folder, in which it has a folder of its own, and resumes
+where it was stopped.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
+from recipes.microworld.training import Run, load_config
 from vlmteacher.errors import InputError
-from vlmteacher.placement import find_device
 
-STAGES = (
-    "vae",
-    "vae-decoder",
-    "decoder",
-    "latents",
-    "reasoner",
-    "distil",
-    "teacher",
-    "collect",
-    "teacher-finetune",
-    "optimise",
-    "teacher-point",
-    "writer",
-    "package",
-    "encoder",
-)
-NEEDS = {
-    "vae-decoder": ("vae/vae",),
-    "decoder": ("vae/vae",),
-    "latents": ("vae/vae",),
-    "reasoner": ("vae/vae", "latents"),
-    "distil": ("reasoner/reasoner",),
-    "collect": ("distil/pipeline", "decoder/decoder.safetensors"),
-    "teacher-finetune": ("teacher/state.pt", "collect"),
-    "optimise": ("distil/pipeline", "decoder/decoder.safetensors", "finetune/teacher"),
-    "teacher-point": ("teacher/tokenizer", "distil/pipeline", "decoder/decoder.safetensors", "finetune/teacher"),
-    "writer": ("teacher/tokenizer", "point/teacher"),
-    "package": (
-        "distil/pipeline",
-        "vae_decoder/vae",
-        "decoder/decoder.safetensors",
-        "point/teacher",
-        "writer/writer",
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the recipe.
+
+    Attributes:
+        name: the stage's name on the command line.
+        function: the function that runs it, as ``module:function`` of this package.
+        folder: the stage's own folder.
+        needs: results of earlier stages, each with the folder of the stage that makes it first.
+        config: names of the files in ``configs/`` that hold its settings; a later one takes precedence.
+        start: the result of an earlier stage that this one trains further.
+        part: the part of a pair whose weights it can start from.
+        gpu: whether it can train on a GPU.
+    """
+
+    name: str
+    function: str
+    folder: str
+    needs: tuple[str, ...] = ()
+    config: tuple[str, ...] = ()
+    start: str | None = None
+    part: str | None = None
+    gpu: bool = False
+
+
+REASONER_PARTS = ("distil/pipeline", "decoder/decoder.safetensors")
+TABLE = (
+    Stage("vae", "vae:train_vae", "vae", config=("vae",), part="reasoner/vae"),
+    Stage("vae-decoder", "vae:refine_decoder", "vae_decoder", ("vae/vae",), ("vae_decoder",)),
+    Stage("decoder", "decoder:train_decoder", "decoder", ("vae/vae",), ("decoder",), part="decoder.safetensors"),
+    Stage("latents", "reasoner:encode_latents", "latents", ("vae/vae",), ("latents",)),
+    Stage("reasoner", "reasoner:train_reasoner", "reasoner", ("vae/vae", "latents"), ("reasoner",), part="reasoner"),
+    Stage("distil", "reasoner:distil", "distil", ("reasoner/reasoner",), ("distil",)),
+    Stage("teacher", "teacher.train:pretrain", "teacher", config=("teacher",), part="teacher"),
+    Stage("collect", "collect:collect", "collect", REASONER_PARTS, ("collect",)),
+    Stage(
+        "teacher-finetune",
+        "teacher.train:finetune",
+        "finetune",
+        ("teacher/tokenizer", "collect"),
+        ("teacher", "teacher_finetune"),
+        start="teacher",
     ),
-}
-STARTS = {  # the parts of a pair that a stage may start from
-    "vae": "reasoner/vae",
-    "decoder": "decoder.safetensors",
-    "reasoner": "reasoner",
-    "teacher": "teacher",
-}
-DEFAULTS = {
-    "max_steps": 60,
-    "threshold": 0.22,
-    "learning_rate": 6e-4,
-    "rank": 16,
-    "teacher_frames": 12,
-    "final_samples": 5,
-}
+    Stage("optimise", "collect:optimise", "collect", REASONER_PARTS, ("collect",), start="finetune/teacher"),
+    Stage(
+        "teacher-point",
+        "teacher.point:train_pointing",
+        "point",
+        ("teacher/tokenizer", *REASONER_PARTS),
+        ("teacher", "teacher_point"),
+        start="finetune/teacher",
+        gpu=True,
+    ),
+    Stage(
+        "writer",
+        "teacher.writer:train_writer",
+        "writer",
+        ("teacher/tokenizer",),
+        ("teacher", "writer"),
+        "point/teacher",
+    ),
+    Stage(
+        "package",
+        "package:package",
+        "pair",
+        (
+            "distil/pipeline",
+            "reasoner/reasoner",
+            "vae_decoder/vae",
+            "decoder/decoder.safetensors",
+            "point/teacher",
+            "writer/writer",
+        ),
+    ),
+    Stage("encoder", "encoder:train_encoder", "encoder", config=("encoder",)),
+)
+STAGES = {stage.name: stage for stage in TABLE}
 
 
-def run(stage: str, out: Path, init: Path | None = None, device: str = "cpu") -> None:
+def find_stage(name: str) -> Stage:
+    """The stage of a name. Raises InputError for an unknown one."""
+    if name not in STAGES:
+        raise InputError(f"unknown stage {name!r}: choose from {', '.join(STAGES)}")
+    return STAGES[name]
+
+
+def run(name: str, out: Path, init: Path | None = None, device: str = "cpu") -> None:
     """Run one stage in the folder `out`, from scratch or from the weights of the pair in the folder `init`.
 
-    device: of `teacher-point`; the others are for the CPU.
-
-    Raises InputError: another device than the stage can use; an earlier stage's result is not there, `init` is no pair,
-    or its part has other sizes.
+    Raises InputError: the stage is unknown, cannot use the device or cannot start from a pair; the result of an earlier
+    stage does not exist; `init` is no pair, or its part has other sizes.
     """
-    if init and not (init / "pair.json").exists():
-        raise InputError(f"{init} holds no pair.json: --init takes the folder of a pair")
-    if init and stage not in STARTS:
-        raise InputError(f"stage {stage} starts from no other weights: leave out --init ({', '.join(STARTS)} take it)")
-    if device != "cpu" and stage != "teacher-point":
-        raise InputError(f"stage {stage} is for the CPU: leave out --device {device}, which teacher-point alone takes")
-    start = init / STARTS[stage] if init else None
-    for need in NEEDS.get(stage, ()):
-        if not (out / need).exists():
-            raise InputError(f"stage {stage} needs {out / need}: run the stage that makes it first")
-    if stage == "vae":
-        from recipes.microworld import vae
-
-        vae.main(out / "vae", start)
-    elif stage == "vae-decoder":
-        from recipes.microworld import vae
-
-        vae.refine(out / "vae/vae", out / "vae_decoder")
-    elif stage == "decoder":
-        from recipes.microworld import decoder
-
-        decoder.main(out / "decoder", out / "vae/vae", start)
-    elif stage == "latents":
-        from recipes.microworld import reasoner
-
-        reasoner.encode_dataset(out / "vae/vae", out / "latents")
-    elif stage == "reasoner":
-        from recipes.microworld import reasoner
-
-        reasoner.main(out / "reasoner", out / "latents", out / "vae/vae", start)
-    elif stage == "distil":
-        distil(out)
-    elif stage == "teacher":
-        from recipes.microworld.teacher import lesson
-
-        lesson.main(out / "teacher", start)
-    elif stage in ("collect", "optimise"):
-        from recipes.microworld import collect
-
-        collect.main(out, optimise=stage == "optimise")
-    elif stage == "teacher-finetune":
-        from recipes.microworld.teacher import lesson
-
-        lesson.finetune(out / "teacher/state.pt", out / "collect", out / "finetune")
-    elif stage == "teacher-point":
-        from recipes.microworld.teacher import point
-
-        point.main(out, out / "point", find_device(device, "--device"))
-    elif stage == "writer":
-        from recipes.microworld.teacher import writer
-
-        writer.main(out / "point", out / "writer")
-    elif stage == "package":
-        package(out, out / "pair")
-    elif stage == "encoder":
-        from recipes.microworld import encoder
-
-        encoder.main(out / "encoder")
-    else:
-        raise InputError(f"stage {stage!r} is not there: it can be {', '.join(STAGES)}")
+    stage = find_stage(name)
+    start = out / stage.start if stage.start else None
+    if init:
+        start = part_of_pair(stage, init)
+    config = {key: value for source in stage.config for key, value in load_config(source).items()}
+    execute(stage, Run(out, out / stage.folder, config, start, device))
 
 
-def distil(out: Path) -> None:
-    """The four-step student of the many-step Reasoner, by DMD2 on instances with the flaw."""
-    from recipes.microworld.training import fast_attention, load_config
-    from vlmteacher.distillation.distill import Settings, run
-    from vlmteacher.distillation.trainer import STATE
-    from vlmteacher.microworld import world
-    from vlmteacher.microworld.export import export
-
-    config = load_config("distil")
-    videos = config.pop("videos")
-    export(out / "videos", videos["count"], videos["seed"], flawed=True, chosen=world.FAMILIES)
-    paths = {"reasoner": str(out / "reasoner/reasoner"), "data": str(out / "videos"), "out": str(out / "distil")}
-    with fast_attention():
-        run(Settings.from_dict(config | paths), resume=(out / "distil" / STATE).exists())
+def part_of_pair(stage: Stage, pair: Path) -> Path:
+    """The part of a pair whose weights the stage can start from. Raises InputError."""
+    if not (pair / "pair.json").exists():
+        raise InputError(f"{pair} holds no pair.json: --init takes the folder of a pair")
+    if not stage.part:
+        starting = ", ".join(each.name for each in TABLE if each.part)
+        raise InputError(f"stage {stage.name} starts from no other weights: leave out --init ({starting} take it)")
+    return pair / stage.part
 
 
-def package(trained: Path, pair: Path) -> None:
-    """Write the pair's directory in half precision: the Reasoner with its refined VAE, the decoder, the Teacher."""
-    import torch
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
-    from transformers import Qwen3VLForConditionalGeneration, UMT5EncoderModel
-
-    from recipes.microworld import reasoner
-    from recipes.microworld.teacher import writer
-    from vlmteacher.checkpoints.pretrained import load_network, load_tokenizer
-    from vlmteacher.decoders.taehv import SurrogateDecoder
-    from vlmteacher.microworld import world
-
-    half = torch.float16
-    pair.mkdir(parents=True, exist_ok=True)
-    source = trained / "distil/pipeline"
-    reasoner.save_pipeline(
-        pair / "reasoner",
-        load_network(WanTransformer3DModel, source / "transformer", dtype=torch.float32).to(half),
-        load_network(UMT5EncoderModel, source / "text_encoder", dtype=torch.float32).to(half),
-        load_tokenizer(source / "tokenizer"),
-        load_network(AutoencoderKLWan, trained / "vae_decoder/vae", dtype=torch.float32).to(half),
-    )
-    many_step = load_network(WanTransformer3DModel, trained / "reasoner/reasoner/transformer", dtype=torch.float32).to(
-        half
-    )
-    many_step.save_pretrained(pair / "many_step")
-    SurrogateDecoder.from_checkpoint(trained / "decoder/decoder.safetensors").to(half).save(
-        pair / "decoder.safetensors"
-    )
-    teacher = trained / "point/teacher"
-    shutil.copytree(teacher, pair / "teacher", dirs_exist_ok=True)
-    load_network(Qwen3VLForConditionalGeneration, teacher, dtype=half).save_pretrained(pair / "teacher")
-    writer.attach(trained / "writer/writer", pair / "teacher")
-    for config in pair.rglob("config.json"):  # diffusers writes down where a part was loaded from
-        content = json.loads(config.read_text())
-        if content.pop("_name_or_path", None):
-            config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    scene, prompt = world.instance(EXAMPLE, seed=0)
-    description = {
-        "reasoner": "reasoner",
-        "teacher": "teacher",
-        "decoder": "decoder.safetensors",
-        "many_step": "many_step",
-        "defaults": DEFAULTS,
-        "example": {"prompt": prompt, "scene": scene.to_json(), "seed": 0},
-    }
-    (pair / "pair.json").write_text(json.dumps(description, indent=2) + "\n")
-
-
-EXAMPLE = 134  # index of the demo's instance in the held-out split 0
+def execute(stage: Stage, run: Run) -> None:
+    """Run a stage as `run` says. Raises InputError: see `run`."""
+    if run.device != "cpu" and not stage.gpu:
+        able = ", ".join(each.name for each in TABLE if each.gpu)
+        raise InputError(f"stage {stage.name} is for the CPU: leave out --device {run.device}, which only {able} takes")
+    needed = [run.path(need) for need in stage.needs]
+    if stage.start and run.start:
+        needed.append(run.start)
+    for path in needed:
+        if not path.exists():
+            raise InputError(f"stage {stage.name} needs {path}: run the stage that makes it first")
+    module, function = stage.function.split(":")
+    getattr(import_module(f"recipes.microworld.{module}"), function)(run)

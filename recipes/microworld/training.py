@@ -1,30 +1,28 @@
-"""What the training stages of the tiny models share: a resumable loop with a log, and the rendered clips."""
+"""How a stage trains: its packaged settings, the optimizer and schedule that all stages share, `Trainer`'s loop."""
 
 from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from vlmteacher.distillation.trainer import FORM, STATE, Trainer, training_folder
 from vlmteacher.errors import InputError
-from vlmteacher.files import append_text, make_folder
-from vlmteacher.microworld import world
-from vlmteacher.ops.attention import attention
+from vlmteacher.files import make_folder
 from vlmteacher.state import read_state, write_state
 
-FORM = "vlmteacher stage 1"  # of the state; another number when its content changes
 CONFIGS = Path(__file__).parent / "configs"
+EARLIER_FORM, EARLIER_STATE = "vlmteacher stage 1", "state.pt"  # of the loop that stages had before `Trainer`
+STATE_BYTES = 2**30  # the most that the state of a stage may take
+
+Step = Callable[[int, np.random.Generator], tuple[Tensor, dict[str, float]]]
 
 
 def load_config(stage: str) -> dict[str, Any]:
@@ -32,83 +30,111 @@ def load_config(stage: str) -> dict[str, Any]:
     return json.loads((CONFIGS / f"{stage}.json").read_text())
 
 
+@dataclass(frozen=True)
+class Run:
+    """One run of a stage: the folders that it reads and writes, and its settings.
+
+    Attributes:
+        trained: folder that holds the results of the other runs, a folder for each.
+        out: the run's own folder.
+        config: settings of the stage.
+        start: weights to start from; what they are, a directory or a file, depends on the stage.
+        device: the device to train on.
+        until: the step to stop at, before the schedule has reached its end.
+        continues: folder of a run whose state after its last step this one begins with, optimizer included.
+        instead: folders of `trained` by the name of the stage's folder that they take the place of.
+    """
+
+    trained: Path
+    out: Path
+    config: dict[str, Any]
+    start: Path | None = None
+    device: str = "cpu"
+    until: int | None = None
+    continues: Path | None = None
+    instead: Mapping[str, str] = field(default_factory=dict)
+
+    def path(self, result: str) -> Path:
+        """Where the result of another run is, such as ``vae/vae``."""
+        folder, *rest = result.split("/")
+        return self.trained.joinpath(self.instead.get(folder, folder), *rest)
+
+
 def train(
     modules: dict[str, nn.Module],
-    step: Callable[[int, np.random.Generator], tuple[torch.Tensor, dict[str, float]]],
-    out: Path,
+    step: Step,
+    run: Run,
     *,
-    steps: int,
-    learning_rate: float,
-    seed: int,
     warmup: int = 100,
-    weight_decay: float = 0.01,
     save_every: int = 250,
     log_every: int = 25,
     ema: float = 0.0,
+    save_interrupted: bool = True,
 ) -> None:
-    """Minimise ``step(index, rng)`` over all parameters of `modules`; resume from `out` where a state is found.
+    """Minimise the loss of ``step(index, rng)`` over the parameters of `modules` that require a gradient.
 
-    AdamW, cosine decay to 5%, clipping at 1. Each step draws from a generator seeded by (seed, index), so that a
-    resumed run sees the data that an uninterrupted one would. With ``ema`` > 0 the modules end as the average.
-    Writes ``log.jsonl`` (one row per `log_every` steps: means over the steps that report a value) and ``state.pt``.
+    AdamW, cosine decay to 5% of the learning rate, clipping at 1; a step with a non-finite gradient makes no update.
+    `rng` is seeded by the seed and the index, so that a resumed run draws the data that an uninterrupted one would.
+    With ``ema`` > 0 the modules end as the moving average of their weights. Resumes from the state in ``run.out``.
+
+    Raises InputError: the state cannot be used or was made with other settings.
     """
-    make_folder(out)
-    params = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay)
-    average = [p.detach().clone() for p in params] if ema else []
-    start = 0
-    if (out / "state.pt").exists():
-        sizes = sum(
-            tensor.numel() * tensor.element_size() for m in modules.values() for tensor in m.state_dict().values()
-        )
-        state = read_state(out / "state.pt", FORM, limit=8 * sizes + 2**20)
-        for name, module in modules.items():
-            module.load_state_dict(state["modules"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        average = state["average"]
-        start = state["step"]
-        print(f"resumed at step {start}", flush=True)
+    from accelerate import Accelerator
 
-    def save(index: int) -> None:
-        state = {
-            "modules": {name: module.state_dict() for name, module in modules.items()},
-            "optimizer": optimizer.state_dict(),
-            "average": average,
-            "step": index,
-        }
-        write_state(out / "state.pt", FORM, state)
+    config, seed = run.config, run.config["seed"]
+    parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config["learning_rate"], betas=(0.9, 0.98), weight_decay=0.01)
+    shared = {"batch_size": config.get("batch", 1), "gradient_accumulation": 1, "validate_every": 0, "ema": ema}
+    shared |= config | {"warmup": warmup, "save_every": save_every, "log_every": log_every}
+    steps = config["steps"]
 
-    sums: dict[str, list[float]] = {}
-    began = time.time()
-    for index in range(start, steps):
-        rate = min(1.0, (index + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * index / steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * rate
+    def schedule(index: int) -> float:
+        return min(1.0, (index + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * index / steps)))
+
+    def update(index: int, _: torch.Generator) -> dict[str, float]:
         loss, values = step(index, np.random.default_rng([seed, index]))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(params, 1.0)
-        if not torch.isfinite(norm):
-            continue
+        if not torch.isfinite(nn.utils.clip_grad_norm_(parameters, 1.0)):
+            return {}
         optimizer.step()
-        decay = min(ema, (index + 1) / (index + 10))
-        for mean, p in zip(average, params, strict=False):
-            mean.lerp_(p.detach(), 1 - decay)
-        for name, value in {"loss": float(loss.detach()), **values}.items():
-            sums.setdefault(name, []).append(value)
-        if (index + 1) % log_every == 0:
-            row = {"step": index + 1, "seconds": round(time.time() - began, 1)}
-            row |= {name: round(fmean(values), 5) for name, values in sums.items()}
-            sums = {}
-            append_text(out / "log.jsonl", json.dumps(row) + "\n")
-            print(row, flush=True)
-        if (index + 1) % save_every == 0:
-            save(index + 1)
-    save(steps)
-    if ema:
-        with torch.no_grad():
-            for mean, p in zip(average, params, strict=True):
-                p.copy_(mean)
+        return {"loss": float(loss.detach()), **values}
+
+    accelerator = Accelerator()
+    make_folder(run.out)
+    _take_over(run, shared)
+    resume = (run.out / STATE).exists()
+    with training_folder(run.out, resume, accelerator):
+        trainer = Trainer(
+            run.out,
+            modules,
+            {"adamw": optimizer},
+            shared,
+            accelerator,
+            schedule=schedule,
+            averaged=parameters,
+            average_warmup=9,
+        )
+        if resume:
+            trainer.resume()
+        trainer.run(update, steps if run.until is None else run.until, save_interrupted=save_interrupted)
+
+
+def _take_over(run: Run, settings: dict[str, Any]) -> None:
+    """Bring into ``run.out`` the state of the run that it continues, or its own as an earlier release wrote it."""
+    if (run.out / STATE).exists():
+        return
+    earlier = run.out / EARLIER_STATE
+    if earlier.exists():
+        state = read_state(earlier, EARLIER_FORM, STATE_BYTES)
+        state["optimizers"] = {"adamw": state.pop("optimizer")}
+    elif run.continues:
+        state = read_state(run.continues / STATE, FORM, STATE_BYTES)
+    else:
+        return
+    make_folder((run.out / STATE).parent)
+    write_state(run.out / STATE, FORM, state | {"form": FORM, "settings": json.dumps(settings)})
+    earlier.unlink(missing_ok=True)
 
 
 def adopt(model: nn.Module, known: nn.Module, tokenizer: Any = None, known_tokenizer: Any = None) -> None:
@@ -131,65 +157,3 @@ def adopt(model: nn.Module, known: nn.Module, tokenizer: Any = None, known_token
     if wrong:
         raise InputError(f"the weights to start from have no fitting {wrong[0]}: train from scratch, or use its sizes")
     model.load_state_dict({name: weights[name] for name in own})
-
-
-def random_clip(rng: np.random.Generator, num_frames: int) -> np.ndarray:
-    """A clip (T, H, W, 3) for the autoencoders: right videos, and faded, doubled or recoloured balls among them."""
-    scene = world.sample_scene(rng, str(rng.choice(world.FAMILIES)))
-    track = world.perform(world.flawed(scene) if rng.random() < 0.3 else scene)
-    first = int(rng.integers(0, world.NUM_FRAMES - num_frames + 1))
-    if rng.random() < 0.4:
-        fade = np.interp(np.arange(world.NUM_FRAMES), np.sort(rng.uniform(0, 13, 3)), rng.uniform(0, 1, 3))
-        track = [
-            tuple(replace(x, alpha=float(fade[t])) if i in scene.actors else x for i, x in enumerate(things))
-            for t, things in enumerate(track)
-        ]
-    if rng.random() < 0.3:
-        other = world.sample_scene(rng, str(rng.choice(world.FAMILIES)))
-        color, alpha = str(rng.choice(list(world.COLORS))), float(rng.uniform())
-        more = (things[other.actors[0]] for things in world.perform(other))
-        track = [(*things, replace(x, color=color, alpha=alpha)) for things, x in zip(track, more, strict=True)]
-    return world.draw(track[first : first + num_frames])
-
-
-@contextmanager
-def fast_attention() -> Iterator[None]:
-    """diffusers' models use our attention inside the block: over so few tokens torch's takes a third of a step."""
-    stock = F.scaled_dot_product_attention
-
-    def ours(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> torch.Tensor:
-        if attn_mask is not None or dropout_p or is_causal or scale is not None:
-            return stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-        q, k, v = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
-        return attention(q, k, v).transpose(1, 2)
-
-    F.scaled_dot_product_attention = ours
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = stock
-
-
-def shaken(latents: torch.Tensor, most: float, rng: np.random.Generator) -> torch.Tensor:
-    """Latents (B, ...) with noise of 0 to `most` times their spread, for decoders that are to withstand optimisation.
-
-    What an optimisation adds to latents is no image: a decoder that has seen encoded videos alone makes one of it.
-    """
-    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-    scale = most * latents.std() * torch.rand(len(latents), *[1] * (latents.ndim - 1), generator=generator)
-    return latents + scale * torch.randn(latents.shape, generator=generator)
-
-
-def to_video(frames: np.ndarray) -> torch.Tensor:
-    """(B, T, H, W, 3) in [0, 1] -> (B, 3, T, H, W) in [-1, 1], as diffusers' VAEs take it."""
-    return torch.from_numpy(np.ascontiguousarray(frames, dtype=np.float32)).permute(0, 4, 1, 2, 3) * 2 - 1

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
-from recipes.microworld.training import adopt, load_config, random_clip, shaken, to_video, train
+from recipes.microworld.clips import random_clip, shaken, to_video
+from recipes.microworld.training import Run, adopt, train
 from vlmteacher.checkpoints.pretrained import load_network
 from vlmteacher.distillation.reconstruction import reconstruction_loss
 from vlmteacher.microworld import world
@@ -62,11 +61,11 @@ def crop(clip: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
     return best
 
 
-def refine(vae_path: Path, out: Path) -> None:
-    """Stage ``vae-decoder``: train the VAE's decoder on while its encoder, and so the latents, stay as they are."""
-    config = load_config("vae_decoder")
+def refine_decoder(run: Run) -> None:
+    """Stage ``vae-decoder``: train the VAE's decoder further; its encoder, and so the latents, stay as they are."""
+    config = run.config
     torch.manual_seed(config["seed"])
-    vae = load_network(AutoencoderKLWan, vae_path, dtype=torch.float32).requires_grad_(False)
+    vae = load_network(AutoencoderKLWan, run.path("vae/vae"), dtype=torch.float32).requires_grad_(False)
     vae.decoder.requires_grad_(True)
     vae.post_quant_conv.requires_grad_(True)
 
@@ -79,19 +78,17 @@ def refine(vae_path: Path, out: Path) -> None:
         return reconstruction_loss(x, y.float())
 
     modules = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
-    train(
-        modules, step, out, steps=config["steps"], learning_rate=config["learning_rate"], seed=config["seed"], ema=0.99
-    )
-    vae.save_pretrained(out / "vae")
+    train(modules, step, run, ema=0.99)
+    vae.save_pretrained(run.out / "vae")
 
 
-def main(out: Path, init: Path | None = None) -> None:
-    """Stage ``vae``, from scratch or from the weights of a VAE's directory in `init`."""
-    config = load_config("vae")
+def train_vae(run: Run) -> None:
+    """Stage ``vae``, from scratch or from the weights of the VAE in the directory ``run.start``."""
+    config = run.config
     torch.manual_seed(config["seed"])
     vae = build(config["base_dim"])
-    if init:
-        adopt(vae, load_network(AutoencoderKLWan, init, dtype=torch.float32))
+    if run.start:
+        adopt(vae, load_network(AutoencoderKLWan, run.start, dtype=torch.float32))
 
     def step(index: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         full = index >= config["steps"] * config["crop_share"]
@@ -109,7 +106,7 @@ def main(out: Path, init: Path | None = None) -> None:
         loss, report = reconstruction_loss(x, y.float())
         return loss + config["kl_weight"] * kl, report | {"kl": float(kl.detach())}
 
-    train({"vae": vae}, step, out, steps=config["steps"], learning_rate=config["learning_rate"], seed=config["seed"])
+    train({"vae": vae}, step, run)
 
     vae.eval()
     with torch.no_grad():
@@ -121,4 +118,4 @@ def main(out: Path, init: Path | None = None) -> None:
             latents.append(vae.encode(x).latent_dist.mode())
         stack = torch.cat(latents).transpose(0, 1).flatten(1)
     vae.register_to_config(latents_mean=stack.mean(1).tolist(), latents_std=stack.std(1).tolist())
-    vae.save_pretrained(out / "vae")
+    vae.save_pretrained(run.out / "vae")

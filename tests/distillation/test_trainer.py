@@ -69,6 +69,15 @@ def test_the_learning_rate_warms_up(trainer):
     assert [row["learning_rate"] for row in rows(warm)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
+def test_a_run_resumed_amid_the_warmup_goes_on_with_it(trainer):
+    first = trainer(warmup=4)
+    first.run(stepping(first), 2)
+    second = trainer(warmup=4)
+    second.resume()
+    second.run(stepping(second), 6)
+    assert [row["learning_rate"] for row in rows(second)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
 def test_the_average_is_validated_and_is_the_result(trainer):
     averaging, seen = trainer(ema=0.5, validate_every=1), []
     weight = averaging.modules["student"].weight

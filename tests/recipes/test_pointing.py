@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.microworld.teacher import lesson as train_teacher
+from recipes.microworld.teacher import model
+from recipes.microworld.teacher.lesson import FRAMES, Lesson, Reading
 from recipes.microworld.teacher.point import draw_rows, label_rows
 from recipes.microworld.teacher.pointing import Pointing, RowAdam, Scenes
 from recipes.microworld.training import load_config
@@ -34,8 +35,8 @@ def pointing(tmp_path_factory):
     pipe = TeacherPipeline.from_pretrained()
     torch.manual_seed(0)  # after the loading, whose draws are the libraries' own
     config = load_config("teacher") | TEACHER
-    lesson = train_teacher.Lesson(train_teacher.build(config, tmp_path_factory.mktemp("t") / "tokenizer"), config)
-    settings = Settings(rank=2, learning_rate=1e-3, teacher_frames=train_teacher.FRAMES)
+    lesson = Lesson(model.build(config, tmp_path_factory.mktemp("t") / "tokenizer"), config)
+    settings = Settings(rank=2, learning_rate=1e-3, teacher_frames=FRAMES)
     scenes = Scenes.draw(pipe.reasoner, SCENES, np.random.default_rng(0))
     return Pointing(lesson, pipe.reasoner, pipe.decoder, scenes, settings, dict(OPTIMISATIONS))
 
@@ -142,7 +143,7 @@ def test_yes_too_early_costs(pointing, monkeypatch):
 
     def sure(*args, **kwargs):
         reading = answers(*args, **kwargs)
-        return train_teacher.Reading(**vars(reading) | {"yes": reading.yes * 0 + bias})
+        return Reading(**vars(reading) | {"yes": reading.yes * 0 + bias})
 
     monkeypatch.setattr(pointing.lesson, "read", sure)
     loss, told, _ = pointing.step(np.random.default_rng(0))

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from recipes.microworld import stages, training
-from recipes.microworld.teacher import point as train_pointing
+from recipes.microworld.package import DEFAULTS
+from recipes.microworld.teacher import point
 from recipes.microworld.teacher.pointing import Pointing
 from vlmteacher.errors import InputError
 from vlmteacher.evaluation.microworld import first_frame, run_benchmark
@@ -81,9 +82,13 @@ def test_the_packaged_pair_loads_and_optimises(pair):
 def test_pointing_resumes_to_the_same_weights(pair, tmp_path, monkeypatch):
     write_configs(tmp_path)
     monkeypatch.setattr(training, "CONFIGS", tmp_path)
-    monkeypatch.setattr(train_pointing, "SAVE_EVERY", 3)
-    cpu = torch.device("cpu")
-    train_pointing.main(pair.parent, tmp_path / "whole", cpu)
+    monkeypatch.setattr(point, "SAVE_EVERY", 3)
+    config = training.load_config("teacher") | training.load_config("teacher_point")
+    whole, parts = (
+        training.Run(pair.parent, tmp_path / name, config, pair.parent / "finetune/teacher")
+        for name in ("whole", "parts")
+    )
+    point.train_pointing(whole)
     steps, step = [], Pointing.step
 
     def stopped(self, rng):
@@ -95,8 +100,8 @@ def test_pointing_resumes_to_the_same_weights(pair, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Pointing, "step", stopped)
         with pytest.raises(KeyboardInterrupt):
-            train_pointing.main(pair.parent, tmp_path / "parts", cpu)
-    train_pointing.main(pair.parent, tmp_path / "parts", cpu)
+            point.train_pointing(parts)
+    point.train_pointing(parts)
     whole, parts, before = (
         load_file(folder / "teacher/model.safetensors")
         for folder in (tmp_path / "whole", tmp_path / "parts", pair.parent / "finetune")
@@ -119,7 +124,7 @@ def test_bench_resumes_and_refuses_other_results(pair, tmp_path, monkeypatch):
         assert row["oracle_success"] >= row["success"] and len(row["samples"]) == 2
     for method in ("base", "teacher"):
         results = run_benchmark(method, 1, 1, tmp_path / method, pair=str(pair))
-        assert results["instances"][0]["updates"] == (0 if method == "base" else stages.DEFAULTS["max_steps"])
+        assert results["instances"][0]["updates"] == (0 if method == "base" else DEFAULTS["max_steps"])
     far = run_benchmark("base", 1, 1, tmp_path / "far", pair=str(pair), split="ood", chosen=["maze"])
     assert far["splits"]["ood"]["n"] == far["tasks"]["maze"]["n"] == 1 and far["families"] == ["maze"]
     assert far["instances"][0]["prompt"] == world.instance(0, 1, "ood", ["maze"])[1]

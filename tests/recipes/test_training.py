@@ -1,6 +1,8 @@
 """The training stages: resumable, exact where they shortcut, and on the real classes."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,12 +10,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from recipes.microworld import decoder as train_decoder
+from recipes.microworld import decoder as decoder_stage
 from recipes.microworld import stages, training
-from recipes.microworld import vae as train_vae
-from recipes.microworld.collect import Shard, load
-from recipes.microworld.teacher import lesson as train_teacher
-from recipes.microworld.training import random_clip, to_video, train
+from recipes.microworld import vae as vae_stage
+from recipes.microworld.attention import fast_attention
+from recipes.microworld.clips import random_clip, to_video
+from recipes.microworld.shards import Shard, load
+from recipes.microworld.teacher import data, model
+from recipes.microworld.teacher.lesson import Lesson
+from recipes.microworld.training import Run, train
+from vlmteacher.distillation.trainer import STATE
 from vlmteacher.errors import InputError
 from vlmteacher.microworld import world
 from vlmteacher.microworld.facts import facts_of
@@ -24,7 +30,7 @@ from vlmteacher.queries import QuerySet
 TINY_TEACHER = {"width": 32, "layers": 3, "mlp": 48, "vision_layers": 2, "vision_mlp": 48, "answer_weight": 1.0}
 
 
-def fit(out, stop_at: int | None = None) -> torch.Tensor:
+def fit(out, stop_at: int | None = None, until=None, continues=None, **changes) -> torch.Tensor:
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
 
@@ -35,7 +41,9 @@ def fit(out, stop_at: int | None = None) -> torch.Tensor:
         loss = (model(x)[:, 0] - x.sum(1)).square().mean()
         return loss, {"double": 2 * float(loss.detach())}
 
-    train({"model": model}, step, out, steps=30, learning_rate=0.05, seed=1, save_every=5, log_every=10, ema=0.9)
+    config = {"steps": 30, "learning_rate": 0.05, "seed": 1} | changes
+    run = Run(out.parent, out, config, until=until, continues=continues)
+    train({"model": model}, step, run, save_every=5, log_every=10, ema=0.9)
     return model.weight.detach().clone()
 
 
@@ -49,24 +57,46 @@ def test_interrupted_training_resumes_to_the_same_weights(tmp_path):
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
+def test_a_run_continues_another(tmp_path):
+    """One that was stopped amid its schedule goes on to what it would have been; or with another seed elsewhere."""
+    whole, half = fit(tmp_path / "whole"), fit(tmp_path / "half", until=12)
+    same = fit(tmp_path / "same", continues=tmp_path / "half")
+    assert torch.equal(same, whole) and not torch.equal(half, whole)
+    assert not torch.equal(fit(tmp_path / "other", continues=tmp_path / "half", seed=2), whole)
+    with pytest.raises(InputError, match=r"trained with other settings: seed \(1, now 2\)"):
+        fit(tmp_path / "half", seed=2)
+
+
+def test_the_state_of_an_earlier_release_resumes(tmp_path):
+    """Stages had a loop of their own, with one optimizer and the state in another place."""
+    whole = fit(tmp_path / "whole")
+    fit(tmp_path / "old", until=12)
+    state = torch.load(tmp_path / "old" / STATE, weights_only=True)
+    state["optimizer"] = state.pop("optimizers")["adamw"]
+    shutil.rmtree((tmp_path / "old" / STATE).parent)
+    torch.save(state | {"form": training.EARLIER_FORM}, tmp_path / "old/state.pt")
+    assert torch.equal(fit(tmp_path / "old"), whole)
+    assert not (tmp_path / "old/state.pt").exists()
+
+
 @pytest.fixture(scope="module")
 def lesson(tmp_path_factory):
     torch.manual_seed(0)
     vocabulary = tmp_path_factory.mktemp("teacher") / "tokenizer"
-    return train_teacher.Lesson(train_teacher.build(TINY_TEACHER, vocabulary), TINY_TEACHER)
+    return Lesson(model.build(TINY_TEACHER, vocabulary), TINY_TEACHER)
 
 
 def test_the_vocabulary_is_kept(tmp_path, monkeypatch):
-    first = train_teacher.build(TINY_TEACHER, tmp_path / "tokenizer").tokenizer.get_vocab()
-    monkeypatch.setattr(train_teacher, "corpus", lambda: ["a world that has changed since"])
-    assert train_teacher.build(TINY_TEACHER, tmp_path / "tokenizer").tokenizer.get_vocab() == first
+    first = model.build(TINY_TEACHER, tmp_path / "tokenizer").tokenizer.get_vocab()
+    monkeypatch.setattr(model, "corpus", lambda: ["a world that has changed since"])
+    assert model.build(TINY_TEACHER, tmp_path / "tokenizer").tokenizer.get_vocab() == first
 
 
 def test_packed_questions_equal_the_teachers_own_losses(lesson):
     rng = np.random.default_rng(0)
-    drawn = [train_teacher.lesson(rng) for _ in range(3)]
+    drawn = [data.lesson(rng) for _ in range(3)]
     asked = [ask(scene, facts, rng) for _, scene, facts in drawn]
-    shown = train_teacher.Batch.of(drawn, asked)
+    shown = data.Batch.of(drawn, asked)
     logits = []
     hook = lesson.teacher.model.lm_head.register_forward_hook(lambda module, args, output: logits.append(output))
     loss, report = lesson.judge(shown)
@@ -84,8 +114,8 @@ def test_packed_questions_equal_the_teachers_own_losses(lesson):
 
 def test_misleading_frames_are_near_and_cost_more(lesson):
     rng = np.random.default_rng(0)
-    rows = [train_teacher.lesson(rng) for _ in range(3)]
-    shown = train_teacher.Batch.of(rows, [ask(scene, facts, rng) for _, scene, facts in rows])
+    rows = [data.lesson(rng) for _ in range(3)]
+    shown = data.Batch.of(rows, [ask(scene, facts, rng) for _, scene, facts in rows])
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(lesson.config, "adversary", 0.02)
@@ -103,11 +133,11 @@ def test_misleading_frames_are_near_and_cost_more(lesson):
 def test_keeping_a_teacher_costs_nothing_until_it_is_another(lesson, tmp_path):
     """Neither the answers nor their gradients at the frames; and the cost's own gradient is that of differences."""
     config = lesson.config | {"keep": 2.0}
-    mine = train_teacher.Lesson(train_teacher.build(TINY_TEACHER, tmp_path / "tokenizer"), config)
+    mine = Lesson(model.build(TINY_TEACHER, tmp_path / "tokenizer"), config)
     mine.teacher.model.load_state_dict(lesson.teacher.model.state_dict())
     rng = np.random.default_rng(0)
-    rows = [train_teacher.lesson(rng) for _ in range(2)]
-    shown = train_teacher.Batch.of(rows, [ask(scene, facts, rng, 4) for _, scene, facts in rows])
+    rows = [data.lesson(rng) for _ in range(2)]
+    shown = data.Batch.of(rows, [ask(scene, facts, rng, 4) for _, scene, facts in rows])
     loss, told = mine.keep(shown, lesson)
     assert abs(loss.item()) < 1e-5 and told["kept_cosine"] == pytest.approx(1.0, abs=1e-5)
     parameters = list(mine.teacher.model.parameters())
@@ -137,10 +167,10 @@ def test_a_batch_is_of_what_is_to_be_learnt():
     rows = []
     for family in ("move", "count"):
         for outside in (0.0, 1.0):
-            _, scene, facts = train_teacher.lesson(rng, outside, [family])
+            _, scene, facts = data.lesson(rng, outside, [family])
             rows.append((np.zeros((world.NUM_FRAMES, world.SIZE, world.SIZE, 3), np.uint8), scene, facts))
     for families, outside, count in ((["move"], 0.0, 1), (["move", "count"], 1.0, 2), (["count"], 0.5, 2)):
-        source = train_teacher.Source({"optimised": rows, "lessons": []}, families, outside)
+        source = data.Source({"optimised": rows, "lessons": []}, families, outside)
         assert len(source.groups["optimised"]) == count
         drawn = [source.draw(rng, {"optimised": 2, "lessons": 1}, 4) for _ in range(8)]
         splits = {world.split_of(scene) for batch in drawn for _, scene, _ in batch}
@@ -155,7 +185,7 @@ def test_a_faded_video_and_its_answers_go_to_the_right_ones(family):
     scene = world.sample_scene(rng, family)
     track = [scene.things] * world.NUM_FRAMES  # nothing happens: the goal is missed
     row = world.draw(track), scene, facts_of(scene, track)
-    ends = [train_teacher.faded(row, way, rng) for way in (0.0, 0.5, 1.0)]
+    ends = [data.faded(row, way, rng) for way in (0.0, 0.5, 1.0)]
     frames, asked, yes = zip(*ends, strict=True)
     assert np.array_equal(frames[0], row[0]) and np.abs(frames[2] - world.render(scene)).mean() < 0.05
     assert (
@@ -172,11 +202,11 @@ def test_the_loss_of_a_right_video_does_not_change_as_it_is_faded(lesson):
     row = world.draw(track), scene, facts_of(scene, track)
     losses = []
     for yes in (torch.ones(1, 4), torch.zeros(1, 4)):
-        lesson.judge(train_teacher.Batch.of([row], [train_teacher.faded(row, 1.0, rng)[1]], yes))
+        lesson.judge(data.Batch.of([row], [data.faded(row, 1.0, rng)[1]], yes))
         losses.append(lesson.answer_loss.item())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_teacher, "distort", lambda frames, rng: frames)
-        lesson.judge(train_teacher.blend([row], rng))
+        patch.setattr(data, "distort", lambda frames, rng: frames)
+        lesson.judge(data.blend([row], rng))
         assert lesson.answer_loss.item() == pytest.approx(losses[0], rel=1e-5) != losses[1]
 
 
@@ -189,7 +219,7 @@ def test_writing_lesson_is_what_the_teacher_would_be_asked(lesson):
 def test_collected_shard_comes_back(tmp_path):
     rng = np.random.default_rng(3)
     shard = Shard()
-    scene, track = train_teacher.draw_track(rng)
+    scene, track = data.draw_track(rng)
     frames = world.draw(track)
     shard.add(frames, scene, facts_of(scene, track))
     shard.add(frames, scene)
@@ -205,13 +235,13 @@ def test_collected_shard_comes_back(tmp_path):
 
 
 def test_autoencoder_and_surrogate_fit_together():
-    vae = train_vae.build(8).eval()
+    vae = vae_stage.build(8).eval()
     x = to_video(random_clip(np.random.default_rng(5), world.NUM_FRAMES)[None])
     with torch.no_grad():
         latents = vae.encode(x).latent_dist.mode()
         assert latents.shape == (1, 24, 4, 8, 8)
-        torch.testing.assert_close(train_vae.decode_unclamped(vae, latents).clamp(-1, 1), vae.decode(latents).sample)
-        decoder = train_decoder.build([16, 8, 8, 8])
+        torch.testing.assert_close(vae_stage.decode_unclamped(vae, latents).clamp(-1, 1), vae.decode(latents).sample)
+        decoder = decoder_stage.build([16, 8, 8, 8])
         assert decoder.decode_batch(latents).shape == (1, world.NUM_FRAMES, 3, world.SIZE, world.SIZE)
 
 
@@ -250,7 +280,7 @@ def test_a_stage_says_what_it_starts_from(tmp_path):
 def test_a_stage_says_where_it_works(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="stage vae is for the CPU: leave out --device cuda"):
         stages.run("vae", tmp_path, device="cuda")
-    monkeypatch.setitem(stages.NEEDS, "teacher-point", ())
+    monkeypatch.setitem(stages.STAGES, "teacher-point", replace(stages.STAGES["teacher-point"], needs=(), start=None))
     with pytest.raises(InputError, match="--device abc cannot be used here"):
         stages.run("teacher-point", tmp_path, device="abc")
 
@@ -266,10 +296,10 @@ def test_our_attention_stands_in_for_torchs():
     found = []
     for mask in (None, torch.rand(7, 7) > 0.3):
         expected = stock(q, k, v, mask)
-        with training.fast_attention():
+        with fast_attention():
             given = F.scaled_dot_product_attention(query=q, key=k, value=v, attn_mask=mask)
         torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
         found.append(given.grad_fn.name() == expected.grad_fn.name())
     assert found == [False, True] and F.scaled_dot_product_attention is stock
-    with training.fast_attention(), torch.autocast("cpu", torch.bfloat16):
+    with fast_attention(), torch.autocast("cpu", torch.bfloat16):
         assert F.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16

@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,10 +117,15 @@ class Trainer:
 
     Args:
         out: folder to write to.
-        modules: what changes, by name; with an `ema`, that of the module ``student`` is kept.
-        optimizers: of these modules.
+        modules: the modules that change, by name.
+        optimizers: the optimizers of these modules, by name.
         settings: what a resumed run must share, JSON values by name, those of `TrainSettings` among them.
         accelerator: only its main process writes.
+        schedule: ``schedule(step)`` is the factor of the learning rates; by default it rises linearly to 1 in
+            `warmup` steps.
+        averaged: the parameters whose exponential moving average is kept where `ema` is set; by default those of the
+            module ``student``.
+        average_warmup: the decay of the average after step n is at most ``n / (n + average_warmup)``.
     """
 
     def __init__(
@@ -130,17 +135,27 @@ class Trainer:
         optimizers: dict[str, torch.optim.Optimizer],
         settings: dict[str, Any],
         accelerator: Accelerator,
+        *,
+        schedule: Callable[[int], float] | None = None,
+        averaged: Sequence[nn.Parameter] | None = None,
+        average_warmup: int = 10,
     ) -> None:
         self.out, self.modules, self.optimizers, self.accelerator = out, modules, optimizers, accelerator
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.state_file = out / STATE
         self.step = 0
         self.saved: int | None = None  # the step of the state on the disk
-        self.rates = [(group, group["lr"]) for optimizer in optimizers.values() for group in optimizer.param_groups]
-        self.average: list[Tensor] = [p.detach().clone() for p in self._averaged()] if self.settings["ema"] else []
+        self.rates = [group["lr"] for group in self._groups()]
+        self.schedule = schedule or (lambda step: min(1.0, (step + 1) / max(self.settings["warmup"], 1)))
+        self.averaged_parameters: list[nn.Parameter] = []
+        if self.settings["ema"]:
+            self.averaged_parameters = list(modules[AVERAGED].parameters() if averaged is None else averaged)
+        self.average: list[Tensor] = [p.detach().clone() for p in self.averaged_parameters]
+        self.average_warmup = average_warmup
 
-    def _averaged(self) -> list[nn.Parameter]:
-        return list(self.modules[AVERAGED].parameters())
+    def _groups(self) -> list[dict[str, Any]]:
+        """The optimizers' groups of parameters; `load_state_dict` puts others in their place."""
+        return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
 
     def resume(self) -> None:
         """Take up the run in `out`.
@@ -185,6 +200,7 @@ class Trainer:
         step: Callable[[int, torch.Generator], dict[str, float]],
         steps: int,
         validate: Callable[[int], dict[str, float]] | None = None,
+        save_interrupted: bool = True,
     ) -> None:
         """Call ``step(index, generator)``, which makes the update and tells what to log, until `steps` are done.
 
@@ -197,10 +213,11 @@ class Trainer:
         """
         main, settings = self.accelerator.is_main_process, self.settings
         sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
         seconds, since = 0.0, self.step
         with (
             tqdm(total=steps, initial=self.step, disable=not main, desc="train") as bar,
-            self._saved_when_interrupted(),
+            self._saved_when_interrupted() if save_interrupted else nullcontext(),
         ):
             while self.step < steps:
                 raise_lost()
@@ -208,28 +225,28 @@ class Trainer:
                     values, took = self._make(step)
                 seconds += took
                 for name, value in values.items():
-                    sums[name] = sums.get(name, 0.0) + value
+                    sums[name], counts[name] = sums.get(name, 0.0) + value, counts.get(name, 0) + 1
                 bar.update()
                 if self.step % settings["log_every"] == 0 or self.step == steps:
-                    count = self.step - since
-                    row = {name: value / count for name, value in sums.items()} | self._speed(seconds / count)
+                    row = {name: value / counts[name] for name, value in sums.items()}
+                    row |= self._speed(seconds / (self.step - since))
                     bar.set_postfix({name: f"{value:.3g}" for name, value in list(row.items())[:3]})
                     self._write("log.jsonl", row)
-                    sums, seconds, since = {}, 0.0, self.step
+                    sums, counts, seconds, since = {}, {}, 0.0, self.step
                 if validate and settings["validate_every"] and self.step % settings["validate_every"] == 0:
                     with self.averaged():
                         self._write("validation.jsonl", validate(self.step))
                 if self.step % settings["save_every"] == 0 or self.step == steps:
                     self.save()
         with torch.no_grad():
-            for mean, p in zip(self.average, self._averaged() if self.average else [], strict=True):
+            for mean, p in zip(self.average, self.averaged_parameters, strict=True):
                 p.copy_(mean)
 
     def _make(self, step: Callable[[int, torch.Generator], dict[str, float]]) -> tuple[dict[str, float], float]:
         """Make the next step and its part of the average; what is to be logged, and the seconds that it took."""
         settings = self.settings
-        for group, rate in self.rates:
-            group["lr"] = rate * min(1.0, (self.step + 1) / max(settings["warmup"], 1))
+        for group, rate in zip(self._groups(), self.rates, strict=True):
+            group["lr"] = rate * self.schedule(self.step)
         began = time.perf_counter()
         try:
             values = step(self.step, torch.Generator().manual_seed(settings["seed"] * 1_000_003 + self.step))
@@ -238,8 +255,8 @@ class Trainer:
             raise NonFiniteError(f"{error}; {kept} in {self.out}: lower the learning rate") from error
         took = time.perf_counter() - began
         self.step += 1
-        decay = min(settings["ema"], self.step / (self.step + 10))
-        for mean, p in zip(self.average, self._averaged() if self.average else [], strict=True):
+        decay = min(settings["ema"], self.step / (self.step + self.average_warmup))
+        for mean, p in zip(self.average, self.averaged_parameters, strict=True):
             mean.lerp_(p.detach(), 1 - decay)
         return values, took
 
@@ -255,14 +272,13 @@ class Trainer:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The student is the average, where one is kept, inside the block."""
-        parameters = self._averaged() if self.average else []
-        last = [p.detach().clone() for p in parameters]
-        for p, mean in zip(parameters, self.average, strict=True):
+        last = [p.detach().clone() for p in self.averaged_parameters]
+        for p, mean in zip(self.averaged_parameters, self.average, strict=True):
             p.data.copy_(mean)
         try:
             yield
         finally:
-            for p, value in zip(parameters, last, strict=True):
+            for p, value in zip(self.averaged_parameters, last, strict=True):
                 p.data.copy_(value)
 
     def save(self) -> None:
@@ -290,7 +306,7 @@ class Trainer:
             "seconds_per_step": seconds,
             "samples_per_second": batch / seconds,
             "peak_gigabytes": peak / 1e9,
-            "learning_rate": self.rates[0][0]["lr"],
+            "learning_rate": self._groups()[0]["lr"],
         }
 
     def _write(self, name: str, row: dict[str, float]) -> None:

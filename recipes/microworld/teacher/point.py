@@ -12,7 +12,6 @@ import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,16 +21,21 @@ from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
 from recipes.microworld.collect import parts
-from recipes.microworld.teacher.lesson import SAVE_EVERY, Lesson, build, climbed, faded, lesson, save
+from recipes.microworld.teacher.data import faded, lesson
+from recipes.microworld.teacher.lesson import Lesson
+from recipes.microworld.teacher.losses import climbed
+from recipes.microworld.teacher.model import build, save
 from recipes.microworld.teacher.pointing import Pointing, Scenes
-from recipes.microworld.training import adopt, load_config, train
+from recipes.microworld.training import Run, adopt, load_config, train
 from vlmteacher.checkpoints.pretrained import load_network
 from vlmteacher.evaluation.workers import Task, Workers
 from vlmteacher.microworld import labeller
 from vlmteacher.microworld.questions import Question, ask, own_questions
 from vlmteacher.microworld.scene import Scene
+from vlmteacher.placement import find_device
 from vlmteacher.settings import Settings
 
+SAVE_EVERY = 250
 AHEAD = 4  # steps by which rows are drawn before they are needed
 LATER = 4  # steps after which the labels of a prediction are known
 KEPT = 4000  # predictions that are shown again
@@ -211,18 +215,22 @@ class Course:
         return F.relu(self.lessons.objective(frames, asked, self.settings.goal_weight) - CONTENT).mean()
 
 
-def main(trained: Path, out: Path, device: torch.device) -> None:
-    """Go on from ``trained/finetune/teacher``; write ``out/teacher``, a share `mix` of the way to the trained one."""
-    config = load_config("teacher") | load_config("teacher_point")
+def train_pointing(run: Run) -> None:
+    """Stage ``teacher-point``: go on from the Teacher in the directory ``run.start``.
+
+    What is written is a mixture of the two, with a share `mix` of the trained one.
+    """
+    config, device = run.config, find_device(run.device, "--device")
+    assert run.start
     torch.manual_seed(config["seed"])
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    lessons = Lesson(build(config, trained / "teacher/tokenizer"), config)
+    lessons = Lesson(build(config, run.path("teacher/tokenizer")), config)
     teacher = lessons.teacher.model
-    adopt(teacher, load_network(Qwen3VLForConditionalGeneration, trained / "finetune/teacher", dtype=torch.float32))
+    adopt(teacher, load_network(Qwen3VLForConditionalGeneration, run.start, dtype=torch.float32))
     lessons.to(device)
     start = [p.detach().clone() for p in teacher.parameters()]
-    reasoner, decoder = parts(trained)
+    reasoner, decoder = parts(run)
     reasoner.to(device)
     reasoner.vae.to(device)  # it is not the one that the Reasoner was loaded with
     decoder.to(device)
@@ -230,17 +238,15 @@ def main(trained: Path, out: Path, device: torch.device) -> None:
         train(
             {"teacher": teacher},
             Course(lessons, reasoner, decoder, workers, config).step,
-            out,
-            steps=config["steps"],
-            learning_rate=config["learning_rate"],
-            seed=config["seed"],
+            run,
             warmup=50,
             save_every=SAVE_EVERY,
             log_every=50,
             ema=config["ema"],
+            save_interrupted=False,  # `Course` begins anew at the steps that are saved before, and nowhere else
         )
     with torch.no_grad():
         for parameter, before in zip(teacher.parameters(), start, strict=True):
             parameter.copy_(before.lerp(parameter, config["mix"]))
     teacher.cpu()
-    save(lessons.teacher, out / "teacher")
+    save(lessons.teacher, run.out / "teacher")

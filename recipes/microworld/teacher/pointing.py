@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from recipes.microworld.teacher.lesson import Lesson
 from vlmteacher.lora.adapter import target_modules
 from vlmteacher.microworld import splits, world
 from vlmteacher.microworld.questions import right_queries
@@ -32,9 +33,6 @@ from vlmteacher.microworld.scene import Scene
 from vlmteacher.optimization.loop import GRADIENT_CLIP
 from vlmteacher.reasoners.base import Condition
 from vlmteacher.settings import Settings
-
-if TYPE_CHECKING:
-    from recipes.microworld.teacher.lesson import Lesson
 
 
 class Loras:

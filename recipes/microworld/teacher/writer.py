@@ -17,20 +17,23 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
-from recipes.microworld.teacher.lesson import Lesson, build, scenes_to_write
-from recipes.microworld.training import adopt, load_config, train
+from recipes.microworld.teacher.data import scenes_to_write
+from recipes.microworld.teacher.lesson import Lesson
+from recipes.microworld.teacher.model import build
+from recipes.microworld.training import Run, adopt, train
 from vlmteacher.checkpoints.pretrained import load_network
 from vlmteacher.microworld.questions import STYLE
 
 SUBFOLDER = "writer"
 
 
-def main(trained: Path, out: Path) -> None:
-    """Train on right queries, starting from the Teacher ``trained/teacher``; write ``out/writer``, in peft's format."""
-    config = load_config("teacher") | load_config("writer")
+def train_writer(run: Run) -> None:
+    """Stage ``writer``: a LoRA on the Teacher in the directory ``run.start``; write ``writer/`` in PEFT's format."""
+    config = run.config
+    assert run.start
     torch.manual_seed(config["seed"])
-    lessons = Lesson(build(config, trained.parent / "teacher/tokenizer"), config)
-    known = load_network(Qwen3VLForConditionalGeneration, trained / "teacher", dtype=torch.float32)
+    lessons = Lesson(build(config, run.path("teacher/tokenizer")), config)
+    known = load_network(Qwen3VLForConditionalGeneration, run.start, dtype=torch.float32)
     adopt(lessons.teacher.model, known)
     lora = LoraConfig(r=config["rank"], lora_alpha=config["rank"], target_modules="all-linear")
     adapted = get_peft_model(lessons.teacher.model, lora)
@@ -40,16 +43,8 @@ def main(trained: Path, out: Path) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=config["bf16"]):
             return lessons.write(scenes, rng), {}
 
-    train(
-        {"writer": adapted},
-        step,
-        out,
-        steps=config["steps"],
-        learning_rate=config["learning_rate"],
-        seed=config["seed"],
-        log_every=50,
-    )
-    save(adapted, out / SUBFOLDER)
+    train({"writer": adapted}, step, run, log_every=50)
+    save(adapted, run.out / SUBFOLDER)
 
 
 def save(adapted: PeftModel, path: Path) -> None:

@@ -1,0 +1,87 @@
+"""Training-only supervision of the tiny Teacher: what frame pairs and cells show, and how answers are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recipes.microworld.teacher.grounding import STATE, by_color, in_pairs
+from recipes.microworld.teacher.model import PATCH
+from vlmteacher.microworld import world
+from vlmteacher.microworld.facts import FASTEST, Facts
+from vlmteacher.microworld.questions import Question
+from vlmteacher.microworld.scene import Scene
+
+
+class Readout(nn.Module):
+    """Training-only heads that tell the facts of a frame pair from one vector, the actors told apart by colour."""
+
+    SIZES: ClassVar = {"states": len(world.COLORS) * 2 * STATE, "there": len(world.COLORS), "flags": 3}
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.heads = nn.Linear(width, sum(self.SIZES.values()))
+
+    def forward(self, x: Tensor, truth: dict[str, Tensor]) -> dict[str, Tensor]:
+        out = dict(zip(self.SIZES, self.heads(self.norm(x)).split(list(self.SIZES.values()), -1), strict=True))
+        known = truth["states"].isfinite()
+        said = out["states"].view_as(truth["states"]) * known
+        return {
+            "states": 60 * F.smooth_l1_loss(said, truth["states"].nan_to_num(), beta=0.02),
+            "there": 3 * F.binary_cross_entropy_with_logits(out["there"], truth["there"]),
+            "flags": 3 * F.binary_cross_entropy_with_logits(out["flags"], truth["flags"]),
+        }
+
+
+def pair_truth(scenes: Sequence[Scene], facts: Sequence[Facts], indices: list[int]) -> dict[str, Tensor]:
+    """Targets (B, pairs, ...) of `Readout` for the frames that the Teacher sees.
+
+    states: (colours, 2 frames, `STATE`) of the actor that had the colour at first; there: (colours,) whether there is
+    one of it in both frames; flags: something jumped, touched a block, changed in the scenery.
+    """
+    rows: dict[str, list[Tensor]] = {"states": [], "there": [], "flags": []}
+    for scene, f in zip(scenes, facts, strict=True):
+        states, there = by_color(scene, f, indices)
+        step = np.hypot(*np.moveaxis(np.diff(f.position[indices], axis=0), -1, 0)) / np.diff(indices)[:, None]
+        jumped = np.concatenate([[False], (step > FASTEST).any(1)]) | f.jumped[indices].any(1)
+        flags = [~in_pairs(~x, range(len(indices))) for x in (jumped, f.touching[indices], ~f.intact[indices])]
+        rows["states"].append(states.unflatten(0, (-1, 2)).transpose(1, 2))
+        rows["there"].append(there[0::2] * there[1::2])
+        rows["flags"].append(torch.from_numpy(np.stack(flags, 1)).float())
+    return {name: torch.stack(values) for name, values in rows.items()}
+
+
+def cell_truth(frames: Tensor) -> Tensor:
+    """(B, K, 3, H, W) -> (B, pairs, cells, 8): how much of each colour and of blocks is in each merged cell."""
+    frames = frames[..., ::2, ::2]  # a quarter of the pixels tells as much
+    palette = frames.new_tensor([*world.COLORS.values(), world.BLOCK_COLOR, world.BACKGROUND])
+    distance = (frames[:, :, None] - palette[None, None, :, :, None, None]).square().sum(3)
+    share = (-distance / 0.02).softmax(2)
+    size = PATCH
+    cells = F.avg_pool2d(share.flatten(0, 1), size).unflatten(0, frames.shape[:2])  # (B, K, 8, h, w)
+    pairs = 0.5 * (cells[:, 0::2] + cells[:, 1::2])
+    return pairs.flatten(3).transpose(2, 3) * 4  # a ball fills about a third of a cell
+
+
+def climbed(frames: Tensor, gradient: Tensor, most: float) -> Tensor:
+    """Frames (B, K, 3, H, W) a step of 0 to `most` up the signs of a gradient, smoothed as by a decoder."""
+    smooth = F.avg_pool2d(gradient.flatten(0, 1), 3, 1, 1).view_as(frames)
+    size = most * torch.rand(len(frames), 1, 1, 1, 1).to(frames)
+    return (frames.detach() + size * smooth.sign()).clamp(0, 1)
+
+
+def accuracies(asked: list[list[Question]], scenes: list[Scene], right: list[list[bool]]) -> dict[str, float]:
+    """Shares of right answers where the answer is yes and where it is no: in all, and for each family's own kinds."""
+    sums: dict[str, list[bool]] = {}
+    for questions, scene, row in zip(asked, scenes, right, strict=True):
+        for question, correct in zip(questions, row, strict=True):
+            said = "yes" if question.answer else "no"
+            for name in (said, f"{scene.family}/{said}", f"{scene.family}/{question.kind}/{said}"):
+                sums.setdefault(name, []).append(correct)
+    return {name: float(np.mean(values)) for name, values in sums.items()}
