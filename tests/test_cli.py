@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.tiny_pair import PROMPT, QUERIES, tiny_decoder
+from vlmteacher import cli
 from vlmteacher.cli import main, parser
 from vlmteacher.pipeline import PACKAGED_PAIR
 from vlmteacher.placement import parse_device_map
@@ -218,7 +219,7 @@ def test_the_documented_commands_for_loras() -> None:
     text = (Path(__file__).parent.parent / "docs" / "lora_files.md").read_text()
     commands = re.findall(r"^    (vlmteacher .+)$", text, re.MULTILINE)
     parsed = [parser().parse_args(shlex.split(command)[1:]) for command in commands]
-    assert [each.command.__name__ for each in parsed] == ["lora", "lora", "solve"]
+    assert [arguments.run for arguments in parsed] == [cli.lora.run, cli.lora.run, cli.solve.run]
 
 
 def test_placement(run: Run, solve: Any, tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""The command line: one module per command, with `add` (its flags) and the function that runs it.
+
+Exit status: 0 done; 1 the optimisation broke down, or a result cannot be written; 2 bad input (one line on stderr);
+130, 143 and 129 interrupted by SIGINT, SIGTERM and SIGHUP (`--resume` continues).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from io import TextIOWrapper
+from pathlib import Path
+from typing import NoReturn
+
+from vlmteacher import __version__
+from vlmteacher.cli import bench, demo, distill, env, lora, microworld, plan, queries, solve, train, train_microworld
+from vlmteacher.errors import InputError, MissingExtra, OutputError, TaskFailed
+from vlmteacher.files import check_text
+from vlmteacher.interruption import Interrupted, endings_interrupt
+from vlmteacher.quiet import quiet_warnings
+
+# The commands import what is heavy inside their functions: `vlmteacher --help` must answer at once.
+COMMANDS = (demo, solve, queries, lora, bench, train_microworld, microworld, train, distill, plan, env)
+"""In the order of `--help`."""
+
+RESUMABLE = ("run.json", "settings.json", "base/settings.json", "state/state.pt")
+"""Files that mark the folder of a run, a sweep, a table or a training that `--resume` can continue."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports an error in one line, without the usage that argparse prints before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = Parser(prog="vlmteacher", description="A vision-language model teaches a video generator, at test time.")
+    top.add_argument("--version", action="version", version=f"vlmteacher {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    quiet_warnings()
+    for stream in (sys.stdout, sys.stderr):  # a message must not fail on what a terminal cannot show
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        arguments = parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        with endings_interrupt():
+            _check_texts(arguments)
+            arguments.run(arguments)
+            sys.stdout.flush()
+    except (InputError, MissingExtra) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except (ArithmeticError, TaskFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        print(f"interrupted{_how_to_continue(arguments)}", file=sys.stderr)
+        return stop.status if isinstance(stop, Interrupted) else 130
+    except OutputError as error:
+        print(f"error: {' '.join(str(error).split())}{_how_to_continue(arguments)}", file=sys.stderr)
+        return 1
+    except OSError as error:  # of standard output, whose reader (`head`, say) may have closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def _how_to_continue(arguments: argparse.Namespace) -> str:
+    if "stage" in arguments:
+        return "; the same command goes on"
+    out = arguments.out if "resume" in arguments else None
+    can_resume = out is not None and any((Path(out) / name).exists() for name in RESUMABLE)
+    return "; the same with --resume goes on" if can_resume else ""
+
+
+def _check_texts(arguments: argparse.Namespace) -> None:
+    """Raise InputError for an argument that is no text: bytes that are not UTF-8, from the shell, or a NUL."""
+    for name, value in vars(arguments).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                check_text(text, f"argument {name.replace('_', '-')}")

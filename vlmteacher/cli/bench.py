@@ -1,0 +1,83 @@
+"""`vlmteacher bench`: run a method, or all methods of a table, on the instances of a benchmark."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vlmteacher import settings
+from vlmteacher.cli.flags import Commands, add_command, add_families, families
+from vlmteacher.errors import InputError
+
+
+def add(commands: Commands) -> None:
+    sub = add_command(commands, "bench", run, "a sweep over the instances of a benchmark")
+    sub.add_argument("benchmark", choices=("microworld", "vbvr", "ruler"))
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--method", metavar="NAME", help="base, teacher, pass@N, steps@N, goal-only and more (see docs)")
+    what.add_argument("--table", metavar="NAME", help="all methods of a table: paper, or remedies (on validation)")
+    sub.add_argument("--limit", type=int, default=100, metavar="N", help="scenes of each split (default: 100)")
+    sub.add_argument(
+        "--seeds", type=int, metavar="N", help="noises for each scene; of a table's main methods (default: 1; table: 3)"
+    )
+    sub.add_argument("--seed", type=int, default=1, metavar="N", help="draws the split (default: 1, the frozen one)")
+    sub.add_argument("--split", metavar="NAME", help="of a method: id (default), ood or validation")
+    sub.add_argument("--trace", action="store_true", help="the scorer's verdict on the video after every step too")
+    sub.add_argument("--many-step", metavar="ID", help="the Reasoner before its few-step distillation, for many-step")
+    add_families(sub)
+    sub.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
+    settings.add_flags(sub, "lora_blocks")
+    sub.add_argument("--out", required=True, metavar="DIR", help="where results.json goes")
+    sub.add_argument("--resume", action="store_true", help="keep the instances that --out already has")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.benchmark != "microworld":
+        raise InputError(f"bench {arguments.benchmark} is not there yet: only microworld is")
+    for name, least in (("limit", 1), ("workers", 1), ("seed", 0), ("seeds", 1)):
+        if (value := getattr(arguments, name)) is not None and value < least:
+            raise InputError(f"--{name} must be at least {least}, not {value}")
+    from vlmteacher.quiet import quiet
+
+    quiet()
+    from vlmteacher.evaluation.microworld import run_benchmark
+
+    if arguments.table is not None:
+        return _run_table(arguments)
+    results = run_benchmark(
+        method=arguments.method,
+        limit=arguments.limit,
+        seed=arguments.seed,
+        out=Path(arguments.out),
+        workers=arguments.workers,
+        resume=arguments.resume,
+        lora_blocks=arguments.lora_blocks,
+        split=arguments.split or "id",
+        chosen=families(arguments),
+        noises=arguments.seeds or 1,
+        trace=arguments.trace,
+        many_step=arguments.many_step,
+    )
+    print(f"{results['benchmark']}, method {results['method']}")
+    print(f"{'split':10} {'n':>5} {'success':>8} {'score':>6}")
+    for name, row in {**results.get("splits", {}), "all": results}.items():
+        if row["n"]:
+            print(f"{name:10} {row['n']:5} {row['success_rate']:8.2f} {row['score']:6.3f}")
+    print(f"{results['updates_mean']:.1f} updates and {results['seconds_mean']:.1f} s per instance")
+    print(f"Results: {Path(arguments.out) / 'results.json'}")
+
+
+def _run_table(arguments: argparse.Namespace) -> None:
+    from vlmteacher.evaluation.microworld import Bench
+    from vlmteacher.evaluation.tables import TABLES, format_table, run_table
+
+    if arguments.table not in TABLES:
+        raise InputError(f"--table {arguments.table} is not there: it can be {' or '.join(TABLES)}")
+    for name in ("split", "lora_blocks"):
+        if getattr(arguments, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} goes with --method: a table has its own splits and methods")
+    table, out, noises = TABLES[arguments.table], Path(arguments.out), arguments.seeds or 3
+    bench = Bench(arguments.seed, tuple(families(arguments)), None, arguments.many_step, arguments.trace)
+    rows = run_table(table, bench, arguments.limit, noises, out, arguments.workers, arguments.resume)
+    print(format_table(rows, table))
+    print(f"Results: {out / 'table.json'}, and a folder for each method")

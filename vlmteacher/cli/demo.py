@@ -1,0 +1,66 @@
+"""`vlmteacher demo`: solve one packaged example with the packaged pair of models."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vlmteacher import settings
+from vlmteacher.cli.flags import Commands, add_command
+from vlmteacher.cli.run_folder import check_converged, check_run_folder, print_folder, print_result
+
+
+def add(commands: Commands) -> None:
+    sub = add_command(commands, "demo", run, "solve one packaged example with the packaged pair of models")
+    sub.add_argument("--out", metavar="DIR", help="run folder to write (default: runs/demo, runs/demo-2, ...)")
+    sub.add_argument("--resume", action="store_true", help="take up the interrupted run in --out (default: runs/demo)")
+    settings.add_flags(sub, "fused_lora")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.out is None:
+        arguments.out = "runs/demo" if arguments.resume else _first_free("runs/demo")
+    out = Path(arguments.out)
+    check_run_folder(arguments)
+    from vlmteacher.quiet import quiet
+
+    quiet()
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from vlmteacher.microworld.scorer import score
+    from vlmteacher.microworld.world import Scene, render
+    from vlmteacher.pipeline import TeacherPipeline, TeacherPipelineOutput, read_pair
+    from vlmteacher.placement import describe, find_devices, find_dtype
+
+    example = read_pair()[1]["example"]
+    scene = Scene.from_json(example["scene"])
+    image = Image.fromarray(TeacherPipelineOutput.uint8(render(scene)[:1])[0])
+    devices = find_devices(None)
+    print(describe(devices, find_dtype(devices)))
+    pipe = TeacherPipeline.from_pretrained()
+    print(f"Task: {example['prompt']}", flush=True)
+    output = pipe(
+        example["prompt"],
+        image,
+        generator=torch.Generator().manual_seed(example["seed"]),
+        output_type="np",
+        fused_lora=arguments.fused_lora,
+        run_dir=out,
+        resume=arguments.resume,
+    )
+    print_result(output)
+    for name, frames in (("before", output.frames_before), ("after", output.frames)):
+        verdict = score(np.asarray(frames), scene)
+        parts = ", ".join(f"{part} {value:.2f}" for part, value in verdict.subscores.items())
+        print(f"Rule scorer {name}: {'success' if verdict.success else 'failure'}, score {verdict.score:.2f} ({parts})")
+    print_folder(out)
+    check_converged(output)
+
+
+def _first_free(path: str) -> Path:
+    number = 1
+    while (candidate := Path(path if number == 1 else f"{path}-{number}")).exists():
+        number += 1
+    return candidate

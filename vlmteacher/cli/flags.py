@@ -1,0 +1,101 @@
+"""Flags that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from vlmteacher.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Run: TypeAlias = Callable[[argparse.Namespace], None]
+
+TRAINING = ("reasoner", "data", "out", "steps", "batch_size", "learning_rate", "seed")
+"""The flags of `add_training`, which override the entries of the same names in --config."""
+
+
+def add_command(commands: Commands, name: str, run: Run, text: str) -> argparse.ArgumentParser:
+    """A command whose parsed arguments go to `run`; returns its parser, for its flags."""
+    sub = commands.add_parser(name, help=text, description=text)
+    sub.set_defaults(run=run)
+    return sub
+
+
+def add_instance(sub: argparse.ArgumentParser) -> None:
+    """The flags of one task and its Teacher."""
+    sub.add_argument("--prompt", required=True, metavar="TEXT", help="the task")
+    sub.add_argument("--image", metavar="FILE", help="the first frame")
+    sub.add_argument("--teacher", metavar="ID", help="VLM: hub id or directory (default: the packaged one)")
+    sub.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: the GPU, if there is one)")
+    sub.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on a CPU"
+    )
+    sub.add_argument("--quantize", choices=("8bit", "4bit"), help="of the Teacher's weights (extra: quantized)")
+
+
+def read_instance(arguments: argparse.Namespace) -> Image.Image | None:
+    """The first frame, if there is one. Raises InputError for an image that cannot be read and an empty prompt."""
+    image = None
+    if arguments.image is not None:
+        from vlmteacher.media import read_image
+
+        image = read_image(arguments.image)
+    if not arguments.prompt.strip():
+        raise InputError("--prompt is empty: say what the video must show")
+    return image
+
+
+def add_lora_partial(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--lora-partial",
+        action="store_true",
+        help="leave out what a LoRA file has for other networks, instead of refusing",
+    )
+
+
+def add_families(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--family",
+        action="append",
+        metavar="NAME",
+        help="of tasks, more than once for more, or all (the default)",
+    )
+
+
+def families(arguments: argparse.Namespace) -> Sequence[str]:
+    """The families of --family, in the world's order whatever the order of the flags. Raises InputError."""
+    from vlmteacher.microworld import world
+
+    if not arguments.family:
+        return world.FAMILIES
+    world.check("id", [name for name in arguments.family if name != "all"])
+    return [name for name in world.FAMILIES if {name, "all"} & {*arguments.family}]
+
+
+def add_training(sub: argparse.ArgumentParser, reasoner: str) -> None:
+    """The flags of a training; `reasoner` is the help of --reasoner."""
+    sub.add_argument("--config", required=True, metavar="FILE.yaml", help="settings; the flags below override them")
+    sub.add_argument("--reasoner", metavar="ID", help=reasoner)
+    sub.add_argument("--data", metavar="DIR", help="instances in VBVR's layout")
+    sub.add_argument("--out", metavar="DIR", help="folder to write; the result is its folder `pipeline`")
+    sub.add_argument("--steps", type=int, metavar="N", help="updates of the result")
+    sub.add_argument("--batch-size", type=int, metavar="N", help="videos per update")
+    sub.add_argument("--lr", type=float, metavar="X", dest="learning_rate", help="learning rate of the result")
+    sub.add_argument("--seed", type=seed, metavar="N", help="of all that is drawn")
+    sub.add_argument("--resume", action="store_true", help="take up the interrupted run in --out")
+
+
+def given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """The values of those flags of `names` that were given."""
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
+def seed(text: str) -> int:
+    """The type of --seed: a whole number that a generator takes."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2**63 - 1, not {text}")
+    return int(text)

@@ -1,0 +1,64 @@
+"""`vlmteacher microworld`: export instances of the built-in world; measure how good a Reasoner's few steps are."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vlmteacher.cli.flags import Commands, add_command, add_families, families, seed
+
+
+def add(commands: Commands) -> None:
+    text = "instances of the built-in world as files; how good a Reasoner's few steps are"
+    kinds = add_command(commands, "microworld", export, text).add_subparsers(required=True, metavar="WHAT")
+    sub = kinds.add_parser("export", help="write instances in VBVR's layout")
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    sub.add_argument("--count", type=int, default=100, metavar="N", help="instances (default: 100)")
+    sub.add_argument("--seed", type=seed, default=0, metavar="N", help="of the instances (default: 0)")
+    sub.add_argument("--split", default="train", metavar="NAME", help="train (default), id, ood or validation")
+    add_families(sub)
+    sub.add_argument("--flawed", action="store_true", help="videos with the Reasoner's documented flaw")
+
+    sub = kinds.add_parser("measure", help="rule score, distance and one-step agreement on held-out instances")
+    sub.set_defaults(run=measure)
+    sub.add_argument("--reasoner", metavar="ID", help="hub id or directory (default: the packaged one)")
+    sub.add_argument("--teacher", metavar="ID", help="judge of both videos (default: the packaged one)")
+    sub.add_argument("--limit", type=int, default=100, metavar="N", help="instances (default: 100)")
+    sub.add_argument("--seed", type=seed, default=1, metavar="N", help="of the held-out split (default: 1)")
+    sub.add_argument("--many-steps", type=int, default=0, metavar="N", help="sample by N Euler steps, not by few steps")
+    sub.add_argument("--guidance", type=float, default=1.0, metavar="X", help="of these steps (default: 1, none)")
+    sub.add_argument("--out", required=True, metavar="DIR", help="for results.json and frames.png")
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from vlmteacher.quiet import quiet
+
+    quiet()
+    from vlmteacher.microworld.export import export
+
+    out, chosen = Path(arguments.out), families(arguments)
+    export(out, arguments.count, arguments.seed, arguments.split, arguments.flawed, chosen=chosen)
+    print(f"{arguments.count} instances in VBVR's layout: {out}")
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    from vlmteacher.quiet import quiet
+
+    quiet()
+    from vlmteacher.evaluation.few_step import report
+    from vlmteacher.pipeline import PACKAGED_PAIR
+
+    out = Path(arguments.out)
+    metrics = report(
+        arguments.reasoner or str(PACKAGED_PAIR / "reasoner"),
+        arguments.teacher or str(PACKAGED_PAIR / "teacher"),
+        arguments.limit,
+        arguments.seed,
+        out,
+        arguments.many_steps,
+        arguments.guidance,
+    )
+    for name, value in metrics.items():
+        if isinstance(value, float):
+            print(f"{name:16} {value:.3f}")
+    print(f"Results: {out / 'results.json'}, {out / 'frames.png'}")

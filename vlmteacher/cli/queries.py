@@ -1,0 +1,51 @@
+"""`vlmteacher queries`: write the Teacher's queries, to read and edit them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vlmteacher.cli.flags import Commands, add_command, add_instance, read_instance
+from vlmteacher.errors import InputError
+
+
+def add(commands: Commands) -> None:
+    sub = add_command(commands, "queries", run, "only write the Teacher's queries, to read and edit them")
+    add_instance(sub)
+    sub.add_argument("-o", "--output", metavar="FILE.json", help="where to (default: standard output)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    image = read_instance(arguments)
+    if arguments.output and not (parent := Path(arguments.output).absolute().parent).is_dir():
+        raise InputError(f"queries file {arguments.output}: the directory {parent} does not exist")
+    if arguments.output and Path(arguments.output).is_dir():
+        raise InputError(f"queries file {arguments.output} is a directory: give the name of a file in it")
+    from vlmteacher.quiet import quiet
+
+    quiet()
+    import torch
+
+    from vlmteacher.media import fit_image
+    from vlmteacher.pipeline import read_pair
+    from vlmteacher.placement import find_devices, find_dtype
+    from vlmteacher.reasoners import Settings
+    from vlmteacher.teachers import load_teacher
+
+    if arguments.teacher is None:
+        directory, pair = read_pair()
+        arguments.teacher = str(directory / pair["teacher"])
+        if image is not None:  # the first frame as the packaged Reasoner gets it
+            frame = Settings.load(directory / pair["reasoner"] / "reasoner.json")
+            image = fit_image(image, frame.height, frame.width)
+    devices = find_devices(arguments.device, "--device")
+    device, dtype = devices["teacher"], getattr(torch, arguments.dtype) if arguments.dtype else find_dtype(devices)
+    teacher = load_teacher(arguments.teacher, dtype=dtype, quantize=arguments.quantize, device=device).to(device)
+    written = teacher.write_queries(arguments.prompt, image)
+    if arguments.output:
+        written.save(arguments.output)
+        for kind, question in zip(("goal", *["process"] * len(written.process)), written.questions, strict=True):
+            print(f"{kind:8} {question}")
+        print(f"Edit {arguments.output} if you like, then: vlmteacher solve --queries {arguments.output} ...")
+    else:
+        print(written.to_json())

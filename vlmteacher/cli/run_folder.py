@@ -1,0 +1,43 @@
+"""What `demo` and `solve` share: the check of the run folder, and the result as they print it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vlmteacher.pipeline import TeacherPipelineOutput
+
+
+def check_run_folder(arguments: argparse.Namespace) -> None:
+    """Raise InputError for a folder that cannot be used, before any model is loaded."""
+    from vlmteacher.files import claimed
+    from vlmteacher.runs.folder import RunFolder, checked
+
+    with claimed(checked(arguments.out)):
+        RunFolder(arguments.out, arguments.resume)
+
+
+def print_result(output: TeacherPipelineOutput) -> None:
+    """Print the number of updates, the seconds, and P(Yes) of each question before and after."""
+    reasons = {"threshold": "the threshold was reached", "max_steps": "no step was left", "diverged": "diverged"}
+    reason = reasons[output.stopped]
+    steps, total = output.seconds["steps"], output.seconds["total"]
+    print(f"{output.updates} updates in {steps:.1f} s ({reason}), {total:.1f} s in all")
+    print("P(Yes) before -> after")
+    for question, before, after in zip(output.queries.questions, output.p_yes_before, output.p_yes_after, strict=True):
+        print(f"  {before:.2f} -> {after:.2f}  {question}")
+
+
+def print_folder(path: Path) -> None:
+    """Print the names of the files in the run folder."""
+    files = " ".join(sorted(file.name for file in path.iterdir() if file.suffix != ".pt"))
+    print(f"Run folder {path}: {files}")
+
+
+def check_converged(output: TeacherPipelineOutput) -> None:
+    """Raise ArithmeticError when the optimisation diverged."""
+    if output.stopped == "diverged":
+        why = output.history[-1]["rolled_back"]
+        raise ArithmeticError(f"the optimisation diverged ({why}); the best LoRA before is kept: try a lower --lr")

@@ -1,0 +1,132 @@
+"""`vlmteacher solve`: answer one prompt with a video, improved by the Teacher."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlmteacher import settings
+from vlmteacher.cli.flags import Commands, add_command, add_instance, add_lora_partial, read_instance, seed
+from vlmteacher.cli.run_folder import check_converged, check_run_folder, print_folder, print_result
+from vlmteacher.errors import InputError
+from vlmteacher.placement import EXAMPLE, parse_device_map
+
+if TYPE_CHECKING:
+    from vlmteacher.pipeline import TeacherPipeline
+
+
+def add(commands: Commands) -> None:
+    sub = add_command(commands, "solve", run, "answer one prompt with a video, improved by the Teacher")
+    add_instance(sub)
+    sub.add_argument("--queries", metavar="FILE.json", help="the Teacher's queries (default: it writes them)")
+    sub.add_argument("--reasoner", metavar="ID", help="video model: hub id or directory (default: the packaged one)")
+    sub.add_argument(
+        "--decoder",
+        metavar="FILE",
+        help="surrogate decoder: file, or OWNER/REPO/FILE on the hub (default: the one that is known for the Reasoner)",
+    )
+    both = "; two for the experts of Wan 2.2 A14B, high noise first"
+    sub.add_argument(
+        "--transformer", nargs="+", metavar="ID", help=f"instead of the Reasoner's: directory, hub id or file{both}"
+    )
+    sub.add_argument("--few-step-lora", nargs="+", metavar="FILE", help=f"merged into the Reasoner{both}")
+    sub.add_argument("--preset", metavar="NAME", help="how the Reasoner samples (default: reasoner.json, or by hub id)")
+    sub.add_argument("--num-inference-steps", type=int, metavar="N", help="evenly spaced, instead of the preset's")
+    sub.add_argument("--guidance-scale", type=float, metavar="X", help="1: no guidance (default: the preset's)")
+    sub.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from (default: the preset's)")
+    sub.add_argument("--lora", metavar="FILE", help="go on from this LoRA (default: a fresh one)")
+    add_lora_partial(sub)
+    sub.add_argument("--num-frames", type=int, metavar="F", help="frames of the video")
+    sub.add_argument("--height", type=int, metavar="H", help="pixels")
+    sub.add_argument("--width", type=int, metavar="W", help="pixels")
+    settings.add_flags(sub)
+    sub.add_argument("--device-map", metavar="MAP", help=f"a device for each, {EXAMPLE}, instead of --device")
+    sub.add_argument("--offload", action="store_true", help="what is not needed waits in main memory")
+    sub.add_argument(
+        "--activations",
+        metavar="LEVELS",
+        help="what the Reasoner's blocks keep for the backward, as `vlmteacher plan` says it (default: everything)",
+    )
+    sub.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of the noise (default: 0)")
+    sub.add_argument("--out", required=True, metavar="DIR", help="run folder to write")
+    sub.add_argument("--resume", action="store_true", help="take up the interrupted run in --out")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    image = read_instance(arguments)
+    from vlmteacher.lora.formats import read_lora
+    from vlmteacher.queries import QuerySet
+
+    check_run_folder(arguments)
+    query_set = None if arguments.queries is None else QuerySet.load(arguments.queries)
+    if arguments.lora is not None:
+        read_lora(arguments.lora, partial=arguments.lora_partial)  # raises before any model is loaded
+    from vlmteacher.quiet import quiet
+
+    quiet()
+    if arguments.deterministic:  # cuBLAS reads it when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+
+    keywords = settings.given(arguments)
+    settings.Settings().updated(**keywords)  # raises for bad values before any model is loaded
+    pipe = _pipeline(arguments)
+    if arguments.lora is not None:
+        pipe.load_lora(arguments.lora, arguments.lora_partial)
+    if arguments.activations is not None:
+        from vlmteacher.reasoners.checkpointing import block_list, keep_activations, parse_levels
+
+        transformer = pipe.reasoner.transformer
+        keep_activations(transformer, parse_levels(arguments.activations, len(block_list(transformer))))
+    output = pipe(
+        arguments.prompt,
+        image,
+        num_frames=arguments.num_frames,
+        height=arguments.height,
+        width=arguments.width,
+        num_inference_steps=arguments.num_inference_steps,
+        guidance_scale=arguments.guidance_scale,
+        negative_prompt=arguments.negative_prompt,
+        generator=torch.Generator().manual_seed(arguments.seed),
+        queries=query_set,
+        run_dir=arguments.out,
+        resume=arguments.resume,
+        **keywords,
+    )
+    print_result(output)
+    print_folder(Path(arguments.out))
+    check_converged(output)
+
+
+def _pipeline(arguments: argparse.Namespace) -> TeacherPipeline:
+    import torch
+
+    from vlmteacher.pipeline import TeacherPipeline
+    from vlmteacher.placement import describe, find_devices, find_dtype
+    from vlmteacher.torch_modes import deterministic
+
+    where = parse_device_map(arguments.device_map) if arguments.device_map else arguments.device
+    devices = find_devices(where, "--device", "--device-map")
+    if arguments.device_map and arguments.device:
+        raise InputError(f"--device {arguments.device} and --device-map {arguments.device_map} exclude each other")
+    if arguments.offload and all(device.type == "cpu" for device in devices.values()):
+        raise InputError("--offload keeps in main memory what a GPU does not need: give --device or --device-map too")
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else find_dtype(devices)
+    print(describe(devices, dtype), flush=True)
+    with deterministic(*devices.values()) if arguments.deterministic else nullcontext():  # a LoRA is merged here
+        return TeacherPipeline.from_pretrained(
+            arguments.reasoner,
+            arguments.teacher,
+            arguments.decoder,
+            dtype=dtype,
+            device_map=devices,
+            offload=arguments.offload,
+            quantize=arguments.quantize,
+            transformer=arguments.transformer,
+            few_step_lora=arguments.few_step_lora,
+            preset=arguments.preset,
+            lora_partial=arguments.lora_partial,
+        )
