@@ -22,7 +22,7 @@ from benchmarks.presets import PRESETS, Instance, build
 from benchmarks.timing import argument_parser, parsed
 from vlmteacher.lora.adapter import target_modules
 from vlmteacher.optimization.loop import GRADIENT_CLIP
-from vlmteacher.teachers.qwen_vl import video_placeholder
+from vlmteacher.teachers.prompt import Clip
 from vlmteacher.teachers.visual_checkpoint import LinearPatchEmbed
 
 Variant = Literal["checkpointed", "plain", "compiled"]
@@ -206,11 +206,10 @@ class StockLoop:
     def _tokenized(self, grid: Tensor) -> list[dict[str, Any]]:
         """The prompts, answer included: the same tokens as ours, which are the processor's."""
         teacher, device = self.instance.teacher, grid.device
-        tokens = int(grid[0, 1] * grid[0, 2]) // teacher.video.merge_size**2
-        video = video_placeholder(self.indices, self.instance.reasoner.fps, tokens, teacher.video.temporal_patch_size)
+        height, width = (int(patches) * teacher.video.patch_size for patches in grid[0, 1:])
+        clip = Clip(tuple(self.indices), self.instance.reasoner.fps, (height, width))
         questions = []
-        for question in self.instance.queries.questions:
-            prompt, answer = teacher._question_ids(question, video)
+        for prompt, answer in teacher.chats(clip, self.instance.queries.questions):
             ids = torch.tensor([prompt + answer], device=device)
             types = 2 * (ids == self.vlm.config.video_token_id).int()
             target = torch.tensor(answer, device=device)

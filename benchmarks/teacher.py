@@ -30,10 +30,10 @@ from benchmarks.memory import saved_bytes
 from benchmarks.presets import QUERIES, qwen3_vl
 from vlmteacher.queries import QuerySet
 from vlmteacher.teachers.preprocessing import VisionSettings, preprocess_video
+from vlmteacher.teachers.prompt import Clip, Layout
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher
-from vlmteacher.teachers.shared_prefix import Layout
 from vlmteacher.teachers.visual_checkpoint import stream
-from vlmteacher.teachers.vlm import CHUNK_PATCHES, Clip
+from vlmteacher.teachers.vlm import CHUNK_PATCHES
 
 FPS = 8.0
 # vision (depth, width, MLP), language (depth, width, MLP, heads, key heads, head dimension), patch, frames, height,
@@ -82,9 +82,8 @@ def teacher_of(model: Any, tokenizer: Any, patch: int) -> QwenVLTeacher:
 
 def prompts(teacher: QwenVLTeacher, clip: Clip) -> list[tuple[Tensor, list[int]]]:
     """(token ids (1, n) of prompt and answer, answer) of every question."""
-    placeholder = teacher.video_text(clip)
-    pairs = [teacher._question_ids(question, placeholder) for question in QUERIES.questions]
-    return [(torch.tensor([prompt + answer]), answer) for prompt, answer in pairs]
+    chats = teacher.chats(clip, QUERIES.questions)
+    return [(torch.tensor([prompt + answer]), answer) for prompt, answer in chats]
 
 
 def stock_losses(
@@ -176,7 +175,7 @@ def timing(name: str, dtype: torch.dtype, pairs: int) -> dict[str, Any]:
     count, height, width = preset["frames"]
     frames = torch.rand(count, 3, height, width).requires_grad_()
     size = teacher.resized(count, height, width)
-    layout = teacher._layout(clip_of(count, size), QUERIES)
+    layout = teacher.layout(clip_of(count, size), QUERIES)
     losses = stock_losses(model, frames, teacher.video, prompts(teacher, clip_of(count, size)))
 
     def ours() -> Tensor:
@@ -249,17 +248,16 @@ def flops() -> dict[str, float]:
     size = teacher.resized(count, height, width)
     clip = clip_of(count, size)
     three = QuerySet(QUERIES.goal, QUERIES.process[:2])
-    layout = teacher._layout(clip, three)
+    layout = teacher.layout(clip, three)
     frames = torch.empty(count, 3, height, width, device="meta", requires_grad=True)
 
     def ours() -> Tensor:
         return teacher.packed_losses(frames, layout, size).sum()
 
     visual, language, grid = model.model.visual, model.model.language_model, teacher.grid(clip)
-    placeholder = teacher.video_text(clip)
 
     def stock(question: str) -> Tensor:
-        prompt, answer = teacher._question_ids(question, placeholder)
+        ((prompt, answer),) = teacher.chats(clip, [question])
         ids = torch.tensor([prompt + answer])
         places, weights = get_vision_interpolation_indices_and_weights(
             grid, visual.num_grid_per_side, visual.interpolation_mode, visual.interpolation_align_corners, 2

@@ -21,7 +21,7 @@ from vlmteacher.reasoners.base import Condition, Noise
 from vlmteacher.reasoners.checkpointing import Keep, keep_activations
 from vlmteacher.reasoners.presets import HUB_IDS, PRESETS
 from vlmteacher.teachers import shared_prefix
-from vlmteacher.teachers.vlm import Clip
+from vlmteacher.teachers.prompt import Clip
 
 PAPER = (
     "--reasoner",
@@ -58,7 +58,7 @@ def test_parts_add_up_to_a_whole_step(level: Keep, narrow: None) -> None:
     keep_activations(reasoner.transformer, level)
     teacher.activation_bytes, teacher.chunk_patches = 0, 64
     size = teacher.resized(len(indices), 64, 64)
-    layout = teacher._layout(Clip(video.indices, 8.0, size), query_set(3))
+    layout = teacher.layout(Clip(video.indices, 8.0, size), query_set(3))
     with META:
         text = torch.empty(1, 24, 128, dtype=torch.bfloat16)
         first, noise = torch.empty(1, latents[1], 1, *latents[3:]), Noise(torch.empty(latents), ())

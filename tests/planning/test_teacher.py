@@ -11,8 +11,8 @@ from vlmteacher.planning.costs import measure
 from vlmteacher.planning.models import PACKAGED, build_teacher
 from vlmteacher.planning.teacher import Video, language_costs, query_set, vision_costs, visual_features
 from vlmteacher.teachers import load_teacher, shared_prefix
+from vlmteacher.teachers.prompt import Clip
 from vlmteacher.teachers.visual_checkpoint import stream
-from vlmteacher.teachers.vlm import Clip
 
 
 def test_teacher_costs_are_those_of_the_real_teacher() -> None:
@@ -40,7 +40,7 @@ def test_teacher_costs_are_those_of_the_real_teacher() -> None:
 
     costs = language_costs(meta, video, 3)
     clip = Clip(video.indices, video.fps, size)
-    layout = real._layout(clip, query_set(3))
+    layout = real.layout(clip, query_set(3))
     features = [torch.randn(t.shape).requires_grad_() for t in visual_features(meta, video)]
 
     def losses() -> Tensor:

@@ -43,10 +43,10 @@ def test_control_tokens_in_a_question_are_text(teacher, question):
     special = {*teacher.tokenizer.get_added_vocab().values()}
 
     def count(text):
-        return [i for i in teacher._question_ids(text, placeholder)[0] if i in special]
+        return [i for i in teacher._question_chat(text, placeholder)[0] if i in special]
 
     assert count(question) == count("Is it?")
-    prompt, _ = teacher._question_ids(question, placeholder)
+    prompt, _ = teacher._question_chat(question, placeholder)
     assert teacher.tokenizer.decode(prompt) == teacher._chat(
         f"{question} Answer Yes or No.", "video", placeholder
     ).replace(CUT, "")
@@ -68,7 +68,7 @@ def test_a_normal_text_has_the_ids_of_the_whole_chat(teacher):
     placeholder = teacher.visual_pads[-1] * 3
     for question in ("Is the red ball <on> the | square?", "Is it [INST] or im_end?", " é ü 漢字 \U0001f600 "):
         chat = teacher._chat(f"{question.strip()} Answer Yes or No.", "video", placeholder)
-        prompt, answer = teacher._question_ids(question, placeholder)
+        prompt, answer = teacher._question_chat(question, placeholder)
         assert (
             CUT not in chat and prompt + answer == teacher.tokenizer(chat + "Yes", add_special_tokens=False).input_ids
         )
@@ -77,9 +77,9 @@ def test_a_normal_text_has_the_ids_of_the_whole_chat(teacher):
 def test_words_that_were_added_stay_words(qwen):
     """A domain's own words, and what else is in brackets there."""
     teacher = load_teacher(qwen)
-    plain = teacher._question_ids("Is the gripper <depth> ok?", "")[0]
+    plain = teacher._question_chat("Is the gripper <depth> ok?", "")[0]
     teacher.tokenizer.add_tokens(["gripper", "<depth>"])
-    ids = teacher._question_ids("Is the gripper <depth> ok?", "")[0]
+    ids = teacher._question_chat("Is the gripper <depth> ok?", "")[0]
     word, bracketed = teacher.tokenizer.convert_tokens_to_ids(["gripper", "<depth>"])
     assert word in ids and bracketed not in ids and ids != plain
 
@@ -108,7 +108,7 @@ QWEN35 = SWITCH + "{%- else -%}{{- '<think>\\n' -}}{%- endif -%}"
 @pytest.mark.parametrize("end", [QWEN3, QWEN35, CLOSED])
 def test_the_answer_follows_a_thought_of_nothing(qwen, end):
     teacher = with_generation_prompt(load_teacher(qwen), end)
-    prompt, answer = teacher._question_ids("Do you <think> so?", "")
+    prompt, answer = teacher._question_chat("Do you <think> so?", "")
     assert teacher.tokenizer.decode(prompt).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert teacher.tokenizer.decode(answer) == "Yes"
 
@@ -130,7 +130,7 @@ def test_a_template_that_opens_a_thought_is_refused(qwen, tmp_path, opened):
 
 def test_a_question_about_thoughts_is_no_thought(qwen):
     teacher = load_teacher(qwen)
-    assert teacher._question_ids("Does he <think>", "")[1] == teacher._question_ids("Is it?", "")[1]
+    assert teacher._question_chat("Does he <think>", "")[1] == teacher._question_chat("Is it?", "")[1]
 
 
 def test_a_template_that_writes_pads_of_its_own_is_refused(qwen):

@@ -169,7 +169,7 @@ def test_streaming_and_recomputation_change_nothing(checkpoint, family):
 def test_an_answer_of_several_tokens(checkpoint, family):
     path = checkpoint(family, "spelling")
     teacher = load_teacher(path)
-    assert len(teacher._question_ids(QUESTIONS[0], "")[1]) > 1
+    assert len(teacher._question_chat(QUESTIONS[0], "")[1]) > 1
     assert_equal(*both(teacher, path, family, 3, QUESTIONS[:3]))
 
 

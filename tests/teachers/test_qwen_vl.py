@@ -12,9 +12,9 @@ from vlmteacher.pipeline import PACKAGED_PAIR
 from vlmteacher.queries import QuerySet
 from vlmteacher.teachers import load_teacher, vlm
 from vlmteacher.teachers.preprocessing import preprocess_image, preprocess_video
+from vlmteacher.teachers.prompt import question_text
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher, video_placeholder
 from vlmteacher.teachers.visual_checkpoint import LinearPatchEmbed
-from vlmteacher.teachers.vlm import question_text
 
 QUESTIONS = ("Is the red ball on the square?", "Is it?", "Does the ball go around all of the blocked cells?", "Red?")
 
@@ -87,7 +87,7 @@ def test_losses_and_pixel_gradients_equal_a_stock_forward_per_question(path, tea
 def test_an_answer_of_several_tokens(spelling):
     path, teacher = spelling
     queries = QuerySet(QUESTIONS[0], QUESTIONS[1:3])
-    _, answer = teacher._question_ids(QUESTIONS[0], "")
+    _, answer = teacher._question_chat(QUESTIONS[0], "")
     assert len(answer) > 1 and teacher.tokenizer.decode(answer) == "Yes"
     losses = teacher.losses(frames_of(3), [0, 4, 8], 8.0, queries)
     want = stock_losses(path, frames_of(3), [0, 4, 8], 8.0, queries.questions, teacher.video)
@@ -95,7 +95,7 @@ def test_an_answer_of_several_tokens(spelling):
 
 
 def test_the_answer_of_one_token(teacher):
-    prompt, answer = teacher._question_ids(QUESTIONS[0], "")
+    prompt, answer = teacher._question_chat(QUESTIONS[0], "")
     assert len(answer) == 1 and teacher.tokenizer.decode(prompt + answer).endswith("assistant\nYes")
 
 

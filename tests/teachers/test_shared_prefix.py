@@ -9,8 +9,7 @@ from tests.tiny_teacher import tiny_qwen3_vl
 from vlmteacher.errors import InputError
 from vlmteacher.queries import QuerySet
 from vlmteacher.teachers import load_teacher
-from vlmteacher.teachers.shared_prefix import Keep, check_language, how_much, lay_out, shared_length
-from vlmteacher.teachers.vlm import LAYOUTS_KEPT, Clip
+from vlmteacher.teachers.shared_prefix import Keep, check_language, how_much
 
 CPU = torch.device("cpu")
 
@@ -18,44 +17,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     return load_teacher(tiny_qwen3_vl(tmp_path_factory.mktemp("teacher")))
-
-
-def angles(ids):
-    """Not angles: what position it is, so that the test can read it back."""
-    places = torch.arange(ids.shape[1]).float()[:, None].expand(-1, 4)
-    return places, -places
-
-
-@pytest.mark.parametrize(
-    ("rows", "length"), [([[1, 2, 3], [1, 2, 4], [1, 2, 3, 9]], 2), ([[5]], 1), ([[1], [2]], 0), ([[1, 2], [1, 2]], 2)]
-)
-def test_shared_length(rows, length):
-    assert shared_length(rows) == length
-
-
-def test_a_layout_is_the_agreed_one():
-    chats = [([9, 7, 7, 1, 2], [50]), ([9, 7, 7, 3], [50, 51])]
-    layout = lay_out(chats, 7, angles, CPU)
-    assert layout.ids.tolist() == [9, 7, 7, 1, 2, 3, 50] and layout.prefix == 3 and layout.questions == 2
-    assert layout.cos[:, 0, 0].tolist() == [0, 1, 2, 3, 4, 3, 4]  # positions restart after the prefix
-    assert layout.video.tolist() == [1, 2]
-    assert layout.answers.tolist() == [4, 5, 6] and layout.targets.tolist() == [50, 50, 51]
-    assert layout.owners.tolist() == [0, 1, 1]
-    assert layout.sees.rest.int().tolist() == [
-        [1, 1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 1, 0, 0],
-        [1, 1, 1, 0, 0, 1, 0],
-        [1, 1, 1, 0, 0, 1, 1],
-    ]
-    assert torch.equal(layout.sees.mask()[:3], torch.ones(3, 7).tril().bool())
-    assert torch.equal(layout.answers_see.mask(), layout.sees.rest[[1, 2, 3]])
-
-
-def test_one_question_is_all_prefix_and_equal_ones_keep_a_position_each():
-    one = lay_out([([9, 7, 1], [50])], 7, angles, CPU)
-    assert one.prefix == 3 and len(one.sees.rest) == 0 and one.answers.tolist() == [2]
-    same = lay_out([([9, 7, 1], [50])] * 2, 7, angles, CPU)
-    assert same.ids.tolist() == [9, 7, 1, 1] and same.answers.tolist() == [2, 3]
 
 
 def test_layers_keep_what_the_budget_allows(teacher):
@@ -69,7 +30,7 @@ def test_less_is_saved_level_by_level(teacher):
     frames = torch.rand(4, 3, 32, 48, requires_grad=True)
     queries = QuerySet("Is it red?", ("Is it?",))
     sizes = []
-    tokens = len(teacher._layout(Clip((0, 1, 2, 3), 8.0, (32, 48)), queries).ids)
+    tokens = teacher.layout(teacher.clip(range(4), 8.0, 32, 48), queries).tokens
     for budget in (10**9, 2500 * tokens, 0):
         teacher.activation_bytes = budget
         size, _ = saved_bytes(lambda: teacher.losses(frames, range(4), 8.0, queries), list(teacher.model.parameters()))
@@ -110,16 +71,6 @@ def test_torchs_attention_gives_the_same_gradient(teacher, monkeypatch):
     monkeypatch.setattr(teacher, "attention_backend", "fast")
     with pytest.raises(InputError, match="'fast' is none of native, sdpa"):
         teacher.losses(frames, range(4), 8.0, queries)
-
-
-def test_layouts_are_kept_but_not_all(teacher):
-    frames = torch.rand(2, 3, 32, 32)
-    for index in range(LAYOUTS_KEPT + 2):
-        teacher.losses(frames, range(2), 8.0, QuerySet(f"Is it {index}?"))
-    assert len(teacher._layouts) == LAYOUTS_KEPT
-    clip = Clip((0, 1), 8.0, (32, 32))
-    queries = QuerySet(f"Is it {LAYOUTS_KEPT + 1}?")
-    assert teacher._layout(clip, queries) is teacher._layout(clip, queries)
 
 
 def test_rotary_frequencies_stay_in_float32(tmp_path):

@@ -30,7 +30,7 @@ from vlmteacher.planning.teacher import (
     vision_costs,
 )
 from vlmteacher.reasoners.checkpointing import Keep, format_levels
-from vlmteacher.teachers.vlm import CHUNK_PATCHES, Clip
+from vlmteacher.teachers.vlm import CHUNK_PATCHES
 
 GB = 10**9
 
@@ -212,7 +212,8 @@ def make_plan(
         if fits
         else min(candidates, key=lambda c: (c[3].peak_bytes, c[3].flops))
     )
-    tokens = len(the_teacher._layout(Clip(video.indices, video.fps, resized), query_set(questions)).ids)
+    clip = the_teacher.clip(indices, the_reasoner.fps, *shape[1:])
+    tokens = the_teacher.layout(clip, query_set(questions)).tokens
     best.settings.update(
         activations=format_levels(levels),
         teacher_activation_bytes=activation_budget(the_teacher, tokens, keep),

@@ -16,8 +16,9 @@ from vlmteacher.planning.tracing import tracing
 from vlmteacher.queries import QuerySet
 from vlmteacher.teachers import shared_prefix
 from vlmteacher.teachers.preprocessing import preprocess_video
+from vlmteacher.teachers.prompt import Clip
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher
-from vlmteacher.teachers.vlm import Clip
+from vlmteacher.teachers.vlm import VLMTeacher
 
 GOAL = "Is the yellow ball inside the purple box at the end?"
 PROCESS = "Does the yellow ball stay clear of the dark blocks?"
@@ -31,6 +32,9 @@ class Video:
     fps: float
     height: int
     width: int
+
+    def clip(self, teacher: VLMTeacher) -> Clip:
+        return teacher.clip(self.indices, self.fps, self.height, self.width)
 
     def frames(self, dtype: torch.dtype) -> Tensor:
         return torch.empty(len(self.indices), 3, self.height, self.width, dtype=dtype, device=META, requires_grad=True)
@@ -90,8 +94,7 @@ def cut(language: Any, depth: int) -> Iterator[None]:
 
 def language_costs(teacher: QwenVLTeacher, video: Video, count: int) -> dict[shared_prefix.Keep, Cost]:
     """Of the language model on `count` questions behind one prefix, by what its layers keep."""
-    size = teacher.resized(len(video.indices), video.height, video.width)
-    layout = teacher._layout(Clip(video.indices, video.fps, size), query_set(count))
+    layout = teacher.layout(video.clip(teacher), query_set(count))
     features = visual_features(teacher, video)
     head = teacher.model.get_output_embeddings()
     layers = len(teacher.language.layers)
@@ -129,8 +132,7 @@ def stock_teacher_cost(teacher: QwenVLTeacher, video: Video) -> tuple[Cost, Cost
     from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
     frames = video.frames(torch.float32)
-    size = teacher.resized(len(video.indices), video.height, video.width)
-    clip = Clip(video.indices, video.fps, size)
+    clip = video.clip(teacher)
     visual, grid = teacher.visual, teacher.grid(clip)
     merge = teacher.video.merge_size
     places, factors = get_vision_interpolation_indices_and_weights(
@@ -148,7 +150,7 @@ def stock_teacher_cost(teacher: QwenVLTeacher, video: Video) -> tuple[Cost, Cost
         seen = visual(rows.to(teacher.model.dtype), grid_thw=grid, return_dict=True, **placed)
         return [seen.pooler_output, *seen.deepstack_features]
 
-    prompt, answer = teacher._question_ids(GOAL, teacher.video_text(clip))
+    ((prompt, answer),) = teacher.chats(clip, [GOAL])
     ids = torch.tensor([prompt + answer])
     positions = teacher.positions(ids, clip).to(META)
     tokens = (ids[0] == teacher.model.config.video_token_id).nonzero().flatten().to(META)

@@ -18,7 +18,6 @@ from vlmteacher.planning.reasoner import blank_instance
 from vlmteacher.planning.teacher import query_set
 from vlmteacher.planning.tracing import tracing
 from vlmteacher.reasoners.checkpointing import Keep, keep_activations
-from vlmteacher.teachers.vlm import Clip
 
 TEACHER = "qwen3-vl-4b"
 QUESTIONS, TEACHER_FRAMES, RANK = 4, 24, 16
@@ -46,15 +45,15 @@ def verify_step(name: str, teacher: Any) -> dict[str, Any]:
     decoder.layers()  # folded once, not at every step
     condition, noise = blank_instance(reasoner, size)
     indices = teacher_frame_indices(settings.num_frames, TEACHER_FRAMES)
-    seen = teacher.resized(len(indices), *size[1:])
-    layout = teacher._layout(Clip(tuple(indices), float(reasoner.fps), seen), query_set(QUESTIONS))
+    clip = teacher.clip(indices, reasoner.fps, *size[1:])
+    layout = teacher.layout(clip, query_set(QUESTIONS))
     loras = lora_parameters(network)
     with tracing() as trace:
         trace.weights(network, decoder, teacher.model)
         trace.inputs(condition.prompt_embeds, noise.z1, *condition.inputs.values())
         latents = reasoner.predict_clean(condition, noise)
         frames = decoder.decode(latents, indices)
-        losses = teacher.packed_losses(frames, layout, seen)
+        losses = teacher.packed_losses(frames, layout, clip.size)
         vqa_objective(losses, 0.5).backward()
     assert frames.shape == (len(indices), 3, *size[1:]) and losses.shape == (QUESTIONS,)
     weights = nbytes(network, decoder, teacher.model) + 2 * sum(parameter.nbytes for parameter in loras)

@@ -16,8 +16,9 @@ from vlmteacher.teachers.preprocessing import (
     preprocess_frames,
     processor_settings,
 )
+from vlmteacher.teachers.prompt import Clip
 from vlmteacher.teachers.visual_checkpoint import attend
-from vlmteacher.teachers.vlm import Clip, VLMTeacher
+from vlmteacher.teachers.vlm import VLMTeacher
 
 
 class InternVLTeacher(VLMTeacher):

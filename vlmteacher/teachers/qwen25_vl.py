@@ -11,9 +11,9 @@ from torch import Tensor
 from vlmteacher.errors import InputError
 from vlmteacher.ops.elementwise import rotate
 from vlmteacher.teachers.preprocessing import CLIP_MEAN, CLIP_STD, VisionSettings, processor_settings
+from vlmteacher.teachers.prompt import Clip
 from vlmteacher.teachers.qwen_vl import VIDEO_PAD, VISION_END, VISION_START, QwenTokens, half_angles
 from vlmteacher.teachers.visual_checkpoint import attend_segments
-from vlmteacher.teachers.vlm import Clip
 from vlmteacher.torch_modes import keepable
 
 

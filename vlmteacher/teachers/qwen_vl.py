@@ -15,8 +15,9 @@ from vlmteacher.teachers.preprocessing import (
     read_settings,
     video_size,
 )
+from vlmteacher.teachers.prompt import Clip
 from vlmteacher.teachers.visual_checkpoint import LinearPatchEmbed, attend
-from vlmteacher.teachers.vlm import Clip, VLMTeacher, freeze_patch_embed
+from vlmteacher.teachers.vlm import VLMTeacher, freeze_patch_embed
 from vlmteacher.torch_modes import keepable
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"

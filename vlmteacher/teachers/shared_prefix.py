@@ -1,15 +1,14 @@
-"""All questions about one video in one pass of the language model: [shared prefix | question 0 | question 1 | ...].
+"""All questions about one video in one pass of the language model, on the packed chats of `prompt.Layout`.
 
-The chats of the questions begin with the same tokens, the video among them. Those are read once; every question sees
-them and itself, and its positions go on where they end. It equals one pass per question. The decoder layers are the
-checkpoint's own modules, run by functions that know the weights to be frozen and save little for the backward.
+The tokens that all chats share are read once; each question attends to them and to itself, and its positions continue
+where they end. The losses equal those of one pass per question. The decoder layers are the checkpoint's own modules,
+run by functions that rely on frozen weights and save little for the backward.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,89 +18,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from vlmteacher.errors import InputError
-from vlmteacher.ops.attention import Spans, attention
+from vlmteacher.ops.attention import attention
 from vlmteacher.ops.elementwise import rotate
+from vlmteacher.teachers.prompt import Layout
 
 ACTIVATION_BYTES = 4 * 2**30  # where nobody says and no GPU tells
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where everything stands in the packed sequence of N tokens; all tensors on the model's device.
-
-    ids (N,): token ids. prefix: how many of them are shared. cos, sin (N, 1, d / 2): rotary angles, float32. video:
-    indices of the visual tokens. answers (A,): the positions whose next token is one of an answer's; targets (A,):
-    that token;
-    owners (A,): its question. sees, answers_see: where the N tokens, and the A positions, may look.
-    """
-
-    ids: Tensor
-    prefix: int
-    questions: int
-    cos: Tensor
-    sin: Tensor
-    video: Tensor
-    answers: Tensor
-    targets: Tensor
-    owners: Tensor
-    sees: Spans
-    answers_see: Spans
-
-
-def shared_length(rows: Sequence[list[int]]) -> int:
-    """How many tokens all rows begin with."""
-    first = min(rows)
-    last = max(rows)  # lexicographic extremes differ wherever any two rows do
-    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-
-
-def lay_out(
-    chats: Sequence[tuple[Sequence[int], Sequence[int]]],
-    visual_token: int,
-    angles: Callable[[Tensor], tuple[Tensor, Tensor]],
-    device: torch.device,
-) -> Layout:
-    """Pack the chats of 1+M questions.
-
-    chats: (token ids of the prompt, token ids of the answer) of each; every prompt holds the video. angles: rotary
-    (cos, sin), each (n, d), float32, of a whole chat (1, n).
-    """
-    rows = [[*prompt, *answer[:-1]] for prompt, answer in chats]  # the last token of an answer is only a target
-    # The position before an answer belongs to its question, also where two chats are the same.
-    prefix = len(rows[0]) if len(rows) == 1 else min(shared_length(rows), *(len(prompt) - 1 for prompt, _ in chats))
-    ids: list[int] = []
-    targets: list[int] = []
-    starts, cos, sin, answers, owners = [], [], [], [], []
-    for question, (row, (prompt, answer)) in enumerate(zip(rows, chats, strict=True)):
-        start = 0 if question == 0 else prefix
-        shift = len(ids) - start
-        ids += row[start:]
-        starts += [start + shift] * (len(row) - start)
-        c, s = angles(torch.tensor([row]))
-        cos.append(c[start:])
-        sin.append(s[start:])
-        answers += [len(prompt) - 1 + i + shift for i in range(len(answer))]
-        targets += answer
-        owners += [question] * len(answer)
-    place, own = torch.arange(1, len(ids) + 1), torch.tensor(starts)
-    # the prefix, causal; a token of a question sees the prefix and its own question up to itself
-    spans = torch.stack([place.clamp(max=prefix), own.clamp(min=prefix), place], 1)
-    sees = Spans(spans.int().to(device), len(ids), causal=prefix)
-    tokens = torch.tensor(ids)
-    half = cos[0].shape[-1] // 2
-    tensors = {
-        "ids": tokens,
-        "cos": torch.cat(cos)[:, None, :half],
-        "sin": torch.cat(sin)[:, None, :half],
-        "video": (tokens == visual_token).nonzero().flatten(),
-        "answers": torch.tensor(answers),
-        "targets": torch.tensor(targets),
-        "owners": torch.tensor(owners),
-    }
-    on_device = {name: value.to(device) for name, value in tensors.items()}
-    return Layout(
-        prefix=prefix, questions=len(chats), sees=sees, answers_see=sees.at(on_device["answers"]), **on_device
-    )
 
 
 class Keep(enum.IntEnum):

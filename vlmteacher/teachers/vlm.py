@@ -1,75 +1,38 @@
-"""What the families share: a chat about a video, its questions in one pass, queries written by the model itself."""
+"""`VLMTeacher`: the base of the families, which reads all questions about a video in one pass and writes queries."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import re
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import cycle
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from vlmteacher.checkpoints.pretrained import load_tokenizer, refusing
+from vlmteacher.checkpoints.pretrained import load_tokenizer
 from vlmteacher.errors import InputError, Notice
 from vlmteacher.media import ImageInput, read_image, shrink
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
-from vlmteacher.prompts import check_prompt, encode, quote
-from vlmteacher.queries import ANSWER_INSTRUCTION, QuerySet, QueryStyle, ask_for_queries, query_prompt
+from vlmteacher.prompts import check_prompt
+from vlmteacher.queries import QuerySet, QueryStyle, ask_for_queries, query_prompt
 from vlmteacher.teachers.base import Teacher, check_frames, check_range, read_style
 from vlmteacher.teachers.preprocessing import VisionSettings, resized_rows
+from vlmteacher.teachers.prompt import Layout, VideoPrompts
 from vlmteacher.teachers.quantization import Quantize, check_stays, is_quantized, load_model
-from vlmteacher.teachers.shared_prefix import Layout, answer_losses, check_language, lay_out
+from vlmteacher.teachers.shared_prefix import answer_losses, check_language
 from vlmteacher.teachers.visual_checkpoint import stream
 from vlmteacher.teachers.writer import Writer
-from vlmteacher.torch_modes import keepable
 
-ANSWER = "Yes"
 MAX_NEW_TOKENS = 256
 IMAGE_PIXELS = 1280 * 720  # of an image that queries are written from: no known video model's frames have more
 CHUNK_PATCHES = {"cpu": 1024, "cuda": 16384}  # of the visual encoder; the caches of a CPU, the occupancy of a GPU
-LAYOUTS_KEPT = 4
 LEAST_YES_OR_NO = 0.5  # of the probability, on a plain question
-# <think>, [THINK], <|thought|>, \u25c1think\u25b7 and the like, and what closes them
-THOUGHT = re.compile(
-    r"[<\[\u25c1]\|?(?P<closes>/|end_of_)?(?:begin_of_|start_of_|\w+:)?(?:think|thinking|thought|reasoning)\|?[>\]\u25b7]",
-    re.IGNORECASE,
-)
 
 
-def question_text(question: str) -> str:
-    """What follows the video in the prompt of one question."""
-    return question.strip() + ANSWER_INSTRUCTION
-
-
-@dataclass(frozen=True)
-class Clip:
-    """What a video's place in the prompt depends on.
-
-    num_frames K, at `indices` of a video of `fps` frames a second; size (H, W) after resizing.
-    """
-
-    indices: tuple[int, ...]
-    fps: float
-    size: tuple[int, int]
-
-    @property
-    def num_frames(self) -> int:
-        return len(self.indices)
-
-    def seconds(self, frames_per_patch: int) -> list[tuple[float, float]]:
-        """The times of the first and the last frame of every temporal patch; the last frame is repeated to fill one."""
-        indices = list(self.indices) + [self.indices[-1]] * (-len(self.indices) % frames_per_patch)
-        starts = range(0, len(indices), frames_per_patch)
-        return [(indices[i] / self.fps, indices[i + frames_per_patch - 1] / self.fps) for i in starts]
-
-
-class VLMTeacher(Teacher):
+class VLMTeacher(VideoPrompts, Teacher):
     """A frozen VLM of transformers. A family is a subclass that fills in what is abstract here.
 
     Args:
@@ -78,29 +41,28 @@ class VLMTeacher(Teacher):
 
     Attributes:
         style: how it is asked for queries.
-        writer: what its weights are changed by meanwhile, if anything.
+        writer: the LoRA that is applied while it writes queries, if there is one.
+        video: the preprocessing of videos.
+        frames_per_patch: frames of one temporal patch.
 
     Raises InputError when the tokenizer has no chat template, or the chat template no place for a video.
     """
 
     architecture: ClassVar[str]
-    video_mark: str  # what the chat template writes for a video, and for an image
-    image_mark: str
     video: VisionSettings
-    visual_pads: tuple[str, ...]  # tokens that stand for visual features
     frames_per_patch: int
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise InputError("the teacher's tokenizer has no chat template: take an instruction-tuned checkpoint")
+        super().__init__()
         self.model = model.requires_grad_(False).eval()
         self.quantized = is_quantized(model)
         self.tokenizer = tokenizer
         self.style = QueryStyle()
         self.writer: Writer | None = None
-        self._layouts: dict[tuple[Any, ...], Layout] = {}
         check_language(self.language, model.config.model_type)
-        self._chat("Is it?", "video", "")
+        self.chat_ids("Is it?", "video", "")  # raises where the template has no place for a video
 
     @classmethod
     def from_pretrained(
@@ -131,11 +93,10 @@ class VLMTeacher(Teacher):
         name: of the checkpoint. Raises InputError when its answer is NaN.
         """
         side = 4 * self.video.patch_size
-        size = self.resized(self.frames_per_patch, side, side)
-        frames = torch.full((self.frames_per_patch, 3, *size), 0.5, device=self.device)
-        clip = Clip(tuple(range(self.frames_per_patch)), 8.0, size)
-        chats = [self._question_ids("Is the picture grey?", self.video_text(clip), answer) for answer in ("Yes", "No")]
-        p = self.packed_losses(frames, self._lay_out(chats, clip), size).neg().exp().sum().item()
+        clip = self.clip(range(self.frames_per_patch), 8.0, side, side)
+        frames = torch.full((self.frames_per_patch, 3, *clip.size), 0.5, device=self.device)
+        chats = [chat for answer in ("Yes", "No") for chat in self.chats(clip, ["Is the picture grey?"], answer)]
+        p = self.packed_losses(frames, self.pack(clip, chats), clip.size).neg().exp().sum().item()
         if math.isnan(p):
             dtype = str(self.model.dtype).removeprefix("torch.")
             raise InputError(f"teacher {name!r} answers NaN: its weights are damaged, or {dtype} is too small for them")
@@ -153,16 +114,8 @@ class VLMTeacher(Teacher):
         """The Teacher of a loaded model; reads the checkpoint's processor settings."""
 
     @abstractmethod
-    def resized(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
-        """The size (H, W) that K frames are resized to. Raises InputError when they have no such size."""
-
-    @abstractmethod
     def patches_per_frame(self, size: tuple[int, int]) -> int:
         """Patches of one temporal patch."""
-
-    @abstractmethod
-    def video_text(self, clip: Clip) -> str:
-        """What stands in the prompt in the place of `video_mark`."""
 
     @property
     @abstractmethod
@@ -180,10 +133,6 @@ class VLMTeacher(Teacher):
     def encode(self, frames: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
         """`encode_rows` of frames (k, 3, H, W), RGB in [0, 1], resized to `size`: differentiable to the pixels."""
         return self.encode_rows(resized_rows(frames, size, self.video, self.visual.dtype), size)
-
-    @abstractmethod
-    def positions(self, ids: Tensor, clip: Clip) -> Tensor:
-        """Position ids of a chat (1, n) for the language model's `rotary_emb`."""
 
     @abstractmethod
     def image_inputs(self, pixels: Tensor) -> tuple[str, dict[str, Tensor]]:
@@ -226,14 +175,13 @@ class VLMTeacher(Teacher):
         """See `Teacher.losses`. The video is encoded and read once, whatever the number of questions."""
         check_frames(frames, frame_indices, fps)
         height, width = frames.shape[-2:]
-        size = self.resized(len(frames), height, width)
+        clip = self.clip(frame_indices, fps, height, width)
         if isinstance(frames, PatchRows) and frames.layout != (ours := self.patch_layout(len(frames), height, width)):
             raise InputError(f"patch rows of {frames.layout}: this teacher takes {ours or 'frames, which it resizes'}")
         if check:
             low, high = (frames if isinstance(frames, PatchRows) else frames.detach()).aminmax()
             check_range(*torch.stack([low, high]).tolist())
-        layout = self._layout(Clip(tuple(int(i) for i in frame_indices), float(fps), size), queries)
-        return self.packed_losses(frames.to(self.device), layout, size)
+        return self.packed_losses(frames.to(self.device), self.layout(clip, queries), clip.size)
 
     def packed_losses(self, frames: Tensor | PatchRows, layout: Layout, size: tuple[int, int]) -> Tensor:
         """`losses` without looking at values: frames (K, 3, H, W), or their patch rows, are on the device, `layout` is
@@ -255,34 +203,6 @@ class VLMTeacher(Teacher):
                 self.language, head, layout, video, deepstack, self.activation_bytes, self.attention_backend
             )
 
-    @keepable()
-    def _layout(self, clip: Clip, queries: QuerySet) -> Layout:
-        """The packed prompts; the same for every step of an optimisation, so it is kept."""
-        key = (clip, queries, self.device)
-        if key not in self._layouts:
-            placeholder = self.video_text(clip)
-            chats = [self._question_ids(question, placeholder) for question in queries.questions]
-            context = self.language.config.max_position_embeddings
-            for question, (prompt, answer) in zip(queries.questions, chats, strict=True):
-                if (tokens := len(prompt) + len(answer)) > context:
-                    raise InputError(
-                        f"the question {question[:60]!r} and the video take {tokens} tokens, the teacher's context "
-                        f"holds {context}: shorten it, or give fewer or smaller frames"
-                    )
-            while len(self._layouts) >= LAYOUTS_KEPT:
-                self._layouts.pop(next(iter(self._layouts)))
-            self._layouts[key] = self._lay_out(chats, clip)
-        return self._layouts[key]
-
-    def _lay_out(self, chats: Sequence[tuple[list[int], list[int]]], clip: Clip) -> Layout:
-        visual = self.tokenizer.convert_tokens_to_ids(self.visual_pads[-1])
-        return lay_out(chats, visual, lambda ids: self._angles(ids, clip), self.device)
-
-    def _angles(self, ids: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
-        positions = self.positions(ids, clip).to(self.device)
-        cos, sin = self.language.rotary_emb(torch.empty(0, device=self.device), positions)
-        return cos[0], sin[0]
-
     def write_queries(self, prompt: str, image: ImageInput | None = None) -> QuerySet:
         """See `Teacher.write_queries`. Greedy first; the one retry is sampled, with a seed of its own."""
         check_prompt(prompt)
@@ -300,7 +220,7 @@ class VLMTeacher(Teacher):
             pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3)
             placeholder, vision = self.image_inputs(pixels.permute(2, 0, 1) / 255)
         text = query_prompt(prompt, self.style.query_instruction)
-        ids = torch.tensor([self._encode(self._chat(text, "image", placeholder, later), placeholder or "")])
+        ids = torch.tensor([self.chat_ids(text, "image", placeholder, later)])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | vision | self.token_inputs(ids)
         return {name: value.to(self.device) for name, value in inputs.items()}
 
@@ -328,61 +248,10 @@ class VLMTeacher(Teacher):
             )
         return self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
-    def _chat(self, text: str, modality: str, placeholder: str | None, later: Sequence[str] = ()) -> str:
-        """One user turn and `later` ones, in the checkpoint's own template, with its vision token spelled out.
-
-        placeholder: None is no vision. Control tokens in the texts are marked (see `prompts.quote`). Raises InputError
-        when the template has no place for the vision, or opens a thought before the answer.
-        """
-        content = [{"type": "text", "text": quote(self.tokenizer, text)}]
-        if placeholder is not None:
-            content.insert(0, {"type": modality})
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        for turn, role in zip(later, cycle(("assistant", "user")), strict=False):
-            messages.append({"role": role, "content": [{"type": "text", "text": quote(self.tokenizer, turn)}]})
-        # A template that knows this switch closes the thought at once; the others do not look at it.
-        with refusing("the teacher's chat template"):
-            chat = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-        if thought := open_thought(chat.rpartition(messages[-1]["content"][-1]["text"].strip())[2]):
-            raise InputError(
-                f"the teacher's chat template opens a thought ({thought}) where its answer is read: take the instruct "
-                "checkpoint, as Qwen3-VL-4B-Instruct is of Qwen3-VL-4B-Thinking"
-            )
-        if placeholder is None:
-            return chat
-        mark = self.video_mark if modality == "video" else self.image_mark
-        if mark not in chat:
-            raise InputError(
-                f"the teacher's chat template has no place for a {modality} ({mark}): take one that sees videos"
-            )
-        return chat.replace(mark, placeholder, 1)
-
-    def _encode(self, text: str, placeholder: str) -> list[int]:
-        ids = encode(self.tokenizer, text)
-        for pad in self.visual_pads:
-            if ids.count(self.tokenizer.convert_tokens_to_ids(pad)) != placeholder.count(pad):
-                raise InputError(f"the teacher's chat template writes {pad} elsewhere than in the place of the vision")
-        return ids
-
-    def _question_ids(self, question: str, placeholder: str, answer: str = ANSWER) -> tuple[list[int], list[int]]:
-        """Token ids of the prompt and of the answer; what tokens the answer is made of, the tokenizer decides."""
-        prompt = self._chat(question_text(question), "video", placeholder)
-        before, ids = self._encode(prompt, placeholder), self._encode(prompt + answer, placeholder)
-        shared = next((i for i, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]), len(before))
-        return ids[:shared], ids[shared:]
-
     @property
     def _pad_token_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
-
-
-def open_thought(text: str) -> str | None:
-    """The tag of a thought, <think> for one, that a text opens last and does not close."""
-    tags = list(THOUGHT.finditer(text))
-    return tags[-1][0] if tags and not tags[-1]["closes"] else None
 
 
 def freeze_patch_embed(tower: nn.Module, name: str, linear: type[nn.Module]) -> None:

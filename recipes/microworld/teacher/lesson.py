@@ -30,7 +30,8 @@ from vlmteacher.ops.attention import Spans
 from vlmteacher.ops.patchify import patchify
 from vlmteacher.optimization.loop import teacher_frame_indices
 from vlmteacher.optimization.reward import vqa_objective
-from vlmteacher.teachers.qwen_vl import QwenVLTeacher, video_placeholder
+from vlmteacher.teachers.prompt import pack, shared_length
+from vlmteacher.teachers.qwen_vl import QwenVLTeacher
 
 FRAMES = 12  # K: what the Teacher sees of a video
 REPORTED = (
@@ -84,7 +85,7 @@ class Lesson:
         (self.mark,) = tokenizer("?", add_special_tokens=False).input_ids
         self.yes, self.no = (tokenizer(w, add_special_tokens=False).input_ids[0] for w in ("Yes", "No"))
         self.indices = teacher_frame_indices(world.NUM_FRAMES, FRAMES)
-        self.placeholder = video_placeholder(self.indices, world.FPS, TOKENS)
+        self.clip = teacher.clip(self.indices, world.FPS, world.SIZE, world.SIZE)
         self.known: dict[str, list[int]] = {}
         self.prefix_positions: Tensor | None = None
 
@@ -96,7 +97,7 @@ class Lesson:
 
     def question_ids(self, question: str) -> list[int]:
         if question not in self.known:
-            self.known[question] = self.teacher._question_ids(question, self.placeholder)[0]
+            self.known[question] = self.teacher.chats(self.clip, [question])[0].prompt
         return self.known[question]
 
     def read(self, frames: Tensor, texts: list[list[str]], backend: str | None = None) -> Reading:
@@ -109,32 +110,20 @@ class Lesson:
         merged, deep = self.packed.see(patches.view(batch * pairs, -1, patches.shape[-1]))
 
         rows = [[self.question_ids(text) for text in questions] for questions in texts]
-        prefix = _shared(rows)
-        longest = max(len(r) for row in rows for r in row) - prefix
-        count, length = len(rows[0]), prefix + len(rows[0]) * longest
-        ids = torch.zeros(batch, length, dtype=torch.long)
-        ends = torch.zeros(batch, count, dtype=torch.long)
-        for b, row in enumerate(rows):
-            ids[b, :prefix] = torch.tensor(row[0][:prefix])
-            for q, r in enumerate(row):
-                start = prefix + q * longest
-                ids[b, start : start + len(r) - prefix] = torch.tensor(r[prefix:])
-                ends[b, q] = start + len(r) - prefix - 1
+        prompts = [ids for row in rows for ids in row]
+        prefix = shared_length(prompts)
+        longest = max(map(len, prompts)) - prefix
+        packs = [pack(row, prefix, longest) for row in rows]
+        ids = torch.tensor([packed.ids for packed in packs])
+        ends = torch.tensor([[len(r) for r in row] for row in rows]) + torch.tensor(packs[0].starts) - prefix - 1
         if self.prefix_positions is None or self.prefix_positions.shape[-1] != prefix:
-            grid = torch.tensor([[pairs, world.SIZE // PATCH, world.SIZE // PATCH]])
-            one = ids[:1, :prefix]
-            self.prefix_positions, _ = self.teacher.model.model.get_rope_index(
-                one, self.teacher._token_types(one), video_grid_thw=grid
-            )
+            self.prefix_positions = self.teacher.positions(ids[:1, :prefix], self.clip)
         after = self.prefix_positions.max() + 1
-        tail = (after + torch.arange(longest)).repeat(count).view(1, 1, -1).expand(3, 1, -1)
+        tail = (after + torch.arange(longest)).repeat(len(rows[0])).view(1, 1, -1).expand(3, 1, -1)
         device = frames.device
         positions = torch.cat([self.prefix_positions, tail], -1).to(device).expand(3, batch, -1)
         ids, ends = ids.to(device), ends.to(device)
-        here = torch.arange(length, device=device)
-        start = prefix + (here - prefix) // longest * longest  # of the question that the token is in
-        table = torch.stack([(here + 1).clamp_max(prefix), start.clamp_min(prefix), here + 1], 1)
-        spans = Spans(table.int(), length)
+        spans = Spans(packs[0].spans().to(device), ids.shape[1])
         states = self.packed.read(ids, positions, spans, merged, deep, self.video_pad, backend)
         hidden = states[-1][torch.arange(batch, device=device)[:, None], ends]
         likely = self.teacher.model.lm_head(hidden).float().log_softmax(-1)
@@ -233,8 +222,7 @@ class Lesson:
         image = "<|vision_start|>" + "<|image_pad|>" * TOKENS + "<|vision_end|>"
         ids, targets, patches = [], [], []
         for scene in scenes:
-            prompt = self.teacher._chat(ask_text(task_text(scene, rng)), "image", image)
-            head = tokenizer(prompt, add_special_tokens=False).input_ids
+            head = self.teacher.chat_ids(ask_text(task_text(scene, rng)), "image", image)
             tail = tokenizer(json.dumps(right_queries(scene).to_dict()), add_special_tokens=False).input_ids
             tail = [*tail, tokenizer.eos_token_id]
             ids.append(torch.tensor(head + tail))
@@ -245,19 +233,11 @@ class Lesson:
         rows = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
         goal = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)
         grid = torch.tensor([[1, world.SIZE // PATCH, world.SIZE // PATCH]]).expand(len(rows), 3)
-        positions, _ = self.teacher.model.model.get_rope_index(
-            rows, self.teacher._token_types(rows), image_grid_thw=grid
-        )
+        types = self.teacher.token_inputs(rows)
+        positions, _ = self.teacher.model.model.get_rope_index(rows, image_grid_thw=grid, **types)
         ends = torch.arange(1, rows.shape[1] + 1)
         causal = Spans(torch.stack([ends, ends, ends], 1).int(), len(ends))
         pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
         last = self.packed.read(rows, positions, causal, merged, deep, pad)[-1]
         logits = self.teacher.model.lm_head(last).float().flatten(0, 1)
         return F.cross_entropy(logits, goal.flatten(), reduction="sum") / len(scenes)
-
-
-def _shared(rows: list[list[list[int]]]) -> int:
-    """Length of the prefix that all questions of a batch have in common (the video)."""
-    everything = [r for row in rows for r in row]
-    limit = min(len(r) for r in everything)
-    return next(i for i in range(limit + 1) if i == limit or any(r[i] != everything[0][i] for r in everything))
