@@ -402,6 +402,16 @@ def test_types_of_what_is_added_later(pipe: TeacherPipeline, bad: Any) -> None:
         TeacherPipeline(pipe.reasoner, bad, pipe.decoder)
 
 
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_path_is_refused(pipe: TeacherPipeline, empty: str) -> None:
+    """A shell makes it of a variable without value; as a path it would be the working directory."""
+    for work, name in ((pipe.load_lora, "lora"), (call(pipe, max_steps=0).save, "output directory")):
+        with pytest.raises(InputError, match=f"{name} is empty"):
+            work(empty)
+    with pytest.raises(InputError, match="decoder is empty"):
+        TeacherPipeline.from_pretrained(decoder=empty)
+
+
 def test_settings_of_a_pair_are_checked(pipe: TeacherPipeline) -> None:
     parts = pipe.reasoner, pipe.teacher, pipe.decoder
     for defaults, message in (({"steps": 3}, "no setting 'steps'"), ([1], "by name"), ({"rank": "2"}, "rank")):

@@ -121,6 +121,7 @@ def test_a_run_records_it(pipe, tmp_path):
         (3, "prompt must be a string, not 3"),
         ("a\udcff", "half a char"),
         ("a\0", "a NUL"),
+        ("a" * 50_001, "has 50001 characters"),
     ],
 )
 def test_what_is_no_prompt_is_refused_everywhere(pipe: TeacherPipeline, prompt, what):

@@ -53,9 +53,11 @@ def one_of(name: str, value: object, choices: tuple[str, ...]) -> Any:
 
 
 def path(name: str, value: object) -> str:
-    """A path or a hub id as text."""
-    if isinstance(value, (str, os.PathLike)) and isinstance(found := os.fspath(value), str):
-        return found
+    """A path or a hub id as text. Raises InputError for an empty one: a shell makes it of a variable without value."""
+    if isinstance(value, (str, os.PathLike)) and isinstance(text := os.fspath(value), str):
+        if not text.strip():
+            raise InputError(f"{name} is empty: give a path or a name")
+        return text
     raise InputError(f"{name} must be a path or a name, not {show(value)}")
 
 

@@ -270,8 +270,10 @@ def _check_plain(value: Any, name: str) -> None:
         raise InputError(f"{name} holds a {type(value).__name__} where a text, a number or a list is expected")
 
 
-def check_text(text: str, name: str) -> str:
-    """Return `text`. Raise InputError when it cannot be written as UTF-8 (a lone surrogate) or holds a NUL."""
+def check_text(text: str, name: str, most: int | None = None) -> str:
+    """Return `text`. Raise InputError when it holds a lone surrogate , a NUL or more than `most` characters."""
+    if most is not None and len(text) > most:
+        raise InputError(f"{name} has {len(text)} characters, at most {most} are allowed: shorten it")
     at = next((i for i, c in enumerate(text) if c == "\0" or "\ud800" <= c <= "\udfff"), None)
     if at is not None:
         what = "a NUL" if text[at] == "\0" else f"a byte or half a character ({ascii(text[at])[1:-1]})"

@@ -12,6 +12,7 @@ from vlmteacher.files import check_text
 
 CUT = "\ufdd0"  # a code point that Unicode keeps for such uses inside of programs: no text holds it
 
+LONGEST_PROMPT = 50_000  # characters; text encoders take 512 tokens, and tokenising a megabyte takes minutes
 BRACKETS = {*"<>[]{}|"}  # of a control token; an added word of a domain has none
 
 
@@ -19,7 +20,7 @@ def check_prompt(prompt: str) -> None:
     """Raise InputError for a prompt that says nothing, or is no text."""
     if not arguments.text("prompt", prompt).strip():
         raise InputError("the prompt is empty: say what the video must show")
-    check_text(prompt, "the prompt")
+    check_text(prompt, "the prompt", LONGEST_PROMPT)
 
 
 def quote(tokenizer: Any, text: str) -> str:

@@ -42,6 +42,18 @@ def test_a_call_goes_on_from_a_loaded_lora(pipe, tmp_path):
     assert call(pipe, max_steps=2).lora == whole.lora
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn])
+def test_a_lora_of_any_dtype_is_trained_in_float32(pipe, tmp_path, dtype):
+    tensors = {name: value.to(dtype) for name, value in load(call(pipe, max_steps=2).lora).items()}
+    save_file(tensors, tmp_path / "given.safetensors")
+    save_file({name: value.float() for name, value in tensors.items()}, tmp_path / "plain.safetensors")
+    outputs = []
+    for name in ("given", "plain"):
+        pipe.load_lora(tmp_path / f"{name}.safetensors")
+        outputs.append(call(pipe, max_steps=2, rank=None, output_type="pt"))
+    assert torch.equal(*(out.frames for out in outputs)) and outputs[0].lora == outputs[1].lora
+
+
 def test_a_resumed_run_needs_the_same_lora(pipe, tmp_path):
     pipe.load_lora(call(pipe, max_steps=2))
     call(pipe, run_dir=tmp_path / "run")

@@ -87,7 +87,8 @@ def add_lora(
                 draw = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=math.sqrt(5), generator=generator)
                 parameter.data.copy_(draw)
     if start:
-        load_lora_state(transformer, start.state_dict())
+        # A file may hold any floating dtype; training is in float32.
+        load_lora_state(transformer, {name: value.float() for name, value in start.state_dict().items()})
     if fused:
         from vlmteacher.lora.fused_layer import fuse_lora
         from vlmteacher.reasoners.wan_blocks import fuse_blocks

@@ -21,6 +21,7 @@ from vlmteacher import arguments
 from vlmteacher.errors import InputError
 from vlmteacher.files import check_number, check_text, read_json
 from vlmteacher.media import ImageInput, fit_image
+from vlmteacher.prompts import LONGEST_PROMPT
 from vlmteacher.reasoners import few_step
 from vlmteacher.settings import Target
 
@@ -156,7 +157,7 @@ class Settings:
             if scale is not None and not 1 <= scale <= arguments.LARGEST_NUMBER:
                 most = f"{arguments.LARGEST_NUMBER:g}"
                 raise InputError(f"{name} must be 1 (no guidance) or more, at most {most}, not {scale}")
-        check_text(arguments.text("negative_prompt", self.negative_prompt), "negative_prompt")
+        check_text(arguments.text("negative_prompt", self.negative_prompt), "negative_prompt", LONGEST_PROMPT)
 
     @classmethod
     def load(cls, path: Path) -> Settings:
