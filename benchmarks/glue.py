@@ -19,12 +19,12 @@ from torch import Tensor
 
 from benchmarks.memory import saved_bytes
 from benchmarks.timing import arguments, compare, publish
+from vlmteacher.checkpoints.pretrained import cast
 from vlmteacher.lora.adapter import add_lora, lora_parameters
 from vlmteacher.ops.ada_norm import ada_norm, gated_residual, residual_ada_norm
 from vlmteacher.ops.qk_norm_rope import qk_norm_rope
-from vlmteacher.planning.models import cast
-from vlmteacher.reasoners.wan import by_token
-from vlmteacher.reasoners.wan_blocks import Modulation, unfuse_blocks
+from vlmteacher.reasoners.wan.blocks import Modulation, unfuse_blocks
+from vlmteacher.reasoners.wan.reasoner import by_token
 
 # case, latent frames, height and width in tokens, heads, their channels, hidden channels, the text's tokens
 SIZES = [

@@ -17,9 +17,10 @@ from vlmteacher.microworld.tokenizer import build_tokenizer
 from vlmteacher.microworld.world import Scene, render
 from vlmteacher.pipeline import TeacherPipeline, TeacherPipelineOutput, read_pair
 from vlmteacher.queries import ANSWER_INSTRUCTION, QuerySet
-from vlmteacher.reasoners.base import Condition, Noise, Reasoner
-from vlmteacher.reasoners.base import Settings as Sampling
-from vlmteacher.reasoners.wan import WanReasoner
+from vlmteacher.reasoners.base import Reasoner
+from vlmteacher.reasoners.condition import Condition, Noise
+from vlmteacher.reasoners.sampling import SamplerSettings as Sampling
+from vlmteacher.reasoners.wan.reasoner import WanReasoner
 from vlmteacher.settings import Settings
 from vlmteacher.teachers.preprocessing import VisionSettings
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher

@@ -11,7 +11,7 @@ from PIL import Image
 from vlmteacher.decoders import load_decoder
 from vlmteacher.microworld import world
 from vlmteacher.pipeline import PACKAGED_PAIR
-from vlmteacher.reasoners import load_reasoner
+from vlmteacher.reasoners.loading import load_reasoner
 
 COUNT, SHOWN, FRAMES = 50, 3, (0, 3, 6, 9, 12)
 

@@ -22,7 +22,7 @@ from vlmteacher.evaluation.microworld import judge as verdict
 from vlmteacher.evaluation.microworld import noise_seed
 from vlmteacher.microworld import world
 from vlmteacher.pipeline import PACKAGED_PAIR, TeacherPipeline
-from vlmteacher.reasoners.base import Noise
+from vlmteacher.reasoners.condition import Noise
 from vlmteacher.settings import Settings
 from vlmteacher.teachers import load_teacher
 

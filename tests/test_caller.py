@@ -22,8 +22,8 @@ from vlmteacher.decoders.taehv import load_decoder
 from vlmteacher.errors import OutOfMemory
 from vlmteacher.ops.patchify import _bands
 from vlmteacher.ops.surrogate_decoder import _indices
-from vlmteacher.reasoners import load_reasoner
-from vlmteacher.reasoners.wan import WanReasoner
+from vlmteacher.reasoners.loading import load_reasoner
+from vlmteacher.reasoners.wan.reasoner import WanReasoner
 from vlmteacher.settings import Settings
 from vlmteacher.teachers import load_teacher
 from vlmteacher.torch_modes import deterministic

@@ -148,5 +148,5 @@ def test_solve_on_parts_from_elsewhere(models: dict[str, str], queries_file: Pat
 
 def test_an_unknown_preset_is_named_before_a_model_loads(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     status = main(["solve", "--prompt", PROMPT, "--preset", "turbo", "--out", str(tmp_path / "run")])
-    assert status == 2 and "no preset 'turbo': it can be wan2.1-t2v-480p," in capsys.readouterr().err
+    assert status == 2 and "unknown preset 'turbo': choose from wan2.1-t2v-480p," in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

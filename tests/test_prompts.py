@@ -17,7 +17,7 @@ from vlmteacher.errors import InputError, Notice
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.prompts import CUT, check_cut, check_prompt, quote, tokenize
 from vlmteacher.queries import QuerySet
-from vlmteacher.reasoners import load_reasoner
+from vlmteacher.reasoners.loading import load_reasoner
 
 LONG = "move the red ball to the green square box move the red ball to the green square box"  # 18 words
 FAMILIES = {

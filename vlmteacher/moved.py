@@ -22,6 +22,8 @@ MOVED = {
     "vlmteacher.weight_files": "vlmteacher.checkpoints.weight_files",
     "vlmteacher.pretrained": "vlmteacher.checkpoints.pretrained",
     "vlmteacher.workers": "vlmteacher.evaluation.workers",
+    "vlmteacher.reasoners.few_step": "vlmteacher.reasoners.sampling",
+    "vlmteacher.reasoners.wan_blocks": "vlmteacher.reasoners.wan.blocks",
     "vlmteacher.microworld.pointing": "recipes.microworld.teacher.pointing",
     "vlmteacher.microworld.train_teacher": "recipes.microworld.teacher.lesson",
     "vlmteacher.microworld.training": "recipes.microworld.training",
@@ -42,6 +44,11 @@ MOVED_NAMES = {
     "vlmteacher.lora.remove_lora": "vlmteacher.lora.adapter",
     "vlmteacher.decoders.TinyVideoDecoder": "vlmteacher.decoders.taehv:SurrogateDecoder",
     "vlmteacher.decoders.taehv.TinyVideoDecoder": "vlmteacher.decoders.taehv:SurrogateDecoder",
+    "vlmteacher.reasoners.Condition": "vlmteacher.reasoners.condition",
+    "vlmteacher.reasoners.Noise": "vlmteacher.reasoners.condition",
+    "vlmteacher.reasoners.Reasoner": "vlmteacher.reasoners.base",
+    "vlmteacher.reasoners.load_reasoner": "vlmteacher.reasoners.loading",
+    "vlmteacher.reasoners.Settings": "vlmteacher.reasoners.sampling:SamplerSettings",
 }
 """Names that left their module, and the module that has them; after a colon the new name, where it is another."""
 

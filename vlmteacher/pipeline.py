@@ -49,7 +49,8 @@ from vlmteacher.torch_modes import deterministic, leave_inference_mode, plain_to
 
 if TYPE_CHECKING:
     from vlmteacher.decoders.taehv import SurrogateDecoder
-    from vlmteacher.reasoners.base import Condition, Noise, Reasoner
+    from vlmteacher.reasoners.base import Reasoner
+    from vlmteacher.reasoners.condition import Condition, Noise
     from vlmteacher.teachers.base import Teacher
     from vlmteacher.teachers.quantization import Quantize
 
@@ -240,7 +241,7 @@ class TeacherPipeline:
         from vlmteacher.decoders.agreement import check_agreement
         from vlmteacher.decoders.find import known_decoder
         from vlmteacher.decoders.taehv import fits_decoder, load_decoder
-        from vlmteacher.reasoners import load_reasoner
+        from vlmteacher.reasoners.loading import load_reasoner
         from vlmteacher.teachers import load_teacher
 
         dtypes = {parse_dtype(each) for each in (dtype, torch_dtype) if each is not None}

@@ -28,8 +28,8 @@ from vlmteacher.microworld.facts import facts_of
 from vlmteacher.microworld.questions import right_queries
 from vlmteacher.microworld.scene import Scene
 from vlmteacher.optimization.loop import Optimization
-from vlmteacher.reasoners import load_reasoner
-from vlmteacher.reasoners.wan import WanReasoner
+from vlmteacher.reasoners.loading import load_reasoner
+from vlmteacher.reasoners.wan.reasoner import WanReasoner
 from vlmteacher.settings import Settings
 from vlmteacher.teachers import load_teacher
 

@@ -15,7 +15,8 @@ from tests.tiny_models import TINY_SETTINGS
 from tests.tiny_teacher import tiny_internvl, tiny_qwen3_vl, tiny_qwen25_vl
 from vlmteacher.checkpoints.pretrained import load_network
 from vlmteacher.errors import InputError
-from vlmteacher.reasoners import Settings, load_reasoner
+from vlmteacher.reasoners.loading import load_reasoner
+from vlmteacher.reasoners.sampling import SamplerSettings
 from vlmteacher.teachers import load_teacher
 
 
@@ -215,11 +216,11 @@ WRONG = ["3", True, float("nan"), 10**400, 10**30, -1, [], {}, [3]]
 def test_reasoner_json_of_other_types(entry, tmp_path):
     """Whatever the entry is, none of these can be meant; a prompt may be any text."""
     file = tmp_path / "reasoner.json"
-    Settings.load(written(file, TINY_SETTINGS))
+    SamplerSettings.load(written(file, TINY_SETTINGS))
     for value in WRONG:
         if (entry, value) != ("negative_prompt", "3"):
             written(file, TINY_SETTINGS | {entry: value})
-            refused(lambda: Settings.load(file), str(file))
+            refused(lambda: SamplerSettings.load(file), str(file))
 
 
 def written(path: Path, content: object) -> Path:

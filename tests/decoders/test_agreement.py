@@ -19,7 +19,7 @@ from vlmteacher.decoders.find import find_decoder, known_decoder
 from vlmteacher.errors import InputError
 from vlmteacher.pipeline import TeacherPipeline, read_pair
 from vlmteacher.placement import describe, find_devices, find_dtype
-from vlmteacher.reasoners import load_reasoner
+from vlmteacher.reasoners.loading import load_reasoner
 
 DIRECTORY, PAIR = read_pair()
 FILE = DIRECTORY / PAIR["decoder"]

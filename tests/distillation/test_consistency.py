@@ -14,8 +14,8 @@ from vlmteacher.distillation.adapters import SharedBackbone
 from vlmteacher.distillation.consistency import Consistency, Settings
 from vlmteacher.distillation.flow_matching import grid_levels
 from vlmteacher.errors import InputError
-from vlmteacher.reasoners import load_reasoner
-from vlmteacher.reasoners.base import Condition, collate
+from vlmteacher.reasoners.condition import Condition, collate
+from vlmteacher.reasoners.loading import load_reasoner
 
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
 

@@ -13,7 +13,7 @@ from tests.distillation.conftest import write_clip, write_instance
 from vlmteacher.distillation.dataset import LatentDataset
 from vlmteacher.errors import InputError
 from vlmteacher.media import read_clip
-from vlmteacher.reasoners import load_reasoner
+from vlmteacher.reasoners.loading import load_reasoner
 
 SIZE = (5, 32, 48)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from vlmteacher.cli import main
 from vlmteacher.decoders import load_decoder
-from vlmteacher.reasoners import load_reasoner
+from vlmteacher.reasoners.loading import load_reasoner
 
 VALUES = {
     "num_frames": 5, "height": 32, "width": 48, "widths": [16, 12, 8, 8], "held_out": 1, "steps": 3, "batch_size": 1,

@@ -22,7 +22,7 @@ from recipes.microworld.training import load_config
 from vlmteacher.cli import main
 from vlmteacher.distillation.distill import Settings, load_settings, run
 from vlmteacher.errors import InputError
-from vlmteacher.reasoners import load_reasoner
+from vlmteacher.reasoners.loading import load_reasoner
 
 TRAIN = {"steps": 3, "batch_size": 2, "learning_rate": 1e-3, "rank": 2, "save_every": 1, "log_every": 1, "seed": 0}
 DMD2 = {"fake_updates": 2, "guidance": 2.0, "gan_weight": 0.01}

@@ -14,8 +14,8 @@ from vlmteacher.distillation.adapters import Networks, Role, SeparateNetworks, S
 from vlmteacher.distillation.dmd2 import DMD2, Settings, draw_sigmas, matching_gradient
 from vlmteacher.distillation.flow_matching import flow_matching_loss, noised
 from vlmteacher.errors import InputError
-from vlmteacher.reasoners import load_reasoner
-from vlmteacher.reasoners.base import Condition, collate
+from vlmteacher.reasoners.condition import Condition, collate
+from vlmteacher.reasoners.loading import load_reasoner
 
 MEAN, SPREAD = 1.5, 0.4  # of the real distribution, a Gaussian in every coordinate
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from vlmteacher.cli import main
 from vlmteacher.distillation.sft import FineTuning, Settings, load_settings
 from vlmteacher.distillation.training import begin
-from vlmteacher.reasoners import load_reasoner
+from vlmteacher.reasoners.loading import load_reasoner
 
 VALUES = {"steps": 3, "batch_size": 2, "learning_rate": 1e-3, "rank": 2, "save_every": 1, "log_every": 1, "held_out": 1}
 

@@ -15,9 +15,9 @@ from vlmteacher.evaluation.few_step import agreement, measure
 from vlmteacher.microworld import world
 from vlmteacher.pipeline import PACKAGED_PAIR
 from vlmteacher.queries import QuerySet
-from vlmteacher.reasoners import load_reasoner
-from vlmteacher.reasoners.few_step import relative_rms
+from vlmteacher.reasoners.loading import load_reasoner
 from vlmteacher.reasoners.many_step import ode_step, sample_many
+from vlmteacher.reasoners.sampling import relative_rms
 from vlmteacher.teachers import load_teacher
 
 

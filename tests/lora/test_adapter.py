@@ -17,7 +17,7 @@ from vlmteacher.lora.adapter import (
     lora_state_dict,
     remove_lora,
 )
-from vlmteacher.reasoners import load_reasoner
+from vlmteacher.reasoners.loading import load_reasoner
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,10 @@ from tests.tiny_transformers import tiny_transformer
 from vlmteacher.cli import main
 from vlmteacher.errors import InputError, Notice
 from vlmteacher.lora.adapter import add_lora, export_lora, lora_parameters
-from vlmteacher.lora.formats import LTX, STYLES, WAN, merge_lora, read_experts, read_lora
+from vlmteacher.lora.formats import STYLES, merge_lora, read_experts, read_lora
 from vlmteacher.lora.formats.names import BLOCK, theirs
+from vlmteacher.reasoners.ltx import LTX
+from vlmteacher.reasoners.wan.family import WAN
 
 RANK, ALPHA = 3, 6.0
 LAYERS = {  # diffusers' name -> the authors'
@@ -181,7 +183,7 @@ def of_their_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def whole(family: str, joined: bool = False, extras: bool = True, seed: int = 3) -> dict[str, Tensor]:
     """A LoRA on every linear layer that the authors' names are known of, by their keys, alpha 6 on rank 3."""
-    names, generator = WAN if family.startswith("wan") else LTX, torch.Generator().manual_seed(seed)
+    names, generator = (WAN if family.startswith("wan") else LTX).layers, torch.Generator().manual_seed(seed)
     found = {}
     for name, module in tiny_transformer(family).named_modules():
         match = BLOCK.fullmatch(name)
@@ -189,15 +191,15 @@ def whole(family: str, joined: bool = False, extras: bool = True, seed: int = 3)
             continue
         if (match[2] not in names.inner) if match else (name not in names.outer):
             continue
-        layer = theirs(name, names, "") if names is WAN else name
+        layer = theirs(name, names, "") if names is WAN.layers else name
         key = f"lora_unet_{layer.replace('.', '_')}" if joined else f"diffusion_model.{layer}"
         out, width = module.weight.shape
         a, b = ("lora_down", "lora_up") if joined else ("lora_A", "lora_B")
         found[f"{key}.{a}.weight"] = 0.1 * torch.randn(RANK, width, generator=generator)
         found[f"{key}.{b}.weight"] = 0.1 * torch.randn(out, RANK, generator=generator)
-        if match and names is WAN:  # diffusers takes alphas of the blocks only
+        if match and names is WAN.layers:  # diffusers takes alphas of the blocks only
             found[f"{key}.alpha"] = torch.tensor(ALPHA)
-        if not joined and names is WAN:
+        if not joined and names is WAN.layers:
             found[f"{key}.diff_b"] = 0.1 * torch.randn(out, generator=generator)
     return found
 
@@ -280,7 +282,7 @@ def test_a_lora_bias_is_scaled_as_peft_scales_it(tmp_path):
 @pytest.mark.parametrize("family", ["wan", "wan_i2v", "ltx"])
 def test_differences_of_every_parameter_reach_it(family, tmp_path):
     """The authors' names of all parameters, by diffusers' converter of whole checkpoints."""
-    names, parameters = LTX if family == "ltx" else WAN, tiny_transformer(family).state_dict()
+    names, parameters = (LTX if family == "ltx" else WAN).layers, tiny_transformer(family).state_dict()
     generator, given, expected = torch.Generator().manual_seed(0), {}, {}
     for parameter, value in parameters.items():
         name, _, end = parameter.rpartition(".")

@@ -7,7 +7,7 @@ import torch
 from vlmteacher.evaluation.microworld import right_latents
 from vlmteacher.microworld import corruptions, scorer, world
 from vlmteacher.pipeline import PACKAGED_PAIR
-from vlmteacher.reasoners import load_reasoner
+from vlmteacher.reasoners.loading import load_reasoner
 
 COUNT = 16  # scenes of each family, half of them out of domain
 

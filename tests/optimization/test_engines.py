@@ -23,9 +23,9 @@ from vlmteacher.planning.costs import META
 from vlmteacher.planning.models import build_decoder, build_reasoner, build_teacher
 from vlmteacher.planning.reasoner import blank_instance
 from vlmteacher.queries import QuerySet
-from vlmteacher.reasoners.base import Condition, Noise
 from vlmteacher.reasoners.checkpointing import Keep, block_list, blocks_name, keep_activations
-from vlmteacher.reasoners.wan import WanReasoner
+from vlmteacher.reasoners.condition import Condition, Noise
+from vlmteacher.reasoners.wan.reasoner import WanReasoner
 from vlmteacher.settings import Settings
 
 # ---------------------------------------------------------------- what a CUDA graph may hold

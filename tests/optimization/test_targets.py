@@ -18,9 +18,10 @@ from vlmteacher.lora.adapter import add_lora, lora_parameters, lora_state_dict, 
 from vlmteacher.optimization.loop import Optimization
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import QuerySet
-from vlmteacher.reasoners import load_reasoner
-from vlmteacher.reasoners.base import Condition, Noise, Reasoner, with_first_frame
+from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.checkpointing import Keep, keep_activations
+from vlmteacher.reasoners.condition import Condition, Noise, with_first_frame
+from vlmteacher.reasoners.loading import load_reasoner
 from vlmteacher.settings import Settings
 
 

@@ -17,8 +17,8 @@ from vlmteacher.planning.models import PACKAGED, build_decoder, build_reasoner, 
 from vlmteacher.planning.reasoner import ReasonerCosts
 from vlmteacher.planning.teacher import Video, language_costs, preprocessing_cost, query_set, vision_costs
 from vlmteacher.planning.tracing import tracing
-from vlmteacher.reasoners.base import Condition, Noise
 from vlmteacher.reasoners.checkpointing import Keep, keep_activations
+from vlmteacher.reasoners.condition import Condition, Noise
 from vlmteacher.reasoners.presets import HUB_IDS, PRESETS
 from vlmteacher.teachers import shared_prefix
 from vlmteacher.teachers.prompt import Clip
@@ -131,7 +131,7 @@ def test_broken_directories(tmp_path: Path, run: Run) -> None:  # noqa: F811
     assert "config.json" in run("plan", "--reasoner", "packaged", "--teacher", tmp_path)[2]
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     assert (
-        "is a FluxPipeline: the plan knows WanPipeline"
+        "is a FluxPipeline: the known Reasoners are WanPipeline"
         in run("plan", "--reasoner", tmp_path, "--teacher", "packaged")[2]
     )
     tiny = tiny_wan_pipeline(tmp_path / "wan")

@@ -15,13 +15,16 @@ from tests.planning.counting import saved_bytes, stock_count
 from tests.reasoners import tiny_checkpoints, tiny_hunyuan, tiny_ltx
 from tests.test_cli import Run, run  # noqa: F401 (a fixture)
 from tests.tiny_pair import PROMPT, QUERIES
+from vlmteacher.checkpoints.pretrained import cast
 from vlmteacher.errors import InputError
 from vlmteacher.lora.adapter import add_lora, lora_parameters
-from vlmteacher.planning.models import KNOWN, build_reasoner, cast
+from vlmteacher.planning.models import KNOWN, build_reasoner
 from vlmteacher.planning.reasoner import ReasonerCosts, blank_instance, reasoner_cost
-from vlmteacher.reasoners import checkpointing, load_reasoner
-from vlmteacher.reasoners.base import Condition, Noise, Settings
+from vlmteacher.reasoners import checkpointing
 from vlmteacher.reasoners.checkpointing import Keep, format_levels, keep_activations, parse_levels
+from vlmteacher.reasoners.condition import Condition, Noise
+from vlmteacher.reasoners.loading import load_reasoner
+from vlmteacher.reasoners.sampling import SamplerSettings
 
 SIZE = (9, 64, 96)
 
@@ -85,7 +88,7 @@ def test_every_family_is_counted_as_on_real_tensors_and_keeps_what_it_is_told(
     directory = write(tmp_path)
     guidance_scale = 2.0 if "A14B" in family else 1.0
     real, (meta, _) = load_reasoner(directory), build_reasoner(str(directory), torch.float32)
-    real.settings = meta.settings = Settings(max_sequence_length=12, guidance_scale=guidance_scale)
+    real.settings = meta.settings = SamplerSettings(max_sequence_length=12, guidance_scale=guidance_scale)
     for reasoner in (real, meta):
         add_lora(reasoner.transformer, 4, seed=0, fused=False)
     condition, noise = real_instance(meta, size)

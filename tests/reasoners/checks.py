@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from vlmteacher.lora.adapter import add_lora
-from vlmteacher.reasoners.base import Condition, Noise, Reasoner
+from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.checkpointing import Keep, keep_activations
+from vlmteacher.reasoners.condition import Condition, Noise
 
 
 def check_kept_levels(reasoner: Reasoner, condition: Condition, noise: Noise) -> None:

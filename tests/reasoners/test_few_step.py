@@ -7,8 +7,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from vlmteacher.errors import InputError
-from vlmteacher.reasoners.base import Noise, Settings, even_timesteps
-from vlmteacher.reasoners.few_step import euler, sample, trajectory
+from vlmteacher.reasoners.condition import Noise
+from vlmteacher.reasoners.sampling import SamplerSettings, euler, even_timesteps, sample, trajectory
 
 
 def draws(count: int) -> Noise:
@@ -70,7 +70,7 @@ def test_the_spread_of_a_gaussian():
 @pytest.mark.parametrize("steps", [1, 4, 50])
 def test_euler_is_diffusers_euler(steps, shift):
     """The same levels, up to UniPC's 1e-6 below 1, and the same steps; what a step is told is where it goes to."""
-    settings = Settings(even_timesteps(steps), shift=shift, sampler="euler")
+    settings = SamplerSettings(even_timesteps(steps), shift=shift, sampler="euler")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=[1 - k / steps for k in range(steps)])
     unipc = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)

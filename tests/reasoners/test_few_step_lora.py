@@ -18,9 +18,10 @@ from tests.reasoners.tiny_hunyuan import tiny_hunyuan_pipeline
 from tests.reasoners.tiny_ltx import tiny_ltx_pipeline
 from vlmteacher.errors import InputError, Notice
 from vlmteacher.pipeline import TeacherPipeline
-from vlmteacher.reasoners import Settings, load_reasoner
 from vlmteacher.reasoners.few_step_lora import noise_in_name
+from vlmteacher.reasoners.loading import load_reasoner
 from vlmteacher.reasoners.presets import HUB_IDS, PRESETS, check_distilled, check_preset
+from vlmteacher.reasoners.sampling import SamplerSettings
 
 FOUR_STEPS, FOUR_STEPS_A14B = "wan2.1-lightx2v-4step", "wan2.2-a14b-lightx2v-4step"
 
@@ -203,8 +204,8 @@ def test_an_image_models_lora_is_merged_in_part(t2v, tmp_path):
 
 def test_presets_of_other_models_are_refused(t2v, a14b, tmp_path):
     for directory, preset, said in (
-        (t2v, "ltx-0.9.8-distilled", "preset ltx-0.9.8-distilled is for LTX models, which"),
-        (t2v, "hunyuan-video-1.5-480p", "for HunyuanVideo15 models"),
+        (t2v, "ltx-0.9.8-distilled", "preset ltx-0.9.8-distilled is for LTX-Video models, which"),
+        (t2v, "hunyuan-video-1.5-480p", "for HunyuanVideo-1.5 models"),
         (t2v, "wan2.2-ti2v-5b", "for Wan 2.2 TI2V-5B"),
         (t2v, "wan2.2-t2v-a14b", r"for models of two experts \(A14B\)"),
         (a14b, "fastwan2.1-t2v-480p", "for a single Wan model that is not TI2V-5B"),
@@ -261,7 +262,7 @@ def test_a_base_model_is_not_sampled_as_a_distilled_one(t2v, tmp_path):
 def test_what_is_assumed_of_an_unknown_model_is_told_and_noted(t2v, tmp_path):
     with notices() as told:
         reasoner = load_reasoner(t2v)
-    assert reasoner.settings == Settings()
+    assert reasoner.settings == SamplerSettings()
     assert reasoner.notes == {"sampling": "assumed: 4 steps, renoise, shift 1, no guidance"}
     assert told == [f"how {t2v} is to be sampled is not known; {reasoner.notes['sampling']} (--preset says it)"]
     file = write_lora(tmp_path / "lora.safetensors", lora_of(t2v / "transformer"), "musubi")

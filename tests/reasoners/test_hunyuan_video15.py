@@ -29,11 +29,12 @@ from vlmteacher import InputError, QuerySet, TeacherPipeline
 from vlmteacher.decoders.taehv import load_decoder
 from vlmteacher.lora.adapter import add_lora, export_lora, lora_parameters
 from vlmteacher.lora.formats import read_lora
-from vlmteacher.reasoners import Settings, load_reasoner
+from vlmteacher.reasoners.loading import load_reasoner
 from vlmteacher.reasoners.presets import PRESETS
+from vlmteacher.reasoners.sampling import SamplerSettings
 
 PROMPT = 'Move the red ball to the box that says "here" and "there".'
-STEPS = Settings(timesteps=(1000, 500), shift=7.0, sampler="euler", max_sequence_length=1000)
+STEPS = SamplerSettings(timesteps=(1000, 500), shift=7.0, sampler="euler", max_sequence_length=1000)
 
 
 @pytest.fixture(scope="module")

@@ -23,11 +23,12 @@ from tests.tiny_teacher import tiny_qwen3_vl
 from vlmteacher import InputError, QuerySet, TeacherPipeline
 from vlmteacher.decoders.taehv import load_decoder
 from vlmteacher.lora.adapter import add_lora
-from vlmteacher.reasoners import Settings, load_reasoner
+from vlmteacher.reasoners.loading import load_reasoner
 from vlmteacher.reasoners.presets import PRESETS
+from vlmteacher.reasoners.sampling import SamplerSettings
 
 PROMPT = "Move the red ball to the green square."
-STEPS = Settings(timesteps=(1000, 750, 500, 250), sampler="euler", fps=24.0, max_sequence_length=12)
+STEPS = SamplerSettings(timesteps=(1000, 750, 500, 250), sampler="euler", fps=24.0, max_sequence_length=12)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +176,7 @@ def test_gradient_reaches_every_lora_b(reasoner, image):
 
 
 def test_batched_velocity_is_that_of_each(reasoner, image):
-    from vlmteacher.reasoners.base import collate
+    from vlmteacher.reasoners.condition import collate
 
     conditions = [reasoner.encode(prompt, image, *SIZE) for prompt in (PROMPT, "the box")]
     latents, sigma = torch.randn(2, 8, 3, 2, 3), torch.tensor([0.9, 0.3])

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from tests.reasoners import tiny_checkpoints
 from tests.reasoners.tiny_checkpoints import SIZE
 from vlmteacher.errors import InputError
-from vlmteacher.reasoners import Settings, load_reasoner
+from vlmteacher.reasoners.loading import load_reasoner
 from vlmteacher.reasoners.presets import HUB_IDS, PRESETS, find_preset, known_preset
+from vlmteacher.reasoners.sampling import SamplerSettings
 
 ORIGINAL_NAMES = {  # diffusers' names of a block's layers -> those of the model's authors
     **{
@@ -338,7 +339,7 @@ def test_every_preset_can_be_sampled_and_every_id_has_one():
     assert PRESETS["wan2.2-ti2v-5b-turbo"].timesteps == (1000, 750, 500, 250)
     np.testing.assert_allclose(PRESETS["wan2.1-lightx2v-4step"].sigmas, (1, 0.9375, 5 / 6, 0.625))
     assert len(PRESETS["wan2.2-ti2v-5b"].timesteps) == 50 and PRESETS["wan2.2-ti2v-5b"].guidance_scale == 5
-    with pytest.raises(InputError, match=r"no preset 'turbo': it can be wan2.1-t2v-480p, "):
+    with pytest.raises(InputError, match=r"unknown preset 'turbo': choose from wan2.1-t2v-480p, "):
         find_preset("turbo")
 
 
@@ -351,9 +352,9 @@ def test_which_settings_are_taken(t2v, tmp_path):
     shutil.copytree(t2v, directory)
     assert load_reasoner(directory).settings == PRESETS["wan2.1-t2v-480p"]
     (directory / "reasoner.json").write_text(json.dumps({"timesteps": [1000, 400], "sampler": "euler"}))
-    assert load_reasoner(directory).settings == Settings(timesteps=(1000, 400), sampler="euler")
+    assert load_reasoner(directory).settings == SamplerSettings(timesteps=(1000, 400), sampler="euler")
     assert load_reasoner(directory, preset="wan2.1-lightx2v-4step").settings == PRESETS["wan2.1-lightx2v-4step"]
-    assert load_reasoner(t2v).settings == Settings()
+    assert load_reasoner(t2v).settings == SamplerSettings()
 
 
 def test_by_hub_id_from_the_cache(t2v, a14b, tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ from PIL import Image
 from tests.reasoners import tiny_checkpoints, tiny_hunyuan, tiny_ltx
 from vlmteacher.lora.adapter import add_lora, export_lora, lora_parameters
 from vlmteacher.lora.formats import read_lora
-from vlmteacher.reasoners import Settings, load_reasoner
+from vlmteacher.reasoners.loading import load_reasoner
+from vlmteacher.reasoners.sampling import SamplerSettings
 
 PROMPT = "move the red ball to the box"
 # family -> writer of its checkpoint, pipeline class, size, whether there is an image, key styles that diffusers reads
@@ -43,7 +44,7 @@ def test_stock_pipeline_makes_the_same_video(family, tmp_path):
     scheduler.set_timesteps(4)
     timesteps = scheduler.timesteps.tolist() if family.startswith("Wan") else (1000, 750, 500, 250)
     text = 512 if family.startswith("Wan") else 1000  # Wan 2.1 I2V counts on its own
-    reasoner.settings = Settings(
+    reasoner.settings = SamplerSettings(
         tuple(timesteps), shift=scheduler.config.shift, sampler="euler", fps=24.0, max_sequence_length=text
     )
     condition = reasoner.encode(PROMPT, image, frames, height, width)

@@ -12,8 +12,9 @@ from PIL import Image
 from tests.tiny_models import TINY_SETTINGS, tiny_wan_pipeline
 from vlmteacher.errors import InputError
 from vlmteacher.lora.adapter import add_lora, lora_parameters
-from vlmteacher.reasoners import Settings, load_reasoner
-from vlmteacher.reasoners.wan import clean_prompt
+from vlmteacher.reasoners.loading import load_reasoner
+from vlmteacher.reasoners.sampling import SamplerSettings
+from vlmteacher.reasoners.wan.reasoner import clean_prompt
 
 PROMPT = "Move the red  ball to the green &amp; square."
 SIZE = (5, 32, 48)
@@ -44,8 +45,8 @@ def test_settings_of_the_directory(reasoner):
     assert (reasoner.num_frames, reasoner.height, reasoner.width, reasoner.fps) == (5, 32, 48, 8.0)
     assert (reasoner.latent_channels, reasoner.temporal_stride, reasoner.spatial_stride) == (8, 4, 8)
     assert reasoner.settings.sigmas == (1.0, 0.75, 0.5, 0.25)
-    assert Settings(shift=5.0).sigmas == pytest.approx((1.0, 15 / 16, 5 / 6, 5 / 8))
-    assert Settings().timesteps == (1000, 750, 500, 250) and Settings().num_frames == 89
+    assert SamplerSettings(shift=5.0).sigmas == pytest.approx((1.0, 15 / 16, 5 / 6, 5 / 8))
+    assert SamplerSettings().timesteps == (1000, 750, 500, 250) and SamplerSettings().num_frames == 89
 
 
 @pytest.mark.parametrize("with_image", [False, True], ids=["text", "image"])
@@ -57,7 +58,7 @@ def test_same_video_as_the_diffusers_pipeline(directory, image, with_image):
     scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True, shift=3.0)
     scheduler.set_timesteps(3)
     reasoner = load_reasoner(directory)
-    reasoner.settings = Settings(timesteps=tuple(scheduler.timesteps.tolist()), max_sequence_length=12)
+    reasoner.settings = SamplerSettings(timesteps=tuple(scheduler.timesteps.tolist()), max_sequence_length=12)
     condition, noise = instance(reasoner, image if with_image else None, seed=7)
     ours = reasoner.decode(reasoner.sample(condition, noise))
 
@@ -243,4 +244,4 @@ def test_incomplete_or_unfit_pipelines(directory, tmp_path):
 def test_bad_reasoner_json(tmp_path, change, said):
     (tmp_path / "reasoner.json").write_text(json.dumps(TINY_SETTINGS | change))
     with pytest.raises(InputError, match=said):
-        Settings.load(tmp_path / "reasoner.json")
+        SamplerSettings.load(tmp_path / "reasoner.json")

@@ -15,11 +15,12 @@ from benchmarks.memory import saved_bytes
 from tests.tiny_models import tiny_wan_pipeline
 from vlmteacher.errors import InputError
 from vlmteacher.lora.adapter import add_lora, lora_parameters, remove_lora
-from vlmteacher.reasoners import load_reasoner, wan_blocks
-from vlmteacher.reasoners.base import Condition, Noise
 from vlmteacher.reasoners.checkpointing import Keep, keep_activations
-from vlmteacher.reasoners.wan import by_token
-from vlmteacher.reasoners.wan_blocks import fuse_blocks, unfuse_blocks
+from vlmteacher.reasoners.condition import Condition, Noise
+from vlmteacher.reasoners.loading import load_reasoner
+from vlmteacher.reasoners.wan import blocks as wan_blocks
+from vlmteacher.reasoners.wan.blocks import fuse_blocks, unfuse_blocks
+from vlmteacher.reasoners.wan.reasoner import by_token
 
 
 @pytest.fixture(scope="module")

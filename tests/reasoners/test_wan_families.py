@@ -18,8 +18,9 @@ from tests.reasoners import tiny_checkpoints
 from tests.reasoners.tiny_checkpoints import FRAMES, HEIGHT, SIZE, WIDTH
 from vlmteacher.errors import InputError
 from vlmteacher.lora.adapter import add_lora
-from vlmteacher.reasoners import Settings, load_reasoner
-from vlmteacher.reasoners.wan import WanReasoner
+from vlmteacher.reasoners.loading import load_reasoner
+from vlmteacher.reasoners.sampling import SamplerSettings
+from vlmteacher.reasoners.wan.reasoner import WanReasoner
 
 PROMPT, NEGATIVE = "move the red ball to the box", "green square"
 FAMILIES = ("wan21_t2v", "wan21_i2v", "wan22_ti2v", "wan22_t2v_a14b", "wan22_i2v_a14b")
@@ -46,7 +47,7 @@ def image():
 
 def load(directory: Path, **settings: Any) -> WanReasoner:
     reasoner = load_reasoner(directory)
-    reasoner.settings = Settings(**settings)
+    reasoner.settings = SamplerSettings(**settings)
     return reasoner
 
 

@@ -284,15 +284,15 @@ def run_state(data: bytes, where: Path) -> Any:
 
 
 def reasoner_settings(data: bytes, where: Path) -> Any:
-    from vlmteacher.reasoners.base import Settings
+    from vlmteacher.reasoners.sampling import SamplerSettings
 
-    return Settings.load(written(data, where / "reasoner.json"))
+    return SamplerSettings.load(written(data, where / "reasoner.json"))
 
 
 def model_index(data: bytes, where: Path) -> Any:
     """A pipeline's index: of all that it names, nothing is there."""
     from vlmteacher.errors import InputError
-    from vlmteacher.reasoners import load_reasoner
+    from vlmteacher.reasoners.loading import load_reasoner
 
     written(data, where / "model/model_index.json")
     try:
@@ -333,7 +333,7 @@ def teacher_config(change: tuple[str, bytes], where: Path) -> Any:
 
 def part_config(change: tuple[str, bytes], where: Path) -> Any:
     """A whole Reasoner of which one file is another."""
-    from vlmteacher.reasoners import load_reasoner
+    from vlmteacher.reasoners.loading import load_reasoner
 
     name, data = change
     model = where / "reasoner"
@@ -395,7 +395,7 @@ def clip_file() -> bytes:
 
 def transformer_file(data: bytes, where: Path) -> Any:
     """In the place of a Reasoner's own."""
-    from vlmteacher.reasoners import load_reasoner
+    from vlmteacher.reasoners.loading import load_reasoner
 
     return load_reasoner(pair()["reasoner"], transformer=str(written(data, where / "transformer.safetensors")))
 

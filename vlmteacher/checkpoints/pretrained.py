@@ -154,6 +154,15 @@ def load_single_file(
     return network.eval()
 
 
+def cast(network: Any, dtype: torch.dtype) -> Any:
+    """A network of diffusers in `dtype`, in place, but for what its class keeps in float32."""
+    keep = network._keep_in_fp32_modules or ()
+    for name, parameter in network.named_parameters():
+        if not any(part in keep for part in name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    return network
+
+
 def load_tokenizer(name: str | os.PathLike[str], subfolder: str = "", local_files_only: bool = True) -> Any:
     """The tokenizer of a checkpoint, of a class of transformers. Raises InputError."""
     from transformers import AutoTokenizer

@@ -29,14 +29,14 @@ def run(arguments: argparse.Namespace) -> None:
     from vlmteacher.media import fit_image
     from vlmteacher.pipeline import read_pair
     from vlmteacher.placement import find_devices, find_dtype
-    from vlmteacher.reasoners import Settings
+    from vlmteacher.reasoners.sampling import SamplerSettings
     from vlmteacher.teachers import load_teacher
 
     if arguments.teacher is None:
         directory, pair = read_pair()
         arguments.teacher = str(directory / pair["teacher"])
         if image is not None:  # the first frame as the packaged Reasoner gets it
-            frame = Settings.load(directory / pair["reasoner"] / "reasoner.json")
+            frame = SamplerSettings.load(directory / pair["reasoner"] / "reasoner.json")
             image = fit_image(image, frame.height, frame.width)
     devices = find_devices(arguments.device, "--device")
     device, dtype = devices["teacher"], getattr(torch, arguments.dtype) if arguments.dtype else find_dtype(devices)

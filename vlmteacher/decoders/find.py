@@ -10,14 +10,10 @@ from typing import Any
 from vlmteacher.checkpoints.hub import find_weights, only_weights
 from vlmteacher.errors import InputError
 from vlmteacher.files import check_text
+from vlmteacher.reasoners.registry import FAMILIES
 
-# (channels, frames per latent frame, pixels per latent cell): the file on the hub. Only lightx2v/Autoencoders has the
-# decoders of all three families; of HunyuanVideo-1.5's it has LightX2V's own.
-KNOWN = {
-    (16, 4, 8): "lightx2v/Autoencoders/taew2_1.pth",
-    (48, 4, 16): "lightx2v/Autoencoders/taew2_2.safetensors",
-    (32, 4, 16): "lightx2v/Autoencoders/lighttaehy1_5.pth",
-}
+# (channels, frames per latent frame, pixels per latent cell): the file on the hub
+KNOWN = {latents: file for family in FAMILIES for latents, file in family.decoders.items()}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+)?(@[\w./-]+)?")
 
 

@@ -17,7 +17,8 @@ from vlmteacher.distillation.adapters import Networks
 from vlmteacher.distillation.flow_matching import counted, grid_levels, noised
 from vlmteacher.distillation.kinds import check_kinds
 from vlmteacher.errors import InputError
-from vlmteacher.reasoners.base import Condition, Reasoner
+from vlmteacher.reasoners.base import Reasoner
+from vlmteacher.reasoners.condition import Condition
 from vlmteacher.reasoners.many_step import ode_step
 
 

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from vlmteacher.errors import InputError
 from vlmteacher.files import make_folder, read_text, replacing
 from vlmteacher.media import check_aspect, check_first_frame, read_clip, read_image, resize_clip
-from vlmteacher.reasoners.base import Condition, Reasoner, collate
-from vlmteacher.reasoners.wan import WanReasoner
+from vlmteacher.reasoners.base import Reasoner
+from vlmteacher.reasoners.condition import Condition, collate
 
 FILES = ("first_frame.png", "prompt.txt", "ground_truth.mp4")
 Size = tuple[int, int, int]  # frames, height, width
@@ -49,10 +49,7 @@ class LatentDataset:
                 the Reasoner's videos, of another size than the others or with a first frame of another video (it is
                 named); a Reasoner of a family that cannot be trained.
         """
-        if not isinstance(reasoner, WanReasoner):
-            raise InputError(f"a {type(reasoner).__name__} cannot be trained: only the Wan family can")
-        if reasoner.image_channels or reasoner.boundary_ratio is not None:
-            raise InputError("a Wan model that takes images as channels or has two experts (A14B) cannot be trained")
+        reasoner.check_trainable()
         reasoner.check(num_frames, height, width)
         size = (num_frames, height, width)
         instances = find_instances(folder)
@@ -124,7 +121,7 @@ def read_sized(path: Path, size: Size, fps: float | None = None) -> tuple[np.nda
     return resize_clip(video, height, width), f"{own_width}x{own_height}"
 
 
-def _encode(instance: Path, reasoner: WanReasoner, size: Size) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _encode(instance: Path, reasoner: Reasoner, size: Size) -> tuple[dict[str, Tensor], dict[str, str]]:
     video, own = read_sized(instance / "ground_truth.mp4", size, reasoner.fps)
     prompt, image = read_text(instance / "prompt.txt", "prompt"), None
     if reasoner.image_conditioning:
@@ -156,7 +153,7 @@ def whole(path: Path) -> bool:
         return False
 
 
-def _fingerprint(reasoner: WanReasoner) -> str:
+def _fingerprint(reasoner: Reasoner) -> str:
     """Of the weights that the encoding depends on: VAE and text encoder."""
     digest = hashlib.sha256(json.dumps(reasoner.settings.max_sequence_length).encode())
     for part in (reasoner.vae, reasoner.text_encoder):

@@ -25,7 +25,7 @@ from vlmteacher.distillation.training import read_settings
 from vlmteacher.errors import InputError
 from vlmteacher.files import make_folder
 from vlmteacher.optimization.loop import NonFiniteError
-from vlmteacher.reasoners.ltx import decode_latents
+from vlmteacher.reasoners.vae import decode_latents
 from vlmteacher.torch_modes import plain_torch
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class VideoVAE:
         self.model: Any = _load(source).to(device).eval().requires_grad_(False)
         self.device = device
         config = self.model.config
-        buffers = dict(self.model.named_buffers(recurse=False))  # where LTX has them
+        buffers = dict(self.model.named_buffers(recurse=False))  # where some classes have them
         mean, std = (config.get(name, buffers.get(name)) for name in ("latents_mean", "latents_std"))
         if mean is None or std is None:
             mean, std = [config.get("shift_factor") or 0.0], [1 / (config.get("scaling_factor") or 1.0)]
@@ -117,10 +117,7 @@ class VideoVAE:
     def decode(self, latents: Tensor) -> np.ndarray:
         """The inverse of `encode`."""
         latents = latents * self.std + self.mean
-        if "timestep_conditioning" in self.model.config:  # LTX-Video's
-            video = decode_latents(self.model, latents)
-        else:
-            video = self.model.decode(latents, return_dict=False)[0]
+        video = decode_latents(self.model, latents)
         return ((video[0].float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
 
 

@@ -23,8 +23,9 @@ from vlmteacher.distillation.kinds import check_kinds
 from vlmteacher.distillation.trainer import TrainSettings, training_folder
 from vlmteacher.distillation.training import Training, begin, build_settings, finish, read_settings
 from vlmteacher.errors import InputError
-from vlmteacher.reasoners.base import Condition, Reasoner
-from vlmteacher.reasoners.few_step import relative_rms
+from vlmteacher.reasoners.base import Reasoner
+from vlmteacher.reasoners.condition import Condition
+from vlmteacher.reasoners.sampling import relative_rms
 from vlmteacher.torch_modes import plain_torch
 
 if TYPE_CHECKING:

@@ -22,9 +22,10 @@ from vlmteacher.distillation.adapters import Networks, Role
 from vlmteacher.distillation.flow_matching import counted, flow_matching_loss, noised
 from vlmteacher.distillation.kinds import check_kinds
 from vlmteacher.errors import InputError
-from vlmteacher.reasoners.base import Condition, Reasoner, with_first_frame
-from vlmteacher.reasoners.few_step import trajectory
+from vlmteacher.reasoners.base import Reasoner
+from vlmteacher.reasoners.condition import Condition, with_first_frame
 from vlmteacher.reasoners.many_step import guided_velocity
+from vlmteacher.reasoners.sampling import trajectory
 
 # ---------------------------------------------------------------- mathematics
 

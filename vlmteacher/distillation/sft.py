@@ -20,7 +20,8 @@ from vlmteacher.distillation.kinds import check_kinds
 from vlmteacher.distillation.trainer import TrainSettings, training_folder
 from vlmteacher.distillation.training import Training, begin, build_settings, finish, read_settings
 from vlmteacher.errors import InputError
-from vlmteacher.reasoners.base import Condition, Reasoner
+from vlmteacher.reasoners.base import Reasoner
+from vlmteacher.reasoners.condition import Condition
 from vlmteacher.reasoners.many_step import sample_many
 from vlmteacher.torch_modes import plain_torch
 

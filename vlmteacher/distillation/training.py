@@ -20,8 +20,9 @@ from vlmteacher.distillation.trainer import Trainer, TrainSettings
 from vlmteacher.errors import InputError
 from vlmteacher.files import make_folder, read_yaml, replacing, write_json
 from vlmteacher.optimization.loop import NonFiniteError
-from vlmteacher.reasoners import load_reasoner
-from vlmteacher.reasoners.base import Condition, Reasoner
+from vlmteacher.reasoners.base import Reasoner
+from vlmteacher.reasoners.condition import Condition
+from vlmteacher.reasoners.loading import load_reasoner
 from vlmteacher.runs.folder import write_video
 from vlmteacher.state import fingerprint
 

@@ -27,11 +27,11 @@ from vlmteacher.microworld.questions import right_queries
 from vlmteacher.optimization.loop import teacher_frame_indices
 from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.queries import QuerySet
-from vlmteacher.reasoners import load_reasoner
-from vlmteacher.reasoners.base import Condition, Noise, Reasoner
-from vlmteacher.reasoners.few_step import relative_rms
+from vlmteacher.reasoners.base import Reasoner
+from vlmteacher.reasoners.condition import Condition, Noise
+from vlmteacher.reasoners.loading import load_reasoner
 from vlmteacher.reasoners.many_step import sample_many
-from vlmteacher.reasoners.wan import WanReasoner
+from vlmteacher.reasoners.sampling import relative_rms
 from vlmteacher.teachers import load_teacher
 from vlmteacher.teachers.base import Teacher
 
@@ -142,8 +142,7 @@ def report(
     if many_steps < 0:
         raise InputError(f"--many-steps must not be negative, not {many_steps}")
     model = load_reasoner(reasoner)
-    if not isinstance(model, WanReasoner):
-        raise InputError(f"a {type(model).__name__} knows no microworld: only the Wan family can be measured")
+    empty = model.encode_prompt("")
     rows: list[np.ndarray] = []
 
     def watch(index: int, one: Tensor, few: Tensor) -> None:
@@ -152,7 +151,7 @@ def report(
             rows.append(np.concatenate(list(frames), 1))
 
     judge_by = load_teacher(teacher) if teacher else None
-    found = measure(model, judge_by, limit, seed, many_steps, guidance, model.encode_prompt(""), watch)
+    found = measure(model, judge_by, limit, seed, many_steps, guidance, empty, watch)
     found = {"reasoner": reasoner, "seed": seed, "many_steps": many_steps, "guidance": guidance, **found}
     out.mkdir(parents=True, exist_ok=True)
     pairs = [np.concatenate(rows[i : i + 2]) for i in range(0, len(rows), 2)]

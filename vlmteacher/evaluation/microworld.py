@@ -30,7 +30,8 @@ from vlmteacher.microworld.labeller import label
 from vlmteacher.microworld.questions import truths
 from vlmteacher.microworld.scorer import Verdict, score
 from vlmteacher.queries import QuerySet
-from vlmteacher.reasoners.base import Reasoner, even_timesteps
+from vlmteacher.reasoners.base import Reasoner
+from vlmteacher.reasoners.sampling import even_timesteps
 
 if TYPE_CHECKING:
     from vlmteacher.pipeline import TeacherPipeline

@@ -12,29 +12,16 @@ from vlmteacher.errors import InputError
 from vlmteacher.lora.formats import LoRA, diffusers_bytes
 from vlmteacher.lora.formats import merge_lora as merge_lora  # it can be imported from here too
 from vlmteacher.reasoners.checkpointing import block_list
+from vlmteacher.reasoners.registry import family_of
 from vlmteacher.settings import parse_blocks
 from vlmteacher.state import check_like
 
 ADAPTER = "default"
-# Every linear layer of the blocks but their modulation. PEFT: ends of names, or an expression for the whole name where
-# other layers (HunyuanVideo's text refiner) have the same ends.
-TARGET_MODULES: dict[str, list[str] | str] = {
-    "WanTransformer3DModel": [
-        "to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj", "ffn.net.0.proj", "ffn.net.2",
-    ],
-    "LTXVideoTransformer3DModel": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"],
-    "HunyuanVideo15Transformer3DModel": (
-        r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2))"
-    ),
-}  # fmt: skip
 
 
 def target_modules(transformer: nn.Module) -> list[str] | str:
-    """`LoraConfig.target_modules` for a transformer of diffusers. Raises InputError for a class not known here."""
-    kind = type(transformer).__name__
-    if kind not in TARGET_MODULES:
-        raise InputError(f"which layers of a {kind} to adapt is not known, only of {', '.join(TARGET_MODULES)}")
-    return TARGET_MODULES[kind]
+    """`LoraConfig.target_modules` for a transformer of diffusers. Raises InputError for a class of no known family."""
+    return family_of(transformer).lora_targets
 
 
 def add_lora(
@@ -48,7 +35,7 @@ def add_lora(
 ) -> None:
     """Put a LoRA, y = W x + (alpha / rank) B A x, on `transformer`; a previous one is removed.
 
-    A fresh one has B = 0 and is on the layers of `TARGET_MODULES`.
+    A fresh one has B = 0 and is on the `target_modules`.
 
     Args:
         transformer: a diffusers model (`PeftAdapterMixin`).
@@ -91,10 +78,10 @@ def add_lora(
         load_lora_state(transformer, {name: value.float() for name, value in start.state_dict().items()})
     if fused:
         from vlmteacher.lora.fused_layer import fuse_lora
-        from vlmteacher.reasoners.wan_blocks import fuse_blocks
 
         fuse_lora(transformer)
-        fuse_blocks(transformer)
+        if fuse_blocks := family_of(transformer).fuse_blocks:
+            fuse_blocks(transformer)
 
 
 def lora_size(transformer: nn.Module, rank: int, blocks: str | None = None) -> int:
@@ -125,9 +112,8 @@ def frozen_blocks(transformer: Any, blocks: str | None) -> int:
 
 def remove_lora(transformer: Any) -> None:
     """Take the LoRA off again, leaving the transformer as it was before `add_lora`."""
-    from vlmteacher.reasoners.wan_blocks import unfuse_blocks
-
-    unfuse_blocks(transformer)
+    if unfuse_blocks := family_of(transformer).unfuse_blocks:
+        unfuse_blocks(transformer)
     if getattr(transformer, "peft_config", None):
         transformer.unload_lora()
 

@@ -30,7 +30,8 @@ from vlmteacher.teachers.base import check_range
 if TYPE_CHECKING:
     from vlmteacher.decoders.taehv import SurrogateDecoder
     from vlmteacher.queries import QuerySet
-    from vlmteacher.reasoners.base import Condition, Noise, Reasoner
+    from vlmteacher.reasoners.base import Reasoner
+    from vlmteacher.reasoners.condition import Condition, Noise
     from vlmteacher.teachers.base import Teacher
 
 GRADIENT_CLIP = 1.0

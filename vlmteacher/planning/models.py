@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ from vlmteacher.checkpoints.pretrained import json_object, load_tokenizer
 from vlmteacher.decoders.taehv import SurrogateDecoder
 from vlmteacher.errors import InputError
 from vlmteacher.planning.costs import META
-from vlmteacher.reasoners import FAMILIES, read_index
-from vlmteacher.reasoners.base import Reasoner, Settings
-from vlmteacher.reasoners.hunyuan_video15 import HunyuanVideo15Reasoner, load_hunyuan_video15
-from vlmteacher.reasoners.ltx import LTXReasoner, load_ltx
+from vlmteacher.reasoners.base import Reasoner
+from vlmteacher.reasoners.loading import read_index
 from vlmteacher.reasoners.presets import find_preset, known_preset
-from vlmteacher.reasoners.wan import WanReasoner, load_wan
+from vlmteacher.reasoners.registry import family_of_pipeline
+from vlmteacher.reasoners.sampling import SamplerSettings
 from vlmteacher.teachers.preprocessing import VisionSettings, read_settings
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher
 
@@ -46,15 +44,6 @@ def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def cast(model: Any, dtype: torch.dtype) -> Any:
-    """A diffusers model in `dtype`, but for what its `from_pretrained` keeps in float32."""
-    keep = model._keep_in_fp32_modules or ()
-    for name, parameter in model.named_parameters():
-        if not any(part in keep for part in name.split(".")):
-            parameter.data = parameter.data.to(dtype)
-    return model
-
-
 def build_reasoner(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Reasoner, str | None]:
     """(the Reasoner on the meta device, the name of its family's decoder, if known). Raises InputError."""
     directory = PACKAGED / "reasoner" if name == "packaged" else Path(name)
@@ -64,89 +53,20 @@ def build_reasoner(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Reas
         facts["pipeline"] = index.get("_class_name")
     else:
         facts = known_facts(name, "reasoner")
-    if facts["pipeline"] not in FAMILIES:
-        raise InputError(f"{name} is a {facts['pipeline']}: the plan knows {', '.join(FAMILIES)}")
-    settings = find_preset(facts["preset"]) if "preset" in facts else Settings()
+    family = family_of_pipeline(facts["pipeline"], name)
+    settings = find_preset(facts["preset"]) if "preset" in facts else SamplerSettings()
     if directory.is_dir():
         optional = [part for part in ("text_encoder_2", "image_encoder") if (index.get(part) or [None])[0]]
         facts |= {part: json_object(directory / part / "config.json") for part in (*PARTS, *optional)}
         own = directory / "reasoner.json"
-        settings = Settings.load(own) if own.is_file() else known_preset(name) or settings
+        settings = SamplerSettings.load(own) if own.is_file() else known_preset(name) or settings
     try:
         with META:
-            return BUILDERS[FAMILIES[facts["pipeline"]]](facts, settings, dtype), facts.get("decoder")
+            return family.build(facts, settings, dtype), facts.get("decoder")
     except Exception as error:  # the libraries raise anything of a config that is wrong
         if isinstance(error, InputError):
             raise
         raise InputError(f"--reasoner {name!r}: its configs make no model ({_short(error)})") from error
-
-
-def _wan(facts: dict[str, Any], settings: Settings, dtype: torch.dtype) -> WanReasoner:
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
-    from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
-
-    def transformer() -> Any:
-        return cast(WanTransformer3DModel.from_config(facts["transformer"]), dtype)
-
-    boundary = facts.get("boundary_ratio")
-    clip = facts.get("image_encoder")
-    return WanReasoner(
-        transformer(),
-        AutoencoderKLWan.from_config(facts["vae"]),
-        UMT5EncoderModel(UMT5Config(**facts["text_encoder"])).to(dtype),
-        None,
-        bool(facts.get("expand_timesteps")),
-        settings,
-        transformer_2=None if boundary is None else transformer(),
-        boundary_ratio=boundary,
-        image_encoder=None if clip is None else CLIPVisionModel(CLIPVisionConfig(**clip)).to(dtype),
-    )
-
-
-def _ltx(facts: dict[str, Any], settings: Settings, dtype: torch.dtype) -> LTXReasoner:
-    from diffusers import AutoencoderKLLTXVideo, LTXVideoTransformer3DModel
-    from transformers import T5Config, T5EncoderModel
-
-    return LTXReasoner(
-        cast(LTXVideoTransformer3DModel.from_config(facts["transformer"]), dtype),
-        AutoencoderKLLTXVideo.from_config(facts["vae"]),
-        T5EncoderModel(T5Config(**facts["text_encoder"])).to(dtype),
-        None,
-        facts["pipeline"] == "LTXConditionPipeline",
-        settings,
-    )
-
-
-def _hunyuan_video15(facts: dict[str, Any], settings: Settings, dtype: torch.dtype) -> HunyuanVideo15Reasoner:
-    from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
-    from transformers import (
-        Qwen2_5_VLTextConfig,
-        Qwen2_5_VLTextModel,
-        SiglipVisionConfig,
-        SiglipVisionModel,
-        T5Config,
-        T5EncoderModel,
-    )
-
-    siglip = facts.get("image_encoder")
-    return HunyuanVideo15Reasoner(
-        cast(HunyuanVideo15Transformer3DModel.from_config(facts["transformer"]), dtype),
-        AutoencoderKLHunyuanVideo15.from_config(facts["vae"]),
-        Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**facts["text_encoder"])).to(dtype),
-        None,
-        T5EncoderModel(T5Config(**facts["text_encoder_2"])).to(dtype),
-        None,
-        None if siglip is None else SiglipVisionModel(SiglipVisionConfig(**siglip)).to(dtype),
-        settings=settings,
-    )
-
-
-# the loader of a pipeline class (see `vlmteacher.reasoners`) -> the same model without weights
-BUILDERS: dict[Any, Callable[[dict[str, Any], Settings, torch.dtype], Reasoner]] = {
-    load_wan: _wan,
-    load_ltx: _ltx,
-    load_hunyuan_video15: _hunyuan_video15,
-}
 
 
 def build_teacher(name: str, dtype: torch.dtype = torch.bfloat16) -> QwenVLTeacher:

@@ -4,177 +4,25 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
-from itertools import count, pairwise
-from pathlib import Path
+from itertools import count
 from types import MappingProxyType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vlmteacher import arguments
 from vlmteacher.errors import InputError
-from vlmteacher.files import check_number, check_text, read_json
 from vlmteacher.media import ImageInput, fit_image
-from vlmteacher.prompts import LONGEST_PROMPT
-from vlmteacher.reasoners import few_step
+from vlmteacher.reasoners import sampling
+from vlmteacher.reasoners.condition import Condition, Noise, with_first_frame
+from vlmteacher.reasoners.sampling import SamplerSettings, even_timesteps
+from vlmteacher.reasoners.vae import decode_latents
 from vlmteacher.settings import Target
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What the video must answer, encoded once for the instance.
-
-    Attributes:
-        prompt_embeds: (B, L, D), zero beyond the prompt's own tokens or masked by `inputs`; B = 1 but in training.
-        first_frame: (B, C, 1, h, w) normalised latents of the given image where the model keeps them as the video's
-            first latent frame, or None (text only, or the image comes in by `inputs`).
-        num_frames, height, width: size of the video in frames and pixels.
-        inputs: what else the family's transformer is given, by name: masks, image features, a second text; (B, ...).
-        negative: the same instance with the negative prompt, for models that need guidance; None for the others.
-        cut: how many tokens of what the text encoder did not get (see `prompts.check_cut`).
-    """
-
-    prompt_embeds: Tensor
-    first_frame: Tensor | None
-    num_frames: int
-    height: int
-    width: int
-    inputs: Mapping[str, Tensor] = field(default_factory=dict)
-    negative: Condition | None = None
-    cut: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def all_cut(self) -> dict[str, int]:
-        """`cut`, that of the negative prompt included."""
-        return {**self.cut, **(self.negative.cut if self.negative else {})}
-
-    @property
-    def size(self) -> tuple[int, int, int]:
-        return self.num_frames, self.height, self.width
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Every random draw of an instance, so that "the same noise" holds for the whole sampler.
-
-    Attributes:
-        z1: (B, C, T, h, w) float32, the latents at t = 1.
-        steps: one draw like `z1` for each later sampler step, which puts noise back on the clean prediction.
-        others: further draws like `steps`, for further videos that start from the same z1.
-    """
-
-    z1: Tensor
-    steps: tuple[Tensor, ...]
-    others: tuple[tuple[Tensor, ...], ...] = ()
-
-    def samples(self) -> list[Noise]:
-        """This noise, and z1 with each of `others`."""
-        return [replace(self, steps=steps, others=()) for steps in (self.steps, *self.others)]
-
-
-Sampler = Literal["renoise", "euler"]
-
-
-def even_timesteps(steps: int) -> tuple[float, ...]:
-    """`steps` timesteps evenly spaced from 1000 down, the last of which goes to 0: what many-step sampling takes."""
-    if not 1 <= steps <= 1000:
-        raise InputError(f"num_inference_steps must lie between 1 and 1000, not {steps}")
-    return tuple(1000 * (steps - k) / steps for k in range(steps))
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a Reasoner samples: a preset's (see ``presets.py``), or that of `reasoner.json` beside `model_index.json`.
-
-    Attributes:
-        timesteps: where the sampler predicts, from 1000 (pure noise) downwards.
-        shift: s in sigma = s t / (1 + (s - 1) t) with t = timestep / 1000.
-        sampler: "renoise" predicts x0 and puts new noise back, as models distilled by DMD were trained; "euler"
-            follows the ODE and draws nothing more.
-        guidance_scale: g in v_negative + g (v - v_negative), in sampling and in the one-step prediction; 1 is none,
-            what distilled models need.
-        guidance_scale_2: the same below the boundary of a model with two experts; None is `guidance_scale`.
-        negative_prompt: what v_negative is asked for.
-        num_frames, height, width, fps: the video made when the caller does not say.
-        max_sequence_length: prompt tokens, padded or cut to this length.
-    """
-
-    timesteps: tuple[float, ...] = (1000, 750, 500, 250)
-    shift: float = 1.0
-    sampler: Sampler = "renoise"
-    guidance_scale: float = 1.0
-    guidance_scale_2: float | None = None
-    negative_prompt: str = ""
-    num_frames: int = 89
-    height: int = 704
-    width: int = 1280
-    fps: float = 24.0
-    max_sequence_length: int = 512
-
-    @property
-    def sigmas(self) -> tuple[float, ...]:
-        """The noise levels of `timesteps`, warped by `shift`; the first is 1."""
-        ts = [timestep / 1000 for timestep in self.timesteps]
-        return tuple(self.shift * t / (1 + (self.shift - 1) * t) for t in ts)
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """What makes the video from the noise: all but sizes, rate and text length."""
-        rest = {"num_frames", "height", "width", "fps", "max_sequence_length"}
-        return {name: value for name, value in asdict(self).items() if name not in rest}
-
-    @property
-    def guided(self) -> bool:
-        """Whether the negative prompt is looked at, anywhere on the way."""
-        return self.guidance_scale != 1 or self.guidance_scale_2 not in (None, 1)
-
-    def check(self) -> None:
-        """Raise InputError for the first entry that no sampler can work with."""
-        if not isinstance(self.timesteps, tuple):
-            raise InputError(f"timesteps must be a list of numbers, not {self.timesteps!r:.40}")
-        for timestep in self.timesteps:
-            check_number(timestep, "timesteps", above=0)
-        check_number(self.shift, "shift", above=0)
-        check_number(self.fps, "fps", above=0)
-        for name in ("num_frames", "height", "width", "max_sequence_length"):
-            check_number(getattr(self, name), name, whole=True, least=1)
-        check_number(self.guidance_scale, "guidance_scale")
-        if self.guidance_scale_2 is not None:
-            check_number(self.guidance_scale_2, "guidance_scale_2")
-        ts = self.timesteps
-        if not ts or ts[0] != 1000 or ts[-1] <= 0 or any(a <= b for a, b in pairwise(ts)):
-            raise InputError(f"timesteps must fall from 1000 and stay above 0, not {list(ts)}")
-        if self.sampler not in get_args(Sampler):
-            raise InputError(f"sampler must be {' or '.join(get_args(Sampler))}, not {self.sampler!r}")
-        for name in ("guidance_scale", "guidance_scale_2"):
-            scale = getattr(self, name)
-            if scale is not None and not 1 <= scale <= arguments.LARGEST_NUMBER:
-                most = f"{arguments.LARGEST_NUMBER:g}"
-                raise InputError(f"{name} must be 1 (no guidance) or more, at most {most}, not {scale}")
-        check_text(arguments.text("negative_prompt", self.negative_prompt), "negative_prompt", LONGEST_PROMPT)
-
-    @classmethod
-    def load(cls, path: Path) -> Settings:
-        """Read a `reasoner.json`; InputError names the entry that cannot be used."""
-        try:
-            values = read_json(path, "file")
-            if not isinstance(values, dict):
-                raise ValueError("it is no JSON object")
-            unknown = sorted(set(values) - {field.name for field in fields(cls)})
-            if unknown:
-                raise ValueError(f"unknown entry {unknown[0]!r}")
-            timesteps = values.get("timesteps", cls.timesteps)
-            settings = cls(**values | {"timesteps": tuple(timesteps) if isinstance(timesteps, list) else timesteps})
-            settings.check()
-        except ValueError as error:
-            raise InputError(f"{path} cannot be used: {error}") from error
-        return settings
 
 
 class Reasoner(ABC):
@@ -186,7 +34,7 @@ class Reasoner(ABC):
     transformer: Any  # the LoRA goes on this one
     vae: Any
     text_encoder: nn.Module  # all that encodes prompt and image
-    settings: Settings
+    settings: SamplerSettings
     device: torch.device
     dtype: torch.dtype  # of the transformer; latents between its calls are float32
     latent_channels: int
@@ -195,6 +43,7 @@ class Reasoner(ABC):
     latents_mean: Tensor  # (1, C, 1, 1, 1) float32: latents = (vae latents - mean) / std
     latents_std: Tensor
     patch: tuple[int, int]  # latent cells per token, down and across
+    image_conditioning: bool = False  # a given image becomes the video's first latent frame
     notes: Mapping[str, str] = MappingProxyType({})  # what was assumed at loading, for run.json
 
     @property
@@ -289,6 +138,21 @@ class Reasoner(ABC):
         """Encode the instance once, without gradient. Raises InputError for what the model cannot take."""
 
     @abstractmethod
+    def blank_condition(self, num_frames: int, height: int, width: int) -> Condition:
+        """A `Condition` in the shapes that `encode` gives, of uninitialised tensors on torch's default device.
+
+        With an image where the model takes one, as much text as the model reads, and no negative prompt.
+        """
+
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """(1, L, D) embeddings of a prompt, which may be empty. Raises InputError where a prompt is more than that."""
+        raise InputError(f"a {type(self).__name__} does not encode a prompt alone: its family cannot be trained")
+
+    def check_trainable(self) -> None:
+        """Raise InputError for a model that `vlmteacher distill` cannot train."""
+        raise InputError(f"a {type(self).__name__} cannot be trained: only the Wan family can")
+
+    @abstractmethod
     def velocity(
         self, condition: Condition, latents: Tensor, sigma: float | Tensor, *, transformer: nn.Module | None = None
     ) -> Tensor:
@@ -332,7 +196,7 @@ class Reasoner(ABC):
 
     @torch.no_grad()
     def sample(self, condition: Condition, noise: Noise) -> Tensor:
-        """Clean latents (B, C, T, h, w) by the sampler of `settings`, from the same noise (see ``few_step.py``)."""
+        """Clean latents (B, C, T, h, w) by the sampler of `settings`, from the same noise (see ``sampling.py``)."""
         return self._sample(condition, noise)
 
     def predict_target(self, condition: Condition, noise: Noise, target: Target) -> Tensor:
@@ -367,13 +231,15 @@ class Reasoner(ABC):
         """`sample`, each prediction made by `through(predict)`."""
         sigmas = self.settings.sigmas
         if self.settings.sampler == "renoise":
-            return few_step.sample(through(partial(self.predict_clean_at, condition)), sigmas, noise)
-        latents = few_step.euler(through(partial(self.mean_velocity, condition)), sigmas, noise.z1)
+            return sampling.sample(through(partial(self.predict_clean_at, condition)), sigmas, noise)
+        latents = sampling.euler(through(partial(self.mean_velocity, condition)), sigmas, noise.z1)
         return with_first_frame(latents, condition.first_frame)
 
-    @abstractmethod
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (1, C, T, h, w) -> frames (F, 3, H, W) float32 in [0, 1] by the standard VAE, without gradient."""
+        video = decode_latents(self.vae, (latents * self.latents_std + self.latents_mean).to(self.vae.dtype))
+        return ((video[0].float() + 1) / 2).clamp(0, 1).transpose(0, 1)
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -402,24 +268,3 @@ class Reasoner(ABC):
     def encode_image(self, image: ImageInput, height: int, width: int) -> Tensor:
         """An image, in the video's size (see `fit_image`) -> normalised latents (1, C, 1, h, w) float32."""
         return self.encode_video(np.array(fit_image(image, height, width))[None])
-
-
-def with_first_frame(latents: Tensor, first_frame: Tensor | None) -> Tensor:
-    """(1 - m) first_frame + m latents, where the mask m is 0 on the first latent frame only."""
-    return latents if first_frame is None else torch.cat([first_frame, latents[:, :, 1:]], 2)
-
-
-def collate(conditions: Sequence[Condition]) -> Condition:
-    """One condition of a batch, of videos of one size, all with a first frame or all without."""
-    first = conditions[0]
-    known = [c.first_frame for c in conditions if c.first_frame is not None]
-    if len(known) not in (0, len(conditions)) or any(c.size != first.size for c in conditions):
-        raise ValueError("conditions of several sizes, or some with and some without a first frame, are no batch")
-    negatives = [c.negative for c in conditions if c.negative is not None]
-    return replace(
-        first,
-        prompt_embeds=torch.cat([c.prompt_embeds for c in conditions]),
-        first_frame=torch.cat(known) if known else None,
-        inputs={name: torch.cat([c.inputs[name] for c in conditions]) for name in first.inputs},
-        negative=collate(negatives) if negatives else None,
-    )

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from vlmteacher.errors import InputError
+from vlmteacher.reasoners.registry import FAMILIES
 
 
 class Keep(enum.IntEnum):
@@ -41,11 +42,12 @@ MIN_INNER = 128  # a product with fewer terms (a LoRA's second) costs no more th
 
 
 def blocks_name(transformer: nn.Module) -> str:
-    """What the class of a diffusers transformer calls the list of its blocks."""
-    return "blocks" if hasattr(transformer, "blocks") else "transformer_blocks"
+    """The attribute that holds the list of a transformer's blocks."""
+    return next(family.blocks for family in FAMILIES if hasattr(transformer, family.blocks))
 
 
 def block_list(transformer: nn.Module) -> nn.ModuleList:
+    """The blocks of a diffusers transformer."""
     return getattr(transformer, blocks_name(transformer))
 
 

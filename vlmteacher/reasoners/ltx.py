@@ -7,7 +7,7 @@ is: the noise that the last of them would lay over it at every step (``image_con
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,17 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmteacher.checkpoints.pretrained import load_network, load_tokenizer
+from vlmteacher.checkpoints.pretrained import cast, load_network, load_tokenizer
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput
 from vlmteacher.prompts import check_cut, check_prompt, tokenize
-from vlmteacher.reasoners.base import Condition, Reasoner, Settings, with_first_frame
+from vlmteacher.reasoners.base import Reasoner
+from vlmteacher.reasoners.condition import Condition, with_first_frame
+from vlmteacher.reasoners.family import TABLE, DecoderFile, Family, LayerNames
 from vlmteacher.reasoners.parts import load_transformers
-from vlmteacher.reasoners.presets import PRESETS
+from vlmteacher.reasoners.sampling import SamplerSettings
 
-# How the decoders that take a timestep are run (configs of github.com/Lightricks/LTX-Video).
-DECODE_TIMESTEP = 0.05
-DECODE_NOISE = 0.025
+# Of the distilled checkpoints: the noise levels that they were distilled at.
+DISTILLED = SamplerSettings(
+    (1000.0, 993.7, 987.5, 981.2, 975.0, 909.4, 725.0, 421.9),
+    sampler="euler",
+    num_frames=121,
+    width=1216,
+    fps=30.0,
+    max_sequence_length=256,
+)
 
 
 class LTXReasoner(Reasoner):
@@ -48,14 +56,14 @@ class LTXReasoner(Reasoner):
         text_encoder: Any,
         tokenizer: Any,
         condition_pipeline: bool,
-        settings: Settings | None = None,
+        settings: SamplerSettings | None = None,
     ) -> None:
         self.transformer, self.vae, self.text_encoder = (
             part.eval().requires_grad_(False) for part in (transformer, vae, text_encoder)
         )
         self.tokenizer = tokenizer
         self.condition_pipeline = condition_pipeline
-        self.settings = settings or Settings()
+        self.settings = settings or SamplerSettings()
         self.dtype = transformer.dtype
         self.latent_channels = vae.config.latent_channels
         self.temporal_stride = vae.temporal_compression_ratio
@@ -64,6 +72,13 @@ class LTXReasoner(Reasoner):
         self.latents_mean = vae.latents_mean.float().view(1, -1, 1, 1, 1)
         self.latents_std = vae.latents_std.float().view(1, -1, 1, 1, 1) / vae.config.scaling_factor
         self.to(transformer.device)
+
+    def blank_condition(self, num_frames: int, height: int, width: int) -> Condition:
+        length, width_of_text = self.settings.max_sequence_length, self.transformer.config.caption_channels
+        _, channels, _, *size = self.latent_shape(num_frames, height, width)
+        embeds = torch.empty(1, length, width_of_text, dtype=self.dtype)
+        inputs = {"encoder_attention_mask": torch.ones(1, length, dtype=torch.bool)}
+        return Condition(embeds, torch.empty(1, channels, 1, *size), num_frames, height, width, inputs)
 
     @torch.no_grad()
     def encode(self, prompt: str, image: ImageInput | None, num_frames: int, height: int, width: int) -> Condition:
@@ -120,31 +135,11 @@ class LTXReasoner(Reasoner):
         axes = (time / self.fps, down * self.spatial_stride, across * self.spatial_stride)
         return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)[None]
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        video = decode_latents(self.vae, (latents * self.latents_std + self.latents_mean).to(self.vae.dtype))
-        return ((video[0].float() + 1) / 2).clamp(0, 1).transpose(0, 1)
-
-
-def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """The VAE's own latents (B, C, T, h, w) -> video (B, 3, F, H, W), about [-1, 1], by any `AutoencoderKLLTXVideo`.
-
-    Since 0.9.1 its decoder does the last step of denoising: it is given noise and a timestep. All noise is drawn from a
-    seed of its own, so that equal latents give equal videos.
-    """
-    device, timestep = latents.device, None
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        if vae.config.timestep_conditioning:
-            timestep = torch.full((len(latents),), DECODE_TIMESTEP, dtype=latents.dtype, device=device)
-            latents = latents.lerp(torch.randn(latents.shape).to(latents), DECODE_NOISE)
-        return vae.decode(latents, timestep, return_dict=False)[0]
-
 
 def load_ltx(
     path_or_id: str,
     index: dict[str, Any],
-    settings: Settings | None,
+    settings: SamplerSettings | None,
     dtype: torch.dtype,
     local_files_only: bool,
     **parts: Sequence[str],
@@ -176,5 +171,58 @@ def load_ltx(
             )
     tokenizer = load_tokenizer(path_or_id, "tokenizer", local_files_only)
     condition_pipeline = index["_class_name"] == "LTXConditionPipeline"
-    settings = settings or PRESETS["ltx-0.9.8-distilled"]
-    return LTXReasoner(transformer, vae, text_encoder, tokenizer, condition_pipeline, settings)
+    return LTXReasoner(transformer, vae, text_encoder, tokenizer, condition_pipeline, settings or DISTILLED)
+
+
+def build_ltx(configs: Mapping[str, Any], settings: SamplerSettings, dtype: torch.dtype) -> LTXReasoner:
+    """The Reasoner without weights, from the configs of its parts and the class of its pipeline."""
+    from diffusers import AutoencoderKLLTXVideo, LTXVideoTransformer3DModel
+    from transformers import T5Config, T5EncoderModel
+
+    return LTXReasoner(
+        cast(LTXVideoTransformer3DModel.from_config(configs["transformer"]), dtype),
+        AutoencoderKLLTXVideo.from_config(configs["vae"]),
+        T5EncoderModel(T5Config(**configs["text_encoder"])).to(dtype),
+        None,
+        configs["pipeline"] == "LTXConditionPipeline",
+        settings,
+    )
+
+
+_ATTENTIONS = ("attn1", "attn2")
+
+LTX = Family(
+    name="LTX-Video",
+    pipelines=("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline"),
+    transformer="LTXVideoTransformer3DModel",
+    blocks="transformer_blocks",
+    load=load_ltx,
+    build=build_ltx,
+    presets={"ltx-0.9.8-distilled": DISTILLED},
+    hub_ids={
+        "Lightricks/LTX-Video-0.9.7-distilled": "ltx-0.9.8-distilled",  # distilled at the same levels
+        "Lightricks/LTX-Video-0.9.8-13B-distilled": "ltx-0.9.8-distilled",
+    },
+    lora_targets=["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"],
+    layers=LayerNames(  # diffusers kept the names of the blocks
+        "transformer_blocks",
+        {f"{attn}.{name}": f"{attn}.{name}" for attn in _ATTENTIONS for name in ("to_q", "to_k", "to_v", "to_out.0")}
+        | {"ff.net.0.proj": "ff.net.0.proj", "ff.net.2": "ff.net.2"},
+        {
+            "proj_in": "patchify_proj",
+            "time_embed.emb.timestep_embedder.linear_1": "adaln_single.emb.timestep_embedder.linear_1",
+            "time_embed.emb.timestep_embedder.linear_2": "adaln_single.emb.timestep_embedder.linear_2",
+            "time_embed.linear": "adaln_single.linear",
+            "caption_projection.linear_1": "caption_projection.linear_1",
+            "caption_projection.linear_2": "caption_projection.linear_2",
+        },
+        {f"{attn}.norm_{each}": f"{attn}.{each}_norm" for attn in _ATTENTIONS for each in "qk"} | {TABLE: TABLE},
+    ),
+    decoder_files=(
+        DecoderFile(
+            "taeltx",
+            refusal="decodes the latents of LTX-2, which are not those of LTX-Video 0.9: there is no published decoder"
+            " for these, train one with `vlmteacher distill decoder`",
+        ),
+    ),
+)

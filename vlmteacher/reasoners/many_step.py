@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
-from vlmteacher.reasoners.base import Condition, Noise, Reasoner, even_timesteps, with_first_frame
-from vlmteacher.reasoners.few_step import euler
+from vlmteacher.reasoners.base import Reasoner
+from vlmteacher.reasoners.condition import Condition, Noise, with_first_frame
+from vlmteacher.reasoners.sampling import euler, even_timesteps
 
 
 def guided_velocity(

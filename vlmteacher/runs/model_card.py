@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmteacher.errors import InputError
-from vlmteacher.lora.formats import HUNYUAN_VIDEO_15, WAN, read_lora
+from vlmteacher.lora.formats import read_lora
+from vlmteacher.reasoners.family import Family
 
 if TYPE_CHECKING:
     from vlmteacher.pipeline import TeacherPipelineOutput
@@ -93,14 +94,10 @@ def _usage(base: str, lora: Any) -> str:
         f'pipe = DiffusionPipeline.from_pretrained("{base}", dtype=torch.bfloat16)',
     ]
     try:
-        names = lora.names
+        load = lora.family.load_lora
     except InputError:
-        names = None
-    if names is HUNYUAN_VIDEO_15:  # its pipeline has no load_lora_weights
-        load = 'pipe.transformer.load_lora_adapter(".", weight_name="lora.safetensors", prefix="transformer")'
-    else:
-        load = 'pipe.load_lora_weights(".", weight_name="lora.safetensors")'
-    return "\n".join([*lines, load + ("  # of two experts: the high-noise one" if names is WAN else "")])
+        load = Family.load_lora
+    return "\n".join([*lines, load])
 
 
 def _public(model: str) -> str:

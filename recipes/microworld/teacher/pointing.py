@@ -31,7 +31,7 @@ from vlmteacher.microworld import splits, world
 from vlmteacher.microworld.questions import right_queries
 from vlmteacher.microworld.scene import Scene
 from vlmteacher.optimization.loop import GRADIENT_CLIP
-from vlmteacher.reasoners.base import Condition
+from vlmteacher.reasoners.condition import Condition
 from vlmteacher.settings import Settings
 
 

@@ -15,7 +15,7 @@ Files that `read_lora` reads, by what their keys look like:
 | VideoX-Fun | ``lora_unet__blocks_0_self_attn_q.lora_down.weight`` | ``.alpha`` |
 
 The keys may name the layers as diffusers or as the model's authors do (`names`), with any of the prefixes (`keys`).
-Sources: diffusers' ``loaders/lora_conversion_utils.py`` and ``convert_hunyuan_video1_5_to_diffusers.py``, ComfyUI's
+Sources: diffusers' ``loaders/lora_conversion_utils.py`` and its ``convert_*_to_diffusers.py``, ComfyUI's
 ``comfy/lora.py``, musubi-tuner's ``convert_lora.py``, DiffSynth-Studio's ``utils/lora/general.py``, VideoX-Fun's
 ``utils/lora_utils.py``, LightX2V's ``utils/lora_loader.py``, finetrainers' ``sft_trainer/trainer.py``, PEFT's
 ``utils/other.py`` (`get_pattern_key`).
@@ -26,18 +26,13 @@ Files that `LoRA.to_bytes` writes: diffusers (alpha in the metadata), comfyui (B
 
 from vlmteacher.lora.formats.lora import STYLES, Factors, LoRA, Style
 from vlmteacher.lora.formats.merging import merge_lora
-from vlmteacher.lora.formats.names import HUNYUAN_VIDEO_15, LTX, WAN, Names
 from vlmteacher.lora.formats.reading import read_experts, read_lora
 from vlmteacher.lora.formats.writing import diffusers_bytes, safetensors_bytes
 
 __all__ = [
-    "HUNYUAN_VIDEO_15",
-    "LTX",
     "STYLES",
-    "WAN",
     "Factors",
     "LoRA",
-    "Names",
     "Style",
     "diffusers_bytes",
     "merge_lora",

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from vlmteacher.lora.formats.names import TABLE, ours
+from vlmteacher.lora.formats.names import ours
+from vlmteacher.reasoners.family import TABLE
 
 Expert = Literal["transformer", "transformer_2"]  # of models with two: for high and low noise
 
@@ -15,7 +16,7 @@ PREFIXES: dict[str, Expert | None] = {
     "transformer.": None,  # diffusers, finetrainers; of the first expert where a file has others under transformer_2.
     "transformer_2.": "transformer_2",  # diffusers' name of the low-noise expert
     "transformer_1.": "transformer",  # ai-toolkit numbers both
-    "high_noise_model.": "transformer",  # the directories of the experts in Wan's own release
+    "high_noise_model.": "transformer",  # the directories of the experts as their authors released them
     "low_noise_model.": "transformer_2",
     "high_noise.": "transformer",
     "low_noise.": "transformer_2",

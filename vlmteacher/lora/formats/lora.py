@@ -14,19 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError, Notice
-from vlmteacher.lora.formats.names import (
-    BLOCK,
-    FUSED,
-    HUNYUAN_VIDEO_15,
-    HUNYUAN_VIDEO_15_COMFYUI,
-    LTX,
-    TABLE,
-    WAN,
-    Names,
-    theirs,
-)
+from vlmteacher.lora.formats.names import BLOCK, FUSED, theirs
 from vlmteacher.lora.formats.scale import ASSUMED, MULTIPLIED
 from vlmteacher.lora.formats.writing import diffusers_bytes, safetensors_bytes
+from vlmteacher.reasoners.family import TABLE, Family
+from vlmteacher.reasoners.registry import FAMILIES
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -93,15 +85,14 @@ class LoRA:
         return Counter([layer.alpha for layer in self.layers.values()] or [0.0]).most_common(1)[0][0]
 
     @property
-    def names(self) -> Names:
-        """How the authors of its model name the layers. Raises InputError for a model that we do not know."""
-        inner = {name.split(".", 2)[-1] for name in self.layers if re.match(r"(transformer_)?blocks\.\d+\.", name)}
-        for names in (WAN, LTX, HUNYUAN_VIDEO_15):
-            if inner and inner <= names.inner.keys():
-                return names
-        raise InputError(
-            f"{self.source} is for a model whose other names are not known: Wan, LTX-Video and HunyuanVideo-1.5 are"
-        )
+    def family(self) -> Family:
+        """The family of its model, by the names of the layers. Raises InputError for another one."""
+        inner = {match[2] for name in self.layers if (match := BLOCK.fullmatch(name))}
+        for family in FAMILIES:
+            if inner and inner <= family.layers.inner.keys():
+                return family
+        known = ", ".join(family.name for family in FAMILIES)
+        raise InputError(f"{self.source} is for a model whose other names are not known, only those of {known}")
 
     def tensors(self) -> tuple[str, ...]:
         """The file's names of all that is in use; ours where there is no file."""
@@ -219,10 +210,12 @@ class LoRA:
             )
         if style == "diffusers":
             return diffusers_bytes(self.state_dict(), self.config().to_dict())
-        names, layers = self.names, self.layers
+        family = self.family
+        names, layers = family.layers, self.layers
         if style == "comfyui":
-            if names is HUNYUAN_VIDEO_15:
-                names, layers = HUNYUAN_VIDEO_15_COMFYUI, _fuse_qkv(self)
+            names = family.comfyui or names
+            if names.fused:
+                layers = _fuse_qkv(self)
             tensors = {}
             for name, layer in layers.items():
                 key = f"diffusion_model.{theirs(name, names, self.source)}"
@@ -233,14 +226,14 @@ class LoRA:
                 name, end = (parameter, "diff") if kind == TABLE else (name, "diff_b" if kind == "bias" else "diff")
                 tensors[f"diffusion_model.{theirs(name, names, self.source)}.{end}"] = value
             return safetensors_bytes(tensors)
-        if names.musubi is None:
-            raise InputError(f"{self.source}: musubi-tuner has no LTX-Video: convert it to comfyui")
+        if family.musubi is None:
+            raise InputError(f"{self.source}: musubi-tuner has no {family.name}: convert it to comfyui")
         tensors = {}
         for name, layer in layers.items():
             key = f"lora_unet_{theirs(name, names, self.source).replace('.', '_')}"
             tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = layer.a, layer.b
             tensors[f"{key}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
-        facts = {"module": names.musubi, "dim": str(self.rank), "alpha": str(self.alpha)}
+        facts = {"module": family.musubi, "dim": str(self.rank), "alpha": str(self.alpha)}
         return safetensors_bytes(tensors, {f"ss_network_{name}": value for name, value in facts.items()})
 
 

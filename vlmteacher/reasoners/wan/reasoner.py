@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,15 +24,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlmteacher.checkpoints.pretrained import load_network, load_processor, load_tokenizer
+from vlmteacher.checkpoints.pretrained import cast, load_network, load_processor, load_tokenizer
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput, fit_image, read_image
 from vlmteacher.prompts import check_cut, check_prompt, tokenize
-from vlmteacher.reasoners.base import Condition, Reasoner, Settings, with_first_frame
+from vlmteacher.reasoners.base import Reasoner
+from vlmteacher.reasoners.condition import Condition, with_first_frame
 from vlmteacher.reasoners.parts import load_transformers
+from vlmteacher.reasoners.sampling import SamplerSettings
 from vlmteacher.settings import Target
 
 TEXT_TOKENS = 512  # what diffusers' attention counts on where image features stand before the text
+CLIP_TOKENS = 257  # ViT-H/14 at 224 pixels, with the class token
 
 
 class WanReasoner(Reasoner):
@@ -56,7 +59,7 @@ class WanReasoner(Reasoner):
         text_encoder: Any,
         tokenizer: Any,
         image_conditioning: bool,
-        settings: Settings | None = None,
+        settings: SamplerSettings | None = None,
         *,
         transformer_2: Any = None,
         boundary_ratio: float | None = None,
@@ -93,7 +96,7 @@ class WanReasoner(Reasoner):
         self.boundary_ratio = boundary_ratio
         self.image_conditioning = image_conditioning
         self.image_channels: bool = transformer.config.in_channels != vae.config.z_dim
-        self.settings = settings or Settings()
+        self.settings = settings or SamplerSettings()
         self.dtype = transformer.dtype
         self.latent_channels = vae.config.z_dim
         self.temporal_stride = vae.config.scale_factor_temporal
@@ -139,6 +142,22 @@ class WanReasoner(Reasoner):
         if not self.settings.guided:
             return found
         return replace(found, negative=condition(self.settings.negative_prompt, "negative_prompt"))
+
+    def blank_condition(self, num_frames: int, height: int, width: int) -> Condition:
+        config, length = self.transformer.config, self.settings.max_sequence_length
+        _, channels, frames, *size = self.latent_shape(num_frames, height, width)
+        inputs = {}
+        if self.image_channels:
+            inputs["image_latents"] = torch.empty(1, config.in_channels - channels, frames, *size)
+        if config.image_dim is not None:
+            inputs["encoder_hidden_states_image"] = torch.empty(1, CLIP_TOKENS, config.image_dim, dtype=self.dtype)
+        first_frame = torch.empty(1, channels, 1, *size) if self.image_conditioning else None
+        embeds = torch.empty(1, length, config.text_dim, dtype=self.dtype)
+        return Condition(embeds, first_frame, num_frames, height, width, inputs)
+
+    def check_trainable(self) -> None:
+        if self.image_channels or self.boundary_ratio is not None:
+            raise InputError("a Wan model that takes images as channels or has two experts (A14B) cannot be trained")
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str) -> Tensor:
@@ -215,12 +234,6 @@ class WanReasoner(Reasoner):
             expert.to(self.device)
         return expert
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        latents = (latents * self.latents_std + self.latents_mean).to(self.vae.dtype)
-        video = self.vae.decode(latents, return_dict=False)[0]
-        return ((video[0].float() + 1) / 2).clamp(0, 1).transpose(0, 1)
-
 
 def by_token(values: Tensor, first: int, tokens: int) -> Tensor:
     """(B, 2, ...) -> (B, tokens, ...): the first of the two for the `first` first tokens, the other for the rest."""
@@ -260,7 +273,7 @@ def check_channels(transformer: Any, vae: Any, name: str = "transformer") -> Non
 def load_wan(
     path_or_id: str,
     index: dict[str, Any],
-    settings: Settings | None,
+    settings: SamplerSettings | None,
     dtype: torch.dtype,
     local_files_only: bool,
     *,
@@ -313,4 +326,27 @@ def load_wan(
         boundary_ratio=index.get("boundary_ratio"),
         image_encoder=image_encoder,
         image_processor=image_processor,
+    )
+
+
+def build_wan(configs: Mapping[str, Any], settings: SamplerSettings, dtype: torch.dtype) -> WanReasoner:
+    """The Reasoner without weights, from the configs of its parts and the entries of its ``model_index.json``."""
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+
+    def transformer() -> Any:
+        return cast(WanTransformer3DModel.from_config(configs["transformer"]), dtype)
+
+    boundary = configs.get("boundary_ratio")
+    clip = configs.get("image_encoder")
+    return WanReasoner(
+        transformer(),
+        AutoencoderKLWan.from_config(configs["vae"]),
+        UMT5EncoderModel(UMT5Config(**configs["text_encoder"])).to(dtype),
+        None,
+        bool(configs.get("expand_timesteps")),
+        settings,
+        transformer_2=None if boundary is None else transformer(),
+        boundary_ratio=boundary,
+        image_encoder=None if clip is None else CLIPVisionModel(CLIPVisionConfig(**clip)).to(dtype),
     )

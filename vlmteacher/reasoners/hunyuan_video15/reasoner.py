@@ -6,23 +6,27 @@ prompts: the transformer is given the tokens that count and nothing else, so tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlmteacher.checkpoints.pretrained import load_network, load_processor, load_tokenizer, read_config, refusing
+from vlmteacher.checkpoints.pretrained import cast, load_network, load_processor, load_tokenizer, refusing
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput, fit_image
 from vlmteacher.prompts import check_cut, check_prompt, encode, quote
-from vlmteacher.reasoners.attention import attend
-from vlmteacher.reasoners.base import Condition, Reasoner, Settings
+from vlmteacher.reasoners.base import Reasoner
+from vlmteacher.reasoners.condition import Condition
+from vlmteacher.reasoners.hunyuan_video15.presets import find_settings
+from vlmteacher.reasoners.hunyuan_video15.unmasked import drop_masks
 from vlmteacher.reasoners.parts import load_transformers
-from vlmteacher.reasoners.presets import PRESETS
+from vlmteacher.reasoners.sampling import SamplerSettings
+
+IMAGE_TOKENS = 729  # SigLIP so400m/14 at 384 pixels
+GLYPHS = 256  # ByT5's: the most that quoted words may take
 
 
 class HunyuanVideo15Reasoner(Reasoner):
@@ -48,7 +52,7 @@ class HunyuanVideo15Reasoner(Reasoner):
         tokenizer_2: Any,
         image_encoder: Any = None,
         feature_extractor: Any = None,
-        settings: Settings | None = None,
+        settings: SamplerSettings | None = None,
     ) -> None:
         from diffusers import HunyuanVideo15Pipeline
 
@@ -62,8 +66,8 @@ class HunyuanVideo15Reasoner(Reasoner):
         if tokenizer_2 is not None:  # a plan has none
             tokenizer_2.split_special_tokens = True  # control tokens in quoted words are text, byte by byte
         self.image_encoder, self.feature_extractor = image_encoder, feature_extractor
-        self.image_conditioning = image_encoder is not None
-        self.settings = settings or Settings()
+        self.needs_image = image_encoder is not None
+        self.settings = settings or SamplerSettings()
         self.dtype = transformer.dtype
         self.latent_channels = vae.config.latent_channels
         self.temporal_stride = vae.temporal_compression_ratio
@@ -75,16 +79,34 @@ class HunyuanVideo15Reasoner(Reasoner):
         drop_masks(transformer)
         self.to(transformer.device)
 
+    def blank_condition(self, num_frames: int, height: int, width: int) -> Condition:
+        config, length = self.transformer.config, self.settings.max_sequence_length
+        _, channels, *size = self.latent_shape(num_frames, height, width)
+
+        def text(count: int, width: int) -> tuple[Tensor, Tensor]:
+            return torch.empty(1, count, width, dtype=self.dtype), torch.ones(1, count, dtype=torch.bool)
+
+        embeds, mask = text(length, config.text_embed_dim)
+        glyphs, glyphs_mask = text(GLYPHS, config.text_embed_2_dim)
+        inputs = {
+            "encoder_attention_mask": mask,
+            "encoder_hidden_states_2": glyphs,
+            "encoder_attention_mask_2": glyphs_mask,
+            "image_embeds": text(IMAGE_TOKENS, config.image_embed_dim)[0],
+            "known_latents": torch.empty(1, channels + 1, *size, dtype=self.dtype),
+        }
+        return Condition(embeds, None, num_frames, height, width, inputs)
+
     @torch.no_grad()
     def encode(self, prompt: str, image: ImageInput | None, num_frames: int, height: int, width: int) -> Condition:
         """See `Reasoner.encode`. The image is fitted to the video's size."""
         self.check(num_frames, height, width)
         check_prompt(prompt)
-        if image is None and self.image_conditioning:
+        if image is None and self.needs_image:
             raise InputError(
                 "this Reasoner makes videos of an image (it is HunyuanVideo-1.5 I2V): give the first frame"
             )
-        if image is not None and not self.image_conditioning:
+        if image is not None and not self.needs_image:
             raise InputError("this Reasoner takes no image (it is HunyuanVideo-1.5 T2V): give only a prompt")
         _, channels, *size = self.latent_shape(num_frames, height, width)
         known = torch.zeros(1, channels + 1, *size, device=self.device)  # clean latents, and where they are known
@@ -183,93 +205,11 @@ class HunyuanVideo15Reasoner(Reasoner):
             **inputs,
         )[0].float()
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        video = self.vae.decode((latents * self.latents_std).to(self.vae.dtype), return_dict=False)[0]
-        return ((video[0].float() + 1) / 2).clamp(0, 1).transpose(0, 1)
-
-
-def drop_masks(transformer: Any) -> None:
-    """Let a `HunyuanVideo15Transformer3DModel` take every text token that it is given; its masks say nothing then.
-
-    The stock one makes a mask of (all tokens)^2 in every block, 2.5 GB for 121 frames of 480p, kept for the backward;
-    and it sorts the padding out by boolean indices, whose sizes no trace and no CUDA graph can know.
-    """
-    transformer.forward = MethodType(_forward, transformer)
-    for block in transformer.transformer_blocks:
-        block.attn.set_processor(UnmaskedAttention())
-
-
-def _forward(
-    self: Any,
-    hidden_states: Tensor,
-    timestep: Tensor,
-    encoder_hidden_states: Tensor,
-    encoder_attention_mask: Tensor,
-    timestep_r: Tensor | None = None,
-    encoder_hidden_states_2: Tensor | None = None,
-    encoder_attention_mask_2: Tensor | None = None,
-    image_embeds: Tensor | None = None,
-    return_dict: bool = False,
-) -> tuple[Tensor]:
-    """The stock forward where nothing is padding: image, quoted words and prompt, in this order, then the blocks."""
-    rotary = self.rope(hidden_states)
-    temb = self.time_embed(timestep, timestep_r=timestep_r)
-    texts = (
-        self.context_embedder(encoder_hidden_states, timestep),
-        self.context_embedder_2(encoder_hidden_states_2),
-        self.image_embedder(image_embeds),
-    )
-    text = torch.cat([x + kind for x, kind in zip(texts, self.cond_type_embed.weight, strict=True)][::-1], 1)
-    size = [n // p for n, p in zip(hidden_states.shape[2:], self.x_embedder.proj.kernel_size, strict=True)]
-    video = self.x_embedder(hidden_states)
-    for block in self.transformer_blocks:
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            video, text = self._gradient_checkpointing_func(block, video, text, temb, None, rotary)
-        else:
-            video, text = block(video, text, temb, None, rotary)
-    patches = self.proj_out(self.norm_out(video, temb)).unflatten(1, size)  # (B, T, h, w, C p_t p p)
-    patches = patches.unflatten(-1, (-1, *self.x_embedder.proj.kernel_size)).permute(0, 4, 1, 5, 2, 6, 3, 7)
-    return (patches.flatten(6, 7).flatten(4, 5).flatten(2, 3),)
-
-
-class UnmaskedAttention:
-    """The blocks' joint attention of video and text without a mask."""
-
-    _attention_backend = None  # diffusers' `set_attention_backend` sets it
-    _parallel_config = None
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: None,
-        image_rotary_emb: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        from diffusers.models.embeddings import apply_rotary_emb
-
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(2, (attn.heads, -1))
-
-        def joint(project: nn.Module, norm: nn.Module, project_text: nn.Module, norm_text: nn.Module) -> Tensor:
-            turned = apply_rotary_emb(norm(heads(project(hidden_states))), image_rotary_emb, sequence_dim=1)
-            return torch.cat([turned, norm_text(heads(project_text(encoder_hidden_states)))], 1)
-
-        attended = attend(
-            self,
-            joint(attn.to_q, attn.norm_q, attn.add_q_proj, attn.norm_added_q),
-            joint(attn.to_k, attn.norm_k, attn.add_k_proj, attn.norm_added_k),
-            torch.cat([heads(attn.to_v(hidden_states)), heads(attn.add_v_proj(encoder_hidden_states))], 1),
-        )
-        video, text = attended.flatten(2).split([hidden_states.shape[1], encoder_hidden_states.shape[1]], 1)
-        return attn.to_out[0](video), attn.to_add_out(text)
-
 
 def load_hunyuan_video15(
     path_or_id: str,
     index: dict[str, Any],
-    settings: Settings | None,
+    settings: SamplerSettings | None,
     dtype: torch.dtype,
     local_files_only: bool,
     **parts: Sequence[str],
@@ -313,18 +253,33 @@ def load_hunyuan_video15(
         load_tokenizer(path_or_id, "tokenizer", local_files_only),
         load(T5EncoderModel, subfolder="text_encoder_2", dtype=dtype),
         load_tokenizer(path_or_id, "tokenizer_2", local_files_only),
-        settings=settings or _settings(path_or_id, transformer.config, local_files_only),
+        settings=settings or find_settings(path_or_id, transformer.config, local_files_only),
         **image_parts,
     )
 
 
-def _settings(path_or_id: str, config: Any, local_files_only: bool) -> Settings:
-    """How a checkpoint of an unknown name is sampled, by what its configs say."""
-    size = "480p" if config.target_size <= 640 else "720p-i2v"
-    known = PRESETS[f"hunyuan-video-1.5-{'480p-i2v-step-distilled' if config.use_meanflow else size}"]
-    _, scheduler = read_config(path_or_id, "scheduler", "scheduler_config.json", local_files_only)
-    _, guider = read_config(path_or_id, "guider", "guider_config.json", local_files_only)
-    entries: dict[str, Any] = {"shift": scheduler.get("shift"), "guidance_scale": guider.get("guidance_scale")}
-    settings = replace(known, **entries)
-    settings.check()
-    return settings
+def build_hunyuan_video15(
+    configs: Mapping[str, Any], settings: SamplerSettings, dtype: torch.dtype
+) -> HunyuanVideo15Reasoner:
+    """The Reasoner without weights, from the configs of its parts."""
+    from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
+    from transformers import (
+        Qwen2_5_VLTextConfig,
+        Qwen2_5_VLTextModel,
+        SiglipVisionConfig,
+        SiglipVisionModel,
+        T5Config,
+        T5EncoderModel,
+    )
+
+    siglip = configs.get("image_encoder")
+    return HunyuanVideo15Reasoner(
+        cast(HunyuanVideo15Transformer3DModel.from_config(configs["transformer"]), dtype),
+        AutoencoderKLHunyuanVideo15.from_config(configs["vae"]),
+        Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**configs["text_encoder"])).to(dtype),
+        None,
+        T5EncoderModel(T5Config(**configs["text_encoder_2"])).to(dtype),
+        None,
+        None if siglip is None else SiglipVisionModel(SiglipVisionConfig(**siglip)).to(dtype),
+        settings=settings,
+    )

@@ -19,7 +19,7 @@ from vlmteacher.lora.fused_layer import TOLERANCE, linear_group
 from vlmteacher.ops.ada_norm import ada_norm, gated_residual, residual_ada_norm
 from vlmteacher.ops.qk_norm_rope import qk_norm_rope
 from vlmteacher.reasoners.attention import attend
-from vlmteacher.reasoners.wan import by_token
+from vlmteacher.reasoners.wan.reasoner import by_token
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of float64 diffusers does a part in float32
 

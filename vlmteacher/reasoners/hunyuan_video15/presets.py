@@ -1,0 +1,73 @@
+"""How the published checkpoints are sampled (Tencent-Hunyuan/HunyuanVideo-1.5), and what others' configs say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from vlmteacher.checkpoints.pretrained import read_config
+from vlmteacher.errors import InputError
+from vlmteacher.reasoners.sampling import SamplerSettings, even_timesteps
+
+_480P = SamplerSettings(
+    even_timesteps(50),
+    shift=5.0,
+    sampler="euler",
+    guidance_scale=6.0,
+    num_frames=121,
+    height=480,
+    width=848,
+    max_sequence_length=1000,
+)
+_720P = replace(_480P, shift=7.0, height=720, width=1280)
+
+PRESETS = {
+    "hunyuan-video-1.5-480p": _480P,
+    "hunyuan-video-1.5-480p-cfg-distilled": replace(_480P, guidance_scale=1.0),
+    "hunyuan-video-1.5-480p-i2v-step-distilled": replace(
+        _480P, timesteps=even_timesteps(8), shift=7.0, guidance_scale=1.0
+    ),
+    "hunyuan-video-1.5-720p-t2v": replace(_720P, shift=9.0),
+    "hunyuan-video-1.5-720p-i2v": _720P,
+    "hunyuan-video-1.5-720p-i2v-cfg-distilled": replace(_720P, guidance_scale=1.0),
+}
+HUB_IDS = {
+    f"hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-{name}": f"hunyuan-video-1.5-{preset}"
+    for name, preset in {
+        "480p_t2v": "480p",
+        "480p_i2v": "480p",
+        "480p_t2v_distilled": "480p-cfg-distilled",
+        "480p_i2v_distilled": "480p-cfg-distilled",
+        "480p_i2v_step_distilled": "480p-i2v-step-distilled",
+        "720p_t2v": "720p-t2v",
+        "720p_i2v": "720p-i2v",
+        "720p_i2v_distilled": "720p-i2v-cfg-distilled",
+    }.items()
+}
+
+
+def check_preset(name: str, config: Mapping[str, Any], pipeline: str, changed: bool) -> None:
+    """Raise InputError for a preset that contradicts the config of the transformer.
+
+    changed: a few-step LoRA is merged into it.
+    """
+    words = name.split("-")
+    if bool(config["use_meanflow"]) != ("step" in words) and not changed:
+        what = "with" if "step" in words else "without"
+        raise InputError(f"preset {name} is for a transformer {what} use_meanflow in its config, unlike {pipeline}'s")
+    size = "480p" if config["target_size"] <= 640 else "720p"
+    if size not in words:
+        raise InputError(f"preset {name} is for another size than {pipeline}, a {size} model by its config")
+
+
+def find_settings(path_or_id: str, config: Any, local_files_only: bool) -> SamplerSettings:
+    """How a checkpoint of an unknown name is sampled, by what its configs say."""
+    size = "480p" if config.target_size <= 640 else "720p-i2v"
+    known = PRESETS[f"hunyuan-video-1.5-{'480p-i2v-step-distilled' if config.use_meanflow else size}"]
+    _, scheduler = read_config(path_or_id, "scheduler", "scheduler_config.json", local_files_only)
+    _, guider = read_config(path_or_id, "guider", "guider_config.json", local_files_only)
+    entries: dict[str, Any] = {"shift": scheduler.get("shift"), "guidance_scale": guider.get("guidance_scale")}
+    settings = replace(known, **entries)
+    settings.check()
+    return settings

@@ -1,0 +1,31 @@
+"""The known Reasoner families. A new one is a file that declares a `Family`, and its line here."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from vlmteacher.errors import InputError
+from vlmteacher.reasoners.family import Family
+from vlmteacher.reasoners.hunyuan_video15.family import HUNYUAN_VIDEO_15
+from vlmteacher.reasoners.ltx import LTX
+from vlmteacher.reasoners.wan.family import WAN
+
+FAMILIES: tuple[Family, ...] = (WAN, LTX, HUNYUAN_VIDEO_15)
+
+
+def family_of_pipeline(kind: str, name: str) -> Family:
+    """The family of a diffusers pipeline class. Raises InputError, which calls the pipeline `name`."""
+    for family in FAMILIES:
+        if kind in family.pipelines:
+            return family
+    known = ", ".join(pipeline for family in FAMILIES for pipeline in family.pipelines)
+    raise InputError(f"{name} is a {kind}: the known Reasoners are {known}")
+
+
+def family_of(transformer: nn.Module) -> Family:
+    """The family of a transformer of diffusers. Raises InputError for a class of no known family."""
+    kind = type(transformer).__name__
+    for family in FAMILIES:
+        if kind == family.transformer:
+            return family
+    raise InputError(f"unknown transformer {kind}: choose from {', '.join(each.transformer for each in FAMILIES)}")
