@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from benchmarks.presets import PRESETS, Instance, build
 from benchmarks.timing import argument_parser, parsed
 from vlmteacher.lora.adapter import target_modules
-from vlmteacher.optimization.loop import GRADIENT_CLIP
+from vlmteacher.optimization.objective import GRADIENT_CLIP
 from vlmteacher.teachers.prompt import Clip
 from vlmteacher.teachers.visual_checkpoint import LinearPatchEmbed
 

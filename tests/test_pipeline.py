@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.tiny_pair import PROMPT, QUERIES, tiny_decoder
 from vlmteacher import InputError, QuerySet, TeacherPipeline
-from vlmteacher.optimization.loop import NonFiniteError
+from vlmteacher.errors import NonFiniteError
 from vlmteacher.reasoners.wan.reasoner import WanReasoner
 
 FAST: dict[str, Any] = {"max_steps": 2, "rank": 2, "teacher_frames": 4, "learning_rate": 0.03, "progress": False}

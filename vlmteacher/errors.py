@@ -14,6 +14,13 @@ class NonFiniteFrames(InputError):
     """Frames hold NaN or infinite values: what made them has broken down."""
 
 
+class NonFiniteError(ArithmeticError):
+    """A loss or its gradient is not a finite number. What was trained stands as before that step.
+
+    `Optimization.step` raises it only before the first update; later it goes back to the best LoRA instead.
+    """
+
+
 class OutOfMemory(InputError):
     """A step does not fit in memory, whatever is done about it; the LoRA is left as it was before that step."""
 

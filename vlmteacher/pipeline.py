@@ -21,23 +21,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vlmteacher import arguments, state
-from vlmteacher.errors import InputError, NonFiniteFrames, OutOfMemory
+from vlmteacher.errors import InputError, NonFiniteError, NonFiniteFrames, OutOfMemory
 from vlmteacher.exclusive import exclusive
 from vlmteacher.files import claimed, read_json
 from vlmteacher.lora.adapter import add_lora, export_lora, frozen_blocks, lora_size, remove_lora
 from vlmteacher.lora.formats import LoRA, merge_lora, read_lora, safetensors_bytes
 from vlmteacher.media import ImageInput, fit_image
+from vlmteacher.optimization.divergence import DIVERGED_RISE, SUSPICIOUS_RISE
 from vlmteacher.optimization.engines import check_engine
 from vlmteacher.optimization.guards import frame_contrast
-from vlmteacher.optimization.loop import (
-    DIVERGED_RISE,
-    WORSE,
-    NonFiniteError,
-    Optimization,
-    Stopped,
-    teacher_frame_indices,
-)
-from vlmteacher.optimization.memory_ladder import is_out_of_memory
+from vlmteacher.optimization.loop import Optimization, Stopped
+from vlmteacher.optimization.objective import teacher_frame_indices
+from vlmteacher.optimization.out_of_memory import is_out_of_memory
 from vlmteacher.optimization.reward import pick, vqa_objective
 from vlmteacher.placement import DeviceMap, check_memory, find_devices, find_dtype, parse_dtype
 from vlmteacher.prompts import check_prompt
@@ -578,7 +573,7 @@ class TeacherPipeline:
             return best()
         rise = vqa_objective(found[1], weight).item() - vqa_objective(losses_before, weight).item()
         flat = loop.flatness(frame_contrast(found[0]).item())
-        if loop.settings.keep == "best" or loop.stopped != "max_steps" or not (rise > WORSE or flat):
+        if loop.settings.keep == "best" or loop.stopped != "max_steps" or not (rise > SUSPICIOUS_RISE or flat):
             return found
         why = f"the few-step video's loss has risen by {rise:.2f}" if rise > DIVERGED_RISE else flat
         if why is None:

@@ -10,7 +10,7 @@ import torch
 from benchmarks.patchify import MEAN, SIZES, STD
 from benchmarks.surrogate_decoder import PRESETS, preset_decoder
 from vlmteacher.ops.patchify import patchify, patchify_reference
-from vlmteacher.optimization.loop import teacher_frame_indices
+from vlmteacher.optimization.objective import teacher_frame_indices
 
 
 @pytest.mark.parametrize("which", ["ours", "plain"])

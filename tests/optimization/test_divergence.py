@@ -17,9 +17,12 @@ from tests.optimization.test_loop import without_seconds
 from tests.test_cli import Run, run  # noqa: F401 (a fixture)
 from tests.test_pipeline import call
 from tests.tiny_pair import PROMPT
+from vlmteacher.errors import NonFiniteError
 from vlmteacher.lora.adapter import lora_parameters, lora_state_dict
 from vlmteacher.microworld.world import Scene, render
-from vlmteacher.optimization.loop import DIVERGED_LOOKS, DIVERGED_RISE, FLAT_CONTRAST, NonFiniteError, Optimization
+from vlmteacher.optimization.divergence import DIVERGED_RISE, DIVERGED_STEPS, FLAT_CONTRAST, diagnose
+from vlmteacher.optimization.loop import Optimization
+from vlmteacher.optimization.objective import Metrics
 from vlmteacher.pipeline import TeacherPipeline, TeacherPipelineOutput, read_pair
 
 ABSURD = 1e10  # the tiny pair's frames then lie at the ends of their range, without a gradient
@@ -58,18 +61,18 @@ def test_an_absurd_learning_rate_ends_as_diverged(
     loop.finish()
     if best == rows[0]["loss"]:
         assert equal(lora(pipe), start)
-    assert make_look(loop) == best
+    assert loss_now(loop) == best
 
 
-def make_look(loop: Optimization) -> float:
-    return loop.look()[1][0].item()
+def loss_now(loop: Optimization) -> float:
+    return loop.engine.evaluate().loss
 
 
 def test_what_overflows_once_goes_on_at_half_the_rate(make_loop: Any, pipe: TeacherPipeline) -> None:
     loop = make_loop(max_steps=5)
     for _ in range(2):
         loop.step()
-    best, expected = lora(pipe), make_look(loop)
+    best, expected = lora(pipe), loss_now(loop)
     loop.step()
     poison(loop)
     row = loop.step()
@@ -109,15 +112,15 @@ def test_an_interruption_while_rolling_back_changes_nothing(
     loop = make_loop(learning_rate=ABSURD)
     loop.step()
     before = lora(pipe)
-    looks, facts = iter([False, True]), loop.engine.facts
+    interruptions, evaluate = iter([False, True]), loop.engine.evaluate
 
-    def interrupted() -> list[float]:
-        if next(looks):
+    def interrupted(step: int) -> Metrics:
+        if next(interruptions):
             raise KeyboardInterrupt
-        return facts()
+        return evaluate(step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.engine, "facts", interrupted)
+        patch.setattr(loop.engine, "evaluate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             loop.step()
     assert equal(lora(pipe), before) and len(loop.history) == 1 and loop.optimizer.param_groups[0]["lr"] == ABSURD
@@ -147,19 +150,17 @@ def test_a_prediction_without_gradient_ends_at_once(make_loop: Any, pipe: Teache
     assert row["rolled_back"] == "the gradient of step 0 is exactly 0"
 
 
-def test_a_loss_far_above_its_start_has_to_stay_there(make_loop: Any) -> None:
-    loop = make_loop()
-    loop.history = [{"loss": 1.0}]
+def test_a_loss_far_above_its_start_has_to_stay_there() -> None:
     far, near = 1.01 + DIVERGED_RISE, 0.99 + DIVERGED_RISE
     for losses, expected in (
-        ([far] * (DIVERGED_LOOKS - 1), False),
-        ([far] * DIVERGED_LOOKS, True),
+        ([far] * (DIVERGED_STEPS - 1), False),
+        ([far] * DIVERGED_STEPS, True),
         ([near] * 20, False),
-        ([far] * (DIVERGED_LOOKS - 1) + [near] + [far] * (DIVERGED_LOOKS - 1), False),
-        ([0.5] * 10 + [far] * DIVERGED_LOOKS, True),
+        ([far] * (DIVERGED_STEPS - 1) + [near] + [far] * (DIVERGED_STEPS - 1), False),
+        ([0.5] * 10 + [far] * DIVERGED_STEPS, True),
     ):
-        loop.history = [{"loss": loss} for loss in [1.0, *losses[:-1]]]
-        assert (loop._divergence(losses[-1], 1.0, 0.1) is not None) is expected
+        metrics = Metrics(losses[-1], False, 0.0, 1.0, {}, 0.1, [], 1.0)
+        assert (diagnose(metrics, [1.0, *losses[:-1]], threshold=1e-6, first_contrast=0.1) is not None) is expected
 
 
 def test_frames_that_become_one_colour(make_loop: Any, pipe: TeacherPipeline) -> None:
@@ -169,12 +170,12 @@ def test_frames_that_become_one_colour(make_loop: Any, pipe: TeacherPipeline) ->
     flat._plans.clear()
     loop = make_loop()
     assert "rolled_back" not in loop.step()
-    loop.decoder = flat
+    loop.objective.decoder = flat
     row = loop.step()
     assert row["rolled_back"] == "the frames have become one colour"
     assert loop.stopped == "diverged"  # the LoRA is not to blame: going back has not helped
     loop = make_loop()  # which has never seen anything else
-    loop.decoder = flat
+    loop.objective.decoder = flat
     assert all("rolled_back" not in loop.step() for _ in range(2))
 
 

@@ -101,13 +101,13 @@ def test_a_step_never_waits_for_the_host(image: bool, level: Keep, settings: dic
     keep_activations(loop.reasoner.transformer, level)
     loop.teacher.activation_bytes = 0 if level else None
     with NoTransfers() as before:
-        loop.differentiate(*loop.look())  # fills the caches, as the warm-up does
+        loop.objective.backward(*loop.objective.evaluate())  # fills the caches, as the warm-up does
     loop.optimizer.zero_grad(set_to_none=True)
     with NoNumbers(), NoTransfers(before):
-        facts = loop.differentiate(*loop.look())
-    assert facts.shape == (10 + 3 + 1,)
+        metrics = loop.objective.backward(*loop.objective.evaluate())
+    assert metrics.shape == (10 + 3 + 1,)
     with pytest.raises(RuntimeError, match="meta"):
-        facts.tolist()
+        metrics.tolist()
 
 
 @pytest.mark.parametrize("name", ["wan2.1-i2v-14b-480p", "ltx-0.9.8-2b-distilled", "hunyuan-video-1.5-480p-i2v"])
@@ -127,7 +127,7 @@ def test_nor_does_the_prediction_of_another_family(name: str) -> None:
 def test_the_check_sees_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = loop_without_data(True)
     with NoTransfers() as before:
-        loop.look()
+        loop.objective.evaluate()
     velocity = WanReasoner.velocity
 
     def old(reasoner: Any, condition: Any, latents: Any, sigma: Any, **more: Any) -> Tensor:
@@ -136,7 +136,7 @@ def test_the_check_sees_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(WanReasoner, "velocity", old)
         with pytest.raises(AssertionError, match="as_tensor"), NoNumbers(), NoTransfers(before):
-            loop.look()
+            loop.objective.evaluate()
     with pytest.raises(AssertionError, match="from the host"), NoTransfers(before):
         loop.noise.z1[:, [0, 2]]
     with pytest.raises(AssertionError, match="goes between"), NoTransfers(before):
@@ -170,11 +170,10 @@ def test_one_read_of_the_device_per_step(make: Any, monkeypatch: pytest.MonkeyPa
     loop.step()
     monkeypatch.setattr(Tensor, "tolist", counted)
     with Reads():
-        loss, facts = loop.look()
-        loop.differentiate(loss, facts)
+        loop.objective.backward(*loop.objective.evaluate())
         assert not reads
         reads.clear()
-        loop.engine.facts()
+        loop.engine.evaluate()
     assert set(reads) == {"tolist"}
 
 
@@ -284,20 +283,20 @@ def test_a_recorded_step_played_again_is_the_step(
         many = {"max_steps": 6, "threshold": 1e-6, **settings}
         expected = [without_time(row) for row in make(**many)]
         loop = make(**many)
-        loop.engine = engine = engines.CudaGraph(loop)
-        looks = []
-        look, engine.update = loop.look, loop.optimizer.step  # type: ignore[method-assign]
-        loop.look = lambda: looks.append(1) or look()  # type: ignore[method-assign]
+        loop.engine = engine = engines.CudaGraph(loop.objective, loop.optimizer)
+        evaluations = []
+        evaluate, engine.update = loop.objective.evaluate, loop.optimizer.step
+        loop.objective.evaluate = lambda *step: evaluations.append(1) or evaluate(*step)
         rows = [without_time(row) for row in loop]
-        assert len(looks) == engines.WARM_UP_STEPS + 1  # the last one was recorded
+        assert len(evaluations) == engines.WARM_UP_STEPS + 1  # the last one was recorded
         assert rows == expected and rows[5]["loss"] < rows[0]["loss"]
 
         loop.stopped = None
-        loop.ladder.down("a test")  # another way to compute: it must be recorded anew
+        loop.ladder.down()  # another way to compute: it must be recorded anew
         engine.reset()
         for _ in range(4):
             loop.step()
-        assert len(looks) == 2 * (engines.WARM_UP_STEPS + 1)
+        assert len(evaluations) == 2 * (engines.WARM_UP_STEPS + 1)
         loop.close()
         assert all(parameter.grad is None for parameter in loop.parameters) and pipe.teacher.activation_bytes is None
     finally:
@@ -312,7 +311,7 @@ def test_a_recorded_run_rolls_back_and_is_recorded_anew(
     def steps(recorded: bool) -> list[dict[str, Any]]:
         loop = make(max_steps=9, threshold=1e-6)
         if recorded:
-            loop.engine = engine = engines.CudaGraph(loop)
+            loop.engine = engine = engines.CudaGraph(loop.objective, loop.optimizer)
             engine.update = loop.optimizer.step  # type: ignore[method-assign]
         rows = [loop.step() for _ in range(4)]
         with torch.no_grad():

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmteacher.errors import InputError
+from vlmteacher.errors import InputError, NonFiniteError
 from vlmteacher.lora.adapter import lora_state_dict
 from vlmteacher.ops.patchify import PatchRows
 from vlmteacher.optimization.guards import GUARDS, frame_guards
-from vlmteacher.optimization.loop import NonFiniteError, Optimization, teacher_frame_indices
+from vlmteacher.optimization.loop import Optimization
 from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.settings import Settings
@@ -51,18 +51,6 @@ def loop_final(loop: Optimization) -> float:
         video = loop.reasoner.decode(loop.reasoner.sample(loop.condition, loop.noise))[loop.frame_indices]
         losses = loop.teacher.losses(video, loop.frame_indices, loop.reasoner.fps, loop.queries)
     return vqa_objective(losses, 0.5).item()
-
-
-def test_frame_indices_are_uniform_with_both_ends() -> None:
-    assert teacher_frame_indices(13, 12) == [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12]
-    assert teacher_frame_indices(9, 5) == [0, 2, 4, 6, 8]
-    assert teacher_frame_indices(9, 1) == [0]
-    for count in (2, 24, 88, 89):
-        indices = teacher_frame_indices(89, count)
-        gaps = {b - a for a, b in pairwise(indices)}
-        assert indices[0] == 0 and indices[-1] == 88 and len(indices) == count and max(gaps) - min(gaps) <= 1
-    with pytest.raises(InputError, match="14 frames of a video of 13"):
-        teacher_frame_indices(13, 14)
 
 
 @pytest.mark.parametrize(
@@ -184,13 +172,13 @@ def test_what_is_not_finite_stops_with_the_last_good_state(
     loop = make()
     loop.step()
     good = lora_state_dict(pipe.reasoner.transformer)
-    loop.teacher = Poisoned(pipe.teacher, gradient_only)
+    loop.objective.teacher = Poisoned(pipe.teacher, gradient_only)
     with pytest.raises(NonFiniteError, match=r"step 1.*learning rate"):
         loop.step()
     state = loop.state_dict()
     assert len(state["history"]) == 1
     assert all(torch.equal(good[n], state["lora"][n]) for n in good)
-    loop.teacher = pipe.teacher
+    loop.objective.teacher = pipe.teacher
     assert math.isfinite(loop.step()["loss"])
 
 

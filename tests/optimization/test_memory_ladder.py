@@ -15,6 +15,7 @@ from tests.tiny_pair import PROMPT, QUERIES
 from vlmteacher.errors import OutOfMemory
 from vlmteacher.lora.adapter import add_lora, lora_state_dict, remove_lora
 from vlmteacher.optimization.loop import Optimization
+from vlmteacher.optimization.objective import Objective
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.planning.tracing import Trace
 from vlmteacher.queries import QuerySet
@@ -108,24 +109,24 @@ def test_where_nothing_helps_the_state_is_as_before(make: Any) -> None:
 
 def test_another_error_is_raised_as_it_is(make: Any) -> None:
     loop = make()
-    loop.teacher = None
+    loop.objective.teacher = None
     with pytest.raises(AttributeError):
         loop.step()
-    loop.reasoner = type("Broken", (), {"predict_target": lambda *_: torch.ones(2) @ torch.ones(3)})()
+    loop.objective.reasoner = type("Broken", (), {"predict_target": lambda *_: torch.ones(2) @ torch.ones(3)})()
     with pytest.raises(RuntimeError, match="size"):
         loop.step()
     assert not loop.ladder.taken
 
 
 def test_the_update_survives_a_rung_taken_for_the_few_step_video(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    final, failures = Optimization._final_loss, [torch.OutOfMemoryError("full")]
+    final, failures = Objective.final_loss, [torch.OutOfMemoryError("full")]
 
-    def full(loop: Optimization) -> float:
+    def full(objective: Objective) -> float:
         if failures:
             raise failures.pop()
-        return final(loop) + loop.settings.threshold  # never good enough
+        return final(objective) + objective.settings.threshold  # never good enough
 
-    monkeypatch.setattr(Optimization, "_final_loss", full)
+    monkeypatch.setattr(Objective, "final_loss", full)
     found = []
     for _ in range(2):
         loop = make(threshold=100.0, check_final=True, max_steps=1)
@@ -170,14 +171,14 @@ def test_a_resumed_run_stands_on_the_same_rung_and_a_closed_one_on_none(make: An
 def test_a_run_folder_tells_of_the_rungs(
     pipe: TeacherPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look, failures = Optimization.look, [torch.OutOfMemoryError("full"), MemoryError()]
+    evaluate, failures = Objective.evaluate, [torch.OutOfMemoryError("full"), MemoryError()]
 
-    def full(loop: Optimization) -> Any:
-        if len(loop.history) == 1 and failures:
+    def full(objective: Objective, step: int) -> Any:
+        if step == 1 and failures:
             raise failures.pop(0)
-        return look(loop)
+        return evaluate(objective, step)
 
-    monkeypatch.setattr(Optimization, "look", full)
+    monkeypatch.setattr(Objective, "evaluate", full)
     how: dict[str, Any] = {"num_frames": 5, "height": 32, "width": 48, "teacher_frames": 4, "max_steps": 2}
     out = pipe(PROMPT, queries=QuerySet.from_dict(QUERIES), run_dir=tmp_path / "run", progress=False, **how)
     steps = json.loads((tmp_path / "run" / "run.json").read_text())["steps"]
@@ -188,14 +189,14 @@ def test_a_run_folder_tells_of_the_rungs(
 def test_the_error_of_the_cpus_own_allocator(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     free = make()
     expected = [row["loss"] for row in free]
-    look, too_much = Optimization.look, [1 << 60, 1 << 61]  # bytes; more than any address space has
+    evaluate, too_much = Objective.evaluate, [1 << 60, 1 << 61]  # bytes; more than any address space has
 
-    def full(loop: Optimization) -> Any:
+    def full(objective: Objective, step: int) -> Any:
         if too_much:
             torch.empty(too_much.pop(), dtype=torch.uint8)
-        return look(loop)
+        return evaluate(objective, step)
 
-    monkeypatch.setattr(Optimization, "look", full)
+    monkeypatch.setattr(Objective, "evaluate", full)
     loop = make()
     assert [row["loss"] for row in loop] == pytest.approx(expected, rel=1e-6)
     assert loop.ladder.taken == RUNGS[:2]

@@ -10,7 +10,8 @@ import torch
 from tests.tiny_pair import PROMPT, QUERIES
 from vlmteacher.errors import InputError
 from vlmteacher.lora.adapter import lora_parameters, remove_lora
-from vlmteacher.optimization.loop import Optimization, teacher_frame_indices
+from vlmteacher.optimization.loop import Optimization
+from vlmteacher.optimization.objective import teacher_frame_indices
 from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import MAX_QUERIES, QuerySet, QueryStyle
@@ -60,9 +61,8 @@ def test_jitter_shifts_all_frames_as_the_step_says(make: Any) -> None:
     frames = torch.rand(4, 3, 32, 48, generator=torch.Generator().manual_seed(0)).requires_grad_()
     shifts = set()
     for step in range(8):
-        loop.history = [{}] * step
-        shifted = loop._jittered(frames)
-        assert shifted.shape == frames.shape and torch.equal(shifted, loop._jittered(frames))
+        shifted = loop.objective._jittered(frames, step)
+        assert shifted.shape == frames.shape and torch.equal(shifted, loop.objective._jittered(frames, step))
         found = [
             (down, across)
             for down in range(-3, 4)
@@ -159,7 +159,7 @@ def test_of_the_final_samples_the_teacher_picks_one(pipe: TeacherPipeline, make:
     assert torch.equal(one.frames_before, out.frames_before) and one.sample == 0
 
     loop, reasoner = make(**values), pipe.reasoner
-    loop.noise = reasoner.noise(loop.condition, torch.Generator().manual_seed(0), 6)
+    loop.objective.noise = reasoner.noise(loop.condition, torch.Generator().manual_seed(0), 6)
     list(loop)
     with torch.no_grad():
         videos = [reasoner.decode(reasoner.sample(loop.condition, noise)) for noise in loop.noise.samples()]

@@ -12,7 +12,7 @@ from recipes.microworld.teacher.point import draw_rows, label_rows
 from recipes.microworld.teacher.pointing import Pointing, RowAdam, Scenes
 from recipes.microworld.training import load_config
 from vlmteacher.lora.adapter import add_lora, lora_parameters, remove_lora
-from vlmteacher.optimization.loop import GRADIENT_CLIP
+from vlmteacher.optimization.objective import GRADIENT_CLIP
 from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.settings import Settings

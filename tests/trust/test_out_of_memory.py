@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.trust.report import count
-from vlmteacher.optimization.memory_ladder import is_out_of_memory
+from vlmteacher.optimization.out_of_memory import is_out_of_memory
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,8 +81,10 @@ def test_an_update_without_room_changes_nothing(make_loop: Any, monkeypatch: pyt
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return square_root(tensor)
 
-    look = loop.engine.facts
-    monkeypatch.setattr(loop.engine, "facts", lambda: (look(), monkeypatch.setattr(torch.Tensor, "sqrt", full))[0])
+    evaluate = loop.engine.evaluate
+    monkeypatch.setattr(
+        loop.engine, "evaluate", lambda step: (evaluate(step), monkeypatch.setattr(torch.Tensor, "sqrt", full))[0]
+    )
     with pytest.raises(Exception, match="does not fit in memory"):
         loop.step()
     monkeypatch.setattr(torch.Tensor, "sqrt", square_root)

@@ -22,9 +22,8 @@ from vlmteacher.distillation.kinds import check_kinds
 from vlmteacher.distillation.reconstruction import reconstruction_loss
 from vlmteacher.distillation.trainer import AVERAGED, Trainer, TrainSettings, training_folder
 from vlmteacher.distillation.training import read_settings
-from vlmteacher.errors import InputError
+from vlmteacher.errors import InputError, NonFiniteError
 from vlmteacher.files import make_folder
-from vlmteacher.optimization.loop import NonFiniteError
 from vlmteacher.reasoners.vae import decode_latents
 from vlmteacher.torch_modes import plain_torch
 

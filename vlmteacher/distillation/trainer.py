@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vlmteacher.distillation.kinds import check_kinds
-from vlmteacher.errors import InputError
+from vlmteacher.errors import InputError, NonFiniteError
 from vlmteacher.files import append_text, claimed, make_folder, remove_leftovers, write_text
 from vlmteacher.interruption import raise_lost, uninterrupted
-from vlmteacher.optimization.loop import NonFiniteError
 from vlmteacher.state import check_like, load_optimizer, read_state, unusable, write_state
 
 if TYPE_CHECKING:

@@ -17,9 +17,8 @@ from vlmteacher.checkpoints.hub import fetch
 from vlmteacher.distillation.adapters import Networks, Role, SeparateNetworks, SharedBackbone
 from vlmteacher.distillation.dataset import LatentDataset
 from vlmteacher.distillation.trainer import Trainer, TrainSettings
-from vlmteacher.errors import InputError
+from vlmteacher.errors import InputError, NonFiniteError
 from vlmteacher.files import make_folder, read_yaml, replacing, write_json
-from vlmteacher.optimization.loop import NonFiniteError
 from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.condition import Condition
 from vlmteacher.reasoners.loading import load_reasoner

@@ -24,7 +24,7 @@ from vlmteacher.evaluation.video_distance import video_distance
 from vlmteacher.files import write_json
 from vlmteacher.microworld import world
 from vlmteacher.microworld.questions import right_queries
-from vlmteacher.optimization.loop import teacher_frame_indices
+from vlmteacher.optimization.objective import teacher_frame_indices
 from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners.base import Reasoner

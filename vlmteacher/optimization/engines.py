@@ -1,8 +1,7 @@
-"""How the steps of an optimisation are run: operator by operator, with compiled blocks, or as a CUDA graph.
+"""Run the steps of an optimisation operator by operator, with compiled blocks, or as a CUDA graph.
 
 Every step has the same shapes and the same inputs, only the LoRA's weights differ, so that a recorded step can be
-played again and again. What a step computes is in `Optimization`; here is who calls it. All engines read the device
-once a step.
+replayed. What a step computes is in `Objective`. Every engine reads the device once a step.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ import torch
 from torch import Tensor
 
 from vlmteacher.errors import InputError
-from vlmteacher.optimization.memory_ladder import is_out_of_memory
+from vlmteacher.optimization.objective import Metrics, Objective
+from vlmteacher.optimization.out_of_memory import first_line, is_out_of_memory
 from vlmteacher.reasoners.checkpointing import Keep, block_list, kept_levels
 from vlmteacher.settings import Engine
 
 if TYPE_CHECKING:
-    from vlmteacher.optimization.loop import Optimization
     from vlmteacher.reasoners.base import Reasoner
     from vlmteacher.teachers.base import Teacher
 
@@ -29,14 +28,14 @@ WARM_UP_STEPS = 2  # real ones; they fill every cache that a graph must not fill
 
 
 def _numbered(device: torch.device) -> torch.device:
-    """cuda as the cuda:N that it stands for."""
+    """The device with its index: "cuda" is the current cuda:N."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
 def check_engine(engine: Engine, reasoner: Reasoner, teacher: Teacher) -> None:
-    """Raise InputError where these models cannot be run by `engine`."""
+    """Raise InputError when devices or activation levels of these models exclude `engine`."""
     if engine == "cuda_graph":
         devices = {_numbered(reasoner.device), _numbered(teacher.device)}
         if len(devices) > 1 or next(iter(devices)).type != "cuda":
@@ -54,7 +53,7 @@ def check_engine(engine: Engine, reasoner: Reasoner, teacher: Teacher) -> None:
 
 @contextmanager
 def _all_or_none(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """An error within leaves the parameters and the optimiser's state as they were."""
+    """Restore the parameters and the optimiser's state when the block raises."""
     known = dict(optimizer.state)
     owned = [p for group in optimizer.param_groups for p in group["params"]]
     owned += [value for state in known.values() for value in state.values() if isinstance(value, Tensor)]
@@ -73,41 +72,40 @@ def _all_or_none(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 class Eager:
     """Operator by operator."""
 
-    def __init__(self, loop: Optimization) -> None:
-        self.loop = loop
+    def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer) -> None:
+        self.objective, self.optimizer = objective, optimizer
 
-    def facts(self) -> list[float]:
-        """A forward and a backward: `Optimization.look` on the host, and the gradient's norm. The gradients stay.
+    def evaluate(self, step: int = 0) -> Metrics:
+        """Evaluate the objective and leave its gradient on the parameters; see `Objective.evaluate` for `step`.
 
-        On the CPU, where looking costs nothing, no backward follows when the step needs none; then the norm is missing.
+        On the CPU, where reading the metrics costs nothing, the backward is left out when no update can follow.
         """
-        loop = self.loop
-        loop.optimizer.zero_grad(set_to_none=True)
-        loss, facts = loop.look()
-        if facts.device.type == "cpu" and not loop.needs_gradient(found := facts.tolist()):
-            return found
-        return loop.differentiate(loss, facts).tolist()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, packed = self.objective.evaluate(step)
+        if packed.device.type == "cpu" and not self.objective.needs_gradient(metrics := self.objective.read(packed)):
+            return metrics
+        return self.objective.read(self.objective.backward(loss, packed))
 
     def update(self) -> None:
-        """Apply the gradients that `facts` left: to all parameters, or, where memory is full, to none."""
-        with _all_or_none(self.loop.optimizer):
-            self.loop.optimizer.step()
-        self.loop.optimizer.zero_grad(set_to_none=True)
+        """Apply the gradients that `evaluate` left: to all parameters, or, where memory is full, to none."""
+        with _all_or_none(self.optimizer):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def reset(self) -> None:
-        """Forget what was recorded: what a step does has changed."""
+        """Discard what was recorded, because a step now computes something else."""
 
     def close(self) -> None:
-        """Leave the models as they were."""
+        """Restore the models."""
 
 
 class Compiled(Eager):
-    """The Reasoner's blocks by torch.compile, one graph for all that are alike. Decoder and Teacher are our own
-    autograd functions already, with little left to fuse."""
+    """The Reasoner's blocks under torch.compile, one graph for all that are alike. Surrogate decoder and Teacher are
+    our own autograd functions already, with little left to fuse."""
 
-    def __init__(self, loop: Optimization) -> None:
-        super().__init__(loop)
-        self.blocks: list[Any] = list(block_list(loop.reasoner.transformer))
+    def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(objective, optimizer)
+        self.blocks: list[Any] = list(block_list(objective.reasoner.transformer))
         for block in self.blocks:
             block.compile()
 
@@ -117,59 +115,61 @@ class Compiled(Eager):
 
 
 class CudaGraph(Eager):
-    """Two graphs: forward, backward and clipping; and the update, which the host starts when it has read the facts.
+    """Two CUDA graphs: forward, backward and clipping; and the update.
 
-    So that a step that is not finite, or is good enough, changes nothing. The first steps run eagerly on the stream
-    that the graphs are recorded on. Follows "CUDA Graphs" in PyTorch's notes: gradients are None before recording, so
-    that they get a place in the graph's memory, and are never set to None while it is played; the optimiser is
-    `capturable`. `tests/optimization/test_engines.py`, which has no GPU, records the CPU's operators and replays them,
-    and checks on tensors without data that nothing between the inputs and the facts reads from the device or copies to
-    it.
+    The host reads the metrics between the two, so that a step that is not finite, or is good enough, changes nothing.
+    The first steps run eagerly on the stream that the graphs are recorded on. Follows "CUDA Graphs" in PyTorch's notes:
+    gradients are None before recording, so that they are allocated in the graph's memory, and are never set to None
+    while it is replayed; the optimiser is `capturable`. `tests/optimization/test_engines.py`, which has no GPU, records
+    the CPU's operators and replays them, and checks on tensors without data that nothing between the inputs and the
+    metrics reads from the device or copies to it.
     """
 
-    def __init__(self, loop: Optimization) -> None:
-        super().__init__(loop)
-        self.device = loop.reasoner.device
+    def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(objective, optimizer)
+        self.device = objective.reasoner.device
         self.stream = torch.cuda.Stream(self.device)
-        if loop.teacher.activation_bytes is None:  # chosen once: free memory is another number in every step
-            loop.ladder.set(loop.teacher, "activation_bytes", torch.cuda.mem_get_info(self.device)[0] // 2)
+        self._activation_bytes = objective.teacher.activation_bytes
+        if self._activation_bytes is None:  # fixed for the run: free memory is another number in every step
+            objective.teacher.activation_bytes = torch.cuda.mem_get_info(self.device)[0] // 2
         self.reset()
 
     def reset(self) -> None:
         self.warm = 0
         self.step: torch.cuda.CUDAGraph | None = None
         self.apply: torch.cuda.CUDAGraph | None = None
-        self.found: Tensor | None = None
+        self.packed: Tensor | None = None  # the metrics, in the graph's memory
 
-    def facts(self) -> list[float]:
-        if self.loop.offload:  # copies to pinned memory are no part of a graph
-            return super().facts()
+    def evaluate(self, step: int = 0) -> Metrics:
+        if self.objective.offload:  # a graph cannot hold copies to pinned memory
+            return super().evaluate(step)
         with torch.cuda.device(self.device):
             if self.warm < WARM_UP_STEPS:
                 self.warm += 1
                 self.stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(self.stream):
-                    found = super().facts()
+                    metrics = super().evaluate(step)
                 torch.cuda.current_stream().wait_stream(self.stream)
-                return found
+                return metrics
             if self.step is None:
                 self.step = self._record_step()
             self.step.replay()
-            assert self.found is not None
-            return self.found.tolist()
+            assert self.packed is not None
+            return self.objective.read(self.packed)
 
     def _record_step(self) -> torch.cuda.CUDAGraph:
-        self.loop.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self.stream):
-                self.found = self.loop.differentiate(*self.loop.look())
+                self.packed = self.objective.backward(*self.objective.evaluate())
         except RuntimeError as error:
-            for each in (error, error.__context__):  # ending a broken recording raises once more
-                if each is not None and is_out_of_memory(each):
-                    raise torch.OutOfMemoryError(str(each)) from None
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f'a step cannot be recorded as a CUDA graph ({reason}): take engine "eager"') from error
+            for cause in (error, error.__context__):  # ending a broken recording raises once more
+                if cause is not None and is_out_of_memory(cause):
+                    raise torch.OutOfMemoryError(str(cause)) from None
+            raise InputError(
+                f'a step cannot be recorded as a CUDA graph ({first_line(error)}): take engine "eager"'
+            ) from error
         return graph
 
     def update(self) -> None:
@@ -179,15 +179,17 @@ class CudaGraph(Eager):
             if self.apply is None:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=self.step.pool(), stream=self.stream):
-                    self.loop.optimizer.step()
+                    self.optimizer.step()
                 self.apply = graph
             self.apply.replay()
 
     def close(self) -> None:
         self.reset()
-        self.loop.optimizer.zero_grad(set_to_none=True)  # the gradients are in the graph's memory
+        self.optimizer.zero_grad(set_to_none=True)  # the gradients are in the graph's memory
+        self.objective.teacher.activation_bytes = self._activation_bytes
 
 
-def make_engine(engine: Engine, loop: Optimization) -> Eager:
-    check_engine(engine, loop.reasoner, loop.teacher)
-    return {"eager": Eager, "compile": Compiled, "cuda_graph": CudaGraph}[engine](loop)
+def make_engine(engine: Engine, objective: Objective, optimizer: torch.optim.Optimizer) -> Eager:
+    """The engine of this name. Raises InputError as `check_engine` does."""
+    check_engine(engine, objective.reasoner, objective.teacher)
+    return {"eager": Eager, "compile": Compiled, "cuda_graph": CudaGraph}[engine](objective, optimizer)

@@ -15,7 +15,7 @@ from torch import nn
 from vlmteacher.decoders.taehv import check_decoder
 from vlmteacher.errors import InputError
 from vlmteacher.lora.adapter import add_lora
-from vlmteacher.optimization.loop import teacher_frame_indices
+from vlmteacher.optimization.objective import teacher_frame_indices
 from vlmteacher.planning.costs import Cost
 from vlmteacher.planning.decoder import decoder_cost, stock_decoder_cost
 from vlmteacher.planning.models import build_decoder, build_reasoner, build_teacher, known_facts, known_models

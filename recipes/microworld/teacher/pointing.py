@@ -30,7 +30,7 @@ from vlmteacher.lora.adapter import target_modules
 from vlmteacher.microworld import splits, world
 from vlmteacher.microworld.questions import right_queries
 from vlmteacher.microworld.scene import Scene
-from vlmteacher.optimization.loop import GRADIENT_CLIP
+from vlmteacher.optimization.objective import GRADIENT_CLIP
 from vlmteacher.reasoners.condition import Condition
 from vlmteacher.settings import Settings
 

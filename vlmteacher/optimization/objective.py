@@ -1,0 +1,183 @@
+"""The objective of test-time optimisation: the Teacher's loss on the Reasoner's prediction, as the LoRA is now.
+
+One evaluation goes through Reasoner, surrogate decoder and Teacher, is differentiable in the LoRA, and reads nothing
+from the device: what the host has to know of it are `Metrics`, which travel as one flat tensor.
+"""
+
+from __future__ import annotations
+
+import random
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vlmteacher.errors import InputError
+from vlmteacher.lora.adapter import frozen_blocks, lora_parameters
+from vlmteacher.ops.patchify import PatchRows
+from vlmteacher.optimization.guards import GUARDS, frame_contrast, frame_guards, small_frames
+from vlmteacher.optimization.reward import pick, vqa_objective
+from vlmteacher.reasoners.frozen_front import FrozenFront
+
+if TYPE_CHECKING:
+    from vlmteacher.decoders.taehv import SurrogateDecoder
+    from vlmteacher.queries import QuerySet
+    from vlmteacher.reasoners.base import Reasoner
+    from vlmteacher.reasoners.condition import Condition, Noise
+    from vlmteacher.settings import Settings
+    from vlmteacher.teachers.base import Teacher
+
+GRADIENT_CLIP = 1.0
+
+
+def teacher_frame_indices(num_frames: int, count: int) -> list[int]:
+    """`count` frame indices spread uniformly over 0..num_frames-1, both ends included, strictly rising.
+
+    Raises InputError when there are fewer frames than asked for.
+    """
+    if not 1 <= count <= num_frames:
+        raise InputError(f"the Teacher cannot see {count} frames of a video of {num_frames}: give 1 to {num_frames}")
+    return [round(k * (num_frames - 1) / max(count - 1, 1)) for k in range(count)]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The numbers of one evaluation, on the host.
+
+    loss: L_VQA, without the pull. latents_nan: whether the predicted latents hold NaN. frames_min, frames_max: extremes
+    of the decoded frames. guards: `frame_guards` by name. contrast: `frame_contrast`. p_yes: P(Yes) of each query, goal
+    first. grad_norm: the LoRA gradient's norm before clipping, None before the backward.
+    """
+
+    loss: float
+    latents_nan: bool
+    frames_min: float
+    frames_max: float
+    guards: dict[str, float]
+    contrast: float
+    p_yes: list[float]
+    grad_norm: float | None = None
+
+    @staticmethod
+    def pack(loss: Tensor, latents: Tensor, frames: Tensor | PatchRows, losses: Tensor) -> Tensor:
+        """All but the gradient's norm as one float32 tensor (5 + `GUARDS` + 1+M,), in the order of the fields."""
+        small = small_frames(frames)
+        extremes = frames.aminmax()
+        parts = (loss, latents.isnan().any(), *extremes, frame_guards(small), frame_contrast(small), losses.neg().exp())
+        return torch.cat([part.to(loss.device, torch.float32).view(-1) for part in parts])
+
+    @classmethod
+    def unpack(cls, packed: Tensor, queries: int) -> Metrics:
+        """The metrics of a `pack` of so many queries, to which the backward may have added the gradient's norm.
+
+        This is the only read of the device that a step makes.
+        """
+        loss, nan, low, high, *rest = packed.tolist()
+        guards, (contrast, *rest) = rest[: len(GUARDS)], rest[len(GUARDS) :]
+        p_yes, norm = rest[:queries], rest[queries:]
+        return cls(loss, bool(nan), low, high, dict(zip(GUARDS, guards, strict=True)), contrast, p_yes, *norm)
+
+
+class Objective:
+    """L_VQA of one instance as a function of the LoRA on `reasoner.transformer` (method, Algorithm 1, step 3).
+
+    frame_indices: the frames that the Teacher sees. parameters: the LoRA's tensors. anchor: the latents before the
+    first update, where `settings.pull` draws to them. The `MemoryLadder` sets decoder_chunk, frames that the surrogate
+    decoder computes at a time (None: it chooses), and offload, whether the Reasoner's saved activations wait in pinned
+    host memory.
+    """
+
+    def __init__(
+        self,
+        reasoner: Reasoner,
+        decoder: SurrogateDecoder,
+        teacher: Teacher,
+        condition: Condition,
+        noise: Noise,
+        queries: QuerySet,
+        settings: Settings,
+    ) -> None:
+        self.reasoner, self.decoder, self.teacher = reasoner, decoder, teacher
+        self.condition, self.noise, self.queries, self.settings = condition, noise, queries, settings
+        self.frame_indices = teacher_frame_indices(condition.num_frames, settings.teacher_frames)
+        self.parameters = lora_parameters(reasoner.transformer)
+        self.anchor: Tensor | None = None
+        self.decoder_chunk: int | None = None
+        self.offload = False
+        frozen = frozen_blocks(reasoner.transformer, settings.lora_blocks)
+        if settings.target != "first_step":  # later predictions have other inputs at every step
+            frozen = 0
+        self._front: AbstractContextManager[object] = (
+            FrozenFront(reasoner.transformer, frozen) if frozen else nullcontext()
+        )
+
+    def evaluate(self, step: int = 0) -> tuple[Tensor, Tensor]:
+        """The loss to differentiate (L_VQA and the pull, a scalar) and the packed `Metrics`, both on the device.
+
+        step: decides how `frame_jitter` shifts the frames.
+        """
+        offload: Any = torch.autograd.graph.save_on_cpu(pin_memory=True) if self.offload else nullcontext()
+        with offload, self._front:
+            latents = self.reasoner.predict_target(self.condition, self.noise, self.settings.target)
+        frames = self._decode(latents)
+        shown = self._jittered(frames, step) if self.settings.frame_jitter else frames
+        losses = self.teacher.losses(shown, self.frame_indices, self.reasoner.fps, self.queries, check=False)
+        loss = vqa_objective(losses, self.settings.goal_weight)
+        with torch.no_grad():
+            metrics = Metrics.pack(loss, latents, frames, losses)
+        if self.settings.pull:
+            if self.anchor is None:
+                self.anchor = latents.detach()
+            loss = loss + self.settings.pull * (latents - self.anchor).square().mean().to(loss)
+        return loss, metrics
+
+    def backward(self, loss: Tensor, metrics: Tensor) -> Tensor:
+        """Leave the clipped gradient of `loss` on the parameters; return `metrics` with its norm before clipping."""
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP)
+        return torch.cat([metrics, norm.to(metrics).view(1)])
+
+    def read(self, metrics: Tensor) -> Metrics:
+        """What `evaluate` or `backward` packed, on the host."""
+        return Metrics.unpack(metrics, len(self.queries.questions))
+
+    def needs_gradient(self, metrics: Metrics) -> bool:
+        """Whether an update can follow an evaluation with these metrics."""
+        return metrics.loss > self.settings.threshold or self.settings.check_final
+
+    @torch.no_grad()
+    def final_video(self) -> tuple[Tensor, Tensor]:
+        """The few-step video (F, 3, H, W) in [0, 1] of the Reasoner as it is now, by the standard VAE, and the
+        Teacher's losses (1+M,) on it; of `settings.final_samples` videos the best."""
+        latents = [self.reasoner.sample(self.condition, noise) for noise in self.noise.samples()]
+        videos = [self.reasoner.decode(sample) for sample in latents]
+        indices, fps = self.frame_indices, self.reasoner.fps
+        losses = [self.teacher.losses(video[indices], indices, fps, self.queries) for video in videos]
+        best = pick(losses, self.settings.goal_weight)
+        return videos[best], losses[best]
+
+    def final_loss(self) -> float:
+        """L_VQA of `final_video`."""
+        return vqa_objective(self.final_video()[1], self.settings.goal_weight).item()
+
+    def _decode(self, latents: Tensor) -> Tensor | PatchRows:
+        """The frames (K, 3, H, W) that the Teacher sees; its own patch rows where it would not resize the frames.
+
+        Frames that are still to be shifted stay frames.
+        """
+        height, width = (side * self.decoder.spatial_stride for side in latents.shape[-2:])
+        layout = self.teacher.patch_layout(len(self.frame_indices), height, width)
+        if layout is None or self.settings.frame_jitter:
+            return self.decoder.decode(latents, self.frame_indices, self.decoder_chunk, check=False)
+        return self.decoder.decode_rows(latents, layout, self.frame_indices, self.decoder_chunk, check=False)
+
+    def _jittered(self, frames: Tensor | PatchRows, step: int) -> Tensor:
+        """The frames (K, 3, H, W), all shifted alike by at most `frame_jitter` pixels, edges repeated."""
+        assert isinstance(frames, Tensor)  # see `_decode`
+        most = self.settings.frame_jitter
+        draw = random.Random(step)
+        down, across = (most + draw.randint(-most, most) for _ in range(2))
+        padded = torch.nn.functional.pad(frames, (most,) * 4, mode="replicate")
+        return padded[..., down : down + frames.shape[-2], across : across + frames.shape[-1]]
