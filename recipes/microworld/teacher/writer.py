@@ -22,6 +22,7 @@ from recipes.microworld.teacher.lesson import Lesson
 from recipes.microworld.teacher.model import build
 from recipes.microworld.training import Run, adopt, train
 from vlmteacher.checkpoints.pretrained import load_network
+from vlmteacher.distillation.trainer import STATE
 from vlmteacher.microworld.questions import STYLE
 
 SUBFOLDER = "writer"
@@ -37,6 +38,9 @@ def train_writer(run: Run) -> None:
     adopt(lessons.teacher.model, known)
     lora = LoraConfig(r=config["rank"], lora_alpha=config["rank"], target_modules="all-linear")
     adapted = get_peft_model(lessons.teacher.model, lora)
+    if earlier := config.get("adapter"):  # the run whose LoRA is trained further
+        weights = torch.load(run.path(earlier) / STATE, weights_only=True)["modules"]["writer"]
+        adapted.load_state_dict({name: x for name, x in weights.items() if "lora_" in name}, strict=False)
 
     def step(index: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         scenes = scenes_to_write(rng, config["batch"], config["outside"])

@@ -1,0 +1,122 @@
+"""Replay the manifest: its runs one after the other in a folder, each in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from recipes.microworld.manifest import AVERAGE, ENTRIES, Entry, find_entry, selected
+from recipes.microworld.stages import STAGES, Stage, execute, part_of_pair, settings_of
+from recipes.microworld.training import Run
+from vlmteacher.errors import InputError
+from vlmteacher.files import claimed, write_json
+from vlmteacher.runs.folder import read_json
+
+JOURNAL = "replay.json"  # the finished runs and their settings
+SHORTENED = {"steps": 1, "until": 1, "shards": 1, "videos": 8, "count": 8, "scenes": 8}  # and the least of each
+
+
+def replay(
+    out: Path,
+    first: str | None = None,
+    last: str | None = None,
+    shorten: int = 1,
+    init: Path | None = None,
+    device: str = "cpu",
+) -> None:
+    """Run the entries of the manifest from `first` to `last` in the folder `out`; those that are finished are kept.
+
+    shorten: steps and numbers of videos are divided by it. init: the pair whose weights those stages start from that
+    can. device: of the stages that can train on a GPU.
+
+    Raises InputError: an unknown name; `out` lacks what an entry needs, or holds a run with other settings.
+    """
+    if shorten < 1:
+        raise InputError(f"--shorten must be at least 1, not {shorten}")
+    entries = selected(first, last)
+    with claimed(out):
+        journal = out / JOURNAL
+        finished: dict[str, Any] = json.loads(journal.read_text()) if journal.exists() else {}
+        for number, entry in enumerate(entries, 1):
+            title = f"[{number}/{len(entries)}] {entry.name}"
+            settings = describe(entry, shorten)
+            if entry.name in finished:
+                if finished[entry.name] != settings:
+                    raise InputError(f"{out} holds {entry.name} with other settings: give another --out")
+                print(f"{title}: finished", flush=True)
+                continue
+            print(f"{title}: {summary(entry, settings)}", flush=True)
+            execute(stage_of(entry), run_of(entry, out, settings, init, device))
+            finished[entry.name] = settings
+            write_json(journal, finished)
+
+
+def stage_of(entry: Entry) -> Stage:
+    """The stage that an entry runs."""
+    if entry.stage != AVERAGE:
+        return STAGES[entry.stage]
+    return Stage(AVERAGE, "teacher.average:average", entry.folder, needs=tuple(map(folder, entry.settings["shares"])))
+
+
+def describe(entry: Entry, shorten: int = 1) -> dict[str, Any]:
+    """The settings that an entry is run with, `until` among them, as JSON values."""
+    settings = settings_of(stage_of(entry)) | dict(entry.settings) | {"until": entry.until}
+    return json.loads(json.dumps(_shortened(settings, shorten)))
+
+
+def _shortened(value: Any, shorten: int, name: str = "") -> Any:
+    if isinstance(value, dict):
+        return {key: _shortened(part, shorten, key) for key, part in value.items()}
+    if isinstance(value, int) and name in SHORTENED:
+        return min(value, max(SHORTENED[name], value // shorten))
+    return value
+
+
+def run_of(entry: Entry, out: Path, settings: dict[str, Any], init: Path | None, device: str) -> Run:
+    """The run of an entry in the folder `out`."""
+    stage, config = stage_of(entry), dict(settings)
+    start = None
+    if stage.start and entry.start:
+        start = out.joinpath(folder(entry.start), *stage.start.split("/")[1:])
+    elif stage.part and init:
+        start = part_of_pair(stage, init)
+    return Run(
+        out,
+        out / entry.folder,
+        config,
+        start,
+        device if stage.gpu else "cpu",
+        until=config.pop("until"),
+        continues=out / folder(entry.continues) if entry.continues else None,
+        instead={place: folder(name) for place, name in entry.instead.items()},
+    )
+
+
+def folder(name: str) -> str:
+    """The folder of the entry of a name."""
+    return find_entry(name).folder
+
+
+def summary(entry: Entry, settings: dict[str, Any]) -> str:
+    """The stage, the origin and the length of an entry's run in one line."""
+    parts = [f"stage {entry.stage}"]
+    if entry.start or entry.continues:
+        parts.append(f"continues {entry.continues}" if entry.continues else f"from {entry.start}")
+    if entry.stage == AVERAGE:
+        parts.append(", ".join(f"{share:g} of {name}" for name, share in entry.settings["shares"].items()))
+    if "steps" in settings:
+        parts.append(f"{settings['until'] or settings['steps']} steps")
+    return "; ".join(parts)
+
+
+def listing() -> str:
+    """The manifest as text: every run with its result, and what a replay does in another way."""
+    lines = []
+    for entry in ENTRIES:
+        lines.append(f"{entry.name}: {summary(entry, describe(entry))}")
+        if entry.result:
+            lines.append(f"    gave: {entry.result}")
+        if entry.unlike:
+            lines.append(f"    not exactly repeatable: {entry.unlike}")
+    return "\n".join(lines)
