@@ -1,0 +1,1 @@
+"""How the packaged microworld pair was trained: `python -m recipes.microworld list`, `stage` and `replay`."""

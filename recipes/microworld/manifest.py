@@ -49,7 +49,7 @@ class Entry:
 
 
 EARLIER_PAIR = "started from the weights of the pair before this one, of two families: --init PAIR, where you have it"
-MIXTURE = "the mixture of collected videos, the learning rate and the seed are not recorded: the values here are assumed"
+MIXTURE = "the mixture of collected videos, the learning rate and the seed are not recorded, but assumed here"
 OPTION = "pointing was an option of teacher-finetune then, one optimisation after the other, beside its own losses"
 POINTING = {"mix": 1.0, "longest": 40, "runs": 64, "outside": 0.25}
 RELEARNT = {

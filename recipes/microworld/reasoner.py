@@ -99,7 +99,7 @@ def train_reasoner(run: Run) -> None:
     """Stage ``reasoner``, from scratch or from the weights of the diffusers directory ``run.start``."""
     config, latents = run.config, run.path("latents")
     torch.manual_seed(config["seed"])
-    tokenizer = kept_tokenizer(run.out / "tokenizer", prompts, 600)
+    tokenizer = kept_tokenizer((run.continues or run.out) / "tokenizer", prompts, 600)
     transformer, encoder = build(len(tokenizer), config)
     if run.start:
         adopt(transformer, load_network(WanTransformer3DModel, run.start / "transformer", dtype=torch.float32))

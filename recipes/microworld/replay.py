@@ -10,8 +10,7 @@ from recipes.microworld.manifest import AVERAGE, ENTRIES, Entry, find_entry, sel
 from recipes.microworld.stages import STAGES, Stage, execute, part_of_pair, settings_of
 from recipes.microworld.training import Run
 from vlmteacher.errors import InputError
-from vlmteacher.files import claimed, write_json
-from vlmteacher.runs.folder import read_json
+from vlmteacher.files import claimed, read_json, write_json
 
 JOURNAL = "replay.json"  # the finished runs and their settings
 SHORTENED = {"steps": 1, "until": 1, "shards": 1, "videos": 8, "count": 8, "scenes": 8}  # and the least of each
@@ -37,7 +36,7 @@ def replay(
     entries = selected(first, last)
     with claimed(out):
         journal = out / JOURNAL
-        finished: dict[str, Any] = json.loads(journal.read_text()) if journal.exists() else {}
+        finished: dict[str, Any] = read_json(journal, "replay journal") if journal.exists() else {}
         for number, entry in enumerate(entries, 1):
             title = f"[{number}/{len(entries)}] {entry.name}"
             settings = describe(entry, shorten)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from recipes.microworld.training import Run, load_config
 from vlmteacher.errors import InputError
@@ -110,8 +111,12 @@ def run(name: str, out: Path, init: Path | None = None, device: str = "cpu") -> 
     start = out / stage.start if stage.start else None
     if init:
         start = part_of_pair(stage, init)
-    config = {key: value for source in stage.config for key, value in load_config(source).items()}
-    execute(stage, Run(out, out / stage.folder, config, start, device))
+    execute(stage, Run(out, out / stage.folder, settings_of(stage), start, device))
+
+
+def settings_of(stage: Stage) -> dict[str, Any]:
+    """The packaged settings of a stage."""
+    return {key: value for source in stage.config for key, value in load_config(source).items()}
 
 
 def part_of_pair(stage: Stage, pair: Path) -> Path:

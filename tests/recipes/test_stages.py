@@ -8,8 +8,11 @@ from safetensors.torch import load_file
 
 from recipes.microworld import stages, training
 from recipes.microworld.package import DEFAULTS
+from recipes.microworld.replay import replay
 from recipes.microworld.teacher import point
+from recipes.microworld.teacher.average import average
 from recipes.microworld.teacher.pointing import Pointing
+from vlmteacher.distillation.trainer import STATE
 from vlmteacher.errors import InputError
 from vlmteacher.evaluation.microworld import first_frame, run_benchmark
 from vlmteacher.microworld import world
@@ -109,6 +112,30 @@ def test_pointing_resumes_to_the_same_weights(pair, tmp_path, monkeypatch):
     assert any(not torch.equal(whole[name], value) for name, value in before.items())
     for name, value in whole.items():
         assert torch.equal(parts[name], value), name
+
+
+def test_runs_of_the_manifest_train_earlier_ones_further(pair, tmp_path, monkeypatch):
+    write_configs(tmp_path)
+    monkeypatch.setattr(training, "CONFIGS", tmp_path)
+    replay(pair.parent, "teacher-finetune-1", "teacher-finetune-1", shorten=1000)
+    start, end = (
+        torch.load(pair.parent / name / STATE, weights_only=True)["modules"]
+        for name in ("teacher", "teacher-finetune-1")
+    )
+    assert start["heads"].keys() == end["heads"].keys()
+    shares = {"teacher": 0.25, "teacher-finetune-1": 0.75}
+    average(training.Run(pair.parent, pair.parent / "mean", {"shares": shares}))
+    mean = torch.load(pair.parent / "mean" / STATE, weights_only=True)["modules"]
+    for name, value in mean["teacher"].items():
+        torch.testing.assert_close(value, 0.25 * start["teacher"][name] + 0.75 * end["teacher"][name])
+    assert torch.equal(mean["heads"]["cells.weight"], start["heads"]["cells.weight"])
+    assert load_file(pair.parent / "mean/teacher/model.safetensors").keys() <= mean["teacher"].keys()
+    monkeypatch.setattr("recipes.microworld.teacher.writer.train", lambda modules, *_, **__: None)
+    replay(pair.parent, "writer-2", "writer-2")
+    first, second = (
+        load_file(pair.parent / name / "adapter_model.safetensors") for name in ("writer/writer", "writer-2/writer")
+    )
+    assert all(torch.equal(second[name], value) for name, value in first.items())
 
 
 def test_bench_resumes_and_refuses_other_results(pair, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
@@ -48,6 +48,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    return run(parser, argv)
+
+
+def run(parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | None = None) -> int:
+    """Parse the arguments and call their `run`; an error is one line on stderr. Returns the exit status."""
     quiet_warnings()
     for stream in (sys.stdout, sys.stderr):  # a message must not fail on what a terminal cannot show
         if isinstance(stream, TextIOWrapper):
@@ -82,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _how_to_continue(arguments: argparse.Namespace) -> str:
-    if "stage" in arguments:
+    if "resumes" in arguments:
         return "; the same command goes on"
     out = arguments.out if "resume" in arguments else None
     can_resume = out is not None and any((Path(out) / name).exists() for name in RESUMABLE)

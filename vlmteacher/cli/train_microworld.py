@@ -22,6 +22,7 @@ def add(commands: Commands) -> None:
     sub.add_argument(
         "--device", default="cpu", metavar="D", help="of the stage teacher-point: cpu (default), cuda, ..."
     )
+    sub.set_defaults(resumes=True)
 
 
 def run(arguments: argparse.Namespace) -> None:

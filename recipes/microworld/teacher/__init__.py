@@ -1,0 +1,1 @@
+"""How the packaged Teacher was trained."""
