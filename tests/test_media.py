@@ -15,10 +15,9 @@ from PIL import Image
 
 from vlmteacher.cli import main
 from vlmteacher.errors import InputError, Notice
-from vlmteacher.media import FORMATS, check_first_frame, fit_image, read_clip, read_image, shrink
+from vlmteacher.media import FORMATS, check_first_frame, fit_image, read_clip, read_image, shrink, write_video
 from vlmteacher.microworld import world
 from vlmteacher.queries import QuerySet
-from vlmteacher.runs.folder import write_video
 
 RAMP = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5  # a grey picture that no turn leaves as it is
 

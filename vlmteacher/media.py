@@ -1,19 +1,22 @@
-"""One way to read an image and one to read a clip, whatever their format and pixels: as they are meant, or refused."""
+"""Read images and clips of any format and kind of pixels, or refuse them; write videos."""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vlmteacher.errors import InputError, Notice
-from vlmteacher.files import check_text
+from vlmteacher.files import check_text, replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -223,6 +226,39 @@ def _ppm_frames(data: bytes) -> Iterator[np.ndarray]:
         width, height = int(header[1]), int(header[2])
         start = header.end() + 3 * width * height
         yield np.frombuffer(data[header.end() : start], np.uint8).reshape(height, width, 3)
+
+
+def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
+    """Write frames (F, H, W, 3) uint8 as an H.264 file of the same size that browsers play (H and W even).
+
+    The file is read back: all its frames must be there. Raises OutputError, with ffmpeg's own words where it fails.
+    """
+    count, height, width = frames.shape[:3]
+    rate = str(Fraction(fps).limit_denominator())
+    raw = ["-f", "rawvideo", "-vcodec", "rawvideo", "-s", f"{width}x{height}", "-pix_fmt", "rgb24", "-r", rate]
+    coded = ["-an", "-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", "8", "-movflags", "+faststart"]
+    with replacing(path) as temporary:
+        # The protocol in front, or a colon in the name would be taken for the end of another one.
+        file = f"file:{temporary.absolute()}"
+        _ffmpeg(["-y", *raw, "-i", "-", *coded, file], np.ascontiguousarray(frames).tobytes())
+        listed = _ffmpeg(["-i", file, "-map", "0:v", "-f", "framecrc", "-"]).splitlines()
+        if (readable := sum(not line.startswith(b"#") for line in listed)) != count:
+            raise OSError(errno.EIO, f"ffmpeg wrote {readable} of {count} frames")
+
+
+def _ffmpeg(arguments: list[str], given: bytes = b"") -> bytes:
+    """The standard output of ffmpeg. Raises OSError with the last line of its messages when it fails."""
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    # In a session of its own, so that Ctrl-C reaches this program alone.
+    command = [get_ffmpeg_exe(), "-nostdin", "-v", "error", *arguments]
+    done = subprocess.run(command, input=given, capture_output=True, start_new_session=True)
+    if done.returncode:
+        lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        full = any(os.strerror(errno.ENOSPC) in line for line in lines)
+        reason = " ".join(lines[-1].split())[:200] if lines else f"exit status {done.returncode}"
+        raise OSError(errno.ENOSPC if full else errno.EIO, f"ffmpeg: {reason}")
+    return done.stdout
 
 
 def resize_clip(frames: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.tiny_models import tiny_wan_pipeline
-from vlmteacher.runs.folder import write_video
+from vlmteacher.media import write_video
 
 
 @pytest.fixture(scope="session")

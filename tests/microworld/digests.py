@@ -3,8 +3,8 @@
     python -m tests.microworld.digests [--scenes N] [--exact]
 
 One line per family: scenes, prompts and pictures of every split, the queries, all questions with their answers, every
-corruption, the labeller's and the scorer's verdicts, the packaged tokenizer's ids. With ``--exact`` pixels and all other
-arrays count to the last bit, which one processor may round otherwise than another; without it text, integers and
+corruption, the labeller's and the scorer's verdicts, the packaged tokenizer's ids. With ``--exact`` pixels and all
+other arrays count to the last bit, which one processor may round otherwise than another; without it text, integers and
 booleans that no such bit decides.
 """
 
@@ -109,7 +109,7 @@ def digest_of(family: str, scenes: int, exact: bool) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=8, metavar="N", help="number of scenes of every split (%(default)s)")
+    parser.add_argument("--scenes", type=int, default=8, metavar="N", help="in each split (%(default)s)")
     parser.add_argument("--exact", action="store_true", help="to the last bit of the arrays")
     arguments = parser.parse_args()
     for family in world.FAMILIES:

@@ -1,8 +1,8 @@
 """What the world draws stays as the packaged models were trained on it."""
 
 import pytest
-from tests.microworld.digests import digest_of
 
+from tests.microworld.digests import digest_of
 from vlmteacher.microworld import world
 
 # Of the world before its families had files of their own. They change only with a retraining of the packaged models.

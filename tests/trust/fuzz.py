@@ -386,7 +386,7 @@ def clip(data: bytes, where: Path) -> Any:
 def clip_file() -> bytes:
     import numpy as np
 
-    from vlmteacher.runs.folder import write_video
+    from vlmteacher.media import write_video
 
     video = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), np.uint8)
     write_video(folder() / "seed.mp4", video, 8.0)

@@ -25,9 +25,10 @@ from tests.trust.test_kills import same
 from vlmteacher.errors import InputError, OutputError
 from vlmteacher.files import LOCK, claimed
 from vlmteacher.interruption import Interrupted, endings_interrupt, uninterrupted
+from vlmteacher.media import write_video
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import QuerySet
-from vlmteacher.runs.folder import FILES, FORM, RECORD, STATE, write_video
+from vlmteacher.runs.folder import FILES, FORM, RECORD, STATE
 from vlmteacher.state import write_state
 
 Run = Callable[..., tuple[int, str, str]]

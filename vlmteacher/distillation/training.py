@@ -19,10 +19,10 @@ from vlmteacher.distillation.dataset import LatentDataset
 from vlmteacher.distillation.trainer import Trainer, TrainSettings
 from vlmteacher.errors import InputError, NonFiniteError
 from vlmteacher.files import make_folder, read_yaml, replacing, write_json
+from vlmteacher.media import write_video
 from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.condition import Condition
 from vlmteacher.reasoners.loading import load_reasoner
-from vlmteacher.runs.folder import write_video
 from vlmteacher.state import fingerprint
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from vlmteacher.errors import InputError
 from vlmteacher.files import claimed, make_folder, remove_leftovers, replacing, write_json, write_text
+from vlmteacher.media import write_video
 from vlmteacher.microworld import world
-from vlmteacher.runs.folder import write_video
 
 
 def export(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import json
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,14 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlmteacher import arguments
 from vlmteacher.errors import InputError, OutputError
-from vlmteacher.files import check_text, claimed, read_json, remove, replacing, write_bytes, write_json, write_text
+from vlmteacher.files import check_text, claimed, read_json, remove, write_bytes, write_json, write_text
 from vlmteacher.interruption import uninterrupted
+from vlmteacher.media import write_video
 from vlmteacher.runs.report import report
 from vlmteacher.state import read_state, unusable, write_state
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from vlmteacher.optimization.loop import Optimization
     from vlmteacher.pipeline import TeacherPipelineOutput
 
@@ -34,46 +31,6 @@ WRITING_SHARE = (
     0.05  # the state of a large LoRA is not written after every step, but for at most this share of the time
 )
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
-    """Write frames (F, H, W, 3) uint8 as an H.264 file of the same size that browsers play (H and W even).
-
-    The file is read back: all its frames must be there. Raises OutputError, with ffmpeg's own words where it fails.
-    """
-    import numpy as np
-
-    count, height, width = frames.shape[:3]
-    raw = ["-f", "rawvideo", "-vcodec", "rawvideo", "-s", f"{width}x{height}", "-pix_fmt", "rgb24", "-r", _rate(fps)]
-    coded = ["-an", "-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", "8", "-movflags", "+faststart"]
-    with replacing(path) as temporary:
-        # The protocol in front, or a colon in the name would be taken for the end of another one.
-        file = f"file:{temporary.absolute()}"
-        _ffmpeg(["-y", *raw, "-i", "-", *coded, file], np.ascontiguousarray(frames).tobytes())
-        listed = _ffmpeg(["-i", file, "-map", "0:v", "-f", "framecrc", "-"]).splitlines()
-        if (readable := sum(not line.startswith(b"#") for line in listed)) != count:
-            raise OSError(errno.EIO, f"ffmpeg wrote {readable} of {count} frames")
-
-
-def _rate(fps: float) -> str:
-    from fractions import Fraction
-
-    return str(Fraction(fps).limit_denominator())
-
-
-def _ffmpeg(arguments: list[str], given: bytes = b"") -> bytes:
-    """What ffmpeg prints. Raises OSError with the last line of its complaint when it fails."""
-    from imageio_ffmpeg import get_ffmpeg_exe
-
-    # In a session of its own, so that Ctrl-C reaches this program alone.
-    command = [get_ffmpeg_exe(), "-nostdin", "-v", "error", *arguments]
-    done = subprocess.run(command, input=given, capture_output=True, start_new_session=True)
-    if done.returncode:
-        lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        full = any(os.strerror(errno.ENOSPC) in line for line in lines)
-        reason = " ".join(lines[-1].split())[:200] if lines else f"exit status {done.returncode}"
-        raise OSError(errno.ENOSPC if full else errno.EIO, f"ffmpeg: {reason}")
-    return done.stdout
 
 
 def in_its_folder(call: F) -> F:
