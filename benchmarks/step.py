@@ -8,8 +8,8 @@ precision), or the exit status is 1. In half precision the Teacher's rounding al
 frames give the stock code another one in float32. So where two losses are further apart, up to ten times as much, those
 of both sides' LoRAs are computed again by the stock code in float32, and these must agree.
 `speedup` and `memory_ratio` are against the first variant (checkpointed unless told otherwise), `vs_best_stock` against
-the fastest one that was run. The parts: docs/performance.md. A long preset is followed by the shorter one of the same
-models: `exponent` is x in seconds ~ tokens^x, for the step and its parts.
+the fastest one that was run. The parts: docs/results/performance.md. A long preset is followed by the shorter one of
+the same models: `exponent` is x in seconds ~ tokens^x, for the step and its parts.
 """
 
 from __future__ import annotations

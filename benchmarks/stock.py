@@ -74,7 +74,7 @@ class StockLoop:
     variant: "checkpointed", with gradient checkpointing of transformer and VLM (the decoder's code offers none);
     "plain", without; "compiled", without and under `torch.compile`, block by block as diffusers advises
     (`compile_repeated_blocks`): the whole Qwen3-VL breaks into dozens of graphs where it looks at token values. The
-    decoder stays eager: torch 2.13's inductor gives a wrong gradient of it on the CPU (docs/performance.md).
+    decoder stays eager: torch 2.13's inductor gives a wrong gradient of it on the CPU (docs/results/performance.md).
     """
 
     def __init__(self, instance: Instance, variant: Variant = "checkpointed") -> None:

@@ -216,7 +216,7 @@ def test_a_lora_is_converted_and_gone_on_from(run: Run, solve: Any, tmp_path: Pa
 
 
 def test_the_documented_commands_for_loras() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "lora_files.md").read_text()
+    text = (Path(__file__).parent.parent / "docs" / "guides" / "lora_files.md").read_text()
     commands = re.findall(r"^    (vlmteacher .+)$", text, re.MULTILINE)
     parsed = [parser().parse_args(shlex.split(command)[1:]) for command in commands]
     assert [arguments.run for arguments in parsed] == [cli.lora.run, cli.lora.run, cli.solve.run]
@@ -235,7 +235,7 @@ def test_placement(run: Run, solve: Any, tmp_path: Path) -> None:
 
 
 def test_the_documented_commands_for_placement() -> None:
-    docs = (Path(__file__).parents[1] / "docs" / "placement.md").read_text()
+    docs = (Path(__file__).parents[1] / "docs" / "guides" / "placement.md").read_text()
     commands = [shlex.split(line)[1:] for line in docs.splitlines() if line.startswith("    vlmteacher ")]
     one, two, small = (parser().parse_args(command) for command in commands)
     assert (one.device, one.device_map, one.offload, one.quantize) == ("cuda", None, False, None)
@@ -386,7 +386,7 @@ def test_queries_to_edit_and_give_back(run: Run, tmp_path: Path) -> None:
 def test_the_documented_commands_for_queries(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vlmteacher.microworld.world import Scene, render
 
-    docs = (Path(__file__).parents[1] / "docs" / "queries.md").read_text()
+    docs = (Path(__file__).parents[1] / "docs" / "guides" / "queries.md").read_text()
     commands = [shlex.split(line)[1:] for line in docs.splitlines() if line.startswith("    vlmteacher ")]
     assert [command[0] for command in commands] == ["queries", "solve"]
     monkeypatch.chdir(tmp_path)

@@ -20,7 +20,7 @@ from vlmteacher.queries import (
     query_prompt,
 )
 
-DOCS = (Path(__file__).parents[1] / "docs" / "queries.md").read_text("utf-8")
+DOCS = (Path(__file__).parents[1] / "docs" / "guides" / "queries.md").read_text("utf-8")
 
 SET = QuerySet("Is the ball on the square?", ("Does it stay one ball?", "Does it go around the wäll?"))
 
@@ -130,7 +130,7 @@ def test_a_deeply_nested_answer_is_refused():
 
 
 def tables() -> dict[str, list[tuple[str, str]]]:
-    """The rows of the tables in docs/queries.md, by the first heading."""
+    """The rows of the tables in docs/guides/queries.md, by the first heading."""
     found: dict[str, list[tuple[str, str]]] = {}
     name = ""
     for line in DOCS.splitlines():

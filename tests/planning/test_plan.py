@@ -177,7 +177,7 @@ def test_verify_runs_a_whole_step_at_full_size(run: Run) -> None:  # noqa: F811
 
 
 def test_the_documented_models_are_those_that_are_known() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "results" / "models.md").read_text()
     rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     presets = [row for row in rows if row[1] in PRESETS]
     assert {row[0]: row[1] for row in presets if "/" in row[0]} == HUB_IDS

@@ -1,6 +1,7 @@
-"""What `docs/microworld.md` shows: ``python docs/microworld_pictures.py`` draws a contact sheet of every family,
-``--solved`` one of videos before and after the packaged pair's optimisation, and ``--table N`` prints how many of N
-videos of each kind the scorer lets pass.
+"""Draw the pictures of docs/internals/microworld.md: ``python -m tools.microworld_pictures [--solved | --table N]``.
+
+By default a contact sheet of every family; with ``--solved`` videos before and after the packaged pair's optimisation;
+``--table N`` prints how many of N videos of each kind the scorer lets pass.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from vlmteacher.evaluation.microworld import first_frame, judge, noise_seed
 from vlmteacher.microworld import corruptions, scorer, world
 from vlmteacher.pipeline import TeacherPipeline
 
+PICTURES = Path(__file__).parents[1] / "docs/internals/microworld"
 SHOWN = (0, 3, 6, 12)  # frames
 GAP, SCALE = 2, 2
 
@@ -104,7 +106,7 @@ def main() -> None:
     pipe = TeacherPipeline.from_pretrained(dtype=torch.float32, device_map="cpu") if wanted.solved else None
     for family in world.FAMILIES:
         drawn, name = (solved(pipe, family), f"{family}_solved") if pipe else (sheet(family), family)
-        drawn.save(Path(__file__).with_name(f"microworld_{name}.png"), optimize=True)
+        drawn.save(PICTURES / f"{name}.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Does the true score follow the Teacher's loss? ``python docs/hacking_picture.py DIR FILE.svg`` ([docs] extra).
+"""Draw true score against the Teacher's loss: ``python -m tools.hacking_picture DIR FILE.svg`` (extra: docs).
 
-DIR holds the results.json of ``vlmteacher bench microworld --method teacher --trace --out DIR``. An instance that has
-stopped keeps its last values.
+DIR holds the results.json of ``vlmteacher bench microworld --method teacher --trace --out DIR``. The picture of
+docs/results/evaluation.md: mean loss and score over the steps, their change in each instance, the guards. An instance
+that has stopped keeps its last values.
 """
 
 from __future__ import annotations

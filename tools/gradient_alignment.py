@@ -1,4 +1,4 @@
-"""Where a Teacher's gradient points: ``python docs/gradient_alignment.py [TEACHER ...]``, by default the packaged one.
+"""Where a Teacher's gradient points: ``python -m tools.gradient_alignment [TEACHER ...]``, by default the packaged one.
 
 For the flawed scenes among the first of the validation split: the cosine of the LoRA's gradient of the Teacher's loss
 with that of the squared distance of the one-step prediction's latents from those of the right video, along an

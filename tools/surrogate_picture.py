@@ -1,4 +1,8 @@
-"""Draw the picture of docs/surrogate_decoder.md with the packaged pair: ``python docs/surrogate_picture.py``."""
+"""Draw the picture of docs/internals/surrogate_decoder.md: ``python -m tools.surrogate_picture``.
+
+Three held-out videos of the microworld: the video, the decodings of the packaged VAE and surrogate decoder, four times
+their difference. Prints the mean PSNR over 50 videos.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,12 @@ from vlmteacher.microworld import world
 from vlmteacher.pipeline import PACKAGED_PAIR
 from vlmteacher.reasoners.loading import load_reasoner
 
+PICTURE = Path(__file__).parents[1] / "docs/internals/surrogate_decoder.png"
 COUNT, SHOWN, FRAMES = 50, 3, (0, 3, 6, 9, 12)
 
 
 def main() -> None:
-    """What the packaged VAE and the surrogate make of the latents of held-out videos, and how near that is to them."""
+    """Decode held-out videos' latents by the VAE and the surrogate decoder; draw three, print the PSNR of all."""
     reasoner = load_reasoner(str(PACKAGED_PAIR / "reasoner"))
     decoder = load_decoder(PACKAGED_PAIR / "decoder.safetensors", reasoner)
     errors, sheet = [], []
@@ -31,7 +36,7 @@ def main() -> None:
             rows = (video, vae, ours, np.abs(ours - vae) * 4)
             sheet.append(np.concatenate([np.concatenate([row[k] for k in FRAMES], 1) for row in rows]))
     pixels = (np.clip(np.concatenate(sheet, 1), 0, 1) * 255).round().astype(np.uint8)
-    Image.fromarray(pixels).save(Path(__file__).with_name("surrogate_decoder.png"), optimize=True)
+    Image.fromarray(pixels).save(PICTURE, optimize=True)
     names = ("VAE against video", "surrogate against video", "surrogate against VAE")
     print(", ".join(f"{name} {value:.1f} dB" for name, value in zip(names, np.mean(errors, 0), strict=True)))
 

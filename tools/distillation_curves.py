@@ -1,4 +1,7 @@
-"""Draw the curves of docs/distillation.md from the logs beside it: ``python docs/figures.py`` ([docs] extra)."""
+"""Draw the curves of docs/results/distillation.md: ``python -m tools.distillation_curves`` (extra: docs).
+
+Training loss, DMD2's losses and the gap between one step and four, from the logs in docs/results/distillation.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-HERE = Path(__file__).parent / "distillation"
+HERE = Path(__file__).parents[1] / "docs/results/distillation"
 
 
 def rows(name: str) -> list[dict[str, float]]:

@@ -1,0 +1,73 @@
+"""The Markdown files: every relative link and its anchor resolve; docs/index.md names every page; the tools run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    *ROOT.glob("*.md"),
+    *(page for folder in ("docs", "benchmarks", "recipes", "vlmteacher") for page in ROOT.glob(f"{folder}/**/*.md")),
+]
+LINK = re.compile(r"(?<!`)\[[^\]\[]*\]\(([^)\s]+)\)")
+TOOLS = sorted(path.stem for path in ROOT.glob("tools/*.py") if path.stem != "__init__")
+
+
+def prose(text: str) -> str:
+    """Markdown without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives the headings."""
+    headings = re.findall(r"^#+ +(.+)$", prose(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken(page: Path, text: str) -> list[str]:
+    """The relative links of `text`, the content of `page`, that lead nowhere."""
+    result = []
+    for link in LINK.findall(prose(text)):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if re.match(r"[a-z]+:", link):
+            continue
+        content = text if target == page else target.read_text() if target.suffix == ".md" and target.is_file() else ""
+        if not target.exists() or (anchor and anchor not in anchors(content)):
+            result.append(link)
+    return result
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_anchors(page: Path) -> None:
+    assert broken(page, page.read_text()) == []
+
+
+def test_a_broken_link_and_anchor_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# One & two\n[a](#one--two) [b](page.md#three) ![c](none.png) [d](https://example.com/x)\n")
+    assert broken(page, page.read_text()) == ["page.md#three", "none.png"]
+
+
+def test_paths_of_docs_in_code_exist() -> None:
+    """Paths of pages in comments, messages, settings and tests."""
+    listed = subprocess.run(["git", "grep", "-nIoE", r"\bdocs/[a-z_/]+\.(md|png|svg)"], cwd=ROOT, capture_output=True)
+    places = [line.rsplit(":", 1) for line in listed.stdout.decode().splitlines()]
+    if not places:
+        pytest.skip("no checkout of git")
+    assert [place for place, path in places if not (ROOT / path).is_file()] == []
+
+
+def test_the_index_names_every_page() -> None:
+    index = (ROOT / "docs/index.md").read_text()
+    pages = [str(page.relative_to(ROOT / "docs")) for page in ROOT.glob("docs/*/**/*.md")]
+    assert [page for page in pages if f"({page})" not in index] == []
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_tool_says_how_it_is_called(tool: str) -> None:
+    assert f"python -m tools.{tool}" in (ROOT / f"tools/{tool}.py").read_text()
