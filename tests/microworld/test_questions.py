@@ -5,6 +5,7 @@ import pytest
 
 from vlmteacher.microworld import corruptions, labeller, world
 from vlmteacher.microworld.facts import facts_of
+from vlmteacher.microworld.families import FAMILIES
 from vlmteacher.microworld.questions import (
     ask,
     kinds,
@@ -105,3 +106,23 @@ def test_written_questions_are_recognised():
                 assert (again.kind, again.answer) == (question.kind, question.answer), question
     for text in ("Is the sky blue?", "Is the pink ball inside the red box at the end?"):
         assert recognise(text, scene, facts) is None
+
+
+def test_a_question_about_what_the_scene_lacks_is_not_recognised():
+    rng = np.random.default_rng(11)
+    for _ in range(5):
+        scene = world.sample_scene(rng, "maze")
+        facts = facts_of(scene, world.perform(scene))
+        for text in (
+            f"Does the {scene.ball_color} bar lie in its outline at the end?",
+            f"Does the {scene.ball_color} disc fill its ring at the end?",
+            f"Is the {scene.ball_color} disc on the left and the {scene.target.color} disc on the right at the end?",
+        ):
+            assert recognise(text, scene, facts) is None
+
+
+def test_no_two_families_give_one_name_to_different_kinds():
+    rng = np.random.default_rng(12)
+    for family in FAMILIES.values():
+        assert all(kinds()[kind.name] is kind for kind in family.kinds)
+        assert {kind for kind, _ in family.questions(world.sample_scene(rng, family.name))} <= {*family.kinds}

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from vlmteacher.errors import InputError
+from vlmteacher.microworld import world
+from vlmteacher.microworld.questions import texts
 
 # The pad token comes first: its id is 0.
 SPECIAL_TOKENS = (
@@ -43,10 +49,26 @@ CHAT_TEMPLATE = (
 
 
 def kept_tokenizer(folder: Path, corpus: Callable[[], Iterable[str]], vocab_size: int) -> PreTrainedTokenizerFast:
-    """The tokenizer in `folder`, first built from the corpus: training that is resumed must read the same tokens."""
+    """Load the tokenizer in `folder`; build it from the corpus first where there is none, for resumed training."""
     if not folder.exists():
         build_tokenizer(corpus(), vocab_size).save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def check_words(tokenizer: PreTrainedTokenizerFast, families: Sequence[str]) -> None:
+    """Raise InputError unless every word of the families' prompts and questions is one token.
+
+    The packaged Teacher knows no other words, and training finds a thing's name by its token.
+    """
+    vocabulary, rng = tokenizer.get_vocab(), np.random.default_rng(0)
+    for family in families:
+        scenes = [world.sample_scene(rng, family, split) for split in ("train", "ood")]
+        words = {word for scene in scenes for text in texts(scene) for word in re.findall(r"\w+", text)}
+        if unknown := sorted(word for word in words if not {word, f"Ġ{word}"} & vocabulary.keys()):
+            raise InputError(
+                f"family {family}: the Teacher does not know the words {', '.join(unknown)}: train the pair again with"
+                " this family (python -m recipes.microworld)"
+            )
 
 
 def build_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

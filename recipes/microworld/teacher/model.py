@@ -17,7 +17,7 @@ from recipes.microworld.teacher.data import ask_text, task_text
 from vlmteacher.microworld import world
 from vlmteacher.microworld.facts import facts_of
 from vlmteacher.microworld.questions import STYLE, ask, right_queries
-from vlmteacher.microworld.tokenizer import kept_tokenizer
+from vlmteacher.microworld.tokenizer import check_words, kept_tokenizer
 from vlmteacher.ops.attention import Spans, attention
 from vlmteacher.teachers.preprocessing import VisionSettings
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher, video_placeholder
@@ -54,6 +54,7 @@ def corpus() -> list[str]:
 def build(config: dict[str, Any], vocabulary: Path) -> QwenVLTeacher:
     """The untrained Teacher: real class, small config, own tokenizer, kept in the folder `vocabulary`."""
     tokenizer = kept_tokenizer(vocabulary, corpus, 1000)
+    check_words(tokenizer, world.FAMILIES)
     ids = tokenizer.convert_tokens_to_ids
     width = config["width"]
     model = Qwen3VLForConditionalGeneration(
