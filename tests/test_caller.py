@@ -20,7 +20,7 @@ from vlmteacher import InputError, QuerySet, TeacherPipeline
 from vlmteacher.baselines.best_of_n import best_of_n
 from vlmteacher.decoders.taehv import load_decoder
 from vlmteacher.errors import OutOfMemory
-from vlmteacher.ops.patchify import _bands
+from vlmteacher.ops.resize import _bands
 from vlmteacher.ops.surrogate_decoder import _indices
 from vlmteacher.reasoners.loading import load_reasoner
 from vlmteacher.reasoners.wan.reasoner import WanReasoner

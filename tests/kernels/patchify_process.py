@@ -25,7 +25,7 @@ from tests.kernels.test_patchify import (
 from tests.ops.test_patchify import by_matrices
 from tests.rounding import excess, expected
 from vlmteacher.kernels import patchify as kernels
-from vlmteacher.ops.patchify import resize_bands
+from vlmteacher.ops.resize import resize_bands
 
 _empty = torch.empty
 

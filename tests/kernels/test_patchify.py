@@ -14,14 +14,12 @@ from tests.kernels.compilers import compiled, interpreted, with_compilers, with_
 from tests.ops.test_patchify import by_matrices
 from tests.rounding import check, expected
 from vlmteacher.ops.patchify import (
-    Band,
     Rows,
     patchify_reference,
-    resize_bands,
-    resize_matrix,
     shuffle_to_rows_backward_reference,
     shuffle_to_rows_reference,
 )
+from vlmteacher.ops.resize import Band, resize_bands, resize_matrix
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.6, 0.7]
 DTYPES = [(d, d) for d in (torch.float32, torch.float16, torch.bfloat16)]

@@ -17,7 +17,6 @@ from vlmteacher.errors import InputError
 from vlmteacher.ops import patchify as operator
 from vlmteacher.ops.backends import cpp_status
 from vlmteacher.ops.patchify import (
-    Band,
     PatchLayout,
     PatchRows,
     Rows,
@@ -25,10 +24,10 @@ from vlmteacher.ops.patchify import (
     patchify,
     patchify_backward_reference,
     patchify_reference,
-    resize_matrix,
     shuffle_to_rows,
     shuffle_to_rows_backward,
 )
+from vlmteacher.ops.resize import Band, _bands, resize_matrix
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.6, 0.7]
 # frames, height, width, patch, temporal patch, merge: odd T, one frame, other temporal patches, no merging
@@ -189,7 +188,7 @@ def test_error_against_float64(size, dtype, out):
 def test_the_frames_own_size_is_no_resize():
     frames = frames_of((3, 16, 24), torch.float32)
     assert torch.equal(patchify(frames, 4, 2, 2, MEAN, STD, (16, 24)), patchify(frames, 4, 2, 2, MEAN, STD))
-    with mock.patch.object(operator, "_bands", side_effect=AssertionError):
+    with mock.patch("vlmteacher.ops.resize._bands", side_effect=AssertionError):
         patchify(frames, 4, 2, 2, MEAN, STD, (16, 24))
 
 
@@ -199,12 +198,12 @@ def test_nothing_is_clamped_and_the_tables_are_made_once():
         pytest.skip(f"no C++ operators, and the plain ones have no tables: {why}")
     frames = torch.zeros(2, 3, 20, 24)
     frames[..., 10:] = 1.0
-    operator._bands.cache_clear()
+    _bands.cache_clear()
     for _ in range(3):
         rows = patchify(frames.requires_grad_(), 4, 2, 2, [0.0] * 3, [1.0] * 3, (32, 40))
         rows.sum().backward()
     assert rows.min() < -0.01 and rows.max() > 1.01
-    assert operator._bands.cache_info().misses == 4  # two axes, two directions
+    assert _bands.cache_info().misses == 4  # two axes, two directions
 
 
 def test_reference_backward_is_the_gradient_of_the_definition():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlmteacher.ops.patchify import Band, resize_matrix
+from vlmteacher.ops.resize import Band, resize_matrix
 
 FLAGS = {16: [], 32: ["-mavx2", "-mfma"], 64: ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma"]}
 SIZES = [(33, 47, 16, 24), (16, 8, 36, 20), (9, 200, 64, 16), (1, 1, 4, 8), (40, 70, 19, 70), (64, 64, 129, 65)]

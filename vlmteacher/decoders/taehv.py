@@ -1,6 +1,6 @@
 """The TAEHV class of surrogate decoders (github.com/madebyollin/taehv, MIT; LightX2V ships the same networks).
 
-One layer table serves every published checkpoint; what differs can be read from the shapes of the weights:
+One layer table describes every published checkpoint; the differences follow from the shapes of the weights:
 
 ====================  ========  =====  ==========  =========
 checkpoint            channels  patch  time        space
@@ -15,15 +15,14 @@ taew2_2_super         48        2      (1, 2, 2)   x16 (other layers: `SuperVide
 taehv1_5_super        32        2      (1, 2, 2)   x16 (the same)
 ====================  ========  =====  ==========  =========
 
-Training runs through the plain torch modules, `decode_batch`; with frozen weights `decode` is one autograd function
-(`vlmteacher.ops.surrogate_decoder`), of which the modules are the definition.
+Training runs the plain torch modules (`decode_batch`). With frozen weights `decode` is one autograd function
+(`vlmteacher.ops.surrogate_decoder`), defined by the modules.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -31,94 +30,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vlmteacher.decoders import taehv_files as files
 from vlmteacher.decoders.find import find_decoder
+from vlmteacher.decoders.taehv_layers import MemBlock, SoftClamp, SuperMemBlock, TGrow, activation
 from vlmteacher.errors import InputError
 from vlmteacher.files import parse_json, replacing
 from vlmteacher.moved import moved_name
 from vlmteacher.ops import surrogate_decoder
 from vlmteacher.ops.backends import without_data
+from vlmteacher.ops.decoder_plan import Layer, Plan
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
-from vlmteacher.ops.surrogate_decoder import Layer, Plan
 from vlmteacher.torch_modes import keepable, plain_torch
 
-HUNYUAN15_SCALE = 1.03682  # of HunyuanVideo-1.5's latents: its VAE's times this are what its transformer sees
-FILE_LIMIT = 2**30  # bytes; the largest published decoder has a tenth
-FIRST_STAGE_KEEPS_TIME = (16, 32, 48)  # latent channels of the families whose first stage makes one frame of one
-# Of one activation at the full size; a handful of them live at a time. A GPU wants more frames to be busy. On the CPU
-# one frame more, carried over from the chunk before, must fit below 32 MiB: larger tensors the C library maps anew, and
-# page faults cost more than the longer chunk gains.
+HUNYUAN15_SCALE = 1.03682  # HunyuanVideo-1.5's transformer reads its VAE's latents times this
+# Bytes of one activation at full resolution, of which a few are alive at a time. A GPU needs more frames to be busy. On
+# the CPU a chunk and the frame carried over from the chunk before must fit below 32 MiB: the C library maps larger
+# tensors anew, and the page faults cost more than the longer chunk gains.
 CHUNK_BYTES = {"cpu": 28 << 20, "cuda": 256 << 20}
-
-
 CPU = torch.device("cpu")
 LAYOUT = ("latent_channels", "temporal_stride", "spatial_stride")
-
-
-class SoftClamp(nn.Module):
-    """3 tanh(x / 3): keeps latents within what the decoder was trained on."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(x / 3) * 3
-
-
-def _activation(slope: float) -> nn.Module:
-    return nn.LeakyReLU(slope, inplace=True) if slope else nn.ReLU(inplace=True)
-
-
-class MemBlock(nn.Module):
-    """Residual block that sees the previous frame's input beside this frame's."""
-
-    def __init__(self, width: int, slope: float = 0.0) -> None:
-        super().__init__()
-        self.conv = nn.Sequential(
-            nn.Conv2d(2 * width, width, 3, padding=1),
-            _activation(slope),
-            nn.Conv2d(width, width, 3, padding=1),
-            _activation(slope),
-            nn.Conv2d(width, width, 3, padding=1),
-        )
-        self.act = _activation(slope)
-
-    def forward(self, x_BTCHW: Tensor) -> Tensor:
-        return self.act(self.conv(_with_past(x_BTCHW)).view_as(x_BTCHW) + x_BTCHW)
-
-
-class SuperMemBlock(nn.Module):
-    """MemBlock of the ``_super`` decoders: 7x7 depthwise, then an inverted bottleneck, as in ConvNeXt."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Sequential(
-            nn.Conv2d(2 * width, 2 * width, 7, padding=3, groups=2 * width, bias=False),
-            nn.Conv2d(2 * width, 4 * width, 1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(4 * width, width, 1, bias=False),
-        )
-
-    def forward(self, x_BTCHW: Tensor) -> Tensor:
-        return self.conv(_with_past(x_BTCHW)).view_as(x_BTCHW) + x_BTCHW
-
-
-def _with_past(x_BTCHW: Tensor) -> Tensor:
-    """(B T, 2C, H, W): each frame and the one before it; zeros before the first."""
-    past = F.pad(x_BTCHW, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
-    return torch.cat([x_BTCHW, past], 2).flatten(0, 1)
-
-
-class TGrow(nn.Module):
-    """A 1x1 convolution that turns one frame into `stride` frames."""
-
-    def __init__(self, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width * stride, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x).reshape(-1, *x.shape[1:])
 
 
 class SurrogateDecoder(nn.Module):
@@ -129,9 +63,9 @@ class SurrogateDecoder(nn.Module):
         widths: channels of the three stages and of the last layers.
         patch: side of the final pixel shuffle.
         time_upscale: which stages double the frames.
-        space_upscale: which stages double height and width; weights do not show it, so `save` writes it down.
-        slope: of the activations below zero: 0 is ReLU, LightX2V's decoder of HunyuanVideo-1.5 has LeakyReLU 0.2.
-        signed: the network gives [-1, 1] (the same decoder does), which becomes [0, 1].
+        space_upscale: which stages double height and width; the weights do not show it, so `save` records it.
+        slope: slope of the activations below zero: 0 is ReLU; LightX2V's decoder of HunyuanVideo-1.5 has LeakyReLU 0.2.
+        signed: the network's output is in [-1, 1] (that decoder's is) and is mapped to [0, 1].
     """
 
     def __init__(
@@ -155,7 +89,7 @@ class SurrogateDecoder(nn.Module):
             "signed": bool(signed),
         }
         self.decoder = nn.Sequential(*self._make_modules())
-        # Per-channel statistics for checkpoints that take de-normalised latents (see `load_decoder`).
+        # per-channel statistics for checkpoints that take de-normalised latents, see `load_decoder`
         self.latents_mean: Tensor | None
         self.latents_std: Tensor | None
         self.register_buffer("latents_mean", None, persistent=False)
@@ -167,7 +101,7 @@ class SurrogateDecoder(nn.Module):
         """The layer table, with upstream's numbers."""
         widths, patch, slope = (self.config[name] for name in ("widths", "patch", "slope"))
         first = nn.Conv2d(self.latent_channels, widths[0], 3, padding=1)
-        layers: list[nn.Module] = [SoftClamp(), first, _activation(slope)]
+        layers: list[nn.Module] = [SoftClamp(), first, activation(slope)]
         for stage in range(3):
             layers += [MemBlock(widths[stage], slope) for _ in range(3)]
             layers += [
@@ -175,7 +109,7 @@ class SurrogateDecoder(nn.Module):
                 TGrow(widths[stage], 2 if self.config["time_upscale"][stage] else 1),
                 nn.Conv2d(widths[stage], widths[stage + 1], 3, padding=1, bias=False),
             ]
-        return [*layers, _activation(slope), nn.Conv2d(widths[3], 3 * patch**2, 3, padding=1)]
+        return [*layers, activation(slope), nn.Conv2d(widths[3], 3 * patch**2, 3, padding=1)]
 
     @property
     def latent_channels(self) -> int:
@@ -195,8 +129,8 @@ class SurrogateDecoder(nn.Module):
         """Decode whole clips.
 
         Args:
-            latents: (B, C, T, h, w), normalised as the Reasoner's transformer sees them.
-            clamp: limit to [0, 1]. Training turns it off, for a clamped value has no gradient.
+            latents: (B, C, T, h, w), normalised as the Reasoner's transformer reads them.
+            clamp: clamp to [0, 1]. Training turns it off, for a clamped value has no gradient.
 
         Returns:
             (B, F, 3, H, W) with F = temporal_stride * (T - 1) + 1.
@@ -221,23 +155,24 @@ class SurrogateDecoder(nn.Module):
         chunk: int | None = None,
         check: bool = True,
     ) -> Tensor:
-        """Decode the wanted frames of one clip, and nothing that they do not need.
+        """Decode some frames of one clip, computing only what they depend on.
 
-        With frozen weights this keeps one bit per activation for the backward pass, goes through the frames in chunks
-        and is differentiable, once, with respect to the latents (`vlmteacher.ops.surrogate_decoder`). A decoder in
-        training decodes the whole clip by `decode_batch`.
+        With frozen weights this keeps one bit per activation for the backward pass, decodes the frames in chunks and is
+        differentiable once with respect to the latents (`vlmteacher.ops.surrogate_decoder`). A decoder in training
+        decodes the whole clip by `decode_batch`.
 
         Args:
-            latents: (1, C, T, h, w), normalised as the Reasoner's transformer sees them; finite.
-            frame_indices: of the F = temporal_stride * (T - 1) + 1 frames, in any order, also repeated; None is all.
-            chunk: frames at a time, which bounds the memory and changes no frame; None chooses.
-            check: look for NaN in the latents, which waits for the device; without, NaN may or may not show in frames.
+            latents: (1, C, T, h, w), normalised as the Reasoner's transformer reads them; finite.
+            frame_indices: which of the F = temporal_stride * (T - 1) + 1 frames, in any order, with repetitions; None
+                is all of them.
+            chunk: frames decoded at a time: bounds the memory and changes no frame; None chooses by the size.
+            check: test the latents for NaN, which waits for the device; without it NaN may stay unnoticed.
 
         Returns:
             (K, 3, H, W) in [0, 1], in the order of `frame_indices`.
 
         Raises:
-            InputError: latents of another shape or with NaN, unknown frames or none, a chunk below 1.
+            InputError: latents of another shape or with NaN; unknown frames, or none; a chunk below 1.
         """
         indices = self._check(latents, frame_indices, chunk, check)
         return self._decode(latents, indices, chunk)
@@ -250,12 +185,12 @@ class SurrogateDecoder(nn.Module):
         chunk: int | None = None,
         check: bool = True,
     ) -> PatchRows:
-        """`decode`, as the patch rows that a Teacher reads (`Teacher.patch_layout`): the last layer writes them.
+        """Decode frames as the patch rows that a Teacher reads (`Teacher.patch_layout`); the last layer writes them.
 
-        Equal to `patchify` of the frames, which are not made; differentiable the same way.
+        Equal to `patchify` of `decode`'s frames, without a tensor of frames in between, and differentiable likewise.
 
         Raises:
-            InputError: as `decode`; frames that the layout's blocks do not divide.
+            InputError: as `decode`; frames that do not split into the layout's blocks.
         """
         indices = self._check(latents, frame_indices, chunk, check)
         height, width = (side * self.spatial_stride for side in latents.shape[-2:])
@@ -279,7 +214,7 @@ class SurrogateDecoder(nn.Module):
         chunk: int | None = None,
         device: torch.device = CPU,
     ) -> Plan:
-        """The work that these frames take, for latents of `size` (h, w), with its indices on `device`."""
+        """The plan that decodes these frames of latents of `size` (h, w), with its indices on `device`; cached."""
         wanted = sorted({i + self.temporal_stride - 1 for i in frame_indices})
         if chunk is None:
             pixels = size[0] * size[1] * 4 ** sum(self.config["space_upscale"])
@@ -340,7 +275,7 @@ class SurrogateDecoder(nn.Module):
     def _check(
         self, latents: Tensor, frame_indices: Sequence[int] | None, chunk: int | None, values: bool
     ) -> list[int]:
-        """The frames that are meant; raises InputError."""
+        """The checked `frame_indices`, with None replaced by all frames. Raises InputError."""
         shape = tuple(latents.shape)
         if latents.dim() != 5 or shape[0] != 1 or 0 in shape:
             raise InputError(f"a decoder takes the latents (1, C, T, h, w) of one clip, got {shape}")
@@ -360,11 +295,11 @@ class SurrogateDecoder(nn.Module):
         if not indices:
             raise InputError("frame_indices is empty: name at least one frame")
         if wrong := [i for i in indices if not 0 <= i < count]:
-            raise InputError(f"frame {wrong[0]} is not there: these latents decode to frames 0 to {count - 1}")
+            raise InputError(f"frame {wrong[0]} does not exist: these latents decode to frames 0 to {count - 1}")
         return indices
 
     def _network_latents(self, latents: Tensor) -> Tensor:
-        """What goes into the first layer: of the weights' dtype, de-normalised where the checkpoint wants it."""
+        """The first layer's input: latents in the weights' dtype, de-normalised for checkpoints that take them so."""
         if self.latents_mean is not None and self.latents_std is not None:
             latents = latents * self.latents_std + self.latents_mean
         return latents.to(next(self.parameters()).dtype)
@@ -380,70 +315,41 @@ class SurrogateDecoder(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> SurrogateDecoder:
-        """Load an upstream ``.pth`` or a ``.safetensors`` file; frozen, in eval mode. Encoder weights are ignored.
+        """Load an upstream ``.pth`` or ``.safetensors`` file, frozen and in eval mode. Encoder weights are ignored.
 
         Raises:
-            InputError: no such file, not a weights file, or not of this layer table.
+            InputError: the file does not exist, holds no weights, or weights of another layer table.
         """
         path = Path(path)
-        state, metadata = _read(path)
-        kind = SuperVideoDecoder if "decoder.0.weight" in state else SurrogateDecoder
+        state, metadata = files.read_tensors(path)
         written = parse_json(metadata.get("config", "{}"), f"the metadata of {path}")
+        kind = SuperVideoDecoder if files.is_super(state) else SurrogateDecoder
         try:
-            config = kind._layout(state, written if isinstance(written, dict) else {}, path)
-            with torch.device("meta"):  # a file must not decide how much memory is taken before its shapes are checked
+            if files.is_super(state):
+                config = files.read_super_layout(state)
+            else:
+                config = files.read_layout(state, written if isinstance(written, dict) else {}, path)
+            with torch.device("meta"):  # no memory is taken before the shapes that the file names are checked
                 expected = {name: value.shape for name, value in kind(**config).state_dict().items()}
-            if expected != (found := {name: value.shape for name, value in state.items()}):
-                name = next(name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name))
-                sizes = " but ".join(
-                    str(tuple(each[name])) if name in each else "missing" for each in (expected, found)
-                )
-                raise ValueError(f"{name} should be {sizes}" if name in expected else f"unexpected {name}")
+            files.check_shapes({name: value.shape for name, value in state.items()}, expected)
             decoder = kind(**config)
             decoder.load_state_dict(state)
         except (AttributeError, KeyError, IndexError, ValueError, RuntimeError, TypeError, OverflowError) as error:
             raise InputError(
-                f"{path} is not a TAEHV decoder ({_short(error)}): give a checkpoint such as taew2_1, taew2_2 or"
-                " taew2_2_super"
+                f"{path} is not a TAEHV decoder ({files.first_line(error)}): give a checkpoint such as taew2_1, taew2_2"
+                " or taew2_2_super"
             ) from error
-        if _is_hunyuan15(path):
+        if files.is_hunyuan15(path):
             decoder.latents_mean = torch.zeros(1, decoder.latent_channels, 1, 1, 1)
             decoder.latents_std = torch.full_like(decoder.latents_mean, 1 / HUNYUAN15_SCALE)
         return decoder.to(dtype).eval().requires_grad_(False)
-
-    @staticmethod
-    def _layout(state: dict[str, Tensor], written: dict[str, Any], path: Path) -> dict[str, Any]:
-        """The keywords of the decoder whose weights `state` holds; drops from it what is not used.
-
-        written: the layout in the file's metadata.
-        """
-        first, last = state["decoder.1.weight"], state["decoder.22.weight"]
-        projections = [state[f"decoder.{i}.weight"] for i in (8, 14, 20)]
-        if first.shape[1] in FIRST_STAGE_KEEPS_TIME and "time_upscale" not in written:
-            grow = state["decoder.7.conv.weight"]  # of two frames, as upstream does, the later one
-            state["decoder.7.conv.weight"] = grow[-grow.shape[1] :]
-        grows = [state[f"decoder.{i}.conv.weight"] for i in (7, 13, 19)]
-        kept: dict[str, Any] = {n: written[n] for n in ("space_upscale", "slope", "signed") if n in written}
-        if not _is_flags(kept.get("space_upscale", [True] * 3)) or not isinstance(kept.get("signed", True), bool):
-            raise ValueError("space_upscale must be three of true or false, signed one")
-        if type(slope := kept.get("slope", 0)) not in (int, float) or not 0 <= slope < 1:
-            raise ValueError(f"slope must be from 0 to 1, not {slope}")
-        if _is_hunyuan15(path):
-            kept = {"slope": 0.2, "signed": True} | kept
-        return {
-            "latent_channels": first.shape[1],
-            "widths": [first.shape[0], *(w.shape[0] for w in projections)],
-            "patch": round((last.shape[0] / 3) ** 0.5),
-            "time_upscale": [w.shape[0] == 2 * w.shape[1] for w in grows],
-            **kept,
-        }
 
 
 class SuperVideoDecoder(SurrogateDecoder):
     """The ``_super`` layer table: wider, `SuperMemBlock`s, pixel shuffles instead of upsampling, no clamp of latents.
 
-    It runs as the plain torch modules; a gradient through it keeps the activations at the four borders of its stages
-    and computes the others again. widths: of the three stages and of what the last convolution reads.
+    It runs as plain torch modules. For the backward pass it keeps the activations at the four borders of its stages and
+    recomputes the others. widths: channels of the three stages and of the last convolution's input.
     """
 
     def __init__(
@@ -471,7 +377,7 @@ class SuperVideoDecoder(SurrogateDecoder):
         return [*layers, nn.Conv2d(widths[3], 3 * patch**2, 3, padding=1)]
 
     def layers(self) -> list[Layer]:
-        """None: these layers have no fused form."""
+        """Empty: these layers have no fused form."""
         return []
 
     def _decode(
@@ -488,27 +394,13 @@ class SuperVideoDecoder(SurrogateDecoder):
         frames = F.pixel_shuffle(x, self.config["patch"])[[i + stride - 1 for i in indices]].clamp(0, 1)
         return frames if layout is None else layout.of(frames)
 
-    @staticmethod
-    def _layout(state: dict[str, Tensor], written: dict[str, Any], path: Path) -> dict[str, Any]:
-        grows = [state[f"decoder.{i}.conv.weight"] for i in (7, 14, 21)]
-        widths = [w.shape[1] for w in grows]
-        first = state["decoder.0.weight"]
-        shuffled = [state[f"decoder.{i}.weight"].shape[0] for i in (4, 11, 18)]
-        return {
-            "latent_channels": first.shape[1],
-            "widths": [first.shape[0], *widths],
-            "patch": round((state["decoder.22.weight"].shape[0] / 3) ** 0.5),
-            "time_upscale": [w.shape[0] == 2 * w.shape[1] for w in grows],
-            "space_upscale": [channels == 4 * width for channels, width in zip(shuffled, widths, strict=True)],
-        }
-
 
 @plain_torch()
 def load_decoder(path: str | os.PathLike[str], reasoner: Any, dtype: torch.dtype = torch.float32) -> SurrogateDecoder:
-    """`SurrogateDecoder.from_checkpoint` for a Reasoner: of its latents' shape (`check_decoder`), on its device.
+    """Load a decoder for a Reasoner's latents, and check that it fits them (`check_decoder`); on the Reasoner's device.
 
-    path: a file, or one on the hub (`find_decoder`). LightX2V's ``lighttaew*`` files were trained on de-normalised
-    latents: they are given the Reasoner's statistics. Raises InputError.
+    path: a file, or a file on the hub (`find_decoder`). LightX2V's ``lighttaew*`` files were trained on de-normalised
+    latents, so they get the Reasoner's statistics. Raises InputError.
     """
     path = find_decoder(path)
     decoder = SurrogateDecoder.from_checkpoint(path, dtype)
@@ -518,15 +410,9 @@ def load_decoder(path: str | os.PathLike[str], reasoner: Any, dtype: torch.dtype
             f"{path} decodes the latents of LTX-2, which are not those of LTX-Video 0.9: there is no published decoder"
             " for these, train one with `vlmteacher distill decoder`"
         )
-    if Path(path).name.startswith("lighttae") and not _is_hunyuan15(Path(path)):
+    if Path(path).name.startswith("lighttae") and not files.is_hunyuan15(Path(path)):
         decoder.latents_mean, decoder.latents_std = reasoner.latents_mean.clone(), reasoner.latents_std.clone()
     return decoder.to(reasoner.device)
-
-
-def _is_hunyuan15(path: Path) -> bool:
-    """LightX2V's decoder of HunyuanVideo-1.5, by the name of its file (lighttaehy1_5, lighttae_hy1_5): it has another
-    activation, range and scale of the latents, of which its weights show nothing."""
-    return re.match(r"lighttae_?hy", path.name) is not None
 
 
 def fits_decoder(path: str | os.PathLike[str], reasoner: Any) -> bool:
@@ -550,46 +436,6 @@ def check_decoder(decoder: SurrogateDecoder, reasoner: Any, name: str = "the dec
             f"{name} upscales {ours[0]}x in time and {ours[1]}x in space, but the Reasoner's VAE {theirs[0]}x and"
             f" {theirs[1]}x: give a decoder of the Reasoner's family"
         )
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The ``decoder.*`` tensors of a file and its safetensors metadata."""
-    if not os.path.isfile(path):
-        raise InputError(f"decoder file {path} does not exist: give the path of a .pth or .safetensors checkpoint")
-    metadata: dict[str, str] = {}
-    try:
-        if path.stat().st_size > FILE_LIMIT:
-            raise ValueError(f"it is larger than {FILE_LIMIT >> 20} MiB")
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                found = {own: file.get_tensor(name) for name in file.keys() if (own := _own_name(name))}  # noqa: SIM118
-                metadata = file.metadata() or {}
-        else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-            found = {own: value for name, value in loaded.items() if (own := _own_name(name))}
-        for name, value in found.items():
-            if not (isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()):
-                raise TypeError(f"{name} is no tensor of floating-point numbers")
-            if value.numel() * value.element_size() > path.stat().st_size:
-                raise ValueError(f"{name} is larger than the file")  # strides of 0 make much of little
-    except Exception as error:  # a damaged archive can raise anything from its reader
-        raise InputError(f"cannot read {path} as decoder weights ({_short(error)})") from error
-    return found, metadata
-
-
-def _is_flags(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(isinstance(each, bool) for each in value)
-
-
-def _own_name(name: str) -> str | None:
-    """``decoder.{i}...``, also where a wrapper saved it (LightX2V: ``taehv.decoder.{i}...``); None of other weights."""
-    found = re.match(r"(?:(?:taehv|model|module)\.)*(decoder\.\d.*)", name)
-    return found and found[1]
-
-
-def _short(error: Exception) -> str:
-    """The first line of an error, at most 120 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 def __getattr__(name: str) -> object:
