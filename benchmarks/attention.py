@@ -39,23 +39,37 @@ def packed(tokens: int) -> Spans:
     return Spans(torch.stack([place.clamp(max=prefix), start, place], 1).int(), tokens, causal=prefix)
 
 
+def draw(case: str, dtype: torch.dtype, device: str) -> tuple[tuple[Tensor, Tensor, Tensor], Spans | None]:
+    """q, k and v of a case, and its mask."""
+    batch, queries, keys, heads, key_heads, dim = SHAPES[case]
+    sizes = ((queries, heads), (keys, key_heads), (keys, key_heads))
+    q, k, v = (torch.randn(batch, n, h, dim, device=device).to(dtype).requires_grad_() for n, h in sizes)
+    return (q, k, v), packed(queries) if "packed" in case else None
+
+
+def suite_case(case: str, side: str) -> Callable[[], object]:
+    """Forward + backward in bfloat16, by the operator or torch's `scaled_dot_product_attention`."""
+    inputs, spans = draw(case, torch.bfloat16, "cpu")
+    grad, backend = torch.randn_like(inputs[0]), None if side == "ours" else "sdpa"
+    return lambda: torch.autograd.grad(attention(*inputs, spans, backend), inputs, grad)
+
+
+SUITE = {case: functools.partial(suite_case, case) for case in list(SHAPES)[:5]}
+
+
 def main() -> None:
     settings = arguments(__doc__ or "", "bfloat16")
     dtype = getattr(torch, settings.dtype)
     rows = []
-    for case, (batch, queries, keys, heads, key_heads, dim) in SHAPES.items():
-        q, k, v = (
-            torch.randn(batch, n, h, dim, device=settings.device).to(dtype).requires_grad_()
-            for n, h in ((queries, heads), (keys, key_heads), (keys, key_heads))
-        )
-        spans = packed(queries) if "packed" in case else None
-        forward = functools.partial(attention, q, k, v, spans)
+    for case in SHAPES:
+        inputs, spans = draw(case, dtype, settings.device)
+        forward = functools.partial(attention, *inputs, spans)
 
         def both(
             backend: str | None,
             forward: Callable[..., Tensor] = forward,
-            inputs: tuple[Tensor, ...] = (q, k, v),
-            grad: Tensor = torch.randn_like(q),  # noqa: B008
+            inputs: tuple[Tensor, ...] = inputs,
+            grad: Tensor = torch.randn_like(inputs[0]),  # noqa: B008
         ) -> Callable[[], object]:
             return lambda: torch.autograd.grad(forward(backend), inputs, grad)
 

@@ -10,6 +10,7 @@ diffusers does in each one. Both blocks have our LoRA layers, so that the rest o
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -122,6 +123,16 @@ def both(forward: Callable[[], Any], wanted: Sequence[Tensor]) -> Callable[[], o
         return torch.autograd.grad([made] if isinstance(made, Tensor) else list(made), wanted, grads)
 
     return run
+
+
+def suite_case(name: str, side: str) -> Callable[[], object]:
+    """Forward + backward of one part of the packaged Reasoner's block, by ours or by diffusers' expression."""
+    case = cases(SIZES[0], torch.bfloat16, "cpu")[name]
+    return both(case.ours, case.wanted) if side == "ours" else both(case.stock, case.stock_wanted)
+
+
+PARTS = ("LayerNorm, modulation", "gated residual", "the two", "q, k: norm, RoPE")
+SUITE = {name: functools.partial(suite_case, name) for name in PARTS}
 
 
 def main() -> None:

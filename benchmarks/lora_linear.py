@@ -7,6 +7,7 @@ python -m benchmarks.lora_linear [--json] [--dtype float32] [--augmented]
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -42,6 +43,33 @@ def layers(k: int, sizes: Sequence[int], dtype: torch.dtype, device: str, rank: 
         if ".lora_" in name:
             parameter.data = torch.randn_like(parameter, dtype=torch.float32) / k**0.5
     return list(model)
+
+
+SIDES = ("ours", "peft", "frozen")
+
+
+def suite_case(shape: tuple[str, int, int, tuple[int, ...]], dtype: torch.dtype, side: str) -> Callable[[], object]:
+    """Forward + backward of one group of layers, by ours, PEFT's or the frozen layers alone."""
+    _, tokens, k, sizes = shape
+    stock = layers(k, sizes, dtype, "cpu")
+    x = torch.randn(tokens, k, dtype=dtype, requires_grad=True)
+    grads = [torch.randn(tokens, n, dtype=dtype) for n in sizes]
+    weights, biases = ([getattr(layer.base_layer, name) for layer in stock] for name in ("weight", "bias"))
+    a, b = ([getattr(layer, name)["default"].weight for layer in stock] for name in ("lora_A", "lora_B"))
+    forward = {
+        "ours": lambda: lora_linear_group(x, weights, biases, a, b, [1.0] * len(stock)),
+        "peft": lambda: [layer(x) for layer in stock],
+        "frozen": lambda: [layer.base_layer(x) for layer in stock],
+    }[side]
+    wanted = [x] if side == "frozen" else [x, *a, *b]
+    return lambda: torch.autograd.grad(forward(), wanted, grads)
+
+
+SUITE = {
+    f"{shape[0]}, {name}": functools.partial(suite_case, shape, getattr(torch, name))
+    for shape in SHAPES[:6]
+    for name in ("bfloat16", "float32")
+}
 
 
 class Augmented:

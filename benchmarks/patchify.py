@@ -9,6 +9,7 @@ at one time; what is saved for the backward is next to nothing on either side an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -40,6 +41,18 @@ def peak_bytes(function: Callable[[], object]) -> int:
         level += event.nbytes()
         peak = max(peak, level)
     return peak
+
+
+def suite_case(shape: tuple[int, int, int, int, tuple[int, int] | None], side: str) -> Callable[[], object]:
+    """Forward + backward to the pixels, by the operator or the plain expression."""
+    count, height, width, patch, size = shape
+    frames = torch.rand(count, 3, height, width, requires_grad=True)
+    function = patchify if side == "ours" else patchify_reference
+    grad = torch.randn_like(function(frames.detach(), patch, 2, 2, MEAN, STD, size))
+    return lambda: torch.autograd.grad(function(frames, patch, 2, 2, MEAN, STD, size), frames, grad)
+
+
+SUITE = {"cut": functools.partial(suite_case, SIZES[0]), "resize": functools.partial(suite_case, SIZES[3])}
 
 
 def main() -> None:

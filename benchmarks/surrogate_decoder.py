@@ -6,6 +6,7 @@ python -m benchmarks.surrogate_decoder [--json] [--preset tiny|mid] [--channels-
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 
@@ -52,6 +53,22 @@ def processor_seconds(function: Callable[[], object]) -> float:
     start = time.process_time()
     function()
     return time.process_time() - start
+
+
+def suite_case(dtype: torch.dtype, side: str) -> Callable[[], object]:
+    """Forward + backward of the packaged decoder for the Teacher's frames, by the operator or the plain modules."""
+    frames, height, width, count = PRESETS["tiny"]
+    decoder = preset_decoder("tiny").to(dtype)
+    indices = teacher_frame_indices(decoder.temporal_stride * (frames - 1) + 1, count)
+    latents = torch.randn(1, decoder.latent_channels, frames, height, width, dtype=dtype, requires_grad=True)
+    stride = decoder.spatial_stride
+    grad = torch.randn(count, 3, stride * height, stride * width, dtype=dtype)
+    if side == "ours":
+        return lambda: torch.autograd.grad(decoder.decode(latents, indices), latents, grad)
+    return lambda: torch.autograd.grad(decoder.decode_batch(latents)[0][indices], latents, grad)
+
+
+SUITE = {name: functools.partial(suite_case, getattr(torch, name)) for name in ("float32", "bfloat16")}
 
 
 def main() -> None:

@@ -114,3 +114,19 @@ def ada_norm_backward(
     )
     _launch(backward_kernel, like, (gate, weight), first, eps, grad_out, grad_norm, kept, gate, weight, dx, dy)
     return [t for t in (dx, dy) if t is not None]
+
+
+def examples() -> None:
+    """Launch every kernel on tensors without data, for the compile table.
+
+    The forms of a Wan block at 5B's width; the widest form in the other dtypes, and at a width that is not aligned.
+    """
+    others = [(dtype, width, "y gate weight") for dtype, width in ((torch.float32, 3072), (torch.bfloat16, 5001))]
+    forms = [(torch.bfloat16, 3072, form) for form in ("weight", "y gate", "y weight", "y gate weight")]
+    for dtype, width, form in forms + others:
+        x = torch.empty(1, 4096, width, dtype=dtype, device="meta")
+        table = torch.empty(1, 2, width, device="meta")
+        gate, weight = (table if name in form else None for name in ("gate", "weight"))
+        ada_norm(x, x if "y" in form else None, gate, weight, weight, 880, 1e-6)
+        grads = x if "y" in form else None, None if weight is None else x
+        ada_norm_backward(*grads, x, gate, weight, 880, 1e-6, True, gate is not None)

@@ -237,3 +237,22 @@ def lora_linear_backward(
         for grad, out, low, factor in zip(grads, db, s.split(ranks, 1), scaling, strict=False):
             _sum_over_rows(grad, low, [out], factor, transposed=False)
     return [*dx, *da, *db]
+
+
+def examples() -> None:
+    """Launch every kernel on tensors without data, for the compile table.
+
+    Groups and single layers, large and small, and rows that are not aligned, in every dtype.
+    """
+    shapes = [(4096, 3072, (3072,) * 3, 16), (4096, 3072, (3072,), 128), (257, 1001, (1003,), 5)]
+    for dtype, cases in ((torch.bfloat16, shapes), (torch.float16, shapes[:1]), (torch.float32, shapes)):
+        for m, k, sizes, rank in cases:
+
+            def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+                return torch.empty(shape, dtype=dtype, device="meta")
+
+            x, weights, biases = empty(m, k), [empty(n, k) for n in sizes], [empty(n) for n in sizes]
+            layers = ([empty(rank, k) for _ in sizes], [empty(n, rank) for n in sizes], [0.5] * len(sizes))
+            *ys, s = lora_linear(x, weights, biases, *layers)
+            lora_linear(x, weights, [], *layers)
+            lora_linear_backward(ys, x, s, weights, *layers, True, True, True)

@@ -293,3 +293,28 @@ def shuffle_to_rows_backward(
                 HIGH=patch_height, WIDE=patch_width, TEMPORAL=temporal_patch, MERGE=merge, **tile,
             )  # fmt: skip
     return dy
+
+
+def examples() -> None:
+    """Launch every kernel on tensors without data, for the compile table.
+
+    Frames at their own size and resized, in every dtype; patch rows and frames from a decoder's last layer.
+    """
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for dtype, sizes in ((torch.bfloat16, (64, 96)), (torch.float16, (96,)), (torch.float32, (96,))):
+        for size in sizes:
+            # the taps of a band and of its transpose do not matter to what is compiled
+            bands = 2 * [empty(size, dtype=torch.int32), empty(size, 4)] if size != 64 else []
+            back = 2 * [empty(64, dtype=torch.int32), empty(64, 6)] if size != 64 else []
+            frames = empty(4, 3, 64, 64, dtype=dtype)
+            rows = patchify(frames, 16, 2, 2, [0.5] * 3, [0.5] * 3, dtype, bands)
+            patchify_backward(rows, 4, 64, 64, 16, 2, 2, [0.5] * 3, size, size, dtype, back)
+        y, slots = empty(4, 352, 640, 12, dtype=dtype), empty(4, 1, dtype=torch.int32)
+        for high, wide, pair, merge in ((16, 16, 2, 2), (704, 1280, 1, 1)):
+            rows = empty(4 * 704 * 1280 // (pair * high * wide), 3 * pair * high * wide, dtype=dtype)
+            layout = (2, high, wide, pair, merge, [0.5] * 3, [0.5] * 3)
+            inside = shuffle_to_rows(y, slots, rows, *layout)
+            shuffle_to_rows_backward(rows, slots, inside, 352, 640, *layout, dtype)

@@ -86,3 +86,18 @@ def qk_norm_rope_backward(
     """The gradients of the xs."""
     each = zip(grads, xs, weights, strict=True)
     return [_launch(backward_kernel, x, cos, sin, heads, eps, grad, x, w) for grad, x, w in each]
+
+
+def examples() -> None:
+    """Launch every kernel on tensors without data, for the compile table.
+
+    Self- and cross-attention at 5B's width, and a width that is not aligned.
+    """
+    sizes = ((torch.bfloat16, 24, 128), (torch.float32, 24, 128), (torch.bfloat16, 3, 46))
+    for dtype, heads, channels in sizes:
+        x = torch.empty(1, 4096, heads * channels, dtype=dtype, device="meta")
+        angles = torch.empty(4096, channels // 2, device="meta")
+        for table in (angles, None) if dtype == torch.bfloat16 else (angles,):
+            args = ([x], [x[0, 0]], table, table, heads, 1e-6)
+            qk_norm_rope(*args)
+            qk_norm_rope_backward([x], *args)

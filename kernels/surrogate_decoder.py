@@ -287,3 +287,31 @@ def conv3x3_backward(
                 TAPS=count, CHANNELS=channels, N=n, UPSCALE=upscale, **tile,
             )  # fmt: skip
     return dx
+
+
+def examples() -> None:
+    """Launch every kernel on tensors without data, for the compile table.
+
+    The layers of taew2_2 that differ, in bfloat16, one of them in float32, and channels that are not aligned.
+    """
+    layers = [  # height, width, channels, n, taps, slope, bias, residual, upscale
+        (44, 80, 48, 256, 1, 0.0, True, False, 1),
+        (44, 80, 256, 256, 2, 0.0, True, True, 1),
+        (44, 80, 256, 256, 1, 0.0, True, True, 1),
+        (44, 80, 256, 128, 1, None, False, False, 2),
+        (88, 160, 128, 128, 1, 0.0, True, True, 1),
+        (176, 320, 64, 64, 1, 0.0, True, True, 1),
+        (352, 640, 64, 12, 1, None, True, False, 1),
+    ]
+    cases = [(torch.bfloat16, *layer) for layer in layers] + [(torch.float32, *layers[2])]
+    cases += [(dtype, 7, 9, 5, 12, 2, 0.2, True, False, 2) for dtype in (torch.bfloat16, torch.float32)]
+    for dtype, height, width, channels, n, count, slope, bias, residual, upscale in cases:
+        x = torch.empty(24, height, width, channels, dtype=dtype, device="meta")
+        taps = torch.empty(24, count, dtype=torch.int32, device="meta")
+        weight = torch.empty(n, 3, 3, count * channels, dtype=dtype, device="meta")
+        b = torch.empty(n, dtype=dtype, device="meta") if bias else None
+        banks = [None, None]  # a memory block's third convolution adds one forward, its first one backward
+        if residual:
+            banks[count - 1] = torch.empty(24, height, width, n, dtype=dtype, device="meta")
+        y, signs = conv3x3(x, taps, weight, b, banks[0], taps, slope, upscale)
+        conv3x3_backward(y, signs, taps, 24, weight, banks[1], signs, slope, upscale)

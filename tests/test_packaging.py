@@ -14,6 +14,7 @@ import torch
 
 from vlmteacher import environment
 from vlmteacher.ops import backends
+from vlmteacher.ops.manifest import OPERATORS, Operator
 
 
 def test_report_is_json_and_says_why():
@@ -100,6 +101,7 @@ def test_a_gpu_prefers_cuda_then_triton_then_the_reference(monkeypatch):
     for name in available:
         monkeypatch.setattr(backends, name, lambda name=name: (available[name], ""))
     monkeypatch.setattr(backends.importlib, "import_module", lambda name: name)
+    monkeypatch.setitem(OPERATORS, "another", Operator("another", ("another",), ("triton",)))
     assert backends.backend(OnGPU(), "lora_linear") is torch.ops.vlmteacher_cuda
     assert backends.backend(OnGPU(), "another") == "vlmteacher.kernels.another"
     small, large = ([torch.empty(n, n, device="meta")] for n in (256, 3072))

@@ -24,10 +24,11 @@ run() {  # run NAME COMMAND...: its output to NAME.txt; goes on when it fails
 run environment "$python" -m vlmteacher env
 run nvidia_smi nvidia-smi
 run tests_kernels "$python" -m pytest -q tests/kernels tests/ops
-for name in lora_linear patchify surrogate_decoder; do
+operators=$("$python" -m vlmteacher.ops.manifest)
+for name in $operators; do
   run "check_$name" "$python" -m benchmarks.gpu.$name --json
 done
-for name in lora_linear patchify surrogate_decoder; do
+for name in $operators; do
   run "bench_$name" "$python" -m benchmarks.$name --device cuda --dtype bfloat16 --json
 done
 for preset in tiny mid; do

@@ -1,4 +1,4 @@
-"""The two compilers, the table, and occupancy as CUDA's rules give it."""
+"""Compile the GPU kernels with both compilers, and tabulate registers, spills, shared memory and occupancy."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmteacher.ops.manifest import OPERATORS
+
 ROOT = Path(__file__).parents[2]
 TABLE = Path(__file__).with_name("table.md")
 ARCHITECTURES = (80, 90)
-# Of one multiprocessor (A100, H100): threads, registers, bytes of shared memory for its blocks.
+# One multiprocessor's (A100, H100) threads, registers, and bytes of shared memory for blocks.
 LIMITS = {80: (2048, 65536, 164 * 1024), 90: (2048, 65536, 228 * 1024)}
-RESERVED_SHARED = 1024  # the driver's own, of every block
+RESERVED_SHARED = 1024  # bytes that the driver takes from every block
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Row:
 
     @property
     def occupancy(self) -> float:
-        """Threads that fit a multiprocessor at once, of those that it can hold."""
+        """The share of a multiprocessor's threads that can be resident at once, from 0 to 1."""
         threads, registers, shared = LIMITS[self.architecture]
         warps = math.ceil(self.threads / 32)
         a_warp = math.ceil(self.registers * 32 / 256) * 256
@@ -48,12 +50,12 @@ class Row:
 
 
 def nvcc_rows(only: str | None = None, architectures: Sequence[int] = ARCHITECTURES) -> Iterator[Row]:
-    """Of every kernel in csrc/*/instances.cu, where lines `// launch PATTERN THREADS BYTES` tell how many threads and
-    how much dynamic shared memory a launch of the kernels of that name takes; the first match counts."""
-    for source in sorted(ROOT.glob("csrc/*/instances.cu")):
-        operator = source.parent.name
-        if only not in (None, operator):
+    """The rows of every kernel in the operators' instances.cu. Its lines `// launch PATTERN THREADS BYTES` state the
+    threads and the dynamic shared memory of a launch of kernels whose name matches; the first match counts."""
+    for operator in OPERATORS.values():
+        if "cuda" not in operator.backends or only not in (None, operator.name):
             continue
+        source = ROOT / f"csrc/{operator.name}/instances.cu"
         launches = re.findall(r"// launch (\S+) (\d+) (\d+)", source.read_text())
         for architecture in architectures:
             with tempfile.TemporaryDirectory() as folder:
@@ -73,29 +75,22 @@ def nvcc_rows(only: str | None = None, architectures: Sequence[int] = ARCHITECTU
                     ((int(t), int(s)) for pattern, t, s in launches if re.search(pattern, short)), (256, 0)
                 )
                 shared = dynamic + sum(map(int, static))
-                yield Row(operator, "cuda", short, architecture, int(registers), spilled, shared, threads)
+                yield Row(operator.name, "cuda", short, architecture, int(registers), spilled, shared, threads)
 
 
 def _short(name: str) -> str:
-    """A demangled entry without what every one has: return type, arguments, namespaces, casts of enumerators."""
+    """A demangled kernel name without return type, arguments, namespaces and casts of enumerators."""
     name = re.sub(r"\((?:\w+::)*\w+\)(-?\d+)", r"\1", name.removeprefix("void "))
     name = name[: name.rindex("(")] if name.endswith(")") else name
     return re.sub(r"\b\w+::", "", name).replace(" ", "").replace("__nv_bfloat16", "bf16").replace("__half", "f16")
 
 
 def triton_rows(only: str | None = None, architectures: Sequence[int] = ARCHITECTURES) -> Iterator[Row]:
-    """Of every launch in triton_examples.py. A process for each architecture: Triton keeps what it compiled for one."""
+    """The rows of every launch in the operators' `examples`. One process per architecture: Triton caches kernels."""
     for architecture in architectures:
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            "benchmarks.static.triton_examples",
-            str(architecture),
-            only or "",
-        ]
-        with tempfile.TemporaryDirectory() as cache:  # empty: what is not compiled anew says nothing about itself
+        module = "benchmarks.static.triton_compile"
+        command = [sys.executable, "-W", "ignore", "-m", module, str(architecture), only or ""]
+        with tempfile.TemporaryDirectory() as cache:  # empty: ptxas prints nothing for a cached kernel
             environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": cache}
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -104,7 +99,7 @@ def triton_rows(only: str | None = None, architectures: Sequence[int] = ARCHITEC
 
 
 def rows(backends: tuple[str, ...], only: str | None = None, architectures: Sequence[int] = ARCHITECTURES) -> list[Row]:
-    """The table's rows. Raises RuntimeError with the compiler's words where a kernel does not compile."""
+    """The table's rows. Raises RuntimeError with the compiler's output for a kernel that does not compile."""
     found: list[Row] = []
     if "triton" in backends:
         found += triton_rows(only, architectures)
@@ -129,7 +124,7 @@ def main() -> None:
         prog="python -m benchmarks.static", description=__import__(__package__ or "").__doc__
     )
     parser.add_argument("--only", choices=["triton", "cuda"])
-    parser.add_argument("--operator", help="only this operator's kernels")
+    parser.add_argument("--operator", choices=OPERATORS, help="only this operator's kernels")
     parser.add_argument("--write", action="store_true", help=f"keep the table in {TABLE.relative_to(ROOT)}")
     settings = parser.parse_args()
     found = rows((settings.only,) if settings.only else ("triton", "cuda"), settings.operator)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels import simt
-from tests.kernels.compilers import compiled, interpreted, with_compilers, with_triton
+from tests.kernels.interpreter import interpreted, with_triton
 from tests.ops.test_ada_norm import FORMS, draw, expected
 from tests.rounding import check
 
@@ -23,11 +23,6 @@ CASES = [  # items, tokens, width, first, batches and rows of a table
     (1, 3, 1544, 3, 1, 1),
     (1, 0, 16, 0, 1, 2),
 ]
-
-
-@pytest.fixture(scope="module")
-def library():
-    return simt.build("ada_norm.cpp")
 
 
 def execute(library: ctypes.CDLL, drawn: dict[str, Tensor | None], form: str, case: tuple) -> dict[str, Tensor]:
@@ -78,10 +73,3 @@ def test_triton_in_its_interpreter(tmp_path):
     rows = interpreted("ada_norm_process", tmp_path)
     assert len(rows) == len(CASES) * len(FORMS) * 2
     assert not [row for row in rows if not row["part"] <= 1]  # a NaN fails too
-
-
-@with_compilers
-def test_compiles_for_ampere_and_hopper_without_spills(backend, architecture):
-    rows = compiled(backend, "ada_norm", architecture)
-    assert len(rows) >= {"triton": 6, "cuda": 12}[backend]
-    assert not [row for row in rows if row.occupancy < 0.25], rows

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests import rounding
 from tests.kernels import simt
-from tests.kernels.compilers import compiled, interpreted, with_compilers, with_triton
+from tests.kernels.interpreter import interpreted, with_triton
 from tests.ops import test_lora_linear as cpu
 from tests.ops.test_lora_linear import each_backend  # noqa: F401 (a fixture)
 from vlmteacher.ops.lora_linear import lora_linear, lora_linear_group, lora_linear_reference
@@ -63,11 +63,6 @@ def test_float32_factors_beside_bfloat16(m, k, n, r, each_backend):  # noqa: F81
     y.backward(grad)
     assert half["lora_a"].grad.dtype == half["lora_b"].grad.dtype == torch.float32
     rounding.check({"y": y.detach()} | {name: half[name].grad for name in wanted if name != "y"}, wanted)
-
-
-@pytest.fixture(scope="module")
-def library():
-    return simt.build("lora_linear.cpp")
 
 
 def draw(m: int, k: int, layers: list[tuple[int, int]], biased: bool, dtype: torch.dtype) -> dict[str, list[Tensor]]:
@@ -215,8 +210,3 @@ def test_triton_in_its_interpreter(dtype, tmp_path):
     rows = interpreted("lora_linear_process", tmp_path, dtype)
     assert len(rows) == 49
     assert not [row for row in rows if not row["part"] <= 1]  # a NaN fails too
-
-
-@with_compilers
-def test_compiles_for_ampere_and_hopper_without_spills(backend, architecture):
-    assert len(compiled(backend, "lora_linear", architecture)) >= {"triton": 16, "cuda": 16}[backend]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels import simt
-from tests.kernels.compilers import compiled, interpreted, with_compilers, with_triton
+from tests.kernels.interpreter import interpreted, with_triton
 from tests.ops.test_patchify import by_matrices
 from tests.rounding import check, expected
 from vlmteacher.ops.patchify import (
@@ -91,11 +91,6 @@ def draw(case: tuple, dtype: torch.dtype, out: torch.dtype) -> tuple[Tensor, Ten
     frames = torch.rand(t, 3, width, height, generator=generator).to(dtype).transpose(2, 3)
     shape = patchify_reference(frames.double(), *args, MEAN, STD, size).shape
     return frames, torch.randn(shape, generator=generator).to(out), tuple(args), list(size)
-
-
-@pytest.fixture(scope="module")
-def library():
-    return simt.build("patchify.cpp")
 
 
 def execute(
@@ -192,10 +187,3 @@ def test_triton_in_its_interpreter(tmp_path):
     assert len(rows) == 4 * len(CASES) + 6 * len(SHUFFLES)
     # written so that a NaN, left by an element that no program wrote, fails too
     assert not [row for row in rows if not row["error"] <= row["allowed"]]
-
-
-@with_compilers
-def test_compiles_for_ampere_and_hopper_without_spills(backend, architecture):
-    rows = compiled(backend, "patchify", architecture)
-    assert len(rows) >= {"triton": 7, "cuda": 54}[backend]
-    assert not [row for row in rows if row.occupancy < 0.5], rows

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels import simt
-from tests.kernels.compilers import compiled, interpreted, with_compilers, with_triton
+from tests.kernels.interpreter import interpreted, with_triton
 from tests.ops.test_qk_norm_rope import Drawn, draw, expected
 from tests.rounding import check
 
@@ -23,11 +23,6 @@ CASES = [  # as in tests/ops/test_qk_norm_rope.py
     (1, (2, 2), 12, 128),  # several warps
     (1, (0, 0), 2, 8),
 ]
-
-
-@pytest.fixture(scope="module")
-def library():
-    return simt.build("qk_norm_rope.cpp")
 
 
 def execute(library: ctypes.CDLL, drawn: Drawn) -> dict[str, Tensor]:
@@ -66,10 +61,3 @@ def test_triton_in_its_interpreter(tmp_path):
     rows = interpreted("qk_norm_rope_process", tmp_path)
     assert len(rows) == 2 * len(CASES)
     assert not [row for row in rows if not row["part"] <= 1]  # a NaN fails too
-
-
-@with_compilers
-def test_compiles_for_ampere_and_hopper_without_spills(backend, architecture):
-    rows = compiled(backend, "qk_norm_rope", architecture)
-    assert len(rows) >= {"triton": 5, "cuda": 12}[backend]
-    assert not [row for row in rows if row.occupancy < 0.4], rows

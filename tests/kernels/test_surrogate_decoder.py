@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels import simt
-from tests.kernels.compilers import compiled, interpreted, with_compilers, with_triton
+from tests.kernels.interpreter import interpreted, with_triton
 from tests.rounding import DEVIATIONS, excess, expected, rms
 from vlmteacher.decoders import SurrogateDecoder
 from vlmteacher.ops import surrogate_decoder
@@ -139,11 +139,6 @@ def fits(found: dict[str, float]) -> bool:
     return all(value <= (what in ("y", "dx")) for what, value in found.items())  # a NaN does not
 
 
-@pytest.fixture(scope="module")
-def library():
-    return simt.build("surrogate_decoder.cpp")
-
-
 def execute(library: ctypes.CDLL, case: Case, drawn: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """y, signs and dx of the CUDA source."""
     with simt.Memory(library) as memory:
@@ -233,8 +228,3 @@ def test_triton_in_its_interpreter(tmp_path):
     rows = interpreted("surrogate_decoder_process", tmp_path)
     assert len(rows) == sum(len(cases) for cases in INTERPRETED.values())
     assert not [row for row in rows if not fits(row["found"])]
-
-
-@with_compilers
-def test_compiles_for_ampere_and_hopper_without_spills(backend, architecture):
-    assert len(compiled(backend, "surrogate_decoder", architecture)) >= {"triton": 17, "cuda": 17}[backend]

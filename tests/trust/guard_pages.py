@@ -24,9 +24,17 @@ from torch import Tensor
 from vlmteacher.ops import ada_norm, attention, elementwise, lora_linear, patchify, qk_norm_rope, surrogate_decoder
 from vlmteacher.ops.attention import Spans
 from vlmteacher.ops.backends import cpp_status, has_avx512_bf16
+from vlmteacher.ops.manifest import OPERATORS
 
 PAGE = mmap.PAGESIZE
-AVX512 = {"attention", "attention_backward", "conv3x3", "conv3x3_backward", "conv3x3_pack", "gelu", "rotate"}
+# C++ operators that this processor may be too old for
+AVX512 = {
+    name
+    for operator in OPERATORS.values()
+    if operator.avx512
+    for schema in operator.schemas
+    for name in (schema, f"{schema}_backward", *operator.cpp_helpers)
+}
 # Errors of computing in a dtype, by far: what is looked for is another number's value.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
@@ -362,16 +370,8 @@ def fuzz_shuffle_to_rows(draw: Draw) -> None:
     near("dy", dy, exact_dy)
 
 
-OPERATORS = {
-    "ada_norm": fuzz_ada_norm,
-    "qk_norm_rope": fuzz_qk_norm_rope,
-    "lora_linear": fuzz_lora_linear,
-    "attention": fuzz_attention,
-    "rotate": fuzz_rotate,
-    "gelu": fuzz_gelu,
-    "patchify": fuzz_patchify,
-    "conv3x3": fuzz_conv3x3,
-    "shuffle_to_rows": fuzz_shuffle_to_rows,
+FUZZ: dict[str, Callable[[Draw], None]] = {
+    schema: globals()[f"fuzz_{schema}"] for operator in OPERATORS.values() for schema in operator.schemas
 }
 
 
@@ -447,10 +447,10 @@ def main(seed: int, cases: int) -> None:
             setattr(torch.ops.vlmteacher_cpp, name, recorded[name])
     seen: Counter[str] = Counter()
     for case in range(cases):
-        name = list(OPERATORS)[case % len(OPERATORS)]
+        name = list(FUZZ)[case % len(FUZZ)]
         print(f"case {seed + case}: {name}", flush=True)
         draw = Draw(seed + case, seen)
-        OPERATORS[name](draw)
+        FUZZ[name](draw)
         for operator in recorded.values():
             if operator.calls and draw.random.random() < 0.5:
                 print(f"  spoiled {operator.name}", flush=True)

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.function import once_differentiable
 
+from vlmteacher.ops.manifest import OPERATORS
+
 _CPP_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_CUDA_OPERATORS = ("ada_norm", "lora_linear", "patchify", "qk_norm_rope", "surrogate_decoder")  # Triton has every one
 # Of a product with frozen weights, by the bytes of an element: from so many multiply-adds on torch's own are faster on
 # a GPU. Below that the launches are the time, of which CUDA C++ has the least (H200, benchmarks/NEGATIVE.md).
 _TORCH_FROM = {2: 2**33, 4: 2**31}
@@ -93,14 +94,15 @@ def backend(x: Tensor, operator: str, weights: Sequence[Tensor] = ()) -> Any:
     weights: what the rows of x are multiplied by, where the reference is little else than torch's products. Those in
     Triton were never ahead of them.
     """
-    if x.device.type == "cpu" and x.dtype in _CPP_DTYPES and cpp_status()[0]:
+    available = OPERATORS[operator].backends
+    if x.device.type == "cpu" and x.dtype in _CPP_DTYPES and "cpp" in available and cpp_status()[0]:
         return torch.ops.vlmteacher_cpp
     if x.device.type == "cuda" and x.dtype in _GPU_DTYPES:
         if weights and len(x) * sum(weight.numel() for weight in weights) >= _TORCH_FROM[x.itemsize]:
             return None
-        if operator in _CUDA_OPERATORS and cuda_status()[0]:
+        if "cuda" in available and cuda_status()[0]:
             return torch.ops.vlmteacher_cuda
-        if triton_status()[0] and not weights:
+        if "triton" in available and not weights and triton_status()[0]:
             return importlib.import_module(f"vlmteacher.kernels.{operator}")
     return None
 
