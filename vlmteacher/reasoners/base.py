@@ -146,11 +146,11 @@ class Reasoner(ABC):
 
     def encode_prompt(self, prompt: str) -> Tensor:
         """(1, L, D) embeddings of a prompt, which may be empty. Raises InputError where a prompt is more than that."""
-        raise InputError(f"a {type(self).__name__} does not encode a prompt alone: its family cannot be trained")
+        raise InputError(f"a {type(self).__name__} does not encode a prompt alone: give a model that can be trained")
 
     def check_trainable(self) -> None:
         """Raise InputError for a model that `vlmteacher distill` cannot train."""
-        raise InputError(f"a {type(self).__name__} cannot be trained: only the Wan family can")
+        raise InputError(f"a {type(self).__name__} cannot be trained: its family encodes more than a prompt and a first frame")
 
     @abstractmethod
     def velocity(
