@@ -8,7 +8,6 @@ checkpoint            channels  patch  time        space
 taew2_1, taehv        16        1      (1, 2, 2)   x8
 taew2_2               48        2      (1, 2, 2)   x16
 taehv1_5              32        2      (1, 2, 2)   x16
-taeltx_2              128       4      (2, 2, 2)   x32 (of LTX-2, whose latents are not LTX-Video's)
 lighttaew2_1, _2_2    16, 48    1, 2   (1, 2, 2)   x8, x16 (takes de-normalised latents)
 lighttaehy1_5         32        2      (1, 2, 2)   x16 (takes de-scaled latents, LeakyReLU, gives [-1, 1])
 taew2_2_super         48        2      (1, 2, 2)   x16 (other layers: `SuperVideoDecoder`)
@@ -35,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlmteacher.decoders import taehv_files as files
-from vlmteacher.decoders.find import find_decoder
+from vlmteacher.decoders.find import KNOWN, find_decoder
 from vlmteacher.decoders.taehv_layers import MemBlock, SoftClamp, SuperMemBlock, TGrow, activation
 from vlmteacher.errors import InputError
 from vlmteacher.files import parse_json, replacing
@@ -44,9 +43,9 @@ from vlmteacher.ops import surrogate_decoder
 from vlmteacher.ops.backends import without_data
 from vlmteacher.ops.decoder_plan import Layer, Plan
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
+from vlmteacher.reasoners.registry import decoder_file
 from vlmteacher.torch_modes import keepable, plain_torch
 
-HUNYUAN15_SCALE = 1.03682  # HunyuanVideo-1.5's transformer reads its VAE's latents times this
 # Bytes of one activation at full resolution, of which a few are alive at a time. A GPU needs more frames to be busy. On
 # the CPU a chunk and the frame carried over from the chunk before must fit below 32 MiB: the C library maps larger
 # tensors anew, and the page faults cost more than the longer chunk gains.
@@ -59,12 +58,12 @@ class SurrogateDecoder(nn.Module):
     """Latents to frames by the published TAEHV layer table, in plain torch and differentiable.
 
     Args:
-        latent_channels: channels C of the latents (16 Wan 2.1, 48 Wan 2.2).
+        latent_channels: channels C of the latents.
         widths: channels of the three stages and of the last layers.
         patch: side of the final pixel shuffle.
         time_upscale: which stages double the frames.
         space_upscale: which stages double height and width; the weights do not show it, so `save` records it.
-        slope: slope of the activations below zero: 0 is ReLU; LightX2V's decoder of HunyuanVideo-1.5 has LeakyReLU 0.2.
+        slope: slope of the activations below zero: 0 is ReLU; lighttaehy1_5 has LeakyReLU 0.2.
         signed: the network's output is in [-1, 1] (that decoder's is) and is mapped to [0, 1].
     """
 
@@ -339,9 +338,9 @@ class SurrogateDecoder(nn.Module):
                 f"{path} is not a TAEHV decoder ({files.first_line(error)}): give a checkpoint such as taew2_1, taew2_2"
                 " or taew2_2_super"
             ) from error
-        if files.is_hunyuan15(path):
+        if scale := decoder_file(path.name).latents_scale:
             decoder.latents_mean = torch.zeros(1, decoder.latent_channels, 1, 1, 1)
-            decoder.latents_std = torch.full_like(decoder.latents_mean, 1 / HUNYUAN15_SCALE)
+            decoder.latents_std = torch.full_like(decoder.latents_mean, 1 / scale)
         return decoder.to(dtype).eval().requires_grad_(False)
 
 
@@ -399,18 +398,16 @@ class SuperVideoDecoder(SurrogateDecoder):
 def load_decoder(path: str | os.PathLike[str], reasoner: Any, dtype: torch.dtype = torch.float32) -> SurrogateDecoder:
     """Load a decoder for a Reasoner's latents, and check that it fits them (`check_decoder`); on the Reasoner's device.
 
-    path: a file, or a file on the hub (`find_decoder`). LightX2V's ``lighttaew*`` files were trained on de-normalised
-    latents, so they get the Reasoner's statistics. Raises InputError.
+    path: a file, or a file on the hub (`find_decoder`). A decoder that was trained on de-normalised latents
+    (`DecoderFile`) gets the Reasoner's statistics. Raises InputError.
     """
     path = find_decoder(path)
+    known = decoder_file(path.name)
     decoder = SurrogateDecoder.from_checkpoint(path, dtype)
     check_decoder(decoder, reasoner, name=str(path))
-    if Path(path).name.startswith("taeltx"):  # channels and strides are the same
-        raise InputError(
-            f"{path} decodes the latents of LTX-2, which are not those of LTX-Video 0.9: there is no published decoder"
-            " for these, train one with `vlmteacher distill decoder`"
-        )
-    if Path(path).name.startswith("lighttae") and not files.is_hunyuan15(Path(path)):
+    if known.refusal:
+        raise InputError(f"{path} {known.refusal}")
+    if known.denormalised:
         decoder.latents_mean, decoder.latents_std = reasoner.latents_mean.clone(), reasoner.latents_std.clone()
     return decoder.to(reasoner.device)
 
@@ -424,10 +421,11 @@ def fits_decoder(path: str | os.PathLike[str], reasoner: Any) -> bool:
 def check_decoder(decoder: SurrogateDecoder, reasoner: Any, name: str = "the decoder") -> None:
     """Raise InputError unless `decoder` takes the latents of `reasoner` and gives frames of the VAE's size."""
     if decoder.latent_channels != reasoner.latent_channels:
+        published = ", ".join(f"{Path(file).stem}: {channels} channels" for (channels, *_), file in KNOWN.items())
         raise InputError(
             f"{name} decodes latents of {decoder.latent_channels} channels, but the Reasoner's have"
-            f" {reasoner.latent_channels}: give a decoder of the Reasoner's family"
-            " (taew2_1: 16 channels, taehv1_5: 32, taew2_2: 48; for LTX-Video's 128 `vlmteacher distill decoder`)"
+            f" {reasoner.latent_channels}: give a decoder of the Reasoner's family ({published}), or train one with"
+            " `vlmteacher distill decoder`"
         )
     ours = (decoder.temporal_stride, decoder.spatial_stride)
     theirs = (reasoner.temporal_stride, reasoner.spatial_stride)

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vlmteacher.errors import InputError
+from vlmteacher.reasoners.registry import decoder_file
 
 FILE_LIMIT = 2**30  # bytes; the largest published decoder has a tenth
 FIRST_STAGE_KEEPS_TIME = (16, 32, 48)  # latent channels of the families whose first stage makes one frame of one
@@ -60,8 +61,9 @@ def is_super(state: dict[str, Tensor]) -> bool:
 def read_layout(state: dict[str, Tensor], metadata: dict[str, Any], path: Path) -> dict[str, Any]:
     """The keywords of the `SurrogateDecoder` with these weights; removes from `state` the weights that it does not use.
 
-    metadata: the layout in the file's metadata, for what the shapes do not show. Raises ValueError, or KeyError and
-    IndexError for weights of another network.
+    metadata: the layout in the file's metadata, for what the shapes do not show; where that is silent, the family's
+    `DecoderFile` of the file's name holds. Raises ValueError, or KeyError and IndexError for weights of another
+    network.
     """
     first, last = state["decoder.1.weight"], state["decoder.22.weight"]
     projections = [state[f"decoder.{i}.weight"] for i in (8, 14, 20)]
@@ -74,13 +76,12 @@ def read_layout(state: dict[str, Tensor], metadata: dict[str, Any], path: Path) 
         raise ValueError("space_upscale must be three of true or false, signed one")
     if type(slope := kept.get("slope", 0)) not in (int, float) or not 0 <= slope < 1:
         raise ValueError(f"slope must be from 0 to 1, not {slope}")
-    if is_hunyuan15(path):
-        kept = {"slope": 0.2, "signed": True} | kept
     return {
         "latent_channels": first.shape[1],
         "widths": [first.shape[0], *(w.shape[0] for w in projections)],
         "patch": round((last.shape[0] / 3) ** 0.5),
         "time_upscale": [w.shape[0] == 2 * w.shape[1] for w in grows],
+        **decoder_file(path.name).options,
         **kept,
     }
 
@@ -108,12 +109,6 @@ def check_shapes(shapes: dict[str, torch.Size], expected: dict[str, torch.Size])
         if expected[name] != shapes.get(name):
             shape = str(tuple(shapes[name])) if name in shapes else "missing"
             raise ValueError(f"{name} should be {tuple(expected[name])} but {shape}")
-
-
-def is_hunyuan15(path: Path) -> bool:
-    """Whether the file's name (lighttaehy1_5, lighttae_hy1_5) is that of LightX2V's decoder of HunyuanVideo-1.5, whose
-    weights do not show its activation, its range and the scale of its latents."""
-    return re.match(r"lighttae_?hy", path.name) is not None
 
 
 def _is_flags(value: object) -> bool:

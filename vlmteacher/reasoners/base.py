@@ -150,7 +150,7 @@ class Reasoner(ABC):
 
     def check_trainable(self) -> None:
         """Raise InputError for a model that `vlmteacher distill` cannot train."""
-        raise InputError(f"a {type(self).__name__} cannot be trained: its family encodes more than a prompt and a first frame")
+        raise InputError(f"a {type(self).__name__} cannot be trained: take one of another family")
 
     @abstractmethod
     def velocity(

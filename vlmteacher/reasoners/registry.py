@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
 from vlmteacher.errors import InputError
-from vlmteacher.reasoners.family import Family
+from vlmteacher.reasoners.family import DecoderFile, Family
 from vlmteacher.reasoners.hunyuan_video15.family import HUNYUAN_VIDEO_15
 from vlmteacher.reasoners.ltx import LTX
 from vlmteacher.reasoners.wan.family import WAN
@@ -29,3 +31,9 @@ def family_of(transformer: nn.Module) -> Family:
         if kind == family.transformer:
             return family
     raise InputError(f"unknown transformer {kind}: choose from {', '.join(each.transformer for each in FAMILIES)}")
+
+
+def decoder_file(name: str) -> DecoderFile:
+    """What a family declares of a published surrogate decoder, by the name of its file; nothing of other files."""
+    files = (file for family in FAMILIES for file in family.decoder_files)
+    return next((file for file in files if re.match(file.pattern, name)), DecoderFile(re.escape(name)))

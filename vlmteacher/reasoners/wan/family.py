@@ -129,7 +129,7 @@ WAN = Family(
         (16, 4, 8): "lightx2v/Autoencoders/taew2_1.pth",
         (48, 4, 16): "lightx2v/Autoencoders/taew2_2.safetensors",
     },
-    decoder_files=(DecoderFile("lighttaew", denormalised=True),),  # LightX2V's decoders
+    decoder_files=(DecoderFile(r"lighttae(?!_?hy)", denormalised=True),),  # LightX2V's decoders
     preset_misfit=_preset_misfit,
     fuse_blocks=_fuse_blocks,
     unfuse_blocks=_unfuse_blocks,
