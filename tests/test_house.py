@@ -14,7 +14,7 @@ ROOMS = [  # the lower a room, the later it stands; an arrow points down or stay
     ("evaluation", "distillation", "planning"),
     ("baselines",),
     ("pipeline",),
-    ("session", "output"),
+    ("session", "instance", "frozen_models", "output"),
     ("runs",),
     ("optimization",),
     ("reasoners", "teachers", "decoders", "lora"),

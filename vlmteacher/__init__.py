@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 from vlmteacher import moved  # noqa: F401  registers the old import paths
 from vlmteacher.errors import InputError, MissingExtra
+from vlmteacher.version import __version__
 
 if TYPE_CHECKING:
-    from vlmteacher.pipeline import TeacherPipeline, TeacherPipelineOutput
+    from vlmteacher.output import TeacherPipelineOutput
+    from vlmteacher.pipeline import TeacherPipeline
     from vlmteacher.queries import QuerySet
 
-__version__ = "0.1.0"
-__all__ = ["InputError", "MissingExtra", "QuerySet", "TeacherPipeline", "TeacherPipelineOutput"]
+__all__ = ["InputError", "MissingExtra", "QuerySet", "TeacherPipeline", "TeacherPipelineOutput", "__version__"]
 
-_HOMES = {"TeacherPipeline": "pipeline", "TeacherPipelineOutput": "pipeline", "QuerySet": "queries"}
+_HOMES = {"TeacherPipeline": "pipeline", "TeacherPipelineOutput": "output", "QuerySet": "queries"}
 
 
 def __getattr__(name: str) -> Any:

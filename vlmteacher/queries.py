@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from vlmteacher import arguments
 from vlmteacher.errors import InputError
 from vlmteacher.files import check_text, parse_json, read_json, write_text
 
@@ -79,6 +80,17 @@ class QuerySet:
         if not isinstance(value, dict) or "goal" not in value:
             raise InputError('queries: no goal; expected {"goal": "...", "process": ["...", ...]}')
         return cls(goal=value["goal"], process=value.get("process", ()))
+
+    @classmethod
+    def of(cls, queries: object) -> QuerySet | None:
+        """A query set from its dictionary, a list with the goal first, or a file; None stays. Raises InputError."""
+        if queries is None or isinstance(queries, QuerySet):
+            return queries
+        if isinstance(queries, (str, os.PathLike)):
+            return cls.load(arguments.path("queries", queries))
+        if isinstance(queries, (list, tuple)) and queries:
+            return cls(queries[0], tuple(queries[1:]))
+        return cls.from_dict(queries)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)

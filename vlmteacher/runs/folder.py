@@ -18,10 +18,12 @@ from vlmteacher.interruption import uninterrupted
 from vlmteacher.media import write_video
 from vlmteacher.runs.report import report
 from vlmteacher.state import read_state, unusable, write_state
+from vlmteacher.version import __version__
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from vlmteacher.optimization.loop import Optimization
-    from vlmteacher.pipeline import TeacherPipelineOutput
 
 RECORD, STATE = "run.json", "state.pt"
 FILES = (RECORD, STATE, "lora.safetensors", "queries.json", "before.mp4", "after.mp4", "README.md", "report.html")
@@ -141,8 +143,6 @@ class RunFolder:
         self._write_record({**self.record, **rest})
 
     def _write_record(self, record: dict[str, Any]) -> None:
-        from vlmteacher import __version__
-
         write_json(self.path / RECORD, {**record, "version": __version__})
         self.record = record
 
@@ -189,26 +189,27 @@ class RunFolder:
         if not path.exists() or path.read_bytes() != data:
             write_bytes(path, data)
 
-    def finish(self, output: TeacherPipelineOutput) -> None:
-        """Write the results, those of most worth first; what this same run has written already stays.
+    def finish(self, results: dict[str, Any], before: np.ndarray, after: np.ndarray, fps: float, lora: bytes) -> None:
+        """Write the results of the run, the LoRA first. Files that the same run has written already stay.
 
-        A file that cannot be written does not keep those after it from the disk. Raises OutputError then, in the end.
+        results: entries of run.json. before, after: the videos (F, H, W, 3) uint8. Raises OutputError for the first
+        file that cannot be written, after all others are written.
         """
         from vlmteacher.runs.model_card import model_card
 
         assert self.record is not None
-        same = self.record["stopped"] == output.stopped and self.record["steps"] == output.history
-        record = {**self.record, **output.record()}
+        same = self.record["stopped"] == results["stopped"] and self.record["steps"] == results["steps"]
+        record = {**self.record, **results}
         writers: dict[str, Callable[[Path], object]] = {
-            "queries.json": lambda path: write_json(path, output.queries.to_dict()),
-            "before.mp4": lambda path: write_video(path, output.uint8(output.frames_before), output.fps),
-            "after.mp4": lambda path: write_video(path, output.uint8(output.frames), output.fps),
-            "README.md": lambda path: write_text(path, model_card(output)),
-            "report.html": lambda path: write_text(path, report(output.record())),
+            "queries.json": lambda path: write_json(path, results["queries"]),
+            "before.mp4": lambda path: write_video(path, before, fps),
+            "after.mp4": lambda path: write_video(path, after, fps),
+            "README.md": lambda path: write_text(path, model_card(results, lora)),
+            "report.html": lambda path: write_text(path, report(results)),
         }
-        self.write_lora(output.lora)
+        self.write_lora(lora)
         if not same:
-            for name in writers:  # of fewer steps: they must not be taken for this record's
+            for name in writers:  # they are of fewer steps
                 remove(self.path / name)
             self._write_record(record)
         failed: OutputError | None = None

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlmteacher.errors import InputError
 from vlmteacher.lora.formats import read_lora
 from vlmteacher.reasoners.family import Family
 
-if TYPE_CHECKING:
-    from vlmteacher.pipeline import TeacherPipelineOutput
-
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def model_card(output: TeacherPipelineOutput) -> str:
-    """Markdown with the hub's YAML front matter. Paths of this machine do not get into it, only their last part."""
+def model_card(record: dict[str, Any], data: bytes) -> str:
+    """Markdown with the hub's YAML front matter; of local paths it shows the last part only.
+
+    record: results of the run, as in run.json. data: the LoRA file.
+    """
     import yaml
 
-    record, lora = output.record(), read_lora(output.lora)
+    lora = read_lora(data)
     models = {name: ", ".join(map(_public, model.split(", "))) for name, model in record["models"].items()}
     changes = {"transformer": "the transformer", "few_step_lora": "the few-step LoRA", "fused": "the fused LoRA"}
     changed = "; ".join(f"{text} {_text(models[name])}" for name, text in changes.items() if name in models)
@@ -37,11 +37,12 @@ def model_card(output: TeacherPipelineOutput) -> str:
     }
     if not on_hub:
         del front["base_model"], front["base_model_relation"]
+    queries = record["queries"]
     rows = zip(
-        ["goal", *["process"] * len(output.queries.process)],
-        output.queries.questions,
-        output.p_yes_before,
-        output.p_yes_after,
+        ["goal", *["process"] * len(queries["process"])],
+        [queries["goal"], *queries["process"]],
+        record["p_yes_before"],
+        record["p_yes_after"],
         strict=True,
     )
     questions = "\n".join(f"| {kind} | {_text(q)} | {p:.2f} | {after:.2f} |" for kind, q, p, after in rows)
@@ -63,8 +64,8 @@ looked at the video and answered the questions below, and the gradient of its an
 |---|---|---|---|
 {questions}
 
-The objective went from {output.loss_before:.3f} to {output.loss_after:.3f} in {output.updates} updates (stopped: \
-{output.stopped}). P(Yes) is the opinion of the Teacher that trained it, no independent measure.
+The objective went from {record["loss_before"]:.3f} to {record["loss_after"]:.3f} in {record["updates"]} updates \
+(stopped: {record["stopped"]}). P(Yes) is the opinion of the Teacher that trained it, no independent measure.
 
 ## How to load it
 

@@ -1,0 +1,181 @@
+"""The inputs of one call, checked."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vlmteacher import arguments
+from vlmteacher.errors import InputError
+from vlmteacher.lora.adapter import frozen_blocks, lora_size
+from vlmteacher.lora.formats import LoRA, safetensors_bytes
+from vlmteacher.media import ImageInput, fit_image
+from vlmteacher.optimization.engines import check_engine
+from vlmteacher.optimization.objective import teacher_frame_indices
+from vlmteacher.placement import check_memory
+from vlmteacher.prompts import check_prompt
+from vlmteacher.queries import QuerySet
+from vlmteacher.settings import Keywords, Settings
+
+if TYPE_CHECKING:
+    from vlmteacher.frozen_models import FrozenModels
+    from vlmteacher.reasoners.base import Reasoner
+
+SIZE = ("num_frames", "height", "width")
+
+
+@dataclass(frozen=True)
+class Instance:
+    """The inputs of one call, checked.
+
+    Attributes:
+        image: the first frame in the size of the video, or None.
+        size: number of frames, height and width of the video, by the names of `SIZE`.
+        frame_indices: the frames that the Teacher sees.
+        reasoner: the pipeline's Reasoner with the sampling of this call.
+        queries: None where the Teacher writes them.
+        generator: draws the noise.
+        lora: the LoRA that the optimisation starts from; None for a fresh one.
+    """
+
+    prompt: str
+    image: Image.Image | None
+    size: dict[str, int]
+    frame_indices: list[int]
+    reasoner: Reasoner
+    settings: Settings
+    queries: QuerySet | None
+    generator: torch.Generator
+    lora: LoRA | None
+
+    @property
+    def seed(self) -> int:
+        return self.generator.initial_seed()
+
+    def config(self) -> dict[str, Any]:
+        """The entry `config` of run.json, of the generator as it is now."""
+        return {
+            **self.settings.to_dict(),
+            **self.size,
+            "sampling": self.reasoner.settings.sampling,
+            "seed": self.seed,
+            "generator": _digest(self.generator.get_state().numpy()),  # a used one has the same seed
+            "image": None if self.image is None else _digest(np.asarray(self.image)),
+            "dtype": str(self.reasoner.dtype).removeprefix("torch."),
+            "lora": self.lora and lora_fingerprint(self.lora),
+            **({"lora_scale": self.lora.scale_source} if self.lora else {}),
+        }
+
+
+def check_inputs(
+    models: FrozenModels,
+    prompt: object,
+    image: ImageInput | None,
+    size: tuple[object, ...],
+    sampling: tuple[object, ...],
+    generator: object,
+    queries: object,
+    keywords: Keywords,
+    record: Mapping[str, Any] | None,
+) -> Instance:
+    """The inputs of a call, or InputError for the first that cannot be used.
+
+    size: num_frames, height, width. sampling: num_inference_steps, guidance_scale, negative_prompt. None is the
+    Reasoner's own in both. record: run.json of the run to resume, which has what the call leaves out.
+    """
+    prompt = arguments.text("prompt", arguments.single("prompt", prompt))
+    source, asked, values = _generator(generator), QuerySet.of(queries), dict(keywords)
+    reasoner = _with_sampling(models.reasoner, *sampling)
+    if record:
+        asked = asked or QuerySet.from_dict(record["queries"])
+        _default(values, "max_steps", record["config"].get("max_steps"))
+    if not reasoner.draws_later:  # a pair's default is for its own sampler: by another, all samples may be the same
+        _default(values, "final_samples", 1)
+    settings = _settings(models.defaults, values, models.lora)
+    check_engine(settings.engine, reasoner, models.teacher)
+    reasoner.check_target(settings.target)
+    reasoner.check_samples(settings.final_samples)
+    frozen_blocks(reasoner.transformer, settings.lora_blocks)
+    shape = {
+        name: getattr(reasoner, name) if value is None else arguments.whole(name, value)
+        for name, value in zip(SIZE, size, strict=True)
+    }
+    check_prompt(prompt)
+    reasoner.check(**shape)
+    check_size(reasoner, settings, **shape)
+    frame_indices = teacher_frame_indices(shape["num_frames"], settings.teacher_frames)
+    picture = None if image is None else fit_image(image, shape["height"], shape["width"])
+    if source is None:
+        source = torch.Generator()
+        source.manual_seed(record["config"]["seed"] if record else source.seed())
+    return Instance(prompt, picture, shape, frame_indices, reasoner, settings, asked, source, models.lora)
+
+
+def _default(values: dict[str, Any], name: str, default: object) -> None:
+    if values.get(name) is None:
+        values[name] = default
+
+
+def _with_sampling(reasoner: Reasoner, steps: object, guidance_scale: object, negative_prompt: object) -> Reasoner:
+    if negative_prompt is not None:
+        negative_prompt = arguments.text("negative_prompt", arguments.single("negative_prompt", negative_prompt))
+    if guidance_scale is not None:
+        guidance_scale = arguments.number("guidance_scale", guidance_scale)
+    if steps is not None:
+        steps = arguments.whole("num_inference_steps", steps)
+    return reasoner.with_sampling(steps, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
+
+
+def _settings(defaults: Settings, values: dict[str, Any], lora: LoRA | None) -> Settings:
+    """`defaults` with these values. Raises InputError where they do not go with the LoRA that the call starts from."""
+    if lora is None:
+        return defaults.updated(**values)
+    if values.get("rank") not in (None, lora.rank):
+        raise InputError(f"{lora.source} is of rank {lora.rank}: it cannot go on with rank {values['rank']}")
+    settings = defaults.updated(**{**values, "rank": lora.rank})
+    if settings.lora_blocks is not None:
+        raise InputError(f"{lora.source} has its own layers: it cannot go on with lora_blocks")
+    return settings
+
+
+def _generator(generator: object) -> torch.Generator | None:
+    """A generator, or the only one of a list. Raises InputError."""
+    generator = arguments.single("generator", generator)
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    raise InputError(
+        f"generator must be a torch.Generator, not {arguments.show(generator)}: torch.Generator().manual_seed(0) is one"
+    )
+
+
+def check_size(reasoner: Reasoner, settings: Settings, num_frames: int, height: int, width: int) -> None:
+    """Raise InputError where noise and pixels alone, or the LoRA alone, are larger than the Reasoner's device."""
+    if settings.frame_jitter >= min(height, width):
+        raise InputError(f"frame_jitter {settings.frame_jitter} shifts frames of {width}x{height} out of themselves")
+    latents = math.prod(reasoner.latent_shape(num_frames, height, width))
+    later = len(reasoner.settings.timesteps) - 1 if reasoner.settings.sampler == "renoise" else 0
+    pixels = 3 * num_frames * height * width
+    numbers = latents * (2 + later * settings.final_samples) + pixels * (1 + settings.final_samples)
+    samples = f" and {settings.final_samples} final_samples" if settings.final_samples > 1 else ""
+    video = f"a video of {num_frames} frames of {width}x{height} with {later + 1} draws of noise{samples}"
+    check_memory(reasoner.device, 4 * numbers, video, "give fewer or smaller frames, steps or final_samples")
+    weights = lora_size(reasoner.transformer, settings.rank, settings.lora_blocks)
+    check_memory(reasoner.device, 16 * weights, f"a LoRA of rank {settings.rank} in training", "give a lower rank")
+
+
+def lora_fingerprint(lora: LoRA) -> str:
+    """A hash of a LoRA's tensors."""
+    data = replace(lora, differences={}).to_bytes("diffusers")
+    differences = safetensors_bytes(lora.differences) if lora.differences else b""
+    return hashlib.sha256(data + differences).hexdigest()[:16]
+
+
+def _digest(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()[:16]

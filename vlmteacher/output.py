@@ -1,0 +1,112 @@
+"""The result of a call."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from vlmteacher.files import claimed
+from vlmteacher.optimization.loop import Stopped
+from vlmteacher.queries import QuerySet
+from vlmteacher.runs.folder import RunFolder, checked
+
+Frames: TypeAlias = list[Image.Image] | np.ndarray | Tensor
+"""A video: list of F images ("pil"), array (F, H, W, 3) ("np") or tensor (F, 3, H, W) ("pt"), floats in [0, 1]."""
+
+
+@dataclass
+class TeacherPipelineOutput:
+    """The result of a call.
+
+    Attributes:
+        frames, frames_before: the final video with the trained LoRA, and the video with the LoRA as it was at first,
+            from the same noise.
+        history: one row per step (see `Optimization`). updates: of the LoRA.
+        stopped: "threshold", "max_steps" or "diverged" (the LoRA is then the best one before the divergence).
+        p_yes_before, p_yes_after: the Teacher's P(Yes) of each query, goal first, on the two videos.
+        loss_before, loss_after: the objective on the two videos.
+        sample: index of `frames` among the `final_samples` videos; 0 has the noise of `frames_before`.
+        seconds: wall time of each part of the call.
+        config: settings, size, sampling and seed of the call.
+        models: names of the models.
+        fps: frames per second of the videos.
+        lora: the bytes of lora.safetensors.
+        cut_tokens: number of tokens of each text beyond the limit of the Reasoner's text encoder.
+    """
+
+    frames: Frames
+    frames_before: Frames
+    prompt: str
+    queries: QuerySet
+    history: list[dict[str, Any]]
+    stopped: Stopped
+    updates: int
+    p_yes_before: list[float]
+    p_yes_after: list[float]
+    loss_before: float
+    loss_after: float
+    sample: int
+    seconds: dict[str, float]
+    config: dict[str, Any]
+    models: dict[str, str]
+    fps: float
+    lora: bytes = field(repr=False)
+    cut_tokens: dict[str, int] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """The content of run.json, without the version."""
+        return {
+            "prompt": self.prompt,
+            "config": self.config,
+            "queries": self.queries.to_dict(),
+            "steps": self.history,
+            "stopped": self.stopped,
+            "updates": self.updates,
+            "p_yes_before": self.p_yes_before,
+            "p_yes_after": self.p_yes_after,
+            "loss_before": self.loss_before,
+            "loss_after": self.loss_after,
+            "sample": self.sample,
+            "seconds": self.seconds,
+            "models": self.models,
+            "cut_tokens": self.cut_tokens,
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a run folder: before.mp4, after.mp4, lora.safetensors and its README.md, queries.json, run.json,
+        report.html.
+
+        Raises InputError when `path` cannot be written to or already holds a run, OutputError when the disk is full.
+        """
+        with claimed(checked(path)):
+            folder = RunFolder(path)
+            folder.begin(self.record())
+            self.finish(folder)
+
+    def finish(self, folder: RunFolder) -> None:
+        """Write the results to the folder of a run that has begun (see `RunFolder.finish`)."""
+        before, after = self.uint8(self.frames_before), self.uint8(self.frames)
+        folder.finish(self.record(), before, after, self.fps, self.lora)
+
+    @staticmethod
+    def uint8(frames: Frames) -> np.ndarray:
+        """A video of any output type as an array (F, H, W, 3) uint8."""
+        if isinstance(frames, Tensor):
+            frames = frames.permute(0, 2, 3, 1).float().cpu().numpy()
+        if isinstance(frames, np.ndarray):
+            return (frames * 255).round().clip(0, 255).astype(np.uint8)
+        return np.stack([np.asarray(frame) for frame in frames])
+
+
+def convert(video: Tensor, output_type: Literal["pil", "np", "pt"]) -> Frames:
+    """A video (F, 3, H, W) in [0, 1] as the output type."""
+    if output_type == "pt":
+        return video
+    if output_type == "np":
+        return video.permute(0, 2, 3, 1).float().cpu().numpy()
+    return [Image.fromarray(frame) for frame in TeacherPipelineOutput.uint8(video)]

@@ -1,0 +1,321 @@
+"""One instance from begin to end: the parts of Algorithm 1 that `TeacherPipeline.__call__` puts in order."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from vlmteacher import state
+from vlmteacher.errors import NonFiniteError, NonFiniteFrames, OutOfMemory
+from vlmteacher.instance import Instance, check_inputs
+from vlmteacher.lora.adapter import add_lora, export_lora, remove_lora
+from vlmteacher.media import ImageInput
+from vlmteacher.optimization.divergence import DIVERGED_RISE, SUSPICIOUS_RISE
+from vlmteacher.optimization.guards import frame_contrast
+from vlmteacher.optimization.loop import Optimization
+from vlmteacher.optimization.reward import pick, vqa_objective
+from vlmteacher.output import TeacherPipelineOutput, convert
+from vlmteacher.queries import QuerySet
+from vlmteacher.runs.folder import RunFolder
+from vlmteacher.settings import Keywords
+
+if TYPE_CHECKING:
+    from vlmteacher.frozen_models import FrozenModels
+    from vlmteacher.reasoners.condition import Condition, Noise
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A few-step video (F, 3, H, W) in [0, 1], -log P(Yes) (1+M,) of the queries on it, its index among the samples."""
+
+    video: Tensor
+    losses: Tensor
+    index: int = 0
+
+
+class Session:
+    """One instance on the models of a pipeline. As a context it takes the LoRA off at its end, and undoes `offload`.
+
+    Attributes:
+        queries, condition, noise: of the instance, as soon as they are made.
+        loop: the optimisation. It is also `models.loop` while it is at work.
+        lora: the bytes of the LoRA file, after the steps.
+    """
+
+    queries: QuerySet
+    condition: Condition
+    noise: Noise
+    loop: Optimization
+    lora: bytes
+
+    def __init__(self, models: FrozenModels, instance: Instance) -> None:
+        self.models, self.instance = models, instance
+        self.settings, self.reasoner = instance.settings, instance.reasoner
+        self.config = instance.config()
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+        self._undo = ExitStack()
+        later = self.settings.check_final or self.settings.target != "first_step"
+        self._at_work = ["transformer", "teacher", *(["transformer_2", "vae"] if later else [])]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._undo.__exit__(*error)
+
+    def encode(self) -> None:
+        """Encode prompt and first frame."""
+        self.models.need(*(name for name in self.reasoner.networks if not name.startswith("transformer")))
+        self.condition = self.reasoner.encode(self.instance.prompt, self.instance.image, **self.instance.size)
+
+    def write_queries(self) -> None:
+        """Take the queries of the call, or let the Teacher write them."""
+        with self._timed("queries"):
+            queries = self.instance.queries or self.models.write_queries(self.instance.prompt, self.instance.image)
+            self.queries = self._preserving(queries)
+
+    def _preserving(self, queries: QuerySet) -> QuerySet:
+        return queries.plus(self.models.teacher.style.preservation_query) if self.settings.preserve else queries
+
+    def draw_noise(self) -> None:
+        """Draw the noise of every sampling step."""
+        self.noise = self.reasoner.noise(self.condition, self.instance.generator, self.settings.final_samples)
+
+    def add_lora(self) -> None:
+        """Put a LoRA on the Reasoner: a fresh one, which changes nothing yet, or the one to start from."""
+        self._undo.callback(self.models.need)
+        self._undo.callback(remove_lora, self.reasoner.transformer)
+        add_lora(
+            self.reasoner.transformer,
+            self.settings.rank,
+            seed=self.instance.seed,
+            start=self.instance.lora,
+            fused=self.settings.fused_lora,
+            blocks=self.settings.lora_blocks,
+        )
+
+    def first_sample(self) -> Sample:
+        """The few-step video before any update."""
+        with self._timed("before"):
+            self.before = self._sample(self.noise)
+        return self.before
+
+    def _sample(self, noise: Noise, index: int = 0) -> Sample:
+        video = self.models.sample(self.condition, noise, self.reasoner)
+        return Sample(video, self.models.judge(video, self.instance.frame_indices, self.queries), index)
+
+    def steps(self, progress: bool) -> Iterator[dict[str, Any]]:
+        """The rows of the optimisation's steps (see `Optimization`), with a progress bar."""
+        self._begin_loop()
+        with tqdm(total=self.settings.max_steps, initial=len(self.loop.history), disable=not progress) as bar:
+            for row in self.loop:
+                p_yes = " ".join(f"{p:.2f}" for p in row["p_yes"])
+                bar.set_postfix_str(f"loss {row['loss']:.3f}, P(Yes) {p_yes}", refresh=False)
+                bar.update()
+                yield row
+                self.models.need(*self._at_work)  # a callback may have sampled a video
+        self.loop.finish()
+        self._export_lora()
+
+    def _begin_loop(self) -> None:
+        models, offload = self.models, self.models.offload
+
+        def make_room() -> None:
+            models.offload = True
+            models.need(*self._at_work)
+
+        def end() -> None:
+            models.loop = None
+            self.loop.close()
+            if models.offload and not offload:  # memory ran out; the next instance may be smaller
+                models.offload = False
+                models.place()
+
+        models.need(*self._at_work)
+        self.loop = models.loop = Optimization(
+            self.reasoner,
+            models.decoder,
+            models.teacher,
+            self.condition,
+            self.noise,
+            self.queries,
+            self.settings,
+            make_room,
+        )
+        self._undo.callback(end)
+
+    def _export_lora(self) -> None:
+        self.lora = export_lora(self.reasoner.transformer)
+
+    def final_sample(self) -> Sample:
+        """The few-step video of the trained LoRA, the best of `final_samples`.
+
+        No step has evaluated the last update: where this video shows that it diverged, the best LoRA takes its place.
+        """
+        with self._timed("after"):
+            after = self._final_sample()
+        if self.loop.stopped == "diverged":
+            self._export_lora()
+        return after
+
+    def _final_sample(self) -> Sample:
+        loop = self.loop
+        try:
+            after = self._best_sample()
+        except NonFiniteFrames as error:
+            if not loop.updates:
+                raise
+            loop.diverge(error)
+            return self._best_sample()
+        why = None
+        if self.settings.keep == "last" and loop.stopped == "max_steps":
+            why = self._divergence(after)
+        if why is None:
+            return after
+        loop.diverge(why)
+        return self._best_sample()
+
+    def _best_sample(self) -> Sample:
+        noises = self.noise.samples()
+        samples = [self._sample(noise, index) for index, noise in enumerate(noises) if index or self.loop.updates]
+        if not self.loop.updates:  # the first one is the video from before
+            samples.insert(0, self.before)
+        return samples[pick([sample.losses for sample in samples], self.settings.goal_weight)]
+
+    def _divergence(self, after: Sample) -> str | None:
+        """Why the last update diverged, by the video after it; None if it did not."""
+        rise = self._objective(after) - self._objective(self.before)
+        flat = self.loop.flatness(frame_contrast(after.video).item())
+        if rise > DIVERGED_RISE:
+            return f"the few-step video's loss has risen by {rise:.2f}"
+        if flat or not rise > SUSPICIOUS_RISE:
+            return flat
+        self.models.need(*self._at_work)
+        return self.loop.last_divergence()
+
+    def _objective(self, sample: Sample) -> float:
+        return vqa_objective(sample.losses, self.settings.goal_weight).item()
+
+    def output(self, after: Sample, output_type: Literal["pil", "np", "pt"]) -> TeacherPipelineOutput:
+        """The result of the instance."""
+        loop, before = self.loop, self.before
+        assert loop.stopped is not None  # `steps` ends in no other way
+        self.seconds["steps"] = sum(row["seconds"] for row in loop.history)
+        self.seconds["total"] = time.perf_counter() - self._start
+        return TeacherPipelineOutput(
+            frames=convert(after.video, output_type),
+            frames_before=convert(before.video, output_type),
+            prompt=self.instance.prompt,
+            queries=self.queries,
+            history=loop.history,
+            stopped=loop.stopped,
+            updates=loop.updates,
+            p_yes_before=before.losses.neg().exp().tolist(),
+            p_yes_after=after.losses.neg().exp().tolist(),
+            loss_before=self._objective(before),
+            loss_after=self._objective(after),
+            sample=after.index,
+            seconds=self.seconds,
+            config=self.config,
+            models=self.models.models,
+            fps=self.reasoner.fps,
+            lora=self.lora,
+            cut_tokens=self.condition.all_cut,
+        )
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
+class RecordedSession(Session):
+    """A session that is written to a run folder while it goes on, and resumes the run that is there.
+
+    Raises InputError where the folder holds a run of other inputs.
+    """
+
+    def __init__(self, models: FrozenModels, instance: Instance, folder: RunFolder) -> None:
+        super().__init__(models, instance)
+        self.folder = folder
+        if folder.record:
+            assert instance.queries is not None
+            folder.take_up(self._identity(self._preserving(instance.queries)))
+
+    def _identity(self, queries: QuerySet) -> dict[str, Any]:
+        """The entries of run.json that make the run what it is, of the models without the LoRA."""
+        models = self.models
+        teacher = getattr(models.teacher, "model", None)
+        return {
+            "prompt": self.instance.prompt,
+            "config": self.config,
+            "models": models.models,
+            "queries": queries.to_dict(),
+            "fingerprints": {
+                "reasoner": state.fingerprint(models.reasoner.networks, models.reasoner.settings),
+                "teacher": state.fingerprint({} if teacher is None else {"model": teacher}, models.teacher.style),
+                "decoder": state.fingerprint({"decoder": models.decoder}),
+            },
+        }
+
+    def add_lora(self) -> None:
+        if not self.folder.record:
+            self._record = self._identity(self.queries)
+        super().add_lora()
+
+    def first_sample(self) -> Sample:
+        sample = super().first_sample()
+        if not self.folder.record:
+            self.folder.begin({**self._record, "cut_tokens": self.condition.all_cut})
+        return sample
+
+    def _begin_loop(self) -> None:
+        super()._begin_loop()
+        self.folder.load_state(self.loop)
+        self._undo.push(self._interrupt)
+
+    def _interrupt(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, (KeyboardInterrupt, NonFiniteError, OutOfMemory)):
+            self.folder.interrupt(self.loop)
+
+    def steps(self, progress: bool) -> Iterator[dict[str, Any]]:
+        for row in super().steps(progress):
+            self.folder.save_state(self.loop, force=self.loop.stopped is not None)
+            yield row
+
+    def _export_lora(self) -> None:
+        super()._export_lora()
+        self.folder.write_lora(self.lora)
+
+    def output(self, after: Sample, output_type: Literal["pil", "np", "pt"]) -> TeacherPipelineOutput:
+        output = super().output(after, output_type)
+        output.finish(self.folder)
+        return output
+
+
+def open_session(
+    models: FrozenModels,
+    prompt: object,
+    image: ImageInput | None,
+    size: tuple[object, ...],
+    sampling: tuple[object, ...],
+    generator: object,
+    queries: object,
+    keywords: Keywords,
+    run_dir: str | os.PathLike[str] | None,
+    resume: bool,
+) -> Session:
+    """The session of a call with these inputs (see `check_inputs`), recorded where there is a run folder."""
+    folder = None if run_dir is None else RunFolder(run_dir, resume)
+    record = folder.record if folder else None
+    instance = check_inputs(models, prompt, image, size, sampling, generator, queries, keywords, record)
+    return RecordedSession(models, instance, folder) if folder else Session(models, instance)
