@@ -169,7 +169,7 @@ def distil(run: Run) -> None:
     export(out, videos["count"], videos["seed"], flawed=True, chosen=world.FAMILIES)
     paths = {"reasoner": str(run.path("reasoner/reasoner")), "data": str(out), "out": str(run.out)}
     with fast_attention():
-        distill.run(distill.Settings.from_dict(config | paths), resume=(run.out / STATE).exists())
+        distill.run(distill.DistillSettings.from_dict(config | paths), resume=(run.out / STATE).exists())
 
 
 def save_pipeline(

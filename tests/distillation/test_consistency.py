@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.tiny_models import tiny_wan_pipeline
 from vlmteacher.distillation.adapters import SharedBackbone
-from vlmteacher.distillation.consistency import Consistency, Settings
+from vlmteacher.distillation.consistency import Consistency, ConsistencySettings
 from vlmteacher.distillation.flow_matching import grid_levels
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners.condition import Condition, collate
@@ -28,7 +28,7 @@ def method(tmp_path_factory) -> Consistency:
         for parameter in networks.parameters("student"):
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     empty = reasoner.encode("box", None, 5, 32, 48).prompt_embeds
-    return Consistency(reasoner, networks, empty, Settings(guidance=2.0, substeps=2))
+    return Consistency(reasoner, networks, empty, ConsistencySettings(guidance=2.0, substeps=2))
 
 
 def batch(method: Consistency) -> tuple[Condition, Tensor]:
@@ -83,6 +83,6 @@ def test_at_the_last_level_the_target_is_the_end_of_the_way(method):
 
 def test_bad_settings_are_named():
     with pytest.raises(InputError, match="substeps must be a whole number of at least 1, not 0"):
-        Settings(substeps=0)
+        ConsistencySettings(substeps=0)
     with pytest.raises(InputError, match="guidance must be 0 or greater, not nan"):
-        Settings(guidance=float("nan"))
+        ConsistencySettings(guidance=float("nan"))

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from recipes.microworld.training import load_config
 from vlmteacher.cli import main
-from vlmteacher.distillation.distill import Settings, load_settings, run
+from vlmteacher.distillation.distill import DistillSettings, load_settings, run
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners.loading import load_reasoner
 
@@ -96,7 +96,7 @@ def test_resume_with_other_settings_names_them(config, capfd):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(config, tmp_path):
-    settings = Settings.from_dict(yaml.safe_load(config(learning_rate=1e30, max_grad_norm=1e30).read_text()))
+    settings = DistillSettings.from_dict(yaml.safe_load(config(learning_rate=1e30, max_grad_norm=1e30).read_text()))
     with pytest.raises(ArithmeticError, match="not finite"):
         run(settings)
     kept = torch.load(next((tmp_path / "run" / "state").rglob("*.pt")), weights_only=True)
@@ -113,7 +113,7 @@ def test_the_stage_and_the_command_have_one_configuration(pytestconfig):
     paths = {"reasoner": "a", "data": "b", "out": "c"}
     stage = {name: value for name, value in load_config("distil").items() if name != "videos"}
     command = load_settings(pytestconfig.rootpath / "configs" / "microworld_dmd2.yaml", paths | {"cache": None})
-    assert command.to_dict() == Settings.from_dict(stage | paths).to_dict()
+    assert command.to_dict() == DistillSettings.from_dict(stage | paths).to_dict()
 
 
 @pytest.mark.parametrize("text", ["- a list", "a: [", None])

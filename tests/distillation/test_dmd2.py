@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.tiny_models import tiny_wan_pipeline
 from vlmteacher.distillation.adapters import Networks, Role, SeparateNetworks, SharedBackbone
-from vlmteacher.distillation.dmd2 import DMD2, Settings, draw_sigmas, matching_gradient
+from vlmteacher.distillation.dmd2 import DMD2, DMD2Settings, draw_sigmas, matching_gradient
 from vlmteacher.distillation.flow_matching import flow_matching_loss, noised
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners.condition import Condition, collate
@@ -124,7 +124,7 @@ def dmd2(request, path) -> DMD2:
             for parameter in networks.parameters(role):
                 parameter += 0.02 * torch.randn(parameter.shape, generator=draw)
     empty = reasoner.encode("box", None, 5, 32, 48).prompt_embeds
-    settings = Settings(guidance=2.0, gan_weight=0.1, critic_weight=1.0)
+    settings = DMD2Settings(guidance=2.0, gan_weight=0.1, critic_weight=1.0)
     return DMD2(reasoner, networks, empty, settings, seed=0)
 
 
@@ -228,6 +228,6 @@ def test_bad_settings_are_named(dmd2):
         ({"low": 0.5, "high": 0.5}, "0 < low < high <= 1"),
     ):
         with pytest.raises(InputError, match=message):
-            Settings(**values)
+            DMD2Settings(**values)
     with pytest.raises(InputError, match="gan_block must be below 2"):
-        DMD2(dmd2.reasoner, dmd2.networks, dmd2.empty, Settings(gan_weight=0.1, gan_block=2), seed=0)
+        DMD2(dmd2.reasoner, dmd2.networks, dmd2.empty, DMD2Settings(gan_weight=0.1, gan_block=2), seed=0)

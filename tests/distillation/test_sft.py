@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from vlmteacher.cli import main
-from vlmteacher.distillation.sft import FineTuning, Settings, load_settings
+from vlmteacher.distillation.sft import FineTuning, FineTuningSettings, load_settings
 from vlmteacher.distillation.training import begin
 from vlmteacher.reasoners.loading import load_reasoner
 
@@ -101,7 +101,7 @@ def test_accumulated_batches_are_one_batch(config, tmp_path):
 
 def test_noise_levels_are_drawn_as_told(config, teacher, data, tmp_path):
     def levels(**changed: Any) -> torch.Tensor:
-        settings = Settings.from_dict(yaml.safe_load(config(**changed).read_text()))
+        settings = FineTuningSettings.from_dict(yaml.safe_load(config(**changed).read_text()))
         tuning = FineTuning.__new__(FineTuning)
         tuning.settings = settings
         return tuning.draw_sigmas(20_000, torch.Generator().manual_seed(0))

@@ -23,7 +23,7 @@ from vlmteacher.reasoners.many_step import ode_step
 
 
 @dataclass(frozen=True)
-class Settings:
+class ConsistencySettings:
     """What consistency distillation may be told; raises InputError.
 
     Attributes:
@@ -52,7 +52,7 @@ class Consistency:
         settings: of the method.
     """
 
-    def __init__(self, reasoner: Reasoner, networks: Networks, empty: Tensor, settings: Settings) -> None:
+    def __init__(self, reasoner: Reasoner, networks: Networks, empty: Tensor, settings: ConsistencySettings) -> None:
         self.reasoner, self.networks, self.empty, self.settings = reasoner, networks, empty, settings
 
     def student_loss(

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Settings:
+class DecoderSettings:
     """What the YAML file holds, `TrainSettings` beside it; raises InputError.
 
     Attributes:
@@ -85,9 +85,9 @@ class Settings:
         return {**values.pop("train"), **{n: v for n, v in values.items() if n not in ("out", "cache")}}
 
 
-def load_settings(path: Path, overrides: dict[str, Any]) -> Settings:
-    """Read a YAML file of `Settings`; `overrides` replace its entries. Raises InputError."""
-    return read_settings(path, overrides, lambda entries: Settings(**entries))
+def load_settings(path: Path, overrides: dict[str, Any]) -> DecoderSettings:
+    """Read a YAML file of `DecoderSettings`; `overrides` replace its entries. Raises InputError."""
+    return read_settings(path, overrides, lambda entries: DecoderSettings(**entries))
 
 
 class VideoVAE:
@@ -142,7 +142,7 @@ class Clips:
         self.files = files
 
     @classmethod
-    def prepare(cls, settings: Settings, vae: VideoVAE) -> Clips:
+    def prepare(cls, settings: DecoderSettings, vae: VideoVAE) -> Clips:
         """Encode what `settings.data` holds; what the cache has already is kept. Raises InputError."""
         cache = Path(settings.cache or Path(settings.out) / "cache")
         make_folder(cache)
@@ -185,7 +185,7 @@ class Clips:
         return content["latents"], content["frames"]
 
 
-def build(settings: Settings, latents: Tensor, frames: Tensor) -> SurrogateDecoder:
+def build(settings: DecoderSettings, latents: Tensor, frames: Tensor) -> SurrogateDecoder:
     """An untrained decoder from `latents` to `frames` (see `Clips`), its strides read off them. Raises InputError."""
     channels, t, h, w = latents.shape
     count, height, width = frames.shape[:3]
@@ -211,7 +211,7 @@ def build(settings: Settings, latents: Tensor, frames: Tensor) -> SurrogateDecod
 class Distillation:
     """The update of the decoder; `Trainer` calls `step`."""
 
-    def __init__(self, settings: Settings, clips: Clips, accelerator: Accelerator) -> None:
+    def __init__(self, settings: DecoderSettings, clips: Clips, accelerator: Accelerator) -> None:
         self.settings, self.accelerator = settings, accelerator
         self.clips, self.held_out = clips.split(settings.held_out)
         torch.manual_seed(settings.train.seed)
@@ -275,7 +275,7 @@ class Distillation:
 
 
 @plain_torch()
-def run(settings: Settings, resume: bool = False) -> Path:
+def run(settings: DecoderSettings, resume: bool = False) -> Path:
     """Distil; returns the checkpoint for `SurrogateDecoder.from_checkpoint`, ``decoder.safetensors`` in `settings.out`.
 
     Raises InputError for what cannot be used, NonFiniteError when the training breaks down (the last good state stays).

@@ -35,7 +35,7 @@ METHODS = ("dmd2", "consistency", "few-timesteps")
 
 
 @dataclass(frozen=True)
-class Settings:
+class DistillSettings:
     """What a distillation may be told; the entries of its YAML file. Raises InputError.
 
     Attributes:
@@ -59,8 +59,8 @@ class Settings:
     shift: float = 1.0
     offload: bool = False
     train: TrainSettings = field(default_factory=TrainSettings)
-    dmd2: dmd2.Settings = field(default_factory=dmd2.Settings)
-    consistency: consistency.Settings = field(default_factory=consistency.Settings)
+    dmd2: dmd2.DMD2Settings = field(default_factory=dmd2.DMD2Settings)
+    consistency: consistency.ConsistencySettings = field(default_factory=consistency.ConsistencySettings)
 
     def __post_init__(self) -> None:
         check_kinds(self)
@@ -85,13 +85,13 @@ class Settings:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Settings:
+    def from_dict(cls, values: dict[str, Any]) -> DistillSettings:
         """From the entries of a YAML file; those of `TrainSettings` stand beside the others."""
         return build_settings(values, cls._build)
 
     @classmethod
-    def _build(cls, values: dict[str, Any]) -> Settings:
-        for name, part in (("dmd2", dmd2.Settings), ("consistency", consistency.Settings)):
+    def _build(cls, values: dict[str, Any]) -> DistillSettings:
+        for name, part in (("dmd2", dmd2.DMD2Settings), ("consistency", consistency.ConsistencySettings)):
             if name in values:
                 values[name] = part(**(values[name] or {}))
         if isinstance(values.get("timesteps"), list):
@@ -99,15 +99,17 @@ class Settings:
         return cls(**values)
 
 
-def load_settings(path: Path, overrides: dict[str, Any]) -> Settings:
-    """Read a YAML file of `Settings`; `overrides` replace its entries. Raises InputError."""
-    return read_settings(path, overrides, Settings._build)
+def load_settings(path: Path, overrides: dict[str, Any]) -> DistillSettings:
+    """Read a YAML file of `DistillSettings`; `overrides` replace its entries. Raises InputError."""
+    return read_settings(path, overrides, DistillSettings._build)
 
 
 class Distillation(Training):
     """The networks and the losses of the method; a step is one update of the student, after those of the fake score."""
 
-    def __init__(self, settings: Settings, reasoner: Reasoner, data: LatentDataset, accelerator: Accelerator) -> None:
+    def __init__(
+        self, settings: DistillSettings, reasoner: Reasoner, data: LatentDataset, accelerator: Accelerator
+    ) -> None:
         train = settings.train
         roles: tuple[Role, ...] = ("student", "fake") if settings.method == "dmd2" else ("student",)
         super().__init__(reasoner, data, accelerator, train, roles, settings.offload)
@@ -153,7 +155,7 @@ class Distillation(Training):
 
 
 @plain_torch()
-def run(settings: Settings, resume: bool = False) -> Path:
+def run(settings: DistillSettings, resume: bool = False) -> Path:
     """Distil; returns the pipeline directory that `load_reasoner` opens, ``pipeline`` in `settings.out`.
 
     Raises InputError for what cannot be used, NonFiniteError when the training breaks down (the last good state stays).

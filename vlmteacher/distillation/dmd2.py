@@ -77,7 +77,7 @@ def persuasion_loss(made: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Settings:
+class DMD2Settings:
     """What DMD2 may be told.
 
     Attributes:
@@ -129,7 +129,9 @@ class DMD2:
         seed: of the critic's start.
     """
 
-    def __init__(self, reasoner: Reasoner, networks: Networks, empty: Tensor, settings: Settings, seed: int) -> None:
+    def __init__(
+        self, reasoner: Reasoner, networks: Networks, empty: Tensor, settings: DMD2Settings, seed: int
+    ) -> None:
         self.reasoner, self.networks, self.empty, self.settings = reasoner, networks, empty, settings
         blocks, config = reasoner.transformer.blocks, reasoner.transformer.config
         self.critic: Critic | None = None

@@ -32,7 +32,7 @@ LEVELS = 8  # of noise, at which every held-out video is looked at
 
 
 @dataclass(frozen=True)
-class Settings:
+class FineTuningSettings:
     """What a fine-tuning may be told; the entries of its YAML file. Raises InputError.
 
     Attributes:
@@ -93,20 +93,22 @@ class Settings:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Settings:
+    def from_dict(cls, values: dict[str, Any]) -> FineTuningSettings:
         """From the entries of a YAML file; those of `TrainSettings` stand beside the others."""
         return build_settings(values, lambda entries: cls(**entries))
 
 
-def load_settings(path: Path, overrides: dict[str, Any]) -> Settings:
-    """Read a YAML file of `Settings`; `overrides` replace its entries. Raises InputError."""
-    return read_settings(path, overrides, lambda entries: Settings(**entries))
+def load_settings(path: Path, overrides: dict[str, Any]) -> FineTuningSettings:
+    """Read a YAML file of `FineTuningSettings`; `overrides` replace its entries. Raises InputError."""
+    return read_settings(path, overrides, lambda entries: FineTuningSettings(**entries))
 
 
 class FineTuning(Training):
     """The loss, and what is looked at on the way."""
 
-    def __init__(self, settings: Settings, reasoner: Reasoner, data: LatentDataset, accelerator: Accelerator) -> None:
+    def __init__(
+        self, settings: FineTuningSettings, reasoner: Reasoner, data: LatentDataset, accelerator: Accelerator
+    ) -> None:
         rest, self.held_out = data.split(settings.held_out)
         super().__init__(reasoner, rest, accelerator, settings.train)
         self.settings, self.empty = settings, data.empty_prompt.to(reasoner.device)
@@ -163,7 +165,7 @@ class FineTuning(Training):
 
 
 @plain_torch()
-def run(settings: Settings, resume: bool = False) -> Path:
+def run(settings: FineTuningSettings, resume: bool = False) -> Path:
     """Fine-tune; returns the pipeline directory that `load_reasoner` opens, ``pipeline`` in `settings.out`.
 
     Raises InputError for what cannot be used, NonFiniteError when the training breaks down (the last good state stays).
