@@ -103,8 +103,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(config, tmp_path):
     assert kept
 
 
+RECIPE = "recipes/microworld/distillation/dmd2.yaml"
+
+
 def test_the_configuration_for_the_microworld_can_be_read(pytestconfig):
-    settings = load_settings(pytestconfig.rootpath / "configs" / "microworld_dmd2.yaml", {"steps": 7, "method": "dmd2"})
+    settings = load_settings(pytestconfig.rootpath / RECIPE, {"steps": 7, "method": "dmd2"})
     assert settings.train.steps == 7 and settings.train.full and settings.dmd2.fake_updates == 5
 
 
@@ -112,7 +115,7 @@ def test_the_stage_and_the_command_have_one_configuration(pytestconfig):
     """Whichever is used, the student is the same."""
     paths = {"reasoner": "a", "data": "b", "out": "c"}
     stage = {name: value for name, value in load_config("distil").items() if name != "videos"}
-    command = load_settings(pytestconfig.rootpath / "configs" / "microworld_dmd2.yaml", paths | {"cache": None})
+    command = load_settings(pytestconfig.rootpath / RECIPE, paths | {"cache": None})
     assert command.to_dict() == DistillSettings.from_dict(stage | paths).to_dict()
 
 
@@ -129,7 +132,7 @@ def test_a_configuration_that_is_none_is_named(tmp_path, text):
     [
         ({"timesteps": [1000, 500, 750]}, "timesteps must fall from 1000"),
         ({"timesteps": [900, 500]}, "timesteps must fall from 1000"),
-        ({"method": "magic"}, "method 'magic' is not there"),
+        ({"method": "magic"}, "unknown method 'magic'"),
         ({"shift": 0}, "shift must be greater than 0"),
         ({"colour": "red"}, "colour"),
         ({"dmd2": {"warp": 9}}, "warp"),

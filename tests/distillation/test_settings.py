@@ -12,8 +12,8 @@ import yaml
 from vlmteacher.distillation import decoder, distill, sft
 from vlmteacher.errors import InputError
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-KINDS = {sft: "microworld_sft.yaml", distill: "microworld_dmd2.yaml", decoder: "microworld_decoder.yaml"}
+CONFIGS = Path(__file__).parents[2] / "recipes/microworld/distillation"
+KINDS = {sft: "sft.yaml", distill: "dmd2.yaml", decoder: "decoder.yaml"}
 WRONG: dict[type, tuple[Any, ...]] = {
     str: (3, ["x"], None, True),
     bool: (1, "yes", None),
@@ -56,8 +56,8 @@ BOMB = "a: &a [x,x,x,x]\n" + "".join(
         ("a: 2001-01-01", "date"),
         ("a: 2001-99-99", "no YAML"),
         ('a: "\\uD800"', "position 0"),
-        ("- 1", "no list of `name: value`"),
-        ("", "no list of `name: value`"),
+        ("- 1", "must be a mapping of `name: value`"),
+        ("", "must be a mapping of `name: value`"),
         (b"\xff\xfe\x00", "no UTF-8"),
         (b"#" * (2**24 + 1), "larger than"),
     ],

@@ -1,1 +1,1 @@
-"""From a many-step video model to a few-step Reasoner: fine-tuning on a domain, and distillation."""
+"""Training of Reasoners and surrogate decoders: fine-tuning on a domain, and distillation to a few steps."""

@@ -1,8 +1,8 @@
-"""The networks of a distillation: the student, the fake score and the real score, in one set of weights or in three.
+"""The networks of a distillation: student, fake score and real score, in one set of weights or in three.
 
-Only one of them computes at a time, so that with LoRA all three can be the same transformer: the student and the fake
-score are an adapter each, the real score is the transformer without any. With full weights each is a network of its
-own, and those that are not at work can wait in the main memory.
+Only one network computes at a time. With LoRA all three can therefore share a transformer: the student and the fake
+score are adapters of it, the real score is the transformer without an adapter. With full weights each is a network of
+its own, and idle ones can be kept in main memory.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ Role = Literal["student", "fake", "real"]
 
 
 class Networks(ABC):
-    """`with networks.active(role) as network` makes one of them ready; such blocks may stand inside each other.
+    """The networks by role; ``with networks.active(role) as network`` makes one ready to compute. Blocks can be nested.
 
-    Whatever computes with a network, its backward pass included, must stand inside its block, and not inside that of
-    another role within it.
+    A forward or backward pass of a network must run inside the network's block, where that is the innermost one.
     """
 
     def __init__(self, trained: Sequence[Role]) -> None:
@@ -37,9 +36,9 @@ class Networks(ABC):
 
     @contextmanager
     def active(self, role: Role) -> Iterator[nn.Module]:
-        """The network of `role`, one of `trained` or "real", ready to compute inside the block."""
+        """Make the network of `role`, one of `trained` or "real", ready to compute inside the block."""
         if role not in (*self.trained, "real"):
-            raise ValueError(f"no network has the role {role!r}")
+            raise ValueError(f"unknown role {role!r}: choose from {', '.join((*self.trained, 'real'))}")
         self._stack.append(role)
         try:
             self._enter(role)
@@ -51,11 +50,11 @@ class Networks(ABC):
 
     @abstractmethod
     def parameters(self, role: Role) -> list[nn.Parameter]:
-        """The trainable tensors of a role, always in the same order; none of "real"."""
+        """The trainable parameters of a role, always in the same order; "real" has none."""
 
     @abstractmethod
     def student_weights(self) -> dict[str, Tensor]:
-        """The student as the state dict of a plain transformer of the same class, adapters merged; on the CPU."""
+        """The student's state dict for a transformer of the same class, with the adapter merged; on the CPU."""
 
     @abstractmethod
     def _enter(self, role: Role) -> None: ...
@@ -65,13 +64,13 @@ class Networks(ABC):
 
 
 class SharedBackbone(Networks):
-    """One frozen transformer with a LoRA for each trained role; all start as the transformer itself.
+    """One frozen transformer with a LoRA for each trained role; every role starts as the transformer itself.
 
     Args:
-        transformer: a diffusers model (`PeftAdapterMixin`); it keeps the adapters.
+        transformer: a diffusers model (`PeftAdapterMixin`); the adapters stay on it.
         trained: roles that get an adapter.
-        rank: of the adapters, at least 1; their scale is 1.
-        seed: of the draw of A, the same for every role.
+        rank: rank of the adapters, at least 1; their scale is 1.
+        seed: seed of the random A, the same for every role.
     """
 
     def __init__(self, transformer: Any, trained: Sequence[Role], rank: int, seed: int) -> None:
@@ -84,7 +83,7 @@ class SharedBackbone(Networks):
         remove_lora(transformer)
         transformer.requires_grad_(False)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are intended
             for role in self.trained:
                 targets = target_modules(transformer)
                 config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=targets)
@@ -115,7 +114,7 @@ class SharedBackbone(Networks):
             layer.enable_adapters(role != "real")
             if role != "real":
                 layer.set_adapter(role)
-        # PEFT freezes the adapters that it leaves, and a frozen tensor gets no gradient of a graph that it is part of.
+        # PEFT freezes the adapters that it switches off; a frozen tensor gets no gradient from an earlier graph.
         for parameters in self._parameters.values():
             for parameter in parameters:
                 parameter.requires_grad_(True)
@@ -134,13 +133,12 @@ class SharedBackbone(Networks):
 
 
 class SeparateNetworks(Networks):
-    """A network of its own for each trained role, copies of the transformer, which itself is the real score.
+    """A copy of the transformer for each trained role; the transformer itself is the real score.
 
     Args:
-        transformer: the real score, frozen here.
+        transformer: the real score; it is frozen.
         trained: roles that get a copy.
-        offload: keep networks in the main memory while they are not at work (the optimizers' states stay where they
-            are).
+        offload: keep idle networks in main memory (optimizer states are not moved).
     """
 
     def __init__(self, transformer: nn.Module, trained: Sequence[Role], offload: bool) -> None:
@@ -161,7 +159,7 @@ class SeparateNetworks(Networks):
     def _enter(self, role: Role) -> None:
         if not self.offload:
             return
-        for other, network in self.networks.items():  # first make room
+        for other, network in self.networks.items():  # make room first
             if other not in self._stack:
                 network.to("cpu")
         self.networks[role].to(self.home)

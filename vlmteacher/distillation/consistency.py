@@ -1,8 +1,8 @@
 """Consistency distillation on the few-step grid (after arXiv 2303.01469 and 2310.04378), for comparison with DMD2.
 
 From a real video noised to a level of the student's grid, the many-step Reasoner follows its guided ODE down to the
-next level, or to the video at the end of the grid. The student's prediction at the first must be its own at the second,
-so that in the end it predicts, from anywhere on the way, where the way ends.
+next level, or to the clean video after the last level. The student's prediction at the first level is trained to equal
+its own prediction at the second, so that it predicts the end of the ODE from every level.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from vlmteacher.reasoners.many_step import ode_step
 
 @dataclass(frozen=True)
 class ConsistencySettings:
-    """What consistency distillation may be told; raises InputError.
+    """Settings of consistency distillation. Raises InputError.
 
     Attributes:
-        guidance: classifier-free guidance of the ODE, which the student learns to do without; 1 is none.
+        guidance: classifier-free guidance scale of the ODE; the student learns the guided result. 1 is none.
         substeps: Euler steps from one level of the grid to the next, at least 1.
     """
 
@@ -46,10 +46,10 @@ class Consistency:
     """The student's loss.
 
     Args:
-        reasoner: its `settings` tell the grid: the student's timesteps and shift.
-        networks: with the roles student and real.
+        reasoner: its `settings` define the grid: the student's timesteps and shift.
+        networks: networks with the roles student and real.
         empty: (1, L, D) embeddings of the empty prompt.
-        settings: of the method.
+        settings: settings of the method.
     """
 
     def __init__(self, reasoner: Reasoner, networks: Networks, empty: Tensor, settings: ConsistencySettings) -> None:
@@ -58,9 +58,9 @@ class Consistency:
     def student_loss(
         self, condition: Condition, real: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
-        """Mean square of the student's inconsistency on real latents (B, C, T, h, w), and what to watch.
+        """Mean squared inconsistency of the student on real latents (B, C, T, h, w), and metrics.
 
-        Inside ``networks.active("student")``. `drift` is the RMS of what the ODE changed.
+        Must be called inside ``networks.active("student")``. The metric `drift` is the RMS of the ODE's change.
         """
         sigma, until = (s.to(real.device) for s in grid_levels(self.reasoner.settings.sigmas, len(real), generator))
         noise = torch.randn(real.shape, generator=generator).to(real.device)
@@ -79,7 +79,7 @@ class Consistency:
                     substeps=self.settings.substeps,
                     transformer=network,
                 )
-            target = self._student(condition, later, until)  # at level 0 that is `later` itself
+            target = self._student(condition, later, until)  # at level 0 this is `later` itself
         loss = counted(self._student(condition, x, sigma) - target, known).square().mean()
         drift = counted(later - x, known).square().mean().sqrt()
         return loss, {"consistency": float(loss.detach()), "drift": float(drift)}

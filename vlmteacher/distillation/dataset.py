@@ -1,4 +1,4 @@
-"""Training instances in VBVR's layout, encoded once: ``first_frame.png``, ``prompt.txt``, ``ground_truth.mp4``."""
+"""Training instances in VBVR's layout (``first_frame.png``, ``prompt.txt``, ``ground_truth.mp4``), encoded once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Size = tuple[int, int, int]  # frames, height, width
 
 
 class LatentDataset:
-    """Encoded instances on the disk, read batch by batch; `prepare` makes one.
+    """Encoded instances on disk, read batch by batch; `prepare` encodes them.
 
     Attributes:
         empty_prompt: (1, L, D) embeddings of the empty prompt.
@@ -38,16 +38,16 @@ class LatentDataset:
     def prepare(
         cls, folder: Path, cache: Path, reasoner: Reasoner, num_frames: int, height: int, width: int
     ) -> LatentDataset:
-        """Encode every instance in `folder`, at any depth, into `cache`; what is there already is kept.
+        """Encode every instance in `folder`, at any depth, into `cache`; existing cache files are reused.
 
-        A cached file is named by the digest of the instance's files, the size and the encoders' weights: none is
-        ever stale. Of a video the first `num_frames` frames are taken, at the Reasoner's rate, and resized to
-        `width` x `height`.
+        A cache file is named by a digest of the instance's files, the size and the encoders' weights, so that none is
+        ever stale. The first `num_frames` frames of a video are used, at the Reasoner's frame rate, and resized to
+        `width` x `height` pixels.
 
         Raises:
-            InputError: no instance; one that lacks a file, cannot be read, is too short or slow, of another shape than
-                the Reasoner's videos, of another size than the others or with a first frame of another video (it is
-                named); a Reasoner of a family that cannot be trained.
+            InputError: there is no instance; an instance, which is named, lacks a file, cannot be read, is too short
+                or of too low a frame rate, has another aspect ratio than the Reasoner's videos, another size than the
+                other instances, or a first frame that is not its video's; the Reasoner's family cannot be trained.
         """
         reasoner.check_trainable()
         reasoner.check(num_frames, height, width)
@@ -55,7 +55,7 @@ class LatentDataset:
         instances = find_instances(folder)
         make_folder(cache)
         encoders, files = _fingerprint(reasoner), []
-        seen: dict[str, Path] = {}
+        sizes: dict[str, Path] = {}
         for instance in tqdm(instances, desc="encode"):
             digest = hashlib.sha256(f"{encoders} {size} {reasoner.fps}".encode())
             for name in FILES:
@@ -64,15 +64,15 @@ class LatentDataset:
             if not whole(path):
                 save_whole(_encode(instance, reasoner, size), path)
             with safe_open(path, "pt") as content:
-                seen.setdefault(content.metadata()["size"], instance)
-            if len(seen) > 1:
-                (a, first), (b, second) = seen.items()
-                raise InputError(f"videos of mixed sizes: {a} in {first}, {b} in {second}: give those of one size")
+                sizes.setdefault(content.metadata()["size"], instance)
+            if len(sizes) > 1:
+                (a, first), (b, second) = sizes.items()
+                raise InputError(f"videos of mixed sizes: {a} in {first}, {b} in {second}: give videos of one size")
             files.append(path)
         return cls(files, size, reasoner.encode_prompt(""), reasoner.device)
 
     def split(self, count: int) -> tuple[LatentDataset, LatentDataset]:
-        """All but `count` instances, and these, spread over the whole. Raises InputError when too few are there."""
+        """The other instances and `count` of them, spread evenly. Raises InputError: too few instances."""
         if not 0 < count < len(self):
             raise InputError(f"{count} of {len(self)} instances cannot be held out: leave some to train on")
         held = {k * len(self) // count for k in range(count)}
@@ -84,36 +84,36 @@ class LatentDataset:
         return len(self.files)
 
     def fingerprint(self) -> str:
-        """A hash of the videos, prompts and the networks that encoded them, which the files' names are made of."""
+        """A hash of the videos, the prompts and the networks that encoded them, from the names of the files."""
         return hashlib.sha256("".join(sorted(file.name for file in self.files)).encode()).hexdigest()[:16]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """latents (C, T, h, w), prompt_embeds (L, D) and, for image models, first_frame (C, 1, h, w)."""
+        """One instance: latents (C, T, h, w), prompt_embeds (L, D) and, for image models, first_frame (C, 1, h, w)."""
         return load_file(self.files[index])
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Condition]:
-        """Latents (B, C, T, h, w) float32 and the condition of these instances, on the Reasoner's device."""
+        """Latents (B, C, T, h, w) float32 and the condition of some instances, on the Reasoner's device."""
         rows = [{name: value[None].to(self.device) for name, value in self[index].items()} for index in indices]
         conditions = [Condition(row["prompt_embeds"], row.get("first_frame"), *self.size) for row in rows]
         return torch.cat([row["latents"] for row in rows]), collate(conditions)
 
 
 def find_instances(folder: Path) -> list[Path]:
-    """The directories in `folder` that hold the three files, sorted. Raises InputError (see `prepare`)."""
+    """The directories in `folder`, at any depth, with the three files, sorted. Raises InputError (see `prepare`)."""
     if not folder.is_dir():
         raise InputError(f"data folder {folder} does not exist")
-    found = sorted({path.parent for name in FILES for path in folder.rglob(name)})
-    for instance in found:
+    instances = sorted({path.parent for name in FILES for path in folder.rglob(name)})
+    for instance in instances:
         lacking = [name for name in FILES if not (instance / name).is_file()]
         if lacking:
-            raise InputError(f"instance {instance} lacks {', '.join(lacking)}: add it or take the instance away")
-    if not found:
-        raise InputError(f"data folder {folder} holds no instance: one is a directory with {', '.join(FILES)}")
-    return found
+            raise InputError(f"instance {instance} lacks {', '.join(lacking)}: add it or remove the instance")
+    if not instances:
+        raise InputError(f"data folder {folder} holds no instance: an instance is a directory with {', '.join(FILES)}")
+    return instances
 
 
 def read_sized(path: Path, size: Size, fps: float | None = None) -> tuple[np.ndarray, str]:
-    """Its first frames (F, H, W, 3) uint8 in this size and rate, and what size its own is. Raises InputError."""
+    """The first frames of a video (F, H, W, 3) uint8, in a size and frame rate, and its own size. Raises InputError."""
     num_frames, height, width = size
     video = read_clip(path, num_frames, fps)
     own_height, own_width = video.shape[1:3]
@@ -139,13 +139,13 @@ def _encode(instance: Path, reasoner: Reasoner, size: Size) -> tuple[dict[str, T
 
 
 def save_whole(content: tuple[dict[str, Tensor], dict[str, str]], path: Path) -> None:
-    """Tensors and metadata to a safetensors file, all of it or nothing. Raises OutputError."""
-    with replacing(path) as temporary:  # several processes may encode at once
+    """Write tensors and metadata to a safetensors file atomically. Raises OutputError."""
+    with replacing(path) as temporary:  # several processes may encode at the same time
         save_file(content[0], temporary, metadata=content[1])
 
 
 def whole(path: Path) -> bool:
-    """Whether `save_whole` wrote it."""
+    """Whether a file is a complete safetensors file."""
     try:
         with safe_open(path, "pt"):
             return True
@@ -154,7 +154,7 @@ def whole(path: Path) -> bool:
 
 
 def _fingerprint(reasoner: Reasoner) -> str:
-    """Of the weights that the encoding depends on: VAE and text encoder."""
+    """A hash of the weights that the encoding depends on: those of the VAE and the text encoder."""
     digest = hashlib.sha256(json.dumps(reasoner.settings.max_sequence_length).encode())
     for part in (reasoner.vae, reasoner.text_encoder):
         for name, value in part.state_dict().items():

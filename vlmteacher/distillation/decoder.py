@@ -33,19 +33,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DecoderSettings:
-    """What the YAML file holds, `TrainSettings` beside it; raises InputError.
+    """Settings of the training of a surrogate decoder: the entries of its YAML file. Raises InputError.
 
     Attributes:
         vae: hub id or directory of a diffusers VAE, or of a pipeline that has one.
-        data: instances in VBVR's layout; only their videos are used.
-        out: folder to write; the result is ``decoder.safetensors`` in it.
-        num_frames, height, width: what the videos are cut and resized to.
-        cache: for the encoded videos, ``out/cache`` by default.
+        data: folder of instances in VBVR's layout; only their videos are used.
+        out: folder to write to; the result is ``decoder.safetensors`` in it.
+        num_frames, height, width: size to which the videos are cut and resized, in frames and pixels.
+        cache: folder of the encoded videos, ``out/cache`` by default.
         widths: channels of the decoder's three stages and of its last layers.
-        patch: side of the pixel shuffle at its end; 0 takes what three doublings leave of the VAE's stride.
-        target: what it learns to give: the "vae"'s own decoding, or the "video" itself.
-        crop: side of the windows that it trains on, in latent cells; 0 trains on whole frames.
-        held_out: videos to validate on.
+        patch: side of the final pixel shuffle; 0 derives it from the VAE's stride and three doublings.
+        target: what the decoder learns to reproduce: the "vae"'s decoding, or the "video" itself.
+        crop: side of the training windows in latent cells; 0 trains on whole frames.
+        held_out: number of videos to validate on.
+        train: steps, batch size, learning rate, ...
     """
 
     vae: str
@@ -80,18 +81,18 @@ class DecoderSettings:
             raise InputError(f"widths must be four whole numbers greater than 0, not {widths}")
 
     def to_dict(self) -> dict[str, Any]:
-        """What a resumed run must agree with."""
+        """The settings that a resumed run must share, by their names in the YAML file."""
         values = asdict(self)
         return {**values.pop("train"), **{n: v for n, v in values.items() if n not in ("out", "cache")}}
 
 
 def load_settings(path: Path, overrides: dict[str, Any]) -> DecoderSettings:
-    """Read a YAML file of `DecoderSettings`; `overrides` replace its entries. Raises InputError."""
+    """Read `DecoderSettings` from a YAML file; `overrides` take precedence over its entries. Raises InputError."""
     return read_settings(path, overrides, lambda entries: DecoderSettings(**entries))
 
 
 class VideoVAE:
-    """A frozen diffusers VAE: videos to the latents that its pipeline's transformer sees, and back."""
+    """A frozen diffusers VAE, to and from the normalised latents that its pipeline's transformer uses."""
 
     def __init__(self, source: str, device: torch.device) -> None:
         self.model: Any = _load(source).to(device).eval().requires_grad_(False)
@@ -107,21 +108,21 @@ class VideoVAE:
 
     @torch.no_grad()
     def encode(self, frames: np.ndarray) -> Tensor:
-        """Frames (F, H, W, 3) uint8 -> normalised latents (1, C, T, h, w) float32, the mode of the posterior."""
+        """Encode frames (F, H, W, 3) uint8 to normalised latents (1, C, T, h, w) float32, the mode of the posterior."""
         x = torch.from_numpy(frames.astype(np.float32)).permute(3, 0, 1, 2)[None] / 127.5 - 1
         latents = self.model.encode(x.to(self.device)).latent_dist.mode().float()
         return (latents - self.mean) / self.std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
-        """The inverse of `encode`."""
+        """Decode normalised latents (1, C, T, h, w) to frames (F, H, W, 3) uint8."""
         latents = latents * self.std + self.mean
         video = decode_latents(self.model, latents)
         return ((video[0].float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
 
 
 def _load(source: str) -> nn.Module:
-    """A VAE of diffusers in float32: that of a pipeline, or one alone. Raises InputError."""
+    """Load a diffusers VAE in float32, from a pipeline or a directory of its own. Raises InputError."""
     import diffusers
 
     local = only_local(source)
@@ -136,14 +137,14 @@ def _load(source: str) -> nn.Module:
 
 
 class Clips:
-    """Encoded videos on the disk: latents, and the frames that a decoder of them is to give."""
+    """Encoded videos on disk: latents, and the frames that a decoder should reproduce."""
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
 
     @classmethod
     def prepare(cls, settings: DecoderSettings, vae: VideoVAE) -> Clips:
-        """Encode what `settings.data` holds; what the cache has already is kept. Raises InputError."""
+        """Encode the videos of `settings.data`; existing cache files are reused. Raises InputError."""
         cache = Path(settings.cache or Path(settings.out) / "cache")
         make_folder(cache)
         size = settings.num_frames, settings.height, settings.width
@@ -167,7 +168,7 @@ class Clips:
         return cls(files)
 
     def split(self, count: int) -> tuple[Clips, Clips]:
-        """All but the last `count`, and these. Raises InputError."""
+        """The clips but the last `count`, and the last `count`. Raises InputError: too few clips."""
         if count >= len(self.files):
             raise InputError(f"{count} of {len(self.files)} instances cannot be held out: leave some to train on")
         return Clips(self.files[:-count]), Clips(self.files[-count:])
@@ -176,17 +177,17 @@ class Clips:
         return len(self.files)
 
     def fingerprint(self) -> str:
-        """A hash of the videos and of the VAE that encoded them, which the files' names are made of."""
+        """A hash of the videos and of the VAE that encoded them, from the names of the files."""
         return hashlib.sha256("".join(sorted(file.name for file in self.files)).encode()).hexdigest()[:16]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Latents (C, T, h, w) float32 and frames (F, H, W, 3) uint8."""
+        """One clip: latents (C, T, h, w) float32 and frames (F, H, W, 3) uint8."""
         content = load_file(self.files[index])
         return content["latents"], content["frames"]
 
 
 def build(settings: DecoderSettings, latents: Tensor, frames: Tensor) -> SurrogateDecoder:
-    """An untrained decoder from `latents` to `frames` (see `Clips`), its strides read off them. Raises InputError."""
+    """An untrained decoder with the strides between `latents` and `frames` of a clip. Raises InputError."""
     channels, t, h, w = latents.shape
     count, height, width = frames.shape[:3]
     space, time = height // h, (count - 1) // (t - 1) if t > 1 else 1
@@ -195,8 +196,8 @@ def build(settings: DecoderSettings, latents: Tensor, frames: Tensor) -> Surroga
     fits = (height, width, count) == (h * space, w * space, time * (t - 1) + 1) and time in (1, 2, 4, 8)
     if not fits or doublings not in (0, 1, 2, 3):
         raise InputError(
-            f"{count} frames of {height}x{width} are {t} latent frames of {h}x{w}: no decoder of three doublings and"
-            f" patch {patch} goes back; give multiples of the VAE's strides (in time 1 more), or another patch"
+            f"{count} frames of {height}x{width} are {t} latent frames of {h}x{w}: three doublings and patch {patch} do"
+            " not invert that; give multiples of the VAE's strides (plus 1 in time) or another patch"
         )
     late = int(math.log2(time))
     return SurrogateDecoder(
@@ -208,8 +209,8 @@ def build(settings: DecoderSettings, latents: Tensor, frames: Tensor) -> Surroga
     )
 
 
-class Distillation:
-    """The update of the decoder; `Trainer` calls `step`."""
+class DecoderTraining:
+    """The training of a surrogate decoder; `Trainer` calls `step`."""
 
     def __init__(self, settings: DecoderSettings, clips: Clips, accelerator: Accelerator) -> None:
         self.settings, self.accelerator = settings, accelerator
@@ -221,7 +222,7 @@ class Distillation:
         )
 
     def batch(self, clips: Clips, rows: list[int], generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Latents (B, C, T, h, w) and videos (B, 3, F, H, W) in [-1, 1]; with a generator in windows of `crop`."""
+        """Latents (B, C, T, h, w) and videos (B, 3, F, H, W) in [-1, 1]; random windows of `crop` with a generator."""
         stride, crop = self.decoder.spatial_stride, self.settings.crop
         latents, videos = [], []
         for row in rows:
@@ -241,6 +242,7 @@ class Distillation:
         return torch.stack(latents).to(device), torch.stack(videos).to(device)
 
     def loss(self, latents: Tensor, videos: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """The reconstruction loss of latents (B, C, T, h, w) against videos (B, 3, F, H, W), and its metrics."""
         low = self.settings.train.dtype == "bfloat16"
         with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=low):
             frames = self.decoder.decode_batch(latents, clamp=False)
@@ -249,7 +251,7 @@ class Distillation:
         return loss, {"loss": float(loss.detach()), **finite}
 
     def step(self, index: int, generator: torch.Generator) -> dict[str, float]:
-        """One update. Raises NonFiniteError before it would be made."""
+        """Make one update; returns its metrics. Raises NonFiniteError, without an update."""
         train, values = self.settings.train, dict[str, float]()
         for _ in range(train.gradient_accumulation):
             rows = torch.randint(len(self.clips), (train.batch_size,), generator=generator).tolist()
@@ -269,34 +271,36 @@ class Distillation:
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
-        """The terms of the loss on the held-out videos."""
+        """The mean metrics on the held-out videos."""
         rows = [self.loss(*self.batch(self.held_out, [k], None))[1] for k in range(len(self.held_out))]
         return {name: sum(row.get(name, 0.0) for row in rows) / len(rows) for name in rows[0]}
 
 
 @plain_torch()
 def run(settings: DecoderSettings, resume: bool = False) -> Path:
-    """Distil; returns the checkpoint for `SurrogateDecoder.from_checkpoint`, ``decoder.safetensors`` in `settings.out`.
+    """Train a surrogate decoder; returns its checkpoint, ``decoder.safetensors`` in `settings.out`.
 
-    Raises InputError for what cannot be used, NonFiniteError when the training breaks down (the last good state stays).
+    Raises:
+        InputError: a setting, a video or the VAE cannot be used.
+        NonFiniteError: the training broke down; the last good state stays.
     """
     from accelerate import Accelerator
 
     out, accelerator = Path(settings.out), Accelerator()
     with training_folder(out, resume, accelerator):
         clips = Clips.prepare(settings, VideoVAE(settings.vae, accelerator.device))
-        distillation = Distillation(settings, clips, accelerator)
-        modules: dict[str, nn.Module] = {AVERAGED: distillation.decoder}
+        training = DecoderTraining(settings, clips, accelerator)
+        modules: dict[str, nn.Module] = {AVERAGED: training.decoder}
         trainer = Trainer(
             out,
             modules,
-            {AVERAGED: distillation.optimizer},
+            {AVERAGED: training.optimizer},
             settings.to_dict() | {"videos": clips.fingerprint()},
             accelerator,
         )
         if resume:
             trainer.resume()
-        trainer.run(distillation.step, settings.train.steps, distillation.validate)
+        trainer.run(training.step, settings.train.steps, training.validate)
         if accelerator.is_main_process:
-            distillation.decoder.save(out / "decoder.safetensors")
+            training.decoder.save(out / "decoder.safetensors")
         return out / "decoder.safetensors"

@@ -1,7 +1,7 @@
 """`vlmteacher distill reasoner`: a few-step Reasoner from a many-step one, by one of three methods.
 
-``dmd2`` (the default, see ``dmd2.py``), ``consistency`` (``consistency.py``), and ``few-timesteps``: plain flow
-matching on the videos at the few timesteps alone, which distils nothing and is there for comparison.
+The methods are ``dmd2`` (the default, ``dmd2.py``), ``consistency`` (``consistency.py``), and ``few-timesteps``: plain
+flow matching on the videos at the few timesteps only, which distils nothing and serves as a baseline.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ METHODS = ("dmd2", "consistency", "few-timesteps")
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """What a distillation may be told; the entries of its YAML file. Raises InputError.
+    """Settings of a distillation: the entries of its YAML file. Raises InputError.
 
     Attributes:
-        reasoner: the many-step Reasoner: a directory or a hub id.
-        data: folder in VBVR's layout: first frames and prompts, and videos for those methods that look at them.
+        reasoner: directory or hub id of the many-step Reasoner.
+        data: folder in VBVR's layout: first frames, prompts, and videos for the methods that use them.
         out: folder to write to.
-        cache: where the encoded instances are kept, in `out` by default; trainings on the same data can share it.
+        cache: folder of the encoded instances, in `out` by default; trainings on the same data can share it.
         method: one of `METHODS`.
-        timesteps, shift: of the few-step sampler (see the Reasoner's settings).
-        offload: with full weights, keep idle networks in the main memory.
-        train: steps, batch size, learning rate, LoRA or full weights, ... (a step is one update of the student).
-        dmd2, consistency: the method's own settings.
+        timesteps, shift: schedule of the few-step sampler (see the Reasoner's settings).
+        offload: with full weights, keep idle networks in main memory.
+        train: steps, batch size, learning rate, LoRA or full weights, ...; a step is one update of the student.
+        dmd2, consistency: settings of the method.
     """
 
     reasoner: str
@@ -65,7 +65,7 @@ class DistillSettings:
     def __post_init__(self) -> None:
         check_kinds(self)
         if self.method not in METHODS:
-            raise InputError(f"method {self.method!r} is not there: it can be {', '.join(METHODS)}")
+            raise InputError(f"unknown method {self.method!r}: choose from {', '.join(METHODS)}")
         ts = self.timesteps
         if not ts or ts[0] != 1000 or ts[-1] <= 0 or any(a <= b for a, b in pairwise(ts)):
             raise InputError(f"timesteps must fall from 1000 and stay above 0, not {list(ts)}")
@@ -73,7 +73,7 @@ class DistillSettings:
             raise InputError(f"shift must be greater than 0, not {self.shift}")
 
     def to_dict(self) -> dict[str, Any]:
-        """What a resumed run must agree with: every entry that the method looks at, by its name in the YAML file."""
+        """The settings that a resumed run must share, by their names in the YAML file; only those of the method."""
         values = asdict(self)
         for name in ("dmd2", "consistency"):
             own = values.pop(name)
@@ -86,7 +86,7 @@ class DistillSettings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DistillSettings:
-        """From the entries of a YAML file; those of `TrainSettings` stand beside the others."""
+        """Make settings from the entries of a YAML file, in which those of `TrainSettings` stand beside the others."""
         return build_settings(values, cls._build)
 
     @classmethod
@@ -100,12 +100,12 @@ class DistillSettings:
 
 
 def load_settings(path: Path, overrides: dict[str, Any]) -> DistillSettings:
-    """Read a YAML file of `DistillSettings`; `overrides` replace its entries. Raises InputError."""
+    """Read `DistillSettings` from a YAML file; `overrides` take precedence over its entries. Raises InputError."""
     return read_settings(path, overrides, DistillSettings._build)
 
 
 class Distillation(Training):
-    """The networks and the losses of the method; a step is one update of the student, after those of the fake score."""
+    """The networks and losses of a distillation; a step updates the fake score, where there is one, and the student."""
 
     def __init__(
         self, settings: DistillSettings, reasoner: Reasoner, data: LatentDataset, accelerator: Accelerator
@@ -131,7 +131,7 @@ class Distillation(Training):
     def _few_timesteps_loss(
         self, condition: Condition, real: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
-        """Flow matching on real latents (B, C, T, h, w) at levels of the few-step grid alone."""
+        """Flow matching on real latents (B, C, T, h, w) at the levels of the few-step grid."""
         sigma, _ = grid_levels(self.reasoner.settings.sigmas, len(real), generator)
         noise, sigma = torch.randn(real.shape, generator=generator).to(real.device), sigma.to(real.device)
         with self.networks.active("student") as network:
@@ -142,23 +142,25 @@ class Distillation(Training):
 
     @torch.no_grad()
     def validate(self, step: int, out: Path, count: int = 4) -> dict[str, float]:
-        """Relative RMS between one and few steps on the first instances; their videos in ``samples/``."""
-        found = []
+        """The relative RMS between one-step and few-step videos of the first instances; writes ``samples/``."""
+        distances = []
         for index in range(min(count, len(self.data))):
             _, condition = self.data.batch([index])
             noise = self.reasoner.noise(condition, torch.Generator().manual_seed(index))
             with self.student():
                 one, few = self.reasoner.predict_clean(condition, noise), self.reasoner.sample(condition, noise)
-            found.append(relative_rms(one, few, condition.first_frame))
+            distances.append(relative_rms(one, few, condition.first_frame))
             self.write_sample(out / "samples" / f"step-{step:06d}-{index}.mp4", few)
-        return {"relative_rms": sum(found) / len(found)}
+        return {"relative_rms": sum(distances) / len(distances)}
 
 
 @plain_torch()
 def run(settings: DistillSettings, resume: bool = False) -> Path:
-    """Distil; returns the pipeline directory that `load_reasoner` opens, ``pipeline`` in `settings.out`.
+    """Distil a Reasoner; returns its pipeline directory, ``pipeline`` in `settings.out`.
 
-    Raises InputError for what cannot be used, NonFiniteError when the training breaks down (the last good state stays).
+    Raises:
+        InputError: a setting, an instance or the Reasoner cannot be used.
+        NonFiniteError: the training broke down; the last good state stays.
     """
     from accelerate import Accelerator
 
@@ -171,7 +173,7 @@ def run(settings: DistillSettings, resume: bool = False) -> Path:
             reasoner.settings,
             timesteps=settings.timesteps,
             shift=settings.shift,
-            sampler="renoise",  # what its losses train; and the student needs no guidance
+            sampler="renoise",  # the sampler that the losses train for; the student needs no guidance
             guidance_scale=1.0,
             guidance_scale_2=None,
         )

@@ -1,10 +1,10 @@
 """DMD2 (arXiv 2405.14867): distribution matching distillation of a many-step Reasoner into a few-step one.
 
-The student is pushed down the gradient of KL(student's videos || real videos), which is the difference of two scores:
-that of a frozen many-step model (the real score) and that of a model which follows the student's own videos (the fake
-score). Written in clean predictions: at a noised sample x_t of the student's x0, the score is ((1 - sigma) E[x0 | x_t]
-- x_t) / sigma^2, so the difference of the scores is that of the two predictions up to a weight, and the weight is
-replaced by a normaliser of each sample (arXiv 2311.18828, eq. 7 and 8).
+The student descends the gradient of KL(student's videos || real videos), which is the difference of two scores: that
+of a frozen many-step model (the real score) and that of a model trained on the student's own videos (the fake score).
+In terms of clean predictions: at a noised sample x_t of the student's x0, the score is ((1 - sigma) E[x0 | x_t]
+- x_t) / sigma^2, so the difference of the scores is that of the two predictions up to a weight, which is
+replaced by a normaliser per sample (arXiv 2311.18828, eq. 7 and 8).
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from vlmteacher.reasoners.sampling import trajectory
 
 
 def draw_sigmas(count: int, low: float, high: float, shift: float, generator: torch.Generator) -> Tensor:
-    """(count,) noise levels on the CPU: t uniform in [low, high), then sigma = shift t / (1 + (shift - 1) t)."""
+    """Draw (count,) noise levels on the CPU: t uniform in [low, high), then sigma = shift t / (1 + (shift - 1) t)."""
     t = low + (high - low) * torch.rand(count, generator=generator)
     return shift * t / (1 + (shift - 1) * t)
 
 
 def matching_gradient(x0: Tensor, fake: Tensor, real: Tensor) -> Tensor:
-    """The direction of rising KL at the student's samples: (fake - real) / mean |x0 - real|, the mean of each sample.
+    """The gradient of the KL at the student's samples: (fake - real) / mean |x0 - real|, with a mean for each sample.
 
     x0: (B, ...) the student's samples; fake, real: E[x0 | x_t] by the two scores at the same noised x0. The normaliser
-    makes the step's size about that of the student's error, whatever the noise level. All without gradient.
+    makes the step about as large as the student's error at every noise level. Nothing here is differentiated.
     """
     scale = (x0 - real).abs().flatten(1).mean(1).clamp_min(1e-6)
     return (fake - real) / scale.view(-1, *[1] * (x0.ndim - 1))
 
 
 class Critic(nn.Module):
-    """The GAN head: a verdict on every token's features inside the fake score, real above 0 and made below.
+    """The GAN discriminator: a logit for every token's features inside the fake score, above 0 for real videos.
 
-    width: of the features. seed: of its start, whatever was drawn before.
+    width: number of features. seed: seed of its initial weights, independent of the global generator.
     """
 
     def __init__(self, width: int, seed: int) -> None:
@@ -64,12 +64,12 @@ class Critic(nn.Module):
 
 
 def critic_loss(made: Tensor, real: Tensor) -> Tensor:
-    """What the critic minimises: the mean of softplus(verdict on made) and softplus(-verdict on real)."""
+    """The critic's loss: the mean of softplus(logit of generated videos) and softplus(-logit of real videos)."""
     return (F.softplus(made).mean() + F.softplus(-real).mean()) / 2
 
 
 def persuasion_loss(made: Tensor) -> Tensor:
-    """What the student minimises against the critic (non-saturating)."""
+    """The student's non-saturating GAN loss."""
     return F.softplus(-made).mean()
 
 
@@ -78,18 +78,17 @@ def persuasion_loss(made: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DMD2Settings:
-    """What DMD2 may be told.
+    """Settings of DMD2. Raises InputError.
 
     Attributes:
-        fake_updates: of the fake score for each update of the student (two-time-scale rule), at least 1.
-        fake_learning_rate: of the fake score and the critic, greater than 0.
-        guidance: classifier-free guidance of the real score, which the student learns to do without; 1 is none.
-        low, high, score_shift: noise levels at which the scores are compared (see `draw_sigmas`), 0 < low < high <= 1.
-        gan_weight: of the critic's verdict in the student's loss; 0 leaves the critic out, and with it real videos.
-        critic_weight: of the critic's loss in that of the fake score, whose weights it shares.
-        gan_block: index of the transformer block whose output the critic sees; negative ones count from the end.
-
-    Raises InputError.
+        fake_updates: updates of the fake score for each update of the student (two-time-scale rule), at least 1.
+        fake_learning_rate: learning rate of the fake score and the critic, greater than 0.
+        guidance: classifier-free guidance scale of the real score; the student learns the guided result. 1 is none.
+        low, high, score_shift: range of the noise levels at which the scores are compared (see `draw_sigmas`),
+            0 < low < high <= 1.
+        gan_weight: weight of the GAN loss in the student's loss; 0 leaves out the critic, and real videos with it.
+        critic_weight: weight of the critic's loss in the loss of the fake score, whose weights it shares.
+        gan_block: index of the transformer block whose output the critic reads; negative ones count from the end.
     """
 
     fake_updates: int = 5
@@ -119,14 +118,14 @@ class DMD2Settings:
 
 
 class DMD2:
-    """The losses of the fake score and of the student; who steps when is the caller's.
+    """The losses of the fake score and of the student; the caller decides which of them to update.
 
     Args:
-        reasoner: its `settings` tell the student's timesteps and shift.
-        networks: with the roles student, fake and real.
+        reasoner: its `settings` define the student's timesteps and shift.
+        networks: networks with the roles student, fake and real.
         empty: (1, L, D) embeddings of the empty prompt.
-        settings: of the method.
-        seed: of the critic's start.
+        settings: settings of the method.
+        seed: seed of the critic's initial weights.
     """
 
     def __init__(
@@ -138,15 +137,15 @@ class DMD2:
         if settings.gan_weight:
             if not -len(blocks) <= settings.gan_block < len(blocks):
                 raise InputError(
-                    f"gan_block must be below {len(blocks)}, the transformer's blocks: {settings.gan_block}"
+                    f"gan_block must be below {len(blocks)}, the transformer's blocks, not {settings.gan_block}"
                 )
             width = config.num_attention_heads * config.attention_head_dim
             self.critic = Critic(width, seed).to(reasoner.device)
 
     def generate(self, condition: Condition, generator: torch.Generator) -> Tensor:
-        """The student's x0 (B, C, T, h, w) at a step of its sampler drawn at random, as sampling would come to it.
+        """The student's x0 (B, C, T, h, w) at a random step of its sampler (backward simulation).
 
-        Backward simulation: the steps before run without gradient. Inside ``networks.active("student")``.
+        The steps before it run without gradient. Must be called inside ``networks.active("student")``.
         """
         sigmas = self.reasoner.settings.sigmas
         stop = int(torch.randint(len(sigmas), (1,), generator=generator))
@@ -162,29 +161,30 @@ class DMD2:
     def fake_loss(
         self, condition: Condition, real: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
-        """What the fake score and the critic minimise, and its terms. Inside ``networks.active("fake")``.
+        """The loss of the fake score and the critic, and its terms.
 
-        real: (B, C, T, h, w) latents of real videos for the same conditions; only the critic looks at them.
+        real: (B, C, T, h, w) latents of real videos for the same conditions; only the critic uses them. Must be called
+        inside ``networks.active("fake")``.
         """
         with torch.no_grad(), self.networks.active("student"):
             x0 = self.generate(condition, generator)
         sigma, noise = self._draw(x0, generator)
-        velocity, seen = self._fake(condition, noised(x0, noise, sigma), sigma)
+        velocity, features = self._fake(condition, noised(x0, noise, sigma), sigma)
         loss = flow_matching_loss(velocity, x0, noise, condition.first_frame)
         values = {"fake": float(loss.detach())}
         if self.critic is not None:
             _, noise = self._draw(x0, generator)
             _, other = self._fake(condition, noised(real, noise, sigma), sigma)
-            verdicts = critic_loss(self._verdict(seen, condition), self._verdict(other, condition))
-            loss = loss + self.settings.critic_weight * verdicts
-            values["critic"] = float(verdicts.detach())
+            critic = critic_loss(self._logits(features, condition), self._logits(other, condition))
+            loss = loss + self.settings.critic_weight * critic
+            values["critic"] = float(critic.detach())
         return loss, values
 
     def student_loss(self, condition: Condition, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        """A loss whose gradient is that of the method, and what to watch. Inside ``networks.active("student")``.
+        """A loss with the gradient of the method, and metrics. Must be called inside ``networks.active("student")``.
 
-        The loss has no meaning of its own; `matching` is the RMS of the gradient at x0 (before the GAN's), `error` that
-        of the student's x0 against the real score's.
+        The value of the loss has no meaning. The metric `matching` is the RMS of the gradient at x0 without the GAN's;
+        `error` is the RMS difference of the student's x0 from the real score's.
         """
         x0 = self.generate(condition, generator)
         known = condition.first_frame
@@ -204,16 +204,16 @@ class DMD2:
         return loss, values
 
     def _persuasion(self, condition: Condition, made: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, float]:
-        """The gradient of the persuasion loss at `made`, and that loss."""
+        """The gradient of the GAN loss at the generated latents `made`, and that loss."""
         made = made.detach().requires_grad_(True)
         with torch.enable_grad(), self.networks.active("fake"):
-            _, seen = self._fake(condition, noised(made, noise, sigma), sigma)
-            loss = persuasion_loss(self._verdict(seen, condition))
+            _, features = self._fake(condition, noised(made, noise, sigma), sigma)
+            loss = persuasion_loss(self._logits(features, condition))
             gradient = torch.autograd.grad(loss, made)[0]
         return gradient, float(loss.detach())
 
     def _draw(self, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Noise levels (B,) and noise for `x0`."""
+        """Draw noise levels (B,) and noise of the shape of `x0`."""
         settings = self.settings
         sigma = draw_sigmas(len(x0), settings.low, settings.high, settings.score_shift, generator)
         return sigma.to(x0.device), torch.randn(x0.shape, generator=generator).to(x0.device)
@@ -230,16 +230,16 @@ class DMD2:
             return self.reasoner.predict_clean_at(condition, latents, sigma, transformer=network)
 
     def _fake(self, condition: Condition, latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """The fake score's velocity and the features (B, L, width) that a critic sees on the way, else (0,)."""
+        """The fake score's velocity, and the features (B, L, width) that the critic reads; (0,) without a critic."""
         with self.networks.active("fake") as network:
             if self.critic is None:
                 return self.reasoner.velocity(condition, latents, sigma, transformer=network), latents.new_empty(0)
-            with _outputs(network.blocks[self.settings.gan_block]) as seen:
+            with _outputs(network.blocks[self.settings.gan_block]) as features:
                 velocity = self.reasoner.velocity(condition, latents, sigma, transformer=network)
-        return velocity, seen[0]
+        return velocity, features[0]
 
-    def _verdict(self, features: Tensor, condition: Condition) -> Tensor:
-        """The critic's verdicts on the tokens of all frames but a known first one."""
+    def _logits(self, features: Tensor, condition: Condition) -> Tensor:
+        """The critic's logits of the tokens of all frames, without the first one where that is given."""
         assert self.critic is not None
         if condition.first_frame is not None:
             frames = (condition.num_frames - 1) // self.reasoner.temporal_stride + 1
@@ -249,11 +249,11 @@ class DMD2:
 
 @contextmanager
 def _outputs(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Everything that `module` returns inside the block."""
-    seen: list[Tensor] = []
-    hook = module.register_forward_hook(lambda module, args, output: seen.append(output))
+    """Collect the outputs of a module inside the block."""
+    outputs: list[Tensor] = []
+    hook = module.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
-        yield seen
+        yield outputs
     finally:
         hook.remove()
 

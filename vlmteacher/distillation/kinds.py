@@ -1,4 +1,4 @@
-"""Types of settings that come from a file."""
+"""Check the types of settings that come from a file."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from vlmteacher.errors import InputError
 
 
 def check_kinds(settings: Any) -> None:
-    """Raise InputError for the first value in a dataclass that is not of its field's type."""
+    """Raise InputError for the first field of a dataclass whose value is not of the annotated type."""
     kinds = get_type_hints(type(settings))
-    for each in fields(settings):
-        value, kind = getattr(settings, each.name), kinds[each.name]
+    for entry in fields(settings):
+        value, kind = getattr(settings, entry.name), kinds[entry.name]
         if not _is(value, kind):
             wanted = getattr(kind, "__name__", None) if isinstance(kind, type) else str(kind).replace("typing.", "")
-            raise InputError(f"{each.name} must be of the type {wanted}, not {value!r:.60}")
+            raise InputError(f"{entry.name} must be of the type {wanted}, not {value!r:.60}")
 
 
 def _is(value: object, kind: Any) -> bool:
@@ -24,12 +24,12 @@ def _is(value: object, kind: Any) -> bool:
     if kind is Any:
         return True
     if origin in (Union, UnionType):
-        return any(_is(value, each) for each in arguments)
+        return any(_is(value, argument) for argument in arguments)
     if origin is Literal:
-        return type(value) in {type(each) for each in arguments}
+        return type(value) in {type(argument) for argument in arguments}
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
     if origin is None:
         return isinstance(value, (int, float) if kind is float else kind)
-    # A list of YAML stands for a tuple too.
-    return isinstance(value, (list, tuple)) and all(_is(each, arguments[0]) for each in value)
+    # YAML has no tuples: a list is accepted for one.
+    return isinstance(value, (list, tuple)) and all(_is(item, arguments[0]) for item in value)

@@ -1,7 +1,7 @@
 """`vlmteacher train sft`: supervised fine-tuning of a many-step Reasoner on the videos of a domain.
 
-Flow matching: the network learns noise - x0 at x = (1 - sigma) x0 + sigma noise, with the first latent frame known and
-not counted. In a share of the draws the prompt is left out, so that guidance has something to guide away from.
+Flow matching: the network learns noise - x0 at x = (1 - sigma) x0 + sigma noise; the first latent frame is given and
+left out of the loss. The prompt is dropped in a share of the draws, as classifier-free guidance requires.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from vlmteacher.torch_modes import plain_torch
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-LEVELS = 8  # of noise, at which every held-out video is looked at
+LEVELS = 8  # noise levels at which every held-out video is validated
 
 
 @dataclass(frozen=True)
 class FineTuningSettings:
-    """What a fine-tuning may be told; the entries of its YAML file. Raises InputError.
+    """Settings of a fine-tuning: the entries of its YAML file. Raises InputError.
 
     Attributes:
-        reasoner: where to start from: a directory or a hub id.
+        reasoner: directory or hub id of the Reasoner to start from.
         data: folder in VBVR's layout.
         out: folder to write to.
-        cache: where the encoded instances are kept, in `out` by default; trainings on the same data can share it.
-        noise_levels: how sigma is drawn before the shift: uniformly, or as the logistic of a normal draw.
-        logit_mean, logit_std: of that normal draw.
+        cache: folder of the encoded instances, in `out` by default; trainings on the same data can share it.
+        noise_levels: distribution of sigma before the shift: uniform, or the logistic of a normal draw.
+        logit_mean, logit_std: mean and standard deviation of that normal draw.
         shift: s in sigma = s t / (1 + (s - 1) t), as in the Reasoner's settings.
         caption_dropout: share of the draws without the prompt, below 1.
-        held_out: instances, spread over the data, that are not trained on: they make the validation curve.
-        samples: held-out instances whose videos are written at each validation, by `sample_steps` Euler steps with
-            `guidance`.
+        held_out: number of instances to validate on, spread over the data.
+        samples: number of held-out instances whose videos are written at each validation, sampled in `sample_steps`
+            Euler steps with `guidance`.
         train: steps, batch size, learning rate, LoRA or full weights, ...
     """
 
@@ -85,7 +85,7 @@ class FineTuningSettings:
                 raise InputError(f"{name} must be a whole number of at least {low}, not {value}")
 
     def to_dict(self) -> dict[str, Any]:
-        """What a resumed run must agree with, by its name in the YAML file."""
+        """The settings that a resumed run must share, by their names in the YAML file."""
         values = asdict(self)
         return {
             **values.pop("train"),
@@ -94,17 +94,17 @@ class FineTuningSettings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FineTuningSettings:
-        """From the entries of a YAML file; those of `TrainSettings` stand beside the others."""
+        """Make settings from the entries of a YAML file, in which those of `TrainSettings` stand beside the others."""
         return build_settings(values, lambda entries: cls(**entries))
 
 
 def load_settings(path: Path, overrides: dict[str, Any]) -> FineTuningSettings:
-    """Read a YAML file of `FineTuningSettings`; `overrides` replace its entries. Raises InputError."""
+    """Read `FineTuningSettings` from a YAML file; `overrides` take precedence over its entries. Raises InputError."""
     return read_settings(path, overrides, lambda entries: FineTuningSettings(**entries))
 
 
 class FineTuning(Training):
-    """The loss, and what is looked at on the way."""
+    """The loss and the validation of a fine-tuning."""
 
     def __init__(
         self, settings: FineTuningSettings, reasoner: Reasoner, data: LatentDataset, accelerator: Accelerator
@@ -116,7 +116,7 @@ class FineTuning(Training):
         self.add_optimizers({"student": settings.train.learning_rate})
 
     def draw_sigmas(self, count: int, generator: torch.Generator) -> Tensor:
-        """(count,) noise levels in (0, 1) on the CPU."""
+        """Draw (count,) noise levels in (0, 1) on the CPU."""
         settings = self.settings
         if settings.noise_levels == "uniform":
             t = torch.rand(count, generator=generator)
@@ -125,7 +125,10 @@ class FineTuning(Training):
         return settings.shift * t / (1 + (settings.shift - 1) * t)
 
     def loss(self, condition: Condition, real: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        """Flow matching on real latents (B, C, T, h, w) at drawn levels. Inside ``networks.active("student")``."""
+        """Flow matching on real latents (B, C, T, h, w) at drawn levels, and its metric.
+
+        Must be called inside ``networks.active("student")``.
+        """
         dropped = torch.rand(len(real), generator=generator) < self.settings.caption_dropout
         embeds = torch.where(dropped[:, None, None].to(real.device), self.empty, condition.prompt_embeds)
         sigma = self.draw_sigmas(len(real), generator).to(real.device)
@@ -140,7 +143,7 @@ class FineTuning(Training):
 
     @torch.no_grad()
     def validate(self, step: int, out: Path) -> dict[str, float]:
-        """The loss on the held-out videos, at the same levels and with the same noise each time; samples."""
+        """The mean loss on the held-out videos, with the same levels and noise every time; writes ``samples/``."""
         settings, total = self.settings, 0.0
         for index in range(len(self.held_out)):
             generator = torch.Generator().manual_seed(index)
@@ -166,9 +169,11 @@ class FineTuning(Training):
 
 @plain_torch()
 def run(settings: FineTuningSettings, resume: bool = False) -> Path:
-    """Fine-tune; returns the pipeline directory that `load_reasoner` opens, ``pipeline`` in `settings.out`.
+    """Fine-tune a Reasoner; returns its pipeline directory, ``pipeline`` in `settings.out`.
 
-    Raises InputError for what cannot be used, NonFiniteError when the training breaks down (the last good state stays).
+    Raises:
+        InputError: a setting, an instance or the Reasoner cannot be used.
+        NonFiniteError: the training broke down; the last good state stays.
     """
     from accelerate import Accelerator
 

@@ -1,4 +1,4 @@
-"""What the trainings of a Reasoner share: a resumable loop with a log, an average of the weights, and safe states."""
+"""The training loop: resumable, with a log, an average of the weights, and states that survive interruption."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ if TYPE_CHECKING:
 
 STATE = Path("state") / "state.pt"
 FORM = "vlmteacher training 1"  # of the state; another number when its content changes
-STATE_ROOM = 2**26  # bytes of a state beside its tensors
-AVERAGED = "student"  # the module whose average is kept, and which is the result
+STATE_ROOM = 2**26  # bytes of a state file apart from its tensors
+AVERAGED = "student"  # the module that is trained for use, and averaged by default
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What every training may be told; raises InputError.
+    """Settings of every training. Raises InputError.
 
     Attributes:
-        steps: updates; a resumed run may have more than before.
-        batch_size: videos per update, times `gradient_accumulation`.
-        learning_rate: of AdamW, after `warmup` steps of rising to it; constant then.
-        max_grad_norm: where the gradient is clipped.
-        ema: decay of the average of the weights that is saved in the end, below 1; 0 keeps the last weights.
+        steps: number of updates; a resumed run may have more than before.
+        batch_size: videos per batch; an update takes `gradient_accumulation` batches.
+        learning_rate: learning rate of AdamW, reached linearly in `warmup` steps and constant afterwards.
+        max_grad_norm: norm to which the gradient is clipped.
+        ema: decay of the moving average of the weights that is the result, below 1; 0 keeps the last weights.
         dtype: "bfloat16" runs the networks in mixed precision.
-        save_every, log_every, validate_every: in steps; 0 never validates.
-        gradient_checkpointing: compute the blocks' activations again in the backward pass instead of keeping them.
-        full: train all weights; else a LoRA of `rank`.
+        save_every, log_every, validate_every: intervals in steps; 0 never validates.
+        gradient_checkpointing: recompute the blocks' activations in the backward pass instead of keeping them.
+        full: train all weights instead of a LoRA of `rank`.
     """
 
     steps: int = 1000
@@ -86,7 +86,7 @@ class TrainSettings:
 
 @contextmanager
 def training_folder(out: Path, resume: bool, accelerator: Accelerator) -> Iterator[None]:
-    """Hold `out` for a training (see `claimed` and `check_out`); of several processes the main one holds it."""
+    """Lock `out` for a training (see `claimed` and `check_out`); of several processes the main one holds the lock."""
     with claimed(out) if accelerator.is_main_process else nullcontext():
         check_out(out, resume)
         for folder in ((out / STATE).parent, out / "samples"):
@@ -96,23 +96,24 @@ def training_folder(out: Path, resume: bool, accelerator: Accelerator) -> Iterat
 
 
 def check_out(out: Path, resume: bool) -> None:
-    """Raise InputError when `out` holds a training that is not to be resumed, or none that could be."""
-    there = (out / STATE).exists()
-    if resume and not there:
-        raise InputError(f"{out} holds no training to resume: leave --resume out")
-    if there and not resume:
-        raise InputError(f"{out} already holds a training: give another out, or --resume to go on")
+    """Raise InputError if `out` holds a training and `resume` is not set, or no training and it is."""
+    exists = (out / STATE).exists()
+    if resume and not exists:
+        raise InputError(f"{out} holds no training to resume: leave out --resume")
+    if exists and not resume:
+        raise InputError(f"{out} already holds a training: give another --out, or --resume to continue it")
 
 
 class OtherSettings(InputError):
-    """A training is to be resumed with settings that are not its own."""
+    """A training was resumed with settings other than its own."""
 
 
 class Trainer:
-    """Runs a training in the folder `out` so that it can be stopped anywhere and taken up again with the same result.
+    """Runs a training in the folder `out`; a training that is stopped and resumed gives the same result.
 
-    ``state/state.pt`` holds all that changes; it is replaced only by a whole new one, every `save_every` steps and when
-    the training is interrupted. ``log.jsonl`` and ``validation.jsonl`` hold a row each time.
+    ``state/state.pt`` holds all state; it is replaced atomically, every `save_every` steps and when the training is
+    interrupted. ``log.jsonl`` has a row every `log_every` steps with the mean of each metric over the steps that report
+    it, ``validation.jsonl`` a row every `validate_every` steps.
 
     Args:
         out: folder to write to.
@@ -143,7 +144,7 @@ class Trainer:
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.state_file = out / STATE
         self.step = 0
-        self.saved: int | None = None  # the step of the state on the disk
+        self.saved: int | None = None  # the step of the state on disk
         self.rates = [group["lr"] for group in self._groups()]
         self.schedule = schedule or (lambda step: min(1.0, (step + 1) / max(self.settings["warmup"], 1)))
         self.averaged_parameters: list[nn.Parameter] = []
@@ -153,13 +154,13 @@ class Trainer:
         self.average_warmup = average_warmup
 
     def _groups(self) -> list[dict[str, Any]]:
-        """The optimizers' groups of parameters; `load_state_dict` puts others in their place."""
+        """The optimizers' parameter groups, which `load_state_dict` replaces by new objects."""
         return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
 
     def resume(self) -> None:
-        """Take up the run in `out`.
+        """Load the state in `out`.
 
-        Raises InputError: there is none, its state cannot be used, its settings are others, which are named.
+        Raises InputError: there is none, it cannot be used, or its settings differ; the message names those.
         """
         check_out(self.out, resume=True)
         tensors = [*self.average, *(each for module in self.modules.values() for each in module.state_dict().values())]
@@ -181,7 +182,7 @@ class Trainer:
         if names:
             listed = ", ".join(f"{n} ({before.get(n)}, now {self.settings.get(n)})" for n in names)
             raise OtherSettings(
-                f"{self.out} was trained with other settings: {listed}; set them back or give another out"
+                f"{self.out} was trained with other settings: {listed}; set them back or give another --out"
             )
         for name, module in self.modules.items():
             for key, value in module.state_dict().items():
@@ -201,14 +202,18 @@ class Trainer:
         validate: Callable[[int], dict[str, float]] | None = None,
         save_interrupted: bool = True,
     ) -> None:
-        """Call ``step(index, generator)``, which makes the update and tells what to log, until `steps` are done.
+        """Call ``step(index, generator)``, which makes an update and returns metrics, until `steps` are done.
 
-        The generator is seeded by the seed and the index alone. The student ends as the average, where one is kept.
+        The generator is seeded by the seed and the index. The averaged parameters end as their average.
+
+        Args:
+            validate: ``validate(step)`` returns the metrics of the averaged parameters.
+            save_interrupted: save the state when interrupted; otherwise the last regular one stays.
 
         Raises:
-            OutputError: `out` cannot be written to; the state that is there stays usable.
-            KeyboardInterrupt: after the step that is made is whole and saved.
-            NonFiniteError: from `step`; the last state stays.
+            OutputError: `out` cannot be written to; the last state stays usable.
+            KeyboardInterrupt: interrupted; the current step was finished and saved.
+            NonFiniteError: raised by `step`; the last state stays.
         """
         main, settings = self.accelerator.is_main_process, self.settings
         sums: dict[str, float] = {}
@@ -242,7 +247,7 @@ class Trainer:
                 p.copy_(mean)
 
     def _make(self, step: Callable[[int, torch.Generator], dict[str, float]]) -> tuple[dict[str, float], float]:
-        """Make the next step and its part of the average; what is to be logged, and the seconds that it took."""
+        """Make the next step and update the average; returns the step's metrics and its seconds."""
         settings = self.settings
         for group, rate in zip(self._groups(), self.rates, strict=True):
             group["lr"] = rate * self.schedule(self.step)
@@ -270,7 +275,7 @@ class Trainer:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The student is the average, where one is kept, inside the block."""
+        """Replace the averaged parameters by their average inside the block."""
         last = [p.detach().clone() for p in self.averaged_parameters]
         for p, mean in zip(self.averaged_parameters, self.average, strict=True):
             p.data.copy_(mean)
@@ -281,7 +286,7 @@ class Trainer:
                 p.data.copy_(value)
 
     def save(self) -> None:
-        """Write the state in place of the one before. Raises OutputError; that one then stays."""
+        """Replace the state on disk. Raises OutputError; the previous state then stays."""
         if not self.accelerator.is_main_process:
             return
         state = {
@@ -315,7 +320,7 @@ class Trainer:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Leave out the rows after `step`, which will be written again, and what is no row: a crash may cut one off."""
+    """Drop the rows of a log after `step`, which will be written again, and a row that a crash has cut off."""
     if not path.exists():
         return
     kept = []

@@ -1,4 +1,4 @@
-"""What a training of a Reasoner is made of, whatever its loss: networks, optimizers, updates, samples, the result."""
+"""The parts of every training of a Reasoner: settings, networks, optimizers, updates, samples, the result."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ T = TypeVar("T")
 
 
 def read_settings(path: Path, overrides: dict[str, Any], build: Callable[[dict[str, Any]], T]) -> T:
-    """`build` from the entries of a YAML file, some of them replaced by `overrides`. Raises InputError."""
+    """Call `build` with the entries of a YAML file, over which `overrides` take precedence. Raises InputError."""
     values = read_yaml(path, "configuration")
     if not isinstance(values, dict):
-        raise InputError(f"configuration {path} is no list of `name: value`")
+        raise InputError(f"configuration {path} must be a mapping of `name: value`")
     return build_settings(values | overrides, build)
 
 
 def build_settings(values: dict[str, Any], build: Callable[[dict[str, Any]], T]) -> T:
-    """``build(values)`` with the entries of `TrainSettings`, which stand beside the others, put together as ``train``.
+    """Call `build` with `values`, from which the entries of `TrainSettings` are gathered as ``train``.
 
-    Raises InputError for an entry that is unknown, lacks or is of the wrong kind.
+    Raises InputError: an entry is unknown, missing or of the wrong type.
     """
     values = dict(values)
     train = {f.name: values.pop(f.name) for f in fields(TrainSettings) if f.name in values}
     try:
         return build({**values, "train": TrainSettings(**train)})
-    except TypeError as error:  # what is unknown or missing is named in it
+    except TypeError as error:  # it names the unknown or missing entry
         raise InputError(f"the configuration cannot be used: {str(error).split('__init__() ')[-1]}") from error
 
 
@@ -59,10 +59,10 @@ def build_settings(values: dict[str, Any], build: Callable[[dict[str, Any]], T])
 
 
 class Training:
-    """One step of a training on encoded videos; `Trainer` calls `step`.
+    """A training on encoded videos; `Trainer` calls `step`.
 
-    A subclass fills `losses`, and `times` where a role has several updates a step; then it calls `add_optimizers`.
-    `modules` and `optimizers` are all that changes while it runs.
+    A subclass fills `losses`, and `times` where a role has several updates per step, and calls `add_optimizers`. All
+    state that changes during the training is in `modules` and `optimizers`.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Training:
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
 
     def add_optimizers(self, rates: dict[Role, float]) -> None:
-        """AdamW for each role, with its learning rate."""
+        """Add an AdamW for each role, with the role's learning rate."""
         for role, rate in rates.items():
             parameters = self.modules[role].parameters()
             self.optimizers[role] = torch.optim.AdamW(
@@ -97,9 +97,11 @@ class Training:
             )
 
     def step(self, index: int, generator: torch.Generator) -> dict[str, float]:
-        """The updates of every role in turn; the terms of the losses, means over updates."""
+        """Update every role in turn; returns the metrics, means over the updates of a role."""
         seeds = torch.randint(2**62, (self.accelerator.num_processes,), generator=generator)
-        generator = torch.Generator().manual_seed(int(seeds[self.accelerator.process_index]))  # each draws its own
+        generator = torch.Generator().manual_seed(
+            int(seeds[self.accelerator.process_index])
+        )  # its own data in every process
         values: dict[str, float] = {}
         for role in self.losses:
             times = self.times.get(role, 1)
@@ -108,7 +110,7 @@ class Training:
         return values
 
     def update(self, role: Role, index: int, generator: torch.Generator) -> dict[str, float]:
-        """One update of a role over `gradient_accumulation` batches. Raises NonFiniteError before it would be made."""
+        """Update a role on `gradient_accumulation` batches; returns metrics. Raises NonFiniteError without updating."""
         train, optimizer = self.train, self.optimizers[role]
         parameters = list(self.modules[role].parameters())
         values: dict[str, float] = {}
@@ -132,13 +134,13 @@ class Training:
         return {**values, f"{role}_grad_norm": norm}
 
     def autocast(self) -> torch.autocast:
-        """Mixed precision, where it is asked for; bfloat16 needs no scaling of the loss."""
+        """Autocast to bfloat16 where the settings ask for it; bfloat16 needs no scaling of the loss."""
         low = self.train.dtype == "bfloat16"
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=low)
 
     @contextmanager
     def student(self) -> Iterator[nn.Module]:
-        """The student takes the place of the Reasoner's own transformer inside the block."""
+        """Replace the Reasoner's transformer by the student inside the block."""
         plain = self.reasoner.transformer
         with self.networks.active("student") as network:
             self.reasoner.transformer = network
@@ -148,7 +150,7 @@ class Training:
                 self.reasoner.transformer = plain
 
     def write_sample(self, path: Path, latents: Tensor) -> None:
-        """The video of `latents` (1, C, T, h, w)."""
+        """Decode latents (1, C, T, h, w) and write the video."""
         frames = (self.reasoner.decode(latents).permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
         make_folder(path.parent)
         write_video(path, frames, self.reasoner.fps)
@@ -157,10 +159,11 @@ class Training:
 def begin(
     reasoner: str, data: str, cache: str | None, out: Path, train: TrainSettings, accelerator: Accelerator
 ) -> tuple[Reasoner, LatentDataset, dict[str, str]]:
-    """What a training in `out` starts from, and fingerprints of it that a resumed run must agree with.
+    """Load the Reasoner and the data of a training; returns them and fingerprints that a resumed run must share.
 
-    The instances in `data` are encoded in the Reasoner's own size; `cache` keeps them, ``out/cache`` by default. The
-    Reasoner's weights are in float32 unless they stay frozen and bfloat16 is asked for. Raises InputError.
+    The instances in `data` are encoded in the Reasoner's video size, into `cache`, by default ``out/cache``. The
+    Reasoner is loaded in float32, or in bfloat16 where that is the training's dtype and its weights are frozen.
+    Raises InputError.
     """
     frozen_low = train.dtype == "bfloat16" and not train.full
     model = load_reasoner(reasoner, torch.bfloat16 if frozen_low else torch.float32)
@@ -181,7 +184,7 @@ def finish(
 ) -> Path:
     """Run `training` to its end in `out` and write the result; returns the pipeline directory, ``out/pipeline``.
 
-    settings: what a resumed run must agree with. source: where the Reasoner came from.
+    settings: settings and fingerprints that a resumed run must share. source: directory or hub id of the Reasoner.
     """
     trainer = Trainer(out, training.modules, training.optimizers, settings, training.accelerator)
     if resume:
@@ -193,15 +196,15 @@ def finish(
 
 
 def write_pipeline(source: str, reasoner: Reasoner, weights: dict[str, Tensor], out: Path) -> None:
-    """A diffusers pipeline directory: that of `source` with other `weights` and the Reasoner's settings.
+    """Write the diffusers pipeline of `source` with other transformer `weights` and the Reasoner's settings.
 
     Raises OutputError.
     """
     transformer: Any = type(reasoner.transformer).from_config(reasoner.transformer.config)
-    transformer.load_state_dict(weights, assign=True)  # in the precision that each of them has
+    transformer.load_state_dict(weights, assign=True)  # every weight keeps its precision
     directory = Path(source)
     if not directory.is_dir():
-        directory = fetch(source, "", local_files_only=True)  # it was loaded from there
+        directory = fetch(source, "", local_files_only=True)  # the Reasoner was loaded from this cache
     with replacing(out) as temporary:
         shutil.copytree(directory, temporary, ignore=lambda at, names: names if Path(at).name == "transformer" else [])
         transformer.save_pretrained(temporary / "transformer")
