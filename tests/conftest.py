@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ os.environ["VLMTEACHER_CHECK_DECODER"] = "0"
 import pytest
 import torch
 
+from tests.reasoners import tiny_checkpoints
 from tests.slow import (  # noqa: F401
     pytest_addoption,
     pytest_collection_modifyitems,
@@ -23,11 +24,15 @@ from tests.slow import (  # noqa: F401
 )
 from tests.tiny_pair import PROMPT, QUERIES, tiny_pair
 from vlmteacher import placement
+from vlmteacher.cli import main
 from vlmteacher.lora.adapter import add_lora, remove_lora
 from vlmteacher.optimization.loop import Optimization
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import QuerySet
 from vlmteacher.settings import Settings
+
+Run = Callable[..., tuple[int, str, str]]
+Solve = Callable[..., list[str]]
 
 placement.default_device = lambda: "cpu"  # whose numbers the tests know; tests of GPUs say so
 
@@ -49,6 +54,52 @@ def queries_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("queries") / "queries.json"
     path.write_text(json.dumps(QUERIES))
     return path
+
+
+@pytest.fixture(scope="session")
+def solve(models: dict[str, str], queries_file: Path) -> Solve:
+    """Arguments of a small `solve`; a keyword changes one of them, None leaves it out."""
+
+    def solve(out: Path, *flags: str, **changed: Any) -> list[str]:
+        values: dict[str, Any] = {
+            **models,
+            "prompt": PROMPT,
+            "queries": queries_file,
+            "max_steps": 3,
+            "rank": 2,
+            "frames": 4,
+            "lr": 0.03,
+            "out": out,
+            **changed,
+        }
+        pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in values.items() if value is not None)
+        return ["solve", *(part for pair in pairs for part in pair), *flags]
+
+    return solve
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in this process: exit status, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        status = main([str(argument) for argument in arguments])
+        return status, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def t2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Wan 2.1 T2V pipeline in its hub layout."""
+    return tiny_checkpoints.wan21_t2v(tmp_path_factory.mktemp("t2v"))
+
+
+@pytest.fixture(scope="module")
+def a14b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Wan 2.2 T2V A14B pipeline, of two experts."""
+    return tiny_checkpoints.wan22_t2v_a14b(tmp_path_factory.mktemp("a14b"))
 
 
 @pytest.fixture

@@ -13,8 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.reasoners import tiny_checkpoints, tiny_hunyuan, tiny_ltx
-from tests.tiny_teacher import tiny_internvl, tiny_qwen3_vl, tiny_qwen25_vl
 from vlmteacher.checkpoints.pretrained import load_network, load_processor, load_tokenizer
 from vlmteacher.errors import InputError
 
@@ -37,20 +35,6 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny checkpoints of every family, by its name."""
-    root = tmp_path_factory.mktemp("models")
-    return {
-        "wan": tiny_checkpoints.wan21_i2v(root / "wan"),
-        "ltx": tiny_ltx.tiny_ltx_pipeline(root / "ltx"),
-        "hunyuan": tiny_hunyuan.tiny_hunyuan_pipeline(root / "hunyuan"),
-        "qwen3_vl": tiny_qwen3_vl(root / "qwen3_vl"),
-        "qwen25_vl": tiny_qwen25_vl(root / "qwen25_vl"),
-        "internvl": tiny_internvl(root / "internvl"),
-    }
-
-
 def kind_of(part: str) -> Any:
     import diffusers
     import transformers
@@ -59,9 +43,9 @@ def kind_of(part: str) -> Any:
     return getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
 
 
-def copied(models: dict[str, Path], part: str, to: Path) -> Path:
+def copied(families: dict[str, Path], part: str, to: Path) -> Path:
     family, _, subfolder = part.partition("/")
-    return Path(shutil.copytree(models[family] / subfolder, to, dirs_exist_ok=True))
+    return Path(shutil.copytree(families[family] / subfolder, to, dirs_exist_ok=True))
 
 
 def weights_file(directory: Path) -> Path:
@@ -96,19 +80,19 @@ def sample(names: list[str], count: int = 5) -> list[str]:
 
 
 @pytest.mark.parametrize("part", KINDS)
-def test_a_whole_network_is_what_its_library_loads(models, part):
+def test_a_whole_network_is_what_its_library_loads(families, part):
     family, _, subfolder = part.partition("/")
-    ours = load(part, models[family] / subfolder).state_dict()
-    theirs = kind_of(part).from_pretrained(models[family] / subfolder).state_dict()
+    ours = load(part, families[family] / subfolder).state_dict()
+    theirs = kind_of(part).from_pretrained(families[family] / subfolder).state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 TIED = ("shared.weight", "language_model.embed_tokens.weight", "embed_tokens.weight")
 
 
-def check_each(models, part, tmp_path, names):
+def check_each(families, part, tmp_path, names):
     """A network of which a tensor is left out, renamed or of another shape is refused, and the tensor named."""
-    directory = copied(models, part, tmp_path / "copy")
+    directory = copied(families, part, tmp_path / "copy")
     whole = load_file(weights_file(directory))
     for name in names(sorted(whole)):
         rest = {key: value for key, value in whole.items() if key != name}
@@ -125,20 +109,20 @@ def check_each(models, part, tmp_path, names):
 
 
 @pytest.mark.parametrize("part", KINDS)
-def test_tensors_that_do_not_fit_are_refused(models, part, tmp_path):
-    check_each(models, part, tmp_path, lambda names: sample(names, 2))
+def test_tensors_that_do_not_fit_are_refused(families, part, tmp_path):
+    check_each(families, part, tmp_path, lambda names: sample(names, 2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", KINDS)
-def test_more_tensors_that_do_not_fit_are_refused(models, part, tmp_path):
-    check_each(models, part, tmp_path, lambda names: sample(names, 40))
+def test_more_tensors_that_do_not_fit_are_refused(families, part, tmp_path):
+    check_each(families, part, tmp_path, lambda names: sample(names, 40))
 
 
 # ---------------------------------------------------------------- values
 
 
-def test_weights_that_are_no_floats_are_refused(models, tmp_path):
+def test_weights_that_are_no_floats_are_refused(families, tmp_path):
     """Of a network that does not say how it is quantised: its float8 values would be taken without their scales."""
     for number, (part, dtype, said) in enumerate(
         (
@@ -148,15 +132,15 @@ def test_weights_that_are_no_floats_are_refused(models, tmp_path):
             ("ltx/vae", torch.uint8, "holds U8 values"),
         )
     ):
-        directory = copied(models, part, tmp_path / str(number))
+        directory = copied(families, part, tmp_path / str(number))
         rewrite(directory, lambda state, dtype=dtype: state | {max(state): state[max(state)].to(dtype)})
         refused(part, directory, rf"{said} \(.*give weights that are not quantised")
 
 
 @pytest.mark.parametrize("part", ["wan/vae", "wan/text_encoder", "hunyuan/image_encoder", "internvl/"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_finite_are_refused(models, part, value, tmp_path):
-    directory = copied(models, part, tmp_path / "copy")
+def test_weights_that_are_not_finite_are_refused(families, part, value, tmp_path):
+    directory = copied(families, part, tmp_path / "copy")
 
     def spoil(state):
         name = sorted(state)[len(state) // 2]
@@ -188,8 +172,8 @@ def shard(directory: Path, variant: str | None = None) -> Path:
 @pytest.mark.parametrize("part", ["wan/transformer", "wan/text_encoder", "qwen3_vl/"])
 @pytest.mark.parametrize("variant", [None, "fp16", "bf16"])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_sharded_files_and_variants_are_found(models, part, variant, sharded, tmp_path):
-    directory = copied(models, part, tmp_path / "copy")
+def test_sharded_files_and_variants_are_found(families, part, variant, sharded, tmp_path):
+    directory = copied(families, part, tmp_path / "copy")
     expected = load(part, directory).state_dict()
     if sharded:
         shard(directory, variant)
@@ -204,8 +188,8 @@ def test_sharded_files_and_variants_are_found(models, part, variant, sharded, tm
 @pytest.mark.parametrize(
     "place", ["../outside.safetensors", "{root}/outside.safetensors", "sub/../x.safetensors", "a.bin"]
 )
-def test_an_index_stays_in_its_directory(models, part, place, tmp_path):
-    directory = copied(models, part, tmp_path / "copy")
+def test_an_index_stays_in_its_directory(families, part, place, tmp_path):
+    directory = copied(families, part, tmp_path / "copy")
     outside = shutil.copy(weights_file(directory), tmp_path / "outside.safetensors")
     assert os.path.exists(outside)
     index = shard(directory)
@@ -217,8 +201,8 @@ def test_an_index_stays_in_its_directory(models, part, place, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["wan/transformer", "qwen3_vl/"])
-def test_an_index_agrees_with_its_shards(models, part, tmp_path):
-    directory = copied(models, part, tmp_path / "copy")
+def test_an_index_agrees_with_its_shards(families, part, tmp_path):
+    directory = copied(families, part, tmp_path / "copy")
     index = shard(directory)
     whole = json.loads(index.read_text())
     places = whole["weight_map"]
@@ -243,18 +227,18 @@ def test_an_index_agrees_with_its_shards(models, part, tmp_path):
     refused(part, directory, "nested too deep|is not JSON")
 
 
-def test_links_of_the_hub_cache_are_followed(models, tmp_path):
+def test_links_of_the_hub_cache_are_followed(families, tmp_path):
     """A snapshot of the cache is a directory of links into its blobs."""
-    directory = copied(models, "wan/text_encoder", tmp_path / "blobs")
+    directory = copied(families, "wan/text_encoder", tmp_path / "blobs")
     (tmp_path / "snapshot").mkdir()
     for file in directory.iterdir():
         (tmp_path / "snapshot" / file.name).symlink_to(os.path.relpath(file, tmp_path / "snapshot"))
     assert load("wan/text_encoder", tmp_path / "snapshot")
 
 
-def test_damaged_files_are_refused(models, tmp_path):
+def test_damaged_files_are_refused(families, tmp_path):
     for part in ("wan/vae", "qwen3_vl/"):
-        directory = copied(models, part, tmp_path / part)
+        directory = copied(families, part, tmp_path / part)
         data = weights_file(directory).read_bytes()
         for spoilt in (b"", data[:7], data[: len(data) // 2], b"\xff" * 8 + data[8:], b"\x00" * 64, data + b"more"):
             weights_file(directory).write_bytes(spoilt)
@@ -305,17 +289,17 @@ def with_code(directory: Path, marker: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["wan/transformer", "wan/text_encoder", "qwen3_vl/", "internvl/"])
-def test_code_beside_a_network_is_left_alone(models, part, tmp_path, marker):
-    directory = copied(models, part, tmp_path / "copy")
+def test_code_beside_a_network_is_left_alone(families, part, tmp_path, marker):
+    directory = copied(families, part, tmp_path / "copy")
     with_code(directory, marker)
     assert load(part, directory)
 
 
-def test_code_beside_tokenizers_and_processors_is_left_alone(models, tmp_path, marker):
+def test_code_beside_tokenizers_and_processors_is_left_alone(families, tmp_path, marker):
     from transformers import CLIPImageProcessor
 
     for part in ("wan/tokenizer", "qwen3_vl/"):
-        directory = copied(models, part, tmp_path / part)
+        directory = copied(families, part, tmp_path / part)
         with_code(directory, marker)
         assert load_tokenizer(directory)("a box").input_ids
         configure(directory, "tokenizer_config.json", tokenizer_class="own.Own")
@@ -324,14 +308,14 @@ def test_code_beside_tokenizers_and_processors_is_left_alone(models, tmp_path, m
         else:
             with pytest.raises(InputError, match="contains custom code"):
                 load_tokenizer(directory)
-    directory = copied(models, "wan/image_processor", tmp_path / "processor")
+    directory = copied(families, "wan/image_processor", tmp_path / "processor")
     with_code(directory, marker)
     assert load_processor(CLIPImageProcessor, str(directory))
 
 
 @pytest.mark.parametrize("part", ["wan/transformer", "wan/text_encoder", "qwen3_vl/"])
-def test_pickles_are_not_read(models, part, tmp_path, marker):
-    directory = copied(models, part, tmp_path / "copy")
+def test_pickles_are_not_read(families, part, tmp_path, marker):
+    directory = copied(families, part, tmp_path / "copy")
     file = weights_file(directory)
     file.unlink()
     for name in ("pytorch_model.bin", "diffusion_pytorch_model.bin", "model.pt"):
@@ -358,14 +342,14 @@ def test_pickles_are_not_read(models, part, tmp_path, marker):
         ({"num_hidden_layers": -1}, "says num_hidden_layers -1"),
     ],
 )
-def test_what_a_config_must_not_name(models, tmp_path, entries, said):
-    directory = copied(models, "qwen3_vl/", tmp_path / "copy")
+def test_what_a_config_must_not_name(families, tmp_path, entries, said):
+    directory = copied(families, "qwen3_vl/", tmp_path / "copy")
     configure(directory, **entries)
     refused("qwen3_vl/", directory, said)
 
 
-def test_other_weights_beside_a_network_are_refused(models, tmp_path):
-    directory = copied(models, "qwen3_vl/", tmp_path / "copy")
+def test_other_weights_beside_a_network_are_refused(families, tmp_path):
+    directory = copied(families, "qwen3_vl/", tmp_path / "copy")
     configure(directory, "adapter_config.json", base_model_name_or_path="someone/else", peft_type="LORA")
     refused("qwen3_vl/", directory, r"holds adapter_config\.json too")
     (directory / "adapter_config.json").unlink()
@@ -373,16 +357,16 @@ def test_other_weights_beside_a_network_are_refused(models, tmp_path):
     refused("qwen3_vl/", directory, "holds shard-00001-model-00001-of-00001.safetensors too")
 
 
-def test_another_class_is_refused(models, tmp_path):
-    directory = copied(models, "wan/transformer", tmp_path / "copy")
+def test_another_class_is_refused(families, tmp_path):
+    directory = copied(families, "wan/transformer", tmp_path / "copy")
     configure(directory, _class_name="WanVACETransformer3DModel")
     refused("wan/transformer", directory, "is a WanVACETransformer3DModel: a WanTransformer3DModel is needed")
 
 
 @pytest.mark.parametrize("part", ["wan/transformer", "wan/vae", "wan/text_encoder", "qwen3_vl/"])
 @pytest.mark.parametrize("text", ["", "[]", "3", "{", '{"a": NaN}', '{"a": 1' + "0" * 400 + "}", "[" * 100_000, "\x00"])
-def test_configs_that_are_no_objects(models, part, text, tmp_path):
-    directory = copied(models, part, tmp_path / "copy")
+def test_configs_that_are_no_objects(families, part, text, tmp_path):
+    directory = copied(families, part, tmp_path / "copy")
     (directory / "config.json").write_text(text)
     refused(part, directory, "config.json")
 
@@ -390,9 +374,9 @@ def test_configs_that_are_no_objects(models, part, text, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["wan/transformer", "wan/vae", "wan/text_encoder", "qwen3_vl/", "hunyuan/vae"])
 @pytest.mark.parametrize("value", ["3", True, [], {}, None, -1, 0, 0.5, 10**9, 2**63])
-def test_entries_of_another_kind_end_in_one_line(models, part, value, tmp_path):
+def test_entries_of_another_kind_end_in_one_line(families, part, value, tmp_path):
     """Whatever a library makes of a wrong entry: the same network, or one line."""
-    directory = copied(models, part, tmp_path / "copy")
+    directory = copied(families, part, tmp_path / "copy")
     config = json.loads((directory / "config.json").read_text())
     for key in sample([key for key in sorted(config) if not key.startswith("_")], 6):
         (directory / "config.json").write_text(json.dumps(config | {key: value}))
@@ -419,12 +403,12 @@ def test_entries_of_another_kind_end_in_one_line(models, part, value, tmp_path):
     ],
 )
 @pytest.mark.parametrize("part", ["qwen3_vl/", "wan/transformer", "wan/text_encoder"])
-def test_a_quantised_checkpoint_names_its_package(models, part, method, package, tmp_path):
+def test_a_quantised_checkpoint_names_its_package(families, part, method, package, tmp_path):
     from importlib.util import find_spec
 
     if package in ("bitsandbytes", "torchao") and find_spec(package):
         pytest.skip(f"{package} is installed")
-    directory = copied(models, part, tmp_path / "copy")
+    directory = copied(families, part, tmp_path / "copy")
     configure(directory, quantization_config={"quant_method": method, "bits": 4, "load_in_4bit": True})
     refused(part, directory, rf"is quantised by {method}, which needs the package {package}: pip install {package}")
 
@@ -444,7 +428,7 @@ def test_a_quantised_checkpoint_names_its_package(models, part, method, package,
         {"quant_method": "bitnet"},
     ],
 )
-def test_a_quantised_checkpoint_that_cannot_be_read_is_one_line(models, part, config, tmp_path):
-    directory = copied(models, part, tmp_path / "copy")
+def test_a_quantised_checkpoint_that_cannot_be_read_is_one_line(families, part, config, tmp_path):
+    directory = copied(families, part, tmp_path / "copy")
     configure(directory, quantization_config=config)
     refused(part, directory, "")

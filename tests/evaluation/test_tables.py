@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.test_cli import Run, run  # noqa: F401 (a fixture)
+from tests.conftest import Run
 from tests.tiny_pair import QUERIES
 from vlmteacher.errors import InputError
 from vlmteacher.evaluation import microworld, tables
@@ -168,7 +168,7 @@ def test_many_steps_need_their_reasoner(pair: Path, tmp_path: Path) -> None:
     assert many["instances"][0]["updates"] == 2
 
 
-def test_the_command_line_says_what_is_wrong(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_the_command_line_says_what_is_wrong(run: Run, tmp_path: Path) -> None:
     for arguments, message in (
         (["--table", "chess"], "it can be paper or remedies"),
         (["--table", "paper", "--split", "ood"], "--split"),

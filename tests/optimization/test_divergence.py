@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.conftest import Run
 from tests.optimization.test_loop import without_seconds
-from tests.test_cli import Run, run  # noqa: F401 (a fixture)
 from tests.test_pipeline import call
 from tests.tiny_pair import PROMPT
 from vlmteacher.errors import NonFiniteError
@@ -227,7 +227,7 @@ def test_the_packaged_pair(rate: float, diverged: bool) -> None:
 
 
 def test_solve_writes_all_and_ends_with_one(
-    run: Run,  # noqa: F811
+    run: Run,
     models: dict[str, str],
     queries_file: Path,
     tmp_path: Path,

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.test_cli import Run, run  # noqa: F401 (a fixture)
+from tests.conftest import Run
 from tests.tiny_pair import PROMPT, QUERIES
 from vlmteacher.errors import InputError
 from vlmteacher.lora.adapter import add_lora
@@ -203,7 +203,7 @@ def test_compiled_blocks_keep_all_or_their_input(make: Any, pipe: TeacherPipelin
 def test_a_cuda_graph_needs_a_gpu(
     models: dict[str, str],
     tmp_path: Path,
-    run: Run,  # noqa: F811
+    run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     queries = tmp_path / "queries.json"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_cli import Run, run  # noqa: F401 (a fixture)
+from tests.conftest import Run
 from tests.tiny_models import tiny_wan_pipeline
 from vlmteacher.lora.adapter import add_lora
 from vlmteacher.planning import GB, Step
@@ -72,7 +72,7 @@ def test_parts_add_up_to_a_whole_step(level: Keep, narrow: None) -> None:
     assert trace.peak[""] <= planned.peak_bytes <= 1.1 * trace.peak[""]
 
 
-def test_plan_of_the_packaged_pair(run: Run) -> None:  # noqa: F811
+def test_plan_of_the_packaged_pair(run: Run) -> None:
     status, out, err = run("plan", "--reasoner", "packaged", "--teacher", "packaged", "--json")
     assert (status, err) == (0, "")
     plan = json.loads(out)
@@ -85,7 +85,7 @@ def test_plan_of_the_packaged_pair(run: Run) -> None:  # noqa: F811
     assert (plan["num_frames"], plan["height"], plan["width"]) == (13, 64, 64)
 
 
-def test_plan_of_directories_says_what_does_not_fit(models: dict[str, str], run: Run) -> None:  # noqa: F811
+def test_plan_of_directories_says_what_does_not_fit(models: dict[str, str], run: Run) -> None:
     weights = list(Path(models["reasoner"]).rglob("*.safetensors"))
     for file in weights:  # are not read
         file.rename(file.with_suffix(".away"))
@@ -119,13 +119,13 @@ def test_plan_of_directories_says_what_does_not_fit(models: dict[str, str], run:
         ({"rank": 0}, "--rank must be at least 1"),
     ],
 )
-def test_bad_input(changed: dict[str, Any], said: str, run: Run) -> None:  # noqa: F811
+def test_bad_input(changed: dict[str, Any], said: str, run: Run) -> None:
     values = {"reasoner": "packaged", "teacher": "packaged"} | changed
     status, out, err = run("plan", *(f"--{k.replace('_', '-')}={v}" for k, v in values.items()))
     assert (status, out) == (2, "") and said in err and err.count("\n") == 1
 
 
-def test_broken_directories(tmp_path: Path, run: Run) -> None:  # noqa: F811
+def test_broken_directories(tmp_path: Path, run: Run) -> None:
     assert "model_index.json" in run("plan", "--reasoner", tmp_path, "--teacher", "packaged")[2]
     (tmp_path / "config.json").write_text("{")
     assert "config.json" in run("plan", "--reasoner", "packaged", "--teacher", tmp_path)[2]
@@ -138,7 +138,7 @@ def test_broken_directories(tmp_path: Path, run: Run) -> None:  # noqa: F811
     assert "--decoder is needed" in run("plan", "--reasoner", tiny, "--teacher", "packaged")[2]
 
 
-def test_plan_at_the_papers_scale(run: Run) -> None:  # noqa: F811
+def test_plan_at_the_papers_scale(run: Run) -> None:
     """Issue 8: in one and the same plan at most 60% of stock's FLOPs and at most 48 GB, weights included."""
     status, out, _ = run("plan", *PAPER, "--questions", 4, "--memory", 48, "--json")
     plan = json.loads(out)
@@ -158,13 +158,13 @@ def test_plan_at_the_papers_scale(run: Run) -> None:  # noqa: F811
     assert sum(stock.values()) == pytest.approx(1229, rel=0.01)
 
 
-def test_what_a_plan_needs(run: Run) -> None:  # noqa: F811
+def test_what_a_plan_needs(run: Run) -> None:
     for given in ([], ["--reasoner", "packaged"], ["--teacher", "packaged"]):
         status, out, err = run("plan", *given)
         assert (status, out) == (2, "") and "--reasoner and --teacher are needed" in err and err.count("\n") == 1
 
 
-def test_verify_runs_a_whole_step_at_full_size(run: Run) -> None:  # noqa: F811
+def test_verify_runs_a_whole_step_at_full_size(run: Run) -> None:
     status, out, err = run("plan", "--verify", "--reasoner", "ltx-0.9.8-2b-distilled", "--json")
     row = json.loads(out)
     assert (status, err) == (0, "") and row["parameters"] == pytest.approx(1.92e9, rel=0.01)  # "2B"

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from tests.conftest import Run
 from tests.planning.counting import saved_bytes, stock_count
 from tests.reasoners import tiny_checkpoints, tiny_hunyuan, tiny_ltx
-from tests.test_cli import Run, run  # noqa: F401 (a fixture)
 from tests.tiny_pair import PROMPT, QUERIES
 from vlmteacher.checkpoints.pretrained import cast
 from vlmteacher.errors import InputError
@@ -178,7 +178,7 @@ def test_levels_as_text() -> None:
         keep_activations(type("T", (), {"blocks": nn.ModuleList([nn.Identity(), nn.Identity()])})(), [Keep.ALL] * 3)
 
 
-def test_solve_takes_the_plans_levels(models: dict[str, str], tmp_path: Path, run: Run) -> None:  # noqa: F811
+def test_solve_takes_the_plans_levels(models: dict[str, str], tmp_path: Path, run: Run) -> None:
     queries = tmp_path / "queries.json"
     queries.write_text(json.dumps(QUERIES))
     given = [f"--{name}={value}" for name, value in models.items()]

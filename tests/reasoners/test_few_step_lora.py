@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.reasoners import tiny_checkpoints
 from tests.reasoners.test_parts import RANK, lora_of, same_weights, weights, write_lora
 from tests.reasoners.tiny_hunyuan import tiny_hunyuan_pipeline
 from tests.reasoners.tiny_ltx import tiny_ltx_pipeline
@@ -24,16 +23,6 @@ from vlmteacher.reasoners.presets import HUB_IDS, PRESETS, check_distilled, chec
 from vlmteacher.reasoners.sampling import SamplerSettings
 
 FOUR_STEPS, FOUR_STEPS_A14B = "wan2.1-lightx2v-4step", "wan2.2-a14b-lightx2v-4step"
-
-
-@pytest.fixture(scope="module")
-def t2v(tmp_path_factory):
-    return tiny_checkpoints.wan21_t2v(tmp_path_factory.mktemp("t2v"))
-
-
-@pytest.fixture(scope="module")
-def a14b(tmp_path_factory):
-    return tiny_checkpoints.wan22_t2v_a14b(tmp_path_factory.mktemp("a14b"))
 
 
 @contextmanager

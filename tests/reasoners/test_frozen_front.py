@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_cli import Run, run  # noqa: F401 (a fixture)
+from tests.conftest import Run
 from tests.tiny_pair import PROMPT, QUERIES
 from tests.tiny_transformers import FAMILIES, call, tiny_transformer
 from vlmteacher.errors import InputError
@@ -118,7 +118,7 @@ def test_every_familys_blocks(family: str) -> None:
     assert not torch.equal(outputs[0][0], outputs[1][0])
 
 
-def test_a_lora_to_go_on_from_has_its_own_layers(models: dict[str, str], tmp_path: Path, run: Run) -> None:  # noqa: F811
+def test_a_lora_to_go_on_from_has_its_own_layers(models: dict[str, str], tmp_path: Path, run: Run) -> None:
     pipe = TeacherPipeline.from_pretrained(**models)
     add_lora(pipe.reasoner.transformer, 2, seed=0)
     (tmp_path / "lora.safetensors").write_bytes(export_lora(pipe.reasoner.transformer))
@@ -128,7 +128,7 @@ def test_a_lora_to_go_on_from_has_its_own_layers(models: dict[str, str], tmp_pat
         pipe(PROMPT, queries=QuerySet.from_dict(QUERIES), lora_blocks="last:1", progress=False)
 
 
-def test_solve_writes_it_down(models: dict[str, str], tmp_path: Path, run: Run) -> None:  # noqa: F811
+def test_solve_writes_it_down(models: dict[str, str], tmp_path: Path, run: Run) -> None:
     queries = tmp_path / "queries.json"
     queries.write_text(json.dumps(QUERIES))
     given = [f"--{name}={value}" for name, value in models.items()]
@@ -141,7 +141,7 @@ def test_solve_writes_it_down(models: dict[str, str], tmp_path: Path, run: Run) 
     assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["lora_blocks"] == "last:1"
 
 
-def test_bench_refuses_what_makes_no_sense(tmp_path: Path, run: Run) -> None:  # noqa: F811
+def test_bench_refuses_what_makes_no_sense(tmp_path: Path, run: Run) -> None:
     for method, blocks, said in (
         ("base", "last:2", "is of the method teacher, not of base"),
         ("teacher", "last:9", "the transformer has 5 blocks"),

@@ -32,16 +32,6 @@ RANK, ALPHA = 3, 6.0
 
 
 @pytest.fixture(scope="module")
-def t2v(tmp_path_factory):
-    return tiny_checkpoints.wan21_t2v(tmp_path_factory.mktemp("t2v"))
-
-
-@pytest.fixture(scope="module")
-def a14b(tmp_path_factory):
-    return tiny_checkpoints.wan22_t2v_a14b(tmp_path_factory.mktemp("a14b"))
-
-
-@pytest.fixture(scope="module")
 def i2v(tmp_path_factory):
     return tiny_checkpoints.wan22_i2v_a14b(tmp_path_factory.mktemp("i2v"))
 

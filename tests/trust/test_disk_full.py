@@ -7,20 +7,18 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import Run, Solve
 from tests.trust.forking import Forks, Result
 from tests.trust.report import count
 from tests.trust.test_kills import same
 from vlmteacher.files import TEMPORARY
 from vlmteacher.runs.folder import RECORD, RunFolder
 
-Run = Callable[..., tuple[int, str, str]]
-Solve = Callable[..., list[str]]
 PARTS = 7
 
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import random
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import Solve
 from tests.trust.forking import Forks, Result
 from tests.trust.report import count
 from vlmteacher.runs.folder import RECORD
 
 STEPS = 8
-Solve = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import Run, Solve
 from tests.tiny_pair import PROMPT, QUERIES
 from tests.trust.forking import Forks
 from tests.trust.report import count
@@ -30,9 +31,6 @@ from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import QuerySet
 from vlmteacher.runs.folder import FILES, FORM, RECORD, STATE
 from vlmteacher.state import write_state
-
-Run = Callable[..., tuple[int, str, str]]
-Solve = Callable[..., list[str]]
 
 
 def call(pipe: TeacherPipeline, **keywords: Any) -> Any:

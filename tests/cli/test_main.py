@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.conftest import Run
+from tests.tiny_pair import PROMPT
+
+
+def test_help_comes_at_once() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "vlmteacher", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "solve" in result.stdout and "demo" in result.stdout
+    imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
+    assert not imported & {"torch", "numpy", "transformers", "diffusers", "peft", "PIL"}
+    assert len(imported) < 250  # of Python's own: 0.1 s
+
+
+def test_version_and_usage_errors(run: Run) -> None:
+    status, out, _ = run("--version")
+    assert status == 0 and re.fullmatch(r"vlmteacher \d+\.\d+\.\d+\n", out)
+    for arguments in ([], ["nothing"], ["solve", "--out", "x"], ["bench", "chess", "--method", "base", "--out", "x"]):
+        status, out, err = run(*arguments)
+        assert (status, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_notices_and_texts_on_a_narrow_terminal(tmp_path: Path) -> None:
+    """A notice is a line, and no text fails to be printed: run as a process, for a test's own streams are others."""
+    Image.new("RGBA", (8, 8)).save(tmp_path / "cle\u00e4r.png")
+    arguments = ["--prompt", PROMPT, "--image", tmp_path / "cle\u00e4r.png", "-o", tmp_path / "none" / "q.json"]
+    command = [sys.executable, "-m", "vlmteacher", "queries", *map(str, arguments)]
+    for encoding in ("ascii:strict", "utf-8:strict"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        result = subprocess.run(command, capture_output=True, env=environment)
+        warning, error = result.stderr.splitlines()
+        name = b"cle\\xe4r.png" if encoding.startswith("ascii") else "cle\u00e4r.png".encode()
+        assert result.returncode == 2 and error.startswith(b"error: queries file") and result.stdout == b""
+        assert warning.startswith(b"warning: image /") and warning.endswith(
+            name + b" is transparent in places: they are taken as white"
+        )
+
+
+def test_an_unknown_flag_is_one_line(run: Run) -> None:
+    status, _, err = run("queries", "--prompt", "x", "--what\x85ever\nelse")
+    assert status == 2 and len(err.splitlines()) == 1 and "--what ever else" in err
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_the_extra_for_quantised_teachers_is_named(run: Run, solve: Any, tmp_path: Path) -> None:
+    for command in (["queries", "--prompt", PROMPT], solve(out=tmp_path / "run")):
+        status, out, err = run(*command, "--quantize", "4bit")
+        assert status == 2 and re.fullmatch(r"(cpu \(.*\), float32\n)?", out)
+        assert "pip install 'vlmteacher[quantized]'" in err and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
