@@ -1,11 +1,11 @@
-"""Two results of the same benchmark, before and after a change: ratios of time, case by case.
+"""Compare two results of the same benchmark, before and after a change: ratios of time, case by case.
 
     python -m benchmarks.compare OLD.json NEW.json [--json]
 
-A file is pytest-benchmark's (`pytest benchmarks/suite --benchmark-json FILE`; its medians are compared), or holds what
-`python -m benchmarks.NAME --json` printed, whose last line is the result. A ratio above 1 is a NEW that is faster.
-Seconds of two runs are only as comparable as the machine was idle: of our own results the speed-up over stock, measured
-in alternation within each run, is compared too.
+A file is pytest-benchmark's (`pytest benchmarks/suite --benchmark-json FILE`; its medians are compared), or the output
+of `python -m benchmarks.NAME --json`, whose last line is the result. A ratio above 1 means that NEW is faster. Seconds
+of two runs are only comparable on an idle machine; so for our own benchmarks the speed-ups over stock, measured in
+alternation within each run, are compared too.
 """
 
 from __future__ import annotations
@@ -21,28 +21,34 @@ from vlmteacher.errors import InputError
 
 
 def read(path: str) -> dict[str, dict[str, float]]:
-    """By case: "ms", and of our own results "speedup". Raises InputError."""
+    """The results of a file by case: "ms", and for our own benchmarks "speedup".
+
+    Raises InputError: the file cannot be read, or is not a result.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error})") from error
     for candidate in (text, (text.strip().splitlines() or [""])[-1]):
         try:
-            found = json.loads(candidate)
-            if "benchmarks" in found:
-                return {each["fullname"]: {"ms": 1e3 * each["stats"]["median"]} for each in found["benchmarks"]}
-            name, where = found["benchmark"], f"{found['device']}, {found['dtype']}"
+            result = json.loads(candidate)
+            if "benchmarks" in result:
+                return {row["fullname"]: {"ms": 1e3 * row["stats"]["median"]} for row in result["benchmarks"]}
+            name, where = result["benchmark"], f"{result['device']}, {result['dtype']}"
             return {
                 f"{name}: {row['case']} ({where})": {"ms": row["ours_ms"], "speedup": row["speedup"]}
-                for row in found["rows"]
+                for row in result["rows"]
             }
         except (ValueError, KeyError, TypeError):
             continue
-    raise InputError(f"{path} is no result: give pytest-benchmark's JSON, or what a benchmark printed with --json")
+    raise InputError(f"{path} is not a result: give pytest-benchmark's JSON, or what a benchmark printed with --json")
 
 
 def compare(old: dict[str, dict[str, float]], new: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """{"rows": by case, old over new; "summary": geometric means; "only_old", "only_new"}. Raises InputError."""
+    """Compare the cases of two results: {"rows": one per case, "summary": geometric means, "only_old", "only_new"}.
+
+    Raises InputError: no case in common.
+    """
     rows: list[dict[str, Any]] = []
     for case in old.keys() & new.keys():
         before, after = old[case], new[case]
@@ -74,19 +80,19 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     arguments = parser.parse_args()
     try:
-        found = compare(read(arguments.old), read(arguments.new))
+        comparison = compare(read(arguments.old), read(arguments.new))
     except InputError as error:
         print(f"benchmarks.compare: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    for row in found["rows"]:
+    for row in comparison["rows"]:
         more = f"  x{row['speedup_ratio']:.2f} against stock" if "speedup_ratio" in row else ""
         print(f"{row['case']:<72} {row['old_ms']:10.3f} -> {row['new_ms']:10.3f} ms  x{row['ratio']:.2f}{more}")
     for name in ("old", "new"):
-        for case in found[f"only_{name}"]:
+        for case in comparison[f"only_{name}"]:
             print(f"{case:<72} only in {name}")
-    print("mean: " + ", ".join(f"{name} {value:.2f}" for name, value in found["summary"].items()))
+    print("mean: " + ", ".join(f"{name} {value:.2f}" for name, value in comparison["summary"].items()))
     if arguments.json:
-        print(json.dumps(found))
+        print(json.dumps(comparison))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The demo from its command on: seconds of processor time of each run, which all threads spend together.
+"""Measure the processor time of `vlmteacher demo`, summed over all threads, from the command to its end.
 
 python -m benchmarks.demo [--json] [--runs N] [--limit SECONDS]
 
-The claim is 60 s on two cores with the packaged pair; the exit status is 1 where the median is above `--limit`.
+The README claims 60 s on two cores with the packaged pair; the exit status is 1 when the median is above `--limit`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vlmteacher.cli import main as vlmteacher
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """One run of `vlmteacher demo` into `folder`."""
+    """Run `vlmteacher demo` into `folder` and return its times."""
     wall, processor = time.perf_counter(), time.process_time()
     with contextlib.redirect_stdout(io.StringIO()):
         status = vlmteacher(["demo", "--out", str(folder)])
@@ -39,8 +39,8 @@ def measure(folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--runs", type=int, default=3, help="the first loads what the others find loaded")
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds of processor time that the median may take")
+    parser.add_argument("--runs", type=int, default=3, help="the first one also loads the libraries")
+    parser.add_argument("--limit", type=float, default=60.0, help="largest median in seconds of processor time")
     settings = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = [measure(Path(folder) / f"run-{i}") for i in range(settings.runs)]

@@ -1,8 +1,8 @@
-"""The engines (`vlmteacher/optimization/engines.py`) against each other, from the same start, in alternation.
+"""Compare the engines (`vlmteacher/optimization/engines.py`) from the same start, in alternation.
 
     python -m benchmarks.engines [--json] [--preset tiny|mid] [--engines compile cuda_graph] [--pairs N]
 
-"stock" is here the eager engine. Losses of the first steps must agree (relative 1e-5 in float32, 1e-3 in half
+"stock" in the result is the eager engine. Losses of the first steps must agree (relative 1e-5 in float32, 1e-3 in half
 precision), or the exit status is 1. The first steps, which compile and record, are not timed.
 """
 
@@ -27,7 +27,7 @@ from vlmteacher.settings import Engine
 
 
 def start(instance: Instance, engine: Engine) -> Optimization:
-    """A loop on a copy of the Reasoner."""
+    """A new loop, on a copy of the Reasoner."""
     reasoner: Any = copy.copy(instance.reasoner)
     reasoner.transformer = copy.deepcopy(instance.reasoner.transformer)
     settings = replace(instance.settings, engine=engine)
@@ -38,7 +38,7 @@ def start(instance: Instance, engine: Engine) -> Optimization:
 
 
 def measure(preset: str, instance: Instance, engine: Engine, rounds: int) -> dict[str, Any]:
-    """The row of one engine against the eager one."""
+    """Measure one engine against the eager one."""
     loops = {"ours": start(instance, engine), "stock": start(instance, "eager")}
     begin = time.perf_counter()
     for loop in loops.values():
@@ -70,7 +70,7 @@ def measure(preset: str, instance: Instance, engine: Engine, rounds: int) -> dic
 def main() -> None:
     parser = argument_parser(__doc__ or "")
     parser.add_argument("--preset", default="tiny", choices=PRESETS)
-    parser.add_argument("--engines", nargs="+", choices=ENGINES[1:], help="default: those that can run here")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES[1:], help="default: those that the device can run")
     parser.set_defaults(dtype=None, pairs=5)
     settings = parsed(parser)
     dtype = getattr(torch, settings.dtype) if settings.dtype else None

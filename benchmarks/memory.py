@@ -1,4 +1,4 @@
-"""What autograd keeps between forward and backward, in bytes: the same on every device."""
+"""Count the bytes that autograd keeps between forward and backward: the same on every device."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from torch import Tensor
 
 
 def saved_bytes(function: Callable[[], Any], weights: Iterable[Tensor] = ()) -> tuple[int, Any]:
-    """(bytes that autograd keeps for the backward pass, each storage once and `weights` not counted; what the function
-    returned)."""
+    """Call `function`; return the bytes that autograd keeps for its backward pass, and the function's result.
+
+    Each storage counts once, and `weights` do not count.
+    """
     own = {weight.untyped_storage().data_ptr() for weight in weights}
-    kept: dict[int, tuple[int, Tensor]] = {}  # the tensors, too: a freed storage's address comes back
+    kept: dict[int, tuple[int, Tensor]] = {}  # holds the tensors, because a freed storage's address is used again
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()

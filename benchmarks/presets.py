@@ -25,7 +25,7 @@ from vlmteacher.settings import Settings
 from vlmteacher.teachers.preprocessing import VisionSettings
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher
 
-NEVER = 1e-9  # a threshold that no loss gets below: a benchmark takes all of its steps
+NEVER = 1e-9  # a threshold below every loss, so that a benchmark takes all of its steps
 QUERIES = QuerySet(
     "Is the red ball on the green square at the end?",
     (
@@ -38,7 +38,7 @@ QUERIES = QuerySet(
 
 @dataclass(frozen=True)
 class Instance:
-    """One instance ready for its first step: all that `Optimization` takes. `seed` draws the LoRA's start."""
+    """One instance ready for its first step: the arguments of `Optimization`. seed: of the LoRA's initial weights."""
 
     reasoner: Reasoner
     decoder: SurrogateDecoder
@@ -52,11 +52,12 @@ class Instance:
 
 @dataclass(frozen=True)
 class Size:
-    """A pair with random weights.
+    """The sizes of a pair with random weights.
 
-    reasoner: layers, heads, channels of a head, hidden channels of the feed-forward. text: length, channels of the
-    prompt's embeddings. latents: C, T, h, w. decoder: widths, patch. vision: layers, width, MLP, heads; deepstack: the
-    layers that the language model sees too. language: layers, width, MLP, heads, key heads, channels of a head.
+    reasoner: layers, heads, channels of a head, hidden channels of the feed-forward. text: length and channels of the
+    prompt's embeddings. latents: C, T, h, w. decoder: widths, patch. vision: layers, width, MLP width, heads.
+    deepstack: the visual layers whose features the language model takes too. language: layers, width, MLP width, heads,
+    key heads, channels of a head.
     """
 
     reasoner: tuple[int, int, int, int]
@@ -71,6 +72,7 @@ class Size:
     dtype: torch.dtype = torch.bfloat16
 
     def at(self, latent_frames: int) -> Size:
+        """The same with another number of latent frames."""
         channels, _, height, width = self.latents
         return Size(**self.__dict__ | {"latents": (channels, latent_frames, height, width)})
 
@@ -104,7 +106,7 @@ PRESETS = ("tiny", *SIZES)
 
 
 def build(preset: str, dtype: torch.dtype | None = None, device: str = "cpu") -> Instance:
-    """The instance of a preset, the same at every call; `dtype` None is the preset's own."""
+    """Build the instance of a preset, the same at every call. dtype: None is the preset's own."""
     if preset == "tiny":
         return packaged(dtype or torch.float32, device)
     size = SIZES[preset]
@@ -112,7 +114,7 @@ def build(preset: str, dtype: torch.dtype | None = None, device: str = "cpu") ->
 
 
 def packaged(dtype: torch.dtype, device: str) -> Instance:
-    """The packaged pair on its example, with the questions that its Teacher writes."""
+    """Build the instance of the packaged pair's example, with the questions that its Teacher writes."""
     pipe = TeacherPipeline.from_pretrained(dtype=dtype, device_map=device)
     example = read_pair()[1]["example"]
     frame = TeacherPipelineOutput.uint8(render(Scene.from_json(example["scene"]))[:1])[0]
@@ -134,7 +136,7 @@ def packaged(dtype: torch.dtype, device: str) -> Instance:
 
 
 def random_weights(size: Size, dtype: torch.dtype, device: str) -> Instance:
-    """Random weights of the real classes, scaled so that frames are no constant and the Teacher sees them."""
+    """Build an instance of the real classes with random weights, scaled so that the losses depend on the frames."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -155,7 +157,7 @@ def random_weights(size: Size, dtype: torch.dtype, device: str) -> Instance:
         decoder.spatial_stride * height,
         decoder.spatial_stride * width,
     )
-    # Five updates must move the loss by more than the rounding of bfloat16 does, or comparing losses proves nothing.
+    # Five updates must change the loss by more than bfloat16 rounds, or comparing losses proves nothing.
     settings = Settings(threshold=NEVER, max_steps=10**6, teacher_frames=size.teacher_frames, learning_rate=3e-3)
     noise = reasoner.noise(condition, generator)
     decoder = decoder.to(device, dtype).eval().requires_grad_(False)
@@ -163,6 +165,7 @@ def random_weights(size: Size, dtype: torch.dtype, device: str) -> Instance:
 
 
 def random_decoder(size: Size) -> SurrogateDecoder:
+    """A surrogate decoder with random weights, whose frames are grey on average."""
     widths, patch = size.decoder
     decoder = SurrogateDecoder(size.latents[0], widths, patch=patch)
     convolutions = [layer for layer in decoder.modules() if isinstance(layer, nn.Conv2d)]
@@ -176,7 +179,7 @@ def random_decoder(size: Size) -> SurrogateDecoder:
 
 
 def random_reasoner(size: Size, decoder: SurrogateDecoder, dtype: torch.dtype) -> WanReasoner:
-    """A Wan TI2V; its VAE and text encoder, which no step calls, are as small as can be."""
+    """A Wan TI2V. Its VAE and text encoder, which no step calls, are as small as possible."""
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -204,7 +207,7 @@ def random_reasoner(size: Size, decoder: SurrogateDecoder, dtype: torch.dtype) -
         scale_factor_spatial=decoder.spatial_stride,
     )
     text_encoder = UMT5EncoderModel(UMT5Config(vocab_size=8, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1))
-    with TemporaryDirectory() as directory:  # loading knows which modules stay in float32
+    with TemporaryDirectory() as directory:  # `from_pretrained` keeps some modules in float32
         transformer.save_pretrained(directory)
         transformer = WanTransformer3DModel.from_pretrained(directory, torch_dtype=dtype)
     return WanReasoner(transformer, vae, text_encoder, None, True, Sampling(fps=8.0))
@@ -213,7 +216,7 @@ def random_reasoner(size: Size, decoder: SurrogateDecoder, dtype: torch.dtype) -
 def qwen3_vl(
     vision: Sequence[int], language: Sequence[int], deepstack: Sequence[int], patch: int, vocabulary: int | None = None
 ) -> tuple[Any, Any]:
-    """(configuration, tokenizer) of a Qwen3-VL that knows `QUERIES`.
+    """Return configuration and tokenizer of a Qwen3-VL whose vocabulary covers `QUERIES`.
 
     vision: depth, width, MLP width, heads; language: depth, width, MLP width, query heads, key heads, head width.
     """
@@ -266,11 +269,12 @@ def qwen3_vl(
 
 
 def random_teacher(size: Size, dtype: torch.dtype) -> QwenVLTeacher:
+    """A Qwen3-VL with random weights and a tokenizer for `QUERIES`."""
     from transformers import Qwen3VLForConditionalGeneration
 
     config, tokenizer = qwen3_vl(size.vision, size.language, size.deepstack, size.vision_patch)
     model = Qwen3VLForConditionalGeneration(config)
-    # The stock initialisation (0.02) is all but constant at these sizes: losses and gradients would say nothing.
+    # The stock initialisation (0.02) is nearly constant at these sizes: losses and gradients would be meaningless.
     for weight in model.parameters():
         if weight.dim() > 1:
             nn.init.normal_(weight, std=math.prod(weight.shape[1:]) ** -0.5)

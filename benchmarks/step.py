@@ -1,15 +1,15 @@
-"""One step of test-time optimisation, ours against the stock loop, in one process and in alternation.
+"""Compare one step of test-time optimisation with the stock loop, in one process and in alternation.
 
 python -m benchmarks.step [--preset tiny|mid|mid-long] [--json] [--pairs N] [--variants checkpointed plain compiled]
 
 Ours is `Optimization.step()` itself; stock is `benchmarks.stock`, from the same weights, LoRA, noise and questions.
 Both make real updates, and their losses over the first five steps must agree (relative 1e-5 in float32, 1e-3 in half
-precision), or the exit status is 1. In half precision the Teacher's rounding alone moves a loss by as much: the same
-frames give the stock code another one in float32. So where two losses are further apart, up to ten times as much, those
-of both sides' LoRAs are computed again by the stock code in float32, and these must agree.
-`speedup` and `memory_ratio` are against the first variant (checkpointed unless told otherwise), `vs_best_stock` against
-the fastest one that was run. The parts: docs/results/performance.md. A long preset is followed by the shorter one of
-the same models: `exponent` is x in seconds ~ tokens^x, for the step and its parts.
+precision), or the exit status is 1. In half precision the Teacher's rounding alone moves a loss by that much. So where
+two losses differ by more, up to ten times the tolerance, the stock code computes the losses of both LoRAs again in
+float32, and these must agree.
+`speedup` and `memory_ratio` compare with the first variant (by default "checkpointed"), `vs_best_stock` with the
+fastest one. docs/results/performance.md describes the parts. After a long preset the shorter one of the same models
+is measured: `exponent` is x in seconds ~ tokens^x, for the step and its parts.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MIB = 2**20
 
 
 class OurLoop:
-    """`Optimization` on the instance's own models, with a watch at the borders of its parts."""
+    """`Optimization` on the instance's own models, its parts timed by a `Watch`."""
 
     def __init__(self, instance: Instance, activations: str | None = None) -> None:
         reasoner, decoder, teacher, settings = instance.reasoner, instance.decoder, instance.teacher, instance.settings
@@ -82,14 +82,14 @@ class OurLoop:
 
 
 class SavedBytes:
-    """Counts what autograd keeps for the backward pass, weights not counted, until `stop` is called.
+    """Bytes that autograd keeps for the backward pass until `stop` is called, weights not counted.
 
-    With gradient checkpointing these are the inputs of the checkpointed layers; what the backward pass computes again,
-    and keeps for a while, shows in the peak memory only.
+    With gradient checkpointing these are the inputs of the checkpointed layers; what the backward pass recomputes shows
+    in the peak memory only.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        weights = [each for module in modules for each in (*module.parameters(), *module.buffers())]
+        weights = [weight for module in modules for weight in (*module.parameters(), *module.buffers())]
         self._own = {weight.untyped_storage().data_ptr() for weight in weights}
         self._kept: dict[int, int] = {}
         self._counting = True
@@ -110,7 +110,7 @@ class SavedBytes:
 
 
 class PeakMemory:
-    """The most memory that a block of code needs beyond what stood before it: `bytes`, None where nobody can say.
+    """The memory that a block of code needs at its peak beyond what was allocated before: `bytes`, None if unknown.
 
     On the CPU it is the resident set's high-water mark, which Linux lets a process reset; on a GPU torch's own.
     """
@@ -126,7 +126,7 @@ class PeakMemory:
                 torch.cuda.reset_peak_memory_stats()
                 self._before: int | None = torch.cuda.memory_allocated()
             else:
-                ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc keeps would hide what is used again
+                ctypes.CDLL(None).malloc_trim(0)  # memory that malloc keeps after a free would hide its reuse
                 with open("/proc/self/clear_refs", "w") as file:
                     file.write("5")
                 self._before = resident("VmRSS")
@@ -140,21 +140,21 @@ class PeakMemory:
 
 
 def resident(name: str) -> int:
-    """A line of /proc/self/status in bytes."""
+    """The value of a line of /proc/self/status, in bytes."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name + ":"))
 
 
 class Side:
-    """One loop and what was measured of it."""
+    """One loop and its measurements."""
 
     def __init__(self, name: str, loop: OurLoop | StockLoop, device: str) -> None:
         self.name, self.loop, self.device = name, loop, device
         self.losses: list[float] = []
-        self.loras: list[dict[str, Tensor]] = []  # what each of the first losses is the loss of
-        self.float32_losses: dict[int, float] = {}  # by step, where they were needed
+        self.loras: list[dict[str, Tensor]] = []  # of the first losses
+        self.float32_losses: dict[int, float] = {}  # by step, where `agree` needs them
         self.seconds: list[float] = []
-        self.cpu_seconds: list[float] = []  # of all threads; other programs' load hardly moves them
+        self.cpu_seconds: list[float] = []  # of all threads; hardly affected by other programs
         self.parts: list[dict[str, float]] = []
         self.peaks: list[int | None] = []
         self.saved_bytes = 0
@@ -164,11 +164,11 @@ class Side:
             self.loras.append({name: value.clone() for name, value in lora_state_dict(self.loop.modules[0]).items()})
         self.losses.append(self.loop.step(watch))
 
-    def _log(self, what: str) -> None:
-        print(f"{self.name}, {what}: loss {self.losses[-1]:.6f}", file=sys.stderr, flush=True)
+    def _log(self, message: str) -> None:
+        print(f"{self.name}, {message}: loss {self.losses[-1]:.6f}", file=sys.stderr, flush=True)
 
     def warm_up(self) -> None:
-        """The first step: compilation, caches, the optimiser's state. It counts the saved bytes."""
+        """Take the first step, which compiles, fills caches and creates the optimiser's state; count saved bytes."""
         saved = SavedBytes(self.loop.modules)
         watch = Watch(self.device, lambda part: saved.stop() if part == "teacher_forward" else None)
         with saved.hooks:
@@ -201,7 +201,7 @@ class Side:
             "ms_low": 1e3 * min(self.seconds),
             "ms_high": 1e3 * max(self.seconds),
             "cpu_ms": 1e3 * statistics.median(self.cpu_seconds),
-            "parts_ms": {part: 1e3 * statistics.median(each[part] for each in self.parts) for part in PARTS},
+            "parts_ms": {part: 1e3 * statistics.median(parts[part] for parts in self.parts) for part in PARTS},
             "peak_bytes": self.peak_bytes,
             "saved_bytes": self.saved_bytes,
             "losses": self.losses,
@@ -209,19 +209,19 @@ class Side:
 
 
 def ratios(ours: Sequence[float], other: Sequence[float]) -> list[float]:
-    """How many times faster ours is, round by round."""
+    """Seconds of the other side over ours, round by round."""
     return [theirs / mine for mine, theirs in zip(ours, other, strict=True)]
 
 
 def loss_differences(ours: Sequence[float], stock: Sequence[float]) -> list[float]:
-    """Relative ones of the first `COMPARED_STEPS`, infinite when a loss is no number."""
+    """Relative differences of the first `COMPARED_STEPS` losses; infinite when a loss is NaN."""
     pairs = list(zip(ours, stock, strict=True))[:COMPARED_STEPS]
     differences = [abs(a - b) / abs(b) if b else abs(a - b) for a, b in pairs]
-    return [each if each == each else float("inf") for each in differences]
+    return [float("inf") if math.isnan(difference) else difference for difference in differences]
 
 
 class Float32:
-    """The stock code in float32, from the instance's own weights; to be made while its models are bare."""
+    """The stock loop in float32, from the instance's own weights; create it before a LoRA is added to them."""
 
     def __init__(self, instance: Instance) -> None:
         self.loop = StockLoop(instance, "plain")
@@ -237,7 +237,7 @@ class Float32:
 
 
 def agree(ours: Side, stock: Side, exact: Float32 | None, tolerance: float) -> bool:
-    """Whether the losses are the same, but for what half precision rounds (see above)."""
+    """Whether the losses agree to the tolerance, in half precision by the rule of the module's docstring."""
     differences = loss_differences(ours.losses, stock.losses)
     if max(differences) <= tolerance or exact is None or max(differences) > 10 * tolerance:
         return max(differences) <= tolerance
@@ -258,7 +258,7 @@ def measure(
     device: str = "cpu",
     activations: str | None = None,
 ) -> dict[str, Any]:
-    """The row of one instance: a warm-up step of each side, then `rounds` steps of each in alternation."""
+    """Measure one instance: a warm-up step of each side, then `rounds` steps of each in alternation."""
     half = instance.reasoner.dtype != torch.float32
     exact = Float32(instance) if half else None
     loops = {variant: StockLoop(instance, variant) for variant in variants}
@@ -308,7 +308,7 @@ def measure(
 
 
 def measure_preprocessing(instance: Instance, stock: StockLoop, device: str) -> dict[str, Any]:
-    """Frames to patch rows and back, by itself: inside of the step it cannot be told from the Teacher."""
+    """Measure frames to patch rows and back; within a step it cannot be separated from the Teacher."""
     with torch.no_grad():
         frames = stock.decoder.decode_batch(stock.predict_clean())[0][stock.indices]
     frames.requires_grad_()
@@ -324,44 +324,45 @@ def measure_preprocessing(instance: Instance, stock: StockLoop, device: str) -> 
 
 
 def tokens(instance: Instance) -> int:
-    """Of the video, as the Reasoner sees it."""
+    """Number of the video's tokens in the Reasoner."""
     return instance.noise.z1[0, 0].numel() // math.prod(instance.reasoner.patch)
 
 
 def exponents(long: dict[str, Any], short: dict[str, Any], counts: tuple[int, int]) -> dict[str, Any]:
-    """x in time ~ tokens^x between two rows, by side, for the step (clock and processor) and what the Reasoner and the
-    decoder do; the Teacher sees as many frames in both. counts: tokens of the long one and of the short one."""
+    """x in time ~ tokens^x between two rows, by side, for the step (wall and processor time), the Reasoner and the
+    surrogate decoder. The Teacher sees as many frames in both. counts: tokens of the long row and of the short one."""
 
-    def of(side: str, milliseconds: Callable[[dict[str, Any]], float]) -> float:
-        times = [milliseconds(row["sides"][side]) for row in (long, short)]
-        return math.log(times[0] / times[1]) / math.log(counts[0] / counts[1])
+    def exponent(side: str, milliseconds: Callable[[dict[str, Any]], float]) -> float:
+        ratio = milliseconds(long["sides"][side]) / milliseconds(short["sides"][side])
+        return math.log(ratio) / math.log(counts[0] / counts[1])
 
     def part(name: str) -> Callable[[dict[str, Any]], float]:
-        return lambda side: sum(side["parts_ms"][f"{name}_{way}"] for way in ("forward", "backward"))
+        return lambda side: sum(side["parts_ms"][f"{name}_{direction}"] for direction in ("forward", "backward"))
 
-    ways: dict[str, Callable[[dict[str, Any]], float]] = {
+    times: dict[str, Callable[[dict[str, Any]], float]] = {
         "step": lambda side: side["ms"],
         "step_cpu": lambda side: side["cpu_ms"],
         "reasoner": part("reasoner"),
         "decode": part("decode"),
     }
-    found = {side: {name: of(side, way) for name, way in ways.items()} for side in long["sides"]}
-    return {"tokens": list(counts), **found}
+    by_side = {side: {name: exponent(side, time) for name, time in times.items()} for side in long["sides"]}
+    return {"tokens": list(counts), **by_side}
 
 
 def show(row: dict[str, Any]) -> None:
+    """Print the parts of a step, the memory and the losses, a column for each side."""
     sides = row["sides"]
     print(" " * 22 + "".join(f"{name:>14}" for name in sides))
     for part in PARTS:
-        print(f"  {part:<20}" + "".join(f"{each['parts_ms'][part]:>11.1f} ms" for each in sides.values()))
-    print(f"  {'step':<20}" + "".join(f"{each['ms']:>11.1f} ms" for each in sides.values()))
-    print(f"  {'CPU time':<20}" + "".join(f"{each['cpu_ms']:>11.1f} ms" for each in sides.values()))
+        print(f"  {part:<20}" + "".join(f"{side['parts_ms'][part]:>11.1f} ms" for side in sides.values()))
+    print(f"  {'step':<20}" + "".join(f"{side['ms']:>11.1f} ms" for side in sides.values()))
+    print(f"  {'CPU time':<20}" + "".join(f"{side['cpu_ms']:>11.1f} ms" for side in sides.values()))
     for name in ("peak_bytes", "saved_bytes"):
-        values = [each[name] for each in sides.values()]
+        values = [side[name] for side in sides.values()]
         cells = (f"{'?':>14}" if value is None else f"{value / MIB:>10.1f} MiB" for value in values)
         print(f"  {name:<20}" + "".join(cells))
     for step in range(row["compared_steps"]):
-        print(f"  {f'loss of step {step}':<20}" + "".join(f"{each['losses'][step]:>14.6f}" for each in sides.values()))
+        print(f"  {f'loss of step {step}':<20}" + "".join(f"{side['losses'][step]:>14.6f}" for side in sides.values()))
     for name, losses in row["float32_losses"].items():
         again = ", ".join(f"{loss:.6f} (step {step})" for step, loss in losses.items())
         print(f"  by the stock code in float32, {name}: {again}")
@@ -383,7 +384,7 @@ def main() -> None:
     parser.add_argument(
         "--activations",
         metavar="LEVELS",
-        help="what our Reasoner's blocks keep, as `vlmteacher solve` takes it (default: long; at tiny all)",
+        help="what our Reasoner's blocks keep, as in `vlmteacher solve` (default: long; at tiny all)",
     )
     parser.set_defaults(dtype=None, pairs=None)
     settings = parsed(parser)

@@ -1,9 +1,9 @@
-"""The step of test-time optimisation as one writes it today, over diffusers, peft and transformers.
+"""The baseline: test-time optimisation written with diffusers, peft and transformers as their documentation teaches.
 
-What their documentation teaches, nothing of this library's operators: PEFT LoRA with float32 adapters, eager modules,
-TAEHV in plain torch decoding every frame, plain-torch pixels, one pass of the VLM per question, `AdamW`. Two things are
-given to it, so that no ratio rests on them: the VLM's Conv3d patch embedding, very slow on CPUs, is the equal linear
-layer, and its head sees the answer's positions only (`logits_to_keep`).
+It uses none of this library's operators: PEFT LoRA with float32 adapters, eager modules, TAEHV in plain torch decoding
+every frame, pixels by plain torch, one pass of the VLM per question, `AdamW`. Two optimisations are included, so that
+no ratio rests on them: the VLM's Conv3d patch embedding, very slow on CPUs, is replaced by the equal linear layer, and
+its head computes the answer's positions only (`logits_to_keep`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ PARTS = (
 
 
 class Watch:
-    """When each part of a step ended. The parts of the backward pass end where a gradient reaches a tensor."""
+    """Records when each part of a step ends. A part of the backward ends when the gradient of a tensor is known.
+
+    on_mark: called with the name of every part that has ended.
+    """
 
     def __init__(self, device: str = "cpu", on_mark: Callable[[str], object] = lambda part: None) -> None:
         self.device, self.on_mark = device, on_mark
@@ -52,15 +55,17 @@ class Watch:
         return time.perf_counter()
 
     def mark(self, part: str) -> None:
+        """Record that `part` ends now."""
         self.ends[part] = self._now()
         self.on_mark(part)
 
     def at_gradient(self, tensor: Tensor, part: str) -> None:
+        """Record the end of `part` when the backward has computed the gradient of `tensor`."""
         if tensor.requires_grad:
             tensor.register_hook(lambda grad: self.mark(part))
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each of `PARTS`. Raises RuntimeError when one was never reached, or not in this order."""
+        """Seconds of each of `PARTS`. Raises RuntimeError when a part has not ended, or not in this order."""
         ends = [self.start, *(self.ends.get(part, float("nan")) for part in PARTS)]
         seconds = {part: end - begin for part, begin, end in zip(PARTS, ends, ends[1:], strict=False)}
         if not all(value >= 0 for value in seconds.values()):
@@ -73,7 +78,7 @@ class StockLoop:
 
     variant: "checkpointed", with gradient checkpointing of transformer and VLM (the decoder's code offers none);
     "plain", without; "compiled", without and under `torch.compile`, block by block as diffusers advises
-    (`compile_repeated_blocks`): the whole Qwen3-VL breaks into dozens of graphs where it looks at token values. The
+    (`compile_repeated_blocks`): the whole Qwen3-VL breaks into dozens of graphs where it reads token values. The
     decoder stays eager: torch 2.13's inductor gives a wrong gradient of it on the CPU (docs/results/performance.md).
     """
 
@@ -98,7 +103,7 @@ class StockLoop:
             LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=targets), adapter_name="default"
         )
         cast_training_params(self.transformer, torch.float32)
-        self.parameters = [each for each in self.transformer.parameters() if each.requires_grad]
+        self.parameters = [parameter for parameter in self.transformer.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, weight_decay=0.0)
         if variant == "checkpointed":
             self.transformer.enable_gradient_checkpointing()
@@ -134,7 +139,7 @@ class StockLoop:
         return mix * goal + (1 - mix) * process.mean() if len(process) else goal
 
     def step(self, watch: Watch | None = None) -> float:
-        """One update; returns the loss before it."""
+        """Make one update and return the loss before it."""
         watch = watch or Watch()
         loss = self.loss(watch)
         self.optimizer.zero_grad()
@@ -147,7 +152,10 @@ class StockLoop:
         return value
 
     def predict_clean(self) -> Tensor:
-        """As `WanImageToVideoPipeline` (expand_timesteps) or `WanPipeline` does at t = 1000: z0 = z1 - v."""
+        """Predict z0 = z1 - v as `WanImageToVideoPipeline` (expand_timesteps) or `WanPipeline` does at t = 1000.
+
+        Returns latents (1, C, T, h, w), differentiable.
+        """
         condition, latents = self.instance.condition, self.instance.noise.z1
         timestep = torch.full((1,), 1000.0, device=latents.device)
         mask = torch.ones_like(latents[:, :1])
@@ -165,7 +173,7 @@ class StockLoop:
         return (1 - mask) * first + mask * (latents - velocity.float())
 
     def pixels(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """`Qwen3VLVideoProcessor` in differentiable torch: frames (K, 3, H, W) -> patch rows, (1, 3) grid."""
+        """`Qwen3VLVideoProcessor` in differentiable torch: frames (K, 3, H, W) -> patch rows (N, D) and grid (1, 3)."""
         from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
         video = self.instance.teacher.video
@@ -177,7 +185,7 @@ class StockLoop:
         frames = frames.float()
         if tuple(frames.shape[-2:]) != tuple(size):
             frames = F.interpolate(frames, size=size, mode="bicubic", align_corners=False, antialias=True)
-        mean, std = (frames.new_tensor(each)[:, None, None] for each in (video.image_mean, video.image_std))
+        mean, std = (frames.new_tensor(values)[:, None, None] for values in (video.image_mean, video.image_std))
         frames = (frames - mean) / std
         frames = torch.cat([frames, frames[-1:].expand(-len(frames) % pair, -1, -1, -1)])
         t, h, w = len(frames) // pair, size[0] // patch, size[1] // patch
@@ -186,7 +194,7 @@ class StockLoop:
         return rows, torch.tensor([[t, h, w]], device=frames.device)
 
     def losses(self, pixels: Tensor, grid: Tensor) -> list[Tensor]:
-        """-log P("Yes") of each question, each by a pass of its own over video and question."""
+        """-log P("Yes") of each question, by one pass over video and question for every question."""
         if self.questions is None:
             self.questions = self._tokenized(grid)
         losses = []

@@ -1,4 +1,4 @@
-"""Ours against stock, in one process and in alternation, so that a busy machine slows both alike."""
+"""Time ours against stock, in one process and in alternation, so that a busy machine slows both alike."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _seconds(function: Callable[[], object], synchronize: Callable[[], object]) 
 def compare(
     case: str, ours: Callable[[], object], stock: Callable[[], object], pairs: int = 15, device: str = "cpu"
 ) -> dict[str, Any]:
-    """One row: medians in ms, speedup = stock/ours as the median over alternating pairs, with its quartiles."""
+    """Time two functions: medians in ms, and the speedup stock/ours as the median over pairs, with its quartiles."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     for function in (ours, stock, ours, stock):  # caches, allocator, compilation
         _seconds(function, synchronize)
@@ -46,7 +46,7 @@ def compare(
 
 
 def argument_parser(description: str, dtype: str = "float32") -> argparse.ArgumentParser:
-    """What every benchmark understands; `parsed` reads it."""
+    """A parser with the options that all benchmarks share, for `parsed`. dtype: the default of --dtype."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -57,6 +57,7 @@ def argument_parser(description: str, dtype: str = "float32") -> argparse.Argume
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line and set the number of threads."""
     settings = parser.parse_args()
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -64,11 +65,12 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def arguments(description: str, dtype: str = "float32") -> argparse.Namespace:
+    """The shared options alone, parsed."""
     return parsed(argument_parser(description, dtype))
 
 
 def publish(name: str, settings: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
-    """Prints the table and, with --json, the contract's object as the last line."""
+    """Print the table of `rows` and, with --json, one JSON object as the last line."""
     summary = {"speedup": math.exp(statistics.fmean(math.log(row["speedup"]) for row in rows))}
     if all(row.get("memory_ratio") is not None for row in rows):
         summary["memory_ratio"] = statistics.fmean(row["memory_ratio"] for row in rows)
@@ -83,5 +85,5 @@ def publish(name: str, settings: argparse.Namespace, rows: Sequence[dict[str, An
         )
     print("  mean: " + ", ".join(f"{name} {value:.2f}" for name, value in summary.items()))
     if settings.json:
-        facts = {"benchmark": name, "device": settings.device, "dtype": settings.dtype}
-        print(json.dumps(facts | {"rows": list(rows), "summary": summary}))
+        result = {"benchmark": name, "device": settings.device, "dtype": settings.dtype}
+        print(json.dumps(result | {"rows": list(rows), "summary": summary}))

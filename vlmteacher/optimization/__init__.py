@@ -1,4 +1,4 @@
-"""The loop of test-time optimisation and what it stands on."""
+"""Test-time optimisation: the objective, the engines that run it, and the loop."""
 
 from vlmteacher.moved import moved_name
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vlmteacher.teachers.base import Teacher
 
 ENGINES: tuple[Engine, ...] = get_args(Engine)
-WARM_UP_STEPS = 2  # real ones; they fill every cache that a graph must not fill, and make the optimiser's state
+WARM_UP_STEPS = 2  # real steps, which fill the caches that a graph must not fill, and create the optimiser's state
 
 
 def _numbered(device: torch.device) -> torch.device:

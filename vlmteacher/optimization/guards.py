@@ -13,25 +13,28 @@ GUARDS = ("brightness", "dark_fraction", "edge_density", "colour_entropy", "temp
 
 
 def small_frames(frames: Tensor | PatchRows) -> Tensor:
-    """Every n-th pixel of frames (K, 3, H, W) or of their patch rows, about 128x128 of them, float32."""
+    """Frames (K, 3, H, W), or their patch rows, with every n-th pixel kept: about 128x128 pixels, float32."""
     stride = max(1, max(frames.shape[-2:]) // 128)
     return frames.pixels(stride) if isinstance(frames, PatchRows) else frames[..., ::stride, ::stride].float()
 
 
 @torch.no_grad()
 def frame_contrast(frames: Tensor | PatchRows) -> Tensor:
-    """The standard deviation over all frames and pixels, of the channel where it is largest; a scalar tensor."""
+    """Standard deviation over all frames and pixels of the channel with the most contrast; a scalar tensor.
+
+    frames: (K, 3, H, W) in [0, 1], or their patch rows.
+    """
     return small_frames(frames).std((0, 2, 3), correction=0).amax()
 
 
 @torch.no_grad()
 def frame_guards(frames: Tensor | PatchRows) -> Tensor:
-    """Cheap signs of reward hacking, to be watched over the steps (the detectors of UniRL#407).
+    """Measure cheap signs of reward hacking, to be compared over the steps (the detectors of UniRL#407).
 
     frames: (K, 3, H, W) in [0, 1], or their patch rows. Returns (5,) float32 on their device, in the order of `GUARDS`:
-    brightness and dark_fraction (luma below 0.1), edge_density (share of pixels whose luma differs from a neighbour's
-    by more than 0.1), colour_entropy (bits, of 64 colour bins: 0..6) and temporal_jump (largest mean absolute change
-    between two neighbouring frames), all measured on about 128x128 pixels.
+    brightness (mean luma), dark_fraction (share of pixels with luma below 0.1), edge_density (share of pixels whose
+    luma differs from a neighbour's by more than 0.1), colour_entropy (in bits, over 64 colour bins: 0 to 6) and
+    temporal_jump (largest mean absolute change between two neighbouring frames), measured on about 128x128 pixels.
     """
     frames = small_frames(frames)
     red, green, blue = frames.unbind(1)
@@ -41,9 +44,9 @@ def frame_guards(frames: Tensor | PatchRows) -> Tensor:
         luma[:, :-1, 1:].sub(luma[:, :-1, :-1]).abs(),
     )
     levels = (frames * 4).long().clamp(0, 3)
-    places = (levels[:, 0] * 16 + levels[:, 1] * 4 + levels[:, 2]).flatten()
-    # not bincount, which waits for the device to know how many bins there are
-    share = frames.new_zeros(64).index_add_(0, places, frames.new_ones(()).expand(len(places))) / len(places)
+    bins = (levels[:, 0] * 16 + levels[:, 1] * 4 + levels[:, 2]).flatten()
+    # not bincount, which waits for the device to learn the number of bins
+    share = frames.new_zeros(64).index_add_(0, bins, frames.new_ones(()).expand(len(bins))) / len(bins)
     jumps = frames.diff(dim=0).abs().mean((1, 2, 3))
     return torch.stack(
         [

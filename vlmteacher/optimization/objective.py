@@ -1,7 +1,7 @@
 """The objective of test-time optimisation: the Teacher's loss on the Reasoner's prediction, as the LoRA is now.
 
 One evaluation goes through Reasoner, surrogate decoder and Teacher, is differentiable in the LoRA, and reads nothing
-from the device: what the host has to know of it are `Metrics`, which travel as one flat tensor.
+from the device: its `Metrics` stay one flat tensor there until an engine reads them.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ GRADIENT_CLIP = 1.0
 
 
 def teacher_frame_indices(num_frames: int, count: int) -> list[int]:
-    """`count` frame indices spread uniformly over 0..num_frames-1, both ends included, strictly rising.
+    """Spread `count` frame indices uniformly over 0..num_frames-1, both ends included, strictly rising.
 
-    Raises InputError when there are fewer frames than asked for.
+    Raises InputError: `count` is not in 1..num_frames.
     """
     if not 1 <= count <= num_frames:
         raise InputError(f"the Teacher cannot see {count} frames of a video of {num_frames}: give 1 to {num_frames}")
@@ -44,7 +44,7 @@ def teacher_frame_indices(num_frames: int, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Metrics:
-    """The numbers of one evaluation, on the host.
+    """The metrics of one evaluation, on the host.
 
     loss: L_VQA, without the pull. latents_nan: whether the predicted latents hold NaN. frames_min, frames_max: extremes
     of the decoded frames. guards: `frame_guards` by name. contrast: `frame_contrast`. p_yes: P(Yes) of each query, goal
@@ -62,7 +62,11 @@ class Metrics:
 
     @staticmethod
     def pack(loss: Tensor, latents: Tensor, frames: Tensor | PatchRows, losses: Tensor) -> Tensor:
-        """All but the gradient's norm as one float32 tensor (5 + `GUARDS` + 1+M,), in the order of the fields."""
+        """Pack the metrics of a forward into one float32 tensor, in the order of the fields.
+
+        loss: scalar. latents: (1, C, T, h, w). frames: (K, 3, H, W), or their patch rows. losses: (1+M,). Returns
+        (5 + len(GUARDS) + 1+M,) on the loss's device; the backward appends the gradient's norm.
+        """
         small = small_frames(frames)
         extremes = frames.aminmax()
         parts = (loss, latents.isnan().any(), *extremes, frame_guards(small), frame_contrast(small), losses.neg().exp())
@@ -70,9 +74,9 @@ class Metrics:
 
     @classmethod
     def unpack(cls, packed: Tensor, queries: int) -> Metrics:
-        """The metrics of a `pack` of so many queries, to which the backward may have added the gradient's norm.
+        """Read packed metrics from the device, with or without the gradient's norm; queries: 1+M.
 
-        This is the only read of the device that a step makes.
+        This is a step's only read of the device.
         """
         loss, nan, low, high, *rest = packed.tolist()
         guards, (contrast, *rest) = rest[: len(GUARDS)], rest[len(GUARDS) :]
@@ -114,9 +118,9 @@ class Objective:
         )
 
     def evaluate(self, step: int = 0) -> tuple[Tensor, Tensor]:
-        """The loss to differentiate (L_VQA and the pull, a scalar) and the packed `Metrics`, both on the device.
+        """Return the loss to differentiate (L_VQA plus the pull, a scalar) and the packed `Metrics`, on the device.
 
-        step: decides how `frame_jitter` shifts the frames.
+        step: number of the step, which decides how `frame_jitter` shifts the frames.
         """
         offload: Any = torch.autograd.graph.save_on_cpu(pin_memory=True) if self.offload else nullcontext()
         with offload, self._front:
@@ -134,13 +138,13 @@ class Objective:
         return loss, metrics
 
     def backward(self, loss: Tensor, metrics: Tensor) -> Tensor:
-        """Leave the clipped gradient of `loss` on the parameters; return `metrics` with its norm before clipping."""
+        """Leave the clipped gradient of `loss` on the parameters; append its norm before clipping to `metrics`."""
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP)
         return torch.cat([metrics, norm.to(metrics).view(1)])
 
     def read(self, metrics: Tensor) -> Metrics:
-        """What `evaluate` or `backward` packed, on the host."""
+        """The metrics that `evaluate` or `backward` packed, read from the device."""
         return Metrics.unpack(metrics, len(self.queries.questions))
 
     def needs_gradient(self, metrics: Metrics) -> bool:
@@ -149,8 +153,11 @@ class Objective:
 
     @torch.no_grad()
     def final_video(self) -> tuple[Tensor, Tensor]:
-        """The few-step video (F, 3, H, W) in [0, 1] of the Reasoner as it is now, by the standard VAE, and the
-        Teacher's losses (1+M,) on it; of `settings.final_samples` videos the best."""
+        """Sample the few-step video of the Reasoner with the present LoRA, and decode it by the standard VAE.
+
+        Returns the video (F, 3, H, W) in [0, 1] and the Teacher's losses (1+M,) on it; of several samples
+        (`final_samples`) the best. Raises NonFiniteFrames.
+        """
         latents = [self.reasoner.sample(self.condition, noise) for noise in self.noise.samples()]
         videos = [self.reasoner.decode(sample) for sample in latents]
         indices, fps = self.frame_indices, self.reasoner.fps
@@ -163,9 +170,9 @@ class Objective:
         return vqa_objective(self.final_video()[1], self.settings.goal_weight).item()
 
     def _decode(self, latents: Tensor) -> Tensor | PatchRows:
-        """The frames (K, 3, H, W) that the Teacher sees; its own patch rows where it would not resize the frames.
+        """Decode the frames (K, 3, H, W) that the Teacher sees, or its patch rows where it would not resize frames.
 
-        Frames that are still to be shifted stay frames.
+        Frames that are to be shifted must stay frames.
         """
         height, width = (side * self.decoder.spatial_stride for side in latents.shape[-2:])
         layout = self.teacher.patch_layout(len(self.frame_indices), height, width)
@@ -174,7 +181,7 @@ class Objective:
         return self.decoder.decode_rows(latents, layout, self.frame_indices, self.decoder_chunk, check=False)
 
     def _jittered(self, frames: Tensor | PatchRows, step: int) -> Tensor:
-        """The frames (K, 3, H, W), all shifted alike by at most `frame_jitter` pixels, edges repeated."""
+        """Shift all frames (K, 3, H, W) alike by at most `frame_jitter` pixels, with edges repeated."""
         assert isinstance(frames, Tensor)  # see `_decode`
         most = self.settings.frame_jitter
         draw = random.Random(step)

@@ -1,4 +1,7 @@
-"""L_VQA: how far the Teacher is from answering "Yes" to every question (arXiv 2606.02564, section on the objective)."""
+"""L_VQA, the loss that test-time optimisation minimises (arXiv 2606.02564, section on the objective).
+
+It is low when the Teacher answers "Yes" to every question.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,10 @@ from vlmteacher.errors import InputError
 
 
 def vqa_objective(losses: Tensor, goal_weight: float = 0.5) -> Tensor:
-    """Mix the losses of the questions: lambda * L_goal + (1 - lambda) / M * sum_m L_process_m.
+    """Combine the losses of the questions: lambda * L_goal + (1 - lambda) / M * sum_m L_process_m.
 
-    losses: (1+M,), -log P(Yes), goal first, >= 0. goal_weight: lambda in [0, 1]. Returns a scalar.
-    Without process questions (M = 0) it is L_goal, whatever lambda is.
-    Raises InputError when lambda lies outside [0, 1].
+    losses: (1+M,), -log P(Yes) of each question, goal first, >= 0. goal_weight: lambda in [0, 1]. Returns a scalar;
+    without process questions (M = 0) it is L_goal, whatever lambda is. Raises InputError: lambda outside [0, 1].
     """
     if not 0 <= goal_weight <= 1:
         raise InputError(f"goal_weight must lie between 0 and 1, not {goal_weight}")
@@ -25,5 +27,5 @@ def vqa_objective(losses: Tensor, goal_weight: float = 0.5) -> Tensor:
 
 
 def pick(losses: Sequence[Tensor], goal_weight: float = 0.5) -> int:
-    """Which of several videos the objective is lowest on, from the losses (1+M,) of each."""
+    """The index of the video with the lowest objective, given the losses (1+M,) of each video."""
     return min(range(len(losses)), key=lambda k: vqa_objective(losses[k], goal_weight).item())
