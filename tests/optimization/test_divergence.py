@@ -1,4 +1,4 @@
-"""Runs that lead nowhere go back to the best LoRA, at half the learning rate once, then end as diverged."""
+"""Runs that diverge go back to the best LoRA: the first time with half the learning rate, the second time for good."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from vlmteacher.optimization.loop import Optimization
 from vlmteacher.optimization.objective import Metrics
 from vlmteacher.pipeline import TeacherPipeline, TeacherPipelineOutput, read_pair
 
-ABSURD = 1e10  # the tiny pair's frames then lie at the ends of their range, without a gradient
-OVERFLOW = 1e18  # its latents then are NaN
+ABSURD = 1e10  # a learning rate that saturates the tiny pair's frames, so that no gradient is left
+OVERFLOW = 1e18  # a learning rate that makes its latents NaN
 
 
 def lora(pipe: TeacherPipeline) -> dict[str, torch.Tensor]:
@@ -38,7 +38,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def poison(loop: Optimization) -> None:
-    """What an update that overflows leaves: one weight of the LoRA is infinite."""
+    """Make one weight of the LoRA infinite, as an update that overflows does."""
     with torch.no_grad():
         lora_parameters(loop.reasoner.transformer)[-1].view(-1)[0] = math.inf
 
@@ -57,7 +57,7 @@ def test_an_absurd_learning_rate_ends_as_diverged(
     assert second is rows[-1] and second["grad_norm"] is None and "learning_rate" not in second
     assert all(math.isfinite(row["loss"]) for row in rows)
     best = min(row["loss"] for row in rows)
-    assert second["loss"] == best  # the LoRA that stays is the one that was looked at last
+    assert second["loss"] == best  # of the LoRA that stays
     loop.finish()
     if best == rows[0]["loss"]:
         assert equal(lora(pipe), start)
@@ -68,7 +68,7 @@ def loss_now(loop: Optimization) -> float:
     return loop.engine.evaluate().loss
 
 
-def test_what_overflows_once_goes_on_at_half_the_rate(make_loop: Any, pipe: TeacherPipeline) -> None:
+def test_after_an_overflow_the_run_continues_at_half_the_learning_rate(make_loop: Any, pipe: TeacherPipeline) -> None:
     loop = make_loop(max_steps=5)
     for _ in range(2):
         loop.step()
@@ -128,7 +128,7 @@ def test_an_interruption_while_rolling_back_changes_nothing(
     assert without_seconds(loop.history) == without_seconds(whole.history) and equal(lora(pipe), expected)
 
 
-def test_where_no_earlier_lora_helps_the_error_stays(make_loop: Any, pipe: TeacherPipeline) -> None:
+def test_without_an_earlier_lora_the_error_is_raised(make_loop: Any, pipe: TeacherPipeline) -> None:
     loop = make_loop()
     poison(loop)
     with pytest.raises(NonFiniteError, match=r"step 0.*learning rate"):
@@ -137,7 +137,7 @@ def test_where_no_earlier_lora_helps_the_error_stays(make_loop: Any, pipe: Teach
 
 
 def test_a_prediction_without_gradient_ends_at_once(make_loop: Any, pipe: TeacherPipeline) -> None:
-    """The surrogate decoder's frames all lie beyond white: clamped, they give no gradient."""
+    """The surrogate decoder's frames all exceed 1; clamped, they have no gradient."""
     bias = pipe.decoder.decoder[-1].bias
     before = bias.detach().clone()
     try:
@@ -164,7 +164,7 @@ def test_a_loss_far_above_its_start_has_to_stay_there() -> None:
 
 
 def test_frames_that_become_one_colour(make_loop: Any, pipe: TeacherPipeline) -> None:
-    """A decoder without contrast stands for a video that has lost it."""
+    """A surrogate decoder without contrast stands for a video that has lost its picture."""
     flat = copy.deepcopy(pipe.decoder)
     flat.decoder[-1].weight.data.mul_(1e-4)
     flat._plans.clear()
@@ -173,14 +173,14 @@ def test_frames_that_become_one_colour(make_loop: Any, pipe: TeacherPipeline) ->
     loop.objective.decoder = flat
     row = loop.step()
     assert row["rolled_back"] == "the frames have become one colour"
-    assert loop.stopped == "diverged"  # the LoRA is not to blame: going back has not helped
-    loop = make_loop()  # which has never seen anything else
+    assert loop.stopped == "diverged"  # going back has not helped, because the LoRA is not the cause
+    loop = make_loop()  # whose first frames are flat too
     loop.objective.decoder = flat
     assert all("rolled_back" not in loop.step() for _ in range(2))
 
 
 def test_nearly_blank_frames_may_stay_so(make_loop: Any) -> None:
-    """A blank first frame gives a contrast about the limit, which rounding crosses."""
+    """A blank first frame has a contrast close to the limit, on either side of it by rounding."""
     loop = make_loop()
     for first, collapsed in ((FLAT_CONTRAST / 2, False), (1.5 * FLAT_CONTRAST, False), (40 * FLAT_CONTRAST, True)):
         loop.first_contrast = first
@@ -189,7 +189,7 @@ def test_nearly_blank_frames_may_stay_so(make_loop: Any) -> None:
 
 @pytest.mark.parametrize("keep", ["last", "best"])
 def test_the_last_update_is_checked_by_its_video(pipe: TeacherPipeline, tmp_path: Path, keep: str) -> None:
-    """No step looks at what the last update made; results are written as always."""
+    """No step evaluates the result of the last update, but the final video does; all results are written."""
 
     def break_it(pipe: TeacherPipeline, step: int, _: Any) -> None:
         if step == 1:
@@ -209,7 +209,7 @@ def test_the_last_update_is_checked_by_its_video(pipe: TeacherPipeline, tmp_path
 
 @pytest.mark.parametrize(("rate", "diverged"), [(6e-4, False), (1e3, True)])
 def test_the_packaged_pair(rate: float, diverged: bool) -> None:
-    """Two updates are too few for a step to see the collapse; at the pair's own rate nothing is rolled back."""
+    """After two updates only the final video shows the divergence; at the pair's own rate nothing is rolled back."""
     example = read_pair()[1]["example"]
     scene = Scene.from_json(example["scene"])
     image = Image.fromarray(TeacherPipelineOutput.uint8(render(scene)[:1])[0])
@@ -226,7 +226,7 @@ def test_the_packaged_pair(rate: float, diverged: bool) -> None:
     assert (out.loss_after == out.loss_before) is diverged
 
 
-def test_solve_writes_all_and_ends_with_one(
+def test_solve_writes_all_files_and_ends_with_status_1(
     run: Run,
     models: dict[str, str],
     queries_file: Path,

@@ -28,11 +28,11 @@ from vlmteacher.reasoners.condition import Condition, Noise
 from vlmteacher.reasoners.wan.reasoner import WanReasoner
 from vlmteacher.settings import Settings
 
-# ---------------------------------------------------------------- what a CUDA graph may hold
+# ---------------------------------------------------------------- what a CUDA graph may contain
 
 
 class NoTransfers(TorchDispatchMode):
-    """Raises where an operator goes between the CPU and the device, and where an index is not on the device already.
+    """Raises when an operator mixes tensors of the CPU and the device, or an index is not on the device already.
 
     The device is "meta": a tensor without data cannot be read by the host anyway. A list as an index becomes a tensor
     on the device unseen, so every index must be a result of the step, or have been there in the step before.
@@ -41,19 +41,19 @@ class NoTransfers(TorchDispatchMode):
     def __init__(self, before: NoTransfers | None = None) -> None:
         super().__init__()
         self.before = before
-        self.seen: dict[int, Tensor] = {}
+        self.known: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.before and func._schema.name in ("aten::index", "aten::index_put", "aten::index_put_"):
             for index in args[1]:
-                if index is not None and not (self._key(index) in self.seen or self._key(index) in self.before.seen):
+                if index is not None and not (self._key(index) in self.known or self._key(index) in self.before.known):
                     raise AssertionError(f"{func} has an index from the host")
         out = func(*args, **(kwargs or {}))
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
         devices = {t.device.type for t in tensors if t.dim() or "copy" in func._schema.name}
         if self.before and len(devices) > 1:
             raise AssertionError(f"{func} goes between {devices}")
-        self.seen |= {self._key(t): t for t in tensors}  # held: a freed storage's address comes back
+        self.known |= {self._key(t): t for t in tensors}  # holds them, because a freed storage's address is used again
         return out
 
     @staticmethod
@@ -62,7 +62,7 @@ class NoTransfers(TorchDispatchMode):
 
 
 class NoNumbers(TorchFunctionMode):
-    """Raises where numbers of the host become a tensor on the device, which no dispatch mode sees."""
+    """Raises when numbers of the host become a tensor on the device, which no dispatch mode intercepts."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -111,7 +111,7 @@ def test_a_step_never_waits_for_the_host(image: bool, level: Keep, settings: dic
 
 
 @pytest.mark.parametrize("name", ["wan2.1-i2v-14b-480p", "ltx-0.9.8-2b-distilled", "hunyuan-video-1.5-480p-i2v"])
-def test_nor_does_the_prediction_of_another_family(name: str) -> None:
+def test_the_prediction_of_another_family_never_waits_for_the_host(name: str) -> None:
     reasoner: Any = build_reasoner(name)[0]
     network = reasoner.transformer
     setattr(network, blocks_name(network), block_list(network)[:2])
@@ -124,7 +124,7 @@ def test_nor_does_the_prediction_of_another_family(name: str) -> None:
         reasoner.predict_clean(condition, noise).sum().backward()
 
 
-def test_the_check_sees_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_modes_detect_what_they_are_for(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = loop_without_data(True)
     with NoTransfers() as before:
         loop.objective.evaluate()
@@ -226,11 +226,11 @@ def test_a_cuda_graph_needs_a_gpu(
         engines.check_engine("cuda_graph", apart[0], unnumbered)
 
 
-# ---------------------------------------------------------------- recorded and played again
+# ---------------------------------------------------------------- recording and replay
 
 
 class RecordedOnCPU(TorchDispatchMode):
-    """What a CUDA graph is, made of the CPU's operators: the same calls on the same memory, without the Python."""
+    """A stand-in for a CUDA graph: replays the same calls of the CPU's operators on the same memory, without Python."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,7 +251,7 @@ class RecordedOnCPU(TorchDispatchMode):
 
 @pytest.fixture
 def cuda_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The calls of torch.cuda that `CudaGraph` makes; recording is the CPU's."""
+    """Replace the parts of torch.cuda that `CudaGraph` calls, so that it records on the CPU."""
 
     class Stream:
         def __init__(self, *_: Any) -> None: ...
@@ -273,11 +273,11 @@ def cuda_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("level", "settings"), [(Keep.ALL, {}), (Keep.INPUT, {"lora_blocks": "last:1"}), (Keep.LONG, {"check_final": True})]
 )
-def test_a_recorded_step_played_again_is_the_step(
+def test_a_replayed_step_equals_the_eager_step(
     make: Any, pipe: TeacherPipeline, level: Keep, settings: dict[str, Any], cuda_of_the_cpu: None
 ) -> None:
-    """On the CPU's memory: every later step depends on the LoRA's weights alone. AdamW is not recorded here, for only
-    GPUs have a capturable one."""
+    """Every later step depends on the LoRA's weights alone. AdamW is not recorded here, because only GPUs have a
+    capturable one."""
     keep_activations(pipe.reasoner.transformer, level)
     try:
         many = {"max_steps": 6, "threshold": 1e-6, **settings}
@@ -292,7 +292,7 @@ def test_a_recorded_step_played_again_is_the_step(
         assert rows == expected and rows[5]["loss"] < rows[0]["loss"]
 
         loop.stopped = None
-        loop.ladder.down()  # another way to compute: it must be recorded anew
+        loop.ladder.down()  # changes what is computed, which must be recorded again
         engine.reset()
         for _ in range(4):
             loop.step()
@@ -303,10 +303,10 @@ def test_a_recorded_step_played_again_is_the_step(
         keep_activations(pipe.reasoner.transformer, Keep.ALL)
 
 
-def test_a_recorded_run_rolls_back_and_is_recorded_anew(
+def test_a_recorded_run_rolls_back_and_is_recorded_again(
     make: Any, pipe: TeacherPipeline, cuda_of_the_cpu: None
 ) -> None:
-    """The new learning rate, and the fresh optimiser's memory, are in no graph that was recorded before."""
+    """No earlier graph contains the new learning rate or the fresh optimiser's memory."""
 
     def steps(recorded: bool) -> list[dict[str, Any]]:
         loop = make(max_steps=9, threshold=1e-6)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.optimization.test_guards import guards
 from vlmteacher.errors import InputError, NonFiniteError
 from vlmteacher.lora.adapter import lora_state_dict
 from vlmteacher.ops.patchify import PatchRows
-from vlmteacher.optimization.guards import GUARDS, frame_guards
 from vlmteacher.optimization.loop import Optimization
 from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.pipeline import TeacherPipeline
@@ -26,10 +26,6 @@ def make(make_loop: Any) -> Any:
 
 def without_seconds(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
-
-
-def guards(frames: Tensor) -> dict[str, float]:
-    return dict(zip(GUARDS, frame_guards(frames).tolist(), strict=True))
 
 
 def test_check_final_goes_on_until_the_few_step_video_is_good_enough_too(make: Any) -> None:
@@ -46,7 +42,7 @@ def test_check_final_goes_on_until_the_few_step_video_is_good_enough_too(make: A
 
 
 def loop_final(loop: Optimization) -> float:
-    """The objective on the few-step video of an untouched Reasoner, computed apart."""
+    """The objective on the few-step video of the untouched Reasoner, computed without the loop."""
     with torch.no_grad():
         video = loop.reasoner.decode(loop.reasoner.sample(loop.condition, loop.noise))[loop.frame_indices]
         losses = loop.teacher.losses(video, loop.frame_indices, loop.reasoner.fps, loop.queries)
@@ -84,7 +80,7 @@ def test_steps_lower_the_loss_and_touch_only_the_lora(make: Any, pipe: TeacherPi
     assert all(p.grad is None for p in models)
 
 
-def test_a_row_says_what_the_teacher_saw_before_the_update(make: Any, pipe: TeacherPipeline) -> None:
+def test_a_row_holds_the_metrics_before_the_update(make: Any, pipe: TeacherPipeline) -> None:
     loop = make()
     with torch.no_grad():
         latents = pipe.reasoner.predict_clean(loop.condition, loop.noise)
@@ -114,7 +110,7 @@ def test_no_steps_at_all(make: Any) -> None:
 
 
 def test_keep_best_is_the_lora_of_the_lowest_loss(make: Any, pipe: TeacherPipeline) -> None:
-    loop = make(max_steps=3, learning_rate=2.0, keep="best")  # so fast that the loss jumps about
+    loop = make(max_steps=3, learning_rate=2.0, keep="best")  # so high that the loss jumps
     losses, loras = [], []
     while loop.stopped is None:
         loras.append(lora_state_dict(pipe.reasoner.transformer))
@@ -138,7 +134,7 @@ def test_resume_changes_no_bit(make: Any, pipe: TeacherPipeline, killed_after: i
         killed.step()
     file = io.BytesIO()
     torch.save(killed.state_dict(), file)
-    list(killed)  # what it goes on to do is no part of the state
+    list(killed)  # later steps do not change the state that was saved
     resumed = make(keep=keep, learning_rate=0.3)
     file.seek(0)
     resumed.load_state_dict(torch.load(file, weights_only=True))
@@ -151,7 +147,7 @@ def test_resume_changes_no_bit(make: Any, pipe: TeacherPipeline, killed_after: i
 
 
 class Poisoned:
-    """The real Teacher, until it breaks: its losses, or only their gradient, turn NaN."""
+    """The real Teacher with NaN for its losses, or only for their gradient."""
 
     def __init__(self, teacher: Any, gradient_only: bool) -> None:
         self.teacher, self.gradient_only = teacher, gradient_only
@@ -166,7 +162,7 @@ class Poisoned:
 
 
 @pytest.mark.parametrize("gradient_only", [False, True])
-def test_what_is_not_finite_stops_with_the_last_good_state(
+def test_a_number_that_is_not_finite_leaves_the_last_good_state(
     make: Any, pipe: TeacherPipeline, gradient_only: bool
 ) -> None:
     loop = make()
@@ -183,10 +179,10 @@ def test_what_is_not_finite_stops_with_the_last_good_state(
 
 
 def test_the_hand_over_in_patch_rows_changes_no_loss(make: Any, pipe: TeacherPipeline, monkeypatch: Any) -> None:
-    """Rows right from the decoder, then frames that the Teacher cuts: the same losses and LoRA, guards to rounding."""
+    """Patch rows from the decoder and frames that the Teacher cuts give the same losses and LoRA to rounding."""
     loop = make()
     assert pipe.teacher.patch_layout(len(loop.frame_indices), 32, 48) is not None
-    with monkeypatch.context() as patch:  # frames would have to come from `decode`
+    with monkeypatch.context() as patch:  # which would give frames
         patch.setattr(type(pipe.decoder), "decode", None)
         rows, lora = [loop.step() for _ in range(2)], lora_state_dict(pipe.reasoner.transformer)
     monkeypatch.setattr(type(pipe.teacher), "patch_layout", lambda *_: None)
@@ -197,20 +193,3 @@ def test_the_hand_over_in_patch_rows_changes_no_loss(make: Any, pipe: TeacherPip
             assert ours[name] == pytest.approx(theirs[name], abs=1e-5, rel=1e-5), name
     for name, value in expected.items():
         torch.testing.assert_close(lora[name], value, atol=1e-5, rtol=1e-5)
-
-
-def test_guards_on_pictures_whose_values_are_known() -> None:
-    grey = torch.full((3, 3, 16, 16), 0.5)
-    assert guards(grey) == pytest.approx(
-        {"brightness": 0.5, "dark_fraction": 0, "edge_density": 0, "colour_entropy": 0, "temporal_jump": 0}, abs=1e-6
-    )
-    halves = torch.zeros(2, 3, 16, 16)
-    halves[..., 8:] = 1
-    halves[1] = 1 - halves[1]
-    assert guards(halves) == pytest.approx(
-        {"brightness": 0.5, "dark_fraction": 0.5, "edge_density": 1 / 15, "colour_entropy": 1, "temporal_jump": 1},
-        abs=1e-6,
-    )
-    assert guards(grey[:1])["temporal_jump"] == 0
-    large = torch.rand(1, 3, 704, 1280, generator=torch.Generator().manual_seed(0))
-    assert guards(large)["brightness"] == pytest.approx(0.5, abs=0.01)

@@ -26,7 +26,7 @@ RUNGS = ["activations=long", "activations=input", "teacher_activation_bytes=0", 
 
 
 class CappedAllocator(Trace):
-    """Raises as a GPU's allocator does when more than `cap` bytes would be alive; keeps the peak."""
+    """Raises as a GPU's allocator does when more than `cap` bytes would be alive; records the peak."""
 
     def __init__(self, loop: Optimization, cap: float = float("inf")) -> None:
         super().__init__()
@@ -87,15 +87,15 @@ def test_a_full_memory_costs_rungs_and_no_loss(make: Any, caplog: pytest.LogCapt
         assert "out_of_memory" not in rows[0]
         assert [record.getMessage().rpartition(" with ")[2] for record in caplog.records] == taken
         assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-6)
-        found = lora_state_dict(loop.reasoner.transformer)
+        result = lora_state_dict(loop.reasoner.transformer)
         for name, value in lora.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
-            if count <= 2:  # recomputation repeats the same operations; chunks are other shapes for the products
-                assert torch.equal(found[name], value)
+            torch.testing.assert_close(result[name], value, rtol=1e-4, atol=1e-6)
+            if count <= 2:  # recomputation repeats the same operations; chunks change the shapes of products
+                assert torch.equal(result[name], value)
         loop.close()
 
 
-def test_where_nothing_helps_the_state_is_as_before(make: Any) -> None:
+def test_without_a_rung_left_the_state_is_as_before(make: Any) -> None:
     loop = make()
     loop.step()
     before = loop.state_dict()
@@ -104,7 +104,7 @@ def test_where_nothing_helps_the_state_is_as_before(make: Any) -> None:
     after = loop.state_dict()
     assert len(after["history"]) == 1 and before["history"] == after["history"]
     assert all(torch.equal(before["lora"][name], value) for name, value in after["lora"].items())
-    assert loop.step()["loss"] < before["history"][0]["loss"]  # with room again it goes on
+    assert loop.step()["loss"] < before["history"][0]["loss"]  # with enough memory it continues
 
 
 def test_another_error_is_raised_as_it_is(make: Any) -> None:
@@ -127,26 +127,26 @@ def test_the_update_survives_a_rung_taken_for_the_few_step_video(make: Any, monk
         return final(objective) + objective.settings.threshold  # never good enough
 
     monkeypatch.setattr(Objective, "final_loss", full)
-    found = []
+    results = []
     for _ in range(2):
         loop = make(threshold=100.0, check_final=True, max_steps=1)
         (row,) = loop
         assert row["grad_norm"] > 0 and "final_loss" in row
-        found.append((row.get("out_of_memory"), lora_state_dict(loop.reasoner.transformer)))
+        results.append((row.get("out_of_memory"), lora_state_dict(loop.reasoner.transformer)))
         loop.close()
-    assert [taken for taken, _ in found] == [RUNGS[:1], None]
-    assert all(torch.equal(found[0][1][name], value) for name, value in found[1][1].items())
-    assert any(value.any() for name, value in found[0][1].items() if "lora_B" in name)
+    assert [taken for taken, _ in results] == [RUNGS[:1], None]
+    assert all(torch.equal(results[0][1][name], value) for name, value in results[1][1].items())
+    assert any(value.any() for name, value in results[0][1].items() if "lora_B" in name)
 
 
-def test_a_resumed_run_stands_on_the_same_rung_and_a_closed_one_on_none(make: Any, pipe: TeacherPipeline) -> None:
+def test_a_resumed_run_has_the_same_rungs_and_a_closed_one_none(make: Any, pipe: TeacherPipeline) -> None:
     transformer = pipe.reasoner.transformer
-    keep_activations(transformer, Keep.LONG)  # what the user asked for
+    keep_activations(transformer, Keep.LONG)  # the user's choice
     try:
         whole = make()
         whole.ladder.take(RUNGS[:3])
         list(whole)
-        assert whole.ladder.taken == RUNGS[1:3]  # the first changes nothing
+        assert whole.ladder.taken == RUNGS[1:3]  # the first one makes no difference
         expected = lora_state_dict(transformer)
         whole.close()
         loop = make()
@@ -168,9 +168,7 @@ def test_a_resumed_run_stands_on_the_same_rung_and_a_closed_one_on_none(make: An
         keep_activations(transformer, Keep.ALL)
 
 
-def test_a_run_folder_tells_of_the_rungs(
-    pipe: TeacherPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_folder_lists_the_rungs(pipe: TeacherPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate, failures = Objective.evaluate, [torch.OutOfMemoryError("full"), MemoryError()]
 
     def full(objective: Objective, step: int) -> Any:
@@ -189,7 +187,7 @@ def test_a_run_folder_tells_of_the_rungs(
 def test_the_error_of_the_cpus_own_allocator(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     free = make()
     expected = [row["loss"] for row in free]
-    evaluate, too_much = Objective.evaluate, [1 << 60, 1 << 61]  # bytes; more than any address space has
+    evaluate, too_much = Objective.evaluate, [1 << 60, 1 << 61]  # bytes, more than any address space
 
     def full(objective: Objective, step: int) -> Any:
         if too_much:

@@ -26,7 +26,7 @@ def make(make_loop: Any) -> Any:
 
 
 def distance(loop: Optimization, pipe: TeacherPipeline) -> float:
-    """Of the latents from those of a LoRA that changes nothing."""
+    """Mean squared distance of the latents from those without a LoRA."""
     with torch.no_grad():
         now = pipe.reasoner.predict_clean(loop.condition, loop.noise)
         remove_lora(pipe.reasoner.transformer)
@@ -45,7 +45,7 @@ def test_pull_holds_the_latents_and_is_no_part_of_the_loss(make: Any, pipe: Teac
 
 
 @pytest.mark.parametrize("settings", [{"pull": 3.0}, {"frame_jitter": 3}, {"lora_decay": 2.0}])
-def test_a_loop_that_is_taken_up_changes_no_bit(make: Any, settings: dict[str, Any]) -> None:
+def test_resuming_changes_no_bit(make: Any, settings: dict[str, Any]) -> None:
     loop = make(**settings)
     for _ in range(3):
         loop.step()
@@ -63,14 +63,14 @@ def test_jitter_shifts_all_frames_as_the_step_says(make: Any) -> None:
     for step in range(8):
         shifted = loop.objective._jittered(frames, step)
         assert shifted.shape == frames.shape and torch.equal(shifted, loop.objective._jittered(frames, step))
-        found = [
+        matches = [
             (down, across)
             for down in range(-3, 4)
             for across in range(-3, 4)
             if torch.equal(shifted[..., 3:-3, 3:-3], frames.roll((-down, -across), (-2, -1))[..., 3:-3, 3:-3])
         ]
-        assert len(found) == 1
-        shifts.update(found)
+        assert len(matches) == 1
+        shifts.update(matches)
         assert set(shifted.detach().flatten().tolist()) <= set(frames.detach().flatten().tolist())
     assert len(shifts) > 4
     (gradient,) = torch.autograd.grad(shifted.sum(), frames)
@@ -86,7 +86,7 @@ def test_decay_keeps_the_lora_small(make: Any, pipe: TeacherPipeline) -> None:
     assert norms[1] < 0.8 * norms[0]
 
 
-def test_preserve_asks_one_question_more(pipe: TeacherPipeline) -> None:
+def test_preserve_adds_one_question(pipe: TeacherPipeline) -> None:
     asked = QuerySet.from_dict(QUERIES)
     question = QueryStyle().preservation_query
     values: dict[str, Any] = {"max_steps": 1, "rank": 2, "teacher_frames": 4, "progress": False}
@@ -103,7 +103,7 @@ def test_preserve_asks_one_question_more(pipe: TeacherPipeline) -> None:
         pipe(PROMPT, queries=many, preserve=True, **values)
 
 
-def test_a_run_with_all_of_them_is_taken_up(pipe: TeacherPipeline, tmp_path: Any) -> None:
+def test_a_run_with_all_remedies_resumes(pipe: TeacherPipeline, tmp_path: Any) -> None:
     values: dict[str, Any] = {"max_steps": 3, "rank": 2, "teacher_frames": 4, "progress": False, "preserve": True}
     values |= {"frame_jitter": 1, "lora_decay": 1.0, "pull": 1.0, "queries": QuerySet.from_dict(QUERIES)}
     values |= {"final_samples": 3}
@@ -148,7 +148,7 @@ def test_a_recorded_step_cannot_jitter() -> None:
 
 
 def test_of_the_final_samples_the_teacher_picks_one(pipe: TeacherPipeline, make: Any) -> None:
-    """They start from one z1, which alone the optimisation sees, and differ in what the later steps draw."""
+    """The samples share z1, on which alone the optimisation depends, and differ in the noise of the later steps."""
     values: dict[str, Any] = {"max_steps": 2, "threshold": 1e-6, "learning_rate": 0.03, "rank": 2, "teacher_frames": 4}
     asked = {"queries": QuerySet.from_dict(QUERIES), "output_type": "pt", "progress": False}
     one, out = (
@@ -164,12 +164,12 @@ def test_of_the_final_samples_the_teacher_picks_one(pipe: TeacherPipeline, make:
     with torch.no_grad():
         videos = [reasoner.decode(reasoner.sample(loop.condition, noise)) for noise in loop.noise.samples()]
         losses = [pipe.judge(video, loop.frame_indices, loop.queries) for video in videos]
-    objectives = [vqa_objective(each).item() for each in losses]
+    objectives = [vqa_objective(of_sample).item() for of_sample in losses]
     assert all(torch.equal(noise.z1, loop.noise.z1) for noise in loop.noise.samples()) and len(set(objectives)) == 6
     best = objectives.index(min(objectives))
-    assert best > 0  # else nothing would be picked
-    video, found = loop.final_video()
-    assert torch.equal(video, videos[best]) and torch.equal(found, losses[best])
+    assert best > 0  # so that the choice matters
+    video, of_best = loop.final_video()
+    assert torch.equal(video, videos[best]) and torch.equal(of_best, losses[best])
     assert out.sample == best and torch.equal(out.frames, video) and torch.equal(one.frames, videos[0])
     assert out.loss_after == min(objectives) and one.loss_after == objectives[0]
 
@@ -180,10 +180,10 @@ def test_final_samples_are_sampled_without_an_update_too(pipe: TeacherPipeline) 
     condition = pipe.reasoner.encode(PROMPT, None, pipe.reasoner.num_frames, pipe.reasoner.height, pipe.reasoner.width)
     noise = pipe.reasoner.noise(condition, torch.Generator().manual_seed(0), 6)
     indices = teacher_frame_indices(pipe.reasoner.num_frames, 4)
-    videos = [pipe.sample(condition, each, pipe.reasoner) for each in noise.samples()]
+    videos = [pipe.sample(condition, draws, pipe.reasoner) for draws in noise.samples()]
     objectives = [vqa_objective(pipe.judge(video, indices, asked["queries"])).item() for video in videos]
     best = objectives.index(min(objectives))
-    # To rounding: the call samples with a LoRA on, through the operators of the optimisation.
+    # Equal to rounding: the call samples with a LoRA, through the operators of the optimisation.
     assert out.updates == 0 and out.sample == best > 0 and out.loss_after == pytest.approx(min(objectives), rel=1e-4)
     torch.testing.assert_close(out.frames, videos[best], atol=1e-4, rtol=0)
     torch.testing.assert_close(out.frames_before, videos[0], atol=1e-4, rtol=0)

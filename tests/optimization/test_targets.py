@@ -1,4 +1,4 @@
-"""What the Teacher looks at: the one-step prediction, or the few-step video with a gradient through it."""
+"""Targets of the objective: the one-step prediction, or the few-step video with a gradient through it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vlmteacher.settings import Settings
 
 @pytest.fixture
 def reasoner(pipe: TeacherPipeline) -> Any:
-    """With a LoRA that changes something."""
+    """The tiny Reasoner with a LoRA whose weights are not zero."""
     add_lora(pipe.reasoner.transformer, 2, seed=0)
     generator = torch.Generator().manual_seed(5)
     for parameter in lora_parameters(pipe.reasoner.transformer):
@@ -43,7 +43,7 @@ def instance(reasoner: Reasoner, image: bool = True) -> tuple[Condition, Noise]:
 
 
 def by_hand(reasoner: Reasoner, condition: Condition, noise: Noise, only_last: bool) -> Tensor:
-    """The sampler written out, plain autograd."""
+    """The sampler written out, with plain autograd."""
     sigmas = reasoner.settings.sigmas
     x = noise.z1
     for k, sigma in enumerate(sigmas):
@@ -69,7 +69,7 @@ def test_values_and_gradients_are_those_of_the_sampler(
     parameters = list(lora_parameters(reasoner.transformer))
     weight = torch.randn(noise.z1.shape, generator=torch.Generator().manual_seed(1))
     sampled = reasoner.sample(condition, noise)
-    found = {}
+    gradients = {}
     keep_activations(reasoner.transformer, level)
     try:
         for target in ("last_step", "full"):
@@ -78,19 +78,19 @@ def test_values_and_gradients_are_those_of_the_sampler(
             assert torch.equal(latents, sampled) and torch.equal(expected, sampled)
             ours, theirs = (torch.autograd.grad((x * weight).sum(), parameters) for x in (latents, expected))
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-            found[target] = torch.cat([gradient.flatten() for gradient in ours])
+            gradients[target] = torch.cat([gradient.flatten() for gradient in ours])
         first, clean = reasoner.predict_target(condition, noise, "first_step"), reasoner.predict_clean(condition, noise)
         assert torch.equal(first, clean)
         ours, theirs = (torch.autograd.grad((x * weight).sum(), parameters) for x in (first, clean))
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-        found["first_step"] = torch.cat([gradient.flatten() for gradient in ours])
+        gradients["first_step"] = torch.cat([gradient.flatten() for gradient in ours])
     finally:
         keep_activations(reasoner.transformer, Keep.ALL)
     for one, two in (("last_step", "full"), ("first_step", "full"), ("first_step", "last_step")):
-        assert not torch.allclose(found[one], found[two], rtol=1e-3)
+        assert not torch.allclose(gradients[one], gradients[two], rtol=1e-3)
 
 
-def test_what_is_kept_and_what_is_computed_again(reasoner: Reasoner) -> None:
+def test_saved_bytes_and_recomputed_forwards(reasoner: Reasoner) -> None:
     condition, noise = instance(reasoner)
     forwards = []
     hook = reasoner.transformer.register_forward_pre_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
@@ -119,9 +119,7 @@ def test_what_is_kept_and_what_is_computed_again(reasoner: Reasoner) -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"lora_blocks": "last:1"}, {"pull": 1.0}, {"frame_jitter": 2}])
 @pytest.mark.parametrize("target", ["last_step", "full"])
-def test_the_loop_lowers_the_loss_and_can_be_taken_up(
-    pipe: TeacherPipeline, target: str, settings: dict[str, Any]
-) -> None:
+def test_the_loop_lowers_the_loss_and_resumes(pipe: TeacherPipeline, target: str, settings: dict[str, Any]) -> None:
     condition, noise = instance(pipe.reasoner)
 
     def loop() -> Optimization:
@@ -136,14 +134,14 @@ def test_the_loop_lowers_the_loss_and_can_be_taken_up(
         losses = [whole.step()["loss"] for _ in range(2)]
         state = whole.state_dict()
         losses += [row["loss"] for row in whole]
-        if "frame_jitter" not in settings:  # which looks at other frames every time
+        if "frame_jitter" not in settings:  # which shifts the frames differently at every step
             assert losses[-1] < losses[0] - 1e-4
         expected = lora_state_dict(pipe.reasoner.transformer)
         again = loop()
         again.load_state_dict(state)
         assert [row["loss"] for row in again] == losses[2:]
-        found = lora_state_dict(pipe.reasoner.transformer)
-        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        result = lora_state_dict(pipe.reasoner.transformer)
+        assert all(torch.equal(result[name], value) for name, value in expected.items())
     finally:
         remove_lora(pipe.reasoner.transformer)
 
