@@ -218,7 +218,7 @@ def test_python_types():
 @pytest.mark.parametrize(
     ("image", "what"),
     [
-        (None, "a NoneType is none"),
+        (None, "a NoneType is no image"),
         (3, "a int is none"),
         (b"bytes", "a bytes is none"),
         ([], "a list of 0 images"),
@@ -236,7 +236,7 @@ def test_python_types():
         (np.full((6, 8, 3), np.nan), "nan"),
         (torch.full((3, 6, 8), torch.inf), "inf"),
         (Image.new("RGB", (0, 6)), r"is empty \(0x6"),
-        ("https://example.org/a.png", "is an address: download it"),
+        ("https://example.org/a.png", "is a URL: download it"),
         ("data:image/png;base64,AA", "does not exist"),
         ("a\udcff.png", "half a character"),
         ("a\0.png", "a NUL"),

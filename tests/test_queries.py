@@ -205,8 +205,8 @@ def test_what_the_rules_find(question, told):
     [
         ((), "0 process questions"),
         (("Is it one?", "Is it two?", "Is it three?", "Is it four?"), "4 process questions"),
-        (("Is it one?", "is  it one ?"), "there twice"),
-        (("Is the ball on the square?",), "there twice"),
+        (("Is it one?", "is  it one ?"), "appears twice"),
+        (("Is the ball on the square?",), "appears twice"),
         (("Is it one?", "Does it never fall?"), "fall?' is negated"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a caller gives in Python: of the type that is meant, or InputError names the argument and the value."""
+"""Checks of arguments by type. Each raises InputError, which names the argument and shows the value."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from vlmteacher.errors import InputError
 
-LARGEST_NUMBER = 1e18  # of a setting: ten times the product of two still is a float32
+LARGEST_NUMBER = 1e18  # of a setting: ten times the product of two fits a float32
 LARGEST = 2**63 - 1  # of a tensor's size, a number of steps, a seed
 
 
 def show(value: object) -> str:
-    """`value` for a message of one line, whatever it is."""
+    """Any value as text in one line, for a message."""
     try:
         return " ".join(reprlib.repr(value).split())
     except Exception:  # an integer of thousands of digits, an object whose __repr__ fails
@@ -22,14 +22,14 @@ def show(value: object) -> str:
 
 
 def whole(name: str, value: object, least: int = 1) -> int:
-    """An integer of Python or numpy, from `least` up."""
+    """An integer of Python or numpy, at least `least`, as Python's."""
     if isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= LARGEST:
         return int(value)
     raise InputError(f"{name} must be a whole number of at least {least}, not {show(value)}")
 
 
 def number(name: str, value: object) -> float:
-    """A real number of Python or numpy, NaN and infinity included; Python's own int stays one."""
+    """A real number of Python or numpy, NaN and infinity included, as a float; Python's own int stays an int."""
     if isinstance(value, Real) and not isinstance(value, bool):
         try:
             return value if type(value) is int and float(value) == value else float(value)
@@ -39,7 +39,7 @@ def number(name: str, value: object) -> float:
 
 
 def flag(name: str, value: object) -> bool:
-    """True or False of Python or numpy."""
+    """True or False of Python or numpy, as Python's."""
     if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
         return bool(value)
     raise InputError(f"{name} must be True or False, not {show(value)}")
@@ -67,7 +67,7 @@ def paths(name: str, value: object) -> str | list[str]:
 
 
 def single(name: str, value: object) -> object:
-    """`value`, or the only entry where it is a list: diffusers' pipelines take lists, a call here is one instance."""
+    """`value`, or the only entry of a list: diffusers' pipelines take lists, a call here is one instance."""
     if not isinstance(value, (list, tuple)):
         return value
     if len(value) != 1:

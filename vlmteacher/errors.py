@@ -7,11 +7,11 @@ import os
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line that names the value and the remedy."""
+    """An input that cannot be used. The message is one line that names the value and the remedy."""
 
 
 class NonFiniteFrames(InputError):
-    """Frames hold NaN or infinite values: what made them has broken down."""
+    """Frames hold NaN or infinite values."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -22,13 +22,13 @@ class NonFiniteError(ArithmeticError):
 
 
 class OutOfMemory(InputError):
-    """A step does not fit in memory, whatever is done about it; the LoRA is left as it was before that step."""
+    """A step does not fit in memory, on the last rung of the memory ladder too; the LoRA is unchanged by that step."""
 
 
 class OutputError(OSError):
-    """A result could not be written: the disk is full, read-only or gone. What was there before is untouched.
+    """A result could not be written: the disk is full, read-only or gone. Earlier files are untouched.
 
-    The command line ends with exit status 1, for the input was right; `--resume` goes on when there is room.
+    The command line ends with exit status 1, because the input was right; `--resume` goes on when there is room.
     """
 
     def __init__(self, path: str | os.PathLike[str], error: OSError) -> None:
@@ -44,14 +44,14 @@ class OutputError(OSError):
 
 
 class TaskFailed(RuntimeError):
-    """Work on independent tasks ended without some of them, which failed again and again; the others' results are kept.
+    """Some of a set of independent tasks failed at every attempt; the results of the others are kept.
 
     The command line ends with exit status 1, and `--resume` tries them again.
     """
 
 
 class Notice(UserWarning):
-    """What a user should know about a result that is made all the same. The command line prints it as one line."""
+    """A warning about a result that is made all the same. The command line prints it as one line."""
 
 
 class MissingExtra(ImportError):

@@ -1,4 +1,4 @@
-"""One thread, and one call in it, at a time works with a transformer: a call puts its LoRA on it."""
+"""A lock on a transformer: a call puts its LoRA on it, so that only one thread and one call may use it at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlmteacher.errors import InputError
 
 
 class _Use:
-    """Who is at work: a lock of one thread, and how deep its calls are nested."""
+    """A lock of one thread, and the depth of its nested calls."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -24,16 +24,18 @@ _USES: WeakKeyDictionary[Any, _Use] = WeakKeyDictionary()
 
 @contextmanager
 def exclusive(network: Any, nested: bool = False) -> Iterator[None]:
-    """Hold `network` for this thread. Raises InputError, and disturbs nobody, where another thread holds it.
+    """Hold `network` for this thread. Raises InputError while another thread holds it.
 
-    nested: may happen inside another use of the same thread, in a callback for one; else that is refused too.
+    nested: allow it inside another use by the same thread, such as in a callback; without it this is an InputError too.
     """
     use = _USES.setdefault(network, _Use())
     if not use.lock.acquire(blocking=False):
         raise InputError("this pipeline is at work in another thread: wait for it, or load one for each thread")
     try:
         if use.depth and not nested:
-            raise InputError("this pipeline is in the middle of a call: a callback can look, but not call or change it")
+            raise InputError(
+                "this pipeline is in the middle of a call: a callback may sample, but not call or change it"
+            )
         use.depth += 1
         try:
             yield

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and durably; read with a limit and without trust."""
+"""Files: written atomically and durably; read with a limit on their size and without trust."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from typing import Any, NoReturn
 
 from vlmteacher.errors import InputError, OutputError
 
-TEXT_LIMIT = 16 * 2**20  # bytes of a file of settings, queries or names; larger ones are something else
+TEXT_LIMIT = 16 * 2**20  # bytes of a file of settings, queries or names
 FULL = (errno.ENOSPC, errno.EDQUOT)
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what file systems without locks say
-LARGEST_INTEGER = 2**64 - 1  # a seed is the largest integer that any of our files means
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of file systems without locks
+LARGEST_INTEGER = 2**64 - 1  # seeds are the largest integers in our files
 TEMPORARY = re.compile(r"\..*\.\d+\.partial(\.[^.]*)?")  # see `replacing`
 LOCK = ".lock"  # see `claimed`
 
@@ -29,9 +29,9 @@ LOCK = ".lock"  # see `claimed`
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path` to write to; at the end it is flushed to the disk and renamed to `path`.
 
-    A reader, after a crash or a power failure too, finds the file that was there before or the whole new one. What is
-    written may be a folder; then for a moment between old and new there is none. Raises OutputError when the file
-    system refuses (full, read-only, gone); `path` is then as it was.
+    A reader, also after a crash or a power failure, finds either the previous file or the whole new one. The temporary
+    name may be that of a folder; then there is a moment without either. Raises OutputError when the file system refuses
+    (full, read-only, gone); `path` is then unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
@@ -52,7 +52,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def output_errors(path: Path) -> Iterator[None]:
-    """Errors of the system inside the block are an OutputError about `path`."""
+    """Raise errors of the operating system inside the block as an OutputError about `path`."""
     try:
         yield
     except OutputError:
@@ -64,7 +64,7 @@ def output_errors(path: Path) -> Iterator[None]:
 
 
 def _system_error(error: Exception) -> OSError | None:
-    """The system's error that led to `error`, which torch and libraries in Rust raise in its place."""
+    """The system's error behind `error`, for which torch and libraries in Rust raise errors of their own."""
     if isinstance(error, OSError):
         return error
     if rust := re.search(r"\(os error (\d+)\)", str(error)):
@@ -75,11 +75,11 @@ def _system_error(error: Exception) -> OSError | None:
 
 @contextmanager
 def claimed(folder: Path, label: str = "output directory") -> Iterator[None]:
-    """Hold `folder` for this process and thread alone while they write to it; it is made where it is not there.
+    """Make `folder` where it is missing, and lock it for this process and thread.
 
-    The lock is the system's, on the file `LOCK`: it ends with the process, whatever ends that. What earlier processes
-    left half-written is removed; so is a folder that was made here and has stayed empty. Raises InputError: `folder` is
-    held elsewhere, is no directory or cannot be written to; OutputError: the disk is full.
+    The lock is the system's, on the file `LOCK`, and ends with the process. Temporary files of earlier processes are
+    removed, and at the end a folder that was made here and is still empty. Raises InputError when another process holds
+    `folder`, or when it is no directory or not writable; OutputError when the disk is full.
     """
     folder = Path(folder)
     made = [each for each in (folder, *folder.parents) if not each.exists()]
@@ -100,16 +100,16 @@ def claimed(folder: Path, label: str = "output directory") -> Iterator[None]:
             yield
         finally:
             with suppress(OSError):
-                (folder / LOCK).unlink()  # while it is held: whoever waits for it sees that it is another file by then
+                (folder / LOCK).unlink()  # while locked: a process that waits then sees another file
             os.close(handle)
     finally:
         for each in made:
-            with suppress(OSError):  # there is something in it
+            with suppress(OSError):  # it is not empty
                 each.rmdir()
 
 
 def _lock(path: Path) -> int:
-    """A handle of the file `path`, locked. Raises BlockingIOError when somebody else holds it."""
+    """A locked handle of the file `path`. Raises BlockingIOError while another handle has the lock."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -123,7 +123,7 @@ def _lock(path: Path) -> int:
                 return handle
         except FileNotFoundError:
             pass
-        os.close(handle)  # it was removed when its last holder let go of it
+        os.close(handle)  # its last holder has removed it
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -144,7 +144,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append to a UTF-8 file and wait until it is on the disk. Raises OutputError; a part may then be there."""
+    """Append to a UTF-8 file and wait until it is on the disk. Raises OutputError, possibly after a part is written."""
     with output_errors(path), path.open("ab") as file:
         file.write(text.encode())
         file.flush()
@@ -152,13 +152,13 @@ def append_text(path: Path, text: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those that it lies in, where they are not there. Raises OutputError."""
+    """Make a folder and its missing parents. Raises OutputError."""
     with output_errors(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def remove(path: Path) -> None:
-    """Remove a file if it is there. Raises OutputError."""
+    """Remove a file if it exists. Raises OutputError."""
     with output_errors(path):
         path.unlink(missing_ok=True)
 
@@ -171,7 +171,7 @@ def _remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of `replacing` in `folder`, which nobody else may be writing to (see `claimed`)."""
+    """Remove the temporary files of `replacing` in `folder`, which must be locked (see `claimed`)."""
     for each in folder.iterdir():
         if TEMPORARY.fullmatch(each.name):
             _remove(each)
@@ -180,8 +180,8 @@ def remove_leftovers(folder: Path) -> None:
 def read_text(path: str | os.PathLike[str], label: str, limit: int = TEXT_LIMIT) -> str:
     """Read a UTF-8 text file, with or without a byte order mark.
 
-    label: what the file is, for messages ("queries file"). limit: bytes; no more than one above it is read, so that a
-    device or a wrong file costs nothing. Raises InputError: missing, unreadable, longer than `limit`, not UTF-8.
+    label: the kind of file, for messages ("queries file"). limit: bytes; at most one more is read, so that a device
+    or a wrong file costs nothing. Raises InputError when it is missing, unreadable, longer than `limit` or not UTF-8.
     """
     name = f"{label} {os.fspath(path)}"
     try:
@@ -205,10 +205,10 @@ def read_json(path: str | os.PathLike[str], label: str, limit: int = TEXT_LIMIT)
 
 
 def parse_json(text: str, name: str) -> Any:
-    """Parse JSON more strictly than Python does: no NaN, no integer beyond 64 bits, no name twice in an object.
+    """Parse JSON more strictly than Python: no NaN, no integer beyond 64 bits, no duplicate names in an object.
 
-    name: what the text is, for messages. Raises InputError for that, for what is nested too deep and for text that
-    cannot be encoded (see `check_text`).
+    name: of the text, for messages. Raises InputError for these, for values nested too deep and for text that cannot be
+    encoded (see `check_text`).
     """
     try:
         value = json.loads(
@@ -223,12 +223,12 @@ def parse_json(text: str, name: str) -> Any:
 
 
 def read_yaml(path: str | os.PathLike[str], label: str) -> Any:
-    """Read a YAML file as strictly: plain values only, no tags, no aliases, no name twice. Raises InputError."""
+    """Read a YAML file of plain values: no tags, no aliases, no duplicate names. Raises InputError."""
     import yaml
 
     class Loader(yaml.SafeLoader):
         def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):  # a few of them can stand for gigabytes
+            if self.check_event(yaml.AliasEvent):  # a few aliases can expand to gigabytes
                 raise yaml.YAMLError("an alias (*name): write the value out")
             return super().compose_node(parent, index)
 
@@ -243,14 +243,14 @@ def read_yaml(path: str | os.PathLike[str], label: str) -> Any:
         value = yaml.load(text, Loader)
     except RecursionError as error:
         raise InputError(f"{name} is nested too deep") from error
-    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:  # odd dates and numbers raise all of them
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:  # malformed dates and numbers raise these
         raise InputError(f"{name} is no YAML that can be used ({' '.join(str(error).split())[:200]})") from error
     _check_plain(value, name)
     return value
 
 
 def _check_plain(value: Any, name: str) -> None:
-    """Raise InputError for dates, sets, bytes, NaN, infinite and very large numbers, and for text that is none."""
+    """Raise InputError for dates, sets, bytes, NaN, infinite and very large numbers, and text that is not UTF-8."""
     if isinstance(value, dict):
         for key, each in value.items():
             _check_plain(key, name)
@@ -271,7 +271,7 @@ def _check_plain(value: Any, name: str) -> None:
 
 
 def check_text(text: str, name: str, most: int | None = None) -> str:
-    """Return `text`. Raise InputError when it holds a lone surrogate , a NUL or more than `most` characters."""
+    """Return `text`. Raise InputError when it holds a lone surrogate, a NUL or more than `most` characters."""
     if most is not None and len(text) > most:
         raise InputError(f"{name} has {len(text)} characters, at most {most} are allowed: shorten it")
     at = next((i for i, c in enumerate(text) if c == "\0" or "\ud800" <= c <= "\udfff"), None)
@@ -284,7 +284,7 @@ def check_text(text: str, name: str, most: int | None = None) -> str:
 def check_number(
     value: Any, name: str, *, whole: bool = False, least: float = -math.inf, above: float = -math.inf
 ) -> None:
-    """Raise InputError, which names the value, unless it is a finite number (true and false are none) of this range."""
+    """Raise InputError unless `value` is a finite number of this range; true and false are not numbers."""
     shown = repr(value) if len(repr(value)) <= 40 else f"{value!r:.40}..."
     kind: Any = numbers.Integral if whole else numbers.Real
     if not isinstance(value, kind) or isinstance(value, bool):
@@ -320,12 +320,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file's content, or a directory's names, are on the disk."""
+    """Flush a file's content, or a directory's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EROFS):  # file systems that have nothing to flush
+        if error.errno not in (errno.EINVAL, errno.EROFS):  # file systems without anything to flush
             raise
     finally:
         os.close(handle)

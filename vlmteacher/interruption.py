@@ -1,4 +1,4 @@
-"""Signals that end a program early: the work stops where its state is whole, and keeps it."""
+"""Signals that end a program early: work stops where its state is consistent, and the state is kept."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-ENDINGS = (signal.SIGTERM, signal.SIGHUP)  # what a batch system, `kill` and a closed terminal send
-TOGETHER = 1.0  # seconds
-_came: list[KeyboardInterrupt] = []  # what a signal has raised inside `endings_interrupt`
+ENDINGS = (signal.SIGTERM, signal.SIGHUP)  # sent by a batch system, `kill` and a closed terminal
+TOGETHER = 1.0  # seconds within which several signals count as one
+_raised: list[KeyboardInterrupt] = []  # by the handlers of `endings_interrupt`
 
 
 class Interrupted(KeyboardInterrupt):
-    """The process was asked to end by a signal other than Ctrl-C's."""
+    """A signal other than SIGINT asked the process to end. status: the exit status, 128 + the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -26,10 +26,11 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def endings_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise `Interrupted` inside the block; those that come together, Ctrl-C among them, once.
+    """Make SIGTERM and SIGHUP raise `Interrupted` inside the block.
 
-    A signal that is ignored (`nohup`) or has a handler of somebody else's stays as it is. An error that a library made
-    of the interruption (safetensors takes any exception for a damaged file) ends the block as the interruption.
+    Signals within `TOGETHER`, SIGINT included, raise once. A signal that is ignored (`nohup`) or has another handler
+    keeps it. Where a library turns the interruption into another error (safetensors reports a damaged file), the block
+    still ends with the interruption.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -42,13 +43,13 @@ def endings_interrupt() -> Iterator[None]:
     def interrupt(number: int, _: FrameType | None) -> None:
         nonlocal latest
         before, latest = latest, time.monotonic()
-        if latest - before < TOGETHER:  # what the first has started comes to its end
+        if latest - before < TOGETHER:  # the first one is being handled
             return
-        _came.append(KeyboardInterrupt() if number == signal.SIGINT else Interrupted(number))
-        raise _came[-1]
+        _raised.append(KeyboardInterrupt() if number == signal.SIGINT else Interrupted(number))
+        raise _raised[-1]
 
     def report_others(error: Any) -> None:
-        if error.exc_value not in _came:  # else Python could raise it nowhere, which `raise_lost` will
+        if error.exc_value not in _raised:  # an interruption in a finalizer is lost: `raise_lost` raises it
             report(error)
 
     for number in defaults:
@@ -57,27 +58,27 @@ def endings_interrupt() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _came:
-            raise _came[0] from error
+        if _raised:
+            raise _raised[0] from error
         raise
     finally:
-        _came.clear()
+        _raised.clear()
         sys.unraisablehook = report
         for number, default in defaults.items():
             signal.signal(number, default)
 
 
 def raise_lost() -> None:
-    """Raise the interruption that came, where the work still goes on: a library has swallowed it."""
-    if _came:
-        raise _came[0]
+    """Raise an interruption that a library has swallowed. For loops, once in each step."""
+    if _raised:
+        raise _raised[0]
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Signals that would interrupt the block take effect at its end.
+    """Delay signals to the end of the block.
 
-    For what must be done whole or not at all: an update with its entry in the history, the writing of a state.
+    For work that must be done whole: an update with its row of the history, the writing of a state.
     """
     if threading.current_thread() is not threading.main_thread():  # Python runs handlers in the main thread only
         yield

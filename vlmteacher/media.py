@@ -26,10 +26,10 @@ ImageInput: TypeAlias = Union[Image.Image, str, os.PathLike[str], np.ndarray, "T
 list of one of them."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-MOST_PIXELS = 2**26  # 8192x8192; PIL takes up to 16 bytes and .1 us for each
-BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF's tags
+MOST_PIXELS = 2**26  # 8192x8192; PIL needs up to 16 bytes and 0.1 us for each
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags
 ASPECT_TOLERANCE = 0.05
-RATE_TOLERANCE = 0.1  # so much slower than the model's a clip may be: every tenth frame is then shown twice
+RATE_TOLERANCE = 0.1  # of a clip slower than the model: at most every tenth frame is then shown twice
 FIRST_FRAME_CELLS, FIRST_FRAME_TOLERANCE = 8, 36  # see `check_first_frame`
 
 
@@ -37,15 +37,15 @@ FIRST_FRAME_CELLS, FIRST_FRAME_TOLERANCE = 8, 36  # see `check_first_frame`
 
 
 def read_image(image: ImageInput, name: str = "image") -> Image.Image:
-    """Return an image as RGB: turned as its EXIF says, deep pixels scaled to 8 bits, transparency over white.
+    """Read an image as RGB: rotated by its EXIF orientation, deep pixels scaled to 8 bits, transparency over white.
 
-    Files may be PNG, JPEG, WebP, BMP, TIFF or GIF. A notice tells of transparency, and of an animation, whose first
-    frame is taken. name: what the image is, for messages. Raises InputError for what cannot be read, is too large (a
-    decompression bomb), empty, or of pixels whose white is not known.
+    Files may be PNG, JPEG, WebP, BMP, TIFF or GIF. Transparency, and an animation, of which the first frame is taken,
+    give a Notice. name: of the image, for messages. Raises InputError for an image that cannot be read, is too large (a
+    decompression bomb), is empty, or has pixels of an unknown range.
     """
     if isinstance(image, list | tuple):
         if len(image) != 1:
-            raise InputError(f"{name}: a list of {len(image)} images, where one is taken: give the first frame")
+            raise InputError(f"{name}: a list of {len(image)} images, not one: give the first frame")
         return read_image(image[0], name)
     if isinstance(image, str | os.PathLike):
         return _read_file(os.fspath(image), name)
@@ -53,25 +53,25 @@ def read_image(image: ImageInput, name: str = "image") -> Image.Image:
         return _to_rgb(*_load(image, name), name)
     if isinstance(image, np.ndarray):
         return _from_array(image, name)
-    if hasattr(image, "detach"):  # a tensor, of which a command line that has none must not know
+    if hasattr(image, "detach"):  # a tensor; torch is not imported here, for the sake of the command line
         array = image.detach().cpu()
         array = array.float().numpy() if array.is_floating_point() else array.numpy()
         return _from_array(np.moveaxis(array, -3, -1) if array.ndim >= 3 else array, name)
-    raise InputError(f"{name}: a {type(image).__name__} is none: give a path, an image of PIL, an array or a tensor")
+    raise InputError(f"{name}: a {type(image).__name__} is no image: give a path, a PIL image, an array or a tensor")
 
 
 def _read_file(path: str, name: str) -> Image.Image:
     label = f"{name} {path}"
     check_text(path, label)
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", path):
-        raise InputError(f"{label} is an address: download it, and give the path of the file")
+        raise InputError(f"{label} is a URL: download it, and give the path of the file")
     if not os.path.exists(path):
         raise InputError(f"{label} does not exist")
     if not os.path.isfile(path):
         raise InputError(f"{label} cannot be read: it is no file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images, and of metadata that is not quite as it should be
+            warnings.simplefilter("ignore")  # about large images and malformed metadata
             with Image.open(path, formats=FORMATS) as file:
                 loaded = _load(file, label)
     except InputError:
@@ -80,19 +80,19 @@ def _read_file(path: str, name: str) -> Image.Image:
         raise InputError(f"{label} cannot be read: give a PNG, JPEG, WebP, BMP, TIFF or GIF file") from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{label} is too large ({error}): make it smaller") from error
-    except Exception as error:  # PIL's readers fail in many ways on what is damaged
+    except Exception as error:  # PIL's readers raise errors of many types for damaged files
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise InputError(f"{label} cannot be read ({reason}): save it again as PNG or JPEG") from error
     return _to_rgb(*loaded, label)
 
 
 def _load(image: Image.Image, label: str) -> tuple[Image.Image, int]:
-    """The pixels of the first frame, upright and not deep; the number of frames."""
+    """The pixels of the first frame, upright and of 8 bits, and the number of frames."""
     if image.width * image.height > MOST_PIXELS:
         raise InputError(
             f"{label} is too large ({image.width}x{image.height}, of {MOST_PIXELS:,} pixels at most): make it smaller"
         )
-    # A camera's JPEG (MPO) may carry a preview, which is no animation.
+    # The second image of a camera's JPEG (MPO) is a preview, not a frame.
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames > 1:
         image.seek(0)
@@ -119,7 +119,7 @@ def _to_rgb(image: Image.Image, frames: int, label: str) -> Image.Image:
 
 
 def _from_deep(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
-    """Grey pixels of up to 16 bits in 8, where `image.convert` would cut off all above 255. tags: a TIFF's."""
+    """Grey pixels of up to 16 bits scaled to 8; `image.convert` would clip them at 255. tags: of a TIFF."""
     order = ">u2" if image.mode.endswith("B") else "<u2"
     deep = np.frombuffer(image.tobytes("raw", image.mode), order).reshape(image.height, image.width)
     white = 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
@@ -132,7 +132,7 @@ def _from_deep(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
-    """The image of (H, W, 3) or (1, H, W, 3)."""
+    """The image of an array (H, W, 3) or (1, H, W, 3)."""
     if array.ndim == 4 and len(array) == 1:
         array = array[0]
     if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
@@ -148,14 +148,14 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
 
 
 def fit_image(image: ImageInput, height: int, width: int, name: str = "image") -> Image.Image:
-    """`read_image`, resized to a video's size where it has another. Raises InputError when its shape is another."""
+    """Read an image and resize it to a video's size. Raises InputError when its aspect ratio differs."""
     rgb = read_image(image, name)
     check_aspect(rgb.width, rgb.height, height, width, f"the {name}")
     return resize(rgb, height, width)
 
 
 def check_aspect(own_width: int, own_height: int, height: int, width: int, label: str) -> None:
-    """Raise InputError unless a picture's shape is the video's, to `ASPECT_TOLERANCE`."""
+    """Raise InputError unless the aspect ratio of a picture is the video's, within `ASPECT_TOLERANCE`."""
     if abs(own_width / own_height / (width / height) - 1) > ASPECT_TOLERANCE:
         raise InputError(
             f"{label} is {own_width}x{own_height} pixels, the video {width}x{height}: crop it to that shape, or give "
@@ -164,12 +164,12 @@ def check_aspect(own_width: int, own_height: int, height: int, width: int, label
 
 
 def resize(image: Image.Image, height: int, width: int) -> Image.Image:
-    """An RGB image in this size."""
+    """Resize an RGB image to this size in pixels."""
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def shrink(image: Image.Image, pixels: int) -> Image.Image:
-    """An RGB image in its own shape, made smaller where it has more pixels."""
+    """Scale an RGB image down to this number of pixels where it has more; its aspect ratio stays."""
     scale = (pixels / (image.width * image.height)) ** 0.5
     if scale >= 1:
         return image
@@ -182,19 +182,19 @@ def shrink(image: Image.Image, pixels: int) -> Image.Image:
 def read_clip(
     path: str | os.PathLike[str], num_frames: int, fps: float | None = None, name: str = "video"
 ) -> np.ndarray:
-    """The first frames (num_frames, H, W, 3) uint8 of a clip, upright; of another rate, those nearest in time.
+    """The first frames (num_frames, H, W, 3) uint8 of a clip, upright.
 
-    fps: the rate that the frames are to have; None: every frame, whatever its time. Raises InputError for a file that
-    cannot be read or is damaged, pixels that are not square, a clip slower than `fps` or too short.
+    fps: frames per second of the result, made of the frames nearest in time; None takes every frame. Raises InputError
+    for a file that cannot be read or is damaged, pixels that are not square, and a clip too short or slower than `fps`.
     """
     import imageio_ffmpeg
 
     label = f"{name} {os.fspath(path)}"
-    # The filter takes the last frame up to a time; half a frame earlier, that is the one nearest to it.
+    # The filter takes the last frame before a time; shifted by half a frame, that is the nearest frame.
     nearest = f"setpts=PTS-STARTPTS-0.5/(FRAME_RATE*TB),fps={fps!r}:round=up"
     command = [
         *(imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-xerror"),
-        # A path that is absolute is no option and no address, and a list of other files in the clip's place reads none.
+        # An absolute path is neither an option nor a URL, and a playlist in place of a clip reads no other files.
         *("-protocol_whitelist", "file", "-i", os.path.abspath(path), "-map", "0:V:0"),
         *(("-fps_mode", "passthrough") if fps is None else ("-vf", nearest)),
         *("-frames:v", str(num_frames), "-f", "image2pipe", "-c:v", "ppm", "-"),
@@ -229,16 +229,16 @@ def _ppm_frames(data: bytes) -> Iterator[np.ndarray]:
 
 
 def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
-    """Write frames (F, H, W, 3) uint8 as an H.264 file of the same size that browsers play (H and W even).
+    """Write frames (F, H, W, 3) uint8, H and W even, as an H.264 file that browsers play.
 
-    The file is read back: all its frames must be there. Raises OutputError, with ffmpeg's own words where it fails.
+    The frames of the file are counted. Raises OutputError, with ffmpeg's message where ffmpeg fails.
     """
     count, height, width = frames.shape[:3]
     rate = str(Fraction(fps).limit_denominator())
     raw = ["-f", "rawvideo", "-vcodec", "rawvideo", "-s", f"{width}x{height}", "-pix_fmt", "rgb24", "-r", rate]
     coded = ["-an", "-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", "8", "-movflags", "+faststart"]
     with replacing(path) as temporary:
-        # The protocol in front, or a colon in the name would be taken for the end of another one.
+        # With the protocol, because a colon in the name would be taken for the end of one.
         file = f"file:{temporary.absolute()}"
         _ffmpeg(["-y", *raw, "-i", "-", *coded, file], np.ascontiguousarray(frames).tobytes())
         listed = _ffmpeg(["-i", file, "-map", "0:v", "-f", "framecrc", "-"]).splitlines()
@@ -250,7 +250,7 @@ def _ffmpeg(arguments: list[str], given: bytes = b"") -> bytes:
     """The standard output of ffmpeg. Raises OSError with the last line of its messages when it fails."""
     from imageio_ffmpeg import get_ffmpeg_exe
 
-    # In a session of its own, so that Ctrl-C reaches this program alone.
+    # In a session of its own, so that Ctrl-C does not reach ffmpeg.
     command = [get_ffmpeg_exe(), "-nostdin", "-v", "error", *arguments]
     done = subprocess.run(command, input=given, capture_output=True, start_new_session=True)
     if done.returncode:
@@ -262,15 +262,15 @@ def _ffmpeg(arguments: list[str], given: bytes = b"") -> bytes:
 
 
 def resize_clip(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Frames (F, H, W, 3) uint8 in this size."""
+    """Resize frames (F, H, W, 3) uint8 to this size in pixels."""
     return np.stack([np.asarray(resize(Image.fromarray(frame), height, width)) for frame in frames])
 
 
 def check_first_frame(image: Image.Image, frame: np.ndarray, label: str) -> None:
-    """Raise InputError unless an RGB image is the frame (H, W, 3), in another size and coding as the case may be.
+    """Raise InputError unless an RGB image shows the frame (H, W, 3); its size and coding may differ.
 
-    Both are averaged over `FIRST_FRAME_CELLS` x as many cells, which a codec changes little, and no cell may differ
-    by more than `FIRST_FRAME_TOLERANCE` of 255.
+    Both are averaged over a grid of `FIRST_FRAME_CELLS` squared cells, whose values a codec changes little; no cell may
+    differ by more than `FIRST_FRAME_TOLERANCE` of 255.
     """
     cells = (FIRST_FRAME_CELLS, FIRST_FRAME_CELLS)
     one, other = (

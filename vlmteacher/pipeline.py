@@ -36,7 +36,9 @@ PACKAGED_PAIR = Path(__file__).parent / "microworld" / "models"
 class TeacherPipeline(FrozenModels):
     """A Reasoner (video generation model), a Teacher (vision-language model) and a surrogate decoder between them.
 
-    All three stay frozen: a call trains a LoRA for its one instance and takes it off again.
+    All three stay frozen: a call trains a LoRA for its one instance and takes it off again. Calls work the same inside
+    `no_grad`, `inference_mode` and autocast. A pipeline makes one call at a time: a second one, from another thread or
+    from a callback, raises InputError.
     """
 
     @classmethod
@@ -134,13 +136,17 @@ class TeacherPipeline(FrozenModels):
     ) -> TeacherPipelineOutput:
         """Answer one instance by test-time optimisation: Algorithm 1 of arXiv 2606.02564.
 
-        prompt, negative_prompt and generator may be lists of one. image: the first frame, resized where only its scale
-        differs; None for text only. num_frames, height, width, num_inference_steps, guidance_scale, negative_prompt:
-        None is the Reasoner's own. generator: of the noise and of the LoRA's first weights; None draws a seed. queries:
-        a QuerySet, its dictionary, a list with the goal first, or a file; None lets the Teacher write them. keywords:
-        `Settings`. callback_on_step_end: called as `callback(pipe, step, row)`. run_dir: a folder to record the run in;
-        with `resume` the call goes on with the run that is there, to the same result as an uninterrupted one.
-        Raises InputError, OutputError, OutOfMemory, and NonFiniteError for an optimisation that breaks down at once.
+        Args:
+            prompt, image: the task, and the first frame or None. The image is resized to the video's size.
+            num_frames, height, width, num_inference_steps, guidance_scale, negative_prompt: None is the Reasoner's own.
+            generator: draws the noise and the first weights of the LoRA; None draws a new seed.
+            queries: a QuerySet, its dictionary, a list with the goal first, or a file; None: the Teacher writes them.
+            output_type, return_dict: the form of the videos (`Frames`); False returns `(frames,)`.
+            callback_on_step_end: called as `callback(pipe, step, row)` after each step.
+            run_dir, resume: a folder to record the run in; go on with the interrupted run there, to the same result.
+            keywords: see `Settings`; None is the default of the pair, or else of the paper.
+
+        Raises InputError, OutputError, OutOfMemory; NonFiniteError when the first step is not finite.
         """
         check_options(output_type, callback_on_step_end, return_dict=return_dict, progress=progress, resume=resume)
         leave_inference_mode(self.reasoner, self.teacher, self.decoder)
@@ -168,22 +174,22 @@ class TeacherPipeline(FrozenModels):
 
     @alone()
     def load_lora(self, lora: str | os.PathLike[str] | TeacherPipelineOutput | None, partial: bool = False) -> None:
-        """Let every following call go on from this LoRA instead of a fresh one; None: from a fresh one again.
+        """Start the following calls from this LoRA; None starts them from a fresh one again.
 
-        lora: a file of one of many tools or PEFT's folder (see `read_lora`), or the output of a call. Its layers, rank
-        and alpha stay as they are, and `frames_before` is made with it. partial: leave out what the Reasoner has no
-        place for, of which a Notice tells. Raises InputError for a file that cannot be read, a LoRA for another model,
-        and weight differences, which cannot be trained.
+        lora: a file of any known tool or PEFT's folder (see `read_lora`), or the output of a call. Layers, rank and
+        alpha are kept, and `frames_before` is made with it. partial: leave out tensors for layers that the Reasoner
+        does not have, with a Notice. Raises InputError for a file that cannot be read, a LoRA for another model, and
+        weight differences, which cannot be trained.
         """
         self.lora = None if lora is None else self._read_lora(lora, partial, trainable=True)
 
     @alone()
     def fuse(self, lora: str | os.PathLike[str] | TeacherPipelineOutput, partial: bool = False) -> None:
-        """Add a LoRA (see `load_lora`) to the Reasoner's weights for good; following calls start from them.
+        """Add a LoRA (see `load_lora`) to the Reasoner's weights permanently.
 
-        Weight differences (of norms, biases, modulations) are added too. The sum is made in float32. Weights of a
-        smaller dtype lose a part of the update, of which a warning tells: `load_lora` loses nothing. Raises InputError
-        as `load_lora` does; the weights are then as they were.
+        Weight differences (of norms, biases, modulations) are added too. Sums are computed in float32; weights of a
+        smaller dtype lose part of the update, with a warning where it is more than 1%, and `load_lora` loses nothing.
+        Raises InputError as `load_lora` does, and leaves the weights as they were.
         """
         read = self._read_lora(lora, partial)
         lost = merge_lora(self.reasoner.transformer, read)
@@ -206,7 +212,7 @@ class TeacherPipeline(FrozenModels):
         two = getattr(self.reasoner, "transformer_2", None) is not None
         if two and not isinstance(source, bytes) and noise_in_name(os.fspath(source)) == "low":
             raise InputError(
-                f"LoRA {os.fspath(source)} is for the low-noise expert by its name: the other one is taught"
+                f"LoRA {os.fspath(source)} is for the low-noise expert by its name: give the high-noise one"
             )
         read = read_lora(source, name, partial).fitted(self.reasoner.transformer, partial, trainable)
         read.tell()
@@ -240,7 +246,10 @@ def find_parts(
 
 
 def read_pair(path: str | os.PathLike[str] | None = None) -> tuple[Path, dict[str, Any]]:
-    """The directory and the pair.json of a pair of models, by default of the packaged one. Raises InputError."""
+    """The directory and the content of pair.json of a pair of models, by default the packaged one.
+
+    Raises InputError.
+    """
     directory = PACKAGED_PAIR if path is None else Path(arguments.path("pair", path))
     file = directory / "pair.json"
     try:
@@ -248,7 +257,7 @@ def read_pair(path: str | os.PathLike[str] | None = None) -> tuple[Path, dict[st
     except InputError as error:
         raise InputError(f"{directory} is no pair of models: {error}") from error
     if not isinstance(description, dict):
-        raise InputError(f"{file} is no object of names: it must name reasoner, teacher and decoder")
+        raise InputError(f"{file} must be a JSON object that names reasoner, teacher and decoder")
     if missing := [name for name in ("reasoner", "teacher", "decoder") if name not in description]:
         raise InputError(f"{file} does not name its {' and '.join(missing)}")
     for name in ("reasoner", "teacher", "decoder", "many_step"):

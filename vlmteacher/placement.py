@@ -1,4 +1,4 @@
-"""Which device each part of a pipeline works on."""
+"""The device of each part of a pipeline, and its dtype."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DeviceMap: TypeAlias = "Mapping[str, str | torch.device]"
 
 
 def parse_device_map(text: str) -> dict[str, str]:
-    """ "reasoner=cuda:0,teacher=cuda:1" as a dictionary; InputError for what has not that form."""
+    """The dictionary of "reasoner=cuda:0,teacher=cuda:1". Raises InputError for a text of another form."""
     devices: dict[str, str] = {}
     for entry in text.split(","):
         part, equals, device = (piece.strip() for piece in entry.partition("="))
@@ -34,10 +34,10 @@ def parse_device_map(text: str) -> dict[str, str]:
 def find_devices(
     where: str | torch.device | DeviceMap | None, label: str = "device", map_label: str = "device_map"
 ) -> dict[str, torch.device]:
-    """The device of each of `PARTS`, from one for all or from a map that names each; None is the GPU, if there is one.
+    """The device of each of `PARTS`, from one device for all or a map; None is the GPU where there is one.
 
-    label, map_label: how the caller's user knows what is wrong. Raises InputError for a part that is not known or is
-    left out, and for a device that is not there.
+    label, map_label: names of the argument, for messages. Raises InputError for an unknown or missing part and for a
+    device that cannot be used.
     """
     where = default_device() if where is None else where
     if not isinstance(where, Mapping):
@@ -53,14 +53,14 @@ def find_devices(
 
 
 def default_device() -> str:
-    """The GPU where there is one."""
-    import torch  # here, for the command line's --help needs none
+    """The name of the GPU where there is one, else "cpu"."""
+    import torch  # here, because `vlmteacher --help` must not wait for it
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def find_dtype(devices: Mapping[str, torch.device]) -> torch.dtype:
-    """What weights are computed in where nobody says: bfloat16 on GPUs, float32 if any part is elsewhere."""
+    """The default dtype of the models: bfloat16 where all parts are on GPUs, else float32."""
     import torch
 
     return torch.bfloat16 if all(device.type == "cuda" for device in devices.values()) else torch.float32
@@ -99,19 +99,19 @@ DTYPES = {
 
 
 def parse_dtype(dtype: object, label: str = "dtype") -> torch.dtype:
-    """A dtype that models compute in, given as torch's or by name ("bfloat16", "bf16"). Raises InputError."""
+    """A dtype of `DTYPES` from torch's or from a name ("bfloat16", "bf16"). Raises InputError for another."""
     import torch
 
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, (str, torch.dtype)) else ""
     if name not in DTYPES:
         known = ", ".join(dict.fromkeys(DTYPES.values()))
         raise InputError(f"{label} must be one of {known}, of torch or as a string, not {show(dtype)}")
-    found: torch.dtype = getattr(torch, DTYPES[name])
-    return found
+    result: torch.dtype = getattr(torch, DTYPES[name])
+    return result
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes of memory that a device has in all; None where that is not known."""
+    """Total bytes of memory of a device; None where that is unknown."""
     import torch
 
     if device.type == "cuda":
@@ -120,16 +120,16 @@ def device_memory(device: torch.device) -> int | None:
 
 
 def check_memory(device: torch.device, needed: int, what: str, remedy: str) -> None:
-    """Raise InputError where `what` needs more bytes than the device has in all."""
-    there = device_memory(device)
-    if there is not None and needed > there:
+    """Raise InputError where `what` needs more bytes than the device has in total."""
+    total = device_memory(device)
+    if total is not None and needed > total:
         raise InputError(
-            f"{what} needs at least {needed / 1e9:.3g} GB, {device} has {there / 1e9:.3g} GB in all: {remedy}"
+            f"{what} needs at least {needed / 1e9:.3g} GB, {device} has {total / 1e9:.3g} GB in all: {remedy}"
         )
 
 
 def find_device(device: str | torch.device, label: str = "device") -> torch.device:
-    """The device that tensors made on `device` are on ("cuda" is one with a number). Raises InputError without it."""
+    """The device of a tensor made on `device`: "cuda" becomes "cuda:0". Raises InputError where that fails."""
     import torch
 
     if not isinstance(device, (str, torch.device)) and not (type(device) is int and device >= 0):

@@ -69,7 +69,7 @@ class QuerySet:
         return (self.goal, *self.process)
 
     def plus(self, question: str) -> QuerySet:
-        """The same with one more process question, unless it is there."""
+        """The set with one more process question, unless it has that question."""
         return self if question in self.questions else QuerySet(self.goal, (*self.process, question))
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,11 +117,11 @@ class QuerySet:
 class QueryStyle:
     """How a Teacher is asked for queries; a checkpoint's `teacher.json`, beside its config.json, overrides any of it.
 
-    query_instruction: the text that asks, with {prompt} where the task goes.
-    own_wording: the model was trained to answer this text in wordings of its own. They are not held to the rules for
-        real VLMs (`check_written`), and a second try is not told what was wrong: it would not know that text.
+    query_instruction: the request, with {prompt} in place of the task.
+    own_wording: the model was trained to answer this request in wordings of its own. Its queries need not follow the
+        rules for real VLMs (`check_written`), and the second request is not told what was wrong with the first answer.
     preservation_query: the process question that `Settings.preserve` adds.
-    writer: the checkpoint's subfolder with a PEFT LoRA that is on while queries are written, and off in judging.
+    writer: subfolder of the checkpoint with a PEFT LoRA that is on while queries are written and off while judging.
     """
 
     query_instruction: str = QUERY_INSTRUCTION
@@ -153,40 +153,40 @@ class QueryStyle:
 
 
 def query_prompt(prompt: str, instruction: str = QUERY_INSTRUCTION) -> str:
-    """The text that asks a Teacher for the queries of a task."""
+    """The request to a Teacher for the queries of a task."""
     return instruction.replace("{prompt}", prompt)
 
 
 def ask_for_queries(style: QueryStyle, answer: Callable[[Sequence[str], bool], str]) -> QuerySet:
-    """Ask a model for the queries of a task; the one retry says what was wrong with the first answer.
+    """Ask a model for the queries of a task, and once more with the reason where its first answer cannot be used.
 
-    answer: what the model says to `style.query_instruction` and the turns that follow it (the model's answer and our
-        reply, or none yet); the flag asks for a sampled answer, for the greedy one has failed.
+    answer: returns the model's answer to `style.query_instruction` and the turns after it (its first answer and the
+        reply to it, or none yet). The flag asks for a sampled answer, because the greedy one has failed.
     Raises InputError when neither answer can be used.
     """
-    later: list[str] = []
-    said = reason = ""
+    turns: list[str] = []
+    text = reason = ""
     for retry in (False, True):
-        said = answer(later, retry)
+        text = answer(turns, retry)
         try:
-            return parse_queries(said, None if style.own_wording else check_written)
+            return parse_queries(text, None if style.own_wording else check_written)
         except InputError as error:
             reason = str(error)
         if not style.own_wording:
-            later = [said, RETRY_INSTRUCTION.replace("{reason}", reason)]
+            turns = [text, RETRY_INSTRUCTION.replace("{reason}", reason)]
     raise InputError(
-        f"the teacher wrote no usable queries, twice ({reason}); give your own. It answered: {_short(said, 120)!r}"
+        f"the teacher wrote no usable queries, twice ({reason}); give your own. It answered: {_short(text, 120)!r}"
     )
 
 
 def parse_queries(text: str, check: Callable[[QuerySet], None] | None = None) -> QuerySet:
-    """Find the queries in a model's answer: the first JSON object that holds them, whatever stands around it.
+    """The queries in a model's answer: the first JSON object that holds valid ones, whatever text is around it.
 
-    Models wrap their answer in prose or a code fence, and some repeat the form they were given before they fill it in.
-    check: what else the queries must pass. Raises InputError for the last object with a goal, or that there is none.
+    Models wrap their answer in prose or a code fence, and some repeat the empty form before the filled one. check:
+    raises InputError for queries to reject. Raises InputError for the last object with a goal, or where there is none.
     """
     decoder = json.JSONDecoder()
-    found: InputError | None = None
+    failure: InputError | None = None
     start = text.find("{")
     while start >= 0:
         end = start + 1
@@ -199,14 +199,14 @@ def parse_queries(text: str, check: Callable[[QuerySet], None] | None = None) ->
                     check(queries)
                 return queries
         except InputError as error:
-            found = error
+            failure = error
         except (ValueError, RecursionError):
             pass
         start = text.find("{", end)
-    raise found or InputError("queries: the answer holds no JSON object with a goal")
+    raise failure or InputError("queries: the answer holds no JSON object with a goal")
 
 
-# ---------------------------------------------------------------- rules for what a Teacher writes
+# ---------------------------------------------------------------- rules for a Teacher's queries
 
 
 def _words(*words: str) -> re.Pattern[str]:
@@ -220,40 +220,40 @@ NEGATIONS = _words(
 )
 CONJUNCTIONS = _words("and/or", "and", "or", "but", "as well as", "&")
 OPEN_QUESTIONS = _words("what", "which", "who", "whose", "whom", "where", "when", "why", "how")
-# What a sign says is not how the question is worded. An apostrophe inside of a word opens no quotation.
+# Quoted text, such as that of a sign, is not the wording. An apostrophe inside of a word opens no quotation.
 QUOTED = re.compile(r"\"[^\"]*\"|\u201c[^\u201d]*\u201d|(?<!\w)'[^']*'(?!\w)|\u2018[^\u2019]*\u2019(?!\w)")
 BETWEEN = re.compile(r"\bbetween\b([^?]*?)\band\b", re.IGNORECASE)
 QUESTION_MARKS = re.compile(r"[?\uff1f\u061f]")  # also full-width and Arabic
 
 
 def check_wording(question: str) -> None:
-    """Hold one question to the rules for a Teacher's queries: a yes/no question about one thing, positively phrased.
+    """Check one question of a Teacher: it must be a yes/no question about one thing, positively phrased.
 
-    VLMs are less sure of negated questions, and confuse Yes and No there; a compound one gives a gradient towards
-    neither of its parts. The rules look at English words outside of quotation marks, and know "between A and B".
+    VLMs are less certain of negated questions and confuse Yes and No in them; the gradient of a compound question leads
+    to neither of its parts. The rules are about English words outside of quotation marks, and allow "between A and B".
     Raises InputError, which names the question, what is wrong and the remedy.
     """
     plain = BETWEEN.sub(r"between\1", QUOTED.sub("this", question))
     about = f"queries: {_short(question, 100)!r}"
     marks = len(QUESTION_MARKS.findall(plain))
-    if found := NEGATIONS.search(plain):
+    if match := NEGATIONS.search(plain):
         raise InputError(
-            f'{about} is negated ("{found[0]}"): say what must be seen instead, so that Yes means satisfied'
+            f'{about} is negated ("{match[0]}"): say what must be seen instead, so that Yes means satisfied'
         )
     if marks > 1:
         raise InputError(f"{about} asks {marks} questions: make each of them a query of its own")
-    if found := CONJUNCTIONS.search(plain):
-        raise InputError(f'{about} is compound ("{found[0]}"): ask one thing, and make the other a query of its own')
+    if match := CONJUNCTIONS.search(plain):
+        raise InputError(f'{about} is compound ("{match[0]}"): ask one thing, and make the other a query of its own')
     if not marks or not QUESTION_MARKS.match(plain.rstrip()[-1]):
         raise InputError(f"{about} is no question: make it one that ends with a question mark")
-    if found := OPEN_QUESTIONS.match(plain.lstrip()):
-        raise InputError(f'{about} cannot be answered by Yes ("{found[0]}"): begin it with Is, Are, Does or Do')
+    if match := OPEN_QUESTIONS.match(plain.lstrip()):
+        raise InputError(f'{about} cannot be answered by Yes ("{match[0]}"): begin it with Is, Are, Does or Do')
 
 
 def check_written(queries: QuerySet) -> None:
-    """Hold a Teacher's queries to the rules: 1 to `MAX_PROCESS` process questions, all different, each well worded.
+    """Check the queries of a Teacher: 1 to `MAX_PROCESS` process questions, all different, each well worded.
 
-    What people write is not held to them. Raises InputError.
+    Queries of people need not follow these rules. Raises InputError.
     """
     if not 1 <= len(queries.process) <= MAX_PROCESS:
         raise InputError(
@@ -263,7 +263,7 @@ def check_written(queries: QuerySet) -> None:
     for question in queries.questions:
         check_wording(question)
         if (key := " ".join(re.findall(r"\w+", question.lower()))) in seen:
-            raise InputError(f"queries: {_short(question, 100)!r} is there twice: ask something else in one of them")
+            raise InputError(f"queries: {_short(question, 100)!r} appears twice: replace one of them")
         seen.add(key)
 
 

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-SAMPLE = 64  # values of every tensor that `fingerprint` looks at
+SAMPLE = 64  # values of every tensor that `fingerprint` reads
 FORMER_NAMES = {"SurrogateDecoder": "TinyVideoDecoder"}  # of classes, in fingerprints: run folders outlive a renaming
 
 
 def write_state(path: Path, form: str, content: Mapping[str, Any]) -> None:
-    """Write tensors and plain values, a whole file or none; an interruption takes effect afterwards.
+    """Write tensors and plain values to a file, whole or not at all; signals take effect afterwards.
 
     form: program, kind and version of the content ("vlmteacher run 1"). Raises OutputError.
     """
@@ -34,9 +34,9 @@ def write_state(path: Path, form: str, content: Mapping[str, Any]) -> None:
 
 
 def read_state(path: Path, form: str, limit: int) -> dict[str, Any]:
-    """The content that `write_state` wrote, on the CPU; no code in the file is run.
+    """The content that `write_state` wrote, with tensors on the CPU; code in the file is not run.
 
-    limit: bytes that the content may take. Raises InputError: damaged, longer, of another program or version.
+    limit: bytes of the content at most. Raises InputError for a file that is damaged, longer, or of another form.
     """
     import torch
 
@@ -49,18 +49,18 @@ def read_state(path: Path, form: str, limit: int) -> dict[str, Any]:
             if damaged := archive.testzip():
                 raise ValueError(f"its part {damaged} is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and pickle raise whatever a foreign file leads them to
+    except Exception as error:  # torch and pickle raise errors of many types for a foreign file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
         raise unusable(path, reason) from error
-    found = content.get("form") if isinstance(content, dict) else None
-    if found != form:
-        what = found if isinstance(found, str) else "another program or an earlier version"
+    written = content.get("form") if isinstance(content, dict) else None
+    if written != form:
+        what = written if isinstance(written, str) else "another program or an earlier version"
         raise unusable(path, f"it was written by {what[:60]}, not as {form}")
     return content
 
 
 def unusable(path: Path, reason: str) -> InputError:
-    """The error to raise for a state that cannot be gone on from."""
+    """The InputError for a state that cannot be resumed."""
     return InputError(f"{path} cannot be used ({reason}): delete it to start again, or give another --out")
 
 
@@ -72,7 +72,7 @@ def check_like(given: Any, wanted: Tensor, name: str) -> None:
 
 
 def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """`Optimizer.load_state_dict`, which takes tensors of any shape. Raises InputError for those of another."""
+    """Load a state as `Optimizer.load_state_dict` does, and raise InputError for tensors of another shape or dtype."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     kept = state["state"]
     if kept and len(kept) != len(parameters):
@@ -85,10 +85,10 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
 
 
 def fingerprint(networks: Mapping[str, nn.Module], *settings: object) -> str:
-    """A hash of what models compute: their configurations, all names, shapes and dtypes, a sample of every tensor.
+    """A hash of models: their configurations, the names, shapes and dtypes of all tensors, a sample of their values.
 
-    settings: dataclasses that matter beside them. A change of most values in any tensor changes it, a single value may
-    not: to hash every byte of a large model takes minutes.
+    settings: dataclasses that are hashed too. A change of most values of a tensor changes the hash, that of a single
+    value may not: hashing every byte of a large model takes minutes.
     """
     import torch
 
@@ -109,7 +109,7 @@ def fingerprint(networks: Mapping[str, nn.Module], *settings: object) -> str:
 
 
 def _configuration(network: Any) -> str:
-    """The configuration of a network of diffusers or transformers, without where and by which version it was loaded."""
+    """The configuration of a network of diffusers or transformers as JSON, without its path, dtype and version."""
     config = getattr(network, "config", None) or {}
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     left_out = ("transformers_version", "dtype", "torch_dtype")

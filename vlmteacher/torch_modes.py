@@ -1,4 +1,4 @@
-"""The modes of torch that a caller may have switched on, and what our work needs of them."""
+"""Modes of torch: set for the package's work, and restored afterwards for the caller."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import nn
 
 from vlmteacher.errors import InputError
 
-CUBLAS_CONFIGS = (":4096:8", ":16:8")  # with which cuBLAS adds in one order
+CUBLAS_CONFIGS = (":4096:8", ":16:8")  # the values with which cuBLAS is deterministic
 
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """Work as in a fresh interpreter, whatever the caller or a callback switches on; afterwards all is as it was.
+    """Set torch's modes as in a fresh interpreter, and restore them at the end. Also a decorator.
 
     Gradients are on, `inference_mode` and autocast off, the default dtype is float32 and the default device the CPU.
-    A decorator too. The default dtype is the process's: other threads see it change, where it was another.
+    The default dtype belongs to the process: other threads see it change.
     """
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
@@ -37,7 +37,7 @@ def plain_torch() -> Iterator[None]:
 
 @contextmanager
 def keepable() -> Iterator[None]:
-    """What is made here can be kept: autograd takes it later, even if `inference_mode` is on now. A decorator too."""
+    """Make tensors that autograd accepts later, even inside of `inference_mode`. Also a decorator."""
     if not torch.is_inference_mode_enabled():
         yield
         return
@@ -47,10 +47,11 @@ def keepable() -> Iterator[None]:
 
 @contextmanager
 def deterministic(*devices: torch.device) -> Iterator[None]:
-    """The same bytes from the same work, whatever the number of threads: on one machine with the same versions.
+    """Make results independent of the number of threads, to the bit, on one machine with the same versions.
 
-    The CPU works on one thread, for vendor products and torch's sums are cut by their number; on a GPU torch takes the
-    algorithms that add in one order. Raises InputError where an operator has none, or cuBLAS was not told before.
+    On the CPU this uses one thread, because vendor libraries and torch split sums by the number of threads; on a GPU it
+    selects torch's deterministic algorithms. Raises InputError where an operator has none, or where cuBLAS was not
+    configured before Python started.
     """
     on_gpu = any(device.type == "cuda" for device in devices)
     if on_gpu and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in CUBLAS_CONFIGS:
@@ -62,14 +63,14 @@ def deterministic(*devices: torch.device) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     try:
         torch.set_num_threads(1)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing of ours reads what it did not write
+        torch.utils.deterministic.fill_uninitialized_memory = False  # our operators read only what they wrote
         torch.use_deterministic_algorithms(True)
         yield
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"deterministic cannot be had here ({reason}): leave it out") from error
+        raise InputError(f"deterministic is not possible here ({reason}): leave it out") from error
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = fill
@@ -77,8 +78,8 @@ def deterministic(*devices: torch.device) -> Iterator[None]:
 
 
 def leave_inference_mode(*parts: object) -> None:
-    """Give modules, and what holds them, that were made inside `inference_mode` equal tensors that autograd takes."""
-    made: dict[int, torch.Tensor] = {}  # tied weights stay tied
+    """Replace tensors made inside `inference_mode`, in modules and their owners, by copies for autograd."""
+    made: dict[int, torch.Tensor] = {}  # by the id of the old tensor: tied weights stay tied
 
     def renew(tensors: dict[str, Any]) -> None:
         for name, tensor in tensors.items():

@@ -95,7 +95,7 @@ def test_the_low_noise_experts_lora_is_not_gone_on_from(a14b, pipe, tmp_path):
     low, high = files(a14b, tmp_path, "low_noise.safetensors", "high_noise.safetensors")
     two = TeacherPipeline(load_reasoner(a14b), pipe.teacher, pipe.decoder)
     for use in (two.load_lora, two.fuse):
-        with pytest.raises(InputError, match="is for the low-noise expert by its name: the other one is taught"):
+        with pytest.raises(InputError, match="is for the low-noise expert by its name: give the high-noise one"):
             use(low)
         use(high)
     assert two.lora.scale_source == "alpha tensors"

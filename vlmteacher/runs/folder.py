@@ -1,4 +1,4 @@
-"""A run on disk: videos, LoRA and its card, queries, run.json, a page to look at, and the state to resume from."""
+"""The folder of a run: videos, LoRA and model card, queries, run.json, report.html, and the state to resume from."""
 
 from __future__ import annotations
 
@@ -27,16 +27,14 @@ if TYPE_CHECKING:
 
 RECORD, STATE = "run.json", "state.pt"
 FILES = (RECORD, STATE, "lora.safetensors", "queries.json", "before.mp4", "after.mp4", "README.md", "report.html")
-FORM = "vlmteacher run 1"  # of the state; another number when its content changes
+FORM = "vlmteacher run 1"  # of the state; the number changes with its content
 STATE_ROOM = 2**26  # bytes of a state beside its tensors of the LoRA's size: the history, the latents of a pull
-WRITING_SHARE = (
-    0.05  # the state of a large LoRA is not written after every step, but for at most this share of the time
-)
+WRITING_SHARE = 0.05  # of the time at most is spent on writing states: those of large LoRAs take long
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def in_its_folder(call: F) -> F:
-    """A method with the keyword `run_dir` that holds this folder, if one is given, for itself (see `claimed`)."""
+    """Decorate a method with the keyword `run_dir`: the folder is locked for the time of the call (see `claimed`)."""
 
     @functools.wraps(call)
     def held(*arguments: Any, run_dir: str | os.PathLike[str] | None = None, **keywords: Any) -> Any:
@@ -49,7 +47,7 @@ def in_its_folder(call: F) -> F:
 
 
 def checked(path: str | os.PathLike[str]) -> Path:
-    """The path of a run folder. Raises InputError: its name is no text, a file is there, it cannot be written to."""
+    """The path of a run folder. Raises InputError for a name that is no text, a file, and a read-only folder."""
     path = Path(check_text(arguments.path("output directory", path), "output directory"))
     try:
         existing = next(p for p in (path, *path.absolute().parents) if p.exists())
@@ -63,47 +61,46 @@ def checked(path: str | os.PathLike[str]) -> Path:
 
 
 class StepsDone(InputError):
-    """A run is to be resumed with fewer steps than it has made."""
+    """A run cannot be resumed with fewer steps than it has made."""
 
 
 class RunFolder:
-    """The folder of one run. Opening it only checks; `begin` is what first writes.
+    """The folder of one run. Opening it only checks; `begin` writes the first file.
 
-    run.json is the first file there and says how far the run has come, so that a folder can be opened in one of two
-    ways whenever its process was killed: without it it holds no run, with it the run can be resumed.
+    run.json is written first and says how far the run has come. So a folder can be opened whenever its process was
+    killed: without run.json it holds no run, with it the run can be resumed.
 
-    Raises InputError: the path is a file or cannot be written to; it holds a run and `resume` is not set; with
-    `resume`, what it holds cannot be read.
+    record: the content of run.json, or None in a new folder. Raises InputError when the path is a file or is not
+    writable, when it holds a run and `resume` is not set, and when the run to resume cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str], resume: bool = False) -> None:
         self.path = checked(path)
         self.record: dict[str, Any] | None = None
-        self._changed: dict[str, Any] | None = None  # what the record becomes when its state has been read
+        self._changed: dict[str, Any] | None = None  # the record to write once the state has been read
         self._next_write = 0.0
-        found = [name for name in FILES if (self.path / name).exists()]
-        if not found:
+        files = [name for name in FILES if (self.path / name).exists()]
+        if not files:
             return
         if not resume:
             raise InputError(
-                f"output directory {self.path} already holds a run ({found[0]}): give another one, or --resume to take"
+                f"output directory {self.path} already holds a run ({files[0]}): give another one, or --resume to take"
                 " it up"
             )
         try:
             record = read_json(self.path / RECORD, "record")
-            given = record["config"]["seed"], record["queries"]["goal"], record["stopped"]
-            if not all(map(isinstance, given, (int, str, str))):
+            entries = record["config"]["seed"], record["queries"]["goal"], record["stopped"]
+            if not all(map(isinstance, entries, (int, str, str))):
                 raise TypeError
         except (InputError, KeyError, TypeError) as error:
-            why = str(error) if isinstance(error, InputError) else f"{self.path / RECORD} is of no run"
+            why = str(error) if isinstance(error, InputError) else f"{self.path / RECORD} is not that of a run"
             raise InputError(f"nothing to resume in {self.path} ({why}): give another --out") from error
         self.record = record
 
     def take_up(self, record: dict[str, Any]) -> None:
-        """Resume the run that is here as the one of `record`, by `load_state`.
+        """Check that the run in the folder is the one of `record`, before `load_state` resumes it.
 
-        The number of steps may be another one (`config.max_steps`). Raises InputError when anything else differs, and
-        names it.
+        Only the number of steps (`config.max_steps`) may differ. Raises InputError, which names every other difference.
         """
         assert self.record is not None
         old, new = self.record, json.loads(json.dumps(record))
@@ -112,31 +109,32 @@ class RunFolder:
         if "fingerprints" not in old:  # written by an earlier version
             changed["fingerprints"] = different.pop("fingerprints")
         if different:
-            told = (
+            texts = (
                 f"{name} ({json.dumps(before, ensure_ascii=False)}, now {json.dumps(now, ensure_ascii=False)})"
                 for name, (before, now) in different.items()
             )
-            raise InputError(f"{self.path} holds a run with another {', another '.join(told)}")
+            raise InputError(f"{self.path} holds a run with another {', another '.join(texts)}")
         if any(changed.values()):
             self._changed = record
 
     def begin(self, record: dict[str, Any]) -> None:
-        """Write what is known of the run: `prompt`, `config`, `models`, `queries` and `fingerprints` of run.json.
+        """Write run.json with `prompt`, `config`, `models`, `queries` and `fingerprints` of a new run.
 
         Raises OutputError.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self.record = record
-        self._say([])  # "interrupted" is what it is for whoever finds it before it has ended
+        self._write_progress([])
 
     def interrupt(self, loop: Optimization) -> None:
-        """Write down how far a run has come that ends here. Raises OutputError."""
+        """Write how far an interrupted run has come. Raises OutputError."""
         with uninterrupted():
-            if loop.stopped is None:  # else it is there, and `loop.finish` may have changed the LoRA
+            if loop.stopped is None:  # else its state is written, and `loop.finish` may have changed the LoRA
                 self.save_state(loop, force=True)
-            self._say(loop.history)
+            self._write_progress(loop.history)
 
-    def _say(self, history: list[dict[str, Any]]) -> None:
+    def _write_progress(self, history: list[dict[str, Any]]) -> None:
+        """Write run.json of a run that has not ended, which is "interrupted" to a reader."""
         assert self.record is not None
         updates = sum(row["grad_norm"] is not None for row in history)
         rest = {"steps": history, "stopped": "interrupted", "updates": updates, "seconds": {}}
@@ -147,14 +145,14 @@ class RunFolder:
         self.record = record
 
     def _identity(self) -> str:
-        """Of the run that a state belongs to: all that is known of it but the number of its steps."""
+        """A hash of the inputs of the run, without the number of steps; a state belongs to the run of the same hash."""
         assert self.record is not None
         parts = {name: self.record.get(name) for name in ("prompt", "config", "queries", "fingerprints")}
         config = {name: value for name, value in (parts.pop("config") or {}).items() if name != "max_steps"}
         return hashlib.sha256(json.dumps([parts, config], sort_keys=True).encode()).hexdigest()
 
     def save_state(self, loop: Optimization, force: bool = False) -> None:
-        """Write the loop's state, unless writing already takes more than its share of the time. Raises OutputError."""
+        """Write the loop's state, unless that took more than `WRITING_SHARE` of the time so far. Raises OutputError."""
         start = time.monotonic()
         if start < self._next_write and not force:
             return
@@ -163,7 +161,7 @@ class RunFolder:
         self._next_write = end + (end - start) / WRITING_SHARE
 
     def load_state(self, loop: Optimization) -> None:
-        """Let `loop` go on from the state that is here, if there is one. Raises InputError: it cannot be used."""
+        """Load the state in the folder, if any, into `loop`. Raises InputError for a state that cannot be used."""
         path = self.path / STATE
         if path.exists() or path.is_symlink():
             sizes = sum(parameter.numel() * parameter.element_size() for parameter in loop.parameters)
@@ -184,7 +182,7 @@ class RunFolder:
             self.begin(self._changed)
 
     def write_lora(self, data: bytes) -> None:
-        """Write lora.safetensors, what the run was for, unless it is there. Raises OutputError."""
+        """Write lora.safetensors, unless it has this content. Raises OutputError."""
         path = self.path / "lora.safetensors"
         if not path.exists() or path.read_bytes() != data:
             write_bytes(path, data)
@@ -209,7 +207,7 @@ class RunFolder:
         }
         self.write_lora(lora)
         if not same:
-            for name in writers:  # they are of fewer steps
+            for name in writers:  # those of a run with fewer steps
                 remove(self.path / name)
             self._write_record(record)
         failed: OutputError | None = None
@@ -224,7 +222,7 @@ class RunFolder:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every entry of `new` that is not the same in `old`, with its name."""
+    """Name, old and new value of every entry of `new` that differs in `old`."""
     for name, value in new.items():
         before = old.get(name)
         if isinstance(value, dict) and isinstance(before, dict):

@@ -1,4 +1,4 @@
-"""The README.md beside a LoRA: what it is for, how it came about, how to load it."""
+"""The README.md beside a LoRA: its purpose, its training and how to load it."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def model_card(record: dict[str, Any], data: bytes) -> str:
 
 For {_text(base)} and one prompt{" with one first frame" if has_image else ""}, trained at test time by
 [vlmteacher](https://arxiv.org/abs/2606.02564): a vision-language model ({_text(models.get("teacher", "the Teacher"))})
-looked at the video and answered the questions below, and the gradient of its answers went into the LoRA.
-{f"Not of that model, and needed too: {changed}." if changed else ""}
+answered the questions below about the video, and the gradient of its answers trained the LoRA.
+{f"It was trained with parts from elsewhere, which are needed too: {changed}." if changed else ""}
 
 {_fenced(record["prompt"], "text")}
 
@@ -102,18 +102,18 @@ def _usage(base: str, lora: Any) -> str:
 
 
 def _public(model: str) -> str:
-    """A hub id as it is, of anything else the last part: the directories of a machine are nobody's business."""
+    """A hub id unchanged; of a local path the last part only, so that no directories are published."""
     if model.startswith("packaged/"):
         return f"vlmteacher's {model.replace('/', ' ')}"
     return model if HUB_ID.fullmatch(model) and not Path(model).exists() else Path(model).name
 
 
 def _text(text: str) -> str:
-    """Text in one line of Markdown that shows as it is."""
+    """Text as one line of Markdown, with its special characters escaped."""
     return re.sub(r"([\\`*_\[\]<>|~$&])", r"\\\1", " ".join(text.split()))
 
 
 def _fenced(text: str, language: str) -> str:
-    """A block of code, whatever the text holds."""
+    """A block of code with a fence longer than any in the text."""
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
     return f"{fence}{language}\n{text}\n{fence}"

@@ -7,7 +7,10 @@ from typing import Any
 
 
 def report(record: dict[str, Any]) -> str:
-    """One HTML page about a finished run; it needs nothing but the videos beside it."""
+    """An HTML page about a finished run. It loads only the videos beside it.
+
+    record: the content of run.json.
+    """
     questions = [record["queries"]["goal"], *record["queries"]["process"]]
     rows = "".join(
         f"<tr><td>{'goal' if number == 0 else 'process'}<td>{html.escape(question)}<td>{before:.2f}<td>{after:.2f}"
