@@ -312,13 +312,10 @@ def start_workers(count: int, bench: Bench) -> Iterator[Work]:
 
 
 @lru_cache(maxsize=2)
-def _load(pair: str | None, many_step: str | None, families: tuple[str, ...]) -> TeacherPipeline:
-    """The pair, checked to know the families' words if its Teacher knows no English beside them."""
-    from vlmteacher.microworld.tokenizer import check_words
+def _load(pair: str | None, many_step: str | None) -> TeacherPipeline:
     from vlmteacher.pipeline import TeacherPipeline, read_pair
     from vlmteacher.quiet import quiet
     from vlmteacher.settings import Settings
-    from vlmteacher.teachers.vlm import VLMTeacher
 
     quiet()
     here: dict[str, Any] = {"dtype": torch.float32, "device_map": "cpu"}  # results are those of any machine
@@ -330,9 +327,17 @@ def _load(pair: str | None, many_step: str | None, families: tuple[str, ...]) ->
     else:
         pipe = TeacherPipeline.from_pretrained(pair=pair, reasoner=many_step, **here)
     pipe.defaults = Settings(**read_pair(pair)[1].get("defaults", {}))  # a Reasoner of another place has none
+    return pipe
+
+
+@lru_cache(maxsize=2)
+def _check_words(pipe: TeacherPipeline, families: tuple[str, ...]) -> None:
+    """Raise InputError if the Teacher was trained on the world's words alone and lacks some of the families'."""
+    from vlmteacher.microworld.tokenizer import check_words
+    from vlmteacher.teachers.vlm import VLMTeacher
+
     if pipe.teacher.style.own_wording and isinstance(pipe.teacher, VLMTeacher):
         check_words(pipe.teacher.tokenizer, families)
-    return pipe
 
 
 def judge(video: Tensor, scene: world.Scene) -> Verdict:
@@ -361,7 +366,8 @@ def right_latents(reasoner: Reasoner, scene: world.Scene) -> Tensor:
 
 def _work(bench: Bench, job: Job) -> list[Row]:
     method, instance, given = job
-    pipe = _load(bench.pair, bench.find_many_step() if method.many_step else None, bench.families)
+    pipe = _load(bench.pair, bench.find_many_step() if method.many_step else None)
+    _check_words(pipe, bench.families)
     scene, prompt = world.instance(instance.index, bench.seed, instance.split, bench.families)
     image = first_frame(scene)
     queries, query_seconds = given or _write_queries(pipe, prompt, image)
