@@ -76,7 +76,7 @@ SMALL = Table(
     main=("base", "pass@2", "teacher"),
     others=("steps@0", "steps@1", "steps@3", "goal-only", "many-step"),
     against=("base", "pass@2"),
-    not_here=("pe",),
+    unavailable=("pe",),
 )
 
 
@@ -122,7 +122,7 @@ def test_a_table_is_taken_up_and_says_what_is_missing(
     assert not (out / "table.json").exists() and json.loads((out / "base" / "results.json").read_text())["n"] == 4
     with (out / "teacher" / "instances.jsonl").open("a") as log:
         log.write('{"cut')
-    with pytest.raises(InputError, match="already holds"):
+    with pytest.raises(InputError, match="is not empty"):
         run_table(SMALL, bench, 1, 2, out)
     monkeypatch.setattr(microworld, "_work", lambda bench, job: (done.append(job[0].name), work(bench, job))[1])
     found = run_table(SMALL, bench, 1, 2, out, resume=True)

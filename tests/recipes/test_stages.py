@@ -161,7 +161,7 @@ def test_bench_resumes_and_refuses_other_results(pair, tmp_path, monkeypatch):
         run_benchmark("pass@2", 2, 1, tmp_path / "out", resume=True, pair=str(pair), split="ood")
     with pytest.raises(InputError, match="holds other results"):
         run_benchmark("base", 2, 1, tmp_path / "out", resume=True, pair=str(pair))
-    with pytest.raises(InputError, match="not there"):
+    with pytest.raises(InputError, match="unknown method 'pass@0'"):
         run_benchmark("pass@0", 2, 1, tmp_path / "new", pair=str(pair))
 
 

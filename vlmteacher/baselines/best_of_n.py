@@ -1,4 +1,4 @@
-"""Pass@N: draw N videos and keep the one that the Teacher likes best."""
+"""Pass@N: sample N videos and keep the one with the lowest Teacher objective."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from vlmteacher.torch_modes import plain_torch
 
 @dataclass(frozen=True)
 class BestOfN:
-    """videos: N tensors (F, 3, H, W) in [0, 1]. losses: the Teacher's objective on each. best: index of the lowest."""
+    """N samples and their losses.
+
+    Attributes:
+        videos: N tensors (F, 3, H, W) in [0, 1].
+        losses: the Teacher's objective on each video.
+        best: index of the lowest loss.
+    """
 
     videos: list[Tensor]
     losses: list[float]
@@ -29,7 +35,10 @@ class BestOfN:
 def best_of_n(
     pipe: TeacherPipeline, prompt: str, image: Image.Image | None, seeds: list[int], queries: QuerySet | None = None
 ) -> BestOfN:
-    """Sample one video for each of `seeds` in the Reasoner's own size, and judge each by the Teacher's objective."""
+    """Sample one video per seed in the Reasoner's own size and compute the Teacher's objective on each.
+
+    queries: None: the Teacher writes them.
+    """
     reasoner, settings = pipe.reasoner, pipe.defaults
     size = {"num_frames": reasoner.num_frames, "height": reasoner.height, "width": reasoner.width}
     indices = teacher_frame_indices(size["num_frames"], settings.teacher_frames)
@@ -40,7 +49,7 @@ def best_of_n(
     for seed in seeds:
         noise = reasoner.noise(condition, torch.Generator().manual_seed(seed))
         video = pipe.sample(condition, noise)
-        judged = pipe.judge(video, indices, queries)
+        query_losses = pipe.judge(video, indices, queries)
         videos.append(video)
-        losses.append(vqa_objective(judged, settings.goal_weight).item())
+        losses.append(vqa_objective(query_losses, settings.goal_weight).item())
     return BestOfN(videos, losses, min(range(len(losses)), key=losses.__getitem__))

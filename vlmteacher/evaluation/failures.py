@@ -1,7 +1,7 @@
-"""Where failures come from: the Teacher's eyes, its queries, or an optimisation that does not get there.
+"""Causes of failed instances: the Teacher's perception, its queries, or an optimisation that stops too early.
 
-All from the rows of results.json: the Teacher's answers about the final video (``p_yes``), the right ones (``truths``,
-from the labeller, see ``microworld.questions.Truth``) and the scorer's sub-scores.
+Computed from the rows of results.json: the Teacher's answers about the final video (``p_yes``), the true answers from
+the labeller (``truths``, see `microworld.questions.Truth`) and the scorer's sub-scores.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ import numpy as np
 
 YES = 0.5
 CAUSES = ("perception", "query", "few_steps", "threshold", "updates")
-"""Of a failed instance. The Teacher answers Yes to all of its queries about the final video, wrongly to one at least
-(``perception``) or rightly, so that what is wrong it does not ask about (``query``). Or it answers No to one, after it
-answered Yes to all about the last prediction (``few_steps``), or No there too while the mean of the losses was good
-enough to stop (``threshold``), or its loss was not low enough at any step (``updates``)."""
+"""Causes of a failed instance.
+
+If the Teacher answers Yes to all queries about the final video, at least one of these answers is wrong
+(``perception``), or all are right and no query asks about the fault (``query``). If it answers No to a query, it
+answered Yes to all queries about the last one-step prediction (``few_steps``), or it answered No there too although the
+loss was below the threshold (``threshold``), or the loss never fell below the threshold (``updates``).
+"""
 
 
 def cause(row: dict[str, Any]) -> str | None:
-    """The entry of `CAUSES` that a row belongs to, None for a success."""
+    """Return the entry of `CAUSES` for a row of results.json, None for a success."""
     if row["success"]:
         return None
     if _all_yes(row["p_yes"]):
@@ -35,34 +38,37 @@ def _all_yes(p_yes: Sequence[float]) -> bool:
 
 
 def judgements(row: dict[str, Any]) -> list[tuple[bool, bool, bool]]:
-    """For each rule of the scorer that the queries are about: the Teacher's verdict, the truth, the scorer's verdict.
+    """For each rule of the scorer with queries about it: the Teacher's answer, the true answer, the scorer's verdict.
 
-    Several questions about one rule count as one, Yes when all are.
+    Several queries about one rule count as one, Yes if all are.
     """
     rules: dict[str, list[tuple[bool, bool]]] = {}
     for p, (rule, answer) in zip(row["p_yes"], row["truths"], strict=True):
         if rule in row["subscores"]:
             rules.setdefault(rule, []).append((p > YES, bool(answer)))
     return [
-        (all(said for said, _ in group), all(true for _, true in group), row["subscores"][rule] == 1.0)
+        (all(yes for yes, _ in group), all(truth for _, truth in group), row["subscores"][rule] == 1.0)
         for rule, group in rules.items()
     ]
 
 
 def explain(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """How good eyes and queries are, and how many of the failures each cause has; empty where no row tells.
+    """Error rates of the Teacher's answers and queries, and the number of failures per cause.
 
-    ``perception``: the share of `judgements` in which the Teacher's answer is not the truth; ``wrong_query``: in which
-    the truth is not what the scorer says of the rule. ``judgements``: their number.
+    Returns:
+        ``judgements``: the number of `judgements`. ``perception``: the share in which the Teacher's answer is not the
+        true one. ``wrong_query``: the share in which the true answer is not the scorer's verdict on the rule.
+        ``failures``: the number of failed instances per entry of `CAUSES`. Empty if no row has answers and truths.
     """
-    told = [row for row in rows if "truths" in row and "p_yes" in row]
-    if not told:
+    complete = [row for row in rows if "truths" in row and "p_yes" in row]
+    if not complete:
         return {}
-    said, true, scored = np.asarray([each for row in told for each in judgements(row)], bool).reshape(-1, 3).T
-    causes = [cause(row) for row in told]
+    triples = [triple for row in complete for triple in judgements(row)]
+    teacher, true, scorer = np.asarray(triples, bool).reshape(-1, 3).T
+    causes = [cause(row) for row in complete]
     return {
-        "judgements": len(said),
-        "perception": float(np.mean(said != true)),
-        "wrong_query": float(np.mean(true != scored)),
+        "judgements": len(teacher),
+        "perception": float(np.mean(teacher != true)),
+        "wrong_query": float(np.mean(true != scorer)),
         "failures": {name: causes.count(name) for name in CAUSES},
     }

@@ -1,6 +1,6 @@
-"""How good few steps are: rule score, distance to real videos, and how far the one-step prediction is to be trusted.
+"""Quality of a few-step Reasoner on the microworld: rule score, distance to real videos, one-step agreement.
 
-The method optimises a Reasoner's one-step prediction and then samples in a few steps, so what the two share is what
+The method optimises a Reasoner's one-step prediction and then samples in a few steps: only what the two have in common
 survives of the optimisation.
 """
 
@@ -49,9 +49,9 @@ def agreement(
     queries: QuerySet,
     teacher_frames: int = TEACHER_FRAMES,
 ) -> dict[str, float]:
-    """One-step prediction and few-step video of the same noise, both decoded by the standard VAE.
+    """Compare the one-step prediction with the few-step video of the same noise, both decoded by the standard VAE.
 
-    Returns `relative_rms` (see there), and the Teacher's objective on each: `loss_one_step`, `loss_few_step`.
+    Returns `relative_rms` of their latents, and the Teacher's objective on both: `loss_one_step`, `loss_few_step`.
     """
     one, few = reasoner.predict_clean(condition, noise), reasoner.sample(condition, noise)
     losses = (teacher_loss(reasoner, teacher, reasoner.decode(x), queries, teacher_frames) for x in (one, few))
@@ -63,7 +63,7 @@ def agreement(
 def teacher_loss(
     reasoner: Reasoner, teacher: Teacher, video: Tensor, queries: QuerySet, teacher_frames: int = TEACHER_FRAMES
 ) -> float:
-    """The Teacher's objective on a video (F, 3, H, W) in [0, 1], as the optimisation weighs it."""
+    """Return the Teacher's objective on a video (F, 3, H, W) in [0, 1], with the optimisation's goal weight."""
     indices = teacher_frame_indices(len(video), teacher_frames)
     return vqa_objective(teacher.losses(video[indices], indices, reasoner.fps, queries), GOAL_WEIGHT).item()
 
@@ -77,18 +77,28 @@ def measure(
     many_steps: int = 0,
     guidance: float = 1.0,
     empty: Tensor | None = None,
-    watch: Callable[[int, Tensor, Tensor], None] | None = None,
+    callback: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> dict[str, Any]:
-    """A microworld Reasoner on the first `limit` (2 or more) instances of the held-out split `seed`.
+    """Evaluate a microworld Reasoner on the first `limit` instances (at least 2) of the test in domain.
 
-    Scene, prompt and noise of an instance are those of the benchmark, so that Reasoners compare pair by pair. The
-    videos come from the few-step sampler, or with `many_steps` from that many steps of the ODE with `guidance` (and
-    `empty`, the embeddings of the empty prompt). The Teacher is asked the right questions, not its own. `watch` is
-    called with each index, the one-step prediction and the video, both (F, 3, H, W) in [0, 1].
+    Scene, prompt and noise of an instance are those of the benchmark, so that Reasoners can be compared in pairs.
 
-    Returns rule `score` and `success_rate` of the videos, `score_one_step` of the one-step predictions,
-    `relative_rms` between the two, `video_distance` from the right videos, `seconds` per video, with a Teacher
-    `loss_one_step`, `loss_few_step` and `loss_gap` (the mean of the absolute differences), and the `instances`.
+    Args:
+        teacher: is asked the right questions, not its own.
+        seed: draws the instances.
+        many_steps: sample in that many steps of the ODE instead of with the few-step sampler.
+        guidance: classifier-free guidance of these steps.
+        empty: embeddings of the empty prompt, for the guidance.
+        callback: called with the index of an instance, its one-step prediction and its video, both (F, 3, H, W) in
+            [0, 1].
+
+    Returns:
+        Means over instances: rule `score` and `success_rate` of the videos, `score_one_step` of the one-step
+        predictions, `relative_rms` between the two, `seconds` per video, and with a Teacher `loss_one_step`,
+        `loss_few_step` and `loss_gap` (the mean absolute difference). Further `video_distance` from the right videos
+        and the rows of the `instances`.
+
+    Raises InputError: a limit below 2.
     """
     if limit < 2:
         raise InputError(f"few-step quality is measured on at least 2 instances, not {limit}")
@@ -123,8 +133,8 @@ def measure(
             row["loss_few_step"] = teacher_loss(reasoner, teacher, video, queries)
             row["loss_gap"] = abs(row["loss_one_step"] - row["loss_few_step"])
         rows.append(row)
-        if watch is not None:
-            watch(index, early, video)
+        if callback is not None:
+            callback(index, early, video)
         videos.append(video.cpu())
         real.append(torch.from_numpy(world.render(scene)).permute(0, 3, 1, 2))
     return {**_means(rows), "video_distance": video_distance(videos, real), "instances": rows}
@@ -133,9 +143,12 @@ def measure(
 def report(
     reasoner: str, teacher: str | None, limit: int, seed: int, out: Path, many_steps: int = 0, guidance: float = 1.0
 ) -> dict[str, Any]:
-    """`measure` the Reasoner in a directory or on the hub; results.json and frames.png in `out`. Raises InputError.
+    """`measure` the Reasoner in a directory or on the hub; write results.json and frames.png to `out`.
 
-    The picture shows the first six instances, for each the one-step prediction above the video.
+    The picture shows the one-step predictions of the first six instances above their videos. teacher: a directory or
+    hub id, None to leave out the losses.
+
+    Raises InputError: `out` holds results, a negative number of steps, a Reasoner of another family than Wan.
     """
     if (out / "results.json").exists():
         raise InputError(f"{out} already holds results: give another --out")
@@ -145,22 +158,22 @@ def report(
     empty = model.encode_prompt("")
     rows: list[np.ndarray] = []
 
-    def watch(index: int, one: Tensor, few: Tensor) -> None:
+    def collect(index: int, one: Tensor, few: Tensor) -> None:
         for video in (one, few) if index < PICTURED else ():
             frames = (video[[0, 3, 6, 9, 12]].cpu().permute(0, 2, 3, 1) * 255).round().byte().numpy()
             rows.append(np.concatenate(list(frames), 1))
 
-    judge_by = load_teacher(teacher) if teacher else None
-    found = measure(model, judge_by, limit, seed, many_steps, guidance, empty, watch)
-    found = {"reasoner": reasoner, "seed": seed, "many_steps": many_steps, "guidance": guidance, **found}
+    judging = load_teacher(teacher) if teacher else None
+    measured = measure(model, judging, limit, seed, many_steps, guidance, empty, collect)
+    results = {"reasoner": reasoner, "seed": seed, "many_steps": many_steps, "guidance": guidance, **measured}
     out.mkdir(parents=True, exist_ok=True)
     pairs = [np.concatenate(rows[i : i + 2]) for i in range(0, len(rows), 2)]
     columns = [np.concatenate(pairs[i::2]) for i in range(2) if pairs[i::2]]
     height = min(len(column) for column in columns)
     sheet = Image.fromarray(np.concatenate([column[:height] for column in columns], 1))
     sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST).save(out / "frames.png")
-    write_json(out / "results.json", found)
-    return found
+    write_json(out / "results.json", results)
+    return results
 
 
 def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

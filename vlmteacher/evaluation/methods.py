@@ -1,4 +1,4 @@
-"""The methods that are compared, by name, and what one of them does with one instance."""
+"""The methods that benchmarks compare, by name, and how one of them solves one instance."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ GENERIC = QuerySet(
     "Does the video carry out the task?",
     ("Does everything move as it should all the way?", "Do all things keep their shapes?"),
 )
-"""Queries that fit any task and say nothing about one: the paper's ablation of instance-specific ones."""
+"""Queries that fit any task: the paper's ablation of instance-specific queries."""
 
-NEVER = 1e-30  # a threshold that only a loss of 0 reaches, which has no gradient either
-NOT_HERE = {
+NEVER = 1e-30  # a threshold that only a loss of 0 is below, which has no gradient either
+UNAVAILABLE = {
     "pe": "one rewrite of the prompt by a VLM; the packaged Teacher writes queries and no prompts",
     "videotpo": "rewrites of the prompt after critiques by a VLM; the packaged Teacher writes queries and no prompts",
 }
@@ -36,9 +36,16 @@ NOT_HERE = {
 
 @dataclass(frozen=True)
 class Method:
-    """settings: keywords of `TeacherPipeline.__call__`. samples: N of pass@N, or 0. snapshots: numbers of updates after
-    which the video counts, instead of that at the end. frames: K as a multiple of the pair's. queries: instead of the
-    Teacher's. many_step: of the Reasoner before its few-step distillation."""
+    """A method and its parameters.
+
+    Attributes:
+        settings: keywords of `TeacherPipeline.__call__`.
+        samples: N of pass@N; 0 for other methods.
+        snapshots: numbers of updates after which to evaluate the video, instead of at the end.
+        frames: number of Teacher frames as a multiple of the pair's default.
+        queries: replace the Teacher's.
+        many_step: run the Reasoner from before its few-step distillation.
+    """
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -50,7 +57,7 @@ class Method:
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """Names of the results that a run gives."""
+        """Names of the results of one run."""
         return tuple(f"steps@{n}" for n in self.snapshots) or (self.name,)
 
 
@@ -83,11 +90,11 @@ KNOWN = ", ".join([*METHODS, "pass@N (1 to 64)", "steps@N (0 to 1000)", *(f"{nam
 
 
 def find_method(name: str) -> Method:
-    """Raises InputError for a method that is not there, or an amount that cannot be."""
+    """Return the method of this name. Raises InputError for an unknown method or an amount out of range."""
     if name in METHODS:
         return METHODS[name]
-    if name in NOT_HERE:
-        raise InputError(f"method {name!r} is not there: it needs {NOT_HERE[name]}")
+    if name in UNAVAILABLE:
+        raise InputError(f"method {name!r} is not available: it needs {UNAVAILABLE[name]}")
     kind, _, amount = name.partition("@")
     if kind == "pass" and amount.isdecimal() and 1 <= int(amount) <= 64:
         return Method(name, samples=int(amount))
@@ -99,13 +106,13 @@ def find_method(name: str) -> Method:
         }
         Settings(**settings)
         return Method(name, settings)
-    raise InputError(f"method {name!r} is not there: it can be {KNOWN}")
+    raise InputError(f"unknown method {name!r}: choose from {KNOWN}")
 
 
 def steps(*numbers: int) -> Method:
-    """So many updates whatever the loss is; one run serves all the numbers, each of which is a state on its way.
+    """The method with a fixed number of updates, whatever the loss is, evaluated after each of `numbers` in one run.
 
-    None at all is the base.
+    With no updates it is the base.
     """
     settings = {"max_steps": max(numbers), "threshold": NEVER} if any(numbers) else METHODS["base"].settings
     return Method("steps", settings, snapshots=numbers)
@@ -113,9 +120,9 @@ def steps(*numbers: int) -> Method:
 
 Row = dict[str, Any]
 Judge = Callable[[Tensor], Row]
-"""The independent verdict on a video (F, 3, H, W)."""
+"""Gives the independent verdict on a video (F, 3, H, W) in [0, 1]."""
 Answers = Callable[[Tensor, QuerySet], list[Any]]
-"""What is true of each query about a video (F, 3, H, W)."""
+"""Gives the true answer to each query about a video (F, 3, H, W) in [0, 1]."""
 
 
 def run(
@@ -129,10 +136,16 @@ def run(
     answers: Answers,
     trace: bool = False,
 ) -> dict[str, Row]:
-    """What there is to say about the videos of one instance, by the names of `method.rows`.
+    """Solve one instance with a method; return the results by the names of `method.rows`.
 
-    seed: of the noise; N samples take the N seeds from there on. trace: ask `judge` about the few-step video of every
-    step too. Seconds are those of the method alone, without judging, writing queries and other snapshots.
+    Seconds are those of the method alone, without judging, writing queries and other snapshots.
+
+    Args:
+        seed: of the noise; N samples use the seeds from `seed` to `seed + N - 1`.
+        queries: the Teacher's, unless the method brings its own.
+        judge: the independent verdict.
+        answers: true answers to the queries.
+        trace: judge the few-step video of every step too.
     """
     if method.samples:
         return {method.name: _pass_at_n(method.samples, pipe, prompt, image, seed, queries, judge, answers)}
@@ -145,7 +158,7 @@ def run(
             "seconds": time.perf_counter() - began - skipped,
             **judge(video),
             "truths": answers(video, asked),
-            "updates": sum(each["grad_norm"] is not None for each in history),
+            "updates": sum(step["grad_norm"] is not None for step in history),
             "loss_first": history[0]["loss"] if history else None,
             "loss_one_step": history[-1]["loss"] if history else None,
             "loss_final": loss,
@@ -165,7 +178,7 @@ def run(
         skipped += time.perf_counter() - start
 
     frames = min(max(1, round(method.frames * pipe.defaults.teacher_frames)), pipe.reasoner.num_frames)
-    made = pipe(
+    output = pipe(
         prompt,
         image,
         generator=torch.Generator().manual_seed(seed),
@@ -176,19 +189,18 @@ def run(
         callback_on_step_end=after_step,
         **method.settings,
     )
-    assert isinstance(made.frames, Tensor) and isinstance(made.frames_before, Tensor)
-    end = row(made.frames, made.queries, made.history, made.p_yes_after, made.loss_after)
+    assert isinstance(output.frames, Tensor) and isinstance(output.frames_before, Tensor)
+    end = row(output.frames, output.queries, output.history, output.p_yes_after, output.loss_after)
     kept = ("loss", "p_yes", "grad_norm", "guards", "rolled_back", "learning_rate")
-    history = [{name: each[name] for name in kept if name in each} for each in made.history]
-    if trace:  # a step looks at what the updates before it have made
-        seen = [judge(made.frames_before), *verdicts]
+    history = [{name: step[name] for name in kept if name in step} for step in output.history]
+    if trace:  # a step evaluates the result of the updates before it
         history = [
-            each | {name: verdict[name] for name in ("success", "score")}
-            for each, verdict in zip(history, seen, strict=False)
+            step | {name: verdict[name] for name in ("success", "score")}
+            for step, verdict in zip(history, [judge(output.frames_before), *verdicts], strict=False)
         ]
-    end |= {"stopped": made.stopped, "steps": history}
+    end |= {"stopped": output.stopped, "steps": history}
     rows = {name: shots.get(n, end) for name, n in zip(method.rows, method.snapshots or (-1,), strict=True)}
-    return {name: each | {"queries": made.queries.to_dict()} for name, each in rows.items()}
+    return {name: result | {"queries": output.queries.to_dict()} for name, result in rows.items()}
 
 
 def _pass_at_n(
@@ -204,17 +216,17 @@ def _pass_at_n(
     from vlmteacher.baselines.best_of_n import best_of_n
 
     began = time.perf_counter()
-    found = best_of_n(pipe, prompt, image, [seed + k for k in range(samples)], queries)
+    drawn = best_of_n(pipe, prompt, image, [seed + k for k in range(samples)], queries)
     seconds = time.perf_counter() - began
-    verdicts = [judge(video) for video in found.videos]
+    verdicts = [judge(video) for video in drawn.videos]
     return {
         "seconds": seconds,
-        **verdicts[found.best],
-        "truths": answers(found.videos[found.best], queries),
+        **verdicts[drawn.best],
+        "truths": answers(drawn.videos[drawn.best], queries),
         "updates": 0,
         "loss_first": None,
         "loss_one_step": None,
-        "loss_final": found.losses[found.best],
+        "loss_final": drawn.losses[drawn.best],
         "oracle_success": any(verdict["success"] for verdict in verdicts),
         "oracle_score": max(verdict["score"] for verdict in verdicts),
         "samples": [verdict["success"] for verdict in verdicts],

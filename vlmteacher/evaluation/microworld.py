@@ -42,7 +42,7 @@ MANY_STEPS = 30  # of a Reasoner before its few-step distillation
 
 @dataclass(frozen=True)
 class Instance:
-    """One scene of a split and one noise. Every method gets the same, so that they can be compared pair by pair."""
+    """One scene of a split and one noise, the same for every method, so that methods can be compared in pairs."""
 
     split: str
     index: int
@@ -54,7 +54,7 @@ class Instance:
 
 
 def instances(splits: Sequence[str], limit: int, noises: int) -> list[Instance]:
-    """The first `limit` scenes of each split, each with `noises` noises; all scenes once before any a second time."""
+    """Return the first `limit` scenes of each split with `noises` noises each; all scenes once before any twice."""
     return [Instance(split, index, k) for k in range(noises) for split in splits for index in range(limit)]
 
 
@@ -62,10 +62,14 @@ def instances(splits: Sequence[str], limit: int, noises: int) -> list[Instance]:
 class Bench:
     """What the results depend on beside method and instance.
 
-    seed: draws the splits; 1 are the frozen ones (``microworld/splits.json``). families: which alternate. pair: a
-    directory, None for the packaged one. many_step: hub id or directory of the Reasoner before its few-step
-    distillation, or the directory of its transformer alone, which then goes `MANY_STEPS`; None is what pair.json names,
-    if it does. trace: see `methods.run`. lora_blocks: see `Settings`.
+    Attributes:
+        seed: draws the splits; 1 draws the frozen ones (``microworld/splits.json``).
+        families: alternate from instance to instance.
+        pair: directory of a pair; None: the packaged one.
+        many_step: the Reasoner before its few-step distillation: hub id, directory, or directory of its transformer
+            alone, which is then sampled in `MANY_STEPS` steps; None: the one named by pair.json.
+        trace: see `methods.run`.
+        lora_blocks: see `Settings`.
 
     Raises InputError: an unknown family.
     """
@@ -81,7 +85,7 @@ class Bench:
         world.check("id", self.families)
 
     def check(self, method: Method) -> None:
-        """Raise InputError where a method cannot be run with this."""
+        """Raise InputError if a method cannot be run with these settings."""
         if method.many_step:
             self.find_many_step()
         if self.lora_blocks is not None:
@@ -96,7 +100,7 @@ class Bench:
                 raise InputError(f"lora_blocks {self.lora_blocks}: the transformer has {config['num_layers']} blocks")
 
     def find_many_step(self) -> str:
-        """Where the Reasoner before its few-step distillation is. Raises InputError when nobody says so."""
+        """Return where the Reasoner before its few-step distillation is. Raises InputError if it is not given."""
         from vlmteacher.pipeline import read_pair
 
         directory, description = read_pair(self.pair)
@@ -122,29 +126,29 @@ def run_benchmark(
 ) -> dict[str, Any]:
     """Run `method` on the first `limit` instances of a split, each with `noises` noises; write and return results.json.
 
-    Each finished instance is kept in ``instances.jsonl``; with `resume` those that are there are not run again. The
-    rest: see `Bench`.
+    Finished instances are kept in ``instances.jsonl``; with `resume` they are not run again. Other arguments: see
+    `Bench`.
 
     Raises:
         InputError: an unknown method, split or family; `out` not writable, or holding other results (or any, without
             `resume`).
-        OutputError: what `out` holds is kept.
+        OutputError: a file cannot be written; the files in `out` stay.
         TaskFailed: some instances failed, each several times; results.json has the others.
     """
     bench = Bench(seed, tuple(chosen), pair, many_step, trace, lora_blocks)
     world.check(split, chosen)
-    found = find_method(method)
-    bench.check(found)
+    chosen_method = find_method(method)
+    bench.check(chosen_method)
     todo = instances([split], limit, noises)
-    with Folder(out, bench, found, [split], resume) as folder, start_workers(workers, bench) as work:
+    with Folder(out, bench, chosen_method, [split], resume) as folder, start_workers(workers, bench) as work:
         rows = folder.complete(todo, work, {})
-    results = write_results(out, bench, method, rows[found.rows[0]])
+    results = write_results(out, bench, method, rows[chosen_method.rows[0]])
     check_complete(out, folder.failed)
     return results
 
 
 def write_results(out: Path, bench: Bench, method: str, rows: list[Row]) -> dict[str, Any]:
-    """results.json of one method in `out`, which is made if it is not there; returns its content.
+    """Write results.json of one method to `out`, a new folder if need be; return its content.
 
     Without rows nothing is written.
     """
@@ -161,7 +165,7 @@ def write_results(out: Path, bench: Bench, method: str, rows: list[Row]) -> dict
 
 
 def check_complete(out: Path, failed: Mapping[Instance, str]) -> None:
-    """Raise TaskFailed where instances were set aside."""
+    """Raise TaskFailed if instances failed."""
     if failed:
         first, reason = next(iter(failed.items()))
         raise TaskFailed(
@@ -171,13 +175,13 @@ def check_complete(out: Path, failed: Mapping[Instance, str]) -> None:
 
 
 def described(bench: Bench) -> dict[str, Any]:
-    """What makes the results what they are, as JSON has it."""
+    """Return what the results depend on as plain data for JSON."""
     given = {name: value for name, value in asdict(bench).items() if value not in (None, False)}
     return given | {"families": list(bench.families)}
 
 
 def summary(rows: list[Row]) -> dict[str, Any]:
-    """Means over instances, in all and for each split and task family; where failures come from."""
+    """Return means over instances, in all and for each split and family, and the causes of failures."""
 
     def means(chosen: list[Row]) -> dict[str, Any]:
         return {
@@ -200,10 +204,11 @@ def summary(rows: list[Row]) -> dict[str, Any]:
 
 
 class Folder:
-    """Where the rows of a method are kept while it goes on: settings.json, and instances.jsonl with a line per row.
+    """The folder that keeps the rows of a method: settings.json, and one line of instances.jsonl per row.
 
-    While it is open no other process writes there. Raises InputError: not writable, or being written to; holding other
-    results, or any without `resume`.
+    While it is open, no other process can open it.
+
+    Raises InputError: not writable, or in use; holds other results, or any without `resume`.
     """
 
     def __init__(self, path: Path, bench: Bench, method: Method, splits: Sequence[str], resume: bool) -> None:
@@ -216,16 +221,16 @@ class Folder:
             if settings.exists():
                 if not resume:
                     raise InputError(f"{path} already holds results: give another --out, or --resume to go on")
-                there = read_json(settings, "settings")
-                if there != what:
-                    raise InputError(f"{path} holds other results ({str(there)[:300]}): give another --out")
-            elif any(each.name != LOCK for each in path.iterdir()):
+                existing = read_json(settings, "settings")
+                if existing != what:
+                    raise InputError(f"{path} holds other results ({str(existing)[:300]}): give another --out")
+            elif any(entry.name != LOCK for entry in path.iterdir()):
                 raise InputError(f"{path} is not empty: give another --out")
             lines = self._lines()
             self.rows = {(row["method"], Instance.of(row)): row for row in map(self._row, lines)}
             write_json(settings, what)
             write_text(self.log, "".join(lines))
-            # What a full disk refuses must not wait in a buffer.
+            # Unbuffered: a full disk must refuse a row when it is written, not later.
             self._file = held.enter_context(self.log.open("ab", buffering=0))
             self._held = held.pop_all()
 
@@ -248,12 +253,12 @@ class Folder:
                 raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
-                f"{self.log}: {line[:40]!r}... is no result: remove that line, or give another --out"
+                f"{self.log}: {line[:40]!r}... is not a result: remove that line, or give another --out"
             ) from error
         return row
 
     def _keep(self, rows: Sequence[Row]) -> None:
-        """Append rows to the log, and wait until they are on the disk."""
+        """Append rows to the log and wait until they are on the disk. Raises OutputError."""
         data = "".join(json.dumps(row) + "\n" for row in rows).encode()
         try:
             while data:
@@ -265,14 +270,15 @@ class Folder:
     def complete(
         self, wanted: Sequence[Instance], work: Work, queries: Mapping[tuple[str, int], Queries]
     ) -> dict[str, list[Row]]:
-        """The rows of all `wanted`, by the names of `Method.rows`; those that are not here yet are run now.
+        """Run the instances of `wanted` without rows; return the rows of all, by the names of `Method.rows`.
 
-        queries: those that are written already, by split and index. Instances that fail are left out, and `failed` says
-        why. Raises OutputError when a row cannot be written; those before it are kept.
+        Instances that fail are left out; `failed` has the reasons. queries: already written ones, by split and index.
+
+        Raises OutputError when a row cannot be written; those before it are kept.
         """
         names = self.method.rows
-        todo = [each for each in wanted if any((name, each) not in self.rows for name in names)]
-        jobs = [(self.method, each, queries.get((each.split, each.index))) for each in todo]
+        todo = [one for one in wanted if any((name, one) not in self.rows for name in names)]
+        jobs = [(self.method, one, queries.get((one.split, one.index))) for one in todo]
         for task in tqdm(work(jobs), total=len(wanted), initial=len(wanted) - len(jobs), desc=self.method.name):
             if task.failure is not None:
                 self.failed[task.given[1][1]] = task.failure
@@ -280,13 +286,13 @@ class Folder:
             rows = task.result()
             self._keep(rows)
             self.rows |= {(row["method"], Instance.of(row)): row for row in rows}
-        return {name: [self.rows[name, each] for each in wanted if (name, each) in self.rows] for name in names}
+        return {name: [self.rows[name, one] for one in wanted if (name, one) in self.rows] for name in names}
 
 
-Queries = tuple[QuerySet, float]  # and the seconds that it took to write them
+Queries = tuple[QuerySet, float]  # and the seconds of writing them
 Job = tuple[Method, Instance, Queries | None]
 Work = Callable[[Iterable[Job]], Iterator[Task]]
-"""Runs jobs; gives `_work(bench, job)` of each as a task, when it is done."""
+"""Runs jobs; yields each as a task with the result of `_work(bench, job)`, in the order in which they finish."""
 
 
 def queries_of(row: Row) -> Queries:
@@ -295,7 +301,7 @@ def queries_of(row: Row) -> Queries:
 
 @contextmanager
 def start_workers(count: int, bench: Bench) -> Iterator[Work]:
-    """What runs jobs: this process, or `count` of them, each on one thread. The models are loaded once in each.
+    """Run jobs in this process, or in `count` processes of one thread each. Each process loads the models once.
 
     Raises InputError for a count below 1.
     """
@@ -318,7 +324,7 @@ def _load(pair: str | None, many_step: str | None) -> TeacherPipeline:
     from vlmteacher.settings import Settings
 
     quiet()
-    here: dict[str, Any] = {"dtype": torch.float32, "device_map": "cpu"}  # results are those of any machine
+    here: dict[str, Any] = {"dtype": torch.float32, "device_map": "cpu"}  # the same results on any machine
     if many_step and (Path(many_step) / "config.json").exists():  # a transformer alone: the rest is the pair's
         pipe = TeacherPipeline.from_pretrained(pair=pair, transformer=many_step, **here)
         pipe.reasoner.settings = replace(
@@ -326,7 +332,7 @@ def _load(pair: str | None, many_step: str | None) -> TeacherPipeline:
         )
     else:
         pipe = TeacherPipeline.from_pretrained(pair=pair, reasoner=many_step, **here)
-    pipe.defaults = Settings(**read_pair(pair)[1].get("defaults", {}))  # a Reasoner of another place has none
+    pipe.defaults = Settings(**read_pair(pair)[1].get("defaults", {}))  # another Reasoner's folder has none
     return pipe
 
 
@@ -341,7 +347,7 @@ def _check_words(pipe: TeacherPipeline, families: tuple[str, ...]) -> None:
 
 
 def judge(video: Tensor, scene: world.Scene) -> Verdict:
-    """The rule scorer's verdict on a video (F, 3, H, W) in [0, 1]."""
+    """Return the rule scorer's verdict on a video (F, 3, H, W) in [0, 1]."""
     return score(_pixels(video), scene)
 
 
@@ -350,17 +356,17 @@ def _pixels(video: Tensor) -> np.ndarray:
 
 
 def noise_seed(index: int, seed: int, noise: int = 0) -> int:
-    """What seeds the noise of the `index`-th instance that `seed` draws, the `noise`-th of its noises."""
+    """Return the seed of the `noise`-th noise of the `index`-th instance that `seed` draws."""
     return 100_000 * seed + 100 * index + 10**9 * noise
 
 
 def first_frame(scene: world.Scene) -> Image.Image:
-    """The scene's first frame as the image that a user would give."""
+    """Return the scene's first frame as the image that a user would give."""
     return Image.fromarray((world.render(scene)[0] * 255).round().astype("uint8"))
 
 
 def right_latents(reasoner: Reasoner, scene: world.Scene) -> Tensor:
-    """(1, C, T, h, w), what `reasoner`'s VAE makes of the scene's right video."""
+    """Encode the scene's right video with the Reasoner's VAE: latents (1, C, T, h, w)."""
     return reasoner.encode_video((world.render(scene) * 255).round().astype("uint8"))
 
 
@@ -398,7 +404,7 @@ def _work(bench: Bench, job: Job) -> list[Row]:
 
 
 def _write_queries(pipe: TeacherPipeline, prompt: str, image: Image.Image) -> Queries:
-    """The Teacher's own; where it cannot write any, the generic ones, which the row then shows."""
+    """Return the Teacher's queries, or the generic ones if it cannot write any; the row shows them."""
     began = time.perf_counter()
     try:
         queries = pipe.write_queries(prompt, image)

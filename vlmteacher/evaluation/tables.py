@@ -1,7 +1,7 @@
-"""The paper's Tables I and III in miniature, and what remedies against reward hacking do: all methods, one table.
+"""The paper's Tables I and III in miniature, and a table of the remedies against reward hacking.
 
-Every method answers the same scenes from the same noises. Intervals and tests are over scenes; of several noises of one
-scene the mean counts.
+Every method solves the same scenes from the same noises. Intervals and tests are over scenes; several noises of one
+scene are averaged first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from vlmteacher.errors import InputError
 from vlmteacher.evaluation.failures import CAUSES, explain
-from vlmteacher.evaluation.methods import NOT_HERE, Row, find_method, steps
+from vlmteacher.evaluation.methods import UNAVAILABLE, Row, find_method, steps
 from vlmteacher.evaluation.microworld import (
     Bench,
     Folder,
@@ -36,14 +36,21 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Table:
-    """splits: that it is made on. main: methods that get every noise. others: methods that get the first only.
-    against: what all are compared with."""
+    """The methods of a table.
+
+    Attributes:
+        splits: the splits that it is computed on.
+        main: methods that run with every noise.
+        others: methods that run with the first noise only.
+        against: the baselines that every method is compared with.
+        unavailable: methods of the paper that are listed as not run, with the reason.
+    """
 
     splits: tuple[str, ...]
     main: tuple[str, ...]
     others: tuple[str, ...]
     against: tuple[str, ...]
-    not_here: tuple[str, ...] = ()
+    unavailable: tuple[str, ...] = ()
 
 
 FIXED = (0, 5, 10, 16, 20, 40)  # numbers of updates in the paper's ablation
@@ -58,7 +65,7 @@ TABLES = {
             *("frames@half", "frames@double"),
         ),
         against=("base", "pass@5"),
-        not_here=("pe", "videotpo"),
+        unavailable=("pe", "videotpo"),
     ),
     "remedies": Table(
         splits=("validation",),
@@ -77,25 +84,27 @@ def run_table(
 ) -> Row:
     """Run every method of `table` on the first `limit` scenes of each of its splits; write and return table.json.
 
-    noises: of each scene, for the table's main methods. Each method has a folder in `out` with its results.json; with
-    `resume` what is there is not run again. Raises as `run_benchmark` does; where instances failed there is no
-    table.json, for methods would be compared on other scenes.
+    Each method has a folder in `out` with its results.json; with `resume`, finished instances are not run again.
+    noises: the number of noises per scene for the table's main methods.
+
+    Raises as `run_benchmark` does. If instances failed, table.json is not written: it would compare methods on
+    different scenes.
     """
     if out.exists() and not resume and any(out.iterdir()):
-        raise InputError(f"{out} already holds something: give another --out, or --resume to go on with its table")
+        raise InputError(f"{out} is not empty: give another --out, or --resume to go on with its table")
     names = table.main + table.others
     wanted = {name: instances(table.splits, limit, noises if name in table.main else 1) for name in names}
     fixed = [int(name.partition("@")[2]) for name in names if name.startswith("steps@") and name != "steps@0"]
-    missing = {name: f"needs {NOT_HERE[name]}" for name in table.not_here}
-    found: dict[str, list[Row]] = {}
+    missing = {name: f"needs {UNAVAILABLE[name]}" for name in table.unavailable}
+    results: dict[str, list[Row]] = {}
     queries: dict[tuple[str, int], Queries] = {}
     failed: dict[Instance, str] = {}
     with claimed(out), start_workers(workers, bench) as work:
         for name in names:
             if name == "steps@0":  # no update: the base video
-                first = {Instance.of(row): row for row in found["base"]}
-                found[name] = [first[each] | {"method": name} for each in wanted[name] if each in first]
-            elif name not in found:
+                base = {Instance.of(row): row for row in results["base"]}
+                results[name] = [base[one] | {"method": name} for one in wanted[name] if one in base]
+            elif name not in results:
                 method = steps(*fixed) if name.startswith("steps@") else find_method(name)
                 try:
                     bench.check(method)
@@ -103,28 +112,28 @@ def run_table(
                     missing[name] = str(error)
                     continue
                 with Folder(out / method.name, bench, method, table.splits, resume) as folder:
-                    found |= folder.complete(wanted[name], work, queries)
+                    results |= folder.complete(wanted[name], work, queries)
                 failed |= folder.failed
-                queries = queries or {(row["split"], row["index"]): queries_of(row) for row in found[name]}
-            write_results(out / name, bench, name, found[name])
+                queries = queries or {(row["split"], row["index"]): queries_of(row) for row in results[name]}
+            write_results(out / name, bench, name, results[name])
     check_complete(out, failed)
-    result = {
+    content = {
         **described(bench),
         "splits": list(table.splits),
         "limit": limit,
         "noises": noises,
-        "methods": {name: describe(name, found, table) for name in names if name in found},
+        "methods": {name: describe(name, results, table) for name in names if name in results},
         "missing": missing,
     }
-    write_json(out / "table.json", result)
-    return result
+    write_json(out / "table.json", content)
+    return content
 
 
 # ---------------------------------------------------------------- statistics
 
 
 def by_scene(rows: Sequence[Row], value: str) -> dict[tuple[str, int], float]:
-    """The mean of an entry over the noises of each scene."""
+    """Return the mean of an entry over the noises of each scene."""
     scenes: dict[tuple[str, int], list[float]] = {}
     for row in rows:
         scenes.setdefault((row["split"], row["index"]), []).append(float(row[value]))
@@ -132,7 +141,7 @@ def by_scene(rows: Sequence[Row], value: str) -> dict[tuple[str, int], float]:
 
 
 def bootstrap(values: Sequence[float]) -> tuple[float, float]:
-    """The 95% percentile interval of the mean, by resampling `values`; always the same for the same values."""
+    """Return the 95% percentile interval of the mean by resampling `values`, with a fixed seed."""
     array = np.asarray(values)
     drawn = np.random.default_rng(0).integers(len(array), size=(RESAMPLES, len(array)))
     low, high = np.quantile(array[drawn].mean(1), (0.025, 0.975))
@@ -140,14 +149,14 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float]:
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p of as uneven a division of wins and losses, or more, if either were as likely."""
+    """Return the two-sided p-value of the sign test: wins and losses at least this uneven if both are as likely."""
     count = wins + losses
     tail = sum(math.comb(count, k) for k in range(min(wins, losses) + 1)) / 2**count
     return min(1.0, 2 * tail)
 
 
 def permutation_test(differences: Sequence[float]) -> float:
-    """Two-sided p of as large a mean difference, or larger, if each difference could as well have the other sign."""
+    """Return the two-sided p-value of the mean difference under random signs, with a fixed seed."""
     array = np.asarray(differences)
     signs = np.random.default_rng(0).choice((-1.0, 1.0), size=(RESAMPLES, len(array)))
     extreme = np.abs(signs @ array) >= abs(array.sum()) - 1e-9
@@ -155,11 +164,11 @@ def permutation_test(differences: Sequence[float]) -> float:
 
 
 def compare(rows: Sequence[Row], others: Sequence[Row]) -> Row:
-    """`rows` against `others` on the instances that both have: differences (`rows` minus `others`), paired tests."""
+    """Compare two methods on the instances that both have: mean differences (`rows` minus `others`), paired tests."""
     both = {Instance.of(row) for row in rows} & {Instance.of(row) for row in others}
     values = {}
     for entry in ("success", "score"):
-        ours, theirs = (by_scene([r for r in each if Instance.of(r) in both], entry) for each in (rows, others))
+        ours, theirs = (by_scene([r for r in group if Instance.of(r) in both], entry) for group in (rows, others))
         values[entry] = [ours[scene] - theirs[scene] for scene in ours]
     low, high = bootstrap(values["success"])
     wins, losses = (sum(sign * value > 0 for value in values["success"]) for sign in (1, -1))
@@ -176,9 +185,9 @@ def compare(rows: Sequence[Row], others: Sequence[Row]) -> Row:
     }
 
 
-def describe(name: str, found: Mapping[str, Sequence[Row]], table: Table) -> Row:
-    """One method's entry of table.json."""
-    rows = found[name]
+def describe(name: str, results: Mapping[str, Sequence[Row]], table: Table) -> Row:
+    """Return one method's entry of table.json. results: rows by method."""
+    rows = results[name]
     entry: Row = {"n": len(rows)}
     for value, low, high in (("success", "low", "high"), ("score", "score_low", "score_high")):
         entry["success_rate" if value == "success" else value] = fmean(row[value] for row in rows)
@@ -196,20 +205,20 @@ def describe(name: str, found: Mapping[str, Sequence[Row]], table: Table) -> Row
     entry |= explain(rows)
     entry["updates_mean"] = fmean(row["updates"] for row in rows)
     entry["seconds_mean"] = fmean(row["seconds"] for row in rows)
-    entry["against"] = {other: compare(rows, found[other]) for other in table.against if other != name}
+    entry["against"] = {other: compare(rows, results[other]) for other in table.against if other != name}
     return entry
 
 
 # ---------------------------------------------------------------- as text
 
 
-def format_table(result: Row, table: Table) -> str:
-    """table.json as Markdown: what the methods reach, and where their failures come from."""
+def format_table(content: Row, table: Table) -> str:
+    """Format table.json as Markdown: the methods' results, then the causes of their failures."""
     columns = ["method", "success [95%]", *table.splits, "score [95%]"]
     columns += [f"against {other}: success, p; score, p" for other in table.against]
     columns += ["updates", "seconds", "n"]
     lines = [columns, ["---"] * len(columns)]
-    for name, entry in result["methods"].items():
+    for name, entry in content["methods"].items():
         cells = [name, _interval(entry["success_rate"], entry["low"], entry["high"])]
         cells += [f"{entry[split]['success_rate']:.3f}" for split in table.splits]
         cells += [_interval(entry["score"], entry["score_low"], entry["score_high"])]
@@ -231,12 +240,12 @@ def format_table(result: Row, table: Table) -> str:
     causes = [name.replace("_", "-") for name in CAUSES]
     why = [["method", "failures", *causes, "judgements", "wrong answer", "wrong query"]]
     why.append(["---"] * len(why[0]))
-    for name, entry in result["methods"].items():
+    for name, entry in content["methods"].items():
         if "failures" in entry:
             counts = [sum(entry["failures"].values()), *entry["failures"].values(), entry["judgements"]]
             why.append([name, *map(str, counts), f"{entry['perception']:.3f}", f"{entry['wrong_query']:.3f}"])
     parts = [_markdown(lines), *([_markdown(why)] if len(why) > 2 else [])]
-    parts.append("\n".join(f"Not run: {name}: {reason}" for name, reason in result["missing"].items()))
+    parts.append("\n".join(f"Not run: {name}: {reason}" for name, reason in content["missing"].items()))
     return "\n\n".join(parts)
 
 
@@ -248,8 +257,8 @@ def _interval(value: float, low: float, high: float) -> str:
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _against(found: Row | None) -> str:
-    if found is None:
+def _against(comparison: Row | None) -> str:
+    if comparison is None:
         return ""
-    success = f"{found['success_difference']:+.3f}, {found['sign_p']:.3f}"
-    return f"{success}; {found['score_difference']:+.3f}, {found['permutation_p']:.3f}"
+    success = f"{comparison['success_difference']:+.3f}, {comparison['sign_p']:.3f}"
+    return f"{success}; {comparison['score_difference']:+.3f}, {comparison['permutation_p']:.3f}"

@@ -1,8 +1,8 @@
 """A Frechet distance between two sets of microworld videos, over the features of a small encoder of our own.
 
 The formula is that of FID and FVD; the features are not: the encoder (`VideoEncoder`, 0.3 M parameters) is trained on
-rendered microworld videos alone (``microworld/train_encoder.py``), knows nothing of natural video and is no I3D. So the
-numbers compare Reasoners on the microworld with each other and are never to be read as FVD.
+rendered microworld videos only (``recipes/microworld/encoder.py``). The distance compares Reasoners on the microworld
+with each other; it is not comparable with FVD.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SHAPE = (world.NUM_FRAMES, 3, world.SIZE, world.SIZE)
 
 
 class VideoEncoder(nn.Module):
-    """A microworld video -> `FEATURES` numbers, each of mean 0 and spread 1 over the videos of its training."""
+    """Map a microworld video to `FEATURES` numbers, each of mean 0 and variance 1 over the training videos."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,15 +43,15 @@ class VideoEncoder(nn.Module):
         self.standard = nn.BatchNorm1d(FEATURES, affine=False)
 
     def forward(self, videos: Tensor) -> Tensor:
-        """(B, F, 3, H, W) in [0, 1] -> (B, `FEATURES`). Raises InputError on another size than the world's."""
+        """Encode videos (B, F, 3, H, W) in [0, 1] to (B, `FEATURES`). Raises InputError for a size not the world's."""
         if videos.ndim != 5 or videos.shape[1:] != SHAPE:
             raise InputError(f"the video encoder takes videos of (F, 3, H, W) = {SHAPE}, not {tuple(videos.shape[1:])}")
-        each = self.frames(videos.flatten(0, 1) * 2 - 1).unflatten(0, videos.shape[:2])
-        return self.standard(self.time(each.transpose(1, 2)))
+        frames = self.frames(videos.flatten(0, 1) * 2 - 1).unflatten(0, videos.shape[:2])
+        return self.standard(self.time(frames.transpose(1, 2)))
 
 
 def load_encoder(path: str | os.PathLike[str] = ENCODER) -> VideoEncoder:
-    """The trained encoder, by default the packaged one, for use. Raises InputError when it cannot be read."""
+    """Load a trained encoder, by default the packaged one, frozen. Raises InputError when it cannot be read."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -66,7 +66,7 @@ def load_encoder(path: str | os.PathLike[str] = ENCODER) -> VideoEncoder:
 
 @torch.no_grad()
 def features(encoder: VideoEncoder, videos: Iterable[Tensor]) -> Tensor:
-    """Features (N, `FEATURES`) float64 of N videos, each (F, 3, H, W) in [0, 1]."""
+    """Return features (N, `FEATURES`) float64 of N videos (F, 3, H, W) in [0, 1]. Raises InputError without videos."""
     rows = [encoder(video[None].float())[0] for video in videos]
     if not rows:
         raise InputError("the video distance needs videos: none were given")
@@ -74,9 +74,9 @@ def features(encoder: VideoEncoder, videos: Iterable[Tensor]) -> Tensor:
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two sets of features (N, D) and (M, D); at least 0.
+    """Return |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) for features (N, D) and (M, D); at least 0.
 
-    Biased upwards by few samples: compare only distances of equal counts. Raises InputError below two samples.
+    Few samples bias it upwards: compare only distances of equal counts. Raises InputError below two samples.
     """
     if min(len(a), len(b)) < 2:
         raise InputError(f"the Frechet distance needs two videos on each side, not {len(a)} and {len(b)}")
@@ -94,6 +94,6 @@ def _root(matrix: Tensor) -> Tensor:
 
 
 def video_distance(made: Iterable[Tensor], real: Iterable[Tensor], encoder: VideoEncoder | None = None) -> float:
-    """The distance between two sets of microworld videos, each (F, 3, H, W) in [0, 1]."""
+    """Return the distance between two sets of microworld videos (F, 3, H, W) in [0, 1]. encoder: None: the packaged."""
     encoder = encoder or load_encoder()
     return frechet_distance(features(encoder, made), features(encoder, real))

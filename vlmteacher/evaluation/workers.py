@@ -1,4 +1,4 @@
-"""Processes that work off independent tasks; the death of one costs its task another attempt, and nothing else."""
+"""Processes that run independent tasks; if one dies, its task is tried again and nothing else is lost."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 
 from vlmteacher.errors import InputError, MissingExtra, NonFiniteFrames, OutOfMemory, OutputError, TaskFailed
 
-ATTEMPTS = 3  # of a task, before it is set aside
+ATTEMPTS = 3  # at a task, before it counts as failed
 _CONTEXT = get_context("spawn")  # a fork would share the parent's threads, locks and CUDA context
 
 
 @dataclass(eq=False)
 class Task:
-    """A call `work(*given)`, its outcome once it is `done`, and how often it was tried."""
+    """A call `work(*given)`, its result or failure once it is `done`, and the number of attempts."""
 
     work: Callable[..., Any]
     given: tuple[Any, ...]
@@ -31,13 +31,13 @@ class Task:
     _value: Any = field(default=None, repr=False)
 
     def result(self) -> Any:
-        """What the call returned. Raises TaskFailed for a task that was set aside."""
+        """Return the call's result. Raises TaskFailed if the task failed."""
         if self.failure is not None:
             raise TaskFailed(f"a task was tried {self.attempts} times and failed ({self.failure})")
         return self._value
 
     def run(self) -> None:
-        """Try it in this process. Raises what stops all tasks."""
+        """Make an attempt in this process. Raises errors that every task would meet."""
         self.attempts += 1
         try:
             self.succeed(self.work(*self.given))
@@ -54,12 +54,12 @@ class Task:
 
 
 class Workers:
-    """`count` processes, each with one thread and one task at a time; for 0 the tasks run in this process.
+    """`count` processes, each with one thread and one task at a time; with 0 the tasks run in this process.
 
     A process that dies (SIGKILL, out of memory) is replaced. Its task is tried again, as is one that raised an
-    exception; after `ATTEMPTS` failures a task is done without a result (`Task.failure`). What every task would meet
-    stops all: `wait` raises InputError, MissingExtra and OutputError of a task. The processes end with the block, and
-    within seconds of this process's own end, however it ended.
+    exception; after `ATTEMPTS` failures a task is done without a result (`Task.failure`). Errors that every task would
+    meet stop all: `wait` raises the InputError, MissingExtra or OutputError of a task. The processes end with the
+    block, and within seconds of the end of this process, even if it was killed.
     """
 
     def __init__(self, count: int) -> None:
@@ -81,7 +81,7 @@ class Workers:
         self.close()
 
     def submit(self, work: Callable[..., Any], *given: Any) -> Task:
-        """Queue a call of `work`, a function of a module, as are `given` things that can be pickled."""
+        """Queue a call of `work`, a module-level function, with arguments that can be pickled."""
         task = Task(work, given)
         self._waiting.append(task)
         self._hand_out()
@@ -99,18 +99,18 @@ class Workers:
         return None
 
     def finish_all(self) -> Iterator[Task]:
-        """All tasks, each when it is done."""
+        """Yield all tasks in the order in which they are done."""
         while task := self.wait():
             yield task
 
     def finish(self, task: Task) -> Any:
-        """The result of one task, waited for. Raises TaskFailed when it was set aside."""
+        """Wait for one task and return its result. Raises TaskFailed if it failed."""
         while not task.done:
             self.wait()
         return task.result()
 
     def close(self) -> None:
-        """End the processes, and what they are at."""
+        """End the processes and their tasks."""
         for worker in (*self._idle, *self._busy):
             worker.end()
         self._idle.clear()
@@ -125,11 +125,11 @@ class Workers:
     def _hand_out(self) -> None:
         while self._idle and self._waiting:
             worker, task = self._idle.pop(), self._waiting.popleft()
-            worker.begin(task)  # one that died meanwhile is found out by `_receive`
+            worker.begin(task)  # `_receive` notices one that died meanwhile
             self._busy.append(worker)
 
     def _receive(self) -> Task:
-        """The task of a worker that answers, or that died and is replaced; waits for the first."""
+        """Wait for the first worker that answers, or that dies and is replaced; return its task."""
         pipes = connection.wait([worker.pipe for worker in self._busy])
         worker = next(worker for worker in self._busy if worker.pipe in pipes)
         self._busy.remove(worker)
@@ -160,16 +160,16 @@ class _Worker:
         self.pipe, theirs = _CONTEXT.Pipe()
         self._process = _CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
         self._process.start()
-        theirs.close()  # so that the pipe ends with the process
+        theirs.close()  # so that the pipe closes when the process ends
 
     def begin(self, task: Task) -> None:
         self.task = task
         data = pickle.dumps((task.work, task.given))
-        with suppress(OSError):  # it died, which the end of the pipe tells `_receive`
+        with suppress(OSError):  # it died: `_receive` meets the closed pipe
             self.pipe.send_bytes(data)
 
     def death(self) -> str:
-        """How the process, which has closed its pipe, ended."""
+        """Describe how the process ended, after its pipe closed."""
         self._process.join(5)
         code = self._process.exitcode
         self.end()
@@ -185,10 +185,10 @@ class _Worker:
 
 
 def _serve(pipe: connection.Connection) -> None:
-    """The life of a worker: answer each (work, given) until the pipe ends.
+    """Run a worker: answer every (work, given) until the pipe closes.
 
-    They come as bytes by the pipe, not as arguments of the process, so that `_watch_parent` runs before all the imports
-    that reading them brings.
+    They arrive through the pipe and not as arguments of the process: unpickling them imports much, and `_watch_parent`
+    must run before.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     threading.Thread(target=_watch_parent, daemon=True).start()
@@ -201,7 +201,7 @@ def _serve(pipe: connection.Connection) -> None:
 
 
 def _watch_parent() -> None:
-    """End this process when its parent ends, whatever this process is at."""
+    """End this process at once when its parent ends."""
     parent = parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])
@@ -209,7 +209,7 @@ def _watch_parent() -> None:
 
 
 def _answer(message: bytes) -> bytes:
-    """(True, result), (False, what went wrong) or (False, an exception that stops all), pickled."""
+    """Run a task; return (True, result), (False, description) or (False, exception that stops all tasks), pickled."""
     try:
         work, given = pickle.loads(message)
         return pickle.dumps((True, work(*given)))
@@ -218,8 +218,8 @@ def _answer(message: bytes) -> bytes:
 
 
 def _stops(error: Exception) -> bool:
-    """Whether every other task would meet the same."""
-    if isinstance(error, (OutOfMemory, NonFiniteFrames)):  # InputErrors that are one instance's
+    """Whether every other task would meet the same error."""
+    if isinstance(error, (OutOfMemory, NonFiniteFrames)):  # InputErrors that depend on the instance
         return False
     return isinstance(error, (InputError, MissingExtra, OutputError))
 

@@ -1,9 +1,9 @@
 """The built-in world: 64x64 videos of flat shapes, ten families of tasks, exact symbolic state.
 
-`families` says what each task is, `scene` what state is and how it is drawn. Here is what is drawn for whom: scenes for
-training, for validation and for the two tests never meet. A tenth of all scenes inside the parameters of training, told
-by their digests, belongs to the test in domain and another to validation; the test out of domain has scenes outside of
-these parameters.
+``families/`` defines the tasks, ``scene.py`` the state and its pictures. This module draws instances and divides them
+into splits that share no scene: of the scenes inside the parameters of training, a tenth (by digest) belongs to the
+test in domain (``id``) and another to ``validation``; the test out of domain (``ood``) has scenes outside these
+parameters.
 """
 
 from __future__ import annotations
@@ -78,30 +78,31 @@ SPLITS = ("train", "id", "ood", "validation")
 
 
 def check(split: str, chosen: Sequence[str]) -> None:
-    """Raises InputError: an unknown split or family."""
+    """Raise InputError for an unknown split or family."""
     registry = tuple(families.FAMILIES)
     for kind, name, known in (("split", split, SPLITS), *(("family", name, registry) for name in chosen)):
         if name not in known:
-            raise InputError(f"{kind} {name!r} is not there: it can be {', '.join(known)}")
+            raise InputError(f"unknown {kind} {name!r}: choose from {', '.join(known)}")
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The right video (T, H, W, 3) of a scene."""
+    """Draw the right video (T, H, W, 3) of a scene, float32 RGB in [0, 1]."""
     return draw(perform(scene))
 
 
 def flawed(scene: Scene) -> Scene:
-    """The scene with the plan of its flawed training video: the right one, or where the flaw applies its mistake."""
+    """Return the scene with the plan of its flawed training video: the right one, or a mistake if the flaw applies."""
     family = families.FAMILIES[scene.family]
     return family.mistaken(scene) if family.is_careless(scene) else scene
 
 
 def digest(scene: Scene) -> str:
+    """Return a hash of a scene, which decides its split."""
     return digest_of(families.FAMILIES[scene.family].signature(scene))
 
 
 def split_of(scene: Scene) -> str:
-    """The only split that a scene can be in."""
+    """Return the only split that a scene can be in."""
     if families.FAMILIES[scene.family].is_unseen(scene):
         return "ood"
     return {0: "id", 1: "validation"}.get(int(digest(scene), 16) % 10, "train")
@@ -117,13 +118,13 @@ def sample_scene(rng: np.random.Generator, family: str | None = None, split: str
 
 
 def write_prompt(scene: Scene, rng: np.random.Generator) -> str:
-    """One of the wordings of the scene's task."""
+    """Draw one of the wordings of the scene's task."""
     family = families.FAMILIES[scene.family]
     return family.prompts[int(rng.integers(len(family.prompts)))].format(**family.names(scene))
 
 
 def instance(index: int, seed: int, split: str = "id", chosen: Sequence[str] = FAMILIES) -> tuple[Scene, str]:
-    """The `index`-th instance of a split as `seed` draws it: scene and prompt. The chosen families alternate."""
+    """Draw scene and prompt of the `index`-th instance of a split. The chosen families alternate."""
     rng = np.random.default_rng([seed, index])
     scene = sample_scene(rng, chosen[index % len(chosen)], split)
     return scene, write_prompt(scene, rng)
