@@ -350,7 +350,7 @@ void backward_of(const Problem& p, int64_t batch, int64_t key_head) {
   const int64_t keys = up(p.keys, kRows), queries = up(p.queries, kPanel);  // a block is whole tiles of both
   const int64_t sums = width.columns * 4, pairs = width.columns * T::kBytes, numbers = up(queries * 4, 64);
   const Scratch scratch(int64_t(sizeof(BackwardBlock<T>)) + keys * (2 * bytes + pairs + 2 * sums) +
-                  queries * (2 * bytes + 2 * pairs) + (queries + kRows) * sums + 6 * numbers + 17 * 64);
+                        queries * (2 * bytes + 2 * pairs) + (queries + kRows) * sums + 6 * numbers + 17 * 64);
   char* next = scratch.data;
   const auto take = [&](int64_t size) {
     char* found = next;

@@ -121,9 +121,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmteacher_cpp, m) {
       "float scale) -> Tensor[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(vlmteacher_cpp, CompositeExplicitAutograd, m) {
-  m.impl("avx512_bf16", boxed<&available>);
-}
+STABLE_TORCH_LIBRARY_IMPL(vlmteacher_cpp, CompositeExplicitAutograd, m) { m.impl("avx512_bf16", boxed<&available>); }
 
 STABLE_TORCH_LIBRARY_IMPL(vlmteacher_cpp, CPU, m) {
   m.impl("attention", boxed<&forward>);

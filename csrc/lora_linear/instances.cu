@@ -20,8 +20,8 @@ constexpr bool as_listed = shared_bytes<T, Tile, LeftAxis, RightAxis>() ==
                                Shared[sizeof(T) == 2][std::is_same_v<Tile, Wide<T>>][int(LeftAxis) + int(RightAxis)] &&
                            Tile::Threads == (sizeof(T) == 2 && std::is_same_v<Tile, Narrow<T>> ? 128 : 256);
 
-#define GEMM(T, OUT, TILE, LEFT, RIGHT)                                  \
-  static_assert(as_listed<T, TILE<T>, Along::LEFT, Along::RIGHT>);       \
+#define GEMM(T, OUT, TILE, LEFT, RIGHT)                            \
+  static_assert(as_listed<T, TILE<T>, Along::LEFT, Along::RIGHT>); \
   template __global__ void gemm<T, OUT, TILE<T>, Along::LEFT, Along::RIGHT>(const __grid_constant__ Gemm<T, OUT>)
 
 #define KERNELS(T)                                 \

@@ -53,8 +53,9 @@ void pack_columns(const char* from, int64_t stride, int64_t words, int64_t colum
                         : _mm512_setzero_si512();
       }
       transpose(rows);
-      UNROLL for (int i = 0; i < 16; ++i) if (word + i < words)
-        _mm512_storeu_si512(to + ((word + i) * kVectors + v) * 64, rows[i]);
+      UNROLL for (int i = 0; i < 16; ++i) {
+        if (word + i < words) _mm512_storeu_si512(to + ((word + i) * kVectors + v) * 64, rows[i]);
+      }
     }
 }
 
@@ -88,8 +89,11 @@ struct Tile {
 template <int ROWS>
 void run(const Tile& t) {
   __m512 sum[ROWS][kVectors];
-  UNROLL for (int i = 0; i < ROWS; ++i) UNROLL for (int v = 0; v < kVectors; ++v)
+  UNROLL for (int i = 0; i < ROWS; ++i) {
+    UNROLL for (int v = 0; v < kVectors; ++v) {
       sum[i][v] = t.first ? _mm512_setzero_ps() : _mm512_loadu_ps(t.sums + i * kColumns + v * kLanes);
+    }
+  }
   const char* panel = t.panel;
   for (int64_t s = 0; s < t.count; ++s) {
     const int64_t step = t.stretches[s].step;
@@ -108,11 +112,13 @@ void run(const Tile& t) {
   UNROLL for (int v = 0; v < kVectors; ++v) {
     const __mmask16 mask = lanes(t.columns - v * kLanes);
     const __m512 bias = t.bias && t.last ? BFloat16::load(t.bias + 32 * v, mask) : _mm512_setzero_ps();
-    UNROLL for (int i = 0; i < ROWS; ++i)
-      if (t.last)
+    UNROLL for (int i = 0; i < ROWS; ++i) {
+      if (t.last) {
         BFloat16::store(t.out + i * t.out_step + 32 * v, mask, _mm512_add_ps(sum[i][v], bias));
-      else
+      } else {
         _mm512_storeu_ps(t.sums + i * kColumns + v * kLanes, sum[i][v]);
+      }
+    }
   }
 }
 
@@ -146,9 +152,17 @@ void part(const Product& p, int64_t row, int64_t rows, int64_t panel, int64_t pa
     const int64_t columns = p.n - column < kColumns ? p.n - column : kColumns;
     int64_t segment = 0, done = 0;  // words of it
     for (int64_t pass = 0; pass < passes; ++pass) {
-      Tile t{stretches, 0, row, packed, sums, pass == 0, pass + 1 == passes,
+      Tile t{stretches,
+             0,
+             row,
+             packed,
+             sums,
+             pass == 0,
+             pass + 1 == passes,
              p.bias ? static_cast<const char*>(p.bias) + 2 * column : nullptr,
-             static_cast<char*>(p.out) + (row * p.out_stride + column) * 2, p.out_stride * 2, columns};
+             static_cast<char*>(p.out) + (row * p.out_stride + column) * 2,
+             p.out_stride * 2,
+             columns};
       int64_t room = most;
       char* to = packed;
       while (room > 0 && segment < p.count) {

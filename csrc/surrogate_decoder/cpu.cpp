@@ -1,7 +1,7 @@
 // The convolutions of the surrogate decoder on the CPU; the definition is vlmteacher/ops/surrogate_decoder.py. All four
-// cases are one sum over taps (conv.h): forward, 9 taps; forward from an upsampled image, four phases of the output with
-// 2x2 taps each on the small image, the weights that meet the same pixel summed; and backward of either, where frame f
-// sees the output frames that saw it, 9 taps or all 16 of the phases.
+// cases are one sum over taps (conv.h): forward, 9 taps; forward from an upsampled image, four phases of the output
+// with 2x2 taps each on the small image, the weights that meet the same pixel summed; and backward of either, where
+// frame f sees the output frames that saw it, 9 taps or all 16 of the phases.
 #include <algorithm>
 #include <atomic>
 #include <bit>
@@ -31,8 +31,7 @@ Geometry geometry(int64_t upscale, bool backward) {
   Geometry g{1, 9, 1, 1, {}};
   if (upscale == 1) {
     for (int64_t ky = 0; ky < 3; ++ky)
-      for (int64_t kx = 0; kx < 3; ++kx)
-        g.tap.push_back(backward ? Tap{1 - ky, 1 - kx} : Tap{ky - 1, kx - 1});
+      for (int64_t kx = 0; kx < 3; ++kx) g.tap.push_back(backward ? Tap{1 - ky, 1 - kx} : Tap{ky - 1, kx - 1});
     return g;
   }
   g = backward ? Geometry{1, 16, 2, 1, {}} : Geometry{4, 4, 1, 2, {}};
@@ -163,9 +162,22 @@ std::tuple<Tensor, Tensor> conv3x3(const Tensor& any_x, const Tensor& any_taps, 
          ScalarType::Int, x);
   const Tensor packed = dense(any_packed);
   const std::vector<float> offset = bias_of(bias, channels);
-  const Conv conv{x.scalar_type() == ScalarType::BFloat16, height, width, x.size(3), sources, height, width, g.step,
-                  g.phases, g.out_step, g.taps, g.tap.data(), channels,
-                  static_cast<const int32_t*>(packed.const_data_ptr()), offset.data(), float(slope.value_or(0))};
+  const Conv conv{x.scalar_type() == ScalarType::BFloat16,
+                  height,
+                  width,
+                  x.size(3),
+                  sources,
+                  height,
+                  width,
+                  g.step,
+                  g.phases,
+                  g.out_step,
+                  g.taps,
+                  g.tap.data(),
+                  channels,
+                  static_cast<const int32_t*>(packed.const_data_ptr()),
+                  offset.data(),
+                  float(slope.value_or(0))};
   const int32_t* tap = static_cast<const int32_t*>(taps.const_data_ptr());
   std::vector<Source> seen(count * sources);
   for (size_t i = 0; i < seen.size(); ++i)
@@ -198,9 +210,22 @@ Tensor conv3x3_backward(const Tensor& any_grad, const Tensor& any_signs, const T
          ScalarType::Int, grad);
   const Tensor packed = dense(any_packed);
   const std::vector<float> offset = bias_of({}, channels);
-  const Conv conv{grad.scalar_type() == ScalarType::BFloat16, height, width, grad.size(3), sources, height / upscale,
-                  width / upscale, g.step, g.phases, g.out_step, g.taps, g.tap.data(), channels,
-                  static_cast<const int32_t*>(packed.const_data_ptr()), offset.data(), float(slope.value_or(0))};
+  const Conv conv{grad.scalar_type() == ScalarType::BFloat16,
+                  height,
+                  width,
+                  grad.size(3),
+                  sources,
+                  height / upscale,
+                  width / upscale,
+                  g.step,
+                  g.phases,
+                  g.out_step,
+                  g.taps,
+                  g.tap.data(),
+                  channels,
+                  static_cast<const int32_t*>(packed.const_data_ptr()),
+                  offset.data(),
+                  float(slope.value_or(0))};
   const int32_t* tap = static_cast<const int32_t*>(taps.const_data_ptr());
   std::vector<Source> seen(bank * sources, Source{nullptr, nullptr});
   std::vector<Frame> frames(bank), used;

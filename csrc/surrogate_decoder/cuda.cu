@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor> conv3x3(const Tensor& x_any, const Tensor& taps_any, 
   with_type(x.scalar_type(), [&]<class T>() {
     Device device(x);
     surrogate_decoder::forward(device, data<T>(x), data<int>(taps), data<T>(weight), data<T>(bias), data<T>(residual),
-                          data<int>(rows), shape, data<T>(y), slope ? data<uint8_t>(signs) : nullptr);
+                               data<int>(rows), shape, data<T>(y), slope ? data<uint8_t>(signs) : nullptr);
   });
   return {y, signs};
 }
@@ -70,8 +70,8 @@ Tensor conv3x3_backward(const Tensor& grad_any, const Tensor& signs_any, const T
   with_type(grad.scalar_type(), [&]<class T>() {
     Device device(grad);
     surrogate_decoder::backward(device, data<T>(grad), slope ? data<uint8_t>(signs) : nullptr, data<int>(taps),
-                           data<T>(weight), data<T>(residual), slope ? data<uint8_t>(residual_signs) : nullptr, shape,
-                           data<T>(dx));
+                                data<T>(weight), data<T>(residual), slope ? data<uint8_t>(residual_signs) : nullptr,
+                                shape, data<T>(dx));
   });
   return dx;
 }

@@ -1,5 +1,5 @@
-// Device code of the surrogate decoder's convolutions; the definition is vlmteacher/ops/surrogate_decoder.py, the order of
-// launches plan.cuh.
+// Device code of the surrogate decoder's convolutions; the definition is vlmteacher/ops/surrogate_decoder.py, the order
+// of launches plan.cuh.
 //
 // One implicit matrix product serves both directions: a block owns a rectangle of one frame's pixels and a run of
 // channels, and adds up, place by place of the kernel, what it reads at the shifted rectangle times that place's

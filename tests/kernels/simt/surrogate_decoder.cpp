@@ -17,8 +17,8 @@ const char* run_forward(int bytes, bool brain, const void* x, const int* taps, c
     simt::with_type(bytes, brain, [&]<class T>() {
       simt::Device device;
       surrogate_decoder::forward(device, static_cast<const T*>(x), taps, static_cast<const T*>(weight),
-                            static_cast<const T*>(bias), static_cast<const T*>(residual), rows, shape_of(shape, slope),
-                            static_cast<T*>(y), signs);
+                                 static_cast<const T*>(bias), static_cast<const T*>(residual), rows,
+                                 shape_of(shape, slope), static_cast<T*>(y), signs);
     });
   });
 }
@@ -30,8 +30,8 @@ const char* run_backward(int bytes, bool brain, const void* grad, const uint8_t*
     simt::with_type(bytes, brain, [&]<class T>() {
       simt::Device device;
       surrogate_decoder::backward(device, static_cast<const T*>(grad), signs, taps, static_cast<const T*>(weight),
-                             static_cast<const T*>(residual), residual_signs, shape_of(shape, slope),
-                             static_cast<T*>(dx));
+                                  static_cast<const T*>(residual), residual_signs, shape_of(shape, slope),
+                                  static_cast<T*>(dx));
     });
   });
 }
