@@ -45,11 +45,11 @@ def report() -> dict[str, Any]:
     else:
         import torch
 
-        from vlmteacher.ops.backends import build_facts, cpp_status, cuda_status, triton_status
+        from vlmteacher.ops.backends import build_record, cpp_status, cuda_status, triton_status
 
         for name, status in {"cpu": cpp_status, "triton": triton_status, "cuda": cuda_status}.items():
             backends[name] = dict(zip(("available", "why"), status(), strict=True))
-        if (facts := build_facts()["cuda"])["built"]:
+        if (facts := build_record()["cuda"])["built"]:
             backends["cuda"]["build"] = {"compiler": facts["compiler"], "torch": facts["torch"]}
         if backends["cpu"]["available"]:
             from vlmteacher import _C

@@ -69,7 +69,7 @@ def test_torchs_attention_gives_the_same_gradient(teacher, monkeypatch):
     for a, b in zip(*found, strict=True):
         assert (a - b).norm() < 1e-5 * a.norm()
     monkeypatch.setattr(teacher, "attention_backend", "fast")
-    with pytest.raises(InputError, match="'fast' is none of native, sdpa"):
+    with pytest.raises(InputError, match="unknown attention backend 'fast': choose from native, sdpa"):
         teacher.losses(frames, range(4), 8.0, queries)
 
 

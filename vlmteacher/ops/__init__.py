@@ -1,1 +1,1 @@
-"""Operators on tensors. A module holds a reference in plain torch, its autograd and the dispatch to backends."""
+"""Operators on tensors. Each module has a reference in plain torch, an autograd function and dispatch to backends."""

@@ -1,11 +1,11 @@
-"""What stands between the matrix products of a diffusion transformer's block: gated residual, LayerNorm, modulation.
+"""Gated residual, LayerNorm and modulation, between the matrix products of a diffusion transformer's block.
 
     out = x + y gate[row],  norm = LN(out) weight[row] + bias[row]
 
-in one pass over the tokens. A table has one row for the first tokens of an item (a known first frame, whose timestep is
-its own) and one for the others, where the plain expression has a copy for every token. The backward keeps `out` alone,
-which the next residual adds to anyway, and computes mean and deviation again: dx = grad_out + LN'(grad_norm weight),
-dy = dx gate.
+in one pass over the tokens. The tables gate, weight and bias have one row for the first tokens of an item (a given
+first frame, which has a timestep of its own) and one for the others, where the plain expression has a copy per token.
+The backward keeps only `out`, which the next residual keeps anyway, and recomputes mean and deviation:
+dx = grad_out + LN'(grad_norm weight), dy = dx gate.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from vlmteacher.errors import InputError
 from vlmteacher.ops.backends import backend, differentiable_once, plain
 
 
-def _each(table: Tensor, tokens: int, first: int) -> Tensor:
-    """(batches, rows, D) -> (batches, tokens or 1, D)."""
+def _per_token(table: Tensor, tokens: int, first: int) -> Tensor:
+    """Expand a table (batches, rows, D) to (batches, tokens or 1, D)."""
     if table.shape[1] == 1:
         return table
     return torch.cat([table[:, :1].expand(-1, first, -1), table[:, 1:].expand(-1, tokens - first, -1)], 1)
@@ -30,31 +30,31 @@ def _each(table: Tensor, tokens: int, first: int) -> Tensor:
 def ada_norm_reference(
     x: Tensor, y: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, first: int, eps: float
 ) -> list[Tensor]:
-    """The definition in plain differentiable torch: `out` where there is a y, then `norm` where there is a weight."""
+    """The definition in plain differentiable torch. Returns `out` if there is a y, then `norm` if there is a weight."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    found = []
+    results = []
     if y is not None:
         y = y.to(wide)
-        x = (x.to(wide) + (y if gate is None else y * _each(gate, x.shape[1], first))).to(x.dtype)
-        found.append(x)
+        x = (x.to(wide) + (y if gate is None else y * _per_token(gate, x.shape[1], first))).to(x.dtype)
+        results.append(x)
     if weight is not None and bias is not None:
         norm = F.layer_norm(x.to(wide), x.shape[-1:], eps=eps)
-        found.append((norm * _each(weight, x.shape[1], first) + _each(bias, x.shape[1], first)).to(x.dtype))
-    return found
+        results.append((norm * _per_token(weight, x.shape[1], first) + _per_token(bias, x.shape[1], first)).to(x.dtype))
+    return results
 
 
 def ada_norm_backward_reference(
     grad_out: Tensor | None, grad_norm: Tensor | None, kept: Tensor | None, gate: Tensor | None, weight: Tensor | None,
     first: int, eps: float, need_x: bool, need_y: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """What a backend computes: dx, then dy = dx gate, each where it is needed.
+    """The backward that a backend computes: dx if `need_x`, then dy = dx gate if `need_y`.
 
-    kept: what went into the norm, where there is one (a `weight`, with its `grad_norm`).
+    kept: the input of the norm, if there is one (then `weight` and `grad_norm` are given too).
     """
     dx: Tensor | None = None
     if grad_norm is not None and kept is not None and weight is not None:
         wide, sizes = weight.dtype, kept.shape[-1:]
-        v, grad = kept.to(wide), grad_norm.to(wide) * _each(weight, kept.shape[1], first)
+        v, grad = kept.to(wide), grad_norm.to(wide) * _per_token(weight, kept.shape[1], first)
         _, mean, scale = torch.ops.aten.native_layer_norm(v, sizes, None, None, eps)
         mask = [True, False, False]
         dx = torch.ops.aten.native_layer_norm_backward(grad, v, sizes, mean, scale, None, None, mask)[0]
@@ -62,10 +62,10 @@ def ada_norm_backward_reference(
         dx = grad_out.clone() if dx is None else grad_out + dx  # an operator's output is none of its inputs
     assert dx is not None
     like = grad_out if grad_out is not None else grad_norm
-    found = [dx] if need_x else []
+    grads = [dx] if need_x else []
     if need_y and gate is not None:
-        found.append(dx * _each(gate, dx.shape[1], first))
-    return [each.to(like.dtype) for each in found]  # type: ignore[union-attr]
+        grads.append(dx * _per_token(gate, dx.shape[1], first))
+    return [grad.to(like.dtype) for grad in grads]  # type: ignore[union-attr]
 
 
 def _forward(x: Tensor, *rest: Any) -> list[Tensor]:
@@ -78,7 +78,7 @@ def _backward(grad_out: Tensor | None, grad_norm: Tensor | None, *rest: Any) -> 
     return (fast.ada_norm_backward if fast else ada_norm_backward_reference)(grad_out, grad_norm, *rest)
 
 
-# The same as operators, for whoever must see through them; see lora_linear.py.
+# Registered with torch.library for torch.compile, fake tensors and dispatch modes, see `backends.plain`.
 @torch.library.custom_op("vlmteacher::ada_norm", mutates_args=())
 def _forward_operator(
     x: Tensor, y: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, first: int, eps: float
@@ -111,21 +111,21 @@ class _AdaNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, y: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
         first: int, eps: float,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        found = (_forward if plain(x) else _forward_operator)(x, y, gate, weight, bias, first, eps)
-        kept = None if weight is None else x if y is None else found[0]
-        ctx.facts = first, eps, y is not None
+        results = (_forward if plain(x) else _forward_operator)(x, y, gate, weight, bias, first, eps)
+        kept = None if weight is None else x if y is None else results[0]
+        ctx.options = first, eps, y is not None
         ctx.save_for_backward(kept, gate, weight)
         ctx.set_materialize_grads(False)
-        return tuple(found)
+        return tuple(results)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        first, eps, residual = ctx.facts
+        first, eps, residual = ctx.options
         kept, gate, weight = ctx.saved_tensors
         grad_out = grads[0] if residual else None
         grad_norm = grads[-1] if weight is not None else None
-        if grad_norm is None:  # then the gradient passes as it is
+        if grad_norm is None:  # only `out` was used: its gradient is dx
             kept = weight = None
         need_x, need_y = ctx.needs_input_grad[:2]
         need_gated = need_y and gate is not None
@@ -140,9 +140,9 @@ class _AdaNorm(torch.autograd.Function):
         if need_plain or need_gated:
             like: Any = grad_norm if grad_out is None else grad_out
             run = _backward if plain(like) else _backward_operator
-            found = run(grad_out, grad_norm, kept, gate, weight, first, eps, need_plain, need_gated)
-            dx = found[0] if need_plain else dx
-            dy = found[-1] if need_gated else dx
+            computed = run(grad_out, grad_norm, kept, gate, weight, first, eps, need_plain, need_gated)
+            dx = computed[0] if need_plain else dx
+            dy = computed[-1] if need_gated else dx
         return (dx if need_x else None, dy if need_y else None, None, None, None, None, None)
 
 
@@ -151,7 +151,7 @@ def _run(
 ) -> Any:
     tables = [t for t in (gate, weight, bias) if t is not None]
     _check(x, y, tables, first)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tables):  # frozen in the method: no kernel for it
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tables):  # the method freezes them: no kernel
         return ada_norm_reference(x, y, gate, weight, bias, first, eps)
     gate, weight, bias = (None if t is None else t.contiguous() for t in (gate, weight, bias))
     return _AdaNorm.apply(x, y, gate, weight, bias, first, eps)
@@ -182,14 +182,14 @@ def ada_norm(x: Tensor, weight: Tensor, bias: Tensor, first: int = 0, eps: float
 
     Args:
         x: (B, N, D) tokens, floating point.
-        weight, bias: (1 or B, 1 or 2, D) float32 (float64 for float64), 1 + scale and shift of adaptive normalisation.
-            Of two rows the first is for the first `first` tokens of each item, the other for the rest.
-        first: from 0 to N; without meaning where there is one row.
+        weight, bias: (1 or B, 1 or 2, D) float32 (float64 if x is), 1 + scale and shift of adaptive normalisation. Of
+            two rows the first applies to the first `first` tokens of each item, the second to the rest.
+        first: from 0 to N; ignored if the tables have one row.
         eps: added to the variance.
 
     Returns:
-        (B, N, D) in x's dtype; computed in float32 and rounded once. Differentiable once with respect to x, for which x
-        alone is saved. Tables that require a gradient get it from the plain expression.
+        (B, N, D) in x's dtype, computed in float32 and rounded once. Differentiable once with respect to x, saving only
+        x. If a table requires a gradient, the plain expression is used.
 
     Raises:
         InputError: shapes, dtypes or devices that do not fit.
@@ -198,16 +198,19 @@ def ada_norm(x: Tensor, weight: Tensor, bias: Tensor, first: int = 0, eps: float
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None, first: int = 0) -> Tensor:
-    """x + y gate, x and y (B, N, D), the gate a table as in `ada_norm`; None is 1. Nothing is saved but the gate."""
+    """x + y gate for x and y (B, N, D) and a table `gate` as in `ada_norm` (None: 1). Saves only the gate.
+
+    Raises InputError: shapes, dtypes or devices that do not fit.
+    """
     return _run(x, y, gate, None, None, first, 0.0)[0]
 
 
 def residual_ada_norm(
     x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, first: int = 0, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """(out, LN(out) weight + bias) with out = x + y gate: `gated_residual` and `ada_norm` of its result in one pass.
+    """(out, LN(out) weight + bias) with out = x + y gate: `gated_residual`, then `ada_norm` of it, in one pass.
 
-    The gate and the other two are tables of one shape. `out` alone is saved.
+    The three tables have one shape. Saves only `out`. Raises InputError: shapes, dtypes or devices that do not fit.
     """
     out, norm = _run(x, y, gate, weight, bias, first, eps)
     return out, norm

@@ -1,9 +1,9 @@
-"""Softmax attention under a mask of two intervals: every query sees the keys [0, a) and [b, c).
+"""Softmax attention under a mask of two intervals: every query attends to the keys [0, a) and [b, c).
 
-That is full attention, causal attention, segments of a row, sliding windows, and questions that share a prefix, in a
-table of three numbers a query; what nobody sees is not computed. On the CPU the operator is our own where the processor
-has AVX-512 BF16: sums and softmax in float32; of each query only the output and two numbers are kept for the backward.
-Elsewhere, and everywhere on request, it is torch's or another library's: see `BACKENDS`.
+Three numbers per query express full attention, causal attention, segments of a row, sliding windows and questions that
+share a prefix; masked blocks are not computed. On CPUs with AVX-512 BF16 the operator is our own: sums and softmax in
+float32, and for the backward it keeps the output and two numbers per query. Elsewhere, and on request, it is torch's or
+another library's: see `BACKENDS`.
 """
 
 from __future__ import annotations
@@ -23,19 +23,22 @@ from vlmteacher.errors import InputError, MissingExtra
 from vlmteacher.ops.backends import has_avx512_bf16, plain
 from vlmteacher.torch_modes import keepable
 
-_AVX512_BF16 = has_avx512_bf16()  # asked here, for torch.compile must not look into the question
+_AVX512_BF16 = has_avx512_bf16()  # outside of functions, for torch.compile cannot trace it
 BACKENDS = ("native", "sdpa", "flex", "xformers", "flash")
 
 
 @dataclass(frozen=True)
 class Spans:
-    """Which of `keys` keys each of N queries sees: [0, a) and [b, c).
+    """Which of `keys` keys each of N queries attends to: [0, a) and [b, c).
 
-    table: (N, 3) int32, rows (a, b, c), 0 <= a, b, c <= keys, at least one key each. causal: so many of the first
-    queries see just the keys up to their own place, and lengths: the table is that of `segments`; other libraries have
-    names for these.
+    Attributes:
+        table: (N, 3) int32, contiguous, with rows (a, b, c), 0 <= a, b, c <= keys, and at least one key per query.
+        keys: number of keys.
+        causal: number of leading queries that attend to exactly the keys up to their own position.
+        lengths: the segments' lengths if the table was made by `segments`. Other libraries have fast paths for these
+            two special cases.
 
-    Raises InputError for tables of another form (which waits for the device once).
+    Raises InputError for an invalid table; the check waits for the device once.
     """
 
     table: Tensor
@@ -46,18 +49,18 @@ class Spans:
     def __post_init__(self) -> None:
         table = self.table
         if table.dim() != 2 or table.shape[1] != 3 or table.dtype != torch.int32 or not table.is_contiguous():
-            raise InputError(f"spans are a contiguous (N, 3) int32, not {tuple(table.shape)} {table.dtype}")
+            raise InputError(f"spans must be a contiguous (N, 3) int32 table, not {tuple(table.shape)} {table.dtype}")
         a, b, c = table.unbind(1)
         if (
             len(table)
             and not table.is_meta
             and bool(((table < 0) | (table > self.keys)).any() | ((a < 1) & (b >= c)).any())
         ):
-            raise InputError(f"spans must lie within the {self.keys} keys, and every query must see one")
+            raise InputError(f"spans must lie within the {self.keys} keys and give every query at least one key")
 
     @staticmethod
     def segments(lengths: Sequence[int], device: torch.device | None = None) -> Spans:
-        """Every token sees its own segment of a row of sum(lengths)."""
+        """Every token of a row of sum(lengths) attends to its own segment."""
         sizes = torch.tensor(lengths)
         ends = sizes.cumsum(0).repeat_interleave(sizes)
         starts = ends - sizes.repeat_interleave(sizes)
@@ -68,11 +71,11 @@ class Spans:
         )
 
     def at(self, rows: Tensor) -> Spans:
-        """Of some of the queries."""
+        """The spans of the queries `rows`."""
         return Spans(self.table[rows].contiguous(), self.keys)
 
     def mask(self, first: int = 0) -> Tensor:
-        """(N - first, keys), True where a query may look."""
+        """(N - first, keys) bool, True where a query attends to a key, of the queries from `first` on."""
         a, b, c = self.table[first:, :, None].unbind(1)
         key = torch.arange(self.keys, device=self.table.device)
         return (key < a) | (b <= key) & (key < c)
@@ -80,21 +83,21 @@ class Spans:
     @functools.cached_property
     @keepable()
     def rest(self) -> Tensor:
-        """The mask of the queries that are not causal."""
+        """The mask of the queries after the causal ones."""
         return self.mask(self.causal)
 
     @functools.cached_property
     @keepable()
     def block_mask(self) -> Any:
-        """FlexAttention's."""
+        """The mask for FlexAttention."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         a, b, c = self.table.unbind(1)
 
-        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        def attends(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (key < a[query]) | (b[query] <= key) & (key < c[query])
 
-        return create_block_mask(sees, None, None, len(self.table), self.keys, device=self.table.device.type)
+        return create_block_mask(attends, None, None, len(self.table), self.keys, device=self.table.device.type)
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, spans: Spans | None = None) -> Tensor:
@@ -109,17 +112,17 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, spans: Spans | None = N
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None) -> list[Tensor]:
     """The output, and (2, B, H, N) float32: the softmax's largest exponent and 1 / its sum of exponentials."""
-    found: list[Tensor] = torch.ops.vlmteacher_cpp.attention(q, k, v, table, q.shape[-1] ** -0.5)
-    return found
+    results: list[Tensor] = torch.ops.vlmteacher_cpp.attention(q, k, v, table, q.shape[-1] ** -0.5)
+    return results
 
 
 def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
-    """From `_forward`'s output, softmax and table: the gradients of q, k and v."""
-    found: list[Tensor] = torch.ops.vlmteacher_cpp.attention_backward(grad, q, k, v, *rest, q.shape[-1] ** -0.5)
-    return found
+    """The gradients of q, k and v; rest: `_forward`'s output and softmax statistics, and the table."""
+    grads: list[Tensor] = torch.ops.vlmteacher_cpp.attention_backward(grad, q, k, v, *rest, q.shape[-1] ** -0.5)
+    return grads
 
 
-# The same as operators, for whoever must see through them; see lora_linear.py.
+# Registered with torch.library for torch.compile, fake tensors and dispatch modes, see `backends.plain`.
 @torch.library.custom_op("vlmteacher::attention", mutates_args=())
 def _forward_operator(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None) -> list[Tensor]:
     return _forward(q, k, v, table)
@@ -164,7 +167,7 @@ def _native(q: Tensor, k: Tensor, v: Tensor, spans: Spans | None) -> Tensor:
 
 
 def is_native(q: Tensor) -> bool:
-    """Whether our own operator takes tensors like q."""
+    """Whether our own operator runs on tensors like q."""
     takes = q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and q.shape[-1] % 2 == 0)
     return takes and q.device.type == "cpu" and q.numel() > 0 and _AVX512_BF16
 
@@ -245,28 +248,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans | None = None, backe
     """softmax(q k^T / sqrt(d)) v under the mask of `spans`.
 
     Args:
-        q: (B, N, H, d); k, v: (B, M, G, d), where each of the G key heads serves H / G neighbours of the query heads.
-            Floating point, of one dtype; the last dimension contiguous, or a copy is made.
-        spans: which keys each query sees, the same for all rows and heads; None: all.
+        q: (B, N, H, d) and k, v: (B, M, G, d), where each of the G key heads serves H / G consecutive query heads.
+            Floating point, of one dtype; copied if the last dimension is not contiguous.
+        spans: which keys each query attends to, the same for all batch entries and heads; None: all keys.
         backend: "native" (CPUs with AVX-512 BF16; float32 and bfloat16), "sdpa" (torch's), "flex" (torch's
-            FlexAttention), "xformers", "flash" (the package flash-attn); None: "native" where it runs, else "sdpa".
-            The last two are for GPUs; masks that they have no name for go to "sdpa".
+            FlexAttention), "xformers" and "flash" (the package flash-attn), both for GPUs, with "sdpa" for the masks
+            that they do not support. None: "native" where it runs, else "sdpa".
 
     Returns:
-        (B, N, H, d). Differentiable with respect to q, k and v, by the native operator once.
+        (B, N, H, d). Differentiable with respect to q, k and v; once by the native operator.
 
     Raises:
-        InputError: shapes, dtypes or a backend that do not fit; MissingExtra: a backend's package is not installed.
+        InputError: shapes, dtypes or a mask that do not fit; an unknown backend, or one that cannot run these tensors.
+        MissingExtra: the backend's package is not installed.
     """
     _check(q, k, v, spans)
     if backend is None:
         backend = "native" if is_native(q) else "sdpa"
     if backend not in BACKENDS:
-        raise InputError(f"attention backend {backend!r} is none of {', '.join(BACKENDS)}")
+        raise InputError(f"unknown attention backend {backend!r}: choose from {', '.join(BACKENDS)}")
     if backend == "native":
         if not is_native(q):
             raise InputError(
-                f"native attention takes no {q.dtype} with {q.shape[-1]} channels on {q.device} here: "
+                f"native attention cannot run on {q.dtype} with {q.shape[-1]} channels on {q.device} here: "
                 "it needs a CPU with AVX-512 BF16, and float32 or bfloat16 (see `vlmteacher env`)"
             )
         return _native(q, k, v, spans)

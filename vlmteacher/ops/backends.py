@@ -1,4 +1,4 @@
-"""Which backend a tensor's operator runs on: C++ on the CPU, CUDA C++ or Triton on a GPU, plain torch otherwise."""
+"""Choose the backend of an operator: C++ on the CPU, CUDA C++ or Triton on a GPU, plain torch otherwise."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from vlmteacher.ops.manifest import OPERATORS
 
 _CPP_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Of a product with frozen weights, by the bytes of an element: from so many multiply-adds on torch's own are faster on
-# a GPU. Below that the launches are the time, of which CUDA C++ has the least (H200, benchmarks/NEGATIVE.md).
+# Multiply-adds of a product with frozen weights, by bytes per element, from which torch's own products are faster on a
+# GPU. Smaller products are bound by launches, of which CUDA C++ needs the fewest (H200, benchmarks/NEGATIVE.md).
 _TORCH_FROM = {2: 2**33, 4: 2**31}
 
 
-def build_facts() -> dict[str, Any]:
-    """What setup.py recorded: {"built", "why"} of the C++ operators, and of those for GPUs under "cuda"."""
+def build_record() -> dict[str, Any]:
+    """The outcome of the build as setup.py recorded it: {"built", "why"} of the C++ operators and, under "cuda", of the
+    GPU operators."""
     file = Path(__file__).parent.parent / "_build.json"
     missing = {"built": False, "why": "the package was never installed: pip install -e ."}
     return {"cuda": missing} | (json.loads(file.read_text()) if file.exists() else missing)
@@ -35,17 +36,17 @@ def build_facts() -> dict[str, Any]:
 
 @functools.cache
 def cpp_status() -> tuple[bool, str]:
-    """(whether the C++ operators are loaded, why not)."""
+    """Load the C++ operators; returns (loaded, the reason if not)."""
     try:
         importlib.import_module("vlmteacher._C")
     except ImportError as error:
-        return False, build_facts()["why"] or f"the library does not load: {error}"
+        return False, build_record()["why"] or f"the library does not load: {error}"
     return True, ""
 
 
 @functools.cache
 def has_avx512_bf16() -> bool:
-    """Whether the C++ operators that need it can run: of the processor, and of the compiler that built them."""
+    """Whether C++ operators that need AVX-512 BF16 can run: the processor has it, and so had the compiler."""
     return cpp_status()[0] and torch.ops.vlmteacher_cpp.avx512_bf16()
 
 
@@ -56,15 +57,15 @@ def _no_gpu() -> str:
 
 @functools.cache
 def cuda_status() -> tuple[bool, str]:
-    """(whether the operators in CUDA C++ are loaded, why not). Loads them where there is a GPU for them."""
-    if not (facts := build_facts()["cuda"])["built"]:
-        return False, facts["why"]
+    """Load the CUDA C++ operators if a GPU can run them; returns (loaded, the reason if not)."""
+    if not (record := build_record()["cuda"])["built"]:
+        return False, record["why"]
     if not torch.cuda.is_available():
         return False, f"built, but {_no_gpu()}"
     if torch.version.cuda is None or torch.cuda.get_device_capability() < (8, 0):
         return False, f"built for NVIDIA's Ampere and newer, but the GPU is {torch.cuda.get_device_name()}"
     try:
-        # Python loads torch's libraries each for itself: what ours takes of this one would be found nowhere.
+        # Python loads torch's libraries with local symbols: without this, ours would not resolve those of torch_cuda
         ctypes.CDLL("libtorch_cuda.so", mode=ctypes.RTLD_GLOBAL | os.RTLD_NOLOAD)
         torch.ops.load_library(Path(__file__).parent.parent / "_cuda.so")
     except OSError as error:
@@ -74,7 +75,7 @@ def cuda_status() -> tuple[bool, str]:
 
 @functools.cache
 def triton_status() -> tuple[bool, str]:
-    """(whether Triton kernels can run on this machine's GPU, why not). Asks no more than it needs to know."""
+    """Whether Triton kernels can run on this machine, and the reason if not; does not import triton."""
     if importlib.util.find_spec("triton") is None:
         return False, "triton is not installed: pip install 'vlmteacher[triton]'"
     if not torch.cuda.is_available():
@@ -83,16 +84,19 @@ def triton_status() -> tuple[bool, str]:
 
 
 def without_data(x: Tensor) -> bool:
-    """Whether x has a shape alone: no backend, and no reference that looks at values, can compute on it."""
+    """Whether x is a meta or fake tensor, on which neither a backend nor a reference that reads values can compute."""
     return x.is_meta or is_fake(x)
 
 
 def backend(x: Tensor, operator: str, weights: Sequence[Tensor] = ()) -> Any:
-    """What implements `operator` for x: a namespace with the operator's functions, or None for the reference.
+    """The backend of an operator for x: a namespace with the operator's functions, or None for the reference.
 
-    Every backend of an operator has the reference's argument order, so that the caller only looks the name up.
-    weights: what the rows of x are multiplied by, where the reference is little else than torch's products. Those in
-    Triton were never ahead of them.
+    Every backend takes the reference's arguments in the same order.
+
+    Args:
+        operator: a name of `vlmteacher.ops.manifest.OPERATORS`.
+        weights: the frozen weights that x (M, K) is multiplied by, of an operator that is mostly matrix products: large
+            ones are torch's, and never Triton's, which did not win at any size.
     """
     available = OPERATORS[operator].backends
     if x.device.type == "cpu" and x.dtype in _CPP_DTYPES and "cpp" in available and cpp_status()[0]:
@@ -111,15 +115,16 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def plain(tensor: Tensor) -> bool:
-    """Whether nobody looks on, so that an operator's backend can be called without the registration around it.
+    """Whether an operator may call its backend on `tensor` directly, without its torch.library registration.
 
-    A dispatch mode (selective checkpointing, counters) wants to see one operator, whatever the backend launches.
+    Tensor subclasses, torch.compile and dispatch modes (selective checkpointing, counters) need the registered one.
     """
     return type(tensor) in _PLAIN and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """An autograd function's `backward` that refuses a second derivative; where none can follow, asking costs time."""
+    """Make an autograd function's `backward` refuse a second derivative, without `once_differentiable`'s overhead when
+    gradients are off and no second derivative can follow."""
     refusing = once_differentiable(backward)
 
     def run(ctx: Any, *grads: Tensor | None) -> Any:

@@ -1,4 +1,4 @@
-"""Bits of a tensor, eight in a byte."""
+"""Pack the bits of a tensor, eight to a byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an operator asks of a tensor, whatever backend will read it."""
+"""Checks of an operator's arguments, the same for every backend."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Element-wise work between the products of a transformer: each one pass, forward and backward, in float32 inside.
+"""Element-wise operators of a transformer, each one pass forward and backward, computed in float32.
 
-On the CPU it is C++ where the processor has AVX-512 BF16; elsewhere it is torch's own operators.
+C++ on CPUs with AVX-512 BF16, torch's own operators elsewhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vlmteacher.errors import InputError
 from vlmteacher.ops.backends import has_avx512_bf16, plain
 from vlmteacher.ops.checks import expect
 
-_AVX512_BF16 = has_avx512_bf16()  # asked here, for torch.compile must not look into the question
+_AVX512_BF16 = has_avx512_bf16()  # outside of functions, for torch.compile cannot trace it
 
 
 def _is_fast(x: Tensor) -> bool:
@@ -41,12 +41,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
 
 
 def _gelu(x: Tensor, grad: Tensor | None) -> Tensor:
-    """gelu(x), or grad * gelu'(x)."""
+    """gelu(x) without a `grad`, else grad * gelu'(x)."""
     out: Tensor = torch.ops.vlmteacher_cpp.gelu(x, grad)
     return out
 
 
-# The same as operators, for whoever must see through them; see lora_linear.py.
+# Registered with torch.library for torch.compile, fake tensors and dispatch modes, see `backends.plain`.
 @torch.library.custom_op("vlmteacher::rotate", mutates_args=())
 def _rotate_operator(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     return _rotate(x, cos, sin, back)
@@ -74,7 +74,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """Saves the angles only, for its gradient is the rotation back."""
+    """Saves only the angles: the gradient is the inverse rotation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -89,12 +89,18 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, `x cos + rotate_half(x) sin`, in float32, in the dtype of x.
+    """Rotary position embedding: x cos + rotate_half(x) sin, computed in float32.
 
-    x: (N, H, d) or (B, N, H, d), d even, of any strides; cos, sin: (N, 1, d / 2) float32 (another floating dtype goes
-    the slow way): the first half, which the second repeats. Differentiable once with respect to x.
+    Args:
+        x: (N, H, d) or (B, N, H, d), d even, floating point, of any strides.
+        cos, sin: (N, 1, d / 2) of the angles, which hold for both halves of d; float32 (with other floating dtypes
+            torch's operators are used).
 
-    Raises InputError for shapes, dtypes or devices that do not fit.
+    Returns:
+        A tensor of x's shape and dtype. Differentiable once with respect to x.
+
+    Raises:
+        InputError: shapes, dtypes or devices that do not fit.
     """
     if x.dim() not in (3, 4) or not x.is_floating_point() or x.shape[-1] % 2:
         raise InputError(f"rotate takes a floating-point (N, H, d) or (B, N, H, d), d even: {x.dtype} {tuple(x.shape)}")
@@ -119,7 +125,7 @@ class _Gelu(torch.autograd.Function):
 
 
 def gelu(x: Tensor) -> Tensor:
-    """`F.gelu(x, approximate="tanh")` of any shape; by the C++ backend differentiable once."""
+    """`F.gelu(x, approximate="tanh")` of any shape; differentiable once by the C++ backend. Raises InputError."""
     if not x.is_floating_point():
         raise InputError(f"gelu takes floating-point tensors, not {x.dtype} {tuple(x.shape)}")
     if not _is_fast(x):

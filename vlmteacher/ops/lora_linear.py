@@ -1,7 +1,7 @@
-"""Frozen linear layers with a LoRA, forward and backward, without the y-sized detours of the plain expression.
+"""Frozen linear layers with a LoRA, y = x W^T + b + s (x A^T) B^T, forward and backward.
 
-y = x W^T + b + s (x A^T) B^T. The low-rank product is added by the matrix product itself (one pass over y instead of
-four), x is saved once for all layers that share it, and the frozen weight gets no gradient:
+The plain expression makes four passes over tensors of y's size. Here the matrix product adds the low-rank product
+itself, x is saved once for all layers that share it, and the frozen weight gets no gradient:
 S = x A^T, dS = s dy B, dA = dS^T x, dB = s dy^T S, dx = dy W + dS A.
 """
 
@@ -33,17 +33,17 @@ def lora_linear_group_reference(
     lora_b: Sequence[Tensor],
     scaling: Sequence[float],
 ) -> list[Tensor]:
-    """What a backend computes: x (M, K) -> each layer's y (M, N), then S (M, sum of the ranks).
+    """The forward that a backend computes: from x (M, K) each layer's y (M, N), then S (M, sum of the ranks).
 
-    All of one dtype; `biases` has one for each layer, or none at all.
+    All tensors have one dtype. `biases` has one entry for each layer, or is empty.
     """
     s = x @ (torch.cat(list(lora_a)) if len(lora_a) > 1 else lora_a[0]).T
-    found, start = [], 0
+    ys, start = [], 0
     for i, (weight, b) in enumerate(zip(weights, lora_b, strict=True)):
         y = torch.addmm(biases[i], x, weight.T) if biases else x @ weight.T
-        found.append(y.addmm_(s[:, start : start + b.shape[1]], b.T, alpha=scaling[i]))
+        ys.append(y.addmm_(s[:, start : start + b.shape[1]], b.T, alpha=scaling[i]))
         start += b.shape[1]
-    return [*found, s]
+    return [*ys, s]
 
 
 def lora_linear_group_backward_reference(
@@ -58,23 +58,23 @@ def lora_linear_group_backward_reference(
     need_a: bool,
     need_b: bool,
 ) -> list[Tensor]:
-    """What a backend computes: dx, then every dA, then every dB, each where it is needed."""
+    """The backward that a backend computes: dx, then every dA, then every dB, each of them if it is needed."""
     ranks = [b.shape[1] for b in lora_b]
     starts = [sum(ranks[:i]) for i in range(len(ranks))]
-    found: list[Tensor] = []
+    results: list[Tensor] = []
     if need_x or need_a:
         ds = torch.cat([(grad @ b).mul_(factor) for grad, b, factor in zip(grads, lora_b, scaling, strict=True)], 1)
         if need_x:
             dx = grads[0] @ weights[0]
             for grad, weight in zip(grads[1:], weights[1:], strict=True):
                 dx.addmm_(grad, weight)
-            found.append(dx.addmm_(ds, torch.cat(list(lora_a))))
+            results.append(dx.addmm_(ds, torch.cat(list(lora_a))))
         if need_a:
-            found += [part.clone() for part in (ds.T @ x).split(ranks)]
+            results += [part.clone() for part in (ds.T @ x).split(ranks)]
     if need_b:
         for grad, factor, start, rank in zip(grads, scaling, starts, ranks, strict=True):
-            found.append((grad.T @ s[:, start : start + rank]).mul_(factor))
-    return found
+            results.append((grad.T @ s[:, start : start + rank]).mul_(factor))
+    return results
 
 
 def _forward(x: Tensor, weights: Sequence[Tensor], *rest: Any) -> list[Tensor]:
@@ -87,8 +87,8 @@ def _backward(grads: Sequence[Tensor], x: Tensor, s: Tensor, weights: Sequence[T
     return (fast.lora_linear_backward if fast else lora_linear_group_backward_reference)(grads, x, s, weights, *rest)
 
 
-# The same as operators, for whoever must see through them (torch.compile, fake tensors). Everybody else calls the two
-# functions above: the registration costs more than a small layer's arithmetic.
+# Registered with torch.library for torch.compile, fake tensors and dispatch modes, see `backends.plain`. Other calls go
+# to the two functions above: a registered operator's overhead exceeds a small layer's arithmetic.
 @torch.library.custom_op("vlmteacher::lora_linear", mutates_args=())
 def _forward_operator(
     x: Tensor,
@@ -132,9 +132,9 @@ def _(
 
 
 class _LoRALinear(torch.autograd.Function):
-    """x (..., K) and, layer by layer, weights, biases (or none), A and B -> each layer's y (..., N).
+    """Each layer's y (..., N) from x (..., K), all weights, all biases (or none), all A and all B.
 
-    At a small layer's size every line of Python here is a per cent of the time.
+    For a small layer every line of Python here is a per cent of the time.
     """
 
     @staticmethod
@@ -145,7 +145,7 @@ class _LoRALinear(torch.autograd.Function):
             if t.dtype != dtype:  # under autocast
                 frozen = tuple(t.to(dtype) for t in frozen)
                 break
-        # On the CPU PEFT's float32 factors may stay beside a bfloat16 x, and their gradients come back in it.
+        # the C++ backend takes PEFT's float32 factors beside a bfloat16 x, and returns their gradients in float32
         if not (dtype == torch.bfloat16 and x.is_cpu and backend(x, "lora_linear")):
             factors = tuple(t.to(dtype) for t in factors)
         weights, a, b = frozen[:layers], factors[:layers], factors[layers:]
@@ -153,31 +153,31 @@ class _LoRALinear(torch.autograd.Function):
         *ys, s = (_forward if plain(x) else _forward_operator)(rows, weights, frozen[layers:], a, b, scaling)
         needs = ctx.needs_input_grad
         need_a, need_b = True in needs[cut + 3 : -layers], True in needs[-layers:]
-        ctx.facts = layers, scaling, x.shape, needs, need_a, need_b, [t.dtype for t in tensors[cut:]]
-        # a backward that does not need x or S is given another tensor in its place
+        ctx.options = layers, scaling, x.shape, needs, need_a, need_b, [t.dtype for t in tensors[cut:]]
+        # a weight stands in for x or S if the backward does not need it
         ctx.save_for_backward(rows if need_a else weights[0], s if need_b else weights[0], *weights, *factors)
         return tuple(ys) if rows is x else tuple([y.view(*x.shape[:-1], y.shape[-1]) for y in ys])
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        n, scaling, shape, needs, need_a, need_b, dtypes = ctx.facts
+        n, scaling, shape, needs, need_a, need_b, dtypes = ctx.options
         rows, s, *tensors = ctx.saved_tensors
         flat = [(g if g.dim() == 2 else g.reshape(-1, g.shape[-1])).contiguous() for g in grads]
         run = _backward if plain(flat[0]) else _backward_operator
-        found = run(flat, rows, s, tensors[:n], tensors[n : 2 * n], tensors[2 * n :], scaling, needs[0], need_a, need_b)
+        out = run(flat, rows, s, tensors[:n], tensors[n : 2 * n], tensors[2 * n :], scaling, needs[0], need_a, need_b)
         dx = None
         if needs[0]:
-            dx, *found = found
+            dx, *out = out
             dx = dx if len(shape) == 2 else dx.view(shape)
         if not (need_a and need_b):
-            found = [*(found if need_a else [None] * n), *(found if need_b else [None] * n)]
-        found = [d if d is None or d.dtype == dtype else d.to(dtype) for d, dtype in zip(found, dtypes, strict=True)]
+            out = [*(out if need_a else [None] * n), *(out if need_b else [None] * n)]
+        factors = [d if d is None or d.dtype == t else d.to(t) for d, t in zip(out, dtypes, strict=True)]
         biases = [g.sum(0) if need else None for g, need in zip(flat, needs[3 + n : -2 * n], strict=False)]
-        return (dx, None, None, *[None] * n, *biases, *found)
+        return (dx, None, None, *[None] * n, *biases, *factors)
 
 
-# `apply` without what it does for torch.func's transforms; they are asked for instead
+# `apply` without its handling of torch.func's transforms, whose presence `_transforms` reports
 _bare_apply = super(torch.autograd.Function, _LoRALinear).apply
 _transforms = torch._C._are_functorch_transforms_active
 
@@ -190,12 +190,11 @@ def lora_linear(
     Args:
         x: (..., K), any strides, floating point. Under autocast it is cast first, as a linear layer's input is.
         weight, bias: (N, K) and (N,) or None. The weight is frozen: it may not require a gradient.
-        lora_a, lora_b: (r, K) and (N, r) with r at least 1; of another dtype than x (PEFT keeps them in float32) they
-            are cast to that of x.
-        scaling: s, a number.
+        lora_a, lora_b: (r, K) and (N, r) with r at least 1, cast to x's dtype (PEFT keeps them in float32).
+        scaling: the factor s.
 
     Returns:
-        (..., N). Differentiable, once, with respect to x, bias, lora_a and lora_b, or any of them.
+        (..., N). Differentiable once with respect to any of x, bias, lora_a and lora_b.
 
     Raises:
         InputError: shapes, dtypes or devices that do not fit, a rank of 0, or a weight that requires a gradient.
@@ -211,9 +210,9 @@ def lora_linear_group(
     lora_b: Sequence[Tensor],
     scaling: Sequence[float],
 ) -> list[Tensor]:
-    """`lora_linear` of several layers that share x (q, k and v), which is read and saved once for all.
+    """`lora_linear` of several layers that share x (q, k and v), which is read and saved once for all of them.
 
-    One entry a layer in each sequence; `biases` is None where no layer has one. See `lora_linear`.
+    Each sequence has one entry per layer; `biases` is None if no layer has one. Raises InputError as `lora_linear`.
     """
     _check(x, weights, biases, lora_a, lora_b, scaling)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
@@ -241,7 +240,7 @@ def _check(
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> bool:
-    """Whether nothing is to be said of this layer: the usual one is let through in a few microseconds."""
+    """Whether a layer's arguments are valid, decided in a few microseconds for the usual layer."""
     if b.dim() != 2 or not b.shape[1]:
         return False
     (n, rank), k, device = b.shape, x.shape[-1], x.device
@@ -258,7 +257,7 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) 
 
 
 def _check_layer(x: Tensor, layer: dict[str, Tensor]) -> None:
-    """Raises InputError where the layer cannot be computed, and says why."""
+    """Raise the InputError that says why a layer cannot be computed; a layer that autocast makes valid passes."""
     weight, a, b = layer["weight"], layer["lora_a"], layer["lora_b"]
 
     def shapes() -> str:
@@ -272,12 +271,12 @@ def _check_layer(x: Tensor, layer: dict[str, Tensor]) -> None:
         raise InputError(f"the LoRA rank must be at least 1: {shapes()}")
     if any(t.device != x.device for t in layer.values()):
         devices = ", ".join(f"{name} on {t.device}" for name, t in ({"x": x} | layer).items())
-        raise InputError(f"a lora_linear wants its tensors on one device: {devices}")
+        raise InputError(f"lora_linear takes tensors on one device: {devices}")
     if not all(t.is_floating_point() for t in layer.values()):
         raise InputError(f"lora_linear takes floating-point weights, got {[str(t.dtype) for t in layer.values()]}")
     frozen = {name: t.dtype for name, t in layer.items() if name in ("weight", "bias")}
     if any(dtype != x.dtype for dtype in frozen.values()) and not torch.is_autocast_enabled(x.device.type):
         dtypes = ", ".join(f"{name} {dtype}" for name, dtype in ({"x": x.dtype} | frozen).items())
-        raise InputError(f"a lora_linear wants x, weight and bias of one dtype (or autocast): {dtypes}")
+        raise InputError(f"lora_linear takes x, weight and bias of one dtype (or autocast): {dtypes}")
     if weight.requires_grad:
         raise InputError("the weight of a lora_linear is frozen: call weight.requires_grad_(False)")

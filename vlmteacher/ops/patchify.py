@@ -25,7 +25,7 @@ from vlmteacher.ops.resize import resize_bands
 
 
 def _arithmetic(frames: torch.dtype, rows: torch.dtype, resized: bool) -> torch.dtype:
-    """What the plain expression computes in: torch resizes no 16-bit frames on the CPU."""
+    """The dtype that the plain expression computes in: torch cannot resize 16-bit frames on the CPU."""
     wide = torch.promote_types(frames, rows)
     return torch.promote_types(wide, torch.float32) if resized else wide
 
@@ -60,7 +60,7 @@ def patchify_backward_reference(
     grid_h, grid_w = size[0] // patch // merge, size[1] // patch // merge
     x = grad.reshape(-1, grid_h, grid_w, merge, merge, 3, temporal_patch, patch, patch)
     x = x.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(-1, 3, *size)
-    last = x[num_frames - 1 :].sum(0, keepdim=True)  # with the slots that the last frame was repeated into
+    last = x[num_frames - 1 :].sum(0, keepdim=True)  # the last frame and its repetitions
     x = torch.cat([x[: num_frames - 1], last]) / grad.new_tensor(std).view(3, 1, 1)
     if resized:
         x = torch.ops.aten._upsample_bicubic2d_aa_backward(x, size, [num_frames, 3, height, width], False)
@@ -117,7 +117,7 @@ def _save_sizes_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 _patchify.register_autograd(
     lambda ctx, grad: (_patchify_backward(grad, *ctx.sizes), *[None] * 7), setup_context=_save_sizes
 )
-# The operator is affine in the frames: the gradient of its gradient is itself without the mean.
+# The operator is affine in the frames: its second derivative is the operator itself without the mean.
 _patchify_backward.register_autograd(
     lambda ctx, grad: (_patchify(grad, *ctx.sizes), *[None] * 9), setup_context=_save_sizes_backward
 )
@@ -131,7 +131,8 @@ def _check(
         raise InputError(f"patchify takes floating-point frames (T, 3, H, W), got {frames.dtype} {tuple(frames.shape)}")
     if not dtype.is_floating_point or (dtype == torch.float64) != (frames.dtype == torch.float64):
         raise InputError(
-            f"patchify makes no {dtype} of {frames.dtype}: ask for float32, float16 or bfloat16 (float64 of float64)"
+            f"patchify cannot make {dtype} from {frames.dtype}: ask for float32, float16 or bfloat16, or float64 from"
+            " float64"
         )
     if not frames.numel() or len(size) != 2 or min(size) < 1:
         raise InputError(
@@ -156,24 +157,23 @@ def patchify(
     """Patch rows of a video, (resize(f) - mean) / std, in the layout of Qwen-VL's processors.
 
     Args:
-        frames: (T, 3, H, W), RGB in [0, 1], floating point, of any strides. When T is not a multiple of temporal_patch
-            the last frame is repeated.
+        frames: (T, 3, H, W), RGB in [0, 1], floating point, of any strides. The last frame is repeated if T is not a
+            multiple of temporal_patch.
         patch, temporal_patch: extent of one patch in pixels and in frames. A patch may be the whole frame: with
             temporal_patch and merge 1 the rows are then the frames themselves, channel first.
-        merge: patches of one merge x merge block stand next to each other in the output.
+        merge: side of the blocks of merge x merge patches whose rows are adjacent.
         mean, std: one value per colour channel.
-        size: (height, width) that the frames are resized to first, bicubic with antialias, as
-            torch.nn.functional.interpolate does on floating point: not clamped, not rounded. Multiples of patch *
-            merge. Default: the frames' own, where nothing is resized.
-        dtype: of the result; default that of frames. 16-bit frames are resized in float32 and rounded once.
+        size: (height, width), multiples of patch * merge, that the frames are first resized to, bicubic with antialias
+            as torch.nn.functional.interpolate resizes floating point: neither clamped nor rounded. None: no resizing.
+        dtype: of the result; None: the dtype of frames. 16-bit frames are resized in float32 and rounded once.
 
     Returns:
-        (N, 3 * temporal_patch * patch**2); N = ceil(T / temporal_patch) * height / patch * width / patch.
+        (N, 3 * temporal_patch * patch**2) with N = ceil(T / temporal_patch) * height / patch * width / patch.
         Rows run over (t, H block, W block, row in block, column in block), columns over (channel, t, y, x).
-        Differentiable with respect to frames, twice; nothing is saved for it.
+        Differentiable twice with respect to frames, saving no tensor.
 
     Raises:
-        InputError: wrong rank, channel count or dtype, or a size that the blocks do not divide.
+        InputError: wrong rank, channel count or dtype, or a size that does not split into blocks.
 
     Source: `_preprocess` of transformers' Qwen2VLVideoProcessor and Qwen3VLVideoProcessor.
     """
@@ -184,7 +184,7 @@ def patchify(
 
 @dataclass(frozen=True)
 class PatchLayout:
-    """How patch rows lie: the arguments of `patchify` where it resizes nothing."""
+    """The layout of patch rows: the arguments of `patchify` without resizing."""
 
     patch: int
     temporal_patch: int
@@ -194,7 +194,7 @@ class PatchLayout:
     dtype: torch.dtype
 
     def rows(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
-        """The shape of the rows of a video. Raises InputError where its frames do not split into blocks."""
+        """The shape of a video's rows. Raises InputError: frames that do not split into blocks, or no frames."""
         if height % (self.patch * self.merge) or width % (self.patch * self.merge) or num_frames < 1:
             block = self.patch * self.merge
             raise InputError(f"{num_frames} frames of {height}x{width} do not split into blocks of {block}x{block}")
@@ -202,15 +202,15 @@ class PatchLayout:
         return pairs * height * width // self.patch**2, 3 * self.temporal_patch * self.patch**2
 
     def of(self, frames: Tensor) -> Tensor:
-        """The rows of frames (T, 3, H, W): `patchify`."""
+        """`patchify` frames (T, 3, H, W) to this layout."""
         return patchify(frames, self.patch, self.temporal_patch, self.merge, self.mean, self.std, dtype=self.dtype)
 
 
 @dataclass(frozen=True)
 class PatchRows:
-    """A video as patch rows, in the place of its frames (K, 3, H, W).
+    """A video (K, 3, H, W) as patch rows.
 
-    rows: of shape layout.rows(num_frames, height, width); differentiable to whatever they were made from.
+    rows: of shape layout.rows(num_frames, height, width), differentiable. Raises InputError for another shape or dtype.
     """
 
     rows: Tensor
@@ -229,7 +229,7 @@ class PatchRows:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """That of the frames."""
+        """The shape (K, 3, H, W) of the frames."""
         return self.num_frames, 3, self.height, self.width
 
     def __len__(self) -> int:
@@ -262,19 +262,20 @@ class PatchRows:
         return torch.stack([channel * s + m for channel, m, s in channels], 1)
 
     def aminmax(self) -> tuple[Tensor, Tensor]:
-        """The frames' extremes, without what the rounding of the rows may have added to them."""
+        """The frames' minimum and maximum, drawn towards the mean by the most that rounding the rows can have added."""
         less = 1 - torch.finfo(self.rows.dtype).eps
-        found = []
+        lows, highs = [], []
         for rows, m, s in zip(self.rows.detach().chunk(3, 1), self.layout.mean, self.layout.std, strict=True):
             low, high = rows.aminmax()
-            found += [low.float() * (s * less) + m, high.float() * (s * less) + m]
-        return torch.stack(found[::2]).amin(), torch.stack(found[1::2]).amax()
+            lows.append(low.float() * (s * less) + m)
+            highs.append(high.float() * (s * less) + m)
+        return torch.stack(lows).amin(), torch.stack(highs).amax()
 
 
 class Rows(NamedTuple):
-    """How `shuffle_to_rows` writes: as `PatchLayout`, with patches that need not be square.
+    """The layout that `shuffle_to_rows` writes: a `PatchLayout` whose patches need not be square.
 
-    A patch of a whole frame, with temporal_patch and merge 1, no mean and a std of 1, makes the frames themselves.
+    With patches of a whole frame, temporal_patch and merge 1, a mean of 0 and a std of 1 the rows are the frames.
     """
 
     patch_height: int
@@ -291,11 +292,11 @@ def shuffle_to_rows_reference(y: Tensor, slots: Tensor, rows: Tensor, upscale: i
     Args:
         y: (G, h, w, 3 upscale^2), contiguous: frames of height upscale h and width upscale w before the pixel shuffle,
             channels last.
-        slots: (G, R) int32: the places in the video at which frame g stands, rising; -1 is none.
-        rows: the whole video's, contiguous, of any floating-point dtype; the places of these frames are written.
+        slots: (G, R) int32: the positions of frame g in the video, ascending; -1 is none.
+        rows: the whole video's rows, contiguous, of any floating-point dtype; those of these frames are written.
 
     Returns:
-        (G, 3, upscale h, ceil(upscale w / 8)) uint8: the bits (`pack_bits`) of the pixels that were within [0, 1].
+        (G, 3, upscale h, ceil(upscale w / 8)) uint8: bits (`pack_bits`) that are set for pixels within [0, 1].
     """
     g, height, width, _ = y.shape
     frames = y.reshape(g, height, width, 3, upscale, upscale).permute(0, 3, 1, 4, 2, 5)
@@ -313,8 +314,10 @@ def shuffle_to_rows_reference(y: Tensor, slots: Tensor, rows: Tensor, upscale: i
 def shuffle_to_rows_backward_reference(
     grad: Tensor, slots: Tensor, inside: Tensor, size: tuple[int, int], upscale: int, layout: Rows, dtype: torch.dtype
 ) -> Tensor:
-    """The gradient of `shuffle_to_rows_reference` to y, (G, *size, 3 upscale^2) of `dtype`, from that of the rows,
-    contiguous; inside: what it returned."""
+    """The gradient of `shuffle_to_rows_reference` with respect to y, (G, *size, 3 upscale^2) of `dtype`.
+
+    grad: the gradient of the rows, contiguous; inside: the bits that the forward returned.
+    """
     height, width = size
     video = _video(grad.contiguous(), layout, height * upscale, width * upscale)
     wide = torch.promote_types(grad.dtype, dtype)
@@ -329,7 +332,7 @@ def shuffle_to_rows_backward_reference(
 
 
 def _video(rows: Tensor, layout: Rows, height: int, width: int) -> Tensor:
-    """A view (temporal patches, frames in one, 3, blocks, merge, patch rows, blocks, merge, patch columns)."""
+    """View rows as (temporal patches, frames in each, 3, blocks, merge, patch rows, blocks, merge, patch columns)."""
     high, wide, merge = layout.patch_height, layout.patch_width, layout.merge
     blocks = height // (high * merge), width // (wide * merge)
     x = rows.view(-1, *blocks, merge, merge, 3, layout.temporal_patch, high, wide)
@@ -337,9 +340,9 @@ def _video(rows: Tensor, layout: Rows, height: int, width: int) -> Tensor:
 
 
 def shuffle_to_rows(y: Tensor, slots: Tensor, rows: Tensor, upscale: int, layout: Rows) -> Tensor:
-    """`shuffle_to_rows_reference` by the backend of y's device; y and slots of any strides.
+    """`shuffle_to_rows_reference` on the backend of y's device; y and slots may have any strides.
 
-    Raises InputError for shapes, dtypes, devices or strides that do not fit.
+    Raises InputError: shapes, dtypes, devices or strides that do not fit.
     """
     expect("y", y, (len(slots), None, None, 3 * upscale**2), y.dtype, rows.device)
     _check_rows(rows, slots, y.shape[1] * upscale, y.shape[2] * upscale, layout)
@@ -355,9 +358,9 @@ def shuffle_to_rows(y: Tensor, slots: Tensor, rows: Tensor, upscale: int, layout
 def shuffle_to_rows_backward(
     grad: Tensor, slots: Tensor, inside: Tensor, size: tuple[int, int], upscale: int, layout: Rows, dtype: torch.dtype
 ) -> Tensor:
-    """`shuffle_to_rows_backward_reference` by the backend of grad's device, with tensors of any strides.
+    """`shuffle_to_rows_backward_reference` on the backend of grad's device; the tensors may have any strides.
 
-    Raises InputError for shapes, dtypes or devices that do not fit.
+    Raises InputError: shapes, dtypes or devices that do not fit.
     """
     height, width = (side * upscale for side in size)
     _check_rows(grad, slots, height, width, layout)
@@ -370,7 +373,7 @@ def shuffle_to_rows_backward(
 
 
 def _check_rows(rows: Tensor, slots: Tensor, height: int, width: int, layout: Rows) -> None:
-    """rows: of a video whose frames have this size."""
+    """Raise InputError unless these are the rows of a video of height x width in this layout."""
     high, wide, pairs, merge = layout.patch_height, layout.patch_width, layout.temporal_patch, layout.merge
     if min(high, wide, pairs, merge) < 1 or len(layout.mean) != 3 or len(layout.std) != 3:
         raise InputError(f"patch rows take extents >= 1 and three means and deviations: {layout}")
@@ -381,11 +384,11 @@ def _check_rows(rows: Tensor, slots: Tensor, height: int, width: int, layout: Ro
     expect("rows", rows, (None, 3 * pairs * high * wide), rows.dtype, rows.device)
     patches = height // high * (width // wide)
     if len(rows) % patches if patches else len(rows):
-        raise InputError(f"{len(rows)} rows are no whole frames of {patches} patches")
+        raise InputError(f"{len(rows)} rows are no whole frames of {patches} patches each")
     expect("slots", slots, (None, None), torch.int32, rows.device)
 
 
-# The same as operators, for tensors without data.
+# Registered with torch.library for tensors without data.
 @torch.library.custom_op("vlmteacher::shuffle_to_rows", mutates_args=("rows",))
 def _shuffle_operator(
     y: Tensor, slots: Tensor, rows: Tensor, upscale: int, patch_height: int, patch_width: int, temporal_patch: int,
@@ -416,5 +419,5 @@ def _(grad: Tensor, slots: Tensor, inside: Tensor, height: int, width: int, upsc
 
 
 def _fast(x: Tensor, other: Tensor) -> Any:
-    """patchify's backend for x, if it goes between these dtypes: float64 goes to itself alone."""
+    """The backend for x, or None for dtypes that no backend converts between: float64 and any other."""
     return backend(x, "patchify") if (x.dtype == torch.float64) == (other.dtype == torch.float64) else None

@@ -2,7 +2,7 @@
 
     n = x weight / sqrt(mean(x^2) + eps),  (y_2i, y_2i+1) = (n_2i cos_i - n_2i+1 sin_i, n_2i sin_i + n_2i+1 cos_i)
 
-The backward keeps x alone and computes its mean square again.
+The backward keeps only x and recomputes its mean square.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from vlmteacher.errors import InputError
 from vlmteacher.ops.backends import backend, differentiable_once, plain
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-    """Each pair of channels of each head of x (B, N, C) by the angle of cos and sin (N, C / heads / 2)."""
+def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """Rotate each pair of channels of each head of x (B, N, C) by the angles of cos and sin (N, C / heads / 2)."""
     even, odd = x.unflatten(-1, (heads, -1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-3)
@@ -29,28 +29,28 @@ def qk_norm_rope_reference(
     xs: Sequence[Tensor], weights: Sequence[Tensor], cos: Tensor | None, sin: Tensor | None, heads: int, eps: float
 ) -> list[Tensor]:
     """The definition in plain differentiable torch."""
-    found = []
+    ys = []
     for x, weight in zip(xs, weights, strict=True):
         wide = torch.promote_types(x.dtype, torch.float32)
         y = F.rms_norm(x.to(wide), x.shape[-1:], weight.to(wide), eps)
-        found.append((y if cos is None or sin is None else _turn(y, cos, sin, heads)).to(x.dtype))
-    return found
+        ys.append((y if cos is None or sin is None else _rotate_pairs(y, cos, sin, heads)).to(x.dtype))
+    return ys
 
 
 def qk_norm_rope_backward_reference(
     grads: Sequence[Tensor], xs: Sequence[Tensor], weights: Sequence[Tensor], cos: Tensor | None, sin: Tensor | None,
     heads: int, eps: float,
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of the xs."""
-    found = []
+    """The gradients of the xs, from those of the ys."""
+    dxs = []
     for grad, x, weight in zip(grads, xs, weights, strict=True):
         wide = torch.promote_types(x.dtype, torch.float32)
         g, v = grad.to(wide), x.to(wide)
-        g = (g if cos is None or sin is None else _turn(g, cos, -sin, heads)) * weight.to(wide)
+        g = (g if cos is None or sin is None else _rotate_pairs(g, cos, -sin, heads)) * weight.to(wide)
         scale = (v.square().mean(-1, keepdim=True) + eps).rsqrt()
         along = (g * v).mean(-1, keepdim=True) * scale.square()
-        found.append(((g - v * along) * scale).to(x.dtype))
-    return found
+        dxs.append(((g - v * along) * scale).to(x.dtype))
+    return dxs
 
 
 def _forward(xs: Sequence[Tensor], *rest: Any) -> list[Tensor]:
@@ -63,7 +63,7 @@ def _backward(grads: Sequence[Tensor], *rest: Any) -> list[Tensor]:
     return (fast.qk_norm_rope_backward if fast else qk_norm_rope_backward_reference)(grads, *rest)
 
 
-# The same as operators, for whoever must see through them; see lora_linear.py.
+# Registered with torch.library for torch.compile, fake tensors and dispatch modes, see `backends.plain`.
 @torch.library.custom_op("vlmteacher::qk_norm_rope", mutates_args=())
 def _forward_operator(
     xs: Sequence[Tensor], weights: Sequence[Tensor], cos: Tensor | None, sin: Tensor | None, heads: int, eps: float
@@ -86,7 +86,7 @@ def _(xs: Any, *rest: Any) -> list[Tensor]:
 
 
 class _QKNormRope(torch.autograd.Function):
-    """cos, sin, heads, eps, then all xs and their weights."""
+    """The ys from cos, sin, heads, eps, all xs and all weights."""
 
     @staticmethod
     def forward(
@@ -94,23 +94,23 @@ class _QKNormRope(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         n = len(tensors) // 2
         run = _forward if plain(tensors[0]) else _forward_operator
-        found = run(tensors[:n], tensors[n:], cos, sin, heads, eps)
-        ctx.facts = heads, eps
+        ys = run(tensors[:n], tensors[n:], cos, sin, heads, eps)
+        ctx.options = heads, eps
         ctx.save_for_backward(cos, sin, *tensors)
-        return tuple(found)
+        return tuple(ys)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        heads, eps = ctx.facts
+        heads, eps = ctx.options
         cos, sin, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[4:]
         wanted = [i for i in range(len(grads)) if needs[i]]
         run = _backward if plain(grads[0]) else _backward_operator
         xs, weights = tensors[: len(grads)], tensors[len(grads) :]
-        found = run([grads[i] for i in wanted], [xs[i] for i in wanted], [weights[i] for i in wanted],
-                    cos, sin, heads, eps)  # fmt: skip
-        dx = dict(zip(wanted, found, strict=True))
+        dxs = run([grads[i] for i in wanted], [xs[i] for i in wanted], [weights[i] for i in wanted],
+                  cos, sin, heads, eps)  # fmt: skip
+        dx = dict(zip(wanted, dxs, strict=True))
         return (None, None, None, None, *(dx.get(i) for i in range(len(grads))), *[None] * len(grads))
 
 
@@ -120,17 +120,16 @@ def qk_norm_rope(
     """RMSNorm over all channels and rotary position embedding, of queries and keys together.
 
     Args:
-        xs: each (B, N, C), floating point; without `rope` each may have its own N.
-        weights: for each x its (C,), of any floating dtype; one that requires a gradient gets it from the plain
-            expression.
-        rope: cos and sin, both (N, C / heads / 2) float32 (float64 for float64), the angles of each head's
-            neighbouring channels, which are turned in pairs; None leaves the positions out.
-        heads: which share C in equal, even parts.
+        xs: (B, N, C) each, floating point; without `rope` N may differ between them.
+        weights: (C,) for each x, of any floating dtype. If one requires a gradient, the plain expression is used.
+        rope: cos and sin, (N, C / heads / 2) float32 (float64 if x is), of the angles by which pairs of neighbouring
+            channels of every head are rotated; None leaves out the rotation.
+        heads: number of heads, each with C / heads channels, an even number.
         eps: added to the mean square.
 
     Returns:
-        For each x a tensor like it, computed in float32 and rounded once. Differentiable once with respect to the xs,
-        which alone are saved.
+        (B, N, C) for each x, in its dtype, computed in float32 and rounded once. Differentiable once with respect to
+        the xs, saving only them.
 
     Raises:
         InputError: shapes, dtypes or devices that do not fit.

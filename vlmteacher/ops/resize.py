@@ -18,7 +18,7 @@ from vlmteacher.torch_modes import keepable
 class Band(NamedTuple):
     """The rows of a banded matrix: row i has `weight[i]` at columns start[i], start[i] + 1, ..., zeros elsewhere.
 
-    start: (rows) int32, ascending; weight: (rows, taps). start[i] + taps is never more than the matrix has columns.
+    start: (rows,) int32, ascending; weight: (rows, taps). start[i] + taps is at most the number of columns.
     """
 
     start: Tensor
@@ -26,7 +26,7 @@ class Band(NamedTuple):
 
     @classmethod
     def of(cls, matrix: Tensor) -> Band:
-        """Those of a dense matrix."""
+        """The band of a dense matrix."""
         columns = matrix.shape[1]
         present = matrix != 0
         first = present.int().argmax(1).where(present.any(1), columns - 1)
@@ -39,10 +39,10 @@ class Band(NamedTuple):
 
 
 def resize_matrix(size_in: int, size_out: int) -> Tensor:
-    """(size_out, size_in) float64: how torch's antialiased bicubic interpolation maps one axis.
+    """The (size_out, size_in) float64 matrix by which torch's antialiased bicubic interpolation maps one axis.
 
-    The cubic with a = -0.5 of the distance in output pixels where the axis shrinks, in input pixels where it grows;
-    weights add up to one, also at the borders. Source: `HelperInterpBase` and `HelperInterpCubic` in torch's
+    Its weights are the cubic with a = -0.5 of the distance, in output pixels if the axis shrinks, in input pixels if it
+    grows; each row sums to one, at the borders too. Source: `HelperInterpBase` and `HelperInterpCubic` in torch's
     aten/src/ATen/native/cpu/UpSampleKernel.cpp (align_corners=False).
     """
     scale = size_in / size_out
@@ -62,9 +62,9 @@ def _bands(size_in: int, size_out: int, backward: bool, dtype: torch.dtype, devi
 
 
 def resize_bands(x: Tensor, size_in: Sequence[int], size_out: Sequence[int], backward: bool) -> list[Tensor]:
-    """What a backend reads to resize like x: start and weight of the vertical band, then of the horizontal one.
+    """The tables that a backend resizes by: start and weight of the vertical band, then of the horizontal one.
 
-    Empty where there is nothing to resize. float64 where x is, else float32.
+    Empty if the sizes are equal. On x's device; float64 if x is, else float32. backward: of the transposed matrices.
     """
     if list(size_in) == list(size_out):
         return []

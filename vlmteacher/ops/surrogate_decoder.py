@@ -1,8 +1,8 @@
-"""A TAEHV-class decoder with frozen weights, forward and to the latents, in two kinds of convolutions.
+"""The surrogate decoder: a TAEHV-class network with frozen weights, differentiable with respect to its latents.
 
-Frames stand in a bank, channels last. An output frame names the frames that it sees, so "the previous frame" is an
-index and never a copy; nearest upsampling is a way of reading. Of the forward pass one bit per activation is kept.
-A `Plan` says which frames each layer computes, chunk by chunk over time: those that the wanted frames need, once each.
+Every layer is one kind of 3x3 convolution. Its input frames are in a bank, channels last, and an output frame lists the
+indices of its input frames, so that the previous frame is never copied; nearest upsampling happens at reading. For the
+backward pass one bit per activation is kept. A `Plan` lists the frames that each layer computes, chunk by chunk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vlmteacher.torch_modes import keepable
 
 
 def pack_signs(x: Tensor) -> Tensor:
-    """(..., N) -> (..., ceil(N / 8)) uint8: bit n % 8 of byte n // 8 is set where x > 0."""
+    """Pack (..., N) into (..., ceil(N / 8)) uint8: bit n % 8 of byte n // 8 is set if x[..., n] > 0."""
     return pack_bits(x > 0)
 
 
@@ -43,21 +43,21 @@ def conv3x3_reference(
     """3x3 convolution (padding 1) with bias, residual, activation and its signs, in plain torch.
 
     Args:
-        x: (F, H, W, C), contiguous: the bank of frames.
-        taps: (G, T) int32: the frames of x that output frame g sees, T = 1, or 2 (itself and the previous one); -1 is a
-            frame of zeros, which only the last tap may be. A frame stands at most once in a column.
+        x: (F, H, W, C), contiguous: the bank of input frames.
+        taps: (G, T) int32: the indices in x of output frame g's T input frames, 1 or 2 (the frame and the previous
+            one). -1 is a frame of zeros, allowed only in the last column. A column has no index twice.
         weight: (N, 3, 3, T * C), contiguous: rows, columns, then the channels of tap 0 before those of tap 1.
         bias: (N,) or None.
         residual, rows: another bank (R, upscale H, upscale W, N), contiguous, and (G,) int32: residual[rows[g]] is
-            added before the activation. A memory block adds the input of its first convolution after its third. Both or
-            neither.
-        slope: of the activation below zero: 0 is ReLU, .2 LeakyReLU; None is no activation.
-        upscale: 1, or 2: x is upsampled (nearest) before the convolution, that is read at (row // 2, column // 2).
-            A backend may sum the weights that meet the same pixel and take four taps for each output instead of nine.
+            added before the activation. (A memory block adds its first convolution's input after its third one.) Both
+            or neither.
+        slope: slope of the activation below zero: 0 is ReLU, 0.2 LeakyReLU; None: no activation.
+        upscale: 1 or 2: x is upsampled (nearest) before the convolution, that is, read at (row // 2, column // 2). A
+            backend may sum the weights that meet the same pixel, and so compute four taps per output instead of nine.
 
     Returns:
-        y (G, upscale H, upscale W, N) and the signs of what went into the activation, (G, upscale H, upscale W,
-        ceil(N / 8)) uint8, see `pack_signs`; with no activation an empty tensor of uint8.
+        y (G, upscale H, upscale W, N), and the signs (`pack_signs`) of the activation's input, (G, upscale H,
+        upscale W, ceil(N / 8)) uint8, or an empty uint8 tensor without activation.
     """
     y = torch.cat([torch.where((t < 0).view(-1, 1, 1, 1), 0, x[t.clamp(min=0).long()]) for t in taps.unbind(1)], -1)
     y = y.repeat_interleave(upscale, 1).repeat_interleave(upscale, 2) if upscale > 1 else y
@@ -80,15 +80,19 @@ def conv3x3_backward_reference(
     slope: float | None,
     upscale: int,
 ) -> Tensor:
-    """The gradient of `conv3x3_reference` to x, from that of y, (G, upscale H, upscale W, N), contiguous.
+    """The gradient of `conv3x3_reference` with respect to x, from y's gradient `grad` (G, upscale H, upscale W, N).
 
-    residual, residual_signs: what comes back through the residual of a memory block, whose bank is this x: the gradient
-    (G, H, W, C) of the block's output and the signs of its activation, of the same slope. It is added, masked like
-    `grad`, to the frames taps[:, 0]. Both or neither; upscale 1.
+    Args:
+        grad: contiguous; the activation's slope is applied to it on reading.
+        signs, taps, weight, slope, upscale: of the forward pass.
+        frames: number F of frames in x.
+        residual, residual_signs: for the first convolution of a memory block, whose x is also the block's residual: the
+            gradient (G, H, W, C) of the block's output and the signs of its activation, of the same slope. Masked like
+            `grad`, it is added to the frames taps[:, 0]. Both or neither; upscale is 1 then.
 
-    Returns (frames, H, W, C): the sums over every place at which a frame stands in `taps`; zeros where in none. The
-    activation's slope is applied to `grad` as it is read. As a frame stands at most once in a column of `taps`, this is
-    a convolution too: frame f sees the at most T output frames that saw it, with the weight turned around.
+    Returns:
+        (frames, H, W, C): for each frame the sum over its occurrences in `taps`. This is a convolution too, with the
+        weight reversed: as no column of `taps` repeats a frame, it has at most T terms per frame.
     """
     if slope is not None:
         grad = torch.where(unpack_bits(signs, grad.shape[-1]), grad, slope * grad)
@@ -108,7 +112,7 @@ def conv3x3_backward_reference(
 
 
 class _Cpp:
-    """The C++ backend, which takes packed weights; they are kept beside the weight, since it is frozen."""
+    """The C++ backend. It takes packed weights, which are cached on the frozen weight."""
 
     @staticmethod
     def conv3x3(x: Tensor, taps: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -123,20 +127,20 @@ class _Cpp:
 
 
 @keepable()
-def _packed(weight: Tensor, *how: Any) -> Tensor:
-    kept: dict[Any, Tensor] = weight.__dict__.setdefault("packed", {})
-    key = (*how, weight._version)
-    if key not in kept:
-        for old in [k for k in kept if k[-1] != weight._version]:
-            del kept[old]
-        kept[key] = torch.ops.vlmteacher_cpp.conv3x3_pack(weight, *how)
-    return kept[key]
+def _packed(weight: Tensor, *options: Any) -> Tensor:
+    cache: dict[Any, Tensor] = weight.__dict__.setdefault("packed", {})
+    key = (*options, weight._version)
+    if key not in cache:
+        for old in [k for k in cache if k[-1] != weight._version]:
+            del cache[old]
+        cache[key] = torch.ops.vlmteacher_cpp.conv3x3_pack(weight, *options)
+    return cache[key]
 
 
 def _fast(x: Tensor) -> Any:
-    """The backend for x: a namespace with `conv3x3` and `conv3x3_backward` of the arguments above, or None.
+    """The backend for x: a namespace with `conv3x3` and `conv3x3_backward`, or None for torch's convolutions.
 
-    The C++ one is for AVX-512 with bfloat16; on other processors, and in other dtypes, torch's own convolutions do.
+    C++ needs AVX-512 BF16, and float32 or bfloat16.
     """
     if x.device.type == "cpu":
         return _Cpp if x.dtype in (torch.float32, torch.bfloat16) and has_avx512_bf16() else None
@@ -147,9 +151,9 @@ def conv3x3(
     x: Tensor, taps: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, rows: Tensor | None,
     slope: float | None, upscale: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`conv3x3_reference` by the backend of x's device, with tensors of any strides.
+    """`conv3x3_reference` on the backend of x's device; the tensors may have any strides.
 
-    Raises InputError for shapes, dtypes or devices that do not fit.
+    Raises InputError: shapes, dtypes or devices that do not fit.
     """
     _check(x, taps, upscale)
     (_, height, width, channels), n, like = x.shape, len(weight), (x.dtype, x.device)
@@ -169,9 +173,9 @@ def conv3x3_backward(
     grad: Tensor, signs: Tensor, taps: Tensor, frames: int, weight: Tensor, residual: Tensor | None,
     residual_signs: Tensor | None, slope: float | None, upscale: int,
 ) -> Tensor:  # fmt: skip
-    """`conv3x3_backward_reference` by the backend of grad's device, with tensors of any strides.
+    """`conv3x3_backward_reference` on the backend of grad's device; the tensors may have any strides.
 
-    Raises InputError for shapes, dtypes or devices that do not fit.
+    Raises InputError: shapes, dtypes or devices that do not fit.
     """
     _check(grad, taps, upscale)
     (g, height, width, n), like = grad.shape, (grad.dtype, grad.device)
@@ -180,7 +184,7 @@ def conv3x3_backward(
     expect("weight", weight, (n, 3, 3, None), *like)
     channels, rest = divmod(weight.shape[3], taps.shape[1])
     if rest or (residual is not None and upscale != 1):
-        raise InputError(f"a weight of {weight.shape[3]} channels, upscale {upscale}: none of a block's first layer")
+        raise InputError(f"a weight of {weight.shape[3]} channels, upscale {upscale}: not a block's first layer")
     if residual is not None:
         expect("residual", residual, (g, height, width, channels), *like)
     if slope is not None:
@@ -198,10 +202,10 @@ def _check(x: Tensor, taps: Tensor, upscale: int) -> None:
         raise InputError(f"conv3x3 takes floating-point frames (F, H, W, C): {x.dtype} {tuple(x.shape)} by {upscale}")
     expect("taps", taps, (None, None), torch.int32, x.device)
     if taps.shape[1] not in (1, 2):
-        raise InputError(f"taps of a frame are 1 or 2, not {taps.shape[1]}")
+        raise InputError(f"a frame has 1 or 2 taps, not {taps.shape[1]}")
 
 
-# The same as operators, for tensors without data, which count what a clip of full size would take.
+# Registered with torch.library for tensors without data, by which the cost of a full-size clip is counted.
 @torch.library.custom_op("vlmteacher::conv3x3", mutates_args=())
 def _forward_operator(
     x: Tensor,
@@ -262,19 +266,19 @@ def decode(
     indices: Sequence[int],
     layout: PatchLayout | None = None,
 ) -> Tensor:
-    """Latents through all layers, pixel shuffle and clamp.
+    """Decode latents: all layers, pixel shuffle and clamp.
 
     Args:
-        x: (T, h, w, C), contiguous. Differentiable, once.
-        layers: of x's dtype and device; frozen.
+        x: (T, h, w, C), contiguous. Differentiable once.
+        layers: the layer table, frozen, of x's dtype and device.
         plan: from `Plan.make`, on x's device.
         patch: side of the pixel shuffle.
-        indices: K of the plan's frames, in any order, also repeated; all of them occur.
-        layout: of the patch rows that are wanted in place of frames.
+        indices: the K output frames, in any order, with repetitions; every frame of the plan occurs.
+        layout: returns patch rows of this layout instead of frames.
 
     Returns:
-        (K, 3, H, W) in [0, 1]; with a layout the same as `patchify` makes of them, which never are: the last layer
-        writes the rows, and its backward reads their gradient.
+        (K, 3, H, W) in [0, 1]. With a layout the rows that `patchify` would make of these frames, written by the last
+        layer without a tensor of frames.
     """
     scale = patch
     for layer in layers:
@@ -287,12 +291,12 @@ def decode(
         rows = Rows(layout.patch, layout.patch, layout.temporal_patch, layout.merge, [*layout.mean], [*layout.std])
         shape, dtype = layout.rows(len(indices), height, width), layout.dtype
     slots = plan.slots(indices, rows.temporal_patch)
-    made = _Decode.apply(x, layers, plan, patch, slots, rows, shape, dtype)
-    return made.view(-1, 3, height, width) if layout is None else made
+    out = _Decode.apply(x, layers, plan, patch, slots, rows, shape, dtype)
+    return out.view(-1, 3, height, width) if layout is None else out
 
 
 class _Decode(torch.autograd.Function):
-    """Keeps the signs of every activation and the bits of the clamp; goes back through the chunks in reverse."""
+    """Saves the signs of every activation and the bits of the clamp; the backward takes the chunks in reverse."""
 
     @staticmethod
     def forward(
@@ -308,13 +312,13 @@ class _Decode(torch.autograd.Function):
     ) -> Tensor:
         keep = ctx.needs_input_grad[0]
         kept: list[Tensor] = []
-        latest: dict[int, Tensor] = {}  # by layer, the latest frame that its bank has held
+        latest: dict[int, Tensor] = {}  # for each layer the latest frame that its bank held
         added = {layer.residual for layer in layers}
         out = x.new_empty(shape, dtype=dtype)
         places = slots.split([len(f) for f in plan.frames])
         for first, steps, at in zip(plan.first, plan.steps, places, strict=True):
             y = x[_where(first, x.device)]
-            blocks: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, the bank and its rows that a residual will add
+            blocks: dict[int, tuple[Tensor, Tensor]] = {}  # for each layer the bank, and its rows that a residual adds
             for i, (layer, step) in enumerate(zip(layers, steps, strict=True)):
                 bank = torch.cat([latest[i], y]) if step.carry else y
                 if len(bank) and steps is not plan.steps[-1]:
@@ -351,11 +355,11 @@ class _Decode(torch.autograd.Function):
         layers, plan, kept = ctx.layers, ctx.plan, list(ctx.saved_tensors)
         none = torch.empty(0, dtype=torch.uint8, device=grad.device)
         dx, grad = grad.new_zeros(ctx.shape, dtype=ctx.dtype), grad.contiguous()
-        late: dict[int, Tensor] = {}  # by layer, the gradient of `latest` from the chunks that come after
+        late: dict[int, Tensor] = {}  # for each layer the gradient of `latest` from the later chunks
         chunks = list(zip(plan.first, plan.steps, ctx.places, strict=True))
         for first, steps, at in reversed(chunks):
             dy = shuffle_to_rows_backward(grad, at, kept.pop(), ctx.size, ctx.patch, ctx.layout, ctx.dtype)
-            through: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, what a residual brings to its bank
+            through: dict[int, tuple[Tensor, Tensor]] = {}  # for each layer the gradient from a residual, and its signs
             for i in reversed(range(len(layers))):
                 layer, step = layers[i], steps[i]
                 used = [s for s, taps in enumerate(step.taps) if len(taps)]
@@ -365,34 +369,34 @@ class _Decode(torch.autograd.Function):
                 bank = step.carry + (len(first) if i == 0 else sum(map(len, steps[i - 1].taps)))
                 _, h, w, _ = dy.shape
                 size = (bank, h // layer.upscale, w // layer.upscale, layer.channels[0])
-                found, begin = None, 0
+                dbank, begin = None, 0
                 for s in used:
                     taps, begin, end = step.taps[s], begin + len(step.taps[s]), begin + len(step.taps[s])
                     more = through.pop(i, (None, None))
                     rest = (bank, layer.weights[s], *more, layer.slope, layer.upscale)
-                    each = conv3x3_backward(dy[end - len(taps) : end], signs[s], taps, *rest)
-                    found = each if found is None else found.add_(each)
-                if found is None:
-                    found = dy.new_zeros(size)  # no new frame in this chunk
+                    part = conv3x3_backward(dy[end - len(taps) : end], signs[s], taps, *rest)
+                    dbank = part if dbank is None else dbank.add_(part)
+                if dbank is None:
+                    dbank = dy.new_zeros(size)  # no new frame in this chunk
                 if bank and i in late:
-                    found[step.latest] += late.pop(i)[0]
+                    dbank[step.latest] += late.pop(i)[0]
                 if step.carry:
-                    late[i] = found[:1].clone()
-                dy = found[1:] if step.carry else found
-                del found
+                    late[i] = dbank[:1].clone()
+                dy = dbank[1:] if step.carry else dbank
+                del dbank
             dx[_where(first, dx.device)] = dy
         return dx, *[None] * 7
 
 
 def _where(frames: Sequence[int], device: torch.device) -> Any:
-    """An index of rising frames: a slice where they follow each other."""
+    """An index of ascending frames: a slice if they are consecutive."""
     if not frames:
         return slice(0, 0)
     return slice(frames[0], frames[-1] + 1) if frames[-1] - frames[0] == len(frames) - 1 else indices(frames, device)
 
 
 def indices(places: Sequence[int], device: torch.device) -> Tensor:
-    """An index on the device, copied there at the first call only."""
+    """An index tensor on the device, cached."""
     return _indices(tuple(places), device)
 
 
