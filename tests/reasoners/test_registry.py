@@ -77,3 +77,62 @@ def test_the_registry_imports_no_models() -> None:
     code = "import sys, vlmteacher.reasoners.registry; print(*{'diffusers', 'transformers', 'peft'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], cwd=LIBRARY.parent, capture_output=True, text=True, check=True)
     assert run.stdout.split() == []
+
+
+NEW_FAMILY = """
+import dataclasses, json, sys
+from types import SimpleNamespace
+import torch
+from vlmteacher.reasoners import registry
+from vlmteacher.reasoners.family import DecoderFile, LayerNames
+from vlmteacher.reasoners.sampling import SamplerSettings
+
+class NewTransformer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.config = {}
+        self.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"query": torch.nn.Linear(4, 4)}) for _ in range(2)])
+
+def load(path, index, settings, dtype, local_files_only, **parts):
+    ones = torch.ones(1, 3, 1, 1, 1)
+    return SimpleNamespace(transformer=NewTransformer(), settings=settings, latents_mean=ones, latents_std=ones)
+
+registry.FAMILIES += (dataclasses.replace(
+    registry.LTX, name="New", pipelines=("NewPipeline",), transformer="NewTransformer", blocks="layers", load=load,
+    build=lambda configs, settings, dtype: (configs["vae"], settings), presets={"new": SamplerSettings((1000.0,))},
+    hub_ids={"me/new": "new"}, lora_targets=["query"], layers=LayerNames("stack", {"query": "q"}), musubi="new.lora",
+    decoders={(3, 2, 2): "me/decoders/new.pth"}, decoder_files=(DecoderFile("new", options={"slope": 0.5}),),
+),)
+"""
+
+
+def test_one_declaration_is_all_of_a_family(tmp_path: Path) -> None:
+    """Loading, presets, LoRAs, checkpointing, plans and decoders work for a family that is only declared."""
+    code = f"""{NEW_FAMILY}
+from vlmteacher.decoders.find import known_decoder
+from vlmteacher.lora.adapter import lora_size
+from vlmteacher.lora.formats import LoRA, Factors, read_lora
+from vlmteacher.planning.models import build_reasoner
+from vlmteacher.reasoners.checkpointing import block_list
+from vlmteacher.reasoners.loading import load_reasoner
+
+reasoner = load_reasoner({str(tmp_path)!r}, preset="new")
+assert reasoner.settings.timesteps == (1000.0,)
+assert len(block_list(reasoner.transformer)) == 2
+assert lora_size(reasoner.transformer, 1) == 2 * 8
+lora = LoRA({{"layers.1.query": Factors(torch.ones(1, 4), torch.ones(4, 1), 1.0)}})
+for style in ("diffusers", "comfyui", "musubi"):
+    data = lora.to_bytes(style)
+    assert style == "diffusers" or b"stack" in data
+    assert set(read_lora(data).fitted(reasoner.transformer).layers) == {{"layers.1.query"}}
+assert build_reasoner({str(tmp_path)!r})[0] == ({{"z": 1}}, SamplerSettings())
+latents = SimpleNamespace(latent_channels=3, temporal_stride=2, spatial_stride=2)
+assert known_decoder(latents) == "me/decoders/new.pth"
+assert registry.decoder_file("new_2.pth").options == {{"slope": 0.5}}
+"""
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "NewPipeline"}))
+    for part in ("transformer", "vae", "text_encoder"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps({"z": 1}))
+    run = subprocess.run([sys.executable, "-c", code], cwd=LIBRARY.parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

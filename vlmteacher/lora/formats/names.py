@@ -8,8 +8,9 @@ from vlmteacher.errors import InputError
 from vlmteacher.reasoners.family import LayerNames
 from vlmteacher.reasoners.registry import FAMILIES
 
-# a name in a block of diffusers' transformers
-BLOCK = re.compile(rf"(?:{'|'.join(sorted({family.blocks for family in FAMILIES}))})\.(\d+)\.(.+)")
+OWN_BLOCKS = "|".join(sorted({family.blocks for family in FAMILIES}))
+ALL_BLOCKS = "|".join(sorted({OWN_BLOCKS, *(names.blocks for family in FAMILIES for names in family.all_layers)}))
+BLOCK = re.compile(rf"(?:{OWN_BLOCKS})\.(\d+)\.(.+)")  # a name in a block of diffusers' transformers
 # layer of another tool that holds several of diffusers' -> these, in the order of their rows
 FUSED = {layer: parts for family in FAMILIES for names in family.all_layers for layer, parts in names.fused.items()}
 
@@ -28,7 +29,7 @@ def ours(path: str, dot: str = ".") -> str | None:
 
     dot: what stands between the parts of `path`, "_" in musubi-tuner's files. Those may use diffusers' names too.
     """
-    match = re.fullmatch(rf"(.*blocks)[{dot}](\d+)[{dot}](.+)", path)
+    match = re.fullmatch(rf"({ALL_BLOCKS})[{dot}](\d+)[{dot}](.+)", path)
     for blocks, names in ((family.blocks, names) for family in FAMILIES for names in family.all_layers):
         for own, other in (names.all_inner if match else names.all_outer).items():
             if not match:
