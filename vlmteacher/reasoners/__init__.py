@@ -1,4 +1,4 @@
-"""Reasoners: the video models that are taught."""
+"""Reasoners: the video models that are optimised at test time."""
 
 from vlmteacher.moved import moved_name
 

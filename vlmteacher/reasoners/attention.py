@@ -1,4 +1,4 @@
-"""Attention of diffusers' transformers: our own operator where it runs and nobody chose another."""
+"""Attention of diffusers' transformers by our own operator, unless another backend is chosen."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from vlmteacher.ops.attention import attention, is_native
 
 
 def attend(processor: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(B, N, H, d), (B, M, H, d) twice -> (B, N, H, d), as a diffusers attention processor would have it."""
+    """Attention of q (B, N, H, d) to k and v (B, M, H, d), returned as (B, N, H, d).
+
+    processor: the diffusers attention processor that calls, for its backend and its context parallelism.
+    """
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
     backend, parallel = processor._attention_backend, processor._parallel_config

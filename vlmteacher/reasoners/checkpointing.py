@@ -1,7 +1,7 @@
-"""What the blocks of a Reasoner's transformer keep for the backward: memory against recomputation, block by block.
+"""Selective activation checkpointing: memory against recomputation, per block of a Reasoner's transformer.
 
-Kept bytes are worth different amounts of work: of a product with an inner dimension K one kept byte of bfloat16 saves
-K FLOPs, of self-attention twice the number of tokens. So a level is a threshold on that number, and the levels nest.
+A kept byte saves different amounts of work. One byte of bfloat16 saves K FLOPs of a product with an inner dimension K,
+and 2 N FLOPs of self-attention over N tokens. A level is a threshold on that number, so the levels are nested.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from vlmteacher.reasoners.registry import FAMILIES
 
 
 class Keep(enum.IntEnum):
-    """What a block keeps, from everything to nothing but its input."""
+    """What a block keeps for its backward, from everything to its input alone."""
 
     ALL = 0  # plain autograd: no checkpoint
-    PRODUCTS = 1  # every attention and matrix product: only element-wise work is computed again
-    LONG = 2  # self-attention and the products whose rows are longer than their results (the MLP's second)
+    PRODUCTS = 1  # every attention and matrix product: only element-wise work is recomputed
+    LONG = 2  # self-attention and the products with more inner than output columns (the second of the MLP)
     ATTENTION = 3  # self-attention
     INPUT = 4  # full recomputation
 
 
-_ATTENTION = {  # where the tokens stand in the shapes of q and k
+_ATTENTION = {  # operator -> the axis of the tokens in q and k
     "aten::_scaled_dot_product_flash_attention": -2,
     "aten::_scaled_dot_product_efficient_attention": -2,
     "aten::_scaled_dot_product_cudnn_attention": -2,
@@ -37,7 +37,11 @@ _ATTENTION = {  # where the tokens stand in the shapes of q and k
     "aten::_scaled_dot_product_fused_attention_overrideable": -2,
     "vlmteacher::attention": 1,
 }
-_PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "vlmteacher::lora_linear": 0}  # where the left factor stands
+_PRODUCTS = {
+    "aten::mm": 0,
+    "aten::addmm": 1,
+    "vlmteacher::lora_linear": 0,
+}  # operator -> which argument is the left factor
 MIN_INNER = 128  # a product with fewer terms (a LoRA's second) costs no more than reading its result
 
 
@@ -65,7 +69,7 @@ def _policy(level: Keep, context: Any, operator: Any, *args: Any, **kwargs: Any)
 
 
 def run_block(level: Keep, block: Callable[..., Any], *args: Any) -> Any:
-    """`block(*args)`, keeping for its backward what `level` says; the result and its gradients are the same bits."""
+    """Run `block(*args)` under a checkpoint of `level`; results and gradients have the same bits at every level."""
     if level == Keep.ALL:
         return block(*args)
     if level == Keep.INPUT:
@@ -75,20 +79,22 @@ def run_block(level: Keep, block: Callable[..., Any], *args: Any) -> Any:
 
 
 def keep_activations(transformer: Any, levels: Keep | Sequence[Keep]) -> None:
-    """Set what each block of a diffusers transformer keeps; one level is for all blocks.
+    """Set the level of every block of a diffusers transformer; a single level is for all blocks.
 
-    Works through diffusers' own `enable_gradient_checkpointing`, whose flag it sets; `Keep.ALL` turns that off again.
-    Raises InputError when the number of levels is not that of the blocks.
+    Uses diffusers' own `enable_gradient_checkpointing`, which `Keep.ALL` turns off again. Raises InputError unless
+    there are as many levels as blocks.
     """
     blocks = block_list(transformer)
-    each = [levels] * len(blocks) if isinstance(levels, Keep) else list(levels)
-    if len(each) != len(blocks):
-        raise InputError(f"{len(each)} activation levels for {len(blocks)} blocks: give one for each, or a single one")
-    transformer.kept_levels = each
-    if all(level == Keep.ALL for level in each):
+    by_number = [levels] * len(blocks) if isinstance(levels, Keep) else list(levels)
+    if len(by_number) != len(blocks):
+        raise InputError(
+            f"{len(by_number)} activation levels for {len(blocks)} blocks: give one for each, or a single one"
+        )
+    transformer.kept_levels = by_number
+    if all(level == Keep.ALL for level in by_number):
         transformer.disable_gradient_checkpointing()
         return
-    by_block = dict(zip(blocks, each, strict=True))
+    by_block = dict(zip(blocks, by_number, strict=True))
 
     def run(block: nn.Module, *args: Any) -> Any:
         return run_block(by_block.get(block, Keep.ALL), block, *args)
@@ -97,12 +103,12 @@ def keep_activations(transformer: Any, levels: Keep | Sequence[Keep]) -> None:
 
 
 def kept_levels(transformer: Any) -> list[Keep]:
-    """What `keep_activations` has set, block by block."""
+    """The level of each block, as `keep_activations` set it."""
     return getattr(transformer, "kept_levels", [Keep.ALL] * len(block_list(transformer)))
 
 
 def parse_levels(text: str, blocks: int) -> list[Keep]:
-    """``"attention:20,long:10"`` -> one level for each of `blocks` blocks, in their order. Raises InputError."""
+    """Parse ``"attention:20,long:10"`` into the levels of `blocks` blocks, in their order. Raises InputError."""
     try:
         parts = [part.partition(":") for part in text.split(",")]
         counts = [(Keep[name.strip().upper()], int(count) if count else blocks) for name, _, count in parts]
@@ -116,5 +122,5 @@ def parse_levels(text: str, blocks: int) -> list[Keep]:
 
 
 def format_levels(levels: Sequence[Keep]) -> str:
-    """The inverse of `parse_levels`."""
+    """Format levels as `parse_levels` reads them."""
     return ",".join(f"{level.name.lower()}:{len(list(run))}" for level, run in itertools.groupby(levels))

@@ -1,4 +1,4 @@
-"""What a Reasoner family declares of itself: one `Family` in the family's file, listed in `registry.FAMILIES`."""
+"""The declaration of a Reasoner family: one `Family` in the family's file, listed in `registry.FAMILIES`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Few-step LoRAs: which expert each is for, and merging them into the weights."""
+"""Few-step LoRAs: assigning them to the experts of a model, and merging them into the weights."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from vlmteacher.errors import InputError, Notice
 from vlmteacher.lora.formats import LoRA, merge_lora, read_experts
 from vlmteacher.reasoners.parts import check_safetensors
 
-EXPERTS = {"transformer": "high", "transformer_2": "low"}  # diffusers' name -> the noise levels that it is for
-MUCH = 0.5  # share of an update that rounding may lose without a word
+EXPERTS = {"transformer": "high", "transformer_2": "low"}  # diffusers' name -> the expert's noise levels
+MUCH = 0.5  # share of an update that rounding may lose without a Notice
 
 
 def check_experts(option: str, given: Sequence[str], experts: Sequence[str], pipeline: str) -> None:
-    """Raise InputError for more files than `experts`, and for a file whose name says that it is for another one.
+    """Raise InputError for more files than `experts`, or for a file that is for another expert by its name.
 
-    With a Notice of what is assumed where the names do not say.
+    A Notice says what is assumed of files whose names do not tell the expert.
     """
     if len(given) > len(experts):
         raise InputError(f"{option}: {pipeline} has {len(experts)} transformer(s), {len(given)} were given")
@@ -42,7 +42,7 @@ def check_experts(option: str, given: Sequence[str], experts: Sequence[str], pip
 
 
 def noise_in_name(path: str) -> Literal["high", "low"] | None:
-    """For which noise levels a file of a two-expert model is, where its name or its directory's says."""
+    """The noise levels of the expert that a file is for, by its name or its directory's; None where neither tells."""
     file = Path(path)
     for name, pattern in (
         (file.name, r"(high|low)[ _.-]?noise"),
@@ -58,12 +58,12 @@ def noise_in_name(path: str) -> Literal["high", "low"] | None:
 def read_few_step_loras(
     files: Sequence[str], experts: Sequence[str], pipeline: str, partial: bool, replaced: int
 ) -> dict[str, LoRA]:
-    """The LoRA of each of the `experts` (names of transformers): two files, high noise first, or one with both.
+    """Read the LoRA of each of the `experts` (names of transformers): two files, high noise first, or one with both.
 
-    replaced: how many of the pipeline's transformers are others than its own. Raises InputError for what
-    `read_experts` refuses, and where an expert would be left as it is, so that few steps ruin it.
+    replaced: the number of transformers that are not the pipeline's own. Raises InputError for a file that
+    `read_experts` refuses, and for an expert of the pipeline that would be sampled in few steps without a LoRA.
     """
-    found: dict[str, LoRA] = {}
+    loras: dict[str, LoRA] = {}
     for number, file in enumerate(files):
         if not Path(file).is_dir():
             check_safetensors(Path(file), "few_step_lora")
@@ -74,30 +74,30 @@ def read_few_step_loras(
             if lora is None or (other and not partial):
                 raise InputError(
                     f"few_step_lora {file} has a LoRA of a low-noise expert ({(other or lora).tensors()[0]}), which"  # type: ignore[union-attr]
-                    f" {pipeline} has not: --lora-partial (partial=True) leaves it out"
+                    f" {pipeline} does not have: --lora-partial (partial=True) leaves it out"
                 )
             held = {"transformer": lora.without(other.tensors()) if other else lora}
         for expert, lora in held.items():
             name = expert or experts[min(number, len(experts) - 1)]
-            if name in found or (len(files) > 1 and name != experts[number]):
+            if name in loras or (len(files) > 1 and name != experts[number]):
                 raise InputError(
                     f"few_step_lora {file} holds a LoRA of the {EXPERTS[name]}-noise expert ({lora.tensors()[0]}),"
                     " which the other file is for: give high noise first, or one file of both"
                 )
-            found[name] = lora
-    if 0 < len(found) < len(experts) and replaced < len(experts):
-        missing = next(each for each in experts if each not in found)
+            loras[name] = lora
+    if 0 < len(loras) < len(experts) and replaced < len(experts):
+        missing = next(each for each in experts if each not in loras)
         raise InputError(
             f"few_step_lora {', '.join(files)}: {pipeline} has two experts, and the {EXPERTS[missing]}-noise one would"
             " be sampled in few steps as it is: give two files, high noise first (the same twice where it is for both)"
         )
-    if not (len(files) == 1 and len(found) == 2):  # whose tensors name their experts
+    if not (len(files) == 1 and len(loras) == 2):  # whose tensors name their experts
         check_experts("few_step_lora", files, experts, pipeline)
-    return found
+    return loras
 
 
 def merge_few_step_loras(reasoner: Any, loras: Mapping[str, LoRA], partial: bool) -> dict[str, str]:
-    """Merge each into its transformer. Returns what run.json says of them. Raises InputError."""
+    """Merge each LoRA into its transformer. Returns the notes on them for run.json. Raises InputError."""
     notes: dict[str, str] = {}
     fitted = {name: lora.fitted(getattr(reasoner, name), partial) for name, lora in loras.items()}
     for name, lora in fitted.items():

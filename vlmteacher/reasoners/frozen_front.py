@@ -1,4 +1,4 @@
-"""The part of a transformer that no LoRA touches, computed once for inputs that stay the same."""
+"""Caching of the blocks before the first trained one, for inputs that stay the same."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from vlmteacher.reasoners.checkpointing import block_list, blocks_name
 
 
 class _Remembered(nn.Module):
-    """Stands in the place of some blocks: what they gave in the same forward of the first pass."""
+    """Replaces the first blocks: returns their outputs of the same forward in the first pass."""
 
     def __init__(self, blocks: nn.ModuleList) -> None:
         super().__init__()
         self.blocks = blocks
-        self.outputs: list[Any] = []  # a hidden state, or several, of each forward of a pass (guidance has two)
+        self.outputs: list[Any] = []  # one entry per forward of a pass (guidance makes two)
         self.forwards = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The arguments of a block; what a block returns takes the place of its first arguments in the next."""
+        """Take the arguments of a block; the outputs of each block replace the first arguments of the next."""
         self.forwards += 1
         if len(self.outputs) < self.forwards:
             first = [kwargs.pop("hidden_states")] if not args else []
@@ -36,11 +36,10 @@ class _Remembered(nn.Module):
 
 
 class FrozenFront:
-    """Inside `with front:` the first `count` blocks of `transformer` give what they gave the first time.
+    """Inside `with front:` the first `count` blocks of `transformer` return their outputs of the first pass.
 
-    For passes (each one `with`) whose forwards have the same inputs, while nothing in these blocks, nor before them, is
-    trained: then results and gradients are those of the whole network, to the bit. Outside, the transformer is as it
-    was.
+    A pass is one `with`. If the forwards of all passes have the same inputs, and nothing in these blocks or before them
+    is trained, results and gradients are those of the whole network to the bit. Outside, the transformer is unchanged.
     """
 
     def __init__(self, transformer: Any, count: int) -> None:

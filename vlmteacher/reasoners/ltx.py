@@ -1,8 +1,8 @@
 """The LTX-Video family of diffusers (0.9.x), above all the distilled 0.9.8 checkpoints.
 
-Called as `LTXPipeline`, `LTXImageToVideoPipeline` and `LTXConditionPipeline` call the parts: latents packed to tokens,
-a first latent frame with timestep 0 where an image is given, positions in pixels and seconds. The image is given as it
-is: the noise that the last of them would lay over it at every step (``image_cond_noise_scale``) is left out.
+The parts are called as `LTXPipeline`, `LTXImageToVideoPipeline` and `LTXConditionPipeline` call them: latents as
+tokens, a first latent frame with timestep 0 where an image is given, positions in pixels and seconds. The noise that
+`LTXConditionPipeline` adds to the image at every step (``image_cond_noise_scale``) is left out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vlmteacher.reasoners.family import TABLE, DecoderFile, Family, LayerNames
 from vlmteacher.reasoners.parts import load_transformers
 from vlmteacher.reasoners.sampling import SamplerSettings
 
-# Of the distilled checkpoints: the noise levels that they were distilled at.
+# The distilled checkpoints, at the noise levels of their distillation (configs of github.com/Lightricks/LTX-Video).
 DISTILLED = SamplerSettings(
     (1000.0, 993.7, 987.5, 981.2, 975.0, 909.4, 725.0, 421.9),
     sampler="euler",
@@ -41,10 +41,10 @@ class LTXReasoner(Reasoner):
 
     Args:
         transformer, vae, text_encoder, tokenizer: the parts of a diffusers LTX pipeline; they are frozen here.
-        condition_pipeline: as `LTXConditionPipeline` (0.9.5 and later): T5 sees the prompt without its padding, and a
-            latent frame stands at the time of its first frame. The older pipelines let it see the padding and put
-            latent frame k at frame 8 k, as if the first one held 8 too.
-        settings: sampler and default sizes; `fps` is also told to the model.
+        condition_pipeline: as in `LTXConditionPipeline` (0.9.5 and later), T5 does not attend to the prompt's padding,
+            and a latent frame has the time of its first frame. The older pipelines attend to the padding and place
+            latent frame k at frame 8 k, as if the first latent frame held 8 frames too.
+        settings: sampler and default sizes; `fps` also enters the positions.
     """
 
     image_conditioning = True
@@ -92,23 +92,23 @@ class LTXReasoner(Reasoner):
             cut = check_cut(self.tokenizer, text, self.settings.max_sequence_length, what)
             return Condition(embeds, first_frame, num_frames, height, width, {"encoder_attention_mask": mask}, cut=cut)
 
-        found = condition(prompt, "prompt")
+        positive = condition(prompt, "prompt")
         if not self.settings.guided:
-            return found
-        return replace(found, negative=condition(self.settings.negative_prompt, "negative_prompt"))
+            return positive
+        return replace(positive, negative=condition(self.settings.negative_prompt, "negative_prompt"))
 
     def _encode_text(self, prompt: str) -> tuple[Tensor, Tensor]:
         """Embeddings (1, L, D) and mask (1, L) of the prompt's own tokens."""
         tokens = tokenize(self.tokenizer, prompt, self.settings.max_sequence_length)
-        tokens = tokens.to(self.text_encoder.device)  # it may stay on the CPU: it runs once an instance
-        seen = tokens.attention_mask if self.condition_pipeline else None
-        hidden = self.text_encoder(tokens.input_ids, seen).last_hidden_state
+        tokens = tokens.to(self.text_encoder.device)  # which may be the CPU: it runs once an instance
+        mask = tokens.attention_mask if self.condition_pipeline else None
+        hidden = self.text_encoder(tokens.input_ids, mask).last_hidden_state
         return hidden.to(self.device, self.dtype), tokens.attention_mask.to(self.device).bool()
 
     def velocity(
         self, condition: Condition, latents: Tensor, sigma: float | Tensor, *, transformer: nn.Module | None = None
     ) -> Tensor:
-        """See `Reasoner.velocity`; with a first frame its tokens are clean and have timestep 0."""
+        """See `Reasoner.velocity`; the tokens of a first frame are clean and have timestep 0."""
         batch, _, frames, height, width = latents.shape
         timestep = self.timestep(sigma, batch)
         if condition.first_frame is not None:
@@ -127,7 +127,7 @@ class LTXReasoner(Reasoner):
         return tokens.float().transpose(1, 2).unflatten(2, (frames, height, width))
 
     def _positions(self, frames: int, height: int, width: int) -> Tensor:
-        """(1, 3, tokens) float32: second, and pixel down and across, of each token."""
+        """The positions (1, 3, tokens) float32 of the tokens: time in seconds, row and column in pixels."""
         time, down, across = (torch.arange(n, dtype=torch.float32, device=self.device) for n in (frames, height, width))
         time = time * self.temporal_stride
         if self.condition_pipeline:
@@ -144,9 +144,9 @@ def load_ltx(
     local_files_only: bool,
     **parts: Sequence[str],
 ) -> LTXReasoner:
-    """The Reasoner of a diffusers LTX-Video pipeline, local or on the hub, whose model_index.json is `index`.
+    """Load the Reasoner of a diffusers LTX-Video pipeline, local or on the hub, whose ``model_index.json`` is `index`.
 
-    settings: None takes it for a distilled model. parts: see `load_transformers`.
+    settings: None are those of the distilled models. parts: see `load_transformers`. Raises InputError.
     """
     from diffusers import AutoencoderKLLTXVideo, LTXVideoTransformer3DModel
     from transformers import T5EncoderModel
@@ -175,7 +175,7 @@ def load_ltx(
 
 
 def build_ltx(configs: Mapping[str, Any], settings: SamplerSettings, dtype: torch.dtype) -> LTXReasoner:
-    """The Reasoner without weights, from the configs of its parts and the class of its pipeline."""
+    """Build the Reasoner without weights from the configs of its parts and the class of its pipeline."""
     from diffusers import AutoencoderKLLTXVideo, LTXVideoTransformer3DModel
     from transformers import T5Config, T5EncoderModel
 

@@ -1,4 +1,4 @@
-"""The many-step way through a Reasoner: the probability-flow ODE with classifier-free guidance."""
+"""Many-step sampling of a Reasoner: the probability-flow ODE with classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def guided_velocity(
     guidance: float,
     transformer: nn.Module | None = None,
 ) -> Tensor:
-    """v_empty + guidance (v - v_empty) (B, C, T, h, w) at the noise level `sigma`, a number or (B,).
+    """Predict v_empty + guidance (v - v_empty) (B, C, T, h, w) at the noise level `sigma`, a number or (B,).
 
-    empty: (1 or B, L, D) embeddings of the empty prompt; with a guidance of 1 it is not looked at.
-    transformer: other weights of the same class. Raises InputError for another guidance without `empty`.
+    empty: (1 or B, L, D) embeddings of the empty prompt, which a guidance of 1 does not need. transformer: a network of
+    the same class that runs instead of the Reasoner's own. Raises InputError for guidance without `empty`.
     """
     velocity = reasoner.velocity(condition, latents, sigma, transformer=transformer)
     if guidance == 1:
@@ -49,9 +49,9 @@ def ode_step(
     substeps: int,
     transformer: nn.Module | None = None,
 ) -> Tensor:
-    """Follow dx / dsigma = v from `sigma` (B,) to `until` (B,), each sample on its own, in `substeps` Euler steps.
+    """Integrate dx / dsigma = v from `sigma` (B,) to `until` (B,) in `substeps` Euler steps, per sample.
 
-    The known first latent frame is put back.
+    A known first latent frame is put back. Returns latents (B, C, T, h, w).
     """
     for k in range(substeps):
         here, there = (sigma.lerp(until, (k + j) / substeps) for j in (0, 1))
@@ -64,7 +64,7 @@ def ode_step(
 def sample_many(
     reasoner: Reasoner, condition: Condition, empty: Tensor | None, noise: Noise, *, steps: int, guidance: float
 ) -> Tensor:
-    """The many-step video of `noise.z1`, in latents: the ODE over `steps` timesteps, evenly spaced before the shift."""
+    """Sample latents (B, C, T, h, w) from `noise.z1` by Euler steps at `steps` evenly spaced timesteps, shifted."""
     sigmas = replace(reasoner.settings, timesteps=even_timesteps(steps)).sigmas
 
     def velocity(latents: Tensor, sigma: float, until: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Parts of a pipeline that come from somewhere else: another transformer."""
+"""The transformers of a pipeline: its own, or others that replace them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def load_transformers(
     *,
     transformer: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The transformers `names` of a diffusers pipeline, by name, all of class `kind`.
+    """Load the transformers `names` of a diffusers pipeline, all of class `kind`; returns them by name.
 
-    transformer: what comes in the place of its own ones, in this order (see `load_transformer`).
+    transformer: replacements of the pipeline's own, in the order of `names` (see `load_transformer`).
     """
     networks = {}
     for number, name in enumerate(names):
@@ -40,12 +40,13 @@ def load_transformers(
 def load_transformer(
     kind: Any, pipeline: str, subfolder: str, given: str | None, dtype: torch.dtype, local_files_only: bool
 ) -> Any:
-    """A transformer of the diffusers class `kind`: the pipeline's own, in `subfolder`, or what is `given` for it.
+    """Load a transformer of the diffusers class `kind`: the pipeline's own, in `subfolder`, or its replacement.
 
-    given: a directory or hub id, of a transformer or of a pipeline with such a subfolder, or a ``.safetensors`` or
-    ``.gguf`` file of all the weights, here or on the hub; it has the config of the pipeline's own transformer.
+    given: the replacement: a directory or hub id, of a transformer or of a pipeline with such a subfolder, or a
+    ``.safetensors`` or ``.gguf`` file of all weights, local or on the hub, which gets the config of the pipeline's own
+    transformer.
 
-    Raises InputError: it is not there, of another kind, or lacks weights.
+    Raises InputError: it does not exist, is of another class, or lacks weights.
     """
     if given is None:
         return load_network(kind, pipeline, subfolder, dtype=dtype, local_files_only=local_files_only)
@@ -63,6 +64,7 @@ def load_transformer(
 
 
 def check_safetensors(path: Path, option: str) -> None:
+    """Raise InputError unless `path` is an existing ``.safetensors`` file; `option` names it in the message."""
     if not path.is_file():
         raise InputError(f"{option} {path} is no file")
     if path.suffix != ".safetensors":

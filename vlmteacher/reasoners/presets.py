@@ -25,7 +25,7 @@ def find_preset(name: str) -> SamplerSettings:
 
 
 def known_name(*paths_or_ids: str) -> str | None:
-    """The preset of the first that is known: a hub id, or a directory that still has the name of one."""
+    """The preset of the first known name: a hub id, or a directory that is named like one."""
     by_name = {key.lower(): preset for hub_id, preset in HUB_IDS.items() for key in (hub_id, hub_id.partition("/")[2])}
     for path_or_id in paths_or_ids:
         path = path_or_id.partition("@")[0].lower().rstrip("/")
@@ -36,7 +36,7 @@ def known_name(*paths_or_ids: str) -> str | None:
 
 
 def known_preset(*paths_or_ids: str) -> SamplerSettings | None:
-    """The settings of `known_name`."""
+    """The settings of the preset `known_name`."""
     name = known_name(*paths_or_ids)
     return None if name is None else PRESETS[name]
 
@@ -53,7 +53,7 @@ def check_preset(name: str, index: Mapping[str, Any], pipeline: str) -> None:
 
 
 def _misfit(name: str, index: Mapping[str, Any]) -> str | None:
-    """What the preset is for and the pipeline is not; None where they may belong together."""
+    """The kind of model that the preset is for and the pipeline is not; None where no difference shows."""
     kind, words = str(index["_class_name"]), name.split("-")
     family = next(each for each in FAMILIES if name in each.presets)
     if kind not in family.pipelines:
@@ -65,9 +65,9 @@ def _misfit(name: str, index: Mapping[str, Any]) -> str | None:
 
 
 def check_distilled(name: str, known: str, pipeline: str) -> None:
-    """Raise InputError for a distilled model's preset on a base model as it is, and the other way round.
+    """Raise InputError for a distilled model's preset on an unchanged base model, or the reverse.
 
-    known: the preset of the pipeline's own name.
+    known: the preset of the pipeline by its name.
     """
     preset, wanted = PRESETS[name], PRESETS[known]
     fewer = len(preset.timesteps) <= FEW < len(wanted.timesteps)
@@ -80,6 +80,6 @@ def check_distilled(name: str, known: str, pipeline: str) -> None:
 
 
 def describe(settings: SamplerSettings) -> str:
-    """How it samples, in a few words."""
+    """The settings of the sampler in a few words."""
     guidance = f"guidance {settings.guidance_scale:g}" if settings.guided else "no guidance"
     return f"{len(settings.timesteps)} steps, {settings.sampler}, shift {settings.shift:g}, {guidance}"

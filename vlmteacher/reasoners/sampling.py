@@ -1,6 +1,6 @@
-"""How a Reasoner samples: its settings, and the two samplers over predictions of a model.
+"""The two samplers of a Reasoner, few-step and Euler, and their settings.
 
-Every random draw is given beforehand (`Noise`), so that the same noise gives the same video.
+Every random draw is made before sampling (`Noise`), so that the same noise gives the same video.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from vlmteacher.reasoners.condition import Noise
 
 Sampler = Literal["renoise", "euler"]
 Predict = Callable[[Tensor, float], Tensor]  # noisy latents and their noise level -> x0, both (B, C, T, h, w)
-Velocity = Callable[[Tensor, float, float], Tensor]  # the same, the level and the next one -> v
+Velocity = Callable[[Tensor, float, float], Tensor]  # noisy latents, their noise level and the next one -> v
 
 
 def even_timesteps(steps: int) -> tuple[float, ...]:
-    """`steps` timesteps evenly spaced from 1000 down, the last of which goes to 0: what many-step sampling takes."""
+    """`steps` timesteps, evenly spaced from 1000 down to 1000 / steps. Raises InputError unless 1 <= steps <= 1000."""
     if not 1 <= steps <= 1000:
         raise InputError(f"num_inference_steps must lie between 1 and 1000, not {steps}")
     return tuple(1000 * (steps - k) / steps for k in range(steps))
@@ -33,19 +33,19 @@ def even_timesteps(steps: int) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How a Reasoner samples: a preset's (see ``presets.py``), or that of `reasoner.json` beside `model_index.json`.
+    """How a Reasoner samples: a preset, or the ``reasoner.json`` beside a ``model_index.json``.
 
     Attributes:
-        timesteps: where the sampler predicts, from 1000 (pure noise) downwards.
+        timesteps: the timesteps of the predictions, falling from 1000 (pure noise).
         shift: s in sigma = s t / (1 + (s - 1) t) with t = timestep / 1000.
-        sampler: "renoise" predicts x0 and puts new noise back, as models distilled by DMD were trained; "euler"
-            follows the ODE and draws nothing more.
-        guidance_scale: g in v_negative + g (v - v_negative), in sampling and in the one-step prediction; 1 is none,
-            what distilled models need.
-        guidance_scale_2: the same below the boundary of a model with two experts; None is `guidance_scale`.
-        negative_prompt: what v_negative is asked for.
-        num_frames, height, width, fps: the video made when the caller does not say.
-        max_sequence_length: prompt tokens, padded or cut to this length.
+        sampler: "renoise" predicts x0 and adds new noise, as models distilled by DMD are trained; "euler" follows the
+            ODE without further noise.
+        guidance_scale: g in v_negative + g (v - v_negative), in sampling and in the one-step prediction; 1, for
+            distilled models, is no guidance.
+        guidance_scale_2: g of the low-noise expert of a model with two; None is `guidance_scale`.
+        negative_prompt: the prompt of v_negative.
+        num_frames, height, width, fps: the default size of the video, in frames, pixels and frames per second.
+        max_sequence_length: the number of prompt tokens, to which prompts are padded or cut.
     """
 
     timesteps: tuple[float, ...] = (1000, 750, 500, 250)
@@ -62,23 +62,23 @@ class SamplerSettings:
 
     @property
     def sigmas(self) -> tuple[float, ...]:
-        """The noise levels of `timesteps`, warped by `shift`; the first is 1."""
+        """The noise levels of `timesteps`, shifted by `shift`; the first is 1."""
         ts = [timestep / 1000 for timestep in self.timesteps]
         return tuple(self.shift * t / (1 + (self.shift - 1) * t) for t in ts)
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """What makes the video from the noise: all but sizes, rate and text length."""
-        rest = {"num_frames", "height", "width", "fps", "max_sequence_length"}
-        return {name: value for name, value in asdict(self).items() if name not in rest}
+        """The entries that determine the video of given noise: all but sizes, frame rate and text length."""
+        sizes = {"num_frames", "height", "width", "fps", "max_sequence_length"}
+        return {name: value for name, value in asdict(self).items() if name not in sizes}
 
     @property
     def guided(self) -> bool:
-        """Whether the negative prompt is looked at, anywhere on the way."""
+        """Whether the negative prompt is used at any noise level."""
         return self.guidance_scale != 1 or self.guidance_scale_2 not in (None, 1)
 
     def check(self) -> None:
-        """Raise InputError for the first entry that no sampler can work with."""
+        """Raise InputError for the first invalid entry."""
         if not isinstance(self.timesteps, tuple):
             raise InputError(f"timesteps must be a list of numbers, not {self.timesteps!r:.40}")
         for timestep in self.timesteps:
@@ -104,7 +104,7 @@ class SamplerSettings:
 
     @classmethod
     def load(cls, path: Path) -> SamplerSettings:
-        """Read a `reasoner.json`; InputError names the entry that cannot be used."""
+        """Read a ``reasoner.json``. Raises InputError, which names the invalid entry."""
         try:
             values = read_json(path, "file")
             if not isinstance(values, dict):
@@ -121,13 +121,16 @@ class SamplerSettings:
 
 
 def sample(predict: Predict, sigmas: Sequence[float], noise: Noise) -> Tensor:
-    """x0 after a prediction at each of the falling levels `sigmas`, the first of which is 1."""
+    """Sample x0 (B, C, T, h, w) by a prediction at each of the falling noise levels `sigmas`, the first of which is 1.
+
+    Between two predictions, noise of the next level is added: x = (1 - sigma) x0 + sigma noise.
+    """
     last = len(sigmas) - 1
     return predict(trajectory(predict, sigmas, noise, last), sigmas[last])
 
 
 def trajectory(predict: Predict, sigmas: Sequence[float], noise: Noise, stop: int) -> Tensor:
-    """The noisy latents that enter prediction number `stop` (from 0), as sampling comes to them."""
+    """The noisy latents (B, C, T, h, w) on which `sample` makes prediction number `stop`, counted from 0."""
     latents = noise.z1
     for level, following, draw in zip(sigmas[:stop], sigmas[1:], noise.steps, strict=False):
         latents = (1 - following) * predict(latents, level) + following * draw
@@ -135,17 +138,17 @@ def trajectory(predict: Predict, sigmas: Sequence[float], noise: Noise, stop: in
 
 
 def euler(velocity: Velocity, sigmas: Sequence[float], latents: Tensor) -> Tensor:
-    """Euler steps of dx / dsigma = v over the falling levels `sigmas`, from `latents` at the first of them to 0."""
+    """Integrate dx / dsigma = v by Euler steps over the falling noise levels `sigmas` and 0, from `latents` on."""
     for level, following in pairwise((*sigmas, 0.0)):
         latents = latents + (following - level) * velocity(latents, level, following)
     return latents
 
 
 def relative_rms(one: Tensor, few: Tensor, known: Tensor | None) -> float:
-    """RMS of the difference of two clean latents (1, C, T, h, w) over the RMS of `few`.
+    """RMS of the difference of two clean latents (1, C, T, h, w), relative to the RMS of `few`.
 
-    0 where the one-step prediction is the few-step result; about 1.4 between unrelated latents. The known first latent
-    frame, equal in both, is not counted.
+    0 where the one-step prediction is the few-step result; about 1.4 for unrelated latents. known: the first latent
+    frame, which is then not counted.
     """
     first = 0 if known is None else 1
     difference, size = ((x[:, :, first:].float().square().mean().sqrt()) for x in (one - few, few))

@@ -1,4 +1,4 @@
-"""Decoding by any video VAE of diffusers."""
+"""Decode latents by any video VAE of diffusers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DECODE_NOISE = 0.025
 
 
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """The VAE's own, not normalised latents (B, C, T, h, w) -> video (B, 3, F, H, W), about in [-1, 1].
+    """Decode the VAE's own latents (B, C, T, h, w), not normalised, to a video (B, 3, F, H, W), about in [-1, 1].
 
     A decoder with ``timestep_conditioning`` in its config does the last step of denoising: it is given noise and a
     timestep. All noise is drawn from a fixed seed, so that equal latents give equal videos.

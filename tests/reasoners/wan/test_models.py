@@ -276,7 +276,7 @@ def test_a_vae_of_another_model(checkpoint, tmp_path):
     [
         ("vae/config.json", {"latents_mean": None}, "no latents_mean of 8 values"),
         ("vae/config.json", {"latents_std": [1.0] * 7}, "no latents_std of 8 values"),
-        ("model_index.json", {"boundary_ratio": 0.9}, "two experts .* one of them is not there"),
+        ("model_index.json", {"boundary_ratio": 0.9}, "two experts .* one of them is missing"),
         ("model_index.json", {"transformer": [None, None]}, "has no transformer for the high noise"),
         ("model_index.json", {"_class_name": "WanVACEPipeline"}, "is a WanVACEPipeline: the known Reasoners are Wan"),
     ],

@@ -1,4 +1,4 @@
-"""What is declared of the HunyuanVideo-1.5 family."""
+"""The declaration of the HunyuanVideo-1.5 family."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the published checkpoints are sampled (Tencent-Hunyuan/HunyuanVideo-1.5), and what others' configs say of it."""
+"""Sampler settings of the published checkpoints (Tencent-Hunyuan/HunyuanVideo-1.5), and of others by their configs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def check_preset(name: str, config: Mapping[str, Any], pipeline: str, changed: b
 
 
 def find_settings(path_or_id: str, config: Any, local_files_only: bool) -> SamplerSettings:
-    """How a checkpoint of an unknown name is sampled, by what its configs say."""
+    """The sampler settings of a checkpoint of an unknown name, by its configs. Raises InputError."""
     size = "480p" if config.target_size <= 640 else "720p-i2v"
     known = PRESETS[f"hunyuan-video-1.5-{'480p-i2v-step-distilled' if config.use_meanflow else size}"]
     _, scheduler = read_config(path_or_id, "scheduler", "scheduler_config.json", local_files_only)

@@ -1,7 +1,7 @@
-"""HunyuanVideo-1.5 of diffusers, image- and text-to-video, above all the step-distilled 480p image-to-video one.
+"""HunyuanVideo-1.5 of diffusers, image- and text-to-video, above all the step-distilled 480p image-to-video model.
 
-Called as `HunyuanVideo15ImageToVideoPipeline` and `HunyuanVideo15Pipeline` call the parts, but for the padding of the
-prompts: the transformer is given the tokens that count and nothing else, so that its attention needs no mask.
+The parts are called as `HunyuanVideo15ImageToVideoPipeline` and `HunyuanVideo15Pipeline` call them, except that prompts
+are not padded: the transformer gets the tokens that count and no others, so its attention needs no mask.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from vlmteacher.reasoners.parts import load_transformers
 from vlmteacher.reasoners.sampling import SamplerSettings
 
 IMAGE_TOKENS = 729  # SigLIP so400m/14 at 384 pixels
-GLYPHS = 256  # ByT5's: the most that quoted words may take
+GLYPHS = 256  # ByT5 tokens, the most that quoted words may take
 
 
 class HunyuanVideo15Reasoner(Reasoner):
     """`HunyuanVideo15Transformer3DModel` + `AutoencoderKLHunyuanVideo15` + Qwen2.5-VL, ByT5 and SigLIP encoders.
 
-    A step-distilled transformer (``use_meanflow``) gives the mean velocity from one noise level to another, which it
-    is told too; in the one-step prediction that other level is 0.
+    A step-distilled transformer (``use_meanflow``) predicts the mean velocity from one noise level to another, which is
+    an input too; in the one-step prediction it is 0.
 
     Args:
         transformer, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2: the parts of a diffusers pipeline;
             they are frozen here, and the transformer runs without masks (`drop_masks`).
-        image_encoder, feature_extractor: SigLIP, of image-to-video pipelines, which need an image; None of the others.
+        image_encoder, feature_extractor: SigLIP, in image-to-video pipelines, which need an image; None in the others.
         settings: sampler and default sizes.
     """
 
@@ -63,7 +63,7 @@ class HunyuanVideo15Reasoner(Reasoner):
         self._prompts: Any = HunyuanVideo15Pipeline(
             text_encoder, tokenizer, transformer, vae, None, text_encoder_2, tokenizer_2, None
         )
-        if tokenizer_2 is not None:  # a plan has none
+        if tokenizer_2 is not None:  # a Reasoner that is built for a plan has none
             tokenizer_2.split_special_tokens = True  # control tokens in quoted words are text, byte by byte
         self.image_encoder, self.feature_extractor = image_encoder, feature_extractor
         self.needs_image = image_encoder is not None
@@ -75,7 +75,7 @@ class HunyuanVideo15Reasoner(Reasoner):
         self.patch = (transformer.config.patch_size, transformer.config.patch_size)
         self.latents_mean = torch.zeros(1, self.latent_channels, 1, 1, 1)
         self.latents_std = torch.full_like(self.latents_mean, 1 / vae.config.scaling_factor)
-        vae.enable_tiling()  # beyond 256 pixels, as all published examples do: whole frames take tens of gigabytes
+        vae.enable_tiling()  # beyond 256 pixels, as in all published examples: whole frames take tens of gigabytes
         drop_masks(transformer)
         self.to(transformer.device)
 
@@ -109,7 +109,7 @@ class HunyuanVideo15Reasoner(Reasoner):
         if image is not None and not self.needs_image:
             raise InputError("this Reasoner takes no image (it is HunyuanVideo-1.5 T2V): give only a prompt")
         _, channels, *size = self.latent_shape(num_frames, height, width)
-        known = torch.zeros(1, channels + 1, *size, device=self.device)  # clean latents, and where they are known
+        known = torch.zeros(1, channels + 1, *size, device=self.device)  # clean latents and their mask
         features = torch.zeros(1, 0, self.transformer.config.image_embed_dim, device=self.device, dtype=self.dtype)
         if image is not None:
             known[:, :-1, :1] = self.encode_image(image, height, width)
@@ -121,20 +121,21 @@ class HunyuanVideo15Reasoner(Reasoner):
             embeds, inputs, cut = self._encode_text(text, what)
             return Condition(embeds, None, num_frames, height, width, inputs | shared, cut=cut)
 
-        found = condition(prompt, "prompt")
+        positive = condition(prompt, "prompt")
         if not self.settings.guided:
-            return found
-        return replace(found, negative=condition(self.settings.negative_prompt, "negative_prompt"))
+            return positive
+        return replace(positive, negative=condition(self.settings.negative_prompt, "negative_prompt"))
 
     def _encode_text(self, prompt: str, what: str) -> tuple[Tensor, dict[str, Tensor], dict[str, int]]:
-        """Qwen's embeddings (1, L, D); as further inputs those of the quoted words by ByT5; what was cut off of both.
+        """Encode a prompt without padding to Qwen's embeddings (1, L, D), further inputs, and the tokens cut off.
 
-        Without padding. As the pipeline's `encode_prompt`, but that control tokens in the prompt are text.
+        The further inputs are ByT5's embeddings of the quoted words and the masks. The same as the pipeline's
+        `encode_prompt`, except that control tokens in the prompt are read as text.
         """
         from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import extract_glyph_texts
 
         pipe = self._prompts
-        where = pipe.text_encoder.device  # it may stay on the CPU: it runs once an instance
+        where = pipe.text_encoder.device  # which may be the CPU: it runs once an instance
         skipped = pipe.prompt_template_encode_start_idx  # tokens of the system turn
         limit = self.settings.max_sequence_length + skipped
         chat = [
@@ -167,7 +168,7 @@ class HunyuanVideo15Reasoner(Reasoner):
         return embeds, inputs, cut
 
     def _encode_features(self, image: ImageInput, height: int, width: int) -> Tensor:
-        """SigLIP's features (1, N, D) of the image in the video's size."""
+        """SigLIP's features (1, N, D) of the image, fitted to the video's size."""
         pixels = self.feature_extractor(fit_image(image, height, width), return_tensors="pt").pixel_values
         hidden = self.image_encoder(pixels.to(self.image_encoder.device, self.image_encoder.dtype)).last_hidden_state
         return hidden.to(self.device, self.dtype)
@@ -175,7 +176,7 @@ class HunyuanVideo15Reasoner(Reasoner):
     def velocity(
         self, condition: Condition, latents: Tensor, sigma: float | Tensor, *, transformer: nn.Module | None = None
     ) -> Tensor:
-        """See `Reasoner.velocity`; the mean one down to 0 where the transformer gives means."""
+        """See `Reasoner.velocity`; a step-distilled transformer predicts the mean velocity down to noise level 0."""
         return self._velocity(condition, latents, sigma, 0.0, transformer)
 
     def mean_velocity(self, condition: Condition, latents: Tensor, sigma: float, until: float) -> Tensor:
@@ -214,9 +215,10 @@ def load_hunyuan_video15(
     local_files_only: bool,
     **parts: Sequence[str],
 ) -> HunyuanVideo15Reasoner:
-    """The Reasoner of a diffusers HunyuanVideo-1.5 pipeline, local or on the hub, whose index is `index`.
+    """Load the Reasoner of a diffusers HunyuanVideo-1.5 pipeline, local or on the hub; `index`: its model_index.json.
 
-    settings: None follows the configs of transformer, scheduler and guider. parts: see `load_transformers`.
+    settings: None follows the configs of transformer, scheduler and guider. parts: see `load_transformers`. Raises
+    InputError.
     """
     from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
     from transformers import Qwen2_5_VLTextModel, SiglipImageProcessor, SiglipVisionModel, T5EncoderModel
@@ -261,7 +263,7 @@ def load_hunyuan_video15(
 def build_hunyuan_video15(
     configs: Mapping[str, Any], settings: SamplerSettings, dtype: torch.dtype
 ) -> HunyuanVideo15Reasoner:
-    """The Reasoner without weights, from the configs of its parts."""
+    """Build the Reasoner without weights from the configs of its parts."""
     from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
     from transformers import (
         Qwen2_5_VLTextConfig,

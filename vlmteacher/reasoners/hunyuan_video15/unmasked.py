@@ -1,4 +1,4 @@
-"""diffusers' transformer without masks: every text token that it is given counts."""
+"""diffusers' HunyuanVideo-1.5 transformer without masks, for texts without padding."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from vlmteacher.reasoners.attention import attend
 
 
 def drop_masks(transformer: Any) -> None:
-    """Let a `HunyuanVideo15Transformer3DModel` take every text token that it is given; its masks say nothing then.
+    """Let a `HunyuanVideo15Transformer3DModel` attend to all of its text tokens, in place; its masks are ignored then.
 
-    The stock one makes a mask of (all tokens)^2 in every block, 2.5 GB for 121 frames of 480p, kept for the backward;
-    and it sorts the padding out by boolean indices, whose sizes no trace and no CUDA graph can know.
+    The stock model makes a mask of (all tokens)^2 in every block, 2.5 GB for 121 frames of 480p, which is kept for the
+    backward. It also moves the padding by boolean indices, whose sizes neither a trace nor a CUDA graph can know.
     """
     transformer.forward = MethodType(_forward, transformer)
     for block in transformer.transformer_blocks:
@@ -34,7 +34,7 @@ def _forward(
     image_embeds: Tensor | None = None,
     return_dict: bool = False,
 ) -> tuple[Tensor]:
-    """The stock forward where nothing is padding: image, quoted words and prompt, in this order, then the blocks."""
+    """The stock forward for inputs without padding: image, quoted words and prompt, in this order, then the blocks."""
     rotary = self.rope(hidden_states)
     temb = self.time_embed(timestep, timestep_r=timestep_r)
     texts = (
@@ -56,7 +56,7 @@ def _forward(
 
 
 class UnmaskedAttention:
-    """The blocks' joint attention of video and text without a mask."""
+    """The attention processor of the blocks: joint attention of video and text without a mask."""
 
     _attention_backend = None  # diffusers' `set_attention_backend` sets it
     _parallel_config = None

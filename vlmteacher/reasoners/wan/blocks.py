@@ -1,7 +1,7 @@
-"""diffusers' Wan transformer with our operators between its products and attentions; all else about it stays theirs.
+"""diffusers' Wan transformer with our operators between its products and attentions; the rest stays diffusers'.
 
-A block reads and writes its tokens once between two products, instead of some ten times, and what depends on the
-timestep alone is computed for the two that there are (of a known first frame and of the others), not for every token.
+Between two products a block reads and writes its tokens once instead of some ten times. The modulation is computed for
+the two timesteps that exist, of a known first frame and of the other frames, instead of for every token.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from vlmteacher.ops.qk_norm_rope import qk_norm_rope
 from vlmteacher.reasoners.attention import attend
 from vlmteacher.reasoners.wan.reasoner import by_token
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of float64 diffusers does a part in float32
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in float64, diffusers computes a part in float32
 
 
 class Modulation(NamedTuple):
-    """What a block's modulation depends on: (B, R, 6, D) projected timesteps, R of them 1 or 2, the first of two for
-    the first `first` tokens."""
+    """The projected timesteps (B, R, 6, D) of a block's modulation. With R = 2, the first is for the first `first`
+    tokens and the second for the rest; with R = 1 it is for all."""
 
     timesteps: Tensor
     first: int
 
 
-# The classes below keep their names: diffusers and PEFT look models up by them, and write them into saved configs.
+# The classes below keep diffusers' names: diffusers and PEFT look models up by name and write it into saved configs.
 
 
 class WanTransformerBlock(stock.WanTransformerBlock):
-    """Of a `WanTransformer3DModel` below; given what diffusers' model gives its blocks, diffusers' own forward runs."""
+    """A block of the `WanTransformer3DModel` below; called by diffusers' own model it runs diffusers' own forward."""
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Any, rotary_emb: Any) -> Tensor:
         if not isinstance(temb, Modulation):
@@ -70,10 +70,10 @@ class WanTransformerBlock(stock.WanTransformerBlock):
 
 
 class WanTransformer3DModel(diffusers.WanTransformer3DModel):
-    """diffusers' model, which also takes (B, 2) timesteps: of the tokens of the first latent frame, and of the others.
+    """diffusers' model, which also takes timesteps (B, 2): of the first latent frame's tokens, and of the others.
 
-    What the operators do not cover (a timestep for every token, an image encoder, attention_kwargs, autocast, context
-    parallelism) is diffusers' own forward.
+    diffusers' own forward runs where the operators do not apply: a timestep per token, an image encoder,
+    attention_kwargs, autocast, context parallelism.
     """
 
     takes_two_timesteps = True
@@ -127,7 +127,7 @@ class WanTransformer3DModel(diffusers.WanTransformer3DModel):
 
 
 def _covers(block: nn.Module) -> bool:
-    """Whether the operators do what the block's parts do."""
+    """Whether the operators compute the same as the block's parts."""
     if type(block) is not stock.WanTransformerBlock:
         return False
     attentions, norms = [block.attn1, block.attn2], [block.norm1, block.norm3]
@@ -143,7 +143,7 @@ def _covers(block: nn.Module) -> bool:
 
 
 def _prove(transformer: Any) -> None:
-    """One forward and backward of the first block, of random tokens, against diffusers' own. Raises InputError."""
+    """Compare a forward and backward of the first block on random tokens with diffusers' own. Raises InputError."""
     block, config = transformer.blocks[0], transformer.config
     device, dtype = transformer.device, transformer.dtype
     generator = torch.Generator().manual_seed(0)
@@ -177,9 +177,11 @@ def _prove(transformer: Any) -> None:
 
 
 def fuse_blocks(transformer: Any) -> bool:
-    """Give diffusers' Wan transformer the forward above, in place; False, and nothing done, for what it does not cover.
+    """Give diffusers' Wan transformer the forward above, in place. Returns False, and does nothing, where it does not
+    apply.
 
-    The first block is proved against diffusers' own first. Raises InputError where they differ; all is then as it was.
+    The first block is compared with diffusers' own. Raises InputError where they differ; the transformer is then
+    unchanged.
     """
     known = type(transformer) is diffusers.WanTransformer3DModel and transformer.dtype in DTYPES
     if not known or not all(map(_covers, transformer.blocks)):
@@ -197,7 +199,7 @@ def fuse_blocks(transformer: Any) -> bool:
 
 
 def unfuse_blocks(transformer: Any) -> None:
-    """Take it away again."""
+    """Give the transformer diffusers' own forward again, in place."""
     if type(transformer) is WanTransformer3DModel:
         transformer.__class__ = diffusers.WanTransformer3DModel
         for block in transformer.blocks:

@@ -1,4 +1,4 @@
-"""What is declared of the Wan family.
+"""The declaration of the Wan family.
 
 Sources of the presets: the models' own inference configs (Wan-Video/Wan2.1 and Wan2.2, FastVideo, LightX2V,
 Wan2.2-TI2V-5B-Turbo) and the examples of diffusers' pipelines. The base models' own solver is UniPC; here they are

@@ -1,14 +1,14 @@
 """The Wan family of diffusers: Wan 2.1 T2V and I2V, Wan 2.2 TI2V-5B and A14B, and their few-step distillations.
 
-The pipelines themselves run under ``no_grad``; their parts are called here as `WanPipeline` and
-`WanImageToVideoPipeline` of diffusers call them. How a model takes the first frame follows from its transformer:
+diffusers' pipelines run under ``no_grad``; their parts are called here as `WanPipeline` and `WanImageToVideoPipeline`
+call them. The first frame enters by one of three ways, which depends on the transformer:
 
 - TI2V-5B (``expand_timesteps``): as a clean first latent frame with a timestep of its own, 0;
-- I2V: as further channels, a mask and the latents of the image followed by nothing; 2.1 sees it by CLIP's features too;
-- T2V: not at all.
+- I2V: as further channels, a mask and the latents of a video that begins with the image; 2.1 also gets CLIP's features;
+- T2V: there is none.
 
-A14B has two experts: `transformer` for the noise levels from the boundary upwards, which is the one that is taught, and
-`transformer_2` for those below, where only sampling comes.
+A14B has two experts: `transformer`, which is optimised, for the noise levels from the boundary upwards, and
+`transformer_2` for the levels below, which are reached in sampling only.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from vlmteacher.reasoners.parts import load_transformers
 from vlmteacher.reasoners.sampling import SamplerSettings
 from vlmteacher.settings import Target
 
-TEXT_TOKENS = 512  # what diffusers' attention counts on where image features stand before the text
+TEXT_TOKENS = 512  # the length of the text that diffusers' attention assumes where image features precede it
 CLIP_TOKENS = 257  # ViT-H/14 at 224 pixels, with the class token
 
 
@@ -43,10 +43,10 @@ class WanReasoner(Reasoner):
 
     Args:
         transformer, vae, text_encoder, tokenizer: the parts of a diffusers Wan pipeline; they are frozen here.
-        image_conditioning: the pipeline's ``expand_timesteps``: the model takes a timestep per token, so that a clean
-            first latent frame (t = 0) can stand beside noisy ones.
+        image_conditioning: the pipeline's ``expand_timesteps``: the model takes a timestep per token, so the first
+            latent frame can be clean (t = 0) while the others are noisy.
         settings: sampler and default sizes.
-        transformer_2, boundary_ratio: the low-noise expert and the noise level below which it works.
+        transformer_2, boundary_ratio: the low-noise expert, and the noise level below which it predicts.
         image_encoder, image_processor: CLIP's, for a transformer with an ``image_dim``.
 
     Raises InputError when the parts do not fit together.
@@ -80,7 +80,7 @@ class WanReasoner(Reasoner):
             )
         if (transformer_2 is None) != (boundary_ratio is None):
             raise InputError(
-                "two experts (Wan 2.2 A14B) are a transformer_2 and a boundary_ratio: one of them is not there"
+                "two experts (Wan 2.2 A14B) need a transformer_2 and a boundary_ratio: one of them is missing"
             )
         parts = {
             "transformer": transformer,
@@ -138,10 +138,10 @@ class WanReasoner(Reasoner):
             cut = check_cut(self.tokenizer, clean_prompt(text), self.settings.max_sequence_length, what)
             return Condition(self.encode_prompt(text), first_frame, num_frames, height, width, inputs, cut=cut)
 
-        found = condition(prompt, "prompt")
+        positive = condition(prompt, "prompt")
         if not self.settings.guided:
-            return found
-        return replace(found, negative=condition(self.settings.negative_prompt, "negative_prompt"))
+            return positive
+        return replace(positive, negative=condition(self.settings.negative_prompt, "negative_prompt"))
 
     def blank_condition(self, num_frames: int, height: int, width: int) -> Condition:
         config, length = self.transformer.config, self.settings.max_sequence_length
@@ -161,18 +161,18 @@ class WanReasoner(Reasoner):
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str) -> Tensor:
-        """(1, L, D) embeddings; the empty prompt, which guidance looks at, is taken too."""
+        """See `Reasoner.encode_prompt`."""
         tokens = tokenize(self.tokenizer, clean_prompt(prompt), self.settings.max_sequence_length)
-        tokens = tokens.to(self.text_encoder.device)  # it may stay on the CPU: it runs once an instance
+        tokens = tokens.to(self.text_encoder.device)  # which may be the CPU: it runs once an instance
         hidden = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         # The transformer attends to all positions without a mask and was trained with zeros beyond the prompt.
         return (hidden * tokens.attention_mask[..., None]).to(self.device, self.dtype)
 
     def _encode_image_channels(self, image: ImageInput, num_frames: int, height: int, width: int) -> dict[str, Tensor]:
-        """What an I2V transformer is given beside the noisy latents: `image_latents` as channels, CLIP's features.
+        """The inputs of an I2V transformer beside the noisy latents: `image_latents` as channels, CLIP's features.
 
-        The first are a mask, of one channel for each frame of a latent frame, that is 1 on the image, and the latents
-        of a video (mid grey, 0) that begins with it.
+        `image_latents` are a mask, which is 1 on the image and has one channel for each frame of a latent frame, and
+        the latents of a video that begins with the image and goes on in mid grey.
         """
         video = np.full((num_frames, height, width, 3), 127.5, dtype=np.float32)
         video[0] = np.array(fit_image(image, height, width))
@@ -190,11 +190,11 @@ class WanReasoner(Reasoner):
     def velocity(
         self, condition: Condition, latents: Tensor, sigma: float | Tensor, *, transformer: nn.Module | None = None
     ) -> Tensor:
-        """See `Reasoner.velocity`; with a first frame its tokens are clean and have timestep 0.
+        """See `Reasoner.velocity`; the tokens of a first frame are clean and have timestep 0.
 
-        Of two experts the one of the level works (with a level for each of a batch, that of the lowest).
+        Of two experts, the one of the noise level predicts; for levels (B,), the one of the lowest.
         """
-        # WanPipeline repeats the timestep for each token of a text-only video; one for all gives the same at less cost.
+        # WanPipeline repeats the timestep for each token of a text-only video; one for all tokens gives the same.
         network: Any = self._expert(sigma) if transformer is None else transformer
         timestep = self.timestep(sigma, len(latents))
         if condition.first_frame is not None:
@@ -224,7 +224,7 @@ class WanReasoner(Reasoner):
         return self.boundary_ratio is None or lowest >= self.boundary_ratio
 
     def _expert(self, sigma: float | Tensor) -> nn.Module:
-        """The transformer of a noise level; where networks wait in main memory, the two take turns on the device."""
+        """The transformer of a noise level. Where networks are offloaded, the two experts take turns on the device."""
         if self.boundary_ratio is None:
             return self.transformer
         pair = (self.transformer, self.transformer_2)
@@ -236,13 +236,13 @@ class WanReasoner(Reasoner):
 
 
 def by_token(values: Tensor, first: int, tokens: int) -> Tensor:
-    """(B, 2, ...) -> (B, tokens, ...): the first of the two for the `first` first tokens, the other for the rest."""
+    """Repeat values (B, 2, ...) to (B, tokens, ...): the first for `first` tokens, the second for the rest."""
     rest = values.shape[2:]
     return torch.cat([values[:, :1].expand(-1, first, *rest), values[:, 1:].expand(-1, tokens - first, *rest)], 1)
 
 
 def clean_prompt(prompt: str) -> str:
-    """The text cleaning of diffusers' Wan pipelines: mended encoding (if ftfy is there), entities, single spaces."""
+    """Clean text as diffusers' Wan pipelines do: encoding (if ftfy is installed), HTML entities, single spaces."""
     try:
         import ftfy
 
@@ -253,7 +253,7 @@ def clean_prompt(prompt: str) -> str:
 
 
 def check_channels(transformer: Any, vae: Any, name: str = "transformer") -> None:
-    """Raise InputError, with the numbers that differ, unless transformer and VAE have the same latents."""
+    """Raise InputError, with the numbers of channels, unless transformer and VAE have the same latents."""
     taken, channels = transformer.config.in_channels, vae.config.z_dim
     with_image = 2 * channels + vae.config.scale_factor_temporal
     if taken not in (channels, with_image) or transformer.config.out_channels != channels:
@@ -262,7 +262,7 @@ def check_channels(transformer: Any, vae: Any, name: str = "transformer") -> Non
             f" {channels}: it must take {channels}, or {with_image} with the image as channels, and give {channels}"
         )
     if transformer.config.pos_embed_seq_len is not None:
-        raise InputError(f"the {name} takes a first and a last frame (FLF2V): Wan models with one image can be taught")
+        raise InputError(f"the {name} takes a first and a last frame (FLF2V): give a Wan model that takes one image")
     for statistic in ("latents_mean", "latents_std"):
         if len(getattr(vae.config, statistic, None) or ()) != channels:
             raise InputError(
@@ -279,21 +279,21 @@ def load_wan(
     *,
     transformer: Sequence[str] = (),
 ) -> WanReasoner:
-    """The Reasoner of a diffusers Wan pipeline, local or on the hub, whose model_index.json is `index`.
+    """Load the Reasoner of a diffusers Wan pipeline, local or on the hub, whose ``model_index.json`` is `index`.
 
-    transformer: see `load_transformers`; the high-noise expert comes first.
+    transformer: see `load_transformers`; the high-noise expert comes first. Raises InputError.
     """
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
     load = partial(load_network, name=path_or_id, local_files_only=local_files_only)
 
-    def there(part: str) -> bool:
+    def has(part: str) -> bool:
         return bool((index.get(part) or [None])[0])
 
-    if not there("transformer"):
-        raise InputError(f"{path_or_id} has no transformer for the high noise levels, which is the one that is taught")
-    names = ["transformer", *(["transformer_2"] if there("transformer_2") else [])]
+    if not has("transformer"):
+        raise InputError(f"{path_or_id} has no transformer for the high noise levels, the one that gets the LoRA")
+    names = ["transformer", *(["transformer_2"] if has("transformer_2") else [])]
     networks = load_transformers(
         WanTransformer3DModel,
         path_or_id,
@@ -312,7 +312,7 @@ def load_wan(
                 f" {text_encoder.config.d_model}: they belong to different models"
             )
     image_encoder = image_processor = None
-    if there("image_encoder") and networks["transformer"].config.image_dim is not None:
+    if has("image_encoder") and networks["transformer"].config.image_dim is not None:
         image_encoder = load(CLIPVisionModel, subfolder="image_encoder", dtype=dtype)
         image_processor = load_processor(CLIPImageProcessor, path_or_id, "image_processor", local_files_only)
     return WanReasoner(
@@ -330,7 +330,7 @@ def load_wan(
 
 
 def build_wan(configs: Mapping[str, Any], settings: SamplerSettings, dtype: torch.dtype) -> WanReasoner:
-    """The Reasoner without weights, from the configs of its parts and the entries of its ``model_index.json``."""
+    """Build the Reasoner without weights from the configs of its parts and the entries of its ``model_index.json``."""
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
