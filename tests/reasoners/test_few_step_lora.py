@@ -127,7 +127,7 @@ def test_one_file_of_both_experts(a14b, t2v, tmp_path, prefixes):
         torch.testing.assert_close(found, expected(a14b, expert, seed))
     with pytest.raises(InputError, match="which the other file is for"):
         load_reasoner(a14b, few_step_lora=[file, file], preset=FOUR_STEPS_A14B)
-    with pytest.raises(InputError, match=rf"LoRA of a low-noise expert \({prefixes[1]}\S+\), which .* has not"):
+    with pytest.raises(InputError, match=rf"LoRA of a low-noise expert \({prefixes[1]}\S+\), which .* does not have"):
         load_reasoner(t2v, few_step_lora=file, preset=FOUR_STEPS)
     one = load_reasoner(t2v, few_step_lora=file, preset=FOUR_STEPS, lora_partial=True)
     assert one.notes["few_step_lora_unused"].startswith(prefixes[1])
