@@ -219,8 +219,8 @@ def test_python_types():
     ("image", "what"),
     [
         (None, "a NoneType is no image"),
-        (3, "a int is none"),
-        (b"bytes", "a bytes is none"),
+        (3, "a int is no image"),
+        (b"bytes", "a bytes is no image"),
         ([], "a list of 0 images"),
         ([np.zeros((6, 8, 3), np.uint8)] * 2, "a list of 2 images"),
         (np.zeros((3, 6, 8), np.uint8), r"its shape is \(3, 6, 8\), channels last"),
@@ -360,7 +360,7 @@ def test_the_pipeline_takes_all_of_them(pipe, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         seen = {pipe("move the ball", image, **given).config["image"] for image in kinds}
-        with pytest.raises(InputError, match="a int is none"):
+        with pytest.raises(InputError, match="a int is no image"):
             pipe("move the ball", 3, **given)
     assert len(seen) == 1 and None not in seen
 
