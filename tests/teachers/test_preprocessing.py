@@ -7,7 +7,6 @@ written apart from ours (the resize is Pillow's, on float planes). One test asks
 import importlib
 import importlib.util
 import json
-import types
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from vlmteacher.teachers.preprocessing import (
     preprocess_frames,
     preprocess_image,
     preprocess_video,
-    read_settings,
+    processor_settings,
     smart_resize,
 )
 
@@ -229,34 +228,34 @@ def test_gradients_reach_every_pixel_and_match_finite_differences(size):
     assert slope.item() == pytest.approx((gradient * direction).sum().item(), rel=1e-3, abs=1e-2)
 
 
-VISION = types.SimpleNamespace(patch_size=8, temporal_patch_size=2, spatial_merge_size=2)
+DEFAULTS = VisionSettings(patch_size=8)
 
 
 def test_settings_come_from_the_checkpoints_files(tmp_path):
     size = {"shortest_edge": 1024, "longest_edge": 5000}
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps({"size": size, "image_mean": [0.1, 0.2, 0.3]}))
-    video, image = read_settings(str(tmp_path), VISION)
+    video, image = processor_settings(str(tmp_path), DEFAULTS)
     assert (video.patch_size, video.min_pixels, video.max_pixels) == (8, 1024, 5000)
     assert video.image_mean == (0.1, 0.2, 0.3) and video.image_std == (0.5, 0.5, 0.5)
     assert image == video
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 256, "max_pixels": 4096}))
-    video, image = read_settings(str(tmp_path), VISION)
+    video, image = processor_settings(str(tmp_path), DEFAULTS)
     assert (image.min_pixels, image.max_pixels, video.max_pixels) == (256, 4096, 5000)
 
 
 def test_both_processors_in_one_file(tmp_path):
     both = {"video_processor": {"size": {"longest_edge": 7777}}, "image_processor": {"size": {"longest_edge": 8888}}}
     (tmp_path / "processor_config.json").write_text(json.dumps(both))
-    video, image = read_settings(str(tmp_path), VISION)
+    video, image = processor_settings(str(tmp_path), DEFAULTS)
     assert (video.max_pixels, image.max_pixels) == (7777, 8888)
 
 
 def test_without_files_the_upstream_checkpoints_values_hold(tmp_path):
-    video, _ = read_settings(str(tmp_path), VISION)
+    video, _ = processor_settings(str(tmp_path), DEFAULTS)
     assert (video.min_pixels, video.max_pixels, video.image_std) == (4096, 25_165_824, (0.5, 0.5, 0.5))
 
 
 def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "video_preprocessor_config.json").write_text("{")
     with pytest.raises(InputError, match=r"video_preprocessor_config\.json is not JSON"):
-        read_settings(str(tmp_path), VISION)
+        processor_settings(str(tmp_path), DEFAULTS)

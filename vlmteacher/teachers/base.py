@@ -7,7 +7,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -137,11 +137,14 @@ def load_teacher(
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise InputError(f"teacher {name!r} is of the model type {model_type!r}; known types: {known}")
-    module, family = FAMILIES[model_type]
-    teacher = getattr(importlib.import_module(f"vlmteacher.teachers.{module}"), family)
-    return teacher.from_pretrained(
-        pinned(name, file.parent, local_files_only), dtype, local_files_only, quantize, device
-    )
+    path = pinned(name, file.parent, local_files_only)
+    return find_family(model_type).from_pretrained(path, dtype, local_files_only, quantize, device)
+
+
+def find_family(model_type: str) -> Any:
+    """The class of the Teachers of a `model_type`, one of `FAMILIES`."""
+    module, name = FAMILIES[model_type]
+    return getattr(importlib.import_module(f"vlmteacher.teachers.{module}"), name)
 
 
 def read_style(path_or_id: str, local_files_only: bool = False) -> QueryStyle:

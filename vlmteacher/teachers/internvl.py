@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,24 @@ from vlmteacher.teachers.preprocessing import (
     CLIP_STD,
     VisionSettings,
     preprocess_frames,
-    processor_settings,
 )
 from vlmteacher.teachers.prompt import Clip
 from vlmteacher.teachers.visual_checkpoint import attend
 from vlmteacher.teachers.vlm import VLMTeacher
+
+CONTEXT = "<IMG_CONTEXT>"
+TOKENS = {  # of the published checkpoints: the tokenizer's attributes
+    "start_image_token": "<img>",
+    "context_image_token": CONTEXT,
+    "end_image_token": "</img>",
+    "video_token": "<video>",
+}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% else %}"
+    "{{ {'image': '<IMG_CONTEXT>', 'video': '<video>'}[part.type] }}\n{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 class InternVLTeacher(VLMTeacher):
@@ -28,6 +41,7 @@ class InternVLTeacher(VLMTeacher):
     """
 
     architecture = "InternVLForConditionalGeneration"
+    token_ids: ClassVar = {"image_token_id": CONTEXT}
     frames_per_patch = 1
 
     def __init__(self, model: Any, tokenizer: Any, video: VisionSettings, image: VisionSettings | None = None) -> None:
@@ -54,10 +68,10 @@ class InternVLTeacher(VLMTeacher):
             )
         return token
 
-    @classmethod
-    def from_parts(cls, path_or_id: str, model: Any, tokenizer: Any, local_files_only: bool) -> InternVLTeacher:
-        vision = model.config.vision_config
-        base = VisionSettings(
+    @staticmethod
+    def processor_defaults(config: Any) -> VisionSettings:
+        vision = config.vision_config
+        return VisionSettings(
             patch_size=vision.patch_size[0],
             temporal_patch_size=1,
             merge_size=1,
@@ -65,7 +79,21 @@ class InternVLTeacher(VLMTeacher):
             image_std=CLIP_STD,
             fixed_size=tuple(vision.image_size),
         )
-        return cls(model, tokenizer, *processor_settings(path_or_id, base, local_files_only))
+
+    @classmethod
+    def with_vision_tokens(cls, tokenizer: Any) -> Any:
+        """See `VLMTeacher.with_vision_tokens`."""
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer.add_special_tokens({"additional_special_tokens": list(TOKENS.values())})
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer.backend_tokenizer,
+            pad_token=tokenizer.pad_token,
+            eos_token=tokenizer.eos_token,
+            chat_template=CHAT_TEMPLATE,
+            extra_special_tokens=TOKENS,
+            clean_up_tokenization_spaces=False,
+        )
 
     def resized(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
         assert self.video.fixed_size is not None
@@ -110,6 +138,10 @@ class InternVLTeacher(VLMTeacher):
         grid = [side // self.video.patch_size for side in size]
         x = model.pixel_shuffle(x.unflatten(1, grid), scale_factor=model.config.downsample_ratio)
         return (model.multi_modal_projector(x.flatten(1, 2)).flatten(0, 1),)
+
+    def stock_features(self, frames: Tensor, clip: Clip) -> list[Tensor]:
+        pixels = preprocess_frames(frames, clip.size[0], self.video.image_mean, self.video.image_std)
+        return [self.model.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output.flatten(0, 1)]
 
     def image_inputs(self, pixels: Tensor) -> tuple[str, dict[str, Tensor]]:
         size = self.image.fixed_size

@@ -80,18 +80,6 @@ class VisionSettings:
         return settings
 
 
-def read_settings(
-    path_or_id: str, vision_config: Any, local_files_only: bool = False
-) -> tuple[VisionSettings, VisionSettings]:
-    """`processor_settings` of a Qwen3-VL checkpoint; patch sizes come from the model's own `vision_config`."""
-    base = VisionSettings(
-        patch_size=vision_config.patch_size,
-        temporal_patch_size=vision_config.temporal_patch_size,
-        merge_size=vision_config.spatial_merge_size,
-    )
-    return processor_settings(path_or_id, base, local_files_only)
-
-
 def processor_settings(
     path_or_id: str, base: VisionSettings, local_files_only: bool = False
 ) -> tuple[VisionSettings, VisionSettings]:

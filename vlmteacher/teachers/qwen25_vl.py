@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmteacher.errors import InputError
 from vlmteacher.ops.elementwise import rotate
-from vlmteacher.teachers.preprocessing import CLIP_MEAN, CLIP_STD, VisionSettings, processor_settings
+from vlmteacher.teachers.preprocessing import CLIP_MEAN, CLIP_STD, VisionSettings
 from vlmteacher.teachers.prompt import Clip
 from vlmteacher.teachers.qwen_vl import VIDEO_PAD, VISION_END, VISION_START, QwenTokens, half_angles
 from vlmteacher.teachers.visual_checkpoint import attend_segments
@@ -43,10 +43,10 @@ class Qwen25VLTeacher(QwenTokens):
 
     architecture = "Qwen2_5_VLForConditionalGeneration"
 
-    @classmethod
-    def from_parts(cls, path_or_id: str, model: Any, tokenizer: Any, local_files_only: bool) -> Qwen25VLTeacher:
-        vision = model.config.vision_config
-        base = VisionSettings(
+    @staticmethod
+    def processor_defaults(config: Any) -> VisionSettings:
+        vision = config.vision_config
+        return VisionSettings(
             patch_size=vision.patch_size,
             temporal_patch_size=vision.temporal_patch_size,
             merge_size=vision.spatial_merge_size,
@@ -56,7 +56,6 @@ class Qwen25VLTeacher(QwenTokens):
             image_std=CLIP_STD,
             max_video_tokens=128_000,
         )
-        return cls(model, tokenizer, *processor_settings(path_or_id, base, local_files_only))
 
     def resized(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
         video = self.video
@@ -92,6 +91,13 @@ class Qwen25VLTeacher(QwenTokens):
             x = x + block.mlp(block.norm2(x))
         merged = visual.merger(x.flatten(0, 1)).unflatten(0, (-1, len(order)))
         return (merged[:, order.argsort()].flatten(0, 1),)
+
+    def stock_places(self, grid: Tensor) -> dict[str, Tensor]:
+        from transformers.vision_utils import get_vision_window_index
+
+        window, patch = self.visual.window_size, self.video.patch_size
+        index, ends = get_vision_window_index(grid, self.video.merge_size, window, patch)
+        return super().stock_places(grid) | {"window_index": index.to(self.device), "cu_window_seqlens": ends}
 
     @keepable()
     def _table(self, size: tuple[int, int]) -> tuple[Tensor, list[int], Tensor, Tensor]:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vlmteacher.ops.elementwise import gelu, rotate
-from vlmteacher.teachers.preprocessing import (
-    VisionSettings,
-    preprocess_image,
-    read_settings,
-    video_size,
-)
+from vlmteacher.teachers.preprocessing import VisionSettings, preprocess_image, resized_rows, video_size
 from vlmteacher.teachers.prompt import Clip
 from vlmteacher.teachers.visual_checkpoint import LinearPatchEmbed, attend
 from vlmteacher.teachers.vlm import VLMTeacher, freeze_patch_embed
@@ -41,6 +36,12 @@ def video_placeholder(
 class QwenTokens(VLMTeacher):
     """What the Qwen-VL families share: their tokens, their patches, images given to generation."""
 
+    token_ids: ClassVar = {
+        "image_token_id": IMAGE_PAD,
+        "video_token_id": VIDEO_PAD,
+        "vision_start_token_id": VISION_START,
+        "vision_end_token_id": VISION_END,
+    }
     video_mark = VISION_START + VIDEO_PAD + VISION_END
     image_mark = VISION_START + IMAGE_PAD + VISION_END
     visual_pads = (IMAGE_PAD, VIDEO_PAD)
@@ -73,6 +74,19 @@ class QwenTokens(VLMTeacher):
         placeholder = VISION_START + IMAGE_PAD * (int(grid.prod()) // self.image.merge_size**2) + VISION_END
         return placeholder, {"pixel_values": values, "image_grid_thw": grid}
 
+    def stock_features(self, frames: Tensor, clip: Clip) -> list[Tensor]:
+        rows, grid = resized_rows(frames, clip.size, self.video), self.grid(clip)
+        rows = rows.to(self.model.dtype)
+        # the grid stays on the CPU: transformers makes a Python list of the segments' lengths
+        output = self.visual(rows, grid_thw=grid, return_dict=True, **self.stock_places(grid))
+        return [output.pooler_output, *getattr(output, "deepstack_features", ())]
+
+    def stock_places(self, grid: Tensor) -> dict[str, Tensor]:
+        """Inputs of the vision tower that follow from `video_grid_thw` (1, 3), on the tower's device."""
+        from transformers.vision_utils import get_vision_position_ids
+
+        return {"position_ids": get_vision_position_ids(grid, self.video.merge_size).to(self.device)}
+
     def _token_types(self, input_ids: Tensor) -> Tensor:
         types = torch.full_like(input_ids, TEXT_TOKEN)
         types[input_ids == self.model.config.image_token_id] = IMAGE_TOKEN
@@ -91,9 +105,10 @@ class QwenVLTeacher(QwenTokens):
 
     architecture = "Qwen3VLForConditionalGeneration"
 
-    @classmethod
-    def from_parts(cls, path_or_id: str, model: Any, tokenizer: Any, local_files_only: bool) -> QwenVLTeacher:
-        return cls(model, tokenizer, *read_settings(path_or_id, model.config.vision_config, local_files_only))
+    @staticmethod
+    def processor_defaults(config: Any) -> VisionSettings:
+        vision = config.vision_config
+        return VisionSettings(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
 
     def resized(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
         return video_size(num_frames, height, width, self.video)
@@ -125,25 +140,38 @@ class QwenVLTeacher(QwenTokens):
                 deepstack.append(merger(x.flatten(0, 1)))
         return visual.merger(x.flatten(0, 1)), *deepstack
 
+    def stock_places(self, grid: Tensor) -> dict[str, Tensor]:
+        places, weights = self._interpolation(grid)
+        return super().stock_places(grid) | {
+            "interp_indices": places.to(self.device),
+            "interp_weights": weights.to(self.device),
+        }
+
+    def _interpolation(self, grid: Tensor) -> tuple[Tensor, Tensor]:
+        """Which position embeddings each patch mixes, and how: (P, 4) indices and weights."""
+        from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+        visual = self.visual
+        return get_vision_interpolation_indices_and_weights(
+            grid,
+            num_grid_per_side=visual.num_grid_per_side,
+            mode=visual.interpolation_mode,
+            align_corners=visual.interpolation_align_corners,
+            spatial_merge_size=self.video.merge_size,
+        )
+
     @keepable()
     def _table(self, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Position embeddings (P, C) and rotary angles (P, 1, d / 2) of one frame pair's P patches."""
-        from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
+        from transformers.vision_utils import get_vision_position_ids
 
         visual = self.visual
         key = (size, self.device, visual.pos_embed.weight.dtype)
         if key not in self._tables:
             grid = torch.tensor([[1, *(side // self.video.patch_size for side in size)]])
-            merge = visual.config.spatial_merge_size
-            places, weights = get_vision_interpolation_indices_and_weights(
-                grid,
-                num_grid_per_side=visual.num_grid_per_side,
-                mode=visual.interpolation_mode,
-                align_corners=visual.interpolation_align_corners,
-                spatial_merge_size=merge,
-            )
+            places, weights = self._interpolation(grid)
             embeds = visual.pos_embed(places.to(self.device)) * weights.to(self.device)[:, :, None]
-            positions = get_vision_position_ids(grid, merge).to(self.device)
+            positions = get_vision_position_ids(grid, self.video.merge_size).to(self.device)
             self._tables[key] = embeds.sum(1), *half_angles(visual.rotary_pos_emb(embeds, positions))
         return self._tables[key]
 

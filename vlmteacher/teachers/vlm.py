@@ -19,8 +19,8 @@ from vlmteacher.ops.patchify import PatchLayout, PatchRows
 from vlmteacher.prompts import check_prompt
 from vlmteacher.queries import QuerySet, QueryStyle, ask_for_queries, query_prompt
 from vlmteacher.teachers.base import Teacher, check_frames, check_range, read_style
-from vlmteacher.teachers.preprocessing import VisionSettings, resized_rows
-from vlmteacher.teachers.prompt import Layout, VideoPrompts
+from vlmteacher.teachers.preprocessing import VisionSettings, processor_settings, resized_rows
+from vlmteacher.teachers.prompt import Clip, Layout, VideoPrompts
 from vlmteacher.teachers.quantization import Quantize, check_stays, is_quantized, load_model
 from vlmteacher.teachers.shared_prefix import answer_losses, check_language
 from vlmteacher.teachers.visual_checkpoint import stream
@@ -42,6 +42,8 @@ class VLMTeacher(VideoPrompts, Teacher):
     Attributes:
         style: how it is asked for queries.
         writer: the LoRA that is applied while it writes queries, if there is one.
+        architecture: the class of transformers.
+        token_ids: the entries of the model's config that are ids of tokens, and the tokens.
         video: the preprocessing of videos.
         frames_per_patch: frames of one temporal patch.
 
@@ -49,6 +51,7 @@ class VLMTeacher(VideoPrompts, Teacher):
     """
 
     architecture: ClassVar[str]
+    token_ids: ClassVar[dict[str, str]]
     video: VisionSettings
     frames_per_patch: int
 
@@ -109,9 +112,23 @@ class VLMTeacher(VideoPrompts, Teacher):
             )
 
     @classmethod
-    @abstractmethod
     def from_parts(cls, path_or_id: str, model: Any, tokenizer: Any, local_files_only: bool) -> VLMTeacher:
         """The Teacher of a loaded model; reads the checkpoint's processor settings."""
+        defaults = cls.processor_defaults(model.config)
+        return cls(model, tokenizer, *processor_settings(path_or_id, defaults, local_files_only))  # type: ignore[call-arg]
+
+    @staticmethod
+    @abstractmethod
+    def processor_defaults(config: Any) -> VisionSettings:
+        """The preprocessing where a checkpoint's processor files are silent; patch sizes are those of the `config`."""
+
+    @classmethod
+    def with_vision_tokens(cls, tokenizer: Any) -> Any:
+        """A tokenizer of Qwen-VL's chat format, which the packaged Teacher has, with this family's tokens and template.
+
+        For plans, in which only numbers of tokens matter.
+        """
+        return tokenizer
 
     @abstractmethod
     def patches_per_frame(self, size: tuple[int, int]) -> int:
@@ -128,6 +145,13 @@ class VLMTeacher(VideoPrompts, Teacher):
 
         size: (H, W) of their frames. Returns the embeddings (visual tokens, C), then the DeepStack features, if there
         are any.
+        """
+
+    @abstractmethod
+    def stock_features(self, frames: Tensor, clip: Clip) -> list[Tensor]:
+        """The visual features of frames (K, 3, H, W), RGB in [0, 1], by one pass of transformers' own modules.
+
+        What plans and benchmarks compare with; it also runs on the meta device.
         """
 
     def encode(self, frames: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
