@@ -17,8 +17,8 @@ from vlmteacher.reasoners.loading import read_index
 from vlmteacher.reasoners.presets import find_preset, known_preset
 from vlmteacher.reasoners.registry import family_of_pipeline
 from vlmteacher.reasoners.sampling import SamplerSettings
-from vlmteacher.teachers.preprocessing import VisionSettings, read_settings
-from vlmteacher.teachers.qwen_vl import QwenVLTeacher
+from vlmteacher.teachers.base import find_family
+from vlmteacher.teachers.vlm import VLMTeacher
 
 KNOWN = Path(__file__).parent.parent / "known_models"
 PARTS = ("transformer", "vae", "text_encoder")
@@ -69,30 +69,31 @@ def build_reasoner(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Reas
         raise InputError(f"--reasoner {name!r}: its configs make no model ({_short(error)})") from error
 
 
-def build_teacher(name: str, dtype: torch.dtype = torch.bfloat16) -> QwenVLTeacher:
+def build_teacher(name: str, dtype: torch.dtype = torch.bfloat16) -> VLMTeacher:
     """The Teacher on the meta device, with the packaged tokenizer: only numbers of tokens matter. Raises InputError."""
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    import transformers
 
     directory = PACKAGED / "teacher" if name == "packaged" else Path(name)
-    config = json_object(directory / "config.json") if directory.is_dir() else known_facts(name, "teacher")["config"]
-    if config.get("model_type", "qwen3_vl") != "qwen3_vl":
-        raise InputError(f"--teacher {name!r} is a {config['model_type']}: the plan knows Qwen3-VL")
-    tokenizer = load_tokenizer(str(PACKAGED / "teacher"))
-    pads = ("image_pad", "video_pad", "vision_start", "vision_end")
-    keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    ids = {key: tokenizer.convert_tokens_to_ids(f"<|{pad}|>") for key, pad in zip(keys, pads, strict=True)}
+    read = directory.is_dir()
+    facts = {"config": json_object(directory / "config.json")} if read else known_facts(name, "teacher")
+    config = {key: value for key, value in facts["config"].items() if key != "architectures"}
+    family = find_family(config.pop("model_type", None), f"--teacher {name!r}")
+    tokenizer = family.with_vision_tokens(load_tokenizer(str(PACKAGED / "teacher")))
+    config |= {entry: tokenizer.convert_tokens_to_ids(token) for entry, token in family.token_ids.items()}
+    model_class = getattr(transformers, family.architecture)
     try:
-        full = Qwen3VLConfig(**{k: v for k, v in config.items() if k not in ("model_type", "architectures")} | ids)
+        full = model_class.config_class(**config)
         full.text_config.pad_token_id = None
+        # A dynamic one compares positions with a limit, which the meta device cannot; the cost is the same.
+        full.text_config.rope_parameters["rope_type"] = "default"
         with META:
-            model = Qwen3VLForConditionalGeneration(full).to(dtype)
+            model = model_class(full).to(dtype)
+        defaults = family.processor_defaults(full).updated(facts.get("processor", {}), f"{name}: processor")
     except Exception as error:  # the libraries raise anything of a config that is wrong
         raise InputError(f"--teacher {name!r}: its config makes no model ({_short(error)})") from error
-    if directory.is_dir():
-        return QwenVLTeacher(
-            model, tokenizer, *read_settings(str(directory), full.vision_config, local_files_only=True)
-        )
-    return QwenVLTeacher(model, tokenizer, VisionSettings(patch_size=full.vision_config.patch_size))
+    if read:
+        return family.from_parts(str(directory), model, tokenizer, local_files_only=True)
+    return family(model, tokenizer, defaults)
 
 
 def build_decoder(name: str, dtype: torch.dtype = torch.bfloat16) -> SurrogateDecoder:

@@ -133,16 +133,18 @@ def load_teacher(
     if file is None:
         where = "has no usable config.json" if os.path.isdir(name) else "is no local directory and cannot be fetched"
         raise InputError(f"teacher {name!r} {where}: give the path of a directory that holds the checkpoint")
-    model_type = json_object(file).get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise InputError(f"teacher {name!r} is of the model type {model_type!r}; known types: {known}")
+    family = find_family(json_object(file).get("model_type"), f"teacher {name!r}")
     path = pinned(name, file.parent, local_files_only)
-    return find_family(model_type).from_pretrained(path, dtype, local_files_only, quantize, device)
+    return family.from_pretrained(path, dtype, local_files_only, quantize, device)
 
 
-def find_family(model_type: str) -> Any:
-    """The class of the Teachers of a `model_type`, one of `FAMILIES`."""
+def find_family(model_type: Any, label: str) -> Any:
+    """The subclass of `VLMTeacher` for a `model_type` of transformers.
+
+    label: of the checkpoint. Raises InputError, which lists `FAMILIES`, for another type.
+    """
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise InputError(f"{label} is of the model type {model_type!r}; known types: {', '.join(FAMILIES)}")
     module, name = FAMILIES[model_type]
     return getattr(importlib.import_module(f"vlmteacher.teachers.{module}"), name)
 

@@ -114,6 +114,6 @@ class Qwen25VLTeacher(QwenTokens):
             by_size = lengths.argsort(stable=True).tolist()
             order = torch.cat([pieces[i] for i in by_size])
             positions = get_vision_position_ids(grid, merge).view(-1, merge**2, 2)[order].flatten(0, 1)
-            angles = visual.rotary_pos_emb(torch.empty(0), positions.to(self.device))
+            angles = visual.rotary_pos_emb(torch.empty(0, device=self.device), positions.to(self.device))
             self._tables[key] = order.to(self.device), lengths[by_size].tolist(), *half_angles(angles)
         return self._tables[key]
