@@ -28,6 +28,7 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.memory import saved_bytes
 from benchmarks.presets import QUERIES, qwen3_vl
+from vlmteacher.planning.teacher import stock_reader
 from vlmteacher.queries import QuerySet
 from vlmteacher.teachers.preprocessing import VisionSettings, preprocess_video
 from vlmteacher.teachers.prompt import Clip, Layout
@@ -238,8 +239,6 @@ def flops() -> dict[str, float]:
     Stock here is three passes without recomputation, logits at the answer only. Attention counts in full, causal or
     not.
     """
-    from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
-
     preset = PRESETS["4b"]
     model, tokenizer = build(preset, torch.bfloat16, "meta")
     teacher = teacher_of(model, tokenizer, preset["patch"])
@@ -254,30 +253,10 @@ def flops() -> dict[str, float]:
     def ours() -> Tensor:
         return teacher.packed_losses(frames, layout, size).sum()
 
-    visual, language, grid = model.model.visual, model.model.language_model, teacher.grid(clip)
+    encode = teacher.stock_encoder(clip)
 
     def stock(question: str) -> Tensor:
-        ((prompt, answer),) = teacher.chats(clip, [question])
-        ids = torch.tensor([prompt + answer])
-        places, weights = get_vision_interpolation_indices_and_weights(
-            grid, visual.num_grid_per_side, visual.interpolation_mode, visual.interpolation_align_corners, 2
-        )
-        rows, _ = preprocess_video(frames, teacher.video)
-        seen = visual(
-            rows.to(torch.bfloat16),
-            grid_thw=grid,  # on the CPU: the segments are a Python list
-            interp_indices=places.to("meta"),
-            interp_weights=weights.to("meta"),
-            position_ids=get_vision_position_ids(grid, 2).to("meta"),
-            return_dict=True,
-        )
-        video = (ids[0] == model.config.video_token_id).nonzero().flatten().to("meta")
-        embeds = language.embed_tokens(ids.to("meta"))[0].index_copy(0, video, seen.pooler_output)
-        for feature in seen.deepstack_features:  # added before the layers, not between them: meta tensors have no masks
-            embeds = embeds.index_add(0, video, feature)
-        positions = teacher.positions(ids, clip).to("meta")
-        hidden = language(inputs_embeds=embeds[None], position_ids=positions, use_cache=False).last_hidden_state
-        return model.lm_head(hidden[0, -len(answer) - 1 : -1]).float().sum()
+        return stock_reader(teacher, clip, question)(encode(frames)).sum()
 
     def counted(function: Callable[[], Tensor]) -> int:
         with Flops() as counter:

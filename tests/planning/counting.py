@@ -19,9 +19,10 @@ def flash_flops(
     return 2 * 2 * b * h * n * key[2] * d // (1 + is_causal)  # two products; not taken from the planner
 
 
-def flash_backward_flops(grad: Sequence[int], query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> int:
+def flash_backward_flops(grad: Sequence[int], query: Sequence[int], key: Sequence[int], *rest: Any, **_: Any) -> int:
     b, h, n, d = query
-    return 5 * 2 * b * h * n * key[2] * d
+    is_causal = rest[4]  # after value, output, logsumexp, dropout_p
+    return 5 * 2 * b * h * n * key[2] * d // (1 + is_causal)
 
 
 def our_flops(query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> int:

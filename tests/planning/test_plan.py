@@ -105,7 +105,7 @@ def test_plan_of_directories_says_what_does_not_fit(models: dict[str, str], run:
         ({"reasoner": "wan9"}, "wan2.1-t2v-14b, wan2.2-i2v-a14b, wan2.2-t2v-a14b, wan2.2-ti2v-5b, packaged"),
         ({"reasoner": "../../etc/passwd"}, "is unknown"),
         ({"reasoner": "qwen3-vl-4b"}, "is unknown"),
-        ({"teacher": "gpt"}, "known are qwen3-vl-2b, qwen3-vl-32b, qwen3-vl-4b, qwen3-vl-8b, packaged"),
+        ({"teacher": "gpt"}, "qwen2.5-vl-7b, qwen3-vl-2b, qwen3-vl-32b, qwen3-vl-4b, qwen3-vl-8b, packaged"),
         ({"decoder": "taew9"}, "known are ltx-distilled, taehv1_5, taew2_1, taew2_2"),
         ({"decoder": "taew2_1"}, "decodes latents of 16 channels"),
         ({"num_frames": 12}, "the nearest are 9 and 13"),
@@ -134,6 +134,9 @@ def test_broken_directories(tmp_path: Path, run: Run) -> None:
         "is a FluxPipeline: the known Reasoners are WanPipeline"
         in run("plan", "--reasoner", tmp_path, "--teacher", "packaged")[2]
     )
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    said = run("plan", "--reasoner", "packaged", "--teacher", tmp_path)[2]
+    assert "is of the model type 'llava'; known types: qwen3_vl, qwen2_5_vl, internvl" in said
     tiny = tiny_wan_pipeline(tmp_path / "wan")
     assert "--decoder is needed" in run("plan", "--reasoner", tiny, "--teacher", "packaged")[2]
 
@@ -156,6 +159,19 @@ def test_plan_at_the_papers_scale(run: Run) -> None:
         assert stages[name] == pytest.approx(expected, rel=0.04)
     stock = {name: stage["flops"] / 1e12 for name, stage in plan["stock"]["stages"].items() if "reasoner" in name}
     assert sum(stock.values()) == pytest.approx(1229, rel=0.01)
+
+
+@pytest.mark.parametrize("teacher", ["qwen2.5-vl-3b", "OpenGVLab/InternVL3-2B-hf"])
+def test_plans_of_other_teacher_families(teacher: str, run: Run) -> None:
+    status, out, err = run("plan", *PAPER[:2], "--teacher", teacher, "--memory", 48, "--json")
+    plan = json.loads(out)
+    assert (status, err) == (0, "") and plan["fits"]
+    ours, stock = (
+        {name: stage["flops"] for name, stage in plan[part]["stages"].items() if "teacher" in name}
+        for part in ("ours", "stock")
+    )
+    assert stock["teacher.vision.forward"] == 4 * ours["teacher.vision.forward"]  # a pass for each question
+    assert 3 < stock["teacher.language.forward"] / ours["teacher.language.forward"] <= 4.2
 
 
 def test_what_a_plan_needs(run: Run) -> None:

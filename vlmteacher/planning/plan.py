@@ -1,18 +1,18 @@
-"""A whole step out of its parts, and the settings of the fewest FLOPs that fit."""
+"""Adds the costs of the parts to one step, and chooses the settings of the fewest FLOPs that fit."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from vlmteacher.decoders.taehv import check_decoder
+from vlmteacher.decoders.taehv import SurrogateDecoder, check_decoder
 from vlmteacher.errors import InputError
 from vlmteacher.lora.adapter import add_lora
 from vlmteacher.optimization.objective import teacher_frame_indices
@@ -29,15 +29,21 @@ from vlmteacher.planning.teacher import (
     stock_teacher_cost,
     vision_costs,
 )
-from vlmteacher.reasoners.checkpointing import Keep, format_levels
-from vlmteacher.teachers.vlm import CHUNK_PATCHES
+from vlmteacher.reasoners.base import Reasoner
+from vlmteacher.reasoners.checkpointing import Keep as Activations
+from vlmteacher.reasoners.checkpointing import format_levels
+from vlmteacher.teachers.shared_prefix import Keep
+from vlmteacher.teachers.vlm import CHUNK_PATCHES, VLMTeacher
 
 GB = 10**9
 
 
 @dataclass(frozen=True)
 class Step:
-    """One whole step: what each part costs, what its models weigh, and how it is set up."""
+    """One optimisation step: the cost of each part, the bytes of its models' weights, and its settings.
+
+    passes: of the Teacher, one after the other.
+    """
 
     reasoner: Cost
     decoder: Cost
@@ -45,7 +51,7 @@ class Step:
     vision: Cost
     language: Cost
     weights: dict[str, int]
-    passes: int = 1  # of the Teacher, one after the other
+    passes: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -57,35 +63,30 @@ class Step:
     def stages(self) -> dict[str, dict[str, int]]:
         """FLOPs and the most bytes alive, weights included, by stage in the order of a step."""
         weights = sum(self.weights.values())
-        between = weights + self.reasoner.kept
-        seen = between + self.decoder.kept
-        alive = {
-            "reasoner": (weights, weights),
-            "decoder": (between, between),
-            "preprocessing": (seen, seen),
-            "teacher.vision": (seen, seen),
-            "teacher.language": (seen + self.vision.kept, seen + self.vision.kept),
-        }
+        latents = weights + self.reasoner.kept
+        frames = latents + self.decoder.kept
+        features = frames + self.vision.kept
+        # the part, and the bytes that are alive beside its own in the forward and in the backward
         parts = {
-            "reasoner": self.reasoner,
-            "decoder": self.decoder,
-            "preprocessing": self.preprocessing,
-            "teacher.vision": self.vision,
-            "teacher.language": self.language,
+            "reasoner": (self.reasoner, weights),
+            "decoder": (self.decoder, latents),
+            "preprocessing": (self.preprocessing, frames),
+            "teacher.vision": (self.vision, frames),
+            "teacher.language": (self.language, features),
         }
-        found = {}
-        for name, part in parts.items():
+        stages = {}
+        for name, (part, others) in parts.items():
             times = self.passes if name.startswith("teacher") else 1
             rows = {
-                "forward": (part.forward, part.forward_bytes, 0),
-                "recompute": (part.repeated, part.backward_bytes, 1),
-                "backward": (part.backward - part.repeated, part.backward_bytes, 1),
+                "forward": (part.forward, part.forward_bytes),
+                "recompute": (part.repeated, part.backward_bytes),
+                "backward": (part.backward - part.repeated, part.backward_bytes),
             }
-            for row, (flops, nbytes, place) in rows.items():
+            for row, (flops, nbytes) in rows.items():
                 if row != "recompute" or flops:
-                    found[f"{name}.{row}"] = {"flops": times * flops, "peak_bytes": alive[name][place] + nbytes}
-        found["optimiser"] = {"flops": 0, "peak_bytes": weights}  # element-wise
-        return found
+                    stages[f"{name}.{row}"] = {"flops": times * flops, "peak_bytes": others + nbytes}
+        stages["optimiser"] = {"flops": 0, "peak_bytes": weights}  # element-wise
+        return stages
 
     @property
     def peak_bytes(self) -> int:
@@ -101,16 +102,54 @@ class Step:
         }
 
 
+@dataclass(frozen=True)
+class Instance:
+    """The models of a step on the meta device, and the video that it works on.
+
+    shape: (frames, height, width). video: the frames of it that the Teacher reads.
+    """
+
+    reasoner: Reasoner
+    decoder: SurrogateDecoder
+    teacher: VLMTeacher
+    shape: tuple[int, int, int]
+    video: Video
+    decoder_name: str
+
+    @property
+    def network(self) -> Any:
+        return self.reasoner.transformer
+
+    @property
+    def latents(self) -> tuple[int, ...]:
+        return self.reasoner.latent_shape(*self.shape)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings that decide between memory and FLOPs, and the step that they make.
+
+    levels: what each block of the Reasoner keeps. chunk: frames that the visual encoder works on at a time. keep: what
+    the Teacher's layers keep.
+    """
+
+    levels: list[Activations]
+    chunk: int
+    keep: Keep
+    step: Step
+
+
 def nbytes(*modules: nn.Module) -> int:
+    """Bytes of the modules' parameters and buffers; a shared one counts once."""
     tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}
     return sum(t.nbytes for t in tensors.values())
 
 
-def mixes(blocks: int) -> Iterator[list[Keep]]:
+def mixes(blocks: int) -> Iterator[list[Activations]]:
     """Levels for every block, at most two different ones; the later blocks, which go backward first, keep more."""
-    for less in Keep:
+    for less in Activations:
         yield [less] * blocks
-        for more in Keep:
+        for more in Activations:
             if more < less:
                 yield from ([less] * n + [more] * (blocks - n) for n in range(1, blocks))
 
@@ -130,22 +169,60 @@ def make_plan(
     text_encoder: str = "device",
     dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Any]:
-    """What one optimisation step costs, ours with the settings of the fewest FLOPs that fit, and stock.
+    """Plan one optimisation step: ours, with the settings of the fewest FLOPs that fit the memory, and stock.
 
     Args:
         reasoner, teacher, decoder: names of known models, "packaged", or local directories (the decoder: a file) of
             which only configs are read. The decoder is by default the Reasoner's family's.
         num_frames, height, width: of the video, by default the Reasoner's own.
-        questions: 1 + M, the goal's and the process questions. teacher_frames: K, by default 24 or all.
-        memory: GB (10^9 bytes) of the device. text_encoder: where it waits, "device" or "cpu", and with it what else a
-            step does not need: an image encoder, the low-noise one of two experts.
+        questions: 1 + M, the goal's and the process questions.
+        teacher_frames: K, by default 24 or all.
+        rank: of the LoRA.
+        memory: GB (10^9 bytes) of the device.
+        text_encoder: where it is kept during the steps, "device" or "cpu", together with the other networks that a step
+            does not need: an image encoder, the low-noise one of two experts.
+        dtype: of the weights.
 
     Returns:
         {"ours", "stock": {"flops", "peak_bytes", "stages": {name: {"flops", "peak_bytes"}}, "weights", "settings"},
-        "ratio": FLOPs of ours over stock, "fits", "memory_bytes", "advice": what to change where it does not fit}.
+        "ratio": FLOPs of ours over stock, "fits", "memory_bytes", "advice": changes that help where it does not fit}
+        and the sizes of the instance.
 
-    Raises InputError: unknown models, sizes that the Reasoner cannot make, no memory.
+    Raises InputError: unknown models, sizes that the Reasoner cannot make, a memory, rank or number of questions that
+    is not positive.
     """
+    _check(teacher, questions, rank, memory)
+    models = _build(reasoner, teacher, decoder, (num_frames, height, width), teacher_frames, dtype)
+    budget = int(memory * GB)
+    weights = _add_lora_and_weigh(models, rank, text_encoder)
+    choices = _choices(models, weights, questions)
+    fitting = [choice for choice in choices if choice.step.peak_bytes <= budget]
+    best = _fewest_flops(fitting) if fitting else min(choices, key=lambda c: (c.step.peak_bytes, c.step.flops))
+    tokens = models.teacher.layout(models.video.clip(models.teacher), query_set(questions)).tokens
+    ours = replace(best.step, settings=_settings(best, models, tokens, text_encoder, rank))
+    stock = _stock(models, weights, questions, rank)
+    frames, height, width = models.shape
+    return {
+        "reasoner": reasoner,
+        "teacher": teacher,
+        "decoder": models.decoder_name,
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "teacher_frames": len(models.video.indices),
+        "questions": questions,
+        "reasoner_tokens": math.prod(models.latents[2:]) // math.prod(models.reasoner.patch),
+        "teacher_tokens": tokens,
+        "ours": ours.to_dict(),
+        "stock": stock.to_dict(),
+        "ratio": ours.flops / stock.flops,
+        "memory_bytes": budget,
+        "fits": bool(fitting),
+        "advice": [] if fitting else advice(ours, budget, text_encoder),
+    }
+
+
+def _check(teacher: str, questions: int, rank: int, memory: float) -> None:
     if not (memory > 0 and math.isfinite(memory)):
         raise InputError(f"--memory must be a number of GB above 0, not {memory:g}")
     for name, value in (("questions", questions), ("rank", rank)):
@@ -153,122 +230,126 @@ def make_plan(
             raise InputError(f"--{name} must be at least 1, not {value}")
     if not Path(teacher).is_dir() and teacher != "packaged":
         known_facts(teacher, "teacher")  # a misspelt name shows before the Reasoner is built
-    the_reasoner, family_decoder = build_reasoner(reasoner, dtype)
-    given = {"num_frames": num_frames, "height": height, "width": width}
-    size = {name: getattr(the_reasoner, name) if value is None else value for name, value in given.items()}
-    the_reasoner.check(**size)
-    if teacher_frames is None:
-        teacher_frames = min(24, size["num_frames"])
-    indices = teacher_frame_indices(size["num_frames"], teacher_frames)
-    decoder = decoder or family_decoder or ("packaged" if reasoner == "packaged" else None)
-    if decoder is None:
+
+
+def _build(
+    reasoner_name: str,
+    teacher_name: str,
+    decoder_name: str | None,
+    size: tuple[int | None, int | None, int | None],
+    teacher_frames: int | None,
+    dtype: torch.dtype,
+) -> Instance:
+    """Build the models, and check them and the size against each other."""
+    reasoner, family_decoder = build_reasoner(reasoner_name, dtype)
+    defaults = reasoner.num_frames, reasoner.height, reasoner.width
+    num_frames, height, width = (own if given is None else given for given, own in zip(size, defaults, strict=True))
+    reasoner.check(num_frames, height, width)
+    indices = teacher_frame_indices(num_frames, min(24, num_frames) if teacher_frames is None else teacher_frames)
+    decoder_name = decoder_name or family_decoder or ("packaged" if reasoner_name == "packaged" else None)
+    if decoder_name is None:
         known = ", ".join(known_models("decoder"))
         raise InputError(f"--decoder is needed for a Reasoner in a directory: a checkpoint file or one of {known}")
-    the_decoder = build_decoder(decoder, dtype)
-    check_decoder(the_decoder, the_reasoner, decoder)
-    the_teacher = build_teacher(teacher, dtype)
-    video = Video(tuple(indices), the_reasoner.fps, size["height"], size["width"])
-    shape = (size["num_frames"], size["height"], size["width"])
+    decoder = build_decoder(decoder_name, dtype)
+    check_decoder(decoder, reasoner, decoder_name)
+    video = Video(tuple(indices), reasoner.fps, height, width)
+    return Instance(
+        reasoner, decoder, build_teacher(teacher_name, dtype), (num_frames, height, width), video, decoder_name
+    )
 
-    network: Any = the_reasoner.transformer
-    weights = {"reasoner": nbytes(network)}
-    add_lora(network, rank)
-    lora = nbytes(network) - weights["reasoner"]
-    waiting = {name: part for name, part in the_reasoner.networks.items() if name not in ("transformer", "vae")}
-    weights |= {
-        "vae": nbytes(the_reasoner.vae),
-        **{name: nbytes(part) if text_encoder == "device" else 0 for name, part in waiting.items()},
-        "decoder": nbytes(the_decoder),
-        "teacher": nbytes(the_teacher.model),
+
+def _add_lora_and_weigh(models: Instance, rank: int, text_encoder: str) -> dict[str, int]:
+    """Add the LoRA to the Reasoner; returns the bytes of all weights and of the optimiser's tensors."""
+    base = nbytes(models.network)
+    add_lora(models.network, rank)
+    lora = nbytes(models.network) - base
+    networks = models.reasoner.networks
+    idle = {name: part for name, part in networks.items() if name not in ("transformer", "vae")}
+    return {
+        "reasoner": base,
+        "vae": nbytes(models.reasoner.vae),
+        **{name: nbytes(part) if text_encoder == "device" else 0 for name, part in idle.items()},
+        "decoder": nbytes(models.decoder),
+        "teacher": nbytes(models.teacher.model),
         "lora": lora,
         "lora gradient and AdamW": 3 * lora,
     }
-    latents = the_reasoner.latent_shape(*shape)
-    costs = ReasonerCosts.of(the_reasoner, shape)
-    pair = the_teacher.frames_per_patch
-    resized = the_teacher.resized(teacher_frames, *shape[1:])
-    patches = the_teacher.patches_per_frame(resized)
-    default = max(1, CHUNK_PATCHES["cuda"] // patches) * pair
-    visions = vision_costs(the_teacher, video, sorted({pair, default, len(indices)}))
-    languages = language_costs(the_teacher, video, questions)
-    ours = functools.partial(
+
+
+def _choices(models: Instance, weights: dict[str, int], questions: int) -> list[Choice]:
+    """Our step with every combination of the settings that decide between memory and FLOPs."""
+    teacher, video = models.teacher, models.video
+    pair = teacher.frames_per_patch
+    default = max(1, CHUNK_PATCHES["cuda"] // teacher.patches_per_frame(video.clip(teacher).size)) * pair
+    costs = ReasonerCosts.of(models.reasoner, models.shape)
+    visions = vision_costs(teacher, video, sorted({pair, default, len(video.indices)}))
+    languages = language_costs(teacher, video, questions)
+    step = functools.partial(
         Step,
-        decoder=decoder_cost(the_decoder, latents, indices),
-        preprocessing=preprocessing_cost(the_teacher, video),
+        decoder=decoder_cost(models.decoder, models.latents, video.indices),
+        preprocessing=preprocessing_cost(teacher, video),
         weights=weights,
     )
     reasoners = [(levels, costs.total(levels)) for levels in mixes(costs.blocks)]
-    candidates = [
-        (levels, chunk, keep, ours(reasoner=r, vision=v, language=t))
-        for levels, r in reasoners
-        for chunk, v in visions.items()
-        for keep, t in languages.items()
+    return [
+        Choice(levels, chunk, keep, step(reasoner=cost, vision=vision, language=language))
+        for levels, cost in reasoners
+        for chunk, vision in visions.items()
+        for keep, language in languages.items()
     ]
-    budget = int(memory * GB)
-    fitting = [c for c in candidates if c[3].peak_bytes <= budget]
-    fits = bool(fitting)
-    levels, chunk, keep, best = (
-        min(fitting, key=lambda c: (c[3].flops, sum(c[0]), c[2], c[3].peak_bytes))
-        if fits
-        else min(candidates, key=lambda c: (c[3].peak_bytes, c[3].flops))
-    )
-    clip = the_teacher.clip(indices, the_reasoner.fps, *shape[1:])
-    tokens = the_teacher.layout(clip, query_set(questions)).tokens
-    best.settings.update(
-        activations=format_levels(levels),
-        teacher_activation_bytes=activation_budget(the_teacher, tokens, keep),
-        teacher_keeps=keep.name.lower(),
-        teacher_chunk_patches=-(-chunk // pair) * patches,
-        text_encoder=text_encoder,
-        decoder="fused",
-        rank=rank,
-    )
 
-    add_lora(network, rank, fused=False)
-    stock_costs = ReasonerCosts.of(the_reasoner, shape, (Keep.INPUT,))
-    stock_vision, stock_language = stock_teacher_cost(the_teacher, video)
-    stock = Step(
-        stock_costs.total([Keep.INPUT] * stock_costs.blocks),
-        stock_decoder_cost(the_decoder, latents, indices),
-        best.preprocessing,
-        stock_vision,
-        stock_language,
-        weights,
-        passes=questions,
-        settings={"activations": format_levels([Keep.INPUT] * stock_costs.blocks), "teacher_passes": questions},
-    )
+
+def _fewest_flops(choices: Sequence[Choice]) -> Choice:
+    return min(choices, key=lambda c: (c.step.flops, sum(c.levels), c.keep, c.step.peak_bytes))
+
+
+def _settings(choice: Choice, models: Instance, tokens: int, text_encoder: str, rank: int) -> dict[str, Any]:
+    """The settings of our step, by the names of the pipeline's and the Teacher's attributes."""
+    teacher = models.teacher
+    patches = teacher.patches_per_frame(models.video.clip(teacher).size)
     return {
-        "reasoner": reasoner,
-        "teacher": teacher,
-        "decoder": decoder,
-        **size,
-        "teacher_frames": teacher_frames,
-        "questions": questions,
-        "reasoner_tokens": math.prod(latents[2:]) // math.prod(the_reasoner.patch),
-        "teacher_tokens": tokens,
-        "ours": best.to_dict(),
-        "stock": stock.to_dict(),
-        "ratio": best.flops / stock.flops,
-        "memory_bytes": budget,
-        "fits": fits,
-        "advice": [] if fits else advice(best, budget, text_encoder),
+        "activations": format_levels(choice.levels),
+        "teacher_activation_bytes": activation_budget(teacher, tokens, choice.keep),
+        "teacher_keeps": choice.keep.name.lower(),
+        "teacher_chunk_patches": -(-choice.chunk // teacher.frames_per_patch) * patches,
+        "text_encoder": text_encoder,
+        "decoder": "fused",
+        "rank": rank,
     }
 
 
+def _stock(models: Instance, weights: dict[str, int], questions: int, rank: int) -> Step:
+    """The step of a plain loop: whole checkpoints, PEFT's layers, all frames decoded, a pass for each question."""
+    add_lora(models.network, rank, fused=False)
+    costs = ReasonerCosts.of(models.reasoner, models.shape, (Activations.INPUT,))
+    levels = [Activations.INPUT] * costs.blocks
+    vision, language = stock_teacher_cost(models.teacher, models.video)
+    return Step(
+        costs.total(levels),
+        stock_decoder_cost(models.decoder, models.latents, models.video.indices),
+        preprocessing_cost(models.teacher, models.video),
+        vision,
+        language,
+        weights,
+        passes=questions,
+        settings={"activations": format_levels(levels), "teacher_passes": questions},
+    )
+
+
 def advice(step: Step, budget: int, text_encoder: str) -> list[str]:
-    """What to change where even the least memory is too much."""
-    over, found = step.peak_bytes - budget, []
+    """Changes that help where even the least memory is too much."""
+    excess, lines = step.peak_bytes - budget, []
     if text_encoder == "device":
         saved = step.weights["text_encoder"]
-        enough = "enough" if saved >= over else "not enough alone"
-        found.append(f"--text-encoder cpu saves {saved / GB:.1f} GB ({enough})")
+        enough = "enough" if saved >= excess else "not enough alone"
+        lines.append(f"--text-encoder cpu saves {saved / GB:.1f} GB ({enough})")
     largest = max(step.stages, key=lambda name: step.stages[name]["peak_bytes"])
     what = (
         "--teacher-frames or a smaller --teacher"
         if largest.startswith("teacher")
         else "--num-frames, --height, --width"
     )
-    found.append(f"the peak is in {largest}: reduce {what}")
+    lines.append(f"the peak is in {largest}: reduce {what}")
     if (total := sum(step.weights.values())) > budget:
-        found.append(f"the weights alone take {total / GB:.1f} GB: take smaller models")
-    return found
+        lines.append(f"the weights alone take {total / GB:.1f} GB: take smaller models")
+    return lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,6 @@ from torch import Tensor
 from vlmteacher.planning.costs import META, Cost, measure, per_layer, stack
 from vlmteacher.planning.tracing import tracing
 from vlmteacher.queries import QuerySet
-from vlmteacher.teachers.preprocessing import resized_rows
 from vlmteacher.teachers.prompt import Clip
 from vlmteacher.teachers.shared_prefix import Keep, answer_losses, how_much
 from vlmteacher.teachers.vlm import VLMTeacher
@@ -46,15 +45,15 @@ def query_set(count: int) -> QuerySet:
 
 def preprocessing_cost(teacher: VLMTeacher, video: Video) -> Cost:
     """The cost of making patch rows of the frames: no products, only bytes."""
-    frames, size = video.frames(teacher.model.dtype), video.clip(teacher).size
-    return measure(lambda: [resized_rows(frames, size, teacher.video)], [], [frames])
+    frames, clip = video.frames(teacher.model.dtype), video.clip(teacher)
+    return measure(lambda: [next(iter(teacher.stock_inputs(frames, clip).values()))], [], [frames])
 
 
 def vision_costs(teacher: VLMTeacher, video: Video, steps: Sequence[int]) -> dict[int, Cost]:
     """The cost of the visual encoder for each number of frames in `steps` that may be encoded at a time.
 
-    Where all frames are encoded at once their graph is kept. Else chunks are alike and one is traced: in the backward
-    its graph is alive beside all features, their gradients and the gradient of the frames.
+    Where all frames are encoded at once their graph is kept. Else chunks are alike and one is traced; the backward
+    keeps all features and their gradients alive beside it.
     """
     frames, size = video.frames(teacher.model.dtype), video.clip(teacher).size
     whole = measure(lambda: list(teacher.encode(frames, size)), [teacher.model], [frames])
@@ -70,7 +69,8 @@ def vision_costs(teacher: VLMTeacher, video: Video, steps: Sequence[int]) -> dic
             trace.weights(teacher.model)
             trace.inputs(piece)
             teacher.encode(piece, size)
-        backward = 2 * features + chunk.backward_bytes + frames.nbytes
+        # a chunk's graph beside the gradient of the frames, or that gradient beside its chunks
+        backward = 2 * features + frames.nbytes + max(chunk.backward_bytes, frames.nbytes)
         # the chunks' features, then their concatenation
         forward = max(2 * features, features + trace.peak[""])
         costs[step] = Cost(whole.forward, whole.backward + whole.forward, whole.forward, features, forward, backward)
@@ -128,37 +128,41 @@ def activation_budget(teacher: VLMTeacher, tokens: int, keep: Keep) -> int:
     return low
 
 
-def stock_logits(teacher: VLMTeacher, clip: Clip, question: str, features: Sequence[Tensor]) -> Tensor:
-    """The logits (A, vocabulary), float32, of an answer's tokens by transformers' own language model.
+def stock_reader(teacher: VLMTeacher, clip: Clip, question: str) -> Callable[[Sequence[Tensor]], Tensor]:
+    """The language model in transformers' own modules: from visual features to the logits (A, vocabulary) of an answer.
 
-    features: as `Teacher.stock_features`, on the Teacher's device, which may be the meta device. The DeepStack features
-    are added before the layers and not between them, which costs the same and needs no mask: for costs only.
+    It runs on the Teacher's device, which may be the meta device, and is for costs only: the DeepStack features are
+    added before the layers and not between them, which costs the same and needs no mask.
     """
     ((prompt, answer),) = teacher.chats(clip, [question])
     ids = torch.tensor([prompt + answer])
     visual = teacher.tokenizer.convert_tokens_to_ids(teacher.visual_pads[-1])
     places = (ids[0] == visual).nonzero().flatten().to(teacher.device)
-    embeds = teacher.language.embed_tokens(ids.to(teacher.device))[0].index_copy(0, places, features[0])
-    for feature in features[1:]:
-        embeds = embeds.index_add(0, places, feature)
     positions = teacher.positions(ids, clip).to(teacher.device)
     # From position ids (1, n) transformers would make a mask by their values; without one attention is causal.
     mask = {"full_attention": None} if positions.dim() == 2 else None
-    outputs = teacher.language(
-        inputs_embeds=embeds[None], position_ids=positions, attention_mask=mask, use_cache=False
-    )
-    head = teacher.model.get_output_embeddings()
-    return head(outputs.last_hidden_state[0, -len(answer) - 1 : -1]).float()
+
+    def read(features: Sequence[Tensor]) -> Tensor:
+        embeds = teacher.language.embed_tokens(ids.to(teacher.device))[0].index_copy(0, places, features[0])
+        for feature in features[1:]:
+            embeds = embeds.index_add(0, places, feature)
+        inputs = {"inputs_embeds": embeds[None], "position_ids": positions, "attention_mask": mask}
+        hidden = teacher.language(**inputs, use_cache=False).last_hidden_state
+        head = teacher.model.get_output_embeddings()
+        return head(hidden[0, -len(answer) - 1 : -1]).float()
+
+    return read
 
 
 def stock_teacher_cost(teacher: VLMTeacher, video: Video) -> tuple[Cost, Cost]:
     """(vision, language): the costs of one question in transformers' own classes, without checkpoints."""
     frames, clip = video.frames(torch.float32), video.clip(teacher)
     features = visual_features(teacher, video)
+    encode, read = teacher.stock_encoder(clip), stock_reader(teacher, clip, GOAL)
 
     def at(depth: int) -> Cost:
         with cut(teacher.language, depth):
-            return measure(lambda: [stock_logits(teacher, clip, GOAL, features)], [teacher.model], features)
+            return measure(lambda: [read(features)], [teacher.model], features)
 
     parts = [per_layer(at, 1)] * len(teacher.language.layers)
-    return measure(lambda: teacher.stock_features(frames, clip), [teacher.model], [frames]), stack(parts, parts)
+    return measure(lambda: encode(frames), [teacher.model], [frames]), stack(parts, parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -139,9 +140,16 @@ class InternVLTeacher(VLMTeacher):
         x = model.pixel_shuffle(x.unflatten(1, grid), scale_factor=model.config.downsample_ratio)
         return (model.multi_modal_projector(x.flatten(1, 2)).flatten(0, 1),)
 
-    def stock_features(self, frames: Tensor, clip: Clip) -> list[Tensor]:
+    def stock_inputs(self, frames: Tensor, clip: Clip) -> dict[str, Tensor]:
         pixels = preprocess_frames(frames, clip.size[0], self.video.image_mean, self.video.image_std)
-        return [self.model.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output.flatten(0, 1)]
+        return {"pixel_values": pixels}
+
+    def stock_encoder(self, clip: Clip) -> Callable[[Tensor], list[Tensor]]:
+        def encode(frames: Tensor) -> list[Tensor]:
+            output = self.model.model.get_image_features(**self.stock_inputs(frames, clip), return_dict=True)
+            return [output.pooler_output.flatten(0, 1)]
+
+        return encode
 
     def image_inputs(self, pixels: Tensor) -> tuple[str, dict[str, Tensor]]:
         size = self.image.fixed_size

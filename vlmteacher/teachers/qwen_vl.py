@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -74,12 +74,23 @@ class QwenTokens(VLMTeacher):
         placeholder = VISION_START + IMAGE_PAD * (int(grid.prod()) // self.image.merge_size**2) + VISION_END
         return placeholder, {"pixel_values": values, "image_grid_thw": grid}
 
-    def stock_features(self, frames: Tensor, clip: Clip) -> list[Tensor]:
-        rows, grid = resized_rows(frames, clip.size, self.video), self.grid(clip)
-        rows = rows.to(self.model.dtype)
-        # the grid stays on the CPU: transformers makes a Python list of the segments' lengths
-        output = self.visual(rows, grid_thw=grid, return_dict=True, **self.stock_places(grid))
-        return [output.pooler_output, *getattr(output, "deepstack_features", ())]
+    def stock_inputs(self, frames: Tensor, clip: Clip) -> dict[str, Tensor]:
+        return {
+            "pixel_values_videos": resized_rows(frames, clip.size, self.video),
+            "video_grid_thw": self.grid(clip),
+        }
+
+    def stock_encoder(self, clip: Clip) -> Callable[[Tensor], list[Tensor]]:
+        grid = self.grid(clip)  # stays on the CPU: transformers makes a Python list of the segments' lengths
+        places = self.stock_places(grid)
+
+        def encode(frames: Tensor) -> list[Tensor]:
+            inputs = self.stock_inputs(frames, clip)
+            rows = inputs["pixel_values_videos"].to(self.model.dtype)
+            output = self.visual(rows, grid_thw=grid, return_dict=True, **places)
+            return [output.pooler_output, *getattr(output, "deepstack_features", ())]
+
+        return encode
 
     def stock_places(self, grid: Tensor) -> dict[str, Tensor]:
         """Inputs of the vision tower that follow from `video_grid_thw` (1, 3), on the tower's device."""

@@ -6,7 +6,7 @@ import contextlib
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -148,10 +148,14 @@ class VLMTeacher(VideoPrompts, Teacher):
         """
 
     @abstractmethod
-    def stock_features(self, frames: Tensor, clip: Clip) -> list[Tensor]:
-        """The visual features of frames (K, 3, H, W), RGB in [0, 1], by one pass of transformers' own modules.
+    def stock_inputs(self, frames: Tensor, clip: Clip) -> dict[str, Tensor]:
+        """What transformers' processor makes of frames (K, 3, H, W), RGB in [0, 1]: the pixels first, float32."""
 
-        What plans and benchmarks compare with; it also runs on the meta device.
+    @abstractmethod
+    def stock_encoder(self, clip: Clip) -> Callable[[Tensor], list[Tensor]]:
+        """The visual encoder in transformers' own modules: from frames (K, 3, H, W) to features, in one pass.
+
+        Plans and benchmarks compare with it. It also runs on the meta device.
         """
 
     def encode(self, frames: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
