@@ -11,7 +11,7 @@ from vlmteacher.microworld import world
 
 
 def random_clip(rng: np.random.Generator, num_frames: int) -> np.ndarray:
-    """A clip (T, H, W, 3) for the autoencoders: right videos, and faded, doubled or recoloured balls among them."""
+    """Draw a clip (T, H, W, 3) in [0, 1] of a right or flawed video, at times with faded or added things."""
     scene = world.sample_scene(rng, str(rng.choice(world.FAMILIES)))
     track = world.perform(world.flawed(scene) if rng.random() < 0.3 else scene)
     first = int(rng.integers(0, world.NUM_FRAMES - num_frames + 1))
@@ -29,10 +29,11 @@ def random_clip(rng: np.random.Generator, num_frames: int) -> np.ndarray:
     return world.draw(track[first : first + num_frames])
 
 
-def shaken(latents: torch.Tensor, most: float, rng: np.random.Generator) -> torch.Tensor:
-    """Latents (B, ...) with noise of 0 to `most` times their spread, for decoders that are to withstand optimisation.
+def with_noise(latents: torch.Tensor, most: float, rng: np.random.Generator) -> torch.Tensor:
+    """Add noise of 0 to `most` standard deviations to latents (B, ...).
 
-    What an optimisation adds to latents is no image: a decoder that has seen encoded videos alone makes one of it.
+    It makes a decoder robust to optimisation: one trained on encoded videos alone turns what an optimisation adds to
+    latents into images.
     """
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
     scale = most * latents.std() * torch.rand(len(latents), *[1] * (latents.ndim - 1), generator=generator)
@@ -40,5 +41,5 @@ def shaken(latents: torch.Tensor, most: float, rng: np.random.Generator) -> torc
 
 
 def to_video(frames: np.ndarray) -> torch.Tensor:
-    """(B, T, H, W, 3) in [0, 1] -> (B, 3, T, H, W) in [-1, 1], as diffusers' VAEs take it."""
+    """Frames (B, T, H, W, 3) in [0, 1] as a video (B, 3, T, H, W) in [-1, 1], the input of diffusers' VAEs."""
     return torch.from_numpy(np.ascontiguousarray(frames, dtype=np.float32)).permute(0, 4, 1, 2, 3) * 2 - 1

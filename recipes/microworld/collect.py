@@ -1,8 +1,8 @@
-"""Stage ``collect``: what the Teacher will be shown, in pixels, with facts.
+"""Stages ``collect`` and ``optimise``: videos of training scenes with facts, to fine-tune the Teacher on.
 
-Three kinds of videos, all of training scenes: lessons with simulator state sent through VAE and surrogate decoder; the
-Reasoner's one-step predictions and few-step videos; and predictions in the course of optimisation by an earlier Teacher
-(hard negatives). The last two are labelled by ``labeller.py``.
+There are three kinds: *lessons*, rendered videos through VAE and surrogate decoder, with facts from the simulator;
+*predictions*, the Reasoner's one-step predictions and few-step videos; and *optimised* ones, predictions in the course
+of optimisations by an earlier Teacher (hard negatives). The latter two have facts from the labeller.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from vlmteacher.teachers import load_teacher
 
 
 def _pixels(frames: Tensor) -> np.ndarray:
-    """(B, F, 3, H, W) in [0, 1] -> (B, F, H, W, 3)."""
+    """Frames (B, F, 3, H, W) in [0, 1] as an array (B, F, H, W, 3)."""
     return frames.detach().float().permute(0, 1, 3, 4, 2).numpy()
 
 
 @torch.no_grad()
 def lessons(shard: Shard, count: int, rng: np.random.Generator, reasoner: WanReasoner, decoder: Any) -> None:
-    """Rendered videos of every kind, sent through the VAE's encoder and the surrogate decoder."""
+    """Add `count` rendered videos, of all kinds of `MIX`, through the VAE's encoder and the surrogate decoder."""
     for _ in range(count // 8):
         drawn = [draw_track(rng) for _ in range(8)]
         z = reasoner.encode_video(255 * np.stack([world.draw(track) for _, track in drawn]))
@@ -51,7 +51,7 @@ def lessons(shard: Shard, count: int, rng: np.random.Generator, reasoner: WanRea
 
 @torch.no_grad()
 def predictions(shard: Shard, count: int, rng: np.random.Generator, reasoner: WanReasoner, decoder: Any) -> None:
-    """The Reasoner's one-step predictions (through the surrogate) and few-step videos (through both decoders)."""
+    """Add `count` of the Reasoner's one-step predictions (surrogate decoder) and few-step videos (either decoder)."""
     for index in range(count):
         scene = world.sample_scene(rng, world.FAMILIES[index % len(world.FAMILIES)])
         condition, noise = start(reasoner, scene, rng)
@@ -74,14 +74,14 @@ def optimised(
     settings: Settings,
     outside: float = 0.0,
 ) -> None:
-    """Predictions while a Teacher optimises: the one-step prediction every third step, and the final video.
+    """Add the videos of ``count // 8`` optimisations by a Teacher: every third one-step prediction and the final video.
 
-    outside: the share of scenes out of domain.
+    outside: share of the scenes out of domain.
     """
     for index in range(count // 8):
         family = world.FAMILIES[index % len(world.FAMILIES)]
         scene = splits.training_scene(rng, family, outside)
-        while world.flawed(scene) == scene and rng.random() < 0.7:  # elsewhere there is little to optimise
+        while world.flawed(scene) == scene and rng.random() < 0.7:  # others need little optimisation
             scene = splits.training_scene(rng, family, outside)
         condition, noise = start(reasoner, scene, rng)
         add_lora(reasoner.transformer, settings.rank, seed=int(rng.integers(2**31)))
@@ -97,7 +97,7 @@ def optimised(
 
 
 def start(reasoner: WanReasoner, scene: Scene, rng: np.random.Generator) -> tuple[Any, Any]:
-    """Condition and noise of a training scene, as the pipeline makes them."""
+    """The condition and the noise of a training scene, as in the pipeline."""
     size = {"num_frames": world.NUM_FRAMES, "height": world.SIZE, "width": world.SIZE}
     condition = reasoner.encode(world.write_prompt(scene, rng), first_frame(scene), **size)
     return condition, reasoner.noise(condition, torch.Generator().manual_seed(int(rng.integers(2**31))))

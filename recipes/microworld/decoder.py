@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
-from recipes.microworld.clips import random_clip, shaken, to_video
+from recipes.microworld.clips import random_clip, to_video, with_noise
 from recipes.microworld.training import Run, adopt, train
 from vlmteacher.checkpoints.pretrained import load_network
 from vlmteacher.decoders.taehv import SurrogateDecoder
@@ -15,7 +15,7 @@ from vlmteacher.microworld import world
 
 
 def build(widths: list[int], latent_channels: int = 24) -> SurrogateDecoder:
-    """The Wan 2.2 layout (patch 2) with one spatial doubling less: 8x in space, 4x in time."""
+    """An untrained decoder of the Wan 2.2 layout (patch 2) with one spatial doubling less: 8x in space, 4x in time."""
     return SurrogateDecoder(latent_channels, widths, patch=2, space_upscale=(True, True, False))
 
 
@@ -35,7 +35,7 @@ def train_decoder(run: Run) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 latents = (vae.encode(x).latent_dist.mode().float() - mean) / std
-            y = decoder.decode_batch(shaken(latents, config["latent_noise"], rng), clamp=False)
+            y = decoder.decode_batch(with_noise(latents, config["latent_noise"], rng), clamp=False)
         return reconstruction_loss(x, y.float().transpose(1, 2) * 2 - 1)
 
     train({"decoder": decoder}, step, run, ema=0.99)

@@ -1,7 +1,7 @@
-"""Stage ``encoder``: the features of the video distance, learnt by telling the facts of rendered videos.
+"""Stage ``encoder``: the features of the video distance, trained to predict the facts of rendered videos.
 
-The videos are the Teacher's lessons: right ones and every kind of corruption, softened and noisy to a degree that is to
-be told as well, so that the features see how clean a picture is and not only what happens in it.
+The videos are of the same kinds as the Teacher's: right ones and all corruptions. Some are blurred or noisy, to a
+degree that the features must predict too, so that they depend on the quality of a video and not only on its content.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NOISE = 0.1  # standard deviation of the strongest
 
 
 class Heads(nn.Module):
-    """Training only: the facts of every frame, linear in the features."""
+    """Training-only linear readouts of the facts of every frame."""
 
     FLAGS: ClassVar = ("touching", "jumped", "intact")
 
@@ -42,23 +42,23 @@ class Heads(nn.Module):
     def losses(
         self, features: Tensor, scenes: Sequence[Scene], facts: Sequence[Facts], harm: Tensor
     ) -> dict[str, Tensor]:
-        """One loss for each fact; `harm` (B, 2) in [0, 1]: how soft and how noisy the video was made."""
-        told = self.facts(features).unflatten(1, (world.NUM_FRAMES, -1)).split(list(self.sizes.values()), -1)
-        by_name = dict(zip(self.sizes, told, strict=True))
+        """A loss for each kind of fact; `harm` (B, 2) in [0, 1] is the amount of blur and of noise."""
+        predicted = self.facts(features).unflatten(1, (world.NUM_FRAMES, -1)).split(list(self.sizes.values()), -1)
+        by_name = dict(zip(self.sizes, predicted, strict=True))
         frames = range(world.NUM_FRAMES)
         states, there = (torch.stack(x) for x in zip(*map(by_color, scenes, facts, repeat(frames)), strict=True))
         flags = np.stack([np.stack([f.touching, f.jumped.any(1), f.intact], -1) for f in facts])
-        seen = ~states.isnan()
+        visible = ~states.isnan()
         return {
-            "states": (by_name["states"].view_as(states) - states)[seen].square().mean() * 16,
+            "states": (by_name["states"].view_as(states) - states)[visible].square().mean() * 16,
             "there": F.binary_cross_entropy_with_logits(by_name["there"], there),
             "flags": F.binary_cross_entropy_with_logits(by_name["flags"], torch.from_numpy(flags).float()),
             "harm": (self.harm(features) - harm).square().mean(),
         }
 
 
-def lesson(rng: np.random.Generator) -> tuple[Tensor, Scene, Facts, Tensor]:
-    """A video (F, 3, H, W) in [0, 1], its scene and facts, and how soft and how noisy it is (2,)."""
+def sample(rng: np.random.Generator) -> tuple[Tensor, Scene, Facts, Tensor]:
+    """Draw a video (F, 3, H, W) in [0, 1], its scene and facts, and the amount of blur and noise (2,)."""
     scene, track = draw_track(rng)
     video = torch.from_numpy(world.draw(track)).permute(0, 3, 1, 2)
     harm = rng.uniform(size=2) * (rng.random(2) < 0.5)
@@ -75,7 +75,7 @@ def train_encoder(run: Run) -> None:
     encoder, heads = VideoEncoder(), Heads()
 
     def draw(rng: np.random.Generator) -> tuple[Tensor, list[Scene], list[Facts], Tensor]:
-        videos, scenes, facts, harm = zip(*(lesson(rng) for _ in range(config["batch"])), strict=True)
+        videos, scenes, facts, harm = zip(*(sample(rng) for _ in range(config["batch"])), strict=True)
         return torch.stack(videos), list(scenes), list(facts), torch.stack(harm)
 
     def step(index: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -91,9 +91,9 @@ def train_encoder(run: Run) -> None:
 
 @torch.no_grad()
 def calibrate(encoder: VideoEncoder, batches: list[Tensor]) -> None:
-    """Measure mean and spread of the features anew: those of the training were of other weights than the average."""
+    """Measure the mean and variance of the features again: those of the training belong to other weights."""
     encoder.standard.reset_running_stats()
-    encoder.standard.momentum = None  # all batches count the same
+    encoder.standard.momentum = None  # a plain mean over batches
     encoder.train()
     for videos in batches:
         encoder(videos)

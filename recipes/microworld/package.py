@@ -1,4 +1,4 @@
-"""Stage ``package``: the directory of the pair, as `TeacherPipeline.from_pretrained` opens it."""
+"""Stage ``package``: the pair's directory, which `TeacherPipeline.from_pretrained` opens."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def package(run: Run) -> None:
     shutil.copytree(teacher, pair / "teacher", dirs_exist_ok=True)
     load_network(Qwen3VLForConditionalGeneration, teacher, dtype=half).save_pretrained(pair / "teacher")
     attach(run.path("writer/writer"), pair / "teacher")
-    for config in pair.rglob("config.json"):  # diffusers writes down where a part was loaded from
+    for config in pair.rglob("config.json"):  # diffusers records where a part was loaded from
         content = json.loads(config.read_text())
         if content.pop("_name_or_path", None):
             config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -1,11 +1,11 @@
 """Stages ``latents`` and ``reasoner``: a tiny Wan (TI2V) with its UMT5 text encoder, trained together.
 
-Half of the noise levels are those of its four steps and half any: a many-step model to distil that starts as a fair
-few-step one.
+Half of the noise levels in training are those of the four sampling steps, the others are uniform: the result is a
+many-step model to distil that is already a fair few-step one.
 
-The training videos carry a deliberate, documented flaw (`world.flawed`): for half of the colours the task goes wrong,
-in every family always in the same way (``move``: to another box; ``maze``: straight through the blocks). So the
-Reasoner has systematic errors, which no resampling mends, beside the sampling noise of any small model.
+The training videos have a deliberate, documented flaw (`world.flawed`): for half of the colours the task goes wrong, in
+every family in one way (``move``: to another box; ``maze``: straight through the blocks). The Reasoner therefore has
+systematic errors, which resampling does not mend, besides the sampling noise of a small model.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ TEXT_TOKENS = 24
 
 
 def prompts() -> list[str]:
-    """Prompts of every wording, with every colour."""
+    """Prompts of all families, for the tokenizer."""
     rng = np.random.default_rng(0)
     scenes = [world.sample_scene(rng, family) for family in world.FAMILIES for _ in range(300)]
     return [world.write_prompt(scene, rng) for scene in scenes]
 
 
 def build(vocab_size: int, config: dict) -> tuple[WanTransformer3DModel, UMT5EncoderModel]:
+    """The untrained transformer and text encoder."""
     transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=config["heads"],
@@ -70,7 +71,7 @@ def build(vocab_size: int, config: dict) -> tuple[WanTransformer3DModel, UMT5Enc
 
 
 def encode_latents(run: Run) -> None:
-    """Stage ``latents``: shards of latents (mode of the posterior, normalised) with their prompts."""
+    """Stage ``latents``: shards of normalised latents (the mode of the posterior) with their prompts."""
     config = run.config
     make_folder(run.out)
     vae = load_network(AutoencoderKLWan, run.path("vae/vae"), dtype=torch.float32).eval()
@@ -121,10 +122,10 @@ def train_reasoner(run: Run) -> None:
     def step(index: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         nonlocal bank, texts, shards
         if index % 200 == 0 or not shards:
-            found = sorted(latents.glob("*.pt"))
-            if found != shards:
-                loaded = [torch.load(p, weights_only=True) for p in found]
-                shards = found
+            files = sorted(latents.glob("*.pt"))
+            if files != shards:
+                loaded = [torch.load(p, weights_only=True) for p in files]
+                shards = files
                 bank = torch.cat([d["latents"] for d in loaded])
                 texts = [t for d in loaded for t in d["prompts"]]
         rows = rng.integers(len(bank), size=config["batch"])
@@ -145,9 +146,9 @@ def train_reasoner(run: Run) -> None:
             embeds = encoder(ids, attention_mask=mask).last_hidden_state * mask[..., None]
             v = transformer(x, timestep, embeds, return_dict=False)[0]
         error = (v.float() - (noise - x0))[:, :, 1:] ** 2
-        each = error.mean((1, 2, 3, 4))
-        one_step = each[sigma == 1.0].mean()
-        return each.mean(), {"one_step": float(one_step.detach()) if (sigma == 1.0).any() else 0.0}
+        errors = error.mean((1, 2, 3, 4))
+        one_step = errors[sigma == 1.0].mean()
+        return errors.mean(), {"one_step": float(one_step.detach()) if (sigma == 1.0).any() else 0.0}
 
     train(
         {"transformer": transformer, "encoder": encoder},
@@ -179,7 +180,7 @@ def save_pipeline(
     tokenizer: PreTrainedTokenizerFast,
     vae: AutoencoderKLWan,
 ) -> None:
-    """Write a normal diffusers directory, with the few-step settings in ``reasoner.json`` beside it."""
+    """Write a diffusers directory, with the few-step settings in its ``reasoner.json``."""
     WanImageToVideoPipeline(
         tokenizer=tokenizer,
         text_encoder=encoder,

@@ -17,7 +17,7 @@ FIELDS = tuple(field.name for field in fields(Facts))
 
 
 class Shard:
-    """Videos as (N, T, H, W, 3) uint8, facts and scenes of each: plain tensors and JSON in one file."""
+    """Videos (N, T, H, W, 3) uint8 with their scenes and facts, as tensors and JSON in one file."""
 
     def __init__(self) -> None:
         self.videos: list[np.ndarray] = []
@@ -25,12 +25,13 @@ class Shard:
         self.scenes: list[Scene] = []
 
     def add(self, frames: np.ndarray, scene: Scene, facts: Facts | None = None) -> None:
-        """frames (T, H, W, 3) in [0, 1]; without facts the labeller finds them."""
+        """Add frames (T, H, W, 3) in [0, 1]; facts are by default those of the labeller."""
         self.videos.append((frames.clip(0, 1) * 255).round().astype(np.uint8))
         self.facts.append(facts or labeller.label(frames, scene))
         self.scenes.append(scene)
 
     def save(self, path: Path) -> None:
+        """Write the file atomically."""
         content = {
             "videos": torch.from_numpy(np.stack(self.videos)),
             "facts": [{name: torch.from_numpy(getattr(f, name)) for name in FIELDS} for f in self.facts],
@@ -41,7 +42,7 @@ class Shard:
 
 
 def load(paths: list[Path]) -> list[tuple[np.ndarray, Scene, Facts]]:
-    """(video uint8 (T, H, W, 3), scene, facts) of every row of `paths`."""
+    """Read shards: the video (T, H, W, 3) uint8, the scene and the facts of every row."""
     rows = []
     for path in paths:
         content = torch.load(path, weights_only=True)

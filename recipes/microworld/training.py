@@ -1,4 +1,4 @@
-"""How a stage trains: its packaged settings, the optimizer and schedule that all stages share, `Trainer`'s loop."""
+"""What all stages share: packaged settings, the run of a stage, and a training with `Trainer`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vlmteacher.files import make_folder
 from vlmteacher.state import read_state, write_state
 
 CONFIGS = Path(__file__).parent / "configs"
-EARLIER_FORM, EARLIER_STATE = "vlmteacher stage 1", "state.pt"  # of the loop that stages had before `Trainer`
+EARLIER_FORM, EARLIER_STATE = "vlmteacher stage 1", "state.pt"  # form and place of the states of earlier releases
 STATE_BYTES = 2**30  # the most that the state of a stage may take
 
 Step = Callable[[int, np.random.Generator], tuple[Tensor, dict[str, float]]]
@@ -41,7 +41,7 @@ class Run:
         start: weights to start from; what they are, a directory or a file, depends on the stage.
         device: the device to train on.
         until: the step to stop at, before the schedule has reached its end.
-        continues: folder of a run whose state after its last step this one begins with, optimizer included.
+        continues: folder of a run from whose last state, optimizer included, this one continues.
         instead: folders of `trained` by the name of the stage's folder that they take the place of.
     """
 
@@ -121,7 +121,7 @@ def train(
 
 
 def _take_over(run: Run, settings: dict[str, Any]) -> None:
-    """Bring into ``run.out`` the state of the run that it continues, or its own as an earlier release wrote it."""
+    """Put the state of the run that `run` continues into its folder, or convert its own from an earlier release."""
     if (run.out / STATE).exists():
         return
     earlier = run.out / EARLIER_STATE
@@ -138,9 +138,9 @@ def _take_over(run: Run, settings: dict[str, Any]) -> None:
 
 
 def adopt(model: nn.Module, known: nn.Module, tokenizer: Any = None, known_tokenizer: Any = None) -> None:
-    """Start `model` from the weights of `known`; embeddings token by token, where the vocabularies differ.
+    """Copy the weights of `known` into `model`; embeddings token by token, where the tokenizers differ.
 
-    Raises InputError: parts of other sizes.
+    Raises InputError: the models have other sizes.
     """
     weights = known.state_dict()
     own = model.state_dict()

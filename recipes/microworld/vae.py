@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
-from recipes.microworld.clips import random_clip, shaken, to_video
+from recipes.microworld.clips import random_clip, to_video, with_noise
 from recipes.microworld.training import Run, adopt, train
 from vlmteacher.checkpoints.pretrained import load_network
 from vlmteacher.distillation.reconstruction import reconstruction_loss
@@ -17,6 +17,7 @@ Z_DIM = 24
 
 
 def build(base_dim: int, z_dim: int = Z_DIM) -> AutoencoderKLWan:
+    """An untrained VAE; `base_dim` is its width and `z_dim` its number of latent channels."""
     return AutoencoderKLWan(
         base_dim=base_dim,
         decoder_base_dim=base_dim,
@@ -36,7 +37,7 @@ def build(base_dim: int, z_dim: int = Z_DIM) -> AutoencoderKLWan:
 
 
 def decode_unclamped(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """The VAE's own decoding without its last clamp, which has no gradient outside [-1, 1]."""
+    """Decode latents (B, C, T, h, w) without the VAE's final clamp, which has no gradient outside [-1, 1]."""
     vae.clear_cache()
     hidden = vae.post_quant_conv(latents)
     chunks = []
@@ -50,7 +51,7 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tens
 
 
 def crop(clip: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
-    """A window of `size` pixels, most often one with something in it."""
+    """A window of `size` pixels of a clip (T, H, W, 3): of three random ones that with the most contrast."""
     best, most = clip[:, :size, :size], -1.0
     for _ in range(3):
         x, y = rng.integers(0, world.SIZE - size + 1, 2)
@@ -74,7 +75,7 @@ def refine_decoder(run: Run) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 latents = vae.encode(x).latent_dist.mode()
-            y = decode_unclamped(vae, shaken(latents, config["latent_noise"], rng))
+            y = decode_unclamped(vae, with_noise(latents, config["latent_noise"], rng))
         return reconstruction_loss(x, y.float())
 
     modules = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}

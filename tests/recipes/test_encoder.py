@@ -13,5 +13,5 @@ def test_encoder_is_trained_to_a_file_that_loads(tmp_path):
     config = {"batch": 2, "steps": 2, "learning_rate": 1e-3, "seed": 0}
     recipe.train_encoder(training.Run(tmp_path, tmp_path, training.load_config("encoder") | config))
     encoder = load_encoder(tmp_path / "encoder.safetensors")
-    found = features(encoder, [recipe.lesson(np.random.default_rng(k))[0] for k in range(3)])
+    found = features(encoder, [recipe.sample(np.random.default_rng(k))[0] for k in range(3)])
     assert found.shape == (3, 64) and found.isfinite().all()

@@ -162,7 +162,7 @@ def test_a_change_of_latents_is_carried_into_frames(pointing):
         return pointing.decoder.decode_batch(z)[:, pointing.lesson.indices]
 
     exact = torch.autograd.functional.jvp(decode, latents, direction)[1]
-    assert (pointing.carried(latents, direction) - exact).norm() < 1e-3 * exact.norm()
+    assert (pointing.pushed_forward(latents, direction) - exact).norm() < 1e-3 * exact.norm()
 
 
 def test_optimisations_end_and_others_begin(pointing):

@@ -94,7 +94,7 @@ def test_the_vocabulary_is_kept(tmp_path, monkeypatch):
 
 def test_packed_questions_equal_the_teachers_own_losses(lesson):
     rng = np.random.default_rng(0)
-    drawn = [data.lesson(rng) for _ in range(3)]
+    drawn = [data.rendered(rng) for _ in range(3)]
     asked = [ask(scene, facts, rng) for _, scene, facts in drawn]
     shown = data.Batch.of(drawn, asked)
     logits = []
@@ -114,12 +114,12 @@ def test_packed_questions_equal_the_teachers_own_losses(lesson):
 
 def test_misleading_frames_are_near_and_cost_more(lesson):
     rng = np.random.default_rng(0)
-    rows = [data.lesson(rng) for _ in range(3)]
+    rows = [data.rendered(rng) for _ in range(3)]
     shown = data.Batch.of(rows, [ask(scene, facts, rng) for _, scene, facts in rows])
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(lesson.config, "adversary", 0.02)
-        other = lesson.mislead(shown)
+        other = lesson.perturb(shown)
     misleading = other.frames
     change = (misleading - shown.frames).abs()
     assert 0 < change.max() <= 0.02 + 1e-6 and misleading.min() >= 0 and misleading.max() <= 1
@@ -136,7 +136,7 @@ def test_keeping_a_teacher_costs_nothing_until_it_is_another(lesson, tmp_path):
     mine = Lesson(model.build(TINY_TEACHER, tmp_path / "tokenizer"), config)
     mine.teacher.model.load_state_dict(lesson.teacher.model.state_dict())
     rng = np.random.default_rng(0)
-    rows = [data.lesson(rng) for _ in range(2)]
+    rows = [data.rendered(rng) for _ in range(2)]
     shown = data.Batch.of(rows, [ask(scene, facts, rng, 4) for _, scene, facts in rows])
     loss, told = mine.keep(shown, lesson)
     assert abs(loss.item()) < 1e-5 and told["kept_cosine"] == pytest.approx(1.0, abs=1e-5)
@@ -167,7 +167,7 @@ def test_a_batch_is_of_what_is_to_be_learnt():
     rows = []
     for family in ("move", "count"):
         for outside in (0.0, 1.0):
-            _, scene, facts = data.lesson(rng, outside, [family])
+            _, scene, facts = data.rendered(rng, outside, [family])
             rows.append((np.zeros((world.NUM_FRAMES, world.SIZE, world.SIZE, 3), np.uint8), scene, facts))
     for families, outside, count in ((["move"], 0.0, 1), (["move", "count"], 1.0, 2), (["count"], 0.5, 2)):
         source = data.Source({"optimised": rows, "lessons": []}, families, outside)
@@ -185,7 +185,7 @@ def test_a_faded_video_and_its_answers_go_to_the_right_ones(family):
     scene = world.sample_scene(rng, family)
     track = [scene.things] * world.NUM_FRAMES  # nothing happens: the goal is missed
     row = world.draw(track), scene, facts_of(scene, track)
-    ends = [data.faded(row, way, rng) for way in (0.0, 0.5, 1.0)]
+    ends = [data.fade(row, way, rng) for way in (0.0, 0.5, 1.0)]
     frames, asked, yes = zip(*ends, strict=True)
     assert np.array_equal(frames[0], row[0]) and np.abs(frames[2] - world.render(scene)).mean() < 0.05
     assert (
@@ -202,7 +202,7 @@ def test_the_loss_of_a_right_video_does_not_change_as_it_is_faded(lesson):
     row = world.draw(track), scene, facts_of(scene, track)
     losses = []
     for yes in (torch.ones(1, 4), torch.zeros(1, 4)):
-        lesson.judge(data.Batch.of([row], [data.faded(row, 1.0, rng)[1]], yes))
+        lesson.judge(data.Batch.of([row], [data.fade(row, 1.0, rng)[1]], yes))
         losses.append(lesson.answer_loss.item())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "distort", lambda frames, rng: frames)

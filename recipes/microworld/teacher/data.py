@@ -16,7 +16,7 @@ from vlmteacher.microworld.questions import STYLE, Question, own_questions
 from vlmteacher.microworld.scene import Scene, Track
 from vlmteacher.queries import query_prompt
 
-# How often each kind of video is shown, where it makes sense in the family; kinds that only one family has: `OWN`.
+# Weights with which kinds of videos are drawn, of those that a family has; `OWN` for kinds of one family only.
 OWN = 2.0
 MIX = {
     "right": 8.0,
@@ -41,11 +41,12 @@ MIX = {
 
 
 def ask_text(task: str) -> str:
+    """The prompt with which queries for a task are asked for."""
     return query_prompt(task, STYLE.query_instruction)
 
 
 def task_text(scene: Scene, rng: np.random.Generator) -> str:
-    """A prompt for the scene in one of many wordings, the world's own among them."""
+    """A prompt for the scene: in the world's own wording, or half the time in a paraphrase where the family has any."""
     family = FAMILIES[scene.family]
     if not family.paraphrases or rng.random() < 0.5:
         return world.write_prompt(scene, rng)
@@ -53,7 +54,7 @@ def task_text(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def distort(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Blur, noise and a tint, as a small decoder leaves them."""
+    """Add blur, noise and a tint, as of a small decoder, to frames (T, H, W, 3) in [0, 1]."""
     if rng.random() < 0.6:
         side = float(rng.uniform(0, 0.25))
         for axis in (1, 2):
@@ -66,13 +67,13 @@ def distort(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 Row = tuple[np.ndarray, Scene, Facts]
-"""A video (T, H, W, 3) in [0, 1], its scene, and the facts of it."""
+"""A video (T, H, W, 3) in [0, 1], its scene and its facts."""
 
 
 def draw_track(
     rng: np.random.Generator, outside: float = 0.0, families: Sequence[str] = world.FAMILIES
 ) -> tuple[Scene, Track]:
-    """A training scene of one of the families and a video of it, of some kind of `MIX`, as a track."""
+    """Draw a training scene, out of domain with probability `outside`, and a video of it, of a kind of `MIX`."""
     scene = splits.training_scene(rng, str(rng.choice(families)), outside)
     names = [kind for kind in ("right", *corruptions.kinds(scene.family)) if MIX.get(kind, OWN)]
     weights = np.asarray([MIX.get(kind, OWN) for kind in names])
@@ -80,33 +81,39 @@ def draw_track(
     return scene, world.perform(scene) if kind == "right" else corruptions.corrupt(kind, scene, rng)
 
 
-def lesson(rng: np.random.Generator, outside: float = 0.0, families: Sequence[str] = world.FAMILIES) -> Row:
-    """A rendered video with its facts, of a share `outside` of them of a scene out of domain."""
+def rendered(rng: np.random.Generator, outside: float = 0.0, families: Sequence[str] = world.FAMILIES) -> Row:
+    """Draw a rendered video with the simulator's facts; its scene is out of domain with probability `outside`."""
     scene, track = draw_track(rng, outside, families)
     return distort(world.draw(track), rng), scene, facts_of(scene, track)
 
 
-def faded(row: Row, way: float, rng: np.random.Generator) -> tuple[np.ndarray, list[Question], list[float]]:
-    """A video faded over into the right one of its scene, and with it what the answers should be, No 0 and Yes 1.
+def fade(row: Row, share: float, rng: np.random.Generator) -> tuple[np.ndarray, list[Question], list[float]]:
+    """Mix a video with the right one of its scene, and their answers likewise (mixup, arXiv 1710.09412).
 
-    way: 0 for the video itself, 1 for the right one. Four of the task's own questions, the goal twice where there are
-    but three. A Teacher that answers so (mixup, arXiv 1710.09412) has gradients that point to the right video.
+    A Teacher that gives such answers has gradients that point to the right video.
+
+    share: share of the right video. Returns the frames, four of the task's own questions (the goal twice where there
+    are three), and the probability of Yes for each.
     """
     video, scene, facts = row
     track = world.perform(scene)
     questions, right = (own_questions(scene, f) for f in (facts, facts_of(scene, track)))
-    count = [*range(len(questions)), 0][:4]
-    share = float(np.interp(way, (0.0, 0.9, 1.0), (0.0, 0.5, 1.0)))  # likely only where little is left of the wrong
-    yes = [(1 - share) * questions[k].answer + share * right[k].answer for k in count]
-    frames = (1 - way) * video + way * distort(world.draw(track), rng)
-    return frames, [questions[k] for k in count], yes
+    chosen = [*range(len(questions)), 0][:4]
+    weight = float(np.interp(share, (0.0, 0.9, 1.0), (0.0, 0.5, 1.0)))  # Yes is likely only near the right video
+    yes = [(1 - weight) * questions[k].answer + weight * right[k].answer for k in chosen]
+    frames = (1 - share) * video + share * distort(world.draw(track), rng)
+    return frames, [questions[k] for k in chosen], yes
 
 
 @dataclass(frozen=True)
 class Batch:
     """Videos and the same number of questions about each.
 
-    frames: (B, T, 3, H, W) in [0, 1]. yes: (B, questions) in [0, 1], how far Yes is right; else as the questions say.
+    Attributes:
+        frames: (B, T, 3, H, W) in [0, 1].
+        scenes, facts: of each video.
+        asked: the questions about each video.
+        yes: (B, questions), the target probability of Yes; by default 0 or 1, as the questions' answers are.
     """
 
     frames: Tensor
@@ -123,16 +130,17 @@ class Batch:
 
 
 def blend(rows: list[Row], rng: np.random.Generator) -> Batch:
-    """Videos on their way to the right ones, and the tasks' own questions."""
-    frames, asked, yes = zip(*(faded(row, float(rng.uniform()), rng) for row in rows), strict=True)
+    """Fade every row by a random share; with the tasks' own questions."""
+    frames, asked, yes = zip(*(fade(row, float(rng.uniform()), rng) for row in rows), strict=True)
     mixed = [(video, scene, facts) for video, (_, scene, facts) in zip(frames, rows, strict=True)]
     return Batch.of(mixed, list(asked), torch.tensor(yes))
 
 
 class Source:
-    """Where the rows of batches come from: some families, a share `outside` of the new lessons out of domain.
+    """A source of training rows: collected ones, and newly rendered ones.
 
-    groups: collected rows by kind; with a share of 0 or 1 only those in or out of domain, of these families.
+    groups: collected rows by kind; only those of `families` are used, and with an `outside` of 0 or 1 only those in or
+    out of domain. outside: share of the rendered rows whose scene is out of domain.
     """
 
     def __init__(self, groups: dict[str, list[Row]], families: Sequence[str], outside: float) -> None:
@@ -143,17 +151,17 @@ class Source:
         self.families, self.outside = families, outside
 
     def draw(self, rng: np.random.Generator, counts: dict[str, int], batch: int) -> list[Row]:
-        """So many of each kind, where there are any, and new lessons to make `batch`."""
+        """Draw `counts` collected rows of each kind, where there are any, and fill up to `batch` with rendered ones."""
         rows = []
         for kind, count in counts.items():
             for _ in range(count if self.groups[kind] else 0):
                 video, scene, facts = self.groups[kind][int(rng.integers(len(self.groups[kind])))]
                 rows.append((video.astype(np.float32) / 255, scene, facts))
-        return rows + [lesson(rng, self.outside, self.families) for _ in range(batch - len(rows))]
+        return rows + [rendered(rng, self.outside, self.families) for _ in range(batch - len(rows))]
 
 
 def scenes_to_write(rng: np.random.Generator, count: int, outside: float) -> list[Scene]:
-    """Training scenes to write queries for, the families as often as their `query_weight` says."""
+    """Draw training scenes to write queries for, with the families' `query_weight`."""
     weights = np.asarray([FAMILIES[family].query_weight for family in world.FAMILIES])
     chosen = rng.choice(world.FAMILIES, count, p=weights / weights.sum())
     return [splits.training_scene(rng, str(family), outside) for family in chosen]

@@ -1,11 +1,11 @@
-"""Training-only supervision of the tiny Teacher at the words of a question that name things, and at its end.
+"""Training-only supervision of the Teacher at the words of a question that name things, and at its question mark.
 
-What decides whether so small a model learns to ground words: one layer's heads look from the word to the cells that the
-thing named covers: an actor's in each frame pair (one head for each), another's in the first pair, whose first frame is
-given and cannot be optimised (to the first token where there is no such thing). After that layer the word's own state
-tells where the thing is, how large, how turned and of which colour; one layer later the last of these words and the
-question mark tell in which pairs what is asked holds, and the mark of a question about all of the scenery looks to the
-cells that have changed. The readouts are thrown away.
+Without it so small a model does not learn to ground words. Attention heads of one layer are trained to attend from the
+word to the cells that the named thing covers: for an actor in every frame pair, with a head for each; for other things
+in the first pair, whose first frame is given and cannot be optimised; and to the first token where there is no such
+thing. After that layer the word's hidden state must tell the thing's position, size, angle and colour. One layer later
+the last such word and the question mark must tell in which pairs the asked condition holds, and the mark of a question
+about all of the scenery attends to the cells that have changed. The readouts are discarded after training.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from vlmteacher.microworld.facts import NONE, Facts, reach
 from vlmteacher.microworld.questions import Question
 from vlmteacher.microworld.scene import Scene
 
-FIXED = 3  # heads that look from the word of what stays to the first pair; the others are free
-BACK = -1  # the head that looks from a cell back to what it was at first, to see whether it has changed
-LAYER = 1  # of the language model; DeepStack's features have been added to the visual tokens by then
+FIXED = 3  # heads that attend from a word for scenery to the first pair; the others are free
+BACK = -1  # the head that attends from a cell to the same cell of the first pair, to tell whether it has changed
+LAYER = 1  # of the language model; DeepStack's features have been added to the visual tokens before it
 SIDE = world.SIZE // world.CELL
 STATE = 5  # x, y, size, cosine and sine of twice the angle
 
 
 def thing_states(facts: Facts, scene: Scene, frames: Sequence[int]) -> Tensor:
-    """(frames, things, `STATE`), each of order 1; NaN where a thing cannot be made out."""
+    """States of the things, (frames, things, `STATE`), of order 1; NaN where a thing is not visible."""
     bars = np.asarray([x.shape == "bar" for x in scene.things])
     turn = np.deg2rad(2 * facts.angle[frames])
     values = [
@@ -45,7 +45,7 @@ def thing_states(facts: Facts, scene: Scene, frames: Sequence[int]) -> Tensor:
 
 
 def by_color(scene: Scene, facts: Facts, frames: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The actors by the colour that they had at first: states (frames, colours, `STATE`), and whether there is one."""
+    """States of the actors by first colour, (frames, colours, `STATE`), and whether there is exactly one of each."""
     every = thing_states(facts, scene, frames)
     states = torch.full((len(frames), len(world.COLORS), STATE), float("nan"))
     there = torch.zeros(states.shape[:2])
@@ -58,11 +58,18 @@ def by_color(scene: Scene, facts: Facts, frames: Sequence[int]) -> tuple[Tensor,
 
 @dataclass(frozen=True)
 class Words:
-    """The words of a batch that name things: row b, token index `at`; and what is true of the thing named.
+    """The n words of a batch that name things, and the truth about the named things.
 
-    acts: it is one of the actors. there: (n, pairs) it can be made out in both frames. once: (n, pairs) there is one of
-    it. states: (n, pairs, 2 frames, `STATE`). color: (n, pairs) in the second frame. half: (n,) half its extent.
-    related: (n, pairs) what its question asks holds. last: (n,) it is the question's last such word.
+    Attributes:
+        b, at: (n,) row and token index of the word.
+        acts: (n,) whether the thing is an actor.
+        there: (n, pairs) whether it is visible in both frames.
+        once: (n, pairs) whether there is exactly one of it.
+        states: (n, pairs, 2 frames, `STATE`).
+        color: (n, pairs) index of its colour in the second frame.
+        half: (n,) half its extent in pixels.
+        related: (n, pairs) whether the condition that the question asks about holds.
+        last: (n,) whether it is the question's last such word.
     """
 
     b: Tensor
@@ -78,7 +85,7 @@ class Words:
 
 
 def in_pairs(values: np.ndarray, indices: Sequence[int]) -> np.ndarray:
-    """(T, ...) booleans -> (pairs, ...): true in both frames of a pair."""
+    """Booleans (T, ...) -> (pairs, ...): whether they are true in both frames of a pair."""
     return values[indices[0::2]] & values[indices[1::2]]
 
 
@@ -91,11 +98,11 @@ def find_words(
     facts: Sequence[Facts],
     indices: Sequence[int],
 ) -> Words:
-    """suffix (B, Q, L) token ids of the questions -> their colour words, each with the truth about what it names."""
+    """Find the colour words among the token ids of the questions, suffix (B, Q, L), with the truth about each."""
     rows: dict[str, list[Any]] = {name: [] for name in Words.__annotations__}
     is_color = torch.isin(suffix, color_ids)
     for b, (questions, scene, fact) in enumerate(zip(asked, scenes, facts, strict=True)):
-        nothing = ((0, 0), (0, 1))  # behind the things stands what a word names that names none of them
+        nothing = ((0, 0), (0, 1))  # the entry after the things is for a word that names none of them
         states = F.pad(thing_states(fact, scene, indices), (0, 0, 0, 1), value=torch.nan).unflatten(0, (-1, 2))
         once = torch.from_numpy(in_pairs(np.pad(fact.count == 1, nothing), indices))
         color = torch.from_numpy(np.pad(fact.color[indices[1::2]], nothing, constant_values=NONE))
@@ -127,7 +134,7 @@ def find_words(
 
 
 def coverage(where: Tensor, half: Tensor) -> Tensor:
-    """Centres (..., 2) in pixels, half sides (...) -> share (..., cells) of each square in each cell, row by row."""
+    """The share (..., cells) of a square in each cell, row by row; centres (..., 2) and half sides (...) in pixels."""
     start = torch.arange(SIDE) * float(world.CELL)
     half = half[..., None, None]
     low = torch.maximum(where[..., None] - half, start)
@@ -137,8 +144,8 @@ def coverage(where: Tensor, half: Tensor) -> Tensor:
     return area / area.sum(-1, keepdim=True).clamp_min(1e-6)
 
 
-class Look:
-    """Records what the attention of a layer is given, to compute some of its weights beside it."""
+class AttentionProbe:
+    """Records the input of a layer's attention, from which it computes some of the attention weights."""
 
     def __init__(self, language: Any, layer: int) -> None:
         self.attention = language.layers[layer].self_attn
@@ -148,7 +155,7 @@ class Look:
         self.hidden, (self.cos, self.sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
 
     def log_weights(self, b: Tensor, at: Tensor, prefix: int) -> Tensor:
-        """(n, heads, prefix): log of the attention from token `at` of row `b` to the video's tokens, among these."""
+        """Log attention weights (n, heads, prefix) of token `at` in row `b`, over the video's `prefix` tokens."""
         attention = self.attention
         shape = (-1, attention.head_dim)
         q = attention.q_norm(attention.q_proj(self.hidden[b, at]).unflatten(-1, shape))
@@ -159,7 +166,7 @@ class Look:
         return logits.log_softmax(-1)
 
     def back(self, visual: Tensor) -> Tensor:
-        """Cross-entropy of head `BACK`'s attention, among the visual tokens, from each to the same cell's first."""
+        """Cross-entropy of head `BACK`: every visual token should attend to the first one of its cell."""
         attention, cells = self.attention, SIDE**2
         shape = (-1, attention.head_dim)
         hidden, cos, sin = (x[:, visual] for x in (self.hidden, self.cos, self.sin))
@@ -179,7 +186,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Grounding(nn.Module):
-    """The losses at the naming words and at the question marks."""
+    """The losses at the words that name things and at the question marks."""
 
     def __init__(self, width: int, pairs: int) -> None:
         super().__init__()
@@ -193,7 +200,7 @@ class Grounding(nn.Module):
 
     def forward(
         self,
-        looks: tuple[Look, Look],
+        probes: tuple[AttentionProbe, AttentionProbe],
         states: list[Tensor],
         visual: Tensor,
         words: Words,
@@ -203,52 +210,54 @@ class Grounding(nn.Module):
         changed: Tensor,
         prefix: int,
     ) -> dict[str, Tensor]:
-        """looks: at `LAYER` and the next; states: (B, S, C) after each; visual (pairs * cells,): indices of the tokens.
+        """The losses by name.
 
-        marks (B, Q): token indices of the question marks; holds (B, Q, pairs): whether what is asked holds; scenery
-        (B, Q): the question is about all of the scenery; changed (B, pairs, cells): where that is not what it was.
+        probes: of `LAYER` and the next layer. states: (B, S, C) after each layer. visual: (pairs * cells,) indices of
+        the visual tokens. marks: (B, Q) indices of the question marks. holds: (B, Q, pairs) whether the asked condition
+        holds. scenery: (B, Q) whether the question is about all of the scenery. changed: (B, pairs, cells) where the
+        scenery has changed. prefix: number of the video's tokens.
         """
-        look, seek = looks
+        word_probe, mark_probe = probes
         at_word = states[LAYER][words.b, words.at].float()
         later = states[LAYER + 1][words.b, words.at].float()
         where = (words.states[..., :2] + 0.5) * world.SIZE  # (n, pairs, 2 frames, 2)
         cells = coverage(where, words.half[:, None, None].expand(where.shape[:-1])).mean(-2)
-        weights = look.log_weights(words.b, words.at, prefix)
+        weights = word_probe.log_weights(words.b, words.at, prefix)
         own = self._own(weights, visual)
         first = weights[:, :FIXED][..., torch.cat([visual[: SIDE**2], torch.zeros(1, dtype=torch.long)])]
 
-        acts, stands = words.acts, ~words.acts & words.there[:, 0]
+        acts, still = words.acts, ~words.acts & words.there[:, 0]
         there = (words.there & acts[:, None])[..., None, None]
-        said = self.actor(at_word).view_as(words.states)
-        shown = self.color(at_word).view(-1, self.pairs, NONE + 1)
-        placed = self.place(at_word) * stands[:, None]
+        state = self.actor(at_word).view_as(words.states)
+        color = self.color(at_word).view(-1, self.pairs, NONE + 1)
+        place = self.place(at_word) * still[:, None]
         return {
-            "actor_look": _looking(own, cells, words.there)[acts].sum() / max(1, len(acts)),
-            "fixed_look": _looking(first, cells[:, :1].expand(-1, FIXED, -1), words.there[:, :1].expand(-1, FIXED))[
-                ~acts
-            ].sum()
+            "actor_look": _attention_loss(own, cells, words.there)[acts].sum() / max(1, len(acts)),
+            "fixed_look": _attention_loss(
+                first, cells[:, :1].expand(-1, FIXED, -1), words.there[:, :1].expand(-1, FIXED)
+            )[~acts].sum()
             / max(1, len(acts)),
-            "actor_state": 10 * F.smooth_l1_loss(said * there, words.states * there, beta=0.02),
-            "actor_color": F.cross_entropy(shown[acts].flatten(0, 1), words.color[acts].flatten()),
-            "fixed_place": 10 * F.smooth_l1_loss(placed, words.states[:, 0, 0, :2] * stands[:, None], beta=0.02),
+            "actor_state": 10 * F.smooth_l1_loss(state * there, words.states * there, beta=0.02),
+            "actor_color": F.cross_entropy(color[acts].flatten(0, 1), words.color[acts].flatten()),
+            "fixed_place": 10 * F.smooth_l1_loss(place, words.states[:, 0, 0, :2] * still[:, None], beta=0.02),
             "once": 2 * _bce(self.once(later)[acts], words.once[acts]),
             "related": 3 * _bce(self.related(later)[words.last], words.related[words.last]),
             "holds": 3 * _bce(self.holds(states[LAYER + 1].gather(1, _rows(marks, states[0])).float()), holds),
-            "look_back": look.back(visual),
-            "scenery_look": self._seeking(seek, visual, marks, scenery, changed, prefix),
+            "look_back": word_probe.back(visual),
+            "scenery_look": self._scenery(mark_probe, visual, marks, scenery, changed, prefix),
         }
 
-    def _seeking(
-        self, seek: Look, visual: Tensor, marks: Tensor, scenery: Tensor, changed: Tensor, prefix: int
+    def _scenery(
+        self, probe: AttentionProbe, visual: Tensor, marks: Tensor, scenery: Tensor, changed: Tensor, prefix: int
     ) -> Tensor:
-        """From the question mark to the cells that have changed, once these know it: one layer later than they do."""
+        """The question mark should attend to the changed cells, one layer after those can tell that they have."""
         b, q = scenery.nonzero(as_tuple=True)
-        own = self._own(seek.log_weights(b, marks[b, q], prefix), visual)
+        own = self._own(probe.log_weights(b, marks[b, q], prefix), visual)
         cells = changed[b] / changed[b].sum(-1, keepdim=True).clamp_min(1)
-        return _looking(own, cells, changed[b].any(-1)).sum() / max(1, len(b))
+        return _attention_loss(own, cells, changed[b].any(-1)).sum() / max(1, len(b))
 
     def _own(self, weights: Tensor, visual: Tensor) -> Tensor:
-        """(n, pairs, cells + 1): log attention of head p to the cells of pair p, and to the first token."""
+        """Log attention weights (n, pairs, cells + 1) of head p over the cells of pair p, and of the first token."""
         own = weights[:, : self.pairs, visual].unflatten(-1, (self.pairs, -1)).diagonal(dim1=1, dim2=2).transpose(1, 2)
         return torch.cat([own, weights[:, : self.pairs, :1]], -1)
 
@@ -257,8 +266,8 @@ def _rows(at: Tensor, like: Tensor) -> Tensor:
     return at[..., None].expand(-1, -1, like.shape[-1])
 
 
-def _looking(weights: Tensor, cells: Tensor, there: Tensor) -> Tensor:
-    """(n,) divergence of attention (n, heads, cells + 1) from `cells`, or from the last where not `there`."""
+def _attention_loss(weights: Tensor, cells: Tensor, there: Tensor) -> Tensor:
+    """KL divergence (n,) of log attention (n, heads, cells + 1) from `cells`; from its last entry where not `there`."""
     from_cells = torch.xlogy(cells, cells).sum(-1) - (cells * weights[..., :-1]).sum(-1)
     return torch.where(there, from_cells, -weights[..., -1]).mean(-1)
 

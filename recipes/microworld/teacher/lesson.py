@@ -1,9 +1,9 @@
-"""Stage ``teacher``: a tiny ``Qwen3VLForConditionalGeneration`` that watches, judges and writes queries.
+"""The computation of a training step of the Teacher: answers, supervision by facts, and writing queries.
 
-All questions of a video are packed behind it in one sequence, each seeing the video and itself with positions that
-restart after the video: exactly what separate passes compute, at a fraction of the cost. Besides the answers, facts of
-each frame pair are read out, by heads that are thrown away, from the visual tokens and from the language model's
-``<|vision_end|>`` tokens: without that supervision a model of this size stays at chance for very long.
+All questions of a video are packed behind it in one sequence. Each attends to the video and to itself, with positions
+that restart after the video: the same as separate passes, at a fraction of the cost. Besides the answers, training-only
+heads read the facts of each frame pair from the visual tokens and from the language model's ``<|vision_end|>`` tokens:
+without that supervision a model of this size stays at chance for very long.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recipes.microworld.teacher.data import Batch, ask_text, task_text
-from recipes.microworld.teacher.grounding import LAYER, Grounding, Look, find_words, in_pairs
-from recipes.microworld.teacher.losses import Readout, accuracies, cell_truth, climbed, pair_truth
+from recipes.microworld.teacher.grounding import LAYER, AttentionProbe, Grounding, find_words, in_pairs
+from recipes.microworld.teacher.losses import Readout, accuracies, cell_truth, pair_truth, perturbed
 from recipes.microworld.teacher.model import PATCH, TOKENS, PackedForward
 from vlmteacher.microworld import world
 from vlmteacher.microworld.questions import right_queries
@@ -33,7 +33,7 @@ from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.teachers.prompt import pack, shared_length
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher
 
-FRAMES = 12  # K: what the Teacher sees of a video
+FRAMES = 12  # K: frames of a video that the Teacher is given
 REPORTED = (
     *("l_states", "l_there", "l_flags", "cells", "changed"),
     *("actor_look", "actor_state", "actor_color", "once", "fixed_look", "fixed_place", "related", "holds"),
@@ -43,10 +43,13 @@ REPORTED = (
 
 @dataclass(frozen=True)
 class Reading:
-    """What the model makes of videos and questions packed behind them.
+    """The model's output for videos with questions packed behind them.
 
-    ids: (B, S), the first `prefix` of each row those of the video, then questions of `longest` each. merged: the visual
-    tokens (frame pairs, cells, C). states: (B, S, C) of each layer. yes, no: (B, questions), log P of the answers.
+    Attributes:
+        ids: (B, S); the first `prefix` tokens of a row are the video's, then come questions of `longest` tokens each.
+        merged: the visual tokens, (B * frame pairs, cells, C).
+        states: hidden states (B, S, C) after each layer.
+        yes, no: (B, questions), log probabilities of the answers.
     """
 
     ids: Tensor
@@ -59,14 +62,17 @@ class Reading:
 
 
 class Lesson:
-    """One training step's computation: answers, read-outs and cells; and now and then writing queries."""
+    """The losses of a Teacher, and the training-only `heads` that some of them need.
+
+    config: `width` of the model, `bf16`, and the weights `answer_weight`, `adversary` and `keep` of the losses.
+    """
 
     def __init__(self, teacher: QwenVLTeacher, config: dict[str, Any]) -> None:
         width = config["width"]
         self.teacher, self.config = teacher, config
         self.packed = PackedForward(teacher)
         language = teacher.model.model.language_model
-        self.looks = Look(language, LAYER), Look(language, LAYER + 1)
+        self.probes = AttentionProbe(language, LAYER), AttentionProbe(language, LAYER + 1)
         self.heads = nn.ModuleDict(
             {
                 "pair_vision": Readout(2 * width),
@@ -90,24 +96,25 @@ class Lesson:
         self.prefix_positions: Tensor | None = None
 
     def to(self, device: torch.device) -> Lesson:
-        """Read there; `judge` and `write` stay on the CPU."""
+        """Move what `read` and `objective` need to a device; `judge` and `write` are for the CPU."""
         self.teacher.model.to(device)
         self.packed.to(device)
         return self
 
     def question_ids(self, question: str) -> list[int]:
+        """The token ids of a video and a question about it."""
         if question not in self.known:
             self.known[question] = self.teacher.chats(self.clip, [question])[0].prompt
         return self.known[question]
 
     def read(self, frames: Tensor, texts: list[list[str]], backend: str | None = None) -> Reading:
-        """frames (B, K, 3, H, W) in [0, 1] and the same number of questions about each video.
+        """Run the model on frames (B, K, 3, H, W) in [0, 1] and the same number of questions about each video.
 
-        backend: of `attention` in the language model.
+        backend: backend of `attention` in the language model.
         """
         batch, pairs = len(frames), FRAMES // 2
         patches = torch.stack([patchify(f, PATCH, 2, 2, (0.5,) * 3, (0.5,) * 3) for f in frames])
-        merged, deep = self.packed.see(patches.view(batch * pairs, -1, patches.shape[-1]))
+        merged, deep = self.packed.encode(patches.view(batch * pairs, -1, patches.shape[-1]))
 
         rows = [[self.question_ids(text) for text in questions] for questions in texts]
         prompts = [ids for row in rows for ids in row]
@@ -130,17 +137,17 @@ class Lesson:
         return Reading(ids, prefix, longest, merged, states, likely[..., self.yes], likely[..., self.no])
 
     def objective(self, frames: Tensor, questions: Sequence[list[str]], goal_weight: float) -> Tensor:
-        """(B,) what an optimisation lets fall, on frames (B, K, 3, H, W); its gradient at them has one too."""
+        """The objective (B,) that the method minimises, on frames (B, K, 3, H, W); twice differentiable at them."""
         most = max(len(row) for row in questions)
-        texts = [(row * most)[:most] for row in questions]  # the first again, unweighed, where there are fewer
+        texts = [(row * most)[:most] for row in questions]  # fewer questions are repeated, and the repetitions ignored
         bf16 = torch.autocast(frames.device.type, torch.bfloat16, enabled=self.config["bf16"])
-        with bf16, sdpa_kernel(SDPBackend.MATH):  # the only one whose gradient has one
+        with bf16, sdpa_kernel(SDPBackend.MATH):  # the only one that is twice differentiable
             losses = -self.read(frames, texts, backend="sdpa").yes
         rows = zip(losses, questions, strict=True)
         return torch.stack([vqa_objective(row[: len(asked)], goal_weight) for row, asked in rows])
 
     def judge(self, shown: Batch) -> tuple[Tensor, dict]:
-        """The loss and what is reported of it; `answer_loss` is that of the answers alone."""
+        """The loss of the answers and of all readouts, and metrics; `answer_loss` becomes that of the answers alone."""
         scenes, facts, asked = shown.scenes, shown.facts, shown.asked
         frames = shown.frames[:, self.indices]
         reading = self.read(frames, [[q.text for q in questions] for questions in asked])
@@ -151,72 +158,73 @@ class Lesson:
         share = truth.float() if shown.yes is None else shown.yes
         self.answer_loss = -(share * reading.yes + (1 - share) * reading.no).mean()
 
-        told = pair_truth(scenes, facts, self.indices)
+        targets = pair_truth(scenes, facts, self.indices)
         pooled = torch.cat([merged.mean(1), merged.amax(1)], -1).view(batch, pairs, -1).float()
         at_end = (ids[0] == self.vision_end).nonzero()[:, 0]
         middle = states[len(states) // 2 - 1][:, at_end].float()
-        losses = {f"v_{k}": v for k, v in self.heads["pair_vision"](pooled, told).items() if k != "flags"}
-        losses |= {f"l_{k}": v for k, v in self.heads["pair_language"](middle, told).items()}
-        losses |= {f"e_{k}": 0.5 * v for k, v in self.heads["pair_last"](states[-1][:, at_end].float(), told).items()}
+        losses = {f"v_{k}": v for k, v in self.heads["pair_vision"](pooled, targets).items() if k != "flags"}
+        losses |= {f"l_{k}": v for k, v in self.heads["pair_language"](middle, targets).items()}
+        losses |= {
+            f"e_{k}": 0.5 * v for k, v in self.heads["pair_last"](states[-1][:, at_end].float(), targets).items()
+        }
         cells = self.heads["cells"](merged.float()).view(batch, pairs, -1, 8)
         losses["cells"] = 5 * F.smooth_l1_loss(cells, cell_truth(frames), beta=0.1)
         visual = (ids[0, :prefix] == self.video_pad).nonzero()[:, 0]
         changed = torch.from_numpy(np.stack([f.changed[self.indices[1::2]] for f in facts])).float()
-        seen = self.heads["changed"](states[LAYER][:, visual].float()).view(changed.shape)
-        losses["changed"] = 4 * F.binary_cross_entropy_with_logits(seen, changed, 1 + 9 * changed)
+        logits = self.heads["changed"](states[LAYER][:, visual].float()).view(changed.shape)
+        losses["changed"] = 4 * F.binary_cross_entropy_with_logits(logits, changed, 1 + 9 * changed)
         suffix = ids[:, prefix:].unflatten(1, (-1, longest))
         words = find_words(suffix, self.color_ids, prefix, asked, scenes, facts, self.indices)
         marks = prefix + torch.arange(count) * longest + (suffix == self.mark).float().argmax(-1)
         holds = torch.from_numpy(np.stack([[in_pairs(q.holds, self.indices) for q in row] for row in asked]))
         scenery = torch.tensor([[q.kind == "scenery" for q in row] for row in asked])
-        losses |= self.heads["grounding"](self.looks, states, visual, words, marks, holds, scenery, changed, prefix)
+        losses |= self.heads["grounding"](self.probes, states, visual, words, marks, holds, scenery, changed, prefix)
         report = {k: float(v.detach()) for k, v in losses.items() if k in REPORTED}
         right = ((reading.yes > reading.no) == truth).tolist()
         report |= accuracies(asked, scenes, right)
         total = self.config["answer_weight"] * self.answer_loss + sum(losses.values())
         return total, report
 
-    def mislead(self, shown: Batch) -> Batch:
-        """Frames a step, of 0 to the adversary's most, up the gradient of the answers' loss.
+    def perturb(self, shown: Batch) -> Batch:
+        """Move the frames along the gradient of the answers' loss, by a step of up to `adversary`; answers stay.
 
-        An optimisation takes such steps; the truth stays what it was. A Teacher that withstands them has gradients
-        that change what is seen (adversarial training, arXiv 1706.06083; one step, arXiv 2001.03994).
+        A Teacher that withstands the steps an optimisation would take has gradients that change the content of a video
+        (adversarial training, arXiv 1706.06083; with one step, arXiv 2001.03994).
         """
         frames = shown.frames.detach().requires_grad_()
         self.judge(replace(shown, frames=frames))
         (gradient,) = torch.autograd.grad(self.answer_loss, frames)
-        return replace(shown, frames=climbed(frames, gradient, self.config["adversary"]))
+        return replace(shown, frames=perturbed(frames, gradient, self.config["adversary"]))
 
     def keep(self, shown: Batch, known: Lesson) -> tuple[Tensor, dict[str, float]]:
-        """How far answers, and the way in which frames would have to change for a Yes, are not those of `known`.
+        """A loss that keeps the answers and the objective's gradient at the frames as those of `known`, and metrics.
 
-        Divergence of the answers, and 1 - cosine of the objectives' gradients at the frames (Sobolev training, arXiv
-        1706.04859): so something else is learnt and an optimisation is led as before.
+        KL divergence of the answers, and 1 - cosine of the gradients (Sobolev training, arXiv 1706.04859).
         """
         texts = [[q.text for q in questions] for questions in shown.asked]
 
-        def look(lesson: Lesson, learns: bool) -> tuple[Tensor, Tensor]:
+        def evaluate(lesson: Lesson, differentiable: bool) -> tuple[Tensor, Tensor]:
             frames = shown.frames[:, self.indices].detach().requires_grad_()
-            with sdpa_kernel(SDPBackend.MATH):  # the only one whose gradient has one
+            with sdpa_kernel(SDPBackend.MATH):  # the only one that is twice differentiable
                 reading = lesson.read(frames, texts, backend="sdpa")
             objective = torch.stack([vqa_objective(-row) for row in reading.yes]).sum()
-            (gradient,) = torch.autograd.grad(objective, frames, create_graph=learns)
+            (gradient,) = torch.autograd.grad(objective, frames, create_graph=differentiable)
             likely = torch.stack([reading.yes, reading.no])
             rest = (1 - likely.exp().sum(0)).clamp_min(1e-6).log()
             return torch.cat([likely, rest[None]]), gradient.flatten(1)
 
-        told, led = look(self, True)
-        before, ahead = look(known, False)
-        answers = F.kl_div(told, before.detach(), reduction="sum", log_target=True) / told[0].numel()
-        cosine = F.cosine_similarity(led, ahead, dim=1).mean()
+        own, gradient = evaluate(self, True)
+        kept, kept_gradient = evaluate(known, False)
+        answers = F.kl_div(own, kept.detach(), reduction="sum", log_target=True) / own[0].numel()
+        cosine = F.cosine_similarity(gradient, kept_gradient, dim=1).mean()
         report = {"kept_answers": float(answers.detach()), "kept_cosine": float(cosine.detach())}
         return self.config["answer_weight"] * answers + self.config["keep"] * (1 - cosine), report
 
     def write(self, scenes: list[Scene], rng: np.random.Generator) -> Tensor:
-        """Cross-entropy of the right queries, given prompt and first frame, in the form that `generate` sees.
+        """Cross-entropy of the right queries given prompt and first frame, in the layout of `generate`.
 
-        A sum over the words of each: nearly all of them are the same for every task of a family, and in a mean the few
-        that have to be read off the picture would not count beside the answers' loss.
+        It is summed over the tokens of a scene's queries. Nearly all of them are the same for every task of a family;
+        in a mean, the few that depend on the picture would have next to no weight.
         """
         tokenizer = self.teacher.tokenizer
         image = "<|vision_start|>" + "<|image_pad|>" * TOKENS + "<|vision_end|>"
@@ -229,7 +237,7 @@ class Lesson:
             targets.append(torch.tensor([-100] * (len(head) - 1) + tail + [-100]))
             first = torch.from_numpy(world.draw([scene.things])).permute(0, 3, 1, 2)
             patches.append(patchify(first, PATCH, 2, 2, (0.5,) * 3, (0.5,) * 3))
-        merged, deep = self.packed.see(torch.stack(patches))
+        merged, deep = self.packed.encode(torch.stack(patches))
         rows = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
         goal = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)
         grid = torch.tensor([[1, world.SIZE // PATCH, world.SIZE // PATCH]]).expand(len(rows), 3)

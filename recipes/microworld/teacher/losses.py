@@ -1,4 +1,4 @@
-"""Training-only supervision of the tiny Teacher: what frame pairs and cells show, and how answers are counted."""
+"""Training-only losses of the Teacher on frame pairs and cells, and the accuracy of its answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vlmteacher.microworld.scene import Scene
 
 
 class Readout(nn.Module):
-    """Training-only heads that tell the facts of a frame pair from one vector, the actors told apart by colour."""
+    """Heads that read the facts of a frame pair from one vector; actors are identified by their first colour."""
 
     SIZES: ClassVar = {"states": len(world.COLORS) * 2 * STATE, "there": len(world.COLORS), "flags": 3}
 
@@ -31,19 +31,19 @@ class Readout(nn.Module):
     def forward(self, x: Tensor, truth: dict[str, Tensor]) -> dict[str, Tensor]:
         out = dict(zip(self.SIZES, self.heads(self.norm(x)).split(list(self.SIZES.values()), -1), strict=True))
         known = truth["states"].isfinite()
-        said = out["states"].view_as(truth["states"]) * known
+        predicted = out["states"].view_as(truth["states"]) * known
         return {
-            "states": 60 * F.smooth_l1_loss(said, truth["states"].nan_to_num(), beta=0.02),
+            "states": 60 * F.smooth_l1_loss(predicted, truth["states"].nan_to_num(), beta=0.02),
             "there": 3 * F.binary_cross_entropy_with_logits(out["there"], truth["there"]),
             "flags": 3 * F.binary_cross_entropy_with_logits(out["flags"], truth["flags"]),
         }
 
 
 def pair_truth(scenes: Sequence[Scene], facts: Sequence[Facts], indices: list[int]) -> dict[str, Tensor]:
-    """Targets (B, pairs, ...) of `Readout` for the frames that the Teacher sees.
+    """Targets (B, pairs, ...) of `Readout` for the Teacher's frames, those of `indices`.
 
-    states: (colours, 2 frames, `STATE`) of the actor that had the colour at first; there: (colours,) whether there is
-    one of it in both frames; flags: something jumped, touched a block, changed in the scenery.
+    states: (colours, 2 frames, `STATE`) of the actor that had the colour at first. there: (colours,) whether there is
+    exactly one of it in both frames. flags: whether something jumped, touched a block, changed in the scenery.
     """
     rows: dict[str, list[Tensor]] = {"states": [], "there": [], "flags": []}
     for scene, f in zip(scenes, facts, strict=True):
@@ -58,8 +58,8 @@ def pair_truth(scenes: Sequence[Scene], facts: Sequence[Facts], indices: list[in
 
 
 def cell_truth(frames: Tensor) -> Tensor:
-    """(B, K, 3, H, W) -> (B, pairs, cells, 8): how much of each colour and of blocks is in each merged cell."""
-    frames = frames[..., ::2, ::2]  # a quarter of the pixels tells as much
+    """Shares of colours, blocks and background in the merged cells: (B, K, 3, H, W) -> (B, pairs, cells, 8)."""
+    frames = frames[..., ::2, ::2]  # a quarter of the pixels is enough
     palette = frames.new_tensor([*world.COLORS.values(), world.BLOCK_COLOR, world.BACKGROUND])
     distance = (frames[:, :, None] - palette[None, None, :, :, None, None]).square().sum(3)
     share = (-distance / 0.02).softmax(2)
@@ -69,19 +69,19 @@ def cell_truth(frames: Tensor) -> Tensor:
     return pairs.flatten(3).transpose(2, 3) * 4  # a ball fills about a third of a cell
 
 
-def climbed(frames: Tensor, gradient: Tensor, most: float) -> Tensor:
-    """Frames (B, K, 3, H, W) a step of 0 to `most` up the signs of a gradient, smoothed as by a decoder."""
+def perturbed(frames: Tensor, gradient: Tensor, most: float) -> Tensor:
+    """Frames (B, K, 3, H, W) after a step of random size, 0 to `most`, along the sign of a smoothed gradient."""
     smooth = F.avg_pool2d(gradient.flatten(0, 1), 3, 1, 1).view_as(frames)
     size = most * torch.rand(len(frames), 1, 1, 1, 1).to(frames)
     return (frames.detach() + size * smooth.sign()).clamp(0, 1)
 
 
 def accuracies(asked: list[list[Question]], scenes: list[Scene], right: list[list[bool]]) -> dict[str, float]:
-    """Shares of right answers where the answer is yes and where it is no: in all, and for each family's own kinds."""
+    """Accuracy where the answer is Yes and where it is No: overall, and for each family and its kinds of questions."""
     sums: dict[str, list[bool]] = {}
     for questions, scene, row in zip(asked, scenes, right, strict=True):
         for question, correct in zip(questions, row, strict=True):
-            said = "yes" if question.answer else "no"
-            for name in (said, f"{scene.family}/{said}", f"{scene.family}/{question.kind}/{said}"):
+            answer = "yes" if question.answer else "no"
+            for name in (answer, f"{scene.family}/{answer}", f"{scene.family}/{question.kind}/{answer}"):
                 sums.setdefault(name, []).append(correct)
     return {name: float(np.mean(values)) for name, values in sums.items()}

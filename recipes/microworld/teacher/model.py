@@ -31,13 +31,13 @@ VIDEO_PROCESSOR = {
     "image_mean": [0.5] * 3,
     "image_std": [0.5] * 3,
 }
-TOKENS = (world.SIZE // PATCH // 2) ** 2  # merged visual tokens of a frame pair
+TOKENS = (world.SIZE // PATCH // 2) ** 2  # merged visual tokens per frame pair
 
 
 def corpus() -> list[str]:
-    """Texts that the tokenizer is trained on: every question, prompt, time and query list of the world.
+    """Texts that the tokenizer is trained on: questions, prompts, times and query lists of the world.
 
-    So every word in them is one token: the colours' words must be, for what names a thing is found by them.
+    Every word in them becomes one token. The words of colours must: `grounding.find_words` looks for their tokens.
     """
     lines = [video_placeholder(range(world.NUM_FRAMES), world.FPS, 1), "<|im_start|>assistant\nYes No"]
     rng = np.random.default_rng(0)
@@ -52,7 +52,7 @@ def corpus() -> list[str]:
 
 
 def build(config: dict[str, Any], vocabulary: Path) -> QwenVLTeacher:
-    """The untrained Teacher: real class, small config, own tokenizer, kept in the folder `vocabulary`."""
+    """The untrained Teacher, a small `Qwen3VLForConditionalGeneration`; the folder `vocabulary` keeps its tokenizer."""
     tokenizer = kept_tokenizer(vocabulary, corpus, 1000)
     check_words(tokenizer, world.FAMILIES)
     ids = tokenizer.convert_tokens_to_ids
@@ -107,7 +107,7 @@ def build(config: dict[str, Any], vocabulary: Path) -> QwenVLTeacher:
     return teacher
 
 
-SPANS = "vlmteacher_spans"  # transformers' name for our attention, which takes a third less of a training step
+SPANS = "vlmteacher_spans"  # the library's attention in transformers, which shortens a training step by a third
 
 
 def _attend(
@@ -121,7 +121,7 @@ def _attend(
     backend: str | None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers calls it: q, k, v (B, heads, S, d); the rotation leaves q and k in float32 under autocast."""
+    """Attention as transformers calls it; q, k, v (B, heads, S, d), where autocast leaves q and k in float32."""
     q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
     return attention(q, k, v, spans, backend), None
 
@@ -130,7 +130,7 @@ AttentionInterface.register(SPANS, _attend)
 
 
 class PackedForward:
-    """Runs the model's own modules over equal-sized videos, all frame pairs of the batch in one attention call."""
+    """Runs the model's own modules on videos of one size, with all frame pairs of a batch in one attention call."""
 
     def __init__(self, teacher: QwenVLTeacher) -> None:
         self.teacher = teacher
@@ -149,13 +149,13 @@ class PackedForward:
         self.cos, self.sin = self.visual.rotary_pos_emb(self.visual.pos_embed.weight, positions)
 
     def to(self, device: torch.device) -> None:
-        """Follow the model there."""
+        """Move the constants to a device."""
         self.places, self.weights, self.cos, self.sin = (
             x.to(device) for x in (self.places, self.weights, self.cos, self.sin)
         )
 
-    def see(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """patches (S, P, D) of S frame pairs -> merged tokens (S, P/4, C) and the DeepStack features, same shape."""
+    def encode(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode patches (S, P, D) of S frame pairs to merged tokens and DeepStack features, both (S, P/4, C)."""
         visual = self.visual
         x = visual.patch_embed(patches) + (visual.pos_embed(self.places) * self.weights[:, :, None]).sum(1)
         deep = None
@@ -163,7 +163,7 @@ class PackedForward:
             h = block.norm1(x)
             q, k, v = block.attn.qkv(h).unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
             q, k = (t * self.cos + _rotate_half(t) * self.sin for t in (q, k))
-            # Written out: PyTorch's fused kernel takes five times as long over 64 tokens in bfloat16.
+            # Not `scaled_dot_product_attention`: in bfloat16 that takes five times as long for 64 tokens.
             weights = (q.to(v.dtype) @ k.to(v.dtype).transpose(-1, -2) * block.attn.scaling).softmax(-1)
             h = (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
             x = x + block.attn.proj(h)
@@ -183,20 +183,24 @@ class PackedForward:
         pad: int,
         backend: str | None = None,
     ) -> list[Tensor]:
-        """Hidden states (B, S, C) of the embedding and of each layer, the last one normalised."""
+        """Hidden states (B, S, C) after each layer of the language model, the last one normalised.
+
+        ids: (B, S), in which `pad` marks the places of the visual tokens `merged`. positions: (3, B, S). backend: of
+        `attention`.
+        """
         language = self.teacher.model.model.language_model
         embeds = language.embed_tokens(ids)
-        seen = ids == pad
-        embeds = embeds.masked_scatter(seen[..., None], merged.to(embeds.dtype))
+        visual = ids == pad
+        embeds = embeds.masked_scatter(visual[..., None], merged.to(embeds.dtype))
         states: list[Tensor] = []
         hooks = [layer.register_forward_hook(lambda m, i, o: states.append(o)) for layer in language.layers]
         last = language(
             inputs_embeds=embeds,
-            attention_mask=spans.mask()[None, None],  # as it is; `spans` is what the attention takes
+            attention_mask=spans.mask()[None, None],  # unused: `_attend` takes `spans`
             spans=spans,
             backend=backend,
             position_ids=positions,
-            visual_pos_masks=seen,
+            visual_pos_masks=visual,
             deepstack_visual_embeds=[deep.flatten(0, 1)],
             use_cache=False,
         ).last_hidden_state
@@ -211,7 +215,7 @@ def _rotate_half(x: Tensor) -> Tensor:
 
 
 def save(teacher: QwenVLTeacher, path: Path) -> None:
-    """Write a normal transformers directory with tokenizer and video processor settings."""
+    """Write a transformers directory with tokenizer, processor settings and ``teacher.json``."""
     teacher.model.save_pretrained(path)
     teacher.tokenizer.save_pretrained(path)
     (path / "video_preprocessor_config.json").write_text(json.dumps(VIDEO_PROCESSOR, indent=2) + "\n")

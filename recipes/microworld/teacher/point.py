@@ -1,9 +1,14 @@
-"""Stage ``teacher-point``: the gradient of the trained Teacher, learnt together with answers about what it leads to.
+"""Stage ``teacher-point``: train the direction of the Teacher's gradient, together with its answers.
 
-A step of each optimisation (`pointing.py`); rendered videos with the simulator's truths, a share of them faded into the
-right one, half of them once more as the surrogate decoder shows them; predictions of the optimisations of a while ago
-with the labeller's truths, most often about the task's own questions; all of these after an adversarial step; and right
-videos, with which the Teacher is to be content. Drawing and labelling are other processes' work.
+The loss of a step is the sum of
+
+- the loss on the gradient's direction, over a step of all optimisations (`pointing.py`);
+- the loss of answers, after an adversarial step, about rendered videos with the simulator's truth (a share of them
+  faded into the right video; half of them a second time through VAE and surrogate decoder) and about predictions of
+  the optimisations some steps ago with the labeller's truth, mostly with the task's own questions;
+- the loss of right videos whose objective is not low.
+
+Videos are drawn and labelled by other processes.
 """
 
 from __future__ import annotations
@@ -21,9 +26,9 @@ from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
 from recipes.microworld.collect import parts
-from recipes.microworld.teacher.data import faded, lesson
+from recipes.microworld.teacher.data import fade, rendered
 from recipes.microworld.teacher.lesson import Lesson
-from recipes.microworld.teacher.losses import climbed
+from recipes.microworld.teacher.losses import perturbed
 from recipes.microworld.teacher.model import build, save
 from recipes.microworld.teacher.pointing import Pointing, Scenes
 from recipes.microworld.training import Run, adopt, load_config, train
@@ -36,18 +41,18 @@ from vlmteacher.placement import find_device
 from vlmteacher.settings import Settings
 
 SAVE_EVERY = 250
-AHEAD = 4  # steps by which rows are drawn before they are needed
-LATER = 4  # steps after which the labels of a prediction are known
-KEPT = 4000  # predictions that are shown again
-OWN, FADED = 0.6, 0.2  # shares of the labelled predictions: asked the task's own questions; faded into the right video
-CONTENT = 0.05  # an objective with which the right video is right enough
+AHEAD = 4  # steps by which rows are drawn in advance
+LATER = 4  # steps until the labels of a prediction are used
+KEPT = 4000  # labelled predictions that are kept for later steps
+OWN, FADED = 0.6, 0.2  # shares of labelled predictions with the task's own questions, and faded into the right video
+CONTENT = 0.05  # an objective that is low enough for a right video
 
 
 @dataclass(frozen=True)
 class Shown:
     """Videos (N, T, H, W, 3) uint8 and the same number of questions about each.
 
-    yes: (N, questions) in [0, 1], how far Yes is right.
+    yes: (N, questions), the target probability of Yes.
     """
 
     videos: np.ndarray
@@ -74,26 +79,26 @@ class Shown:
 
 
 def answers(asked: list[Question], count: int) -> tuple[list[Question], list[float]]:
-    """The first `count` questions, over again where there are fewer, and their answers."""
+    """The first `count` questions, repeated where there are fewer, and their answers."""
     asked = (asked * count)[:count]
     return asked, [float(q.answer) for q in asked]
 
 
 def draw_rows(config: dict[str, Any], index: int) -> Shown:
-    """Rendered videos for one step, a share `faded` of them on their way to the right one."""
+    """Draw the rendered videos of a step, a share `faded` of them faded into the right video."""
     rng = np.random.default_rng([config["seed"], index, 1])
     rows: list[tuple[np.ndarray, list[Question], list[float]]] = []
     for _ in range(config["batch"]):
-        video, scene, facts = lesson(rng, config["outside"])
+        video, scene, facts = rendered(rng, config["outside"])
         if rng.random() < config["faded"]:
-            rows.append(faded((video, scene, facts), float(rng.uniform()), rng))
+            rows.append(fade((video, scene, facts), float(rng.uniform()), rng))
         else:
             rows.append((video, *answers(ask(scene, facts, rng, config["questions"]), config["questions"])))
     return Shown.of(rows)
 
 
 def label_rows(config: dict[str, Any], index: int, videos: np.ndarray, scenes: list[Scene]) -> tuple[Shown, float]:
-    """Predictions (N, T, H, W, 3) uint8 with the labeller's truths; and the share of them that is right."""
+    """Label predictions (N, T, H, W, 3) uint8; returns them with questions, and the share of right ones."""
     rng = np.random.default_rng([config["seed"], index, 2])
     rows: list[tuple[np.ndarray, list[Question], list[float]]] = []
     right = []
@@ -102,7 +107,7 @@ def label_rows(config: dict[str, Any], index: int, videos: np.ndarray, scenes: l
         right.append(labeller.succeeds(facts, scene))
         kind, count = rng.random(), config["questions"]
         if kind < FADED:
-            rows.append(faded((video, scene, facts), float(rng.uniform()), rng))
+            rows.append(fade((video, scene, facts), float(rng.uniform()), rng))
         else:
             own = kind < FADED + OWN
             rows.append((video, *answers(own_questions(scene, facts) if own else ask(scene, facts, rng, count), count)))
@@ -110,25 +115,27 @@ def label_rows(config: dict[str, Any], index: int, videos: np.ndarray, scenes: l
 
 
 class Queue:
-    """What other processes are asked for, in order."""
+    """Tasks of other processes, whose results are taken in order."""
 
     def __init__(self, workers: Workers) -> None:
         self.workers = workers
         self.waiting: deque[Task] = deque()
 
-    def ask(self, work: Callable[..., Any], *given: Any) -> None:
+    def submit(self, work: Callable[..., Any], *given: Any) -> None:
+        """Have a call made by a worker."""
         self.waiting.append(self.workers.submit(work, *given))
 
     def take(self) -> Any:
+        """The result of the oldest call; waits for it."""
         return self.workers.finish(self.waiting.popleft())
 
 
 class Course:
-    """What the steps of the training are made of: the Teacher, whom it learns from, and what other processes do for it.
+    """The training steps: the optimisations, the videos, and the tasks of other processes.
 
-    config: of both `Pointing` and this: `batch` rendered videos a step, a share `faded` of them; `labels` predictions
-    are labelled and as many shown again, `questions` about each; `right` videos; the `adversary`'s most; the weights of
-    their losses, `answer_weight` and `content`.
+    config: settings of `Pointing`, and: `batch` rendered videos per step, a share `faded` of them; `labels` predictions
+    that are labelled per step, and as many labelled ones that are used; `questions` about each video; `right` videos;
+    the largest adversarial step `adversary`; the weights `answer_weight` and `content` of the losses.
     """
 
     def __init__(self, lessons: Lesson, reasoner: Any, decoder: Any, workers: Workers, config: dict[str, Any]) -> None:
@@ -141,15 +148,16 @@ class Course:
         self.clear()
 
     def clear(self) -> None:
-        """Begin other optimisations, with no prediction labelled yet."""
+        """Restart the optimisations, without labelled predictions."""
         self.pointing.clear()
         self.labels.waiting.clear()
         self.known: list[Shown] = []
 
     def step(self, index: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        """The loss and what is reported; at the steps that `train` saves before, all begins anew.
+        """The loss of a step and metrics.
 
-        So a training that is taken up again sees what one in a piece does.
+        Everything restarts at the steps before which the state is saved, so that a resumed training equals an
+        uninterrupted one.
         """
         torch.manual_seed(int(rng.integers(2**31)))  # of adversarial steps
         if index % SAVE_EVERY == 0:
@@ -163,12 +171,12 @@ class Course:
         return pointed + self.config["answer_weight"] * answered + self.config["content"] * content, report
 
     def label(self, index: int, videos: Tensor, rng: np.random.Generator) -> float | None:
-        """Have some of the predictions labelled; get those of `LATER` steps ago, the share of right ones among them."""
+        """Have some predictions labelled, and add those of `LATER` steps ago; returns the share of right ones."""
         picks = rng.choice(len(videos), self.config["labels"], replace=False)
         chosen = (videos[torch.from_numpy(picks).to(self.device)] * 255).round().byte().permute(0, 1, 3, 4, 2)
         which = self.pointing.which.tolist()
         scenes = [self.scenes.scenes[which[k]] for k in picks]
-        self.labels.ask(label_rows, self.config, index, chosen.cpu().numpy(), scenes)
+        self.labels.submit(label_rows, self.config, index, chosen.cpu().numpy(), scenes)
         if len(self.labels.waiting) <= LATER:
             return None
         rows, right = self.labels.take()
@@ -176,11 +184,11 @@ class Course:
         return right
 
     def draw(self, index: int, rng: np.random.Generator) -> Shown:
-        """The step's rendered videos, and labelled predictions where there are any."""
+        """The rendered videos of the step, and labelled predictions where there are any."""
         if not self.drawn.waiting:  # the first step
             for later in range(AHEAD):
-                self.drawn.ask(draw_rows, self.config, index + later)
-        self.drawn.ask(draw_rows, self.config, index + AHEAD)
+                self.drawn.submit(draw_rows, self.config, index + later)
+        self.drawn.submit(draw_rows, self.config, index + AHEAD)
         shown, count = [self.drawn.take()], self.config["labels"]
         for place in rng.integers(len(self.known) * count, size=count) if self.known else ():
             part, row = divmod(int(place), count)
@@ -194,17 +202,17 @@ class Course:
         return -(yes * reading.yes + (1 - yes) * reading.no).mean()
 
     def answer_loss(self, shown: Shown) -> Tensor:
-        """`cost` after an adversarial step; half of the rendered videos come once more, as the decoder shows them."""
+        """`cost` after an adversarial step; half of the rendered videos are added as the decoder shows them."""
         frames, again = shown.frames(self.device), np.arange(self.config["batch"])[::2]
         with torch.no_grad():
-            seen = self.decoder.decode_batch(self.reasoner.encode_video(shown.videos[again]))
+            decoded = self.decoder.decode_batch(self.reasoner.encode_video(shown.videos[again]))
         shown = Shown.joined([shown, shown.rows(again)])
-        frames = torch.cat([frames, seen])[:, self.lessons.indices].requires_grad_()
+        frames = torch.cat([frames, decoded])[:, self.lessons.indices].requires_grad_()
         (gradient,) = torch.autograd.grad(self.cost(frames, shown), frames)
-        return self.cost(climbed(frames, gradient, self.config["adversary"]), shown)
+        return self.cost(perturbed(frames, gradient, self.config["adversary"]), shown)
 
     def content_loss(self, rng: np.random.Generator) -> Tensor:
-        """Of what the Teacher still finds wrong with right videos, half of them from shaken latents."""
+        """The mean objective above `CONTENT` of right videos, half of which are decoded from noisy latents."""
         picks = rng.integers(len(self.scenes.scenes), size=self.config["right"])
         latents = self.scenes.right[torch.from_numpy(picks).to(self.device)]
         size = 0.25 * rng.random((len(picks), 1, 1, 1, 1)) * (rng.random((len(picks), 1, 1, 1, 1)) < 0.5)
@@ -216,9 +224,9 @@ class Course:
 
 
 def train_pointing(run: Run) -> None:
-    """Stage ``teacher-point``: go on from the Teacher in the directory ``run.start``.
+    """Stage ``teacher-point``: train the Teacher in the directory ``run.start`` further.
 
-    What is written is a mixture of the two, with a share `mix` of the trained one.
+    The result is the weighted mean of the two, with a share `mix` of the trained one.
     """
     config, device = run.config, find_device(run.device, "--device")
     assert run.start
@@ -232,7 +240,7 @@ def train_pointing(run: Run) -> None:
     start = [p.detach().clone() for p in teacher.parameters()]
     reasoner, decoder = parts(run)
     reasoner.to(device)
-    reasoner.vae.to(device)  # it is not the one that the Reasoner was loaded with
+    reasoner.vae.to(device)  # `parts` replaced the VAE that the Reasoner was loaded with
     decoder.to(device)
     with Workers(config["workers"] or os.cpu_count() or 1) as workers:
         train(
@@ -243,7 +251,7 @@ def train_pointing(run: Run) -> None:
             save_every=SAVE_EVERY,
             log_every=50,
             ema=config["ema"],
-            save_interrupted=False,  # `Course` begins anew at the steps that are saved before, and nowhere else
+            save_interrupted=False,  # `Course` restarts only where the state is saved regularly
         )
     with torch.no_grad():
         for parameter, before in zip(teacher.parameters(), start, strict=True):

@@ -1,13 +1,13 @@
-"""Part of stage ``teacher-point``: where the gradient of what the Teacher says should point.
+"""The loss of stage ``teacher-point`` on the direction of the Teacher's gradient.
 
-Answers alone do not teach it: of the many changes of a video after which a small Teacher says Yes, few make it right.
-So optimisations of training scenes run beside the training, and at each of their steps the gradient of the Teacher's
-loss with respect to the LoRA is turned towards that of the squared distance from the right video's latents: a loss on
-a derivative (Sobolev training, arXiv 1706.04859), where the Teacher's own optimisations lead (DAgger, arXiv 1011.0686).
-And the Teacher is not to be content before most of the way is made.
+Answers alone do not teach the direction: of the many changes of a video after which a small Teacher answers Yes, few
+make it right. Optimisations of training scenes therefore run beside the training. At each of their steps a loss aligns
+the gradient of the Teacher's objective with respect to the LoRA with that of the squared distance from the right
+video's latents: a loss on a derivative (Sobolev training, arXiv 1706.04859), on the states to which the Teacher's own
+optimisations lead (DAgger, arXiv 1011.0686). A second loss keeps the objective high until the video is nearly right.
 
-All optimisations take a step at once, as rows of one batch, each with a LoRA of its own: on a GPU a hundred of them
-take as long as one.
+All optimisations make a step at the same time, as rows of one batch, each with a LoRA of its own; on a GPU a hundred of
+them take as long as one.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from vlmteacher.settings import Settings
 
 
 class Loras:
-    """LoRAs of one rank on a transformer's linear layers, one for each row of a batch, their scale 1.
+    """LoRAs on a transformer's linear layers, one for each row of a batch, of one rank and scale 1.
 
-    Their weights are the rows of one matrix (rows, `count`).
+    Their weights are the rows of a matrix (rows, `count`).
     """
 
     def __init__(self, transformer: nn.Module, rank: int) -> None:
@@ -50,16 +50,16 @@ class Loras:
         for place, layer in enumerate(layers):
             layer.register_forward_hook(partial(self._add, place))
 
-    def _add(self, place: int, layer: nn.Module, given: tuple[Tensor], made: Tensor) -> Tensor:
+    def _add(self, place: int, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         if not self.weights:
-            return made
+            return output
         down, up = self.weights[2 * place : 2 * place + 2]
         down, up = down.unflatten(1, (self.rank, -1)), up.unflatten(1, (-1, self.rank))
-        return made + given[0] @ down.transpose(1, 2) @ up.transpose(1, 2)
+        return output + inputs[0] @ down.transpose(1, 2) @ up.transpose(1, 2)
 
     @contextmanager
     def on(self, weights: Tensor) -> Iterator[None]:
-        """Within, row b of what the transformer is given goes through the LoRA in row b of `weights`."""
+        """Apply the LoRA in row b of `weights` (rows, count) to row b of the transformer's batch inside the block."""
         self.weights = weights.split(self.sizes, 1)
         try:
             yield
@@ -67,7 +67,7 @@ class Loras:
             self.weights = ()
 
     def fresh(self, rows: int, generator: torch.Generator) -> Tensor:
-        """(rows, count) on the CPU, drawn as `add_lora` does."""
+        """Draw initial weights (rows, count) on the CPU, with the distribution of `add_lora`."""
         parts = []
         for place, size in enumerate(self.sizes):
             most = 0.0 if place % 2 else (self.rank / size) ** 0.5  # kaiming_uniform with a = sqrt(5)
@@ -76,7 +76,7 @@ class Loras:
 
 
 class RowAdam:
-    """Adam for rows of a matrix that begin at different times, each with its gradient clipped to `GRADIENT_CLIP`."""
+    """Adam for the rows of a matrix, which start at different times; each gradient is clipped to `GRADIENT_CLIP`."""
 
     def __init__(self, weights: Tensor, learning_rate: float) -> None:
         self.weights, self.learning_rate = weights, learning_rate
@@ -84,11 +84,13 @@ class RowAdam:
         self.steps = weights.new_zeros(len(weights), 1)
 
     def clear(self, rows: Tensor) -> None:
+        """Reset the state of some rows."""
         for state in (self.mean, self.square, self.steps):
             state[rows] = 0
 
     @torch.no_grad()
     def step(self, gradient: Tensor) -> None:
+        """Update all rows in place by a gradient (rows, count)."""
         gradient = gradient * (GRADIENT_CLIP / (gradient.norm(dim=1, keepdim=True) + 1e-6)).clamp_max(1)
         self.steps += 1
         self.mean.lerp_(gradient, 0.1)
@@ -99,9 +101,15 @@ class RowAdam:
 
 @dataclass(frozen=True)
 class Scenes:
-    """Training scenes, encoded: prompts (N, L, D), first frames (N, C, 1, h, w), right videos (N, C, T, h, w).
+    """Encoded training scenes.
 
-    flawed: (N,) whether the Reasoner errs there. outside: (N,) whether it is out of domain.
+    Attributes:
+        scenes: the N scenes.
+        questions: the right queries of each, the goal first.
+        prompts: embeddings (N, L, D).
+        first, right: latents of the first frames, (N, C, 1, h, w), and of the right videos, (N, C, T, h, w).
+        flawed: (N,) whether the Reasoner was trained to err there.
+        outside: (N,) whether the scene is out of domain.
     """
 
     scenes: list[Scene]
@@ -115,17 +123,17 @@ class Scenes:
     @classmethod
     @torch.no_grad()
     def of(cls, reasoner: Any, scenes: list[Scene], prompts: list[str], batch: int = 64) -> Scenes:
-        """Encode scenes, so many videos at once, on the Reasoner's device."""
+        """Encode scenes on the Reasoner's device, `batch` videos at a time."""
         first, right = [], []
         for start in range(0, len(scenes), batch):
             clips = np.stack([world.render(scene) for scene in scenes[start : start + batch]])
-            clips = (clips * 255).round()  # as an image and a video are given
+            clips = (clips * 255).round()  # as in an image and a video file
             first.append(reasoner.encode_video(clips[:, :1]))
             right.append(reasoner.encode_video(clips))
         queries = [right_queries(scene) for scene in scenes]
         return cls(
             scenes,
-            [[each.goal, *each.process] for each in queries],
+            [[query_set.goal, *query_set.process] for query_set in queries],
             torch.cat([reasoner.encode_prompt(prompt) for prompt in prompts]),
             torch.cat(first),
             torch.cat(right),
@@ -135,7 +143,11 @@ class Scenes:
 
     @classmethod
     def draw(cls, reasoner: Any, config: dict[str, Any], rng: np.random.Generator) -> Scenes:
-        """`scenes` for training, the families as `often` as said, by shares `outside` and, of the others, `flawed`."""
+        """Draw and encode `scenes` training scenes.
+
+        config: `often` has the weights of families, `outside` the share of scenes out of domain; where a scene is not
+        flawed, another is drawn with probability `flawed`.
+        """
         weights = np.asarray([config["often"].get(family, 1.0) for family in world.FAMILIES])
         scenes = []
         for family in rng.choice(world.FAMILIES, config["scenes"], p=weights / weights.sum()):
@@ -146,17 +158,22 @@ class Scenes:
         return cls.of(reasoner, scenes, [world.write_prompt(scene, rng) for scene in scenes])
 
     def condition(self, rows: Tensor | slice = slice(None)) -> Condition:
-        """What the Reasoner is given for some of them."""
+        """The Reasoner's condition for some scenes."""
         return Condition(self.prompts[rows], self.first[rows], world.NUM_FRAMES, world.SIZE, world.SIZE)
 
 
 class Pointing:
-    """The optimisations; `step` takes all of them a step further and gives the loss on the Teacher's gradients there.
+    """The optimisations beside the training; `step` advances them and returns the loss on the Teacher's gradients.
 
-    settings: of the optimisations. config: `runs` of them, of `longest` updates at most; a share `straight` of them is
-    led by the distance instead of the Teacher; below a distance of `far` the direction counts less; `weight` of
-    1 - cosine in the loss, and `early` of content with what is not right yet, which begins where the square root of
-    the distance is `content_from` of the first.
+    Args:
+        lesson: the Teacher.
+        reasoner, decoder: as in the method.
+        scenes: the scenes to optimise.
+        settings: settings of the optimisations.
+        config: `runs` is the number of optimisations, `longest` their largest number of updates. A share `straight`
+            follows the gradient of the distance instead of the Teacher's. `weight` is that of 1 - cosine in the loss,
+            which falls linearly below a distance of `far`. `early` is the weight of the loss on an objective that is
+            low too early; it ends where the square root of the distance is `content_from` of the initial one.
     """
 
     def __init__(
@@ -174,7 +191,7 @@ class Pointing:
         self.clear()
 
     def clear(self) -> None:
-        """Begin other optimisations."""
+        """Restart all optimisations."""
         rows, device = self.config["runs"], self.reasoner.device
         self.weights = torch.zeros(rows, self.loras.count, device=device, requires_grad=True)
         self.optimizer = RowAdam(self.weights.detach(), self.settings.learning_rate)
@@ -185,7 +202,7 @@ class Pointing:
         self.first_distance = torch.ones(rows, device=device)
 
     def begin(self, rng: np.random.Generator) -> None:
-        """Put new optimisations where others have had their updates."""
+        """Replace the finished optimisations by new ones."""
         rows = np.nonzero(self.updates >= self.length)[0]
         if not len(rows):
             return
@@ -200,54 +217,54 @@ class Pointing:
         self.updates[rows], self.length[rows] = 0, rng.integers(1, self.config["longest"] + 1, len(rows))
 
     def predict(self) -> Tensor:
-        """The one-step predictions (rows, C, T, h, w), differentiable as often as one likes."""
+        """The one-step predictions (rows, C, T, h, w); twice differentiable with respect to the LoRAs."""
         condition = self.scenes.condition(self.which)
-        with self.loras.on(self.weights), sdpa_kernel(SDPBackend.MATH):  # the only one whose gradient has one
+        with self.loras.on(self.weights), sdpa_kernel(SDPBackend.MATH):  # the only one that is twice differentiable
             return self.reasoner.predict_clean_at(condition, self.noise, 1.0)
 
-    def carried(self, latents: Tensor, change: Tensor) -> Tensor:
-        """The change of the frames that the Teacher sees with that of the latents, both of all rows."""
+    def pushed_forward(self, latents: Tensor, change: Tensor) -> Tensor:
+        """The change of the Teacher's frames (rows, K, 3, H, W) with a change of the latents, to first order."""
         size = change.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1, 1)  # squares of the tiny underflow
         with torch.no_grad(), forward_ad.dual_level():
             frames = self.decoder.decode_batch(forward_ad.make_dual(latents.detach(), change / size))
             return forward_ad.unpack_dual(frames).tangent[:, self.lesson.indices] * size
 
-    def due(self, distance: Tensor) -> Tensor:
-        """What the Teacher's objective should not be below yet, where the Reasoner errs."""
+    def least_objective(self, distance: Tensor) -> Tensor:
+        """The least objective (rows,) that fits a distance (rows,) where the Reasoner was trained to err, else 0."""
         left = (distance / self.first_distance).sqrt() - self.config["content_from"]
         return 2.5 * left.clamp(0, 1) * self.scenes.flawed[self.which]
 
     def step(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float], Tensor]:
-        """The loss, what is reported, and the videos (rows, T, 3, H, W) of the scenes `which`.
+        """Make a step of every optimisation; returns the loss, metrics, and the videos (rows, T, 3, H, W) of `which`.
 
-        All is linear from the gradient at the frames to that at the LoRA: what the cosine wants of the latter is
-        carried forward to the frames.
+        The map from the gradient at the frames to that at the LoRA is linear, so the derivative of the cosine by the
+        latter is pushed forward to the frames.
         """
         self.begin(rng)
         latents = self.predict()
         videos = self.decoder.decode_batch(latents)
-        seen = videos[:, self.lesson.indices]
-        frames = seen.detach().requires_grad_()
+        shown = videos[:, self.lesson.indices]
+        frames = shown.detach().requires_grad_()
         questions = [self.scenes.questions[k] for k in self.which.tolist()]
         losses = self.lesson.objective(frames, questions, self.settings.goal_weight)
         (asked,) = torch.autograd.grad(losses.sum(), frames, create_graph=True)
 
-        way = (latents - self.scenes.right[self.which]).square().flatten(1).mean(1)
-        (straight,) = torch.autograd.grad(way.sum(), self.weights, retain_graph=True)
-        (asked_of_latents,) = torch.autograd.grad(seen, latents, asked.detach(), retain_graph=True)
+        distances = (latents - self.scenes.right[self.which]).square().flatten(1).mean(1)
+        (straight,) = torch.autograd.grad(distances.sum(), self.weights, retain_graph=True)
+        (asked_of_latents,) = torch.autograd.grad(shown, latents, asked.detach(), retain_graph=True)
         asked_of_latents.requires_grad_()
         (led,) = torch.autograd.grad(latents, self.weights, asked_of_latents, create_graph=True)
         cosine = F.cosine_similarity(led, straight, dim=1)
         (wanted,) = torch.autograd.grad((1 - cosine).sum(), asked_of_latents)
-        turned = (asked * self.carried(latents, wanted)).flatten(1).sum(1)
-        cosine, distance = cosine.detach(), way.detach()
+        turned = (asked * self.pushed_forward(latents, wanted)).flatten(1).sum(1)
+        cosine, distance = cosine.detach(), distances.detach()
         turned = turned - turned.detach() + 1 - cosine
 
-        # Little is to be told of the direction where little is left of the way.
+        # The direction matters less near the right video.
         weights = (distance / self.config["far"]).clamp_max(1) * self.config["weight"] / len(distance)
         fresh = torch.from_numpy(self.updates == 0).to(distance.device)
         self.first_distance = torch.where(fresh, distance, self.first_distance)
-        early = F.relu(self.due(distance) - losses).mean()
+        early = F.relu(self.least_objective(distance) - losses).mean()
         self.optimizer.step(torch.where(self.straight[:, None], straight, led.detach()))
         report = {"cosine": cosine, "distance": distance, "objective": losses.detach(), "early": early.detach()}
         outside = self.scenes.outside[self.which]

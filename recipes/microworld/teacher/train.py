@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
 from recipes.microworld.shards import load
-from recipes.microworld.teacher.data import Batch, Row, Source, blend, lesson, scenes_to_write
+from recipes.microworld.teacher.data import Batch, Row, Source, blend, rendered, scenes_to_write
 from recipes.microworld.teacher.lesson import Lesson
 from recipes.microworld.teacher.model import build, save
 from recipes.microworld.training import Run, adopt, train
@@ -32,15 +32,14 @@ def pretrain(run: Run) -> None:
     if run.start:
         known = load_network(Qwen3VLForConditionalGeneration, run.start, dtype=torch.float32)
         adopt(lessons.teacher.model, known, lessons.teacher.tokenizer, load_tokenizer(run.start))
-    fit(lessons, lambda rng: [lesson(rng, config["outside"]) for _ in range(config["batch"])], run, warmup=100)
+    fit(lessons, lambda rng: [rendered(rng, config["outside"]) for _ in range(config["batch"])], run, warmup=100)
 
 
 def finetune(run: Run) -> None:
-    """Stage ``teacher-finetune``: go on from the state in the folder ``run.start``, in part on collected videos.
+    """Stage ``teacher-finetune``: train the state in the folder ``run.start`` further, partly on collected videos.
 
-    ``collected`` in the settings is the number of rows of each kind in a batch. Where ``learn`` names families, or is
-    "outside" for all that is out of domain, only that is learnt; on the rest, every other step keeps the judging as
-    it was.
+    config: `collected` has the number of rows of each kind in a batch. `learn` restricts the training to some families,
+    or to scenes out of domain ("outside"); every other step then keeps the judging of all else as it was.
     """
     config = run.config
     torch.manual_seed(config["seed"])
@@ -48,7 +47,7 @@ def finetune(run: Run) -> None:
     assert run.start
     modules = torch.load(run.start / STATE, weights_only=True)["modules"]
     lessons.teacher.model.load_state_dict(modules["teacher"])
-    lessons.heads.load_state_dict(modules["heads"], strict=False)  # a head added since starts afresh
+    lessons.heads.load_state_dict(modules["heads"], strict=False)  # a head that was added since is untrained
     collected = run.path("collect")
     groups = {kind: load(sorted(collected.glob(f"{kind}-*.pt"))) for kind in config["collected"]}
     if config["learn"] == "outside":
@@ -81,9 +80,9 @@ def fit(
     warmup: int,
     hold: Callable[[np.random.Generator], tuple[Tensor, dict[str, float]]] | None = None,
 ) -> None:
-    """Train on the rows that `draw` gives, writing queries now and then; save the Teacher to ``run.out / "teacher"``.
+    """Train on the rows that `draw` returns, and on writing queries; save the Teacher to ``run.out / "teacher"``.
 
-    hold: the loss of every step with an odd index instead; an even `blend_every` blends on none but these.
+    hold: the loss of the steps with an odd index. With an even `blend_every` no step then blends, for those are odd.
     """
     config, teacher = lessons.config, lessons.teacher
 
@@ -101,7 +100,7 @@ def fit(
             else:
                 shown = Batch.of(rows, [ask(s, f, rng, config["questions"]) for _, s, f in rows])
             if config["adversary"]:
-                shown = lessons.mislead(shown)
+                shown = lessons.perturb(shown)
             loss, report = lessons.judge(shown)
             if blended:
                 loss = config["answer_weight"] * lessons.answer_loss

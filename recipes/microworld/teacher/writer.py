@@ -1,7 +1,7 @@
 """Stage ``writer``: a LoRA with which the trained Teacher writes queries, also for scenes out of domain.
 
-Judging and writing take this small model's weights from one another: a Teacher that went on to learn what to ask judged
-worse, and one held to its judging learnt too little. So the weights that judge stay, and writing has a LoRA of its own.
+Judging and writing compete for the weights of so small a model: a Teacher that was trained further to write judged
+worse, and one whose judging was kept learnt too little. The weights that judge therefore stay, and writing has a LoRA.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def train_writer(run: Run) -> None:
 
 
 def save(adapted: PeftModel, path: Path) -> None:
-    """Write the LoRA in peft's format, in half precision, without the model card that peft adds."""
+    """Write the LoRA in PEFT's format, in half precision, without the model card that PEFT adds."""
     adapted.half().save_pretrained(path)
     (path / "README.md").unlink()
 
 
 def attach(writer: Path, teacher: Path) -> None:
-    """Put the LoRA into a Teacher's directory, whose ``teacher.json`` then names it."""
+    """Copy the LoRA into a Teacher's directory and name it in ``teacher.json``."""
     shutil.copytree(writer, teacher / SUBFOLDER, dirs_exist_ok=True)
     style = replace(STYLE, writer=SUBFOLDER)
     (teacher / "teacher.json").write_text(json.dumps(asdict(style), indent=2) + "\n")
