@@ -9,8 +9,8 @@ from safetensors.torch import load, save
 
 from tests.tiny_transformers import FAMILIES, call, tiny_transformer
 from vlmteacher.errors import InputError
-from vlmteacher.lora.adapter import add_lora, export_lora, lora_parameters, lora_state_dict, merge_lora
-from vlmteacher.lora.formats import STYLES, Factors, LoRA, read_lora
+from vlmteacher.lora.adapter import add_lora, export_lora, lora_parameters, lora_state_dict
+from vlmteacher.lora.formats import STYLES, Factors, LoRA, merge_lora, read_lora
 from vlmteacher.lora.fused_layer import LoRALinear
 
 

@@ -310,7 +310,7 @@ def test_differences_of_every_parameter_reach_it(family, tmp_path):
         torch.testing.assert_close(found[name], value)
     if family != "ltx":
         lora = read_lora(path)
-        with pytest.raises(InputError, match="other names are not known"):
+        with pytest.raises(InputError, match="is for a model of no known family"):
             lora.to_bytes("comfyui")  # without a layer it is of no model that is known
     with pytest.raises(
         InputError, match=r"holds a weight difference of \S+ \(diffusion_model\.\S+\), which can be merged and not"

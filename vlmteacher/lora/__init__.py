@@ -1,4 +1,4 @@
-"""The LoRA of one instance: its layers, and the files of LoRAs."""
+"""LoRA: adding it to a transformer, its fused layers, its files."""
 
 from vlmteacher.moved import moved_name
 

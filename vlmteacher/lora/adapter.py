@@ -1,4 +1,4 @@
-"""The adapter that test-time optimisation trains: a PEFT LoRA on the transformer's linear layers."""
+"""The LoRA that is optimised at test time: PEFT's, on the linear layers of a diffusers transformer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
 from vlmteacher.lora.formats import LoRA, diffusers_bytes
-from vlmteacher.lora.formats import merge_lora as merge_lora  # it can be imported from here too
 from vlmteacher.reasoners.checkpointing import block_list
 from vlmteacher.reasoners.registry import family_of
 from vlmteacher.settings import parse_blocks
@@ -33,21 +32,22 @@ def add_lora(
     fused: bool = True,
     blocks: str | None = None,
 ) -> None:
-    """Put a LoRA, y = W x + (alpha / rank) B A x, on `transformer`; a previous one is removed.
+    """Add a LoRA, y = W x + (alpha / rank) B A x, to the `target_modules` of `transformer`, in place of any other.
 
-    A fresh one has B = 0 and is on the `target_modules`.
+    B starts at 0, so the model is unchanged at first. A and B are float32 whatever the transformer's dtype, because
+    updates of 3e-5 are lost in bfloat16.
 
     Args:
         transformer: a diffusers model (`PeftAdapterMixin`).
-        rank: at least 1.
-        alpha: `rank` by default, so that the scale is 1.
-        seed: fixes the draw of A whatever was drawn before; None uses torch's global generator.
-        start: a LoRA to go on from: its layers, ranks and alphas take the place of all of these, and of `blocks`.
-        fused: compute the layers by our operator (`LoRALinear`) instead of PEFT's expression, and what stands between
-            them by ours too where the transformer is known (`fuse_blocks`).
-        blocks: "last:n": only in the last n blocks.
+        rank: of A and B, at least 1.
+        alpha: None is `rank`, a scale of 1.
+        seed: of the draw of A; None draws from torch's global generator.
+        start: a trained LoRA to continue; its layers, ranks and alphas replace all other arguments but `fused`.
+        fused: compute the layers by our operator (`LoRALinear`) instead of PEFT's expression, and the operations
+            between them by our operators where the family has such blocks (`Family.fuse_blocks`).
+        blocks: "last:n" adapts the last n blocks only.
 
-    The weights are float32 whatever the transformer's dtype: updates of 3e-5 are lost in bfloat16.
+    Raises InputError: a transformer of no known family, an invalid `rank` or `blocks`, a `start` that does not fit.
     """
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
@@ -60,7 +60,7 @@ def add_lora(
         start = start.fitted(transformer, trainable=True)
         config = start.config()
     else:
-        alpha = rank if alpha is None else alpha  # a fraction is fine too
+        alpha = rank if alpha is None else alpha  # PEFT accepts fractions
         config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=target_modules(transformer))
         if first:
             names = [name for name, _ in transformer.named_modules() if check_target_module_exists(config, name)]
@@ -85,7 +85,7 @@ def add_lora(
 
 
 def lora_size(transformer: nn.Module, rank: int, blocks: str | None = None) -> int:
-    """How many numbers a fresh LoRA of this rank has. Raises InputError for a transformer not known here."""
+    """The number of parameters of a LoRA of this rank. Raises InputError for a transformer of no known family."""
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -101,7 +101,7 @@ def lora_size(transformer: nn.Module, rank: int, blocks: str | None = None) -> i
 
 
 def frozen_blocks(transformer: Any, blocks: str | None) -> int:
-    """How many blocks stand before the first that `blocks` ("last:n"; None: all) gives a LoRA. Raises InputError."""
+    """The number of blocks without a LoRA, for `blocks` of "last:n" or None (0). Raises InputError."""
     if blocks is None:
         return 0
     total = len(block_list(transformer))
@@ -111,7 +111,7 @@ def frozen_blocks(transformer: Any, blocks: str | None) -> int:
 
 
 def remove_lora(transformer: Any) -> None:
-    """Take the LoRA off again, leaving the transformer as it was before `add_lora`."""
+    """Remove the LoRA: the transformer is as before `add_lora`."""
     if unfuse_blocks := family_of(transformer).unfuse_blocks:
         unfuse_blocks(transformer)
     if getattr(transformer, "peft_config", None):
@@ -119,12 +119,12 @@ def remove_lora(transformer: Any) -> None:
 
 
 def lora_parameters(transformer: nn.Module) -> list[nn.Parameter]:
-    """The trainable tensors (A and B of each layer), in the order of the modules."""
+    """The parameters A and B of each layer, in the order of the modules."""
     return [parameter for name, parameter in transformer.named_parameters() if ".lora_" in name]
 
 
 def lora_state_dict(transformer: Any) -> dict[str, Tensor]:
-    """The adapter's tensors under PEFT's names (``blocks.0.attn1.to_q.lora_A.weight``); copies, on the CPU."""
+    """Copies of the LoRA's tensors on the CPU, under PEFT's names (``blocks.0.attn1.to_q.lora_A.weight``)."""
     from peft import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
@@ -132,7 +132,7 @@ def lora_state_dict(transformer: Any) -> dict[str, Tensor]:
 
 
 def load_lora_state(transformer: Any, state: dict[str, Tensor]) -> None:
-    """Put `lora_state_dict` values back into an adapter of the same rank and layers, in place. Raises InputError."""
+    """Copy the values of a `lora_state_dict` into a LoRA of the same rank and layers, in place. Raises InputError."""
     own = dict(transformer.named_parameters())
     ours = {name.replace(f".{ADAPTER}.", "."): parameter for name, parameter in own.items() if ".lora_" in name}
     if ours.keys() != state.keys():
@@ -145,8 +145,8 @@ def load_lora_state(transformer: Any, state: dict[str, Tensor]) -> None:
 
 
 def export_lora(transformer: Any) -> bytes:
-    """The adapter as a file for ``load_lora_weights``: ``transformer.`` keys, rank and alpha in the metadata.
+    """The LoRA as a file for ``load_lora_weights``: keys with ``transformer.``, rank and alpha in the metadata.
 
-    Equal adapters give equal bytes, so that a resumed run can be compared with an uninterrupted one.
+    Equal LoRAs give equal bytes, so a resumed run can be compared with an uninterrupted one.
     """
     return diffusers_bytes(lora_state_dict(transformer), transformer.peft_config[ADAPTER].to_dict())

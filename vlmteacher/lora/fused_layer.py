@@ -1,4 +1,4 @@
-"""PEFT's LoRA layer with the fused operator as its forward; all else about it stays PEFT's."""
+"""PEFT's LoRA layer with the fused operator as its forward; the rest stays PEFT's."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from torch import Tensor, nn
 from vlmteacher.errors import InputError
 from vlmteacher.ops.lora_linear import lora_linear, lora_linear_group
 
-# Largest relative RMS between the fused layer and PEFT's own, which rounds in other places.
+# The largest allowed RMS of the difference from PEFT's layer, which rounds elsewhere, relative to PEFT's result.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 class LoRALinear(PeftLinear):
-    """A frozen linear layer with LoRA adapters, x (..., K) -> (..., N): `peft.tuners.lora.Linear`, computed by
-    `vlmteacher.ops.lora_linear`.
+    """A frozen linear layer with LoRA adapters, x (..., K) -> (..., N): PEFT's layer, computed by our operator.
 
-    Parameters, their names, adapters, scaling, merging, saving and unloading are PEFT's. Where the operator does not
-    apply (merged or disabled adapters, dropout while training, DoRA and its like, a base layer that is no plain frozen
-    linear layer, mixed batches), PEFT's own forward runs.
+    Parameters, their names, adapters, scaling, merging, saving and unloading are those of `peft.tuners.lora.Linear`.
+    Its own forward runs where `vlmteacher.ops.lora_linear` does not apply: merged or disabled adapters, dropout in
+    training, variants such as DoRA, mixed batches, a base layer that is not a plain frozen linear layer.
     """
 
     @classmethod
     def from_linear(
         cls, linear: nn.Linear, rank: int = 16, alpha: float | None = None, adapter_name: str = "default"
     ) -> LoRALinear:
-        """Wrap `linear`, which is frozen by it, with a fresh adapter in float32 (B = 0); `alpha` is `rank` by default.
+        """Freeze `linear` and wrap it with a new adapter in float32, B = 0; an alpha of None is `rank`.
 
         Raises InputError: a rank below 1, or results that differ from PEFT's.
         """
@@ -62,8 +61,8 @@ class LoRALinear(PeftLinear):
             return None
         a, b = ([part[name].weight for name in adapters] for part in (self.lora_A, self.lora_B))
         scaling = [self.scaling[name] for name in adapters]
-        if len(adapters) > 1:  # side by side they are one adapter of the sum of the ranks
-            a, scaled = [torch.cat(a)], [each * factor for each, factor in zip(b, scaling, strict=True)]
+        if len(adapters) > 1:  # concatenated, they are one adapter whose rank is the sum
+            a, scaled = [torch.cat(a)], [part * factor for part, factor in zip(b, scaling, strict=True)]
             b, scaling = [torch.cat(scaled, dim=1)], [1.0]
         return a[0], b[0], scaling[0]
 
@@ -88,27 +87,27 @@ class LoRALinear(PeftLinear):
         )
 
     def prove(self, name: str = "the layer") -> None:
-        """One forward and backward of three random rows against PEFT's, with a random B. Raises InputError."""
+        """Compare a forward and backward of three random rows, with a random B, with PEFT's. Raises InputError."""
         generator = torch.Generator().manual_seed(0)
         weight = self.base_layer.weight
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(weight.device)
 
-        adapters = [each for each in self.active_adapters if each in self.lora_A]
+        adapters = [name for name in self.active_adapters if name in self.lora_A]
         if not self._applies(draw(1), adapters):
             return  # PEFT's own forward runs
-        trained = [part[each].weight for part in (self.lora_A, self.lora_B) for each in adapters]
+        trained = [part[adapter].weight for part in (self.lora_A, self.lora_B) for adapter in adapters]
         before = [b.data for b in trained[len(adapters) :]]
         x = draw(3, weight.shape[1]).to(weight.dtype).requires_grad_()
         grad = draw(3, weight.shape[0]).to(weight.dtype)
         try:
             for b in trained[len(adapters) :]:
                 b.data = draw(*b.shape).to(b.dtype)
-            wanted = [x, *(each for each in trained if each.requires_grad)]
+            inputs = [x, *(weight for weight in trained if weight.requires_grad)]
             with torch.enable_grad():
                 (ours, theirs) = (
-                    (y.detach(), *torch.autograd.grad(y, wanted, grad)) for y in (self(x), super().forward(x))
+                    (y.detach(), *torch.autograd.grad(y, inputs, grad)) for y in (self(x), super().forward(x))
                 )
         finally:
             for b, data in zip(trained[len(adapters) :], before, strict=True):
@@ -123,37 +122,38 @@ class LoRALinear(PeftLinear):
 
 
 def linear_group(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
-    """Each layer's result of the x that they share, by one call of the operator where all are `LoRALinear`s."""
-    plain = all(type(each) is LoRALinear and not each._forward_hooks and not each._forward_pre_hooks for each in layers)
-    factors = [layer._factors(x) for layer in layers] if plain else []
-    found = [each for each in factors if each is not None]
-    biases = [layer.base_layer.bias for layer in layers] if found else []
-    if len(found) < len(layers) or len({bias is None for bias in biases}) > 1:
+    """Apply layers to the same x, by one call of the operator where all are `LoRALinear`s without hooks."""
+    plain = all(
+        type(layer) is LoRALinear and not layer._forward_hooks and not layer._forward_pre_hooks for layer in layers
+    )
+    factors = [values for layer in layers if (values := layer._factors(x)) is not None] if plain else []
+    biases = [layer.base_layer.bias for layer in layers] if factors else []
+    if len(factors) < len(layers) or len({bias is None for bias in biases}) > 1:
         return [layer(x) for layer in layers]
-    a, b, scaling = zip(*found, strict=True)
+    a, b, scaling = zip(*factors, strict=True)
     weights = [layer.base_layer.weight for layer in layers]
     return lora_linear_group(x, weights, None if biases[0] is None else biases, a, b, scaling)
 
 
 def fuse_lora(model: nn.Module) -> list[str]:
-    """Make PEFT's LoRA layers over plain linear layers in `model` `LoRALinear`s, in place; their names are returned.
+    """Turn PEFT's LoRA layers in `model` into `LoRALinear`s, in place; returns their names.
 
-    One layer of each shape and dtype is proved against PEFT's forward and backward first. Raises InputError where
-    they differ; the layers are then as they were.
+    One layer of each shape and dtype is compared with PEFT's forward and backward. Raises InputError where they
+    differ; the layers are then unchanged.
     """
-    found = {name: module for name, module in model.named_modules() if type(module) is PeftLinear}
+    layers = {name: module for name, module in model.named_modules() if type(module) is PeftLinear}
     proved: set[tuple[Any, ...]] = set()
     try:
-        for name, layer in found.items():
-            layer.__class__ = LoRALinear  # keeps hooks and references; the layers differ in their forward alone
+        for name, layer in layers.items():
+            layer.__class__ = LoRALinear  # keeps hooks and references; only the forward differs
             base = layer.base_layer
-            ranks = tuple(layer.lora_A[each].weight.shape[0] for each in layer.lora_A)
+            ranks = tuple(layer.lora_A[adapter].weight.shape[0] for adapter in layer.lora_A)
             kind = (tuple(base.weight.shape), base.weight.dtype, base.weight.device, base.bias is None, ranks)
             if kind not in proved and base.weight.dtype in TOLERANCE and not base.weight.is_meta:
                 layer.prove(name)
                 proved.add(kind)
     except InputError:
-        for layer in found.values():
+        for layer in layers.values():
             layer.__class__ = PeftLinear
         raise
-    return list(found)
+    return list(layers)

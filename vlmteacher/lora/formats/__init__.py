@@ -1,8 +1,8 @@
-"""LoRA files: those of many tools are read, three key styles are written.
+"""LoRA files: read from many tools, written in three key styles.
 
-Files that `read_lora` reads, by what their keys look like:
+The files that `read_lora` reads, by their keys:
 
-| tool | keys | where alpha is |
+| tool | keys | source of alpha |
 |---|---|---|
 | diffusers | ``transformer.blocks.0.attn1.to_q.lora_A.weight`` | metadata ``lora_adapter_metadata`` |
 | diffusers, ``save_lora_adapter`` | ``blocks.0.attn1.to_q.lora_A.weight`` | the same |
@@ -14,13 +14,13 @@ Files that `read_lora` reads, by what their keys look like:
 | musubi-tuner, kohya | ``lora_unet_blocks_0_self_attn_q.lora_down.weight`` | ``.alpha``, ``ss_network_alpha`` |
 | VideoX-Fun | ``lora_unet__blocks_0_self_attn_q.lora_down.weight`` | ``.alpha`` |
 
-The keys may name the layers as diffusers or as the model's authors do (`names`), with any of the prefixes (`keys`).
+The keys may have diffusers' names of the layers or the authors' (`names`), with any of the prefixes (`keys`).
 Sources: diffusers' ``loaders/lora_conversion_utils.py`` and its ``convert_*_to_diffusers.py``, ComfyUI's
 ``comfy/lora.py``, musubi-tuner's ``convert_lora.py``, DiffSynth-Studio's ``utils/lora/general.py``, VideoX-Fun's
 ``utils/lora_utils.py``, LightX2V's ``utils/lora_loader.py``, finetrainers' ``sft_trainer/trainer.py``, PEFT's
 ``utils/other.py`` (`get_pattern_key`).
 
-Files that `LoRA.to_bytes` writes: diffusers (alpha in the metadata), comfyui (B times alpha / rank), musubi
+The styles that `LoRA.to_bytes` writes: diffusers (alpha in the metadata), comfyui (B times alpha / rank), musubi
 (``.alpha``).
 """
 

@@ -1,4 +1,4 @@
-"""What a key of a LoRA file says: for which expert, for which layer, and what of it."""
+"""Parsing of the keys of LoRA files: the expert, the layer, and the part of its update."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from vlmteacher.reasoners.family import TABLE
 
 Expert = Literal["transformer", "transformer_2"]  # of models with two: for high and low noise
 
-# Before the layer's name; several may follow on each other.
+# Prefixes of the layer's name, of which a key may have several -> the expert that they name.
 PREFIXES: dict[str, Expert | None] = {
-    "transformer.": None,  # diffusers, finetrainers; of the first expert where a file has others under transformer_2.
+    "transformer.": None,  # diffusers, finetrainers; the first expert in a file that has transformer_2. too
     "transformer_2.": "transformer_2",  # diffusers' name of the low-noise expert
     "transformer_1.": "transformer",  # ai-toolkit numbers both
     "high_noise_model.": "transformer",  # the directories of the experts as their authors released them
@@ -44,10 +44,14 @@ Part = Literal["A", "B", "bias", "alpha", "diff", "diff_b", "diff_m"]
 
 @dataclass(frozen=True)
 class Key:
-    """What a key says. path: the layer as the file calls it, without prefixes. name: as diffusers does.
+    """A parsed key.
 
-    part: A and B are factors, `bias` is that of B and scaled like it; `diff`, `diff_b` and `diff_m` are added as they
-    are to weight, bias and modulation. unknown: the names are the authors' of a model, but of none known here.
+    Attributes:
+        path: the layer as the file names it, without prefixes.
+        name: the layer as diffusers names it.
+        part: "A", "B": a factor; "bias": of B, and scaled like it; "alpha"; "diff", "diff_b", "diff_m": a difference
+            that is added to the weight, the bias or the modulation as it is.
+        unknown: the prefixes are those of authors' names, and no known family has such a layer.
     """
 
     expert: Expert | None
@@ -59,14 +63,14 @@ class Key:
 
     @property
     def parameter(self) -> str:
-        """What a `diff` is added to: the name of a parameter."""
+        """The name of the parameter to which a difference is added."""
         if self.part == "diff_b":
             return f"{self.name}.bias"
         return self.name if self.name.rpartition(".")[2] == TABLE else f"{self.name}.weight"
 
 
 def parse_key(key: str) -> Key | None:
-    """None: not one that a LoRA of linear layers, or a weight difference, has."""
+    """Parse a key; None for one that neither LoRA factors nor weight differences have."""
     match = _PART.fullmatch(key)
     if match is None:
         return None

@@ -1,4 +1,4 @@
-"""A LoRA apart from any model."""
+"""A LoRA in memory, independent of a model and of a file's style."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STYLES: tuple[Style, ...] = get_args(Style)
 
 @dataclass(frozen=True)
 class Factors:
-    """The update of one layer, W + alpha / rank B A: A (rank, in), B (out, rank); more axes for convolutions."""
+    """The update of one layer, (alpha / rank) B A: a (rank, in), b (out, rank); with further axes for convolutions."""
 
     a: Tensor
     b: Tensor
@@ -49,22 +49,27 @@ class Factors:
         return self.a.ndim == self.b.ndim == 2
 
     def update(self) -> Tensor:
-        """(out, in) float32: what is added to the weight."""
+        """The update (out, in) float32, which is added to the weight."""
         return self.scale * (self.b.float().flatten(1) @ self.a.float().flatten(1))
 
     def norm(self) -> float:
-        """Of `update`, without making it: |s| sqrt(tr(B'B AA')), in float64."""
+        """The Frobenius norm of `update`, from the factors: |s| sqrt(tr(B'B AA')), in float64."""
         a, b = self.a.double().flatten(1), self.b.double().flatten(1)
         return abs(self.scale) * float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt())
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """A LoRA apart from any model.
+    """A LoRA of one transformer.
 
-    layers: by the layers' names in diffusers' models. source: for messages. differences: what is added to parameters
-    as it is, by their names there (norms, biases, modulations); these can be merged, not trained. scale_source: where
-    alpha stands. keys: the file's names of the tensors of each layer and difference. unused: those left out.
+    Attributes:
+        layers: factors by diffusers' name of the layer.
+        source: the name of the LoRA in messages.
+        differences: differences of parameters (norms, biases, modulations) by diffusers' name, which can be merged but
+            not trained.
+        scale_source: where the file says alpha.
+        keys: the file's names of the tensors, by layer and difference.
+        unused: the file's tensors that are left out.
     """
 
     layers: Mapping[str, Factors]
@@ -76,46 +81,46 @@ class LoRA:
 
     @property
     def rank(self) -> int:
-        """Of most layers; 0 without layers."""
+        """The most frequent rank of the layers; 0 without layers."""
         return Counter([layer.rank for layer in self.layers.values()] or [0]).most_common(1)[0][0]
 
     @property
     def alpha(self) -> float:
-        """Of most layers; 0 without layers."""
+        """The most frequent alpha of the layers; 0 without layers."""
         return Counter([layer.alpha for layer in self.layers.values()] or [0.0]).most_common(1)[0][0]
 
     @property
     def family(self) -> Family:
-        """The family of its model, by the names of the layers. Raises InputError for another one."""
+        """The family of the LoRA's model, by the names of the layers. Raises InputError for an unknown one."""
         inner = {match[2] for name in self.layers if (match := BLOCK.fullmatch(name))}
         for family in FAMILIES:
             if inner and inner <= family.layers.inner.keys():
                 return family
         known = ", ".join(family.name for family in FAMILIES)
-        raise InputError(f"{self.source} is for a model whose other names are not known, only those of {known}")
+        raise InputError(f"{self.source} is for a model of no known family: the known ones are {known}")
 
     def tensors(self) -> tuple[str, ...]:
-        """The file's names of all that is in use; ours where there is no file."""
+        """The file's names of the tensors in use; diffusers' names without a file."""
         names = (*self.layers, *self.differences)
         return tuple(dict.fromkeys(key for name in names for key in self.keys.get(name, (name,))))
 
     def factors_only(self) -> LoRA:
-        """The same, with its weight differences listed as left out."""
+        """The LoRA without its weight differences, which move to `unused`."""
         keys = tuple(key for name in self.differences for key in self.keys.get(name, (name,)))
         return replace(self, differences={}, unused=self.unused + keys)
 
     def without(self, keys: tuple[str, ...]) -> LoRA:
-        """The same, with more of the file's tensors listed as left out."""
+        """The LoRA with further tensors of its file in `unused`."""
         return replace(self, unused=self.unused + keys)
 
     def config(self) -> LoraConfig:
-        """PEFT's description; layers of another rank or alpha than most are listed in its patterns."""
+        """PEFT's configuration; ranks and alphas that differ from `rank` and `alpha` are in its patterns."""
         from peft import LoraConfig
 
         rank, alpha = self.rank, self.alpha
         return LoraConfig(
             r=rank,
-            lora_alpha=alpha,  # a fraction is fine too
+            lora_alpha=alpha,  # PEFT accepts fractions
             lora_dropout=0.0,
             target_modules=sorted(self.layers),
             rank_pattern={name: each.rank for name, each in self.layers.items() if each.rank != rank},
@@ -123,10 +128,12 @@ class LoRA:
         )
 
     def fitted(self, transformer: nn.Module, partial: bool = False, trainable: bool = False) -> LoRA:
-        """What of it `transformer` takes, which is all of it or InputError, with the name of what does not fit.
+        """Check the LoRA against a transformer; returns the LoRA, with `partial` without the parts that do not fit.
 
-        partial: leave out what `transformer` has no place for; layers of its blocks that are of another size are
-        refused all the same. trainable: as an adapter, which has no place for `differences`.
+        partial: move layers and parameters that `transformer` does not have to `unused`; layers of its blocks of
+        another size are refused nevertheless. trainable: for an adapter, which cannot hold `differences`.
+
+        Raises InputError, which names the first part that does not fit.
         """
         kind = type(transformer).__name__
         modules, parameters = dict(transformer.named_modules()), dict(transformer.named_parameters())
@@ -170,10 +177,10 @@ class LoRA:
         return replace(self, layers=layers, differences=differences, unused=self.unused + keys)
 
     def tell(self) -> None:
-        """Notices of what is assumed of its scale, and of what stays unused."""
+        """Warn (Notice) of an assumed scale, and of tensors that stay unused."""
         if ASSUMED in self.scale_source:
             warnings.warn(
-                f"{self.source}: where no alpha is said, alpha = rank is assumed, a scale of 1 ({self.scale_source})",
+                f"{self.source}: without an alpha, alpha = rank is assumed, a scale of 1 ({self.scale_source})",
                 Notice,
                 stacklevel=3,
             )
@@ -201,7 +208,10 @@ class LoRA:
         }
 
     def to_bytes(self, style: Style) -> bytes:
-        """A safetensors file of that style; equal LoRAs give equal bytes. Raises InputError for what it cannot hold."""
+        """Write a safetensors file of a style; equal LoRAs give equal bytes.
+
+        Raises InputError for weight differences that the style cannot hold, or a family that the tool does not know.
+        """
         if self.differences and style != "comfyui":
             name = next(iter(self.differences))
             raise InputError(
@@ -233,12 +243,12 @@ class LoRA:
             key = f"lora_unet_{theirs(name, names, self.source).replace('.', '_')}"
             tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = layer.a, layer.b
             tensors[f"{key}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
-        facts = {"module": family.musubi, "dim": str(self.rank), "alpha": str(self.alpha)}
-        return safetensors_bytes(tensors, {f"ss_network_{name}": value for name, value in facts.items()})
+        network = {"module": family.musubi, "dim": str(self.rank), "alpha": str(self.alpha)}
+        return safetensors_bytes(tensors, {f"ss_network_{name}": value for name, value in network.items()})
 
 
 def _fuse_qkv(lora: LoRA) -> dict[str, Factors]:
-    """The layers as ComfyUI has them: those of `FUSED` as one, its A on top of each other, its B along the diagonal."""
+    """The layers with those of `FUSED` joined: A stacked, B as a block diagonal matrix times the scales."""
     layers = dict(lora.layers)
     for name in lora.layers:
         for fused, held in FUSED.items():
@@ -254,7 +264,7 @@ def _fuse_qkv(lora: LoRA) -> dict[str, Factors]:
 
 
 def split_qkv(name: str, layer: Factors) -> dict[str, Factors]:
-    """A layer of `FUSED` as the three that it holds, with a third of the rank where B is as `_fuse_qkv` makes it."""
+    """Split a layer of `FUSED` into its three, each of a third of the rank where B is block diagonal (`_fuse_qkv`)."""
     for fused, held in FUSED.items():
         if name.endswith(f".{fused}"):
             block, scale = name.removesuffix(fused), layer.scale

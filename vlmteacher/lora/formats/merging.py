@@ -13,11 +13,11 @@ from vlmteacher.lora.formats.lora import LoRA
 
 @torch.no_grad()
 def merge_lora(transformer: nn.Module, lora: LoRA) -> float:
-    """Add `lora` to the weights of `transformer`, in float32, rounded to their dtype once.
+    """Add `lora` to the weights of `transformer`, computed in float32 and rounded to their dtype once.
 
-    Returns the share of the update that the rounding lost: RMS(rounding) / RMS(update), about 0 in float32. Raises
-    InputError when it does not fit; the weights are then as they were. Also when a weight did not change by as much as
-    scale B A is large, or became infinite; the transformer is then to be loaded again.
+    Returns the share of the update that is lost by rounding: RMS(rounding) / RMS(update), about 0 in float32. Raises
+    InputError for a LoRA that does not fit or quantised weights, before any weight changes; and for a weight whose
+    change is not of the norm of the update, after which the transformer must be loaded again.
     """
     lora = lora.fitted(transformer)
 
@@ -28,7 +28,7 @@ def merge_lora(transformer: nn.Module, lora: LoRA) -> float:
     for name in names:
         if not (dtype := weight(name).dtype).is_floating_point or dtype.itemsize < 2:
             raise InputError(
-                f"{lora.source} cannot be merged: {name} is quantised ({dtype}): take weights that are not"
+                f"{lora.source} cannot be merged: {name} is quantised ({dtype}): give weights that are not"
             )
     lost = size = 0.0
     for name in names:
@@ -46,9 +46,9 @@ def merge_lora(transformer: nn.Module, lora: LoRA) -> float:
 
 
 def _check_merged(lora: LoRA, name: str, weight: Tensor, change: float, norm: float) -> None:
-    """Raise InputError where a merged `weight` did not change by `norm`, up to the rounding of its dtype.
+    """Raise InputError unless the `change` of a merged `weight` is `norm`, up to the rounding of its dtype.
 
-    A rounded value is off by at most half its eps, which bounds the norm of all roundings by that of the weight.
+    Rounding changes a value by at most half its eps, so the norm of all roundings is bounded by eps times the weight's.
     """
     rounding = (torch.finfo(weight.dtype).eps + torch.finfo(torch.float32).eps) * float(weight.float().norm())
     if not (math.isfinite(change) and abs(change - norm) <= rounding + 1e-3 * norm):

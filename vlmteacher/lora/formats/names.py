@@ -16,18 +16,18 @@ FUSED = {layer: parts for family in FAMILIES for names in family.all_layers for 
 
 
 def theirs(name: str, names: LayerNames, source: str) -> str:
-    """The authors' name of a layer. Raises InputError where it has none."""
+    """The name outside diffusers of a layer of diffusers. Raises InputError where there is none."""
     match = BLOCK.fullmatch(name)
-    found = names.all_inner.get(match[2]) if match else names.all_outer.get(name)
-    if found is None:
+    other = names.all_inner.get(match[2]) if match else names.all_outer.get(name)
+    if other is None:
         raise InputError(f"{source}: the layer {name} has no name outside diffusers")
-    return f"{names.blocks}.{match[1]}.{found}" if match else found
+    return f"{names.blocks}.{match[1]}.{other}" if match else other
 
 
 def ours(path: str, dot: str = ".") -> str | None:
-    """The name in diffusers' models of a layer that a file calls `path`, the authors' way; None: no model has it.
+    """The name in diffusers of a layer that a file names `path`; None for a layer of no known family.
 
-    dot: what stands between the parts of `path`, "_" in musubi-tuner's files. Those may use diffusers' names too.
+    dot: the separator in `path`, "_" in musubi-tuner's files. `path` may be diffusers' name already.
     """
     match = re.fullmatch(rf"({ALL_BLOCKS})[{dot}](\d+)[{dot}](.+)", path)
     for blocks, names in ((family.blocks, names) for family in FAMILIES for names in family.all_layers):

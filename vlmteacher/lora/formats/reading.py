@@ -1,4 +1,4 @@
-"""Reading LoRA files: every tensor is used, or the file is refused with that tensor's name."""
+"""Read LoRA files: every tensor is used, or the file is refused with the name of that tensor."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from vlmteacher.lora.formats.names import BLOCK, FUSED
 from vlmteacher.lora.formats.scale import CONFIG_FILE, TENSORS, Scales, find_scales
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # every value of theirs is one of bfloat16
-FACTORS_FILE = "adapter_model.safetensors"  # PEFT's; its configuration is not for others in the same folder
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # bfloat16 has all of their values
+FACTORS_FILE = "adapter_model.safetensors"  # PEFT's; its configuration does not hold for other files in the folder
 
 
 def read_lora(source: str | os.PathLike[str] | bytes, name: str | None = None, partial: bool = False) -> LoRA:
-    """A LoRA of one transformer, from a safetensors file, its bytes, or PEFT's folder; nothing in it is executed.
+    """Read the LoRA of one transformer from a safetensors file, its bytes, or PEFT's folder; nothing is executed.
 
-    name: what messages call it, by default the path. partial: leave out what is for other networks: a text encoder,
-    layers that no known model has, the low-noise expert where both are in the file.
+    name: the LoRA's name in messages, by default the path. partial: leave out tensors of other networks: of a text
+    encoder, of layers that no known family has, of the low-noise expert in a file of both.
 
-    Raises InputError: it cannot be read, holds a tensor that cannot be used, an incomplete pair, or values that are not
-    finite.
+    Raises InputError: a file that cannot be read, a tensor that cannot be used, an incomplete pair of factors, values
+    that are not finite.
     """
     experts = read_experts(source, name, partial)
     lora = experts.get("transformer") or experts.get(None)
     if lora is None:
-        raise InputError(f"{experts['transformer_2'].source} is for the low-noise expert: needed is one for the other")
+        raise InputError(f"{experts['transformer_2'].source} is for the low-noise expert: give one for high noise")
     if others := experts.get("transformer_2"):
         if not partial:
             raise InputError(
@@ -48,7 +48,7 @@ def read_lora(source: str | os.PathLike[str] | bytes, name: str | None = None, p
 def read_experts(
     source: str | os.PathLike[str] | bytes, name: str | None = None, partial: bool = False
 ) -> dict[Expert | None, LoRA]:
-    """The LoRAs in a file (see `read_lora`), by the expert that its keys name; None where they name none."""
+    """Read the LoRAs in a file (see `read_lora`), by the expert that the keys name, or None."""
     label = name or ("the LoRA" if isinstance(source, bytes) else f"LoRA {os.fspath(source)}")
     tensors, metadata, folder = _open(source, label)
     keys: dict[str, Key] = {}
@@ -92,7 +92,7 @@ def read_experts(
 def _open(
     source: str | os.PathLike[str] | bytes, name: str
 ) -> tuple[dict[str, Tensor], Mapping[str, str], Path | None]:
-    """The tensors, the metadata, and the folder if PEFT's configuration in it is theirs."""
+    """The tensors, the metadata, and the folder if it holds PEFT's configuration of this file."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -111,7 +111,7 @@ def _open(
                 path.name == FACTORS_FILE or not (path.parent / FACTORS_FILE).exists()
             ):
                 folder = path.parent
-        tensors = dict(sorted(load(data).items()))  # the library's order changes from call to call
+        tensors = dict(sorted(load(data).items()))  # the order that the library returns differs between calls
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     except (OSError, SafetensorError, ValueError, AttributeError) as error:
         if isinstance(error, InputError):
@@ -124,7 +124,7 @@ def _open(
 
 
 def _file_in(folder: Path, name: str) -> Path:
-    """PEFT's file of factors in its folder, or the only one there is."""
+    """The file of factors in PEFT's folder, or the only safetensors file."""
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
         if file.name == FACTORS_FILE or len(files) == 1:
@@ -133,19 +133,19 @@ def _file_in(folder: Path, name: str) -> Path:
 
 
 def _shaped(key: Key, value: Tensor) -> bool:
-    """Whether a tensor has as many dimensions as its key wants: factors of convolutions have more than two."""
+    """Whether a tensor has a number of axes that its key allows: factors of convolutions have more than two."""
     if key.part == "alpha":
         return value.numel() == 1
     return value.ndim in {"A": (2, 4, 5), "B": (2, 4, 5), "bias": (1,), "diff_b": (1,)}.get(key.part, range(1, 6))
 
 
-def _build(found: Mapping[str, tuple[Key, Tensor]], scales: Scales, name: str, unused: tuple[str, ...]) -> LoRA:
-    """The LoRA of one expert."""
+def _build(tensors: Mapping[str, tuple[Key, Tensor]], scales: Scales, name: str, unused: tuple[str, ...]) -> LoRA:
+    """Make the LoRA of one expert from its parsed tensors. Raises InputError."""
     parts: dict[str, dict[str, Tensor]] = {}
     paths: dict[str, Key] = {}
     diffs: dict[str, Tensor] = {}
     keys: dict[str, tuple[str, ...]] = {}
-    for key, (parsed, value) in found.items():
+    for key, (parsed, value) in tensors.items():
         value = _checked(key, value, name)
         target: dict[str, Tensor]
         if parsed.part.startswith("diff"):
@@ -159,25 +159,25 @@ def _build(found: Mapping[str, tuple[Key, Tensor]], scales: Scales, name: str, u
         keys[layer] = (*keys.get(layer, ()), key)
     layers: dict[str, Factors] = {}
     sources: Counter[str] = Counter()
-    for layer, each in parts.items():
-        if not {"A", "B"} <= each.keys():
+    for layer, part in parts.items():
+        if not {"A", "B"} <= part.keys():
             raise InputError(f"{name} holds only {' and '.join(keys[layer])} of {layer}: the file is not complete")
-        a, b = each["A"], each["B"]
+        a, b = part["A"], part["B"]
         if a.shape[0] != b.flatten(1).shape[1] or not a.shape[0]:
             raise InputError(f"{name}: the factors of {layer} are of rank {a.shape[0]} and {b.flatten(1).shape[1]}")
         if BLOCK.match(layer) and not a.ndim == b.ndim == 2:
             raise InputError(f"{name} holds factors of a convolution ({keys[layer][0]}), where the models have none")
-        if "alpha" in each:
-            alpha, source = float(each["alpha"]), TENSORS
+        if "alpha" in part:
+            alpha, source = float(part["alpha"]), TENSORS
         else:
             alpha, source = scales.alpha(paths[layer].path, a.shape[0], paths[layer].kohya, name)
         if alpha == 0:
-            raise InputError(f"{name}: alpha of {layer} is 0 ({source}), so that it would change nothing")
+            raise InputError(f"{name}: alpha of {layer} is 0 ({source}), so it would change nothing")
         sources[source] += 1
-        if "bias" in each:  # PEFT's lora_bias: B's own, and scaled with it
+        if "bias" in part:  # PEFT's lora_bias: the bias of B, scaled like it
             if (bias := f"{layer}.bias") in diffs:
                 raise InputError(f"{name} holds a bias of {layer} twice: {', '.join((*keys[layer], *keys[bias]))}")
-            diffs[bias] = each["bias"].float() * (alpha / a.shape[0])
+            diffs[bias] = part["bias"].float() * (alpha / a.shape[0])
             keys[bias] = tuple(key for key in keys[layer] if key.endswith("bias"))
             keys[layer] = tuple(key for key in keys[layer] if not key.endswith("bias"))
         whole = split_qkv(layer, Factors(a, b, alpha))
@@ -187,13 +187,13 @@ def _build(found: Mapping[str, tuple[Key, Tensor]], scales: Scales, name: str, u
         parted = _split_diff(parameter, diffs.pop(parameter))
         diffs |= parted
         keys |= dict.fromkeys(parted, keys[parameter])
-    said = "; ".join(f"{source} ({count} of {len(parts)} layers)" for source, count in sources.most_common())
-    scale_source = next(iter(sources)) if len(sources) == 1 else said
+    listed = "; ".join(f"{source} ({count} of {len(parts)} layers)" for source, count in sources.most_common())
+    scale_source = next(iter(sources)) if len(sources) == 1 else listed
     return LoRA(layers, name, diffs, scale_source or "no factors", keys, unused)
 
 
 def _split_diff(parameter: str, value: Tensor) -> dict[str, Tensor]:
-    """A difference of a layer of `FUSED`, as those of the layers that it holds."""
+    """Split a difference of a layer of `FUSED` into those of its layers."""
     layer, _, kind = parameter.rpartition(".")
     for fused, held in FUSED.items():
         if layer.endswith(f".{fused}"):
@@ -205,7 +205,7 @@ def _split_diff(parameter: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def _checked(key: str, value: Tensor, name: str) -> Tensor:
-    """A tensor that can be computed with; float8 becomes bfloat16, exactly. Raises InputError."""
+    """Check dtype and values of a tensor, and turn float8 into bfloat16, exactly. Raises InputError."""
     if value.dtype in FLOAT8:
         value = value.to(torch.bfloat16)
     elif value.dtype not in DTYPES and not (key.endswith(".alpha") and value.dtype in (torch.int64, torch.int32)):

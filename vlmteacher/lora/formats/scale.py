@@ -1,4 +1,4 @@
-"""Where a LoRA file says by what its factors are scaled: alpha / rank."""
+"""The scale alpha / rank of LoRA files, from their metadata or PEFT's configuration."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ ASSUMED = "assumed: alpha = rank"
 MULTIPLIED = "multiplied in by musubi-tuner's convert_lora"
 ALPHAS = ("lora_alpha", "network_alpha", "alpha")
 RANKS = ("r", "lora_rank", "network_dim", "rank")
-# Of PEFT's configuration: what makes the update another one than scale B A, or changes the base weights.
+# Entries of PEFT's configuration with which the update is not scale B A, or the base weights change.
 REFUSED = ("use_dora", "use_qalora", "fan_in_fan_out", "layer_replication", "alora_invocation_tokens")
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class Scales:
-    """What a file says apart from ``.alpha`` tensors. config: under PEFT's names. source: where it stands.
+    """The alphas and ranks that a file gives apart from ``.alpha`` tensors.
 
-    kohya: it is the metadata of kohya's scripts and musubi-tuner, whose converter to other names multiplies alpha into
-    the factors and leaves the metadata as they were.
+    Attributes:
+        config: under PEFT's names.
+        source: of `config`, for messages.
+        kohya: whether `config` is the metadata of kohya's scripts and musubi-tuner, whose converter to other names
+            multiplies alpha into the factors without changing the metadata.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -37,17 +40,17 @@ class Scales:
     kohya: bool = False
 
     def alpha(self, path: str, rank: int, down_up: bool, name: str) -> tuple[float, str]:
-        """Of the layer `path`, as the file names it, and where that is from. Raises InputError.
+        """The alpha of the layer that the file names `path`, and its source. Raises InputError.
 
-        down_up: its factors are called as kohya calls them.
+        down_up: whether the factors have kohya's names.
         """
         if self.kohya and not down_up:
             return float(rank), MULTIPLIED
         wanted = self._value("rank", "r", path, name)
         if wanted not in (None, rank):
             raise InputError(
-                f"{name}: {self.source} gives rank {wanted:g} for {path}, whose factors are of rank {rank}: is it the"
-                " file's own?"
+                f"{name}: {self.source} gives rank {wanted:g} for {path}, whose factors are of rank {rank}: is it of"
+                " another file?"
             )
         alpha = self._value("alpha", "lora_alpha", path, name)
         if alpha is None:
@@ -55,7 +58,7 @@ class Scales:
         return alpha * (math.sqrt(rank) if self.config.get("use_rslora") else 1.0), self.source
 
     def _value(self, what: str, entry: str, path: str, name: str) -> float | None:
-        """PEFT's rule (`get_pattern_key`): the first pattern that matches the whole name, or its end after a dot."""
+        """The entry for `path` by PEFT's rule (`get_pattern_key`): the first pattern that matches name or end."""
         value, patterns = self.config.get(entry), self.config.get(f"{what}_pattern")
         for pattern, special in patterns.items() if isinstance(patterns, dict) else ():
             try:
@@ -78,15 +81,16 @@ class Scales:
 
 
 def find_scales(metadata: Mapping[str, str], folder: Path | None, name: str, expert: str = "transformer") -> Scales:
-    """By a file's own metadata, or else by PEFT's configuration in `folder`. expert: whose, where diffusers says it.
+    """The scales of a file, by its own metadata or else by PEFT's configuration in `folder`.
 
-    Raises InputError where they cannot be read, or say that the file is something else than a plain LoRA.
+    expert: the transformer whose entries are read from diffusers' metadata. Raises InputError for metadata that cannot
+    be read, or that is not of a plain LoRA.
     """
     for key, source in ((METADATA_KEY, f"metadata {METADATA_KEY}"), ("lora_config", "metadata lora_config")):
         if key in metadata:
             config = _json(metadata[key], f"{name}: its metadata {key}")
-            own = {each.removeprefix(f"{expert}."): config[each] for each in config if each.startswith(f"{expert}.")}
-            own = own or {each.removeprefix("transformer."): value for each, value in config.items()}
+            own = {key.removeprefix(f"{expert}."): config[key] for key in config if key.startswith(f"{expert}.")}
+            own = own or {key.removeprefix("transformer."): value for key, value in config.items()}
             return Scales(_peft(own, name, source), source)
     if folder:
         config = read_json(folder / CONFIG_FILE, "file")
@@ -103,7 +107,7 @@ def find_scales(metadata: Mapping[str, str], folder: Path | None, name: str, exp
 
 
 def _peft(config: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:
-    """A configuration under PEFT's names. Raises InputError where it is not of a plain LoRA."""
+    """The configuration under PEFT's names. Raises InputError unless it is of a plain LoRA."""
     for switch in REFUSED:
         if config.get(switch):
             raise InputError(f"{name} was trained with {switch} ({source}): only plain LoRA can be used")
@@ -120,7 +124,7 @@ def _peft(config: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:
 
 
 def _costly(pattern: str) -> bool:
-    """Whether an expression repeats groups, or repeats so often that a name takes very long to try."""
+    """Whether matching an expression may take exponential time: it repeats groups, or has many repetitions."""
     return len(pattern) > 1000 or bool(re.search(r"\)[*+?{]", pattern)) or len(re.findall(r"[*+{]", pattern)) > 4
 
 

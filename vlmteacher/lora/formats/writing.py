@@ -1,4 +1,4 @@
-"""Safetensors files whose bytes follow from what is in them."""
+"""Write safetensors files with reproducible bytes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps PEFT's configura
 
 
 def diffusers_bytes(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bytes:
-    """What ``load_lora_weights`` reads: PEFT's tensors and configuration, all under ``transformer.``."""
-    # PEFT keeps the layer names in a set, whose order changes from run to run.
+    """A file for ``load_lora_weights``: PEFT's tensors and configuration, all under ``transformer.``."""
+    # PEFT keeps the layer names in a set, whose order differs between runs.
     prefixed = {
         f"transformer.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.items()
     }
@@ -22,7 +22,7 @@ def diffusers_bytes(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) ->
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """A safetensors file whose header is sorted: the library orders metadata differently from call to call."""
+    """A safetensors file with a sorted header, because the library's order of the metadata differs between calls."""
     from safetensors.torch import save
 
     data = save({key: value.contiguous() for key, value in tensors.items()}, {"format": "pt", **(metadata or {})})
