@@ -1,12 +1,12 @@
-// Vectors of 16 numbers in float32, from bfloat16 or float32 in memory. For files compiled with AVX-512 BF16 flags
-// only: all of it has internal linkage, so that no linker shares it with code that runs anywhere.
+// Vectors of 16 float32 numbers, loaded from bfloat16 or float32. Only for files compiled with AVX-512 BF16 flags: it
+// has internal linkage, so that the linker cannot share it with code that runs on any processor.
 #pragma once
 #include <immintrin.h>
 
 #include <cstdint>
 #include <cstring>
 
-// Unrolled by force: with one index left to run time accumulators would live in memory.
+// Forces unrolling: with an index known only at run time the accumulators would be in memory.
 #define UNROLL _Pragma("GCC unroll 16")
 
 namespace vlmteacher {
@@ -19,13 +19,13 @@ inline __mmask16 lanes(int64_t count) {
   return count >= kLanes ? kAll : count <= 0 ? __mmask16(0) : __mmask16((1u << count) - 1);
 }
 
-// A word is what a lane of an operand holds: two bfloat16 that follow each other along the sum, or one float32.
+// A word is a lane of an operand: two bfloat16 that are adjacent along the sum, or one float32.
 struct BFloat16 {
   static constexpr int64_t kDepth = 2, kBytes = 2;
   static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
   }
-  // All lanes in use is a case of its own: masked accesses of 16-bit elements are slow on some processors.
+  // Full vectors are a separate case: masked accesses of 16-bit elements are slow on some processors.
   static __m512 load(const char* from, __mmask16 mask) {
     const __m256i half = mask == kAll ? _mm256_loadu_si256((const __m256i*)from) : _mm256_maskz_loadu_epi16(mask, from);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));

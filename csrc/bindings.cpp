@@ -1,5 +1,5 @@
-// vlmteacher._C: importing it registers every operator under torch.ops.vlmteacher_cpp (static initialisers of the
-// operators' own files) and tells how the library was built and what this processor can do.
+// vlmteacher._C: importing it registers every operator under torch.ops.vlmteacher_cpp (by static initialisers in the
+// operators' files). Its functions report how the library was built, and this processor's instruction sets.
 #include <pybind11/pybind11.h>
 
 namespace py = pybind11;

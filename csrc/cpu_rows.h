@@ -1,4 +1,4 @@
-// What operators that work row by row need of torch on the CPU.
+// What row-by-row operators need from torch on the CPU.
 #pragma once
 
 #include <torch/headeronly/util/Half.h>

@@ -1,5 +1,5 @@
-// What an operator in CUDA C++ needs of torch: its GPU, stream and memory, for a plan.cuh. Stable ABI; built by nvcc
-// against any torch, a CPU one too, where the library loads but nothing calls it.
+// What a CUDA C++ operator's plan.cuh needs from torch: the GPU, the stream and memory. Stable ABI; nvcc builds it
+// against any torch, a CPU build too, where the library loads but is never called.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,8 +11,8 @@
 
 #include "operator.h"
 
-// weak: a torch without CUDA has no such symbol. Of one with it, libtorch_cuda.so has to be in the global scope by the
-// time that this library is loaded (ops/backends.py).
+// weak: a torch without CUDA lacks this symbol. With CUDA, libtorch_cuda.so must be in the global scope before this
+// library is loaded (ops/backends.py).
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                                    void** ret_stream);
 
@@ -23,7 +23,7 @@ inline void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, cud
 class Device {  // plan.cuh's: x's GPU and torch's current stream there
  public:
   explicit Device(const Tensor& x) : x_(x), guard_(x.get_device_index()) {
-    check(cudaSetDevice(x.get_device_index()));  // the guard speaks to torch's CUDA runtime, which may be another one
+    check(cudaSetDevice(x.get_device_index()));  // the guard acts on torch's CUDA runtime, which may be another one
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "libtorch_cuda.so is not in the global scope");
     TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(x.get_device_index(), reinterpret_cast<void**>(&stream_)));
@@ -52,7 +52,7 @@ class Device {  // plan.cuh's: x's GPU and torch's current stream there
   const Tensor& x_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
-  Tensors scratch_;  // given back on the host's return: torch gives it out again only behind what this stream does
+  Tensors scratch_;  // freed on the host's return: torch reuses it only after this stream's work
 };
 
 template <class F>
@@ -79,7 +79,7 @@ T* data(const Maybe& t) {
   return t ? data<T>(*t) : nullptr;
 }
 
-// Contiguous, from an address that 16 bytes can be read at.
+// Contiguous, at an address aligned to 16 bytes.
 inline Tensor aligned(const Tensor& t) {
   const Tensor dense = torch::stable::contiguous(t);
   return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 ? torch::stable::clone(dense) : dense;

@@ -1,4 +1,4 @@
-// Tiles of a matrix product in the hands of a block: operands in shared memory, accumulators in registers.
+// Tiles of a matrix product computed by a block: operands in shared memory, accumulators in registers.
 //
 // 16-bit types run on tensor cores through mma.sync, which every GPU since Ampere has; Hopper's wgmma, faster there, is
 // not used. float runs on plain multiply-adds and keeps its accuracy. No torch here: nvcc compiles the kernels alone,
@@ -17,7 +17,7 @@ struct Tile {  // what a block computes, what it reads at a time, how its warps 
   static constexpr int Threads = 32 * WarpsM * WarpsN, Stages = 4;
 };
 
-// Which of its two axes an operand stores contiguously: the one that is summed over, or its side of the result.
+// The axis that an operand stores contiguously: the one summed over, or its axis of the result.
 enum class Along { Depth, Side };
 
 // An operand's tile in shared memory. 16 bytes of padding put the eight rows that an ldmatrix reads into different
@@ -32,7 +32,7 @@ struct Operand {
     return Axis == Along::Depth ? side * Pitch + depth : depth * Pitch + side;
   }
 
-  // From (side, depth) on; zeros stand for what lies at or beyond side_end and depth_end.
+  // From (side, depth) on; elements at or beyond side_end or depth_end are zeros.
   template <int Threads>
   __device__ static void load(T* shared, const T* global, int64_t stride, int side, int side_end, int depth,
                               int depth_end) {

@@ -1,4 +1,5 @@
-// What every operator needs of torch, on any device: its entry, whose errors say what failed, and checks of arguments.
+// What every operator needs from torch, on any device: its entry point, which keeps error messages, and checks of
+// arguments.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -26,7 +27,7 @@ using Tensors = std::vector<Tensor>;
 using Maybe = std::optional<Tensor>;
 
 // `function` for torch's dispatcher, as TORCH_BOX. An error from behind torch's C interface keeps its message, by which
-// memory_ladder.py knows a full memory.
+// optimization/memory_ladder.py recognises that memory is full.
 template <auto function>
 void boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
   try {
@@ -37,7 +38,7 @@ void boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
   }
 }
 
-constexpr int64_t kAny = -1;  // a size that may be any
+constexpr int64_t kAny = -1;  // matches any size
 
 inline std::string described(ScalarType dtype, const int64_t* sizes, size_t dim) {
   std::ostringstream text;
@@ -79,7 +80,7 @@ inline void expect_like(const char* name, const Maybe& t, const Tensor& x) {
   if (t) expect_like(name, *t, x);
 }
 
-// What an operator computes in.
+// The dtype that an operator computes in.
 inline ScalarType accumulate_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

@@ -1,5 +1,5 @@
-// What kernels use of the machine beyond CUDA C++: PTX stands here only, one instruction to a function, so that the
-// tests can replace this header's second half by C++ and execute the kernels on a CPU (tests/kernels/simt).
+// All PTX that the kernels use, one instruction per function, so that the tests can replace this header's second half
+// by C++ and execute the kernels on a CPU (tests/kernels/simt).
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ __device__ __forceinline__ unsigned shared_address(const void* shared) {
   return static_cast<unsigned>(__cvta_generic_to_shared(shared));
 }
 
-// 16 bytes from global to shared memory, both aligned; only the first `bytes` are read, zeros stand for the others.
+// 16 bytes from global to shared memory, both aligned; only the first `bytes` are read, the others are zeros.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :

@@ -68,7 +68,7 @@ __device__ void block_sums(float (&values)[N]) {
 #pragma unroll
   for (int n = 0; n < N; ++n)
     for (int bits = 16; bits; bits /= 2) values[n] += __shfl_xor_sync(0xffffffff, values[n], bits);
-  __syncthreads();  // nobody reads the sums before these any more
+  __syncthreads();  // no thread reads the previous sums any more
   if (threadIdx.x % 32 == 0)
 #pragma unroll
     for (int n = 0; n < N; ++n) parts[n][threadIdx.x / 32] = values[n];

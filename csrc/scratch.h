@@ -1,4 +1,4 @@
-// Memory for scratch. Its code is compiled for any processor (scratch.cpp), for files of wide vectors to call.
+// Scratch memory. Compiled for any processor (scratch.cpp), so that files with wide vectors may call it.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,7 @@
 
 namespace vlmteacher {
 
-// Of 64 bytes' alignment, to be freed. Throws std::bad_alloc.
+// Aligned to 64 bytes; the caller frees it. Throws std::bad_alloc.
 void* allocate(int64_t bytes);
 
 namespace {

@@ -32,7 +32,7 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-// Whether this processor has what a variant for AVX2 or AVX-512 was compiled for, if this build could do that.
+// Whether this processor can run the variants for AVX2 or AVX-512, and this build has them.
 inline bool supported() {
 #if defined(__AVX512F__) || defined(__AVX2__)
   __builtin_cpu_init();
@@ -55,7 +55,7 @@ struct Vectors {
 template <class A>
 using Vector = typename Vectors<A>::Vector;
 template <class A>
-using Anywhere = typename Vectors<A>::Anywhere;  // however aligned
+using Anywhere = typename Vectors<A>::Anywhere;  // of any alignment
 
 template <class A>
 constexpr int kLanes = kVectorBytes / sizeof(A);

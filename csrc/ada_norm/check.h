@@ -1,4 +1,4 @@
-// What the operator's backends take; see vlmteacher/ops/ada_norm.py.
+// Checks of the operator's arguments, shared by its backends; the definition is vlmteacher/ops/ada_norm.py.
 #pragma once
 
 #include "../operator.h"

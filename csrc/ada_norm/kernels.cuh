@@ -19,7 +19,7 @@ struct Sizes {  // as in rows.h
 };
 
 template <class T>
-struct Forward {  // null where there is none
+struct Forward {  // null pointers: absent
   Sizes sizes;
   float eps;
   const T *x, *y;
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(row::MostThreads) forward(const __grid_constan
   if (f.y) {
     auto y = Row<N>::load(f.y + at, width);
     if (f.gate) y.combine([](float a, float b) { return a * b; }, Row<N>::load(f.gate + table, width));
-    // rounded before it is normalised, as it is in the definition
+    // rounded before it is normalised, as in the definition
     v.combine([](float a, float b) { return static_cast<float>(T(a + b)); }, y);
     v.store(f.out + at, width);
   }

@@ -1,4 +1,4 @@
-// Tokens one by one: a row is added up, centred and written while it is in the first-level cache. cpu.cpp,
+// One token at a time: a row is summed, centred and written while it is in the first-level cache. cpu.cpp,
 // rows_avx2.cpp and rows_avx512.cpp include this (see vectors.h). The definition is vlmteacher/ops/ada_norm.py.
 #pragma once
 
@@ -17,7 +17,7 @@ struct Sizes {
 };
 
 template <class T>
-struct Forward {  // out = x + y gate, norm = LN(out) weight + bias; null where there is none
+struct Forward {  // out = x + y gate, norm = LN(out) weight + bias; null pointers: absent
   using A = Accumulate<T>;
   Sizes sizes;
   A eps;
@@ -27,11 +27,11 @@ struct Forward {  // out = x + y gate, norm = LN(out) weight + bias; null where 
 };
 
 template <class T>
-struct Backward {  // dx = grad_out + LN'(grad_norm), dy = dx gate; null where there is none
+struct Backward {  // dx = grad_out + LN'(grad_norm), dy = dx gate; null pointers: absent
   using A = Accumulate<T>;
   Sizes sizes;
   A eps;
-  const T *grad_out, *grad_norm, *kept;  // kept: what went into the norm
+  const T *grad_out, *grad_norm, *kept;  // kept: the norm's input
   const A *gate, *weight;
   T *dx, *dy;
 };
@@ -43,7 +43,7 @@ struct Rows {
   void (*backward)(const Backward<T>&, int64_t begin, int64_t end);
 };
 
-// For this processor, or nulls where it, or this build, has no such instructions.
+// The function for this processor, or null if it, or this build, lacks the instructions.
 template <class T>
 Rows<T> rows_avx2();
 template <class T>

@@ -1,4 +1,4 @@
-// rows.h for processors with AVX-512, called only where they are.
+// rows.h compiled for AVX-512; called only on processors that have it.
 #include "rows.h"
 
 namespace vlmteacher::ada_norm {

@@ -16,7 +16,7 @@ struct Problem {
   bool half;  // bfloat16, whose dim is even; else float32
   int64_t batch, heads, key_heads, queries, keys, dim;
   double scale;
-  const int32_t* spans;  // (queries, 3): one sees the keys [0, a) and [b, c); null: all
+  const int32_t* spans;  // (queries, 3): a query attends to the keys [0, a) and [b, c); null: all
   Heads q, k, v, out;
   // (batch, heads, queries): the largest exponent, in base 2, and 1 / the sum of exponentials. Not the logarithm of the
   // sum, whose rounding would be an error of all of a query's gradients.

@@ -1,5 +1,5 @@
-// Compiled with AVX-512 flags and called only where they hold: keep library templates out of it, which the linker could
-// share with code that runs anywhere.
+// Compiled with AVX-512 flags and called only on processors that have it: use no library templates here, which the
+// linker could share with code that runs on any processor.
 #include "attention.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -108,8 +108,8 @@ inline void copy_rows(const char* from, int64_t stride, int64_t rows, int64_t to
   memset(to + rows * bytes, 0, (total - rows) * bytes);
 }
 
-// What some queries see, of `keys` keys: all of them nothing outside of [0, a) and [b, c), and everything inside of
-// [0, all_a) and [all_b, all_c).
+// The keys that a group of queries attends to: none of them to any outside of [0, a) and [b, c), all of them to all
+// inside of [0, all_a) and [all_b, all_c).
 struct Sight {
   int64_t a = 0, b, c = 0, all_a, all_b = 0, all_c;
 
@@ -134,7 +134,7 @@ struct Sight {
   bool all(int64_t begin, int64_t end) const { return end <= all_a || (begin >= all_b && end <= all_c); }
 };
 
-// Which of the 16 keys from `key` on a query sees.
+// Which of the 16 keys from `key` on a query attends to.
 inline __mmask16 sees(const int32_t* span, int64_t key, int64_t keys) {
   if (!span) return lanes(keys - key);
   return lanes(span[0] - key) | (lanes(span[2] - key) & ~lanes(span[1] - key));
@@ -168,7 +168,7 @@ struct ForwardTile {
       }
       const float now = _mm512_reduce_max_ps(highest) * factor;
       const float before = top[i], after = now > before ? now : before;
-      const __m512 minus_top = _mm512_set1_ps(after == -INFINITY ? 0 : -after);  // so far it has seen nothing
+      const __m512 minus_top = _mm512_set1_ps(after == -INFINITY ? 0 : -after);  // no key so far
       __m512 sums = _mm512_setzero_ps();
       for (int64_t j = 0; j < count; j += kPanel) {
         __m512 e[2];
@@ -223,7 +223,7 @@ void forward_of(const Problem& p, int64_t batch, int64_t head, int64_t first, co
     look(most(up(sight.a, kPanel), sight.b / kPanel * kPanel), sight.c);
     for (int64_t i = 0; i < rows; ++i) {
       const float sum = tile.sum[i];
-      const float inverse = sum == 0 ? 0 : 1 / sum;  // a NaN stays one
+      const float inverse = sum == 0 ? 0 : 1 / sum;  // a NaN stays NaN
       char* to = p.out.at(batch, head) + (begin + i) * p.out.token;
       for (int64_t c = 0; c < width.columns; c += kLanes)
         T::store(to + c * T::kBytes, lanes(p.dim - c),
@@ -244,7 +244,7 @@ struct BackwardHead {
   const char* k_pairs;                    // see pack_pairs
   char *q, *grad, *q_pairs, *grad_pairs;  // q and grad: see pack_transposed
   float *top, *inverse, *delta;           // of a query; delta: sum of grad * out
-  int32_t *a, *b, *c;                     // what a query sees
+  int32_t *a, *b, *c;                     // the keys that a query attends to
   float *dq, *dk, *dv;                    // (tokens, columns)
 };
 

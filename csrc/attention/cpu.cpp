@@ -10,7 +10,7 @@ namespace {
 
 using namespace vlmteacher;
 
-// One whose heads have contiguous elements, in tokens that stand near enough for 32-bit offsets (pack_transposed).
+// A tensor with contiguous heads, and tokens near enough for 32-bit offsets (pack_transposed); copied otherwise.
 Tensor rows(const Tensor& t) {
   const bool near = t.stride(1) <= std::numeric_limits<int32_t>::max() / 16 / int64_t(t.element_size());
   return near && (t.stride(3) == 1 || t.size(3) == 1) ? t : torch::stable::contiguous(t);

@@ -7,7 +7,7 @@ namespace {
 
 using namespace vlmteacher;
 
-constexpr int64_t kGrain = 1 << 14;  // elements that are worth a thread
+constexpr int64_t kGrain = 1 << 14;  // least number of elements per thread
 
 bool half(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; }
 char* bytes(const Tensor& t) { return static_cast<char*>(t.mutable_data_ptr()); }

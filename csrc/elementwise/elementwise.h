@@ -8,7 +8,7 @@ namespace vlmteacher::elementwise {
 bool available();
 
 // Of one token: x (heads, 2 * width), its rows `stride` bytes apart, -> out, contiguous. cos, sin: (width,); `back`
-// turns the other way.
+// rotates the other way.
 void rotate(bool half, bool back, int64_t heads, int64_t width, const char* x, int64_t stride, const float* cos,
             const float* sin, char* out);
 

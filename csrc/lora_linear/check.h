@@ -1,4 +1,4 @@
-// What the operator's backends take; see vlmteacher/ops/lora_linear.py.
+// Checks of the operator's arguments, shared by its backends; the definition is vlmteacher/ops/lora_linear.py.
 #pragma once
 
 #include "../operator.h"
@@ -33,7 +33,7 @@ inline void check_lora_linear(const Tensor& x, const Tensors& weights, const Ten
   for (size_t i = 0; i < biases.size(); ++i) expect("a bias", biases[i], {weights[i].size(0)}, x.scalar_type(), x);
 }
 
-// x and s are looked at where they are needed.
+// x and s are checked only if they are needed.
 inline void check_lora_linear_backward(const Tensors& grads, const Tensor& x, const Tensor& s, const Tensors& weights,
                                        const Tensors& lora_a, const Tensors& lora_b, const std::vector<double>& scaling,
                                        bool need_a, bool need_b, bool float_factors) {

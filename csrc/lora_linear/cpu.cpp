@@ -86,7 +86,7 @@ class WithRank {
   }
 
   bool own() const { return own_; }
-  bool by_rows() const { return m_ >= n_; }  // the longer side is the one to divide
+  bool by_rows() const { return m_ >= n_; }  // the longer side is divided
   int64_t extent() const { return by_rows() ? m_ : n_; }
 
   // Rows [begin, end) of out, or columns. Only where `own`.
@@ -118,7 +118,7 @@ class WithRank {
   char* to_;
 };
 
-constexpr int64_t kGrain = 64;  // rows or columns that are worth a thread
+constexpr int64_t kGrain = 64;  // least number of rows or columns per thread
 
 // Products that do not read one another's results, in one parallel region: at small sizes a region costs as much as
 // they do.

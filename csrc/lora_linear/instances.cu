@@ -1,9 +1,9 @@
-// Every kernel that plan.cuh launches, for `nvcc -cubin`: what the compiler makes of them can be read without torch.
+// Every kernel that plan.cuh launches, for `nvcc -cubin`, which reports registers and spills without torch.
 #include "kernels.cuh"
 
 namespace lora_linear {
 
-// The compile table (benchmarks/static) reads what a launch asks for from these lines; the assertions hold them true.
+// The compile table (benchmarks/static) reads threads and shared memory of launches here; the assertions check them.
 // launch gemm<float,.*0,0> 256 40960
 // launch gemm<float,.*0,1> 256 37888
 // launch gemm<float,.*1,1> 256 34816

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(Tile::Threads, 2) gemm(const __grid_constant__
   for (int step = 0; step < Tile::Stages - 1; ++step) read(step);
   for (int step = 0; step < all_steps; ++step) {
     ptx::copy_async_wait<Tile::Stages - 2>();
-    __syncthreads();  // this step's tiles are there, and nobody reads those of the last step, which are overwritten now
+    __syncthreads();  // this step's tiles are complete, and no thread reads the last step's, which are overwritten now
     read(step + Tile::Stages - 1);
     sum.add(left_tile(step), right_tile(step));
     if (step + 1 == first_steps) sum.multiply(g.scale);

@@ -13,7 +13,7 @@
 namespace lora_linear {
 
 template <class T>
-struct Layer {                                   // null for what is not wanted, and for no bias
+struct Layer {                                   // null: not wanted, or no bias
   const T *weight = nullptr, *bias = nullptr;    // (n, k), (n)
   const T *lora_a = nullptr, *lora_b = nullptr;  // (rank, k), (n, rank)
   const T* grad = nullptr;                       // (m, n)

@@ -1,4 +1,4 @@
-// What the operator's backends take; see vlmteacher/ops/patchify.py.
+// Checks of the operator's arguments, shared by its backends; the definition is vlmteacher/ops/patchify.py.
 #pragma once
 
 #include <utility>

@@ -250,7 +250,7 @@ void shuffle_forward(const Shuffle& s, const T* y, Out* rows, uint8_t* inside, c
       s.for_each_line(task, lines.data(), [&](int64_t frame, int64_t channel, int64_t y_at, const A* line) {
         const A m = static_cast<A>(mean[channel]), deviation = static_cast<A>(std[channel]);
         for (int64_t x = 0; x < width; ++x) {
-          const A low = 0 > line[x] ? 0 : line[x], clamped = 1 < low ? 1 : low;  // a NaN stays
+          const A low = 0 > line[x] ? 0 : line[x], clamped = 1 < low ? 1 : low;  // a NaN stays NaN
           values[x] = static_cast<Out>((clamped - m) / deviation);
           bits[x] = line[x] == clamped;
         }

@@ -1,4 +1,4 @@
-// Every kernel that plan.cuh launches, for `nvcc -cubin`: what the compiler makes of them can be read without torch.
+// Every kernel that plan.cuh launches, for `nvcc -cubin`, which reports registers and spills without torch.
 #include "kernels.cuh"
 
 namespace patchify {

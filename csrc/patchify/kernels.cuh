@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(Threads) shuffle(const __grid_constant__ Shuff
     if (!real) return;
     if (x % 8 == 0) *s.bits(frame, line, y, x) = static_cast<uint8_t>(votes >> threadIdx.x % 32);
     const int channel = line / s.upscale;
-    const float clamped = value < 0 ? 0 : value > 1 ? 1 : value;  // a NaN stays
+    const float clamped = value < 0 ? 0 : value > 1 ? 1 : value;  // a NaN stays NaN
     const Out normal = Out((clamped - s.mean[channel]) / s.std[channel]);
     for (int i = 0; i < s.repeats; ++i)
       if (const int slot = s.slots[frame * s.repeats + i]; slot >= 0) *s.rows.at(slot, channel, y, x) = normal;

@@ -1,4 +1,4 @@
-// resize.h for processors with AVX2, called only where they are.
+// resize.h compiled for AVX2; called only on processors that have it.
 #include "resize.h"
 
 namespace vlmteacher::resize {

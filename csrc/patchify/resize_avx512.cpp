@@ -1,4 +1,4 @@
-// resize.h for processors with AVX-512, called only where they are.
+// resize.h compiled for AVX-512; called only on processors that have it.
 #include "resize.h"
 
 namespace vlmteacher::resize {

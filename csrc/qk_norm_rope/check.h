@@ -1,4 +1,4 @@
-// What the operator's backends take; see vlmteacher/ops/qk_norm_rope.py.
+// Checks of the operator's arguments, shared by its backends; the definition is vlmteacher/ops/qk_norm_rope.py.
 #pragma once
 
 #include "../operator.h"

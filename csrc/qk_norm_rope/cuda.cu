@@ -7,7 +7,7 @@ namespace {
 
 using namespace vlmteacher;
 
-// Forward where there are no gradients.
+// Forward if `grads` is empty.
 Tensors run(const Tensors& grads, const Tensors& xs, const Tensors& weights, const Maybe& any_cos, const Maybe& any_sin,
             int64_t heads, double eps) {
   check_qk_norm_rope(grads, xs, weights, any_cos, any_sin, heads);

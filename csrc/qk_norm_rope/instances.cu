@@ -1,9 +1,9 @@
-// Every kernel that plan.cuh launches, for `nvcc -cubin`: what the compiler makes of them can be read without torch.
+// Every kernel that plan.cuh launches, for `nvcc -cubin`, which reports registers and spills without torch.
 #include "kernels.cuh"
 
 namespace qk_norm_rope {
 
-// The compile table (benchmarks/static) reads what a launch asks for from these lines; threads are for 3072 channels.
+// The compile table (benchmarks/static) reads threads, for 3072 channels, and shared memory of launches here.
 // launch forward< 192 0
 // launch backward< 192 0
 

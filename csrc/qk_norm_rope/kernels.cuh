@@ -14,7 +14,7 @@ struct Work {
   int tokens, width, pairs;  // of an item of the batch; pairs of channels of a head
   float eps;
   const T *x, *weight, *grad;  // grad: null forward
-  const float *cos, *sin;      // (tokens, pairs), or null: nothing is turned
+  const float *cos, *sin;      // (tokens, pairs), or null: no rotation
   T* out;                      // y, or dx
 };
 

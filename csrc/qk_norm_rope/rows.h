@@ -1,6 +1,6 @@
-// Tokens one by one: RMSNorm over the whole row, then each head's pairs of channels turned by the token's angles, while
-// the row is in the first-level cache. cpu.cpp, rows_avx2.cpp and rows_avx512.cpp include this (see vectors.h). The
-// definition is vlmteacher/ops/qk_norm_rope.py.
+// One token at a time: RMSNorm over the whole row, then the rotation of each head's pairs of channels by the token's
+// angles, while the row is in the first-level cache. cpu.cpp, rows_avx2.cpp and rows_avx512.cpp include this (see
+// vectors.h). The definition is vlmteacher/ops/qk_norm_rope.py.
 #pragma once
 
 #include "../vectors.h"
@@ -13,7 +13,7 @@ struct Work {
   int64_t tokens, width, channels;  // of an item of the batch; an even number of channels to a head
   A eps;
   const T *x, *weight, *grad;  // grad: null forward
-  const A *cos, *sin;          // (tokens, channels / 2), or null: nothing is turned
+  const A *cos, *sin;          // (tokens, channels / 2), or null: no rotation
   T* out;                      // y, or dx
 };
 
@@ -23,7 +23,7 @@ using Rows = void(const Work<T>&, int64_t begin, int64_t end, Accumulate<T>* scr
 
 inline int64_t scratch_size(int64_t width, int64_t channels) { return width + 2 * channels; }
 
-// For this processor, or null where it, or this build, has no such instructions.
+// The function for this processor, or null if it, or this build, lacks the instructions.
 template <class T>
 Rows<T>* rows_avx2();
 template <class T>

@@ -1,4 +1,4 @@
-// rows.h for processors with AVX2, called only where they are.
+// rows.h compiled for AVX2; called only on processors that have it.
 #include "rows.h"
 
 namespace vlmteacher::qk_norm_rope {

@@ -1,4 +1,4 @@
-// What the convolutions' backends take; see vlmteacher/ops/surrogate_decoder.py.
+// Checks of the convolutions' arguments, shared by the backends; the definition is vlmteacher/ops/surrogate_decoder.py.
 #pragma once
 
 #include "../operator.h"

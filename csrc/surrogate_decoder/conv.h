@@ -1,5 +1,5 @@
-// A 3x3 convolution over a few rows of one output frame, in one form for all cases. The frames that it sees are copied,
-// with their masks applied, into a padded strip that stays in the cache; what is left is a sum over taps: products of
+// A 3x3 convolution over a few rows of one output frame, in one form for all cases. Its input frames are copied,
+// with their masks applied, into a padded strip that stays in the cache; the rest is a sum over taps: products of
 // pixels, at fixed offsets in the strip, with packed weights. See cpu.cpp for the cases.
 #pragma once
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Compiled with AVX-512 flags and called only where they hold: keep library templates out of it, which the linker could
-// share with code that runs anywhere.
+// Compiled with AVX-512 flags and called only on processors that have it: use no library templates here, which the
+// linker could share with code that runs on any processor.
 #include "conv.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)

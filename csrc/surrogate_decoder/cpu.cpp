@@ -1,7 +1,7 @@
 // The convolutions of the surrogate decoder on the CPU; the definition is vlmteacher/ops/surrogate_decoder.py. All four
 // cases are one sum over taps (conv.h): forward, 9 taps; forward from an upsampled image, four phases of the output
 // with 2x2 taps each on the small image, the weights that meet the same pixel summed; and backward of either, where
-// frame f sees the output frames that saw it, 9 taps or all 16 of the phases.
+// frame f reads the output frames that read it, 9 taps or all 16 of the phases.
 #include <algorithm>
 #include <atomic>
 #include <bit>
@@ -115,7 +115,7 @@ void run(const Conv& conv, const std::vector<Frame>& frames) {
   const int64_t strips = (conv.height + rows_at_once - 1) / rows_at_once;
   rows_at_once = (conv.height + strips - 1) / strips;
   const int64_t count = int64_t(frames.size()) * strips;
-  std::atomic<int64_t> next = 0;  // a thread takes the next one when it is done: they cost differently
+  std::atomic<int64_t> next = 0;  // threads take strips as they finish, for their costs differ
   torch::stable::parallel_for(0, std::min<int64_t>(count, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
     const Scratch strip(conv.strip_bytes(rows_at_once));
     for (int64_t i = next++; i < count; i = next++) {

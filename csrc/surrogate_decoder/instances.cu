@@ -1,9 +1,9 @@
-// Every kernel that plan.cuh launches, for `nvcc -cubin`: what the compiler makes of them can be read without torch.
+// Every kernel that plan.cuh launches, for `nvcc -cubin`, which reports registers and spills without torch.
 #include "kernels.cuh"
 
 namespace surrogate_decoder {
 
-// The compile table (benchmarks/static) reads what a launch asks for from these lines; the assertions hold them true.
+// The compile table (benchmarks/static) reads threads and shared memory of launches here; the assertions check them.
 // launch conv<float,.*false> 256 40960
 // launch conv<float,.*true> 256 37888
 // launch conv<.*Tile<128,128,.*false> 256 81920

@@ -5,7 +5,7 @@
 // channels, and adds up, place by place of the kernel, what it reads at the shifted rectangle times that place's
 // weights. Forward it reads the frames of `taps`, backward the gradient of the outputs that saw its frame. Behind
 // nearest upsampling the weights are folded to 4 x 4, see fold(): forward a block owns every second row and column of
-// the output and has 2 x 2 places, backward it has 4 x 4. Nobody writes what another block writes.
+// the output and has 2 x 2 places, backward it has 4 x 4. No two blocks write the same element.
 #pragma once
 
 #include "../mma_tile.cuh"
@@ -49,7 +49,7 @@ struct alignas(16) Vector {
 
 __device__ inline float with_slope(float value, bool positive, float slope) { return positive ? value : slope * value; }
 
-// What a thread reads of the gradient for one tile: on its way in registers while the block multiplies another.
+// The part of the gradient that a thread reads for one tile: loaded into registers while the block multiplies another.
 template <class T, class Tile>
 struct Staged {
   using Left = Operand<T, Along::Depth, Tile::M, Tile::Depth>;
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(Tile::Threads, 2) conv(const __grid_constant__
   }
   for (int step = 0; step < all_steps; ++step) {
     ptx::copy_async_wait<Tile::Stages - 2>();
-    __syncthreads();  // this step's tiles are there, and nobody reads those of the last step, which are overwritten now
+    __syncthreads();  // this step's tiles are complete, and no thread reads the last step's, which are overwritten now
     read(step + Tile::Stages - 1);
     sum.add(left_tile(step), right_tile(step));
     store_staged(step + Tile::Stages - 1);
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(Tile::Threads, 2) conv(const __grid_constant__
   });
 }
 
-// The inverse of taps (outputs, count): users (frames, count), the output that sees a frame as that tap, or -1. A
+// The inverse of taps (outputs, count): users (frames, count), the output that reads a frame as that tap, or -1. A
 // block.
 __global__ void __launch_bounds__(256) invert(const int* taps, int outputs, int count, int frames, int* users) {
   for (int i = threadIdx.x; i < frames * count; i += 256) users[i] = -1;

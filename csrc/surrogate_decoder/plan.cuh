@@ -9,7 +9,7 @@
 namespace surrogate_decoder {
 
 struct Shape {
-  int frames, outputs, taps;       // in the bank, of the result, that a result's frame sees
+  int frames, outputs, taps;       // in the bank, of the result, per frame of the result
   int height, width, channels, n;  // of the bank's frames; channels of the result
   int upscale;
   float slope;
@@ -70,8 +70,8 @@ void forward(Device& device, const T* x, const int* taps, const T* weight, const
                 s.outputs * s.upscale * s.upscale);
 }
 
-// dx from the gradient of y and, where not null, that which comes back through the residual; the signs are null without
-// an activation.
+// dx from the gradient of y and, where not null, the one that comes back through the residual; the signs are null
+// without an activation.
 template <class T, class Device>
 void backward(Device& device, const T* grad, const uint8_t* signs, const int* taps, const T* weight, const T* residual,
               const uint8_t* residual_signs, const Shape& s, T* dx) {

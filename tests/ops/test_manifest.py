@@ -50,3 +50,11 @@ def test_benchmark_has_cases_for_the_suite(name: str) -> None:
 def test_the_manifest_does_not_load_torch() -> None:
     code = "import sys, vlmteacher.ops.manifest; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_compile_table_lists_every_gpu_operator() -> None:
+    """Where this fails: `python -m benchmarks.static --write`."""
+    cells = [line.split(" | ")[:2] for line in (ROOT / "benchmarks/static/table.md").read_text().splitlines()]
+    listed = {(name.removeprefix("| "), backend) for name, *rest in cells if name[:2] == "| " for backend in rest}
+    expected = {(operator.name, backend) for operator in OPERATORS.values() for backend in operator.compiled}
+    assert expected <= listed
