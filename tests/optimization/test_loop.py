@@ -13,6 +13,7 @@ from tests.optimization.test_guards import guards
 from vlmteacher.errors import InputError, NonFiniteError
 from vlmteacher.lora.adapter import lora_state_dict
 from vlmteacher.ops.patchify import PatchRows
+from vlmteacher.optimization.guards import GUARDS
 from vlmteacher.optimization.loop import Optimization
 from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.pipeline import TeacherPipeline
@@ -144,6 +145,18 @@ def test_resume_changes_no_bit(make: Any, pipe: TeacherPipeline, killed_after: i
     assert without_seconds(resumed.history) == without_seconds(whole.history) and resumed.stopped == whole.stopped
     result = lora_state_dict(pipe.reasoner.transformer)
     assert expected.keys() == result.keys() and all(torch.equal(expected[n], result[n]) for n in expected)
+
+
+def test_the_state_keeps_its_entries(make: Any) -> None:
+    """Run folders of earlier versions resume: an entry that changes needs another `FORM` (`runs/folder.py`)."""
+    loop = make(pull=1.0)
+    loop.step()
+    state = loop.state_dict()
+    entries = {"lora", "optimizer", "history", "best", "anchor", "first_contrast", "stopped", "rungs"}
+    assert state.keys() == entries and state["anchor"].shape == loop.noise.z1.shape
+    assert state["optimizer"].keys() == {"state", "param_groups"} and state["best"][0] == state["history"][0]["loss"]
+    row = {"step", "loss", "p_yes", "grad_norm", "guards", "seconds"}
+    assert state["history"][0].keys() == row and set(state["history"][0]["guards"]) == set(GUARDS)
 
 
 class Poisoned:

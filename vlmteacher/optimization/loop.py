@@ -39,7 +39,7 @@ Stopped = Literal["threshold", "max_steps", "diverged"]
 
 @dataclass
 class Evaluation:
-    """What a step learned before it changes anything.
+    """The outcome of evaluating the present LoRA, before a step changes anything.
 
     row: the step's row of the history; its "grad_norm" is None when no update is to follow. good_enough: whether the
     loss, and with `check_final` the final video's, is at most the threshold. divergence: why the run has diverged.
@@ -69,7 +69,7 @@ class Optimization:
     out. Call `close()` at the end.
     """
 
-    # What a callback reads of the instance (`TeacherPipeline.loop`); it belongs to the objective.
+    # Parts of the objective that callbacks read (`TeacherPipeline.loop`).
     reasoner = property(attrgetter("objective.reasoner"))
     decoder = property(attrgetter("objective.decoder"))
     teacher = property(attrgetter("objective.teacher"))
@@ -91,7 +91,7 @@ class Optimization:
         settings: Settings,
         make_room: Callable[[], object] = lambda: None,
     ) -> None:
-        self.settings = settings
+        self.settings, self.transformer = settings, reasoner.transformer
         self.objective = Objective(reasoner, decoder, teacher, condition, noise, queries, settings)
         self.optimizer = torch.optim.AdamW(
             self.objective.parameters,
@@ -137,7 +137,7 @@ class Optimization:
 
             row, best = evaluation.row, self.best
             if best is None or row["loss"] < best[0]:
-                best = row["loss"], self._within_memory(lambda: lora_state_dict(self.reasoner.transformer))
+                best = row["loss"], self._within_memory(lambda: lora_state_dict(self.transformer))
             if evaluation.good_enough or evaluation.divergence:
                 row["grad_norm"] = None
             with uninterrupted():  # an update goes with its row
@@ -215,7 +215,7 @@ class Optimization:
 
     def _take_best(self) -> None:
         assert self.best is not None
-        load_lora_state(self.reasoner.transformer, self.best[1])
+        load_lora_state(self.transformer, self.best[1])
 
     def _within_memory(self, work: Callable[[], T]) -> T:
         """`work()`, which changes no state, again and again down the ladder until the memory suffices."""
@@ -243,7 +243,7 @@ class Optimization:
 
     def last_divergence(self) -> str | None:
         """Why the last update, which no step has evaluated, has led to divergence, or None."""
-        self.objective.parameters = lora_parameters(self.reasoner.transformer)  # sampling may have moved them elsewhere
+        self.objective.parameters = lora_parameters(self.transformer)  # sampling may have moved them
         try:
             return self._evaluate().divergence
         except NonFiniteError as error:
@@ -265,7 +265,7 @@ class Optimization:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the coming steps depend on; `torch.load(weights_only=True)` takes it."""
         return {
-            "lora": lora_state_dict(self.reasoner.transformer),
+            "lora": lora_state_dict(self.transformer),
             "optimizer": None if self.stopped == "threshold" else copy.deepcopy(self.optimizer.state_dict()),
             "history": copy.deepcopy(self.history),
             "best": self.best,
@@ -280,7 +280,7 @@ class Optimization:
 
         Raises InputError for tensors of another shape or dtype, KeyError and the like for what is no state.
         """
-        load_lora_state(self.reasoner.transformer, state["lora"])
+        load_lora_state(self.transformer, state["lora"])
         if state["optimizer"] is not None:
             load_optimizer(self.optimizer, state["optimizer"])
             self.engine.reset()  # a recorded update reads the old state's memory
@@ -293,9 +293,9 @@ class Optimization:
         self.first_contrast = state["first_contrast"]
         if self.stopped in (None, "max_steps"):
             self.stopped = None if len(self.history) < self.settings.max_steps else "max_steps"
-        if anchor is not None:  # read from a file it is on the CPU
-            anchor = anchor.to(self.noise.z1)
-            check_like(anchor, self.noise.z1, "its anchor")
+        if anchor is not None:
+            anchor = anchor.to(self.objective.noise.z1)  # a file's tensors are on the CPU
+            check_like(anchor, self.objective.noise.z1, "its anchor")
         self.objective.anchor = anchor
         self.ladder.take(state["rungs"])
 
