@@ -110,8 +110,8 @@ def test_a_full_disk_stops_the_sweep(pair: Path, tmp_path: Path) -> None:  # noq
 def test_damaged_results_are_named(pair: Path, tmp_path: Path) -> None:  # noqa: F811
     run_benchmark("base", 1, 1, tmp_path / "good", pair=str(pair))
     for name, content, message in (
-        ("instances.jsonl", b'{"method": "base"}\n', "is no result"),
-        ("instances.jsonl", b"[1, 2}\n", "is no result"),
+        ("instances.jsonl", b'{"method": "base"}\n', "is not a result"),
+        ("instances.jsonl", b"[1, 2}\n", "is not a result"),
         ("instances.jsonl", b"\xff\xfe}\n", "no UTF-8"),
         ("settings.json", b"[" * 100_000, "nested too deep"),
         ("settings.json", b"", "not JSON"),

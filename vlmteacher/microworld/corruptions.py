@@ -1,7 +1,7 @@
-"""Wrong videos of every kind, as tracks: the Teacher's lessons and the scorer's own test.
+"""Corruptions: wrong videos of a scene as tracks, for the Teacher's training and for the scorer's tests.
 
-`perform` gives the right track of a scene; each corruption one that breaks the goal or a rule. Those that any family
-can have are here; a family's own are in its file (`Family.corruptions`).
+A corruption breaks the goal or a rule of the task. Those that fit most families are here; a family's own are in its
+file (`Family.corruptions`).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def _interval(rng: np.random.Generator, shortest: int = 2) -> tuple[int, int]:
     return first, int(rng.integers(first + shortest, NUM_FRAMES + 1))
 
 
-def _is_seen(track: Track, right: Track, thing: Thing) -> bool:
-    """Whether half of the thing's area or more looks otherwise than in the right track, in three frames or more."""
+def _is_visible(track: Track, right: Track, thing: Thing) -> bool:
+    """Whether at least half of the thing's area differs visibly from the right track in at least three frames."""
     difference = np.sqrt(((world.draw(track) - world.draw(right)) ** 2).sum(-1)) > 0.35
     return bool((difference.sum((1, 2)) >= 0.5 * world.mask(thing).sum()).sum() >= 3)
 
@@ -49,24 +49,24 @@ def final_only(scene: Scene, rng: np.random.Generator) -> Track:
 
 
 def half_finished(scene: Scene, rng: np.random.Generator) -> Track:
-    """Stops on the way."""
+    """Stop half-way."""
     track, stop = perform(scene), int(rng.integers(3, 8))
     return [track[min(t, stop)] for t in range(NUM_FRAMES)]
 
 
 def mistaken(scene: Scene, rng: np.random.Generator) -> Track:
-    """The family's systematic mistake."""
+    """Make the family's systematic mistake."""
     return perform(FAMILIES[scene.family].mistaken(scene))
 
 
 def wrong_target(scene: Scene, rng: np.random.Generator) -> Track:
-    """Another box, order, colour, size or angle than the task's."""
+    """End in another box, order, colour, size or angle than the task's."""
     return perform(FAMILIES[scene.family].wrong(scene, rng))
 
 
 def near_miss(scene: Scene, rng: np.random.Generator) -> Track:
-    """One of those that move ends beside its goal."""
-    which = int(rng.choice([k for k, way in enumerate(scene.ways) if len(way) > 1]))
+    """End beside the goal, for one actor that moves."""
+    which = int(rng.choice([k for k, points in enumerate(scene.ways) if len(points) > 1]))
     x, y = scene.ways[which][-1]
     while True:
         angle, away = rng.uniform(0, 2 * np.pi), rng.uniform(9, 15)
@@ -79,7 +79,7 @@ def near_miss(scene: Scene, rng: np.random.Generator) -> Track:
 
 
 def teleport(scene: Scene, rng: np.random.Generator) -> Track:
-    """Jumps ahead, aside for a moment, or to the goal at once."""
+    """Jump ahead, aside for a moment, or to the goal at once."""
     track, kind = perform(scene), int(rng.integers(3))
     if kind == 0:
         k = int(rng.integers(1, 5))
@@ -96,45 +96,45 @@ def teleport(scene: Scene, rng: np.random.Generator) -> Track:
 
 
 def vanish(scene: Scene, rng: np.random.Generator) -> Track:
-    """Fades (partly) away for some frames, at times for good."""
+    """Fade, at least in part, for some frames or for good."""
     first, last = _interval(rng)
     depth = float(rng.uniform(0, 0.4))
     return edited(perform(scene), _actor(scene, rng), lambda t, _: {"alpha": depth} if first <= t < last else {})
 
 
 def fade_through(scene: Scene, rng: np.random.Generator) -> Track:
-    """Fades out at the start and in at the goal, or goes with changing opacity on the way."""
+    """Fade out at the start and in at the goal, or change opacity on the way."""
     track, actor = perform(scene), _actor(scene, rng)
     if rng.random() < 0.5:
-        there = np.clip(np.arange(NUM_FRAMES) / rng.uniform(4, 11), 0, 1)
+        arrived = np.clip(np.arange(NUM_FRAMES) / rng.uniform(4, 11), 0, 1)
         start, end = track[0][actor], track[-1][actor]
-        faded = edited(track, actor, lambda t, _: {**vars(start), "alpha": float(1 - there[t])})
-        return [(*things, replace(end, alpha=float(w))) for things, w in zip(faded, there, strict=True)]
+        faded = edited(track, actor, lambda t, _: {**vars(start), "alpha": float(1 - arrived[t])})
+        return [(*things, replace(end, alpha=float(w))) for things, w in zip(faded, arrived, strict=True)]
     alphas = np.interp(np.arange(NUM_FRAMES), [0, *np.sort(rng.uniform(1, 12, 3)), 12], [1, *rng.uniform(0, 1, 3), 1])
     return edited(track, actor, lambda t, _: {"alpha": float(alphas[t])})
 
 
 def duplicate(scene: Scene, rng: np.random.Generator) -> Track:
-    """A second one of the same kind: a still one left behind, or one on its way elsewhere."""
+    """Add a copy of an actor that stays behind or moves elsewhere."""
     track, actor = perform(scene), _actor(scene, rng)
     start = scene.things[actor]
     while True:
         first, last = _interval(rng)
-        way = np.repeat([start.at], NUM_FRAMES, 0)
+        path = np.repeat([start.at], NUM_FRAMES, 0)
         if rng.random() < 0.6:
-            way = world.trajectory((start.at, (float(rng.uniform(7, SIZE - 7)), float(rng.uniform(7, SIZE - 7)))))
+            path = world.trajectory((start.at, (float(rng.uniform(7, SIZE - 7)), float(rng.uniform(7, SIZE - 7)))))
         alpha = float(rng.uniform(0.6, 1.0))
-        far = [np.hypot(*np.subtract(things[actor].at, place)) for things, place in zip(track, way, strict=True)]
+        far = [np.hypot(*np.subtract(things[actor].at, place)) for things, place in zip(track, path, strict=True)]
         sizes = [start.size + things[actor].size for things in track]
         if sum(far[t] > sizes[t] + 1 for t in range(first, last)) >= 3:
             return [
                 (*things, replace(start.moved((float(x), float(y))), alpha=alpha if first <= t < last else 0.0))
-                for t, (things, (x, y)) in enumerate(zip(track, way, strict=True))
+                for t, (things, (x, y)) in enumerate(zip(track, path, strict=True))
             ]
 
 
 def ghost(scene: Scene, rng: np.random.Generator) -> Track:
-    """Two half-transparent actors, one as is right and one as is wrong: an undecided Reasoner's prediction."""
+    """Show a right and a wrong actor, both half-transparent: the prediction of an undecided Reasoner."""
     share = float(rng.uniform(0.05, 0.95))
     track, wrong = perform(scene), wrong_target(scene, rng)
     actor = next(i for i in scene.actors if any(a[i] != b[i] for a, b in zip(track, wrong, strict=True)))
@@ -146,7 +146,7 @@ def ghost(scene: Scene, rng: np.random.Generator) -> Track:
 
 
 def wrong_color(scene: Scene, rng: np.random.Generator) -> Track:
-    """An actor has another colour from some frame on, or for three frames."""
+    """Give an actor another colour from some frame on, or for three frames."""
     first, actor = int(rng.integers(1, 9)), _actor(scene, rng)
     last = NUM_FRAMES if rng.random() < 0.6 else first + 3
     track = perform(scene)
@@ -156,7 +156,7 @@ def wrong_color(scene: Scene, rng: np.random.Generator) -> Track:
 
 
 def eroded_scenery(scene: Scene, rng: np.random.Generator) -> Track:
-    """One of the things that should stay fades, moves or changes colour, where it can be seen."""
+    """Let a thing of the scenery visibly fade, move or change colour."""
     right = perform(scene)
     while True:
         first, kind = int(rng.integers(1, 9)), int(rng.integers(3))
@@ -173,7 +173,7 @@ def eroded_scenery(scene: Scene, rng: np.random.Generator) -> Track:
         track = right[:first] + [
             tuple(replace(x, **change) if i == which else x for i, x in enumerate(s)) for s in right[first:]
         ]
-        if _is_seen(track, right, thing):
+        if _is_visible(track, right, thing):
             return track
 
 

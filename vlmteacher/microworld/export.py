@@ -1,4 +1,4 @@
-"""Instances of the microworld as files, in VBVR's layout, which the trainings of a Reasoner read."""
+"""Export of microworld instances as files in VBVR's layout, for the training of a Reasoner."""
 
 from __future__ import annotations
 
@@ -24,14 +24,19 @@ def export(
     flawed: bool = False,
     chosen: Sequence[str] = world.FAMILIES,
 ) -> None:
-    """Write `count` instances to ``out/<family>_task/<index>``; whole ones that are there already are kept.
+    """Write `count` instances to ``out/<family>_task/<index>``; complete ones from an earlier call are kept.
 
-    Each holds first_frame.png, prompt.txt, ground_truth.mp4 and metadata.json, the symbolic state. The chosen families
-    alternate; an index, a seed and they always mean the same instance. `flawed` gives the videos the documented flaw:
-    for half of the colours they go wrong, always in the same way, and the metadata says which.
+    An instance holds first_frame.png, prompt.txt, ground_truth.mp4 and metadata.json, the symbolic state. Seed, index
+    and chosen families determine an instance.
 
-    Raises InputError: a count below 1, an unknown split or family, a folder that cannot be written to or is in use;
-    OutputError: the disk is full. What is whole stays.
+    Args:
+        split: ``train``, ``id``, ``ood`` or ``validation``.
+        flawed: for half of the colours the video shows the family's mistake; metadata.json says in which.
+        chosen: the families, which alternate.
+
+    Raises:
+        InputError: a count below 1, an unknown split or family, a folder that is not writable or in use.
+        OutputError: the disk is full; complete instances stay.
     """
     if count < 1:
         raise InputError(f"--count must be at least 1, not {count}")
@@ -66,9 +71,9 @@ def export(
 
 def _check_same(instance: Path, description: dict) -> None:
     try:
-        there = json.loads((instance / "metadata.json").read_text(encoding="utf-8"))
-        same = all(there.get(name) == json.loads(json.dumps(value)) for name, value in description.items())
+        existing = json.loads((instance / "metadata.json").read_text(encoding="utf-8"))
+        same = all(existing.get(name) == json.loads(json.dumps(value)) for name, value in description.items())
     except (OSError, ValueError, AttributeError):
         same = False
     if not same:
-        raise InputError(f"{instance} holds another instance: give another --out, or take that folder away")
+        raise InputError(f"{instance} holds another instance: give another --out, or remove that folder")

@@ -1,7 +1,6 @@
-"""What is true in a video, frame by frame and thing by thing.
+"""The truth about a video, frame by frame and thing by thing, from which the Teacher's questions are answered.
 
-Facts come from simulator state (`facts_of`), or for a Reasoner's own outputs from ``labeller.py``; never from the
-scorer. ``questions.py`` answers the Teacher's questions from them.
+Sources: simulator state (`facts_of`), or ``labeller.py`` for a Reasoner's own outputs; never the scorer.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from vlmteacher.microworld.scene import (
     mask,
 )
 
-VISIBLE = 0.7  # a thing of this opacity is there
-TRACE = 0.4  # and one of this opacity can be followed
-SHADOW = 0.25  # a second one of this opacity is one too many
-FASTEST = 10.5  # pixels from frame to frame
+VISIBLE = 0.7  # least opacity of a thing that counts as present
+TRACE = 0.4  # least opacity of a thing whose position is known
+SHADOW = 0.25  # least opacity of a second copy that counts
+FASTEST = 10.5  # pixels from frame to frame; the right video makes 8
 GROWTH = 1.6  # pixels of size from frame to frame; the right video makes 0.8
 TURN = 14.0  # degrees from frame to frame; the right video makes 7.5
 TOUCH = 4.0  # pixels from the ball's centre to a block
-SAME = 2.5  # pixels (or as much in size and angle) within which two of a kind are seen as one
+SAME = 2.5  # pixels (or the like in size and angle) within which two copies count as one
 
 COLOR_NAMES = list(COLORS)
 NONE = len(COLOR_NAMES)
@@ -39,10 +38,15 @@ NONE = len(COLOR_NAMES)
 class Facts:
     """Arrays over the T frames of one video and the N things of its scene's first frame.
 
-    count: (T, N) how many of a thing are there, 0, 1 or 2 (two or more). position, size, angle: (T, N, 2), (T, N),
-    (T, N) of the clearest of them, NaN where it cannot be made out; an angle is in [0, 180). color: (T, N) index of the
-    colour that it shows, `NONE` for none of the six. kept: (T, N) whether a thing of the scenery looks as at first.
-    touching: (T,) whether an actor is on a block. changed: (T, cells), where the scenery is not what it was.
+    Attributes:
+        count: (T, N) the number of copies of a thing: 0, 1 or 2 (two or more).
+        position: (T, N, 2) of the clearest copy, NaN if unknown.
+        size: (T, N) of the clearest copy, NaN if unknown.
+        angle: (T, N) of the clearest copy in [0, 180), NaN if unknown.
+        color: (T, N) index of its colour in `COLOR_NAMES`, `NONE` for no colour of the world.
+        kept: (T, N) whether a thing of the scenery looks as in the first frame.
+        touching: (T,) whether an actor touches a block.
+        changed: (T, cells) whether the scenery in a cell differs from the first frame.
     """
 
     count: np.ndarray
@@ -56,12 +60,12 @@ class Facts:
 
     @property
     def intact(self) -> np.ndarray:
-        """(T,) whether all of the scenery looks as at first."""
+        """(T,) whether all scenery looks as in the first frame."""
         return np.asarray(self.kept.all(1))
 
     @property
     def jumped(self) -> np.ndarray:
-        """(T, N) whether a thing has moved, grown or turned since the frame before by more than it can."""
+        """(T, N) whether a thing has moved, grown or turned too far since the frame before."""
         leap = np.hypot(*np.moveaxis(np.diff(self.position, axis=0), -1, 0)) > FASTEST
         leap |= np.abs(np.diff(self.size, axis=0)) > GROWTH
         leap |= np.abs(wrapped(np.diff(self.angle, axis=0))) > TURN
@@ -69,18 +73,18 @@ class Facts:
 
 
 def wrapped(angle: np.ndarray) -> np.ndarray:
-    """Differences of bars' angles, in [-90, 90)."""
+    """Wrap differences of bars' angles to [-90, 90)."""
     return (angle + 90) % 180 - 90
 
 
 def cells(covered: np.ndarray) -> np.ndarray:
-    """Which of the 16-pixel cells, row by row, `covered` (H, W) fills by a fiftieth or more."""
+    """Return which of the 16-pixel cells, row by row, `covered` (H, W) fills by a fiftieth or more."""
     side = SIZE // CELL
     return covered.reshape(side, CELL, side, CELL).mean((1, 3)).ravel() > 0.02
 
 
 def color_index(thing: Thing) -> int:
-    """Of the colour that a thing shows; `NONE` while it is between two, or dark."""
+    """Return the index of the colour that a thing shows; `NONE` between two colours, or if it is dark."""
     shown = thing.color if thing.blend <= 1 - VISIBLE else thing.other if thing.blend >= VISIBLE else ""
     return COLOR_NAMES.index(shown) if shown in COLOR_NAMES else NONE
 
@@ -96,7 +100,7 @@ def _kept(thing: Thing, was: Thing) -> bool:
 
 
 def facts_of(scene: Scene, track: Track) -> Facts:
-    """Facts from the simulator's own state; things beyond the scene's own count as doubles of its actors."""
+    """Return the facts of a track; its things beyond the scene's own count as copies of actors."""
     length, number = len(track), len(scene.things)
     position = np.full((length, number, 2), np.nan)
     size, angle = np.full((length, number), np.nan), np.full((length, number), np.nan)
@@ -125,5 +129,5 @@ def facts_of(scene: Scene, track: Track) -> Facts:
 
 
 def reach(thing: Thing) -> float:
-    """Half the side of the square that a thing lies in, about."""
+    """Return about half the side of the square that encloses a thing."""
     return max(thing.size, RADIUS) if thing.shape != "bar" else 0.8 * thing.size

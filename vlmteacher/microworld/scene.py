@@ -1,10 +1,10 @@
-"""The symbolic state that everything in the microworld shares, and how it is drawn.
+"""The symbolic state of the microworld and its renderer.
 
-A :class:`Scene` tells the things of the first frame and the plan: which of them act, and how each is to end. `perform`
-carries the plan out: a :data:`Track`, the things of every frame. `draw` turns any track, right or wrong, into pixels.
+A :class:`Scene` holds the things of the first frame and the plan: which of them act, and how each ends. `perform`
+carries the plan out and returns a :data:`Track`, the things of every frame. `draw` renders any track, right or wrong.
 
-Distances are in pixels, angles in degrees (clockwise on the screen), the origin is the upper left corner, a position is
-the centre's. Frames are float32 RGB in [0, 1], shape (T, H, W, 3).
+Distances are in pixels, angles in degrees (clockwise on the screen). The origin is the upper left corner; positions are
+those of centres. Frames are float32 RGB in [0, 1], shape (T, H, W, 3).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import numpy as np
 SIZE = 64
 NUM_FRAMES = 13
 FPS = 8.0
-ARRIVAL = 10  # everything rests from this frame on
+ARRIVAL = 10  # the first frame in which everything rests
 RADIUS = 5.0
 BOX_HALF = 8.0
 THICKNESS = 2.0  # of outlines
 BAR_HALF = 4.0  # half the width of a bar
-FIT = 3.0  # an outline is larger than what fits into it by so much on every side
+FIT = 3.0  # pixels on every side by which an outline is larger than what fits into it
 CELL = 16
 
 COLORS: dict[str, tuple[float, float, float]] = {
@@ -49,9 +49,15 @@ Point = tuple[float, float]
 class Thing:
     """One shape in one frame.
 
-    shape: ``disc`` (`size` is its radius), ``square`` (half its side) or ``bar`` (half its length; its width is
-    fixed). outline: only the edge, `THICKNESS` wide, inside `size`. color, other: names in `PAINTS`; the colour shown
-    is `color` blended with the share `blend` in [0, 1] of `other`. alpha: opacity in [0, 1]; 0 where it is not there.
+    Attributes:
+        shape: ``disc``, ``square`` or ``bar``.
+        color: name in `PAINTS`.
+        x, y: the centre.
+        size: radius of a disc, half the side of a square, half the length of a bar (whose width is fixed).
+        angle: of a bar.
+        outline: draw only the edge, `THICKNESS` wide, inside `size`.
+        other, blend: the colour shown is `color` mixed with the share `blend` in [0, 1] of `other`.
+        alpha: opacity in [0, 1].
     """
 
     shape: str
@@ -74,20 +80,21 @@ class Thing:
 
 
 Track = list[tuple[Thing, ...]]
-"""The things of each frame: in drawing order, as many in every frame and each always at the same index."""
+"""The things of every frame in drawing order; a thing has the same index in every frame."""
 
 
 def ball(color: str, at: Point) -> Thing:
+    """Return a solid disc of the usual size."""
     return Thing("disc", color, *at, RADIUS)
 
 
 def box(color: str, at: Point) -> Thing:
-    """A square outline that a ball fits into."""
+    """Return a square outline that a ball fits into."""
     return Thing("square", color, *at, BOX_HALF, outline=True)
 
 
 def block(at: Point) -> Thing:
-    """A dark cell that must not be touched."""
+    """Return a dark cell that the ball must not touch."""
     return Thing("square", "dark", *at, CELL / 2)
 
 
@@ -95,9 +102,13 @@ def block(at: Point) -> Thing:
 class Scene:
     """The symbolic truth of one instance: everything that the renderer and the scorer know about it.
 
-    things: of the first frame, in drawing order. actors: indices of those that the task is about. goals: what each
-    actor is in the end. ways: the polyline that each actor's centre goes along, start and end included (one point: it
-    stays). targets: indices of the things that the actors go to or fit into, in the order of the task.
+    Attributes:
+        family: name of the task family.
+        things: the things of the first frame, in drawing order.
+        actors: indices of the things that the task changes or moves.
+        goals: the final state of each actor.
+        ways: the polyline of each actor's centre, start and end included; one point if it stays in place.
+        targets: indices of the things that the actors go to or fit into, in the order of the task.
     """
 
     family: str
@@ -114,7 +125,7 @@ class Scene:
 
     @property
     def scenery(self) -> tuple[Thing, ...]:
-        """What must stay as it is."""
+        """The things that must stay as they are."""
         return tuple(thing for i, thing in enumerate(self.things) if i not in self.actors)
 
     @property
@@ -127,7 +138,7 @@ class Scene:
 
     @property
     def target(self) -> Thing:
-        """What the task names: the last of the targets, mostly the only one."""
+        """The last target, mostly the only one."""
         return self.things[self.targets[-1]]
 
     @property
@@ -143,7 +154,7 @@ class Scene:
         return self.ways[0]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; defaults of a thing's fields are left out."""
+        """Return plain data, without the default values of a thing's fields."""
         data = asdict(self)
         for name in ("things", "goals"):
             data[name] = [{k: v for k, v in t.items() if v != getattr(Thing, k, None)} for t in data[name]]
@@ -162,7 +173,7 @@ class Scene:
 
 
 def rerouted(scene: Scene, *ways: Sequence[Point]) -> Scene:
-    """The scene with another plan: its actors go along `ways`."""
+    """Return the scene with another plan: its actors move along `ways`."""
     ends = tuple(goal.moved(way[-1]) for goal, way in zip(scene.goals, ways, strict=True))
     return replace(scene, goals=ends, ways=tuple(tuple(way) for way in ways))
 
@@ -172,7 +183,7 @@ def digest_of(data: dict[str, Any]) -> str:
 
 
 def scene_of(family: str, things: Sequence[Thing], plan: dict[int, Any], targets: Sequence[int] = ()) -> Scene:
-    """A scene whose `plan` tells for the index of each actor the polyline it goes along, or what it turns into."""
+    """Return a scene. plan: for the index of each actor the polyline that it moves along, or its final state."""
     goals, ways = [], []
     for index, end in plan.items():
         start = things[index]
@@ -187,15 +198,15 @@ def scene_of(family: str, things: Sequence[Thing], plan: dict[int, Any], targets
 def trajectory(
     waypoints: Sequence[Sequence[float]], num_frames: int = NUM_FRAMES, arrival: int = ARRIVAL
 ) -> np.ndarray:
-    """Positions (T, 2) along the polyline `waypoints` at constant speed, at rest from frame `arrival` on."""
+    """Return positions (T, 2) along the polyline `waypoints` at constant speed, at rest from frame `arrival` on."""
     points = np.asarray(waypoints, np.float64)
     lengths = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(points, axis=0).T))])
-    way = np.minimum(np.arange(num_frames) / arrival, 1.0) * lengths[-1]
-    return np.stack([np.interp(way, lengths, points[:, axis]) for axis in (0, 1)], axis=1)
+    travelled = np.minimum(np.arange(num_frames) / arrival, 1.0) * lengths[-1]
+    return np.stack([np.interp(travelled, lengths, points[:, axis]) for axis in (0, 1)], axis=1)
 
 
 def between(start: Thing, end: Thing, share: float) -> Thing:
-    """`start` on its way to `end`: size, angle and colour; the position stays."""
+    """Interpolate size, angle and colour between two states of a thing; the position is that of `start`."""
     return replace(
         start,
         size=start.size + share * (end.size - start.size),
@@ -206,7 +217,7 @@ def between(start: Thing, end: Thing, share: float) -> Thing:
 
 
 def perform(scene: Scene) -> Track:
-    """Every frame's things when the actors do what the scene's plan says."""
+    """Return the track in which the actors carry out the scene's plan."""
     places = [trajectory(way) for way in scene.ways]
     track = []
     for t in range(NUM_FRAMES):
@@ -219,7 +230,7 @@ def perform(scene: Scene) -> Track:
 
 
 def edited(track: Track, index: int, changes: Callable[[int, Thing], dict[str, Any]]) -> Track:
-    """The track with fields of one thing changed, frame by frame: changes(t, thing) -> the new values."""
+    """Return the track with fields of one thing changed frame by frame. changes: (t, thing) -> the new values."""
     return [
         tuple(replace(thing, **changes(t, thing)) if i == index else thing for i, thing in enumerate(things))
         for t, things in enumerate(track)
@@ -230,12 +241,12 @@ def edited(track: Track, index: int, changes: Callable[[int, Thing], dict[str, A
 
 
 def _edge(distance: Any) -> Any:
-    """Coverage of a pixel whose centre is `distance` inside an edge."""
+    """Return the coverage in [0, 1] of pixels whose centres are `distance` inside an edge."""
     return np.clip(distance + 0.5, 0.0, 1.0)
 
 
 def masks(things: Sequence[Thing]) -> np.ndarray:
-    """Coverage (N, H, W), float32 in [0, 1], of N things of one shape; opacity does not count."""
+    """Return the coverage (N, H, W), float32 in [0, 1], of N things of one shape, whatever their opacity."""
     first = things[0]
     x, y, size, angle = (
         np.asarray([getattr(t, name) for t in things], np.float32)[:, None, None]
@@ -258,17 +269,17 @@ def masks(things: Sequence[Thing]) -> np.ndarray:
 
 
 def mask(thing: Thing) -> np.ndarray:
-    """Coverage (H, W) in [0, 1] of one thing."""
+    """Return the coverage (H, W) in [0, 1] of one thing."""
     return masks([thing])[0]
 
 
 def disc_mask(x: float, y: float, radius: float = RADIUS) -> np.ndarray:
-    """Coverage (H, W) in [0, 1] of a disc."""
+    """Return the coverage (H, W) in [0, 1] of a disc."""
     return mask(Thing("disc", "dark", x, y, radius))
 
 
 def rgb(thing: Thing) -> np.ndarray:
-    """(3,): the colour that the thing shows."""
+    """Return the RGB colour (3,) that a thing shows."""
     color = np.asarray(PAINTS[thing.color], np.float32)
     if thing.other and thing.blend:
         color = color + thing.blend * (np.asarray(PAINTS[thing.other], np.float32) - color)
@@ -276,7 +287,7 @@ def rgb(thing: Thing) -> np.ndarray:
 
 
 def draw(track: Sequence[Sequence[Thing]]) -> np.ndarray:
-    """The video (T, H, W, 3) of any track."""
+    """Render a track as a video (T, H, W, 3)."""
     frames = np.empty((len(track), SIZE, SIZE, 3), np.float32)
     frames[:] = BACKGROUND
     for column in zip(*track, strict=True):
@@ -292,7 +303,7 @@ def draw(track: Sequence[Sequence[Thing]]) -> np.ndarray:
 
 
 def draw_still(things: Sequence[Thing]) -> np.ndarray:
-    """One image (H, W, 3)."""
+    """Render things as one image (H, W, 3)."""
     return draw([tuple(things)])[0] if things else np.full((SIZE, SIZE, 3), BACKGROUND, np.float32)
 
 
@@ -300,15 +311,16 @@ def draw_still(things: Sequence[Thing]) -> np.ndarray:
 
 
 def distance_to_block(point: Sequence[float] | np.ndarray, block: Thing) -> float:
-    """Pixels from `point` (2,) to the nearest edge of a block; 0 inside it."""
+    """Return the distance from `point` (2,) to the nearest edge of a block; 0 inside it."""
     return float(np.hypot(*np.maximum(np.abs(np.subtract(point, block.at)) - block.size, 0)))
 
 
 def distance_to_segment(point: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
+    """Return the distance from `point` (2,) to the segment from `a` to `b`."""
     t = np.clip(np.dot(point - a, b - a) / max(np.dot(b - a, b - a), 1e-9), 0.0, 1.0)
     return float(np.hypot(*(point - (a + t * (b - a)))))
 
 
 def far_apart(point: np.ndarray, others: Sequence[np.ndarray], least: float) -> bool:
-    """Whether `point` is `least` pixels or more from each of `others`, on one axis or the other."""
+    """Whether `point` is at least `least` pixels from all `others` on one of the axes."""
     return all(np.max(np.abs(point - other)) >= least for other in others)

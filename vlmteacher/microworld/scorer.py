@@ -1,9 +1,9 @@
-"""The judge: goal and every rule of a microworld task, frame by frame, on pixels alone.
+"""The rule scorer: checks goal and every rule of a microworld task, frame by frame, on pixels alone.
 
-Where things move, each pixel is given to the nearest of the world's colours, and a mover is the largest connected
-region of its colour. Where a thing grows, turns or changes its colour, each frame is given to the nearest of its right
-pictures at all stages, and compared with it. No learned part, no look at the Teacher, and the Teacher is never trained
-on these verdicts (see ``labeller.py`` for those).
+If actors move, each pixel is assigned to the nearest of the world's colours, and an actor is the largest connected
+region of its colour. If a thing grows, turns or changes its colour, each frame is assigned to the nearest of the right
+pictures at all stages and compared with it. The scorer has no learned part, and the Teacher is never trained on its
+verdicts (``labeller.py`` makes the labels for that).
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _NAMES = ("background", *world.PAINTS)
 _PALETTE = np.asarray([world.BACKGROUND, *world.PAINTS.values()], np.float32)
 
 # Set on ground truths and corruptions alone, rendered and sent through the packaged VAE, before any method was run.
-NEAREST = 0.35  # a pixel further than this from every colour of the world belongs to none
-AREA = (0.4, 1.9)  # of a mover's true area
-SPREAD = 8  # pixels by which the longer side of a mover's bounding box may be longer than it is
-STRAY = 20  # pixels of a mover's colour outside it
+NEAREST = 0.35  # largest distance in RGB from a pixel to the colour that it is assigned to
+AREA = (0.4, 1.9)  # of an actor's true area
+SPREAD = 8  # pixels by which the longer side of an actor's bounding box may exceed its diameter
+STRAY = 20  # pixels of an actor's colour outside it
 JUMP = 11.0  # pixels from frame to frame; the fastest right video makes 8
 AT_GOAL = 4.0  # pixels from the goal, per axis
 AT_START = 4.0
 INTACT = 0.6  # share of a thing's visible pixels that must keep its colour
-DEBRIS = 0.64  # of the smallest thing's area, and of a ball's at most, may be neither thing nor ground
-GRACE = 1  # frames in which codec blur may spoil a mover, the scenery or the ground
-PASSING = 1  # frames in which a codec may lose what an actor covers, before and after
-SPOTS = 12  # pixels of a wrong colour where the right stage has none near an edge
+DEBRIS = 0.64  # share of the smallest thing's area, and of a ball's at most, that may be neither thing nor ground
+GRACE = 1  # frames in which codec blur may spoil an actor, the scenery or the ground
+PASSING = 1  # frames before and after an actor covers a thing in which a codec may lose it
+SPOTS = 12  # pixels of a wrong colour away from edges
 STAGES = np.arange(-1.2, 2.21, 0.05)  # of a change: 0 is the start and 1 the goal
 AT_STAGE = 0.2
 LEAP = 0.35  # of a change, from frame to frame; the right video makes 0.1
@@ -41,9 +41,12 @@ BACK = 0.15  # of a change, undone
 
 @dataclass(frozen=True)
 class Verdict:
-    """`success`: goal and every rule hold in every frame.
+    """The verdict on a video.
 
-    `score` in [0, 1]: (0.3 + 0.7 goal) times, for each rule that is broken, half the share of frames that keep it.
+    Attributes:
+        success: goal and every rule hold in every frame.
+        score: in [0, 1]: (0.3 + 0.7 goal), times half the share of good frames for each rule that is broken.
+        subscores: for the goal and each rule the share of frames in which it holds.
     """
 
     success: bool
@@ -54,8 +57,7 @@ class Verdict:
 def score(frames: np.ndarray, scene: Scene) -> Verdict:
     """Judge `frames` (T, H, W, 3), float in [0, 1], as an answer to `scene`.
 
-    Raises:
-        ValueError: another shape than the world's frames have.
+    Raises ValueError: frames of another size than the world's, or fewer than two.
     """
     if frames.ndim != 4 or frames.shape[1:] != (world.SIZE, world.SIZE, 3) or len(frames) < 2:
         raise ValueError(f"frames of shape {frames.shape}: expected (T, {world.SIZE}, {world.SIZE}, 3), T >= 2")
@@ -75,7 +77,7 @@ def _total(subscores: dict[str, float]) -> float:
 
 
 def _graced(kept: ArrayLike) -> float:
-    """Share of frames that keep a rule; 1 when no more than `GRACE` frames break it."""
+    """Return the share of frames that keep a rule; 1 if at most `GRACE` frames break it."""
     broken = np.logical_not(kept)
     return 1.0 if broken.sum() <= GRACE else float(1 - broken.mean())
 
@@ -85,36 +87,36 @@ def _graced(kept: ArrayLike) -> float:
 
 def _judge_motion(frames: np.ndarray, scene: Scene) -> dict[str, float]:
     kinds = _classify(frames)
-    seen = [_follow(kinds, scene, actor) for actor in scene.moving]
-    ways = np.stack([centres for centres, _ in seen])
-    one = np.stack([whole for _, whole in seen])
-    ends = np.asarray([way[-1] for way in scene.ways])[:, None]
-    starts = np.asarray([way[0] for way in scene.ways])
+    tracks = [_follow(kinds, scene, actor) for actor in scene.moving]
+    paths = np.stack([centres for centres, _ in tracks])
+    one = np.stack([whole for _, whole in tracks])
+    ends = np.asarray([points[-1] for points in scene.ways])[:, None]
+    starts = np.asarray([points[0] for points in scene.ways])
 
     free = np.ones(kinds.shape, bool)
-    for actor, way in zip(scene.moving, ways, strict=True):
-        free &= masks([replace(actor.moved(tuple(at)), size=actor.size + 2.5) for at in way]) == 0
+    for actor, path in zip(scene.moving, paths, strict=True):
+        free &= masks([replace(actor.moved(tuple(at)), size=actor.size + 2.5) for at in path]) == 0
     clear = _clear(free)
     kept = [_kept(kinds == _NAMES.index(thing.color), world.mask(thing) > 0.9, clear) for thing in scene.scenery]
     known = [0, *(_NAMES.index(actor.color) for actor in scene.moving)]
     debris = ~np.isin(kinds, known) & _plain(scene) & free
 
-    at_goal = np.abs(ways[:, -2:] - ends).max(-1) <= AT_GOAL
-    found_last = one[:, -2:].any(-1).all()
-    steps = np.hypot(*np.moveaxis(np.diff(ways, axis=1), -1, 0))
+    at_goal = np.abs(paths[:, -2:] - ends).max(-1) <= AT_GOAL
+    present = one[:, -2:].any(-1).all()
+    steps = np.hypot(*np.moveaxis(np.diff(paths, axis=1), -1, 0))
     return {
-        "goal": float(at_goal.all(0).mean()) if found_last else 0.0,
-        "start": float(np.abs(ways[:, 0] - starts).max() <= AT_START),
+        "goal": float(at_goal.all(0).mean()) if present else 0.0,
+        "start": float(np.abs(paths[:, 0] - starts).max() <= AT_START),
         "one": _graced(one.all(0)),
         "smooth": float((steps <= JUMP).all(0).mean()),
         "scenery": _graced(np.stack(kept).all(0)) if kept else 1.0,
         "clean": _graced(debris.sum((1, 2)) <= _debris(scene)),
-        **FAMILIES[scene.family].rules(scene, ways),
+        **FAMILIES[scene.family].rules(scene, paths),
     }
 
 
 def _classify(frames: np.ndarray) -> np.ndarray:
-    """Index into `_NAMES` of each pixel's colour, -1 for none: (T, H, W)."""
+    """Return (T, H, W), the index into `_NAMES` of each pixel's colour, -1 for none."""
     pixels = frames.reshape(-1, 3).T
     squared = (_PALETTE**2).sum(-1)[:, None] - 2 * _PALETTE @ pixels
     kinds = np.where(squared.min(0) + (pixels**2).sum(0) < NEAREST**2, squared.argmin(0), -1)
@@ -122,13 +124,13 @@ def _classify(frames: np.ndarray) -> np.ndarray:
 
 
 def _follow(kinds: np.ndarray, scene: Scene, actor: Thing) -> tuple[np.ndarray, np.ndarray]:
-    """(T, 2) centres of an actor, where last seen if it is not; (T,) whether it is there once and whole."""
-    found, radius = kinds == _NAMES.index(actor.color), actor.size
-    if any(thing.color == actor.color for thing in scene.scenery):  # outlines go, what is solid stays
-        inner = found[:, 1:-1, 1:-1] & found[:, :-2, 1:-1] & found[:, 2:, 1:-1]
-        found = np.pad(inner & found[:, 1:-1, :-2] & found[:, 1:-1, 2:], ((0, 0), (1, 1), (1, 1)))
+    """Return an actor's centres (T, 2), the last known while it is absent, and (T,) whether it is single and whole."""
+    own, radius = kinds == _NAMES.index(actor.color), actor.size
+    if any(thing.color == actor.color for thing in scene.scenery):  # erosion removes outlines and keeps discs
+        inner = own[:, 1:-1, 1:-1] & own[:, :-2, 1:-1] & own[:, 2:, 1:-1]
+        own = np.pad(inner & own[:, 1:-1, :-2] & own[:, 1:-1, 2:], ((0, 0), (1, 1), (1, 1)))
         radius -= 1
-    frame, area, centre, spread = _regions(found)
+    frame, area, centre, spread = _regions(own)
     centres, whole, last = [], np.zeros(len(kinds), bool), np.asarray(actor.at)
     for t in range(len(kinds)):
         here = np.flatnonzero(frame == t)
@@ -142,14 +144,14 @@ def _follow(kinds: np.ndarray, scene: Scene, actor: Thing) -> tuple[np.ndarray, 
     return np.stack(centres), whole
 
 
-def _regions(found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """4-connected regions of (T, H, W): frame, area, centre (N, 2) and the longer side of the bounding box of each.
+def _regions(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Find the 4-connected regions of (T, H, W): frame, area, centre (N, 2), longer side of the bounding box.
 
     Runs of pixels in a row are joined with the runs that they touch in the next row until no label changes.
     """
-    length, height, width = found.shape
-    padded = np.zeros((length, height + 1, width + 2), np.int8)  # an empty row parts the frames
-    padded[:, :-1, 1:-1] = found
+    length, height, width = pixels.shape
+    padded = np.zeros((length, height + 1, width + 2), np.int8)  # an empty row separates the frames
+    padded[:, :-1, 1:-1] = pixels
     edges = np.diff(padded.reshape(-1, width + 2), axis=1)
     row, start = np.nonzero(edges == 1)
     end = np.nonzero(edges == -1)[1]
@@ -166,10 +168,10 @@ def _regions(found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
         np.minimum.at(label, lower, least)
         label = label[label]
     first, index = np.unique(label, return_inverse=True)
-    y, pixels = row % (height + 1), end - start
-    area = np.bincount(index, pixels)
-    x_mean = np.bincount(index, pixels * (start + end) / 2) / area
-    y_mean = np.bincount(index, pixels * (y + 0.5)) / area
+    y, count = row % (height + 1), end - start
+    area = np.bincount(index, count)
+    x_mean = np.bincount(index, count * (start + end) / 2) / area
+    y_mean = np.bincount(index, count * (y + 0.5)) / area
     box = np.full((4, len(first)), -(width + height))
     for side, values in zip(box, (-start, end, -y, y + 1), strict=True):
         np.maximum.at(side, index, values)
@@ -178,7 +180,7 @@ def _regions(found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
 
 
 def _clear(free: np.ndarray) -> np.ndarray:
-    """(T, H, W) where no actor is, nor was or will be within `PASSING` frames."""
+    """Return (T, H, W), where no actor is within `PASSING` frames."""
     clear = free.copy()
     for shift in range(1, PASSING + 1):
         clear[shift:] &= free[:-shift]
@@ -187,23 +189,23 @@ def _clear(free: np.ndarray) -> np.ndarray:
 
 
 def _kept(right: np.ndarray, where: np.ndarray, free: np.ndarray) -> np.ndarray:
-    """(T,) whether a thing's pixels are right where it can be seen (hidden things count as kept)."""
+    """Return (T,), whether enough of a thing's visible pixels are right (a hidden thing counts as kept)."""
     visible = where & free
     count = visible.sum((1, 2))
     return (count < 8) | ((right & visible).sum((1, 2)) >= INTACT * count)
 
 
 def _debris(scene: Scene) -> float:
-    """Pixels that may be neither one of the scene's things nor ground."""
+    """Return the number of pixels that may be neither thing nor ground."""
     areas = [world.mask(thing).sum() for thing in scene.things]
     return DEBRIS * min(np.pi * world.RADIUS**2, *areas)
 
 
 def _plain(scene: Scene) -> np.ndarray:
-    """(H, W) where only the ground is, but for the actors.
+    """Return (H, W), the ground outside the scenery.
 
-    Boxes of one colour blur alike, and what a codec leaves around them would add up: there, what is next to them is no
-    ground.
+    Boxes of one colour blur alike, and what a codec leaves around them would add up: their surroundings are then left
+    out.
     """
     scenery = world.draw_still(scene.scenery)
     ground = np.abs(scenery - np.asarray(world.BACKGROUND, np.float32)).max(-1) < 0.02
@@ -231,7 +233,7 @@ def _judge_change(frames: np.ndarray, scene: Scene) -> dict[str, float]:
 
     own = masks([states[b][index] for b in best]) > 0.9
     covers = np.stack([world.mask(thing) for thing in scene.things])
-    shown = [~(covers[i + 1 :].max(0, initial=0.0) > 0.1) for i in range(len(covers))]  # not under what is drawn later
+    shown = [~(covers[i + 1 :].max(0, initial=0.0) > 0.1) for i in range(len(covers))]  # not under things drawn later
     whole = (wrong & own & shown[index]).sum((1, 2)) <= (1 - INTACT) * (own & shown[index]).sum((1, 2))
     kept = [_kept(~wrong, covers[i] > 0.9, shown[i] & ~(own & (i < index))) for i in range(len(covers)) if i != index]
     steps = np.diff(stage)
@@ -248,7 +250,7 @@ def _judge_change(frames: np.ndarray, scene: Scene) -> dict[str, float]:
 
 
 def _even(pictures: np.ndarray) -> np.ndarray:
-    """(N, H, W) where a picture has one colour for two pixels around: what blur leaves as it is."""
+    """Return (N, H, W), where a picture has one colour within two pixels, so that blur changes nothing."""
     edges = np.zeros(pictures.shape[:3], bool)
     edges[:, 1:] |= (np.abs(np.diff(pictures, axis=1)) > 0.05) @ np.ones(3, bool)
     edges[:, :, 1:] |= (np.abs(np.diff(pictures, axis=2)) > 0.05) @ np.ones(3, bool)

@@ -1,7 +1,7 @@
-"""The frozen splits: which instances are the tests in and out of domain and the validation.
+"""The frozen splits: the instances of the tests in and out of domain and of the validation.
 
-``python -m vlmteacher.microworld.splits`` writes them to ``splits.json``. What a benchmark runs on comes from the
-generators (``bench microworld --family all --split NAME --seed 1``); a test holds them to the manifest.
+``python -m vlmteacher.microworld.splits`` writes their digests to ``splits.json``. Benchmarks draw the instances anew
+(``bench microworld --family all --split NAME --seed 1``); a test compares them with the manifest.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ COUNT = 120  # of each split, the same number of every family
 
 
 def digest(index: int, split: str) -> tuple[str, str]:
-    """Name of an instance of the benchmark, and the digest of its scene and prompt."""
+    """Return the name of an instance of the benchmark, and the digest of its scene and prompt."""
     scene, prompt = world.instance(index, SEED, split, world.FAMILIES)
     content = json.dumps({"prompt": prompt, "scene": scene.to_json()}, sort_keys=True)
     return f"{scene.family}/{SEED}/{index:04d}", hashlib.sha256(content.encode()).hexdigest()
 
 
 def manifest() -> dict[str, Any]:
-    """All splits as the generators draw them, each with the digest of its instances' digests."""
+    """Return all splits as the generators draw them, with the digests of their instances and one of these digests."""
     splits = {}
     for split in ("id", "ood", "validation"):
         instances = dict(digest(index, split) for index in range(COUNT))
@@ -40,14 +40,14 @@ def manifest() -> dict[str, Any]:
 
 @cache
 def frozen() -> frozenset[str]:
-    """`world.digest` of the scenes of the test out of domain, the only ones of there that no training may meet."""
+    """Return `world.digest` of the scenes of the test out of domain, which no training may use."""
     return frozenset(world.digest(world.instance(index, SEED, "ood")[0]) for index in range(COUNT))
 
 
 def training_scene(rng: np.random.Generator, family: str, outside: float = 0.0) -> world.Scene:
-    """A scene for the Teacher's training, of a share `outside` of them out of domain but none of the test's.
+    """Draw a scene for the Teacher's training; a share `outside` is out of domain, but never in the test.
 
-    The Reasoner never meets such; a Teacher should know more than it does.
+    The Reasoner is trained in domain only; the Teacher should know more than the Reasoner.
     """
     if not outside or rng.random() >= outside:
         return world.sample_scene(rng, family)

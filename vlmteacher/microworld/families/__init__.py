@@ -1,4 +1,4 @@
-"""The task families of the microworld, two or more of most of VBVR's five categories."""
+"""The registry of the microworld's task families: to add one, write its file and list it here."""
 
 from vlmteacher.microworld.families.base import CARELESS, Family
 from vlmteacher.microworld.families.connect import Connect

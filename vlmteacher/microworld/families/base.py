@@ -1,4 +1,4 @@
-"""What a task family is, and what several of them share."""
+"""The base class of task families, and helpers that several families share."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class Family(ABC):
     endings: tuple[str, ...] = ()
     """For the {ending} of `paraphrases`."""
     noun: str = "ball"
-    """What questions call an actor."""
+    """The noun for actors in questions."""
     verb: str = "move"
-    """What an actor does."""
+    """The verb for what actors do."""
     kept: str = "boxes"
-    """What must stay as it is."""
+    """The words for the scenery, which must stay as it is."""
 
     goal: Kind
     """The goal question: about the first actor, and the last target if its wording names two things."""
@@ -74,27 +74,27 @@ class Family(ABC):
 
     @abstractmethod
     def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
-        """A scene inside the parameters of training, or outside (`unseen`); None where the draw does not come out."""
+        """Draw a scene inside the parameters of training, or outside (`unseen`). Returns None if the draw fails."""
 
     @abstractmethod
     def is_unseen(self, scene: Scene) -> bool:
-        """Whether a scene lies outside the parameters of training: the test out of domain."""
+        """Whether a scene lies outside the parameters of training, in the test out of domain."""
 
     @abstractmethod
     def names(self, scene: Scene) -> dict[str, str]:
-        """What the prompt names."""
+        """Return the words that fill the prompts' braces."""
 
     @abstractmethod
     def key_color(self, scene: Scene) -> str:
-        """The colour that decides whether the flawed training videos go wrong."""
+        """Return the colour that decides whether the flawed training video of a scene shows the mistake."""
 
     @abstractmethod
     def mistaken(self, scene: Scene) -> Scene:
-        """The scene with the plan that flawed training videos carry out: always the same one."""
+        """Return the scene with the mistaken plan of flawed training videos, without randomness."""
 
     @abstractmethod
     def wrong(self, scene: Scene, rng: np.random.Generator) -> Scene:
-        """The scene with some plan that misses the goal."""
+        """Return the scene with a random plan that misses the goal."""
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -102,12 +102,12 @@ class Family(ABC):
         return (self.goal, *self.process)
 
     def questions(self, scene: Scene) -> list[Asked]:
-        """The task's own questions, the goal first: the kind of each and what it names."""
+        """Return the task's own questions, the goal first: kinds and what they name."""
         names = (scene.actors[0], *scene.targets[-1:])
         return [(kind, names[: len(kind.letters)]) for kind in self.kinds]
 
     def describe(self, scene: Scene, index: int) -> str | None:
-        """The words before the noun that single out a thing, its colour last; None if no words do."""
+        """Return the words before the noun that single out a thing, its colour last; None if no words do."""
         thing = scene.things[index]
         if index in scene.actors:
             return thing.color
@@ -119,33 +119,36 @@ class Family(ABC):
         return None
 
     def paraphrase(self, scene: Scene, rng: np.random.Generator) -> str:
-        """The task in one of the wordings of `paraphrases`."""
+        """Draw one of the wordings of `paraphrases`."""
         ending = self.endings[int(rng.integers(len(self.endings)))]
         text = self.paraphrases[int(rng.integers(len(self.paraphrases)))]
         return text.format(**self.names(scene), ending=ending)
 
     def rules(self, scene: Scene, ways: np.ndarray) -> dict[str, float]:
-        """Sub-scores in [0, 1] of the family's own rules, from the actors' places (A, T, 2) as the scorer sees them."""
+        """Return sub-scores in [0, 1] of the family's own rules. ways: the actors' measured positions (A, T, 2)."""
         return {}
 
     def signature(self, scene: Scene) -> dict[str, Any]:
-        """What a scene's digest is taken of."""
+        """Return the data of a scene that its digest is computed from."""
         return scene.to_json()
 
     def is_careless(self, scene: Scene) -> bool:
-        """Whether the flaw applies: to half of the colours."""
+        """Whether the flaw applies to a scene, which depends on its key colour: for half of the colours."""
         return self.key_color(scene) in CARELESS
 
 
 def draw_colors(rng: np.random.Generator, count: int) -> list[str]:
-    """Different colours."""
+    """Draw `count` different colours."""
     return [str(color) for color in rng.permutation(list(COLORS))[:count]]
 
 
 def draw_places(
     rng: np.random.Generator, count: int, margin: int, apart: float, given: Sequence[np.ndarray] = ()
 ) -> list[np.ndarray] | None:
-    """`count` whole-pixel points, `margin` from the border, `apart` on one axis from each other and from `given`."""
+    """Draw points at whole pixels, `margin` from the border, `apart` on one axis from each other and from `given`.
+
+    Returns None if 60 draws are not enough.
+    """
     places = list(given)
     for _ in range(60):
         candidate = rng.integers(margin, SIZE - margin + 1, size=2).astype(np.float64)
@@ -161,34 +164,34 @@ def point(place: np.ndarray) -> Point:
 
 
 def clear_way(a: np.ndarray, b: np.ndarray, others: Sequence[np.ndarray], least: float) -> bool:
-    """Whether the straight line from `a` to `b` keeps `least` pixels from `others`."""
+    """Whether the straight line from `a` to `b` keeps at least `least` pixels away from `others`."""
     return all(distance_to_segment(other, a, b) >= least for other in others)
 
 
 def straight(scene: Scene, *ends: Point) -> Scene:
-    """The scene with its actors going straight to `ends`."""
+    """Return the scene with its actors moving straight to `ends`."""
     return rerouted(scene, *((actor.at, end) for actor, end in zip(scene.moving, ends, strict=True)))
 
 
 def halfway(scene: Scene, share: float = 0.5) -> Scene:
-    """The scene whose first actor stops on its way: moving, growing, turning or changing its colour."""
-    start, goal, way = scene.moving[0], scene.goals[0], scene.ways[0]
-    if len(way) == 1:
+    """Return the scene whose first actor stops after a share of its motion, growth, turn or change of colour."""
+    start, goal, points = scene.moving[0], scene.goals[0], scene.ways[0]
+    if len(points) == 1:
         return replace(scene, goals=(between(start, goal, share), *scene.goals[1:]))
-    (ax, ay), (bx, by) = way[0], way[-1]
+    (ax, ay), (bx, by) = points[0], points[-1]
     stop = (ax + share * (bx - ax), ay + share * (by - ay))
     return rerouted(scene, (start.at, stop), *scene.ways[1:])
 
 
 def other_boxes(scene: Scene) -> list[Thing]:
-    """The boxes that the task does not ask for, the nearest to the ball first."""
+    """Return the boxes that are no targets, the nearest to the ball first."""
     wanted = {scene.things[i] for i in scene.targets}
     others = [thing for thing in scene.boxes if thing not in wanted]
     return sorted(others, key=lambda b: np.hypot(b.x - scene.start[0], b.y - scene.start[1]))
 
 
 def free_point(scene: Scene, rng: np.random.Generator, away: float) -> Point:
-    """A point at least `away` from the first actor's start and end."""
+    """Draw a point at least `away` from the first actor's start and end."""
     while True:
         x, y = rng.uniform(7, SIZE - 7, 2)
         if min(np.hypot(x - px, y - py) for px, py in (scene.start, scene.waypoints[-1])) >= away:
@@ -196,7 +199,7 @@ def free_point(scene: Scene, rng: np.random.Generator, away: float) -> Point:
 
 
 def growth(rng: np.random.Generator) -> np.ndarray:
-    """(T,) a share in [0, 1] that grows from some frame on, for changes that come slowly."""
+    """Draw shares (T,) in [0, 1] that grow from some frame on, for gradual changes."""
     return np.clip(np.linspace(-float(rng.uniform(0, 1)), 1, NUM_FRAMES), 0, 1) * float(rng.uniform(0.3, 1.0))
 
 
@@ -213,7 +216,7 @@ BALL_TO_NAMED_BOX = (
 
 
 class BallToBox(Family):
-    """One ball has to come to rest in the right one of several boxes."""
+    """Tasks in which one ball has to come to rest in the right one of several boxes."""
 
     goal = INSIDE
     process = (ONE, SMOOTH, SCENERY)

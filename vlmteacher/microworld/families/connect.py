@@ -1,4 +1,4 @@
-"""``connect``: the ball visits dots in the order told, two of three; all three out of domain."""
+"""``connect``: the ball visits two of three dots in the order of the prompt; all three out of domain."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Connect(Family):
     query_weight = 2.0
 
     def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
-        told = DOTS if unseen else 2
+        count = DOTS if unseen else 2
         own, *colors = draw_colors(rng, DOTS + 1)
         dots = draw_places(rng, DOTS, 8, 16)
         if dots is None:
@@ -72,7 +72,7 @@ class Connect(Family):
         start = rng.integers(8, SIZE - 7, size=2).astype(np.float64)
         if not far_apart(start, dots, 14):
             return None
-        for order in (range(told), range(told)[::-1]):  # the mistaken way must be as easy to draw
+        for order in (range(count), range(count)[::-1]):  # the mistake must be drawable as well
             stops = [start, *(dots[i] for i in order)]
             legs = list(pairwise(stops))
             if sum(np.hypot(*(b - a)) for a, b in legs) > LONGEST:
@@ -81,15 +81,15 @@ class Connect(Family):
                 return None
         things = [Thing("disc", c, *point(d), DOT) for c, d in zip(colors, dots, strict=True)]
         things.append(ball(own, point(start)))
-        way = [point(start), *(point(dots[i]) for i in range(told))]
-        return scene_of("connect", things, {DOTS: way}, range(told))
+        path = [point(start), *(point(dots[i]) for i in range(count))]
+        return scene_of("connect", things, {DOTS: path}, range(count))
 
     def is_unseen(self, scene: Scene) -> bool:
         return len(scene.targets) > 2
 
     def names(self, scene: Scene) -> dict[str, str]:
-        told = [f"the {scene.things[i].color} dot" for i in scene.targets]
-        return {"ball": scene.ball_color, "order": ", then ".join(told)}
+        dots = [f"the {scene.things[i].color} dot" for i in scene.targets]
+        return {"ball": scene.ball_color, "order": ", then ".join(dots)}
 
     def questions(self, scene: Scene) -> list[Asked]:
         a, dots = scene.actors[0], scene.targets
@@ -101,7 +101,7 @@ class Connect(Family):
         return scene.things[scene.targets[0]].color
 
     def rules(self, scene: Scene, ways: np.ndarray) -> dict[str, float]:
-        """``order``: the share of dots that the ball reaches, each after the one told before it."""
+        """``order``: the share of dots that the ball reaches, each after the one before it in the prompt."""
         reached, since = 0, -1
         for index in scene.targets:
             near = np.flatnonzero(np.hypot(*(ways[0] - scene.things[index].at).T) <= REACHED)

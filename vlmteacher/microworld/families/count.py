@@ -1,4 +1,4 @@
-"""``count``: as many dots, so far from the left the box that the ball goes into; four dots out of domain."""
+"""``count``: the ball goes into the box whose number from the left is that of the dots; four dots out of domain."""
 
 from __future__ import annotations
 

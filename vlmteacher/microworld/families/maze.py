@@ -49,7 +49,7 @@ AVOID = Kind(
 
 
 def _shortest_paths(start: int, goal: int, blocked: set[int]) -> list[list[int]]:
-    """All shortest paths over the free cells of the 4x4 grid (cells are numbered row by row)."""
+    """Return all shortest paths over the free cells of the 4x4 grid (cells are numbered row by row)."""
     paths: list[list[int]] = []
     frontier = [[start]]
     while frontier and not paths:
@@ -116,7 +116,7 @@ class Maze(BallToBox):
         a, b = np.asarray(_centre(start)), np.asarray(_centre(goal))
         blocks = [block(_centre(c)) for c in sorted(blocked)]
         if not any(distance_to_segment(np.asarray(b_.at), a, b) < 10 for b_ in blocks):
-            return None  # the straight line is free: nothing to navigate around
+            return None  # no block in the straight line
         path = [_centre(c) for c in paths[0]]
         things = [*blocks, box(colors[1], path[-1]), ball(colors[0], path[0])]
         return scene_of("maze", things, {len(blocks) + 1: path}, [len(blocks)])

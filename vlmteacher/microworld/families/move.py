@@ -21,7 +21,7 @@ from vlmteacher.microworld.scene import SIZE, Scene, Track, ball, box, edited, f
 
 
 def first_signature(scene: Scene) -> dict[str, Any]:
-    """The form that scenes of ``move`` and ``maze`` had at first: what the packaged models never saw stays so."""
+    """Return the form that scenes of ``move`` and ``maze`` had in the first version, which decided their splits."""
     return {
         "family": scene.family,
         "ball_color": scene.ball_color,

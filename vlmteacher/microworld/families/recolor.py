@@ -13,7 +13,7 @@ from vlmteacher.microworld.scene import COLORS, Scene, Thing, scene_of
 
 SHAPE = 8.0  # radius, or half a side
 _NAMES = list(COLORS)
-_INSTEAD = {  # of the named colour, the first that the shape does not have yet
+_INSTEAD = {  # the mistaken colours per named colour: the first that the shape does not have yet
     "red": ("blue", "green"),
     "green": ("red", "blue"),
     "blue": ("green", "red"),

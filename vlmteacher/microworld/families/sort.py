@@ -1,4 +1,4 @@
-"""``sort``: three discs change places until they stand by size; the full reversal out of domain."""
+"""``sort``: three discs change places until they are ordered by size; the full reversal out of domain."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlmteacher.microworld.scene import Point, Scene, Thing, rerouted, scene_of
 
 RADII = (4.0, 6.0, 8.0)
 SPACING = 20.0
-HEIGHT = 16.0  # of the arcs: nothing touches what it passes
+HEIGHT = 16.0  # of the arcs: discs pass without touching
 STEPS = 16  # corners of an arc
 APART = 10.0  # pixels between discs that stand side by side
 
@@ -22,7 +22,7 @@ _KNOWN = [p for p in permutations(range(3)) if p not in ((0, 1, 2), _REVERSED)]
 
 
 def _arc(start: Point, x: float) -> tuple[Point, ...]:
-    """To another place in the row: over the others to the right, under them to the left."""
+    """Return the path to another place in the row: over other discs to the right, under them to the left."""
     if x == start[0]:
         return (start,)
     s = np.linspace(0, 1, STEPS + 1)
@@ -103,7 +103,7 @@ class Sort(Family):
         return [(SORTED, (ranked[0], ranked[-1])), *((ONE, (i,)) for i in ranked)]
 
     def key_color(self, scene: Scene) -> str:
-        """That of the smallest disc."""
+        """Return the colour of the smallest disc."""
         return min(scene.things, key=lambda d: d.size).color
 
     def mistaken(self, scene: Scene) -> Scene:
