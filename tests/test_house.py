@@ -6,8 +6,6 @@ import ast
 from collections import defaultdict
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 ROOMS = [  # an arrow points down or stays in its row; docs/internals/architecture.md draws them
     ("cli", "app", "__main__"),
@@ -131,7 +129,6 @@ def test_arrows_point_one_way() -> None:
     assert len(arrows) <= UPWARD_ARROWS, arrows
 
 
-@pytest.mark.xfail(reason="being rebuilt")
 def test_length_of_functions() -> None:
     assert [row for row in functions() if row[0] > FUNCTION_LINES] == []
 
