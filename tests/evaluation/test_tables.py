@@ -170,7 +170,7 @@ def test_many_steps_need_their_reasoner(pair: Path, tmp_path: Path) -> None:
 
 def test_the_command_line_says_what_is_wrong(run: Run, tmp_path: Path) -> None:
     for arguments, message in (
-        (["--table", "chess"], "it can be paper or remedies"),
+        (["--table", "chess"], "choose from paper, remedies"),
         (["--table", "paper", "--split", "ood"], "--split"),
         (["--table", "paper", "--lora-blocks", "last:1"], "--lora-blocks"),
         (["--table", "paper", "--method", "base"], "not allowed"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from vlmteacher import settings
@@ -14,7 +16,7 @@ def add(commands: Commands) -> None:
     sub = add_command(commands, "bench", run, "a sweep over the instances of a benchmark")
     sub.add_argument("benchmark", choices=("microworld", "vbvr", "ruler"))
     what = sub.add_mutually_exclusive_group(required=True)
-    what.add_argument("--method", metavar="NAME", help="base, teacher, pass@N, steps@N, goal-only and more (see docs)")
+    what.add_argument("--method", metavar="NAME", help="base, teacher, pass@N, ...; an unknown one lists all")
     what.add_argument("--table", metavar="NAME", help="all methods of a table: paper, or remedies (on validation)")
     sub.add_argument("--limit", type=int, default=100, metavar="N", help="scenes of each split (default: 100)")
     sub.add_argument(
@@ -32,19 +34,18 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.benchmark != "microworld":
-        raise InputError(f"bench {arguments.benchmark} is not there yet: only microworld is")
+    benchmark = f"vlmteacher.evaluation.{arguments.benchmark}"
+    if find_spec(benchmark) is None:
+        raise InputError(f"the benchmark {arguments.benchmark} does not exist yet: choose microworld")
     for name, least in (("limit", 1), ("workers", 1), ("seed", 0), ("seeds", 1)):
         if (value := getattr(arguments, name)) is not None and value < least:
             raise InputError(f"--{name} must be at least {least}, not {value}")
     from vlmteacher.quiet import quiet
 
     quiet()
-    from vlmteacher.evaluation.microworld import run_benchmark
-
     if arguments.table is not None:
         return _run_table(arguments)
-    results = run_benchmark(
+    results = import_module(benchmark).run_benchmark(
         method=arguments.method,
         limit=arguments.limit,
         seed=arguments.seed,
@@ -72,7 +73,7 @@ def _run_table(arguments: argparse.Namespace) -> None:
     from vlmteacher.evaluation.tables import TABLES, format_table, run_table
 
     if arguments.table not in TABLES:
-        raise InputError(f"--table {arguments.table} is not there: it can be {' or '.join(TABLES)}")
+        raise InputError(f"unknown --table {arguments.table}: choose from {', '.join(TABLES)}")
     for name in ("split", "lora_blocks"):
         if getattr(arguments, name) is not None:
             raise InputError(f"--{name.replace('_', '-')} goes with --method: a table has its own splits and methods")
