@@ -124,7 +124,7 @@ def part_of_pair(stage: Stage, pair: Path) -> Path:
     if not (pair / "pair.json").exists():
         raise InputError(f"{pair} holds no pair.json: --init takes the folder of a pair")
     if not stage.part:
-        starting = ", ".join(each.name for each in TABLE if each.part)
+        starting = ", ".join(other.name for other in TABLE if other.part)
         raise InputError(f"stage {stage.name} starts from no other weights: leave out --init ({starting} take it)")
     return pair / stage.part
 
@@ -132,7 +132,7 @@ def part_of_pair(stage: Stage, pair: Path) -> Path:
 def execute(stage: Stage, run: Run) -> None:
     """Run a stage as `run` says. Raises InputError: see `run`."""
     if run.device != "cpu" and not stage.gpu:
-        able = ", ".join(each.name for each in TABLE if each.gpu)
+        able = ", ".join(other.name for other in TABLE if other.gpu)
         raise InputError(f"stage {stage.name} is for the CPU: leave out --device {run.device}, which only {able} takes")
     needed = [run.path(need) for need in stage.needs]
     if stage.start and run.start:

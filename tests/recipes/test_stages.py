@@ -1,6 +1,7 @@
 """All training stages in their order, with next to no steps, on the real classes; the last writes a pair that loads."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -185,3 +186,24 @@ def test_a_stage_starts_from_the_weights_of_a_pair(pair, tmp_path, monkeypatch):
         assert weights.keys() == start.keys(), stage
         for name, value in start.items():
             assert torch.equal(weights[name].half(), value.half()), (stage, name)
+
+
+def test_a_stage_says_what_it_starts_from(tmp_path):
+    with pytest.raises(InputError, match=r"no pair\.json"):
+        stages.run("vae", tmp_path, tmp_path)
+    (tmp_path / "pair.json").touch()
+    with pytest.raises(InputError, match="starts from no other weights"):
+        stages.run("latents", tmp_path, tmp_path)
+
+
+def test_a_stage_says_where_it_works(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="stage vae is for the CPU: leave out --device cuda"):
+        stages.run("vae", tmp_path, device="cuda")
+    monkeypatch.setitem(stages.STAGES, "teacher-point", replace(stages.STAGES["teacher-point"], needs=(), start=None))
+    with pytest.raises(InputError, match="--device abc cannot be used here"):
+        stages.run("teacher-point", tmp_path, device="abc")
+
+
+def test_a_stage_says_what_it_needs(tmp_path):
+    with pytest.raises(InputError, match="stage reasoner needs"):
+        stages.run("reasoner", tmp_path)

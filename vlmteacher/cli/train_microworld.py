@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     warning = "warning: `vlmteacher train-microworld` goes with the next release: run `python -m recipes.microworld`"
     print(warning, file=sys.stderr)
-    sys.path.insert(0, str(CHECKOUT))
+    if str(CHECKOUT) not in sys.path:
+        sys.path.insert(0, str(CHECKOUT))
     stages = import_module("recipes.microworld.stages")
     stages.run(arguments.stage, Path(arguments.out), Path(arguments.init) if arguments.init else None, arguments.device)

@@ -163,7 +163,7 @@ class Trainer:
         Raises InputError: there is none, it cannot be used, or its settings differ; the message names those.
         """
         check_out(self.out, resume=True)
-        tensors = [*self.average, *(each for module in self.modules.values() for each in module.state_dict().values())]
+        tensors = [*self.average, *(x for module in self.modules.values() for x in module.state_dict().values())]
         sizes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         state = read_state(self.state_file, FORM, limit=8 * sizes + STATE_ROOM)
         try:
