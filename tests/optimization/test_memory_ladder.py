@@ -33,8 +33,8 @@ class CappedAllocator(Trace):
         self.cap = cap
         self.weights(loop.reasoner.transformer, loop.decoder, loop.teacher.model)
 
-    def _see(self, tensor: Tensor) -> None:
-        super()._see(tensor)
+    def _count(self, tensor: Tensor) -> None:
+        super()._count(tensor)
         if self.live > self.cap:
             raise torch.OutOfMemoryError(f"tried to hold {self.live} bytes of {self.cap:.0f}")
 

@@ -1,6 +1,6 @@
-"""Files of models: in a local directory, or in a hub repository at a revision, of which the cache keeps a copy.
+"""Find the files of a model: in a local directory, or in a hub repository or its cached copy.
 
-A model is named by the path of a directory, by a hub id (OWNER/MODEL), or by a hub id and a branch, tag or commit
+A model's name is the path of a directory, a hub id (OWNER/MODEL), or a hub id with a branch, tag or commit
 (OWNER/MODEL@REVISION).
 """
 
@@ -15,17 +15,17 @@ SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # configs, tokenizers, 
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """The hub id of `name`, and its revision or None. Raises InputError for an empty one."""
+    """Split a name into the hub id and the revision, or None. Raises InputError for an empty revision."""
     model, at, revision = name.partition("@")
     if at and not (model and revision):
-        raise InputError(f"{name} names no revision: it is OWNER/MODEL@REVISION, of a branch, a tag or a commit")
+        raise InputError(f"{name} names no revision: give OWNER/MODEL@REVISION, with a branch, a tag or a commit")
     return model, revision or None
 
 
 def only_local(path_or_id: str) -> bool:
-    """True for a local directory, and for a hub id while the hub is out of reach: then only its cached copy can serve.
+    """Whether only local files can be used: a local directory, or a hub id while the hub cannot be reached.
 
-    One short request decides. Without it huggingface_hub tries six times within half a minute, a warning each.
+    One short request decides. Without it huggingface_hub tries six times within half a minute, with a warning each.
     """
     if os.path.isdir(path_or_id):
         return True
@@ -33,13 +33,13 @@ def only_local(path_or_id: str) -> bool:
 
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # the errors are those of whichever HTTP client the hub library uses, or its own offline mode
+    except Exception:  # the hub library's own in offline mode, or those of its HTTP client
         return True
     return False
 
 
 def find_file(name: str, file: str, local_files_only: bool) -> Path | None:
-    """`file` of a local pipeline directory or hub repository; None where that has none."""
+    """The local path of `file` in a model; None where the model has no such file. Raises InputError."""
     directory = Path(name)
     if directory.is_dir():
         return directory / file if (directory / file).is_file() else None
@@ -50,7 +50,7 @@ def find_file(name: str, file: str, local_files_only: bool) -> Path | None:
     try:
         return Path(hf_hub_download(model, file, revision=revision, local_files_only=local_files_only))
     except LocalEntryNotFoundError as error:
-        if file != "model_index.json":  # optional, and the pipeline itself was found in the cache
+        if file != "model_index.json":  # optional, and the pipeline itself is in the cache
             return None
         raise unknown_model(name) from error
     except EntryNotFoundError:
@@ -60,7 +60,10 @@ def find_file(name: str, file: str, local_files_only: bool) -> Path | None:
 
 
 def fetch(name: str, subfolder: str, local_files_only: bool) -> Path:
-    """The directory `subfolder` of a model, with its configs and tokenizer files; weights are left to `find_file`."""
+    """The local directory `subfolder` of a model, with its configs and tokenizer files. Raises InputError.
+
+    Weights of hub models are not fetched here but by `find_file`.
+    """
     if os.path.isdir(name):
         return Path(name) / subfolder
     from huggingface_hub import snapshot_download
@@ -76,9 +79,9 @@ def fetch(name: str, subfolder: str, local_files_only: bool) -> Path:
 
 
 def pinned(name: str, root: Path, local_files_only: bool) -> str:
-    """`name`, one of whose files was found in `root`, for what is read of it from now on: one commit, whatever comes.
+    """The name of one commit of a model whose files are in `root`, so that all further files are of that commit.
 
-    A cached model that the hub is not asked about is the directory that it is.
+    For local files it is the directory `root`.
     """
     if local_files_only or os.path.isdir(name):
         return str(root)
@@ -86,6 +89,7 @@ def pinned(name: str, root: Path, local_files_only: bool) -> str:
 
 
 def unknown_model(name: str) -> InputError:
+    """The error of a name that is neither a directory nor a model on the hub."""
     check = "the name, the revision after @ and the network" if "@" in name else "the name and the network"
     return InputError(
         f"{name} is neither a directory nor a model that can be reached on the hub: check {check}, or"
@@ -94,10 +98,10 @@ def unknown_model(name: str) -> InputError:
 
 
 def find_weights(name: str, label: str) -> Path:
-    """The file that `OWNER/REPO/FILE[@REVISION]` means; `OWNER/REPO` is its only .safetensors file, or only .pth file.
+    """Fetch the file ``OWNER/REPO/FILE[@REVISION]``; ``OWNER/REPO`` means its only .safetensors or only .pth file.
 
-    label: what the file is, for messages. Raises InputError, with where to get it, when it is neither cached nor within
-    reach.
+    label: the role of the file, for messages. Raises InputError, with the address, for a file that is neither cached
+    nor can be reached.
     """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
@@ -109,14 +113,14 @@ def find_weights(name: str, label: str) -> Path:
         if not file:
             if local:
                 folder = Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
-                names = [each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()]
+                names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
             else:
                 names = HfApi().list_repo_files(repo, revision=revision or None)
             file = only_weights(names, repo)
         return Path(hf_hub_download(repo, file, revision=revision or None, local_files_only=local))
     except InputError:
         raise
-    except Exception as error:  # not there, not allowed, or the errors of whichever HTTP client the hub library uses
+    except Exception as error:  # missing, forbidden, or an error of the hub library's HTTP client
         where = f"huggingface.co/{repo}/blob/{revision or 'main'}/{file}" if file else f"huggingface.co/{repo}"
         raise InputError(
             f"{label} {name} is no file here{' and the hub is out of reach' if local else ', nor one on the hub'}:"
@@ -125,14 +129,14 @@ def find_weights(name: str, label: str) -> Path:
 
 
 def only_weights(names: list[str], where: str) -> str:
-    """The .safetensors file among `names`, or else the .pth file. Raises InputError where it is not one."""
+    """The only .safetensors file among `names`, or else the only .pth file. Raises InputError."""
     for ending in (".safetensors", ".pth"):
-        found = sorted(each for each in names if each.endswith(ending))
-        if len(found) > 1:
-            listed = ", ".join(found[:12]) + (", ..." if len(found) > 12 else "")
+        files = sorted(name for name in names if name.endswith(ending))
+        if len(files) > 1:
+            listed = ", ".join(files[:12]) + (", ..." if len(files) > 12 else "")
             raise InputError(
-                f"{where} has {len(found)} files of weights: name one, as in {where}/{found[0]} ({listed})"
+                f"{where} has {len(files)} files of weights: name one, as in {where}/{files[0]} ({listed})"
             )
-        if found:
-            return found[0]
+        if files:
+            return files[0]
     raise InputError(f"{where} has no .safetensors or .pth file: name a file of weights")

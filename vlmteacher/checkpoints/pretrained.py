@@ -1,9 +1,9 @@
-"""Networks, tokenizers and processors of checkpoints: loaded whole or refused, and nothing of theirs is run.
+"""Load networks, tokenizers and processors of checkpoints, whole or not at all, without running their code.
 
-All that transformers and diffusers load for us is loaded here. A checkpoint is a directory or a hub id (`hub.py`). Its
-configs are read before a library sees them; no code in it is run (``trust_remote_code=False``, no pickles, no kernels
-that a config names); a network whose files lack a tensor, bring one too many or one of another shape is refused, where
-the libraries would draw random weights and go on.
+Everything that transformers and diffusers load is loaded here. A checkpoint is a directory or a hub id (`hub.py`). Its
+configs are checked before a library reads them. None of its code runs: ``trust_remote_code=False``, no pickles, no
+kernels that a config names. A network with a missing, an unexpected or a mismatched tensor is refused, where the
+libraries would draw random weights and continue.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vlmteacher.checkpoints.weight_files import FLOATS, Stored, check_floats, ne
 from vlmteacher.errors import InputError, MissingExtra
 from vlmteacher.files import check_number, read_json
 
-# attention implementations that a config may name, and the package that brings it
+# attention implementation that a config may name -> the package that provides it
 ATTENTION = {
     None: None,
     "eager": None,
@@ -35,7 +35,7 @@ ATTENTION = {
     "flash_attention_3": "flash_attn_interface",
 }
 ATTENTION_ENTRIES = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-# quant_method of a quantization_config -> the packages that read it; other methods have none that could be missing
+# quant_method of a quantization_config -> the packages that it needs; other methods need none
 PACKAGES = {
     "aqlm": ("aqlm",),
     "auto-round": ("auto-round",),
@@ -53,11 +53,11 @@ PACKAGES = {
 }
 MODULES = {"auto-round": "auto_round", "nvidia-modelopt": "modelopt", "optimum-quanto": "optimum.quanto"}
 MODULES |= {"amd-quark": "quark", "compressed-tensors": "compressed_tensors"}
-# entries of configs that count the layers of a network
+# entries of configs that are numbers of layers
 LAYERS = re.compile(r"n(um)?_(\w+_)?(layers|blocks)|layers_per_block|depths?")
-# numbers of a VAE's config, and what each is above
+# entries of a VAE's config -> their exclusive lower bound
 STATISTICS = {"latents_mean": -math.inf, "latents_std": 0, "scaling_factor": 0}
-ALLOWANCE = 2**26  # values that a network may have and its files not: tables that are computed
+ALLOWANCE = 2**26  # values, such as computed tables, that a network may have beyond those in its files
 
 
 def load_network(
@@ -70,13 +70,13 @@ def load_network(
     keep_quantized: str | None = None,
     **options: Any,
 ) -> Any:
-    """A network of a class of transformers or diffusers, whole, in `dtype` but for what its class keeps in float32.
+    """Load a network of a class of transformers or diffusers, in `dtype` except what its class keeps in float32.
 
-    Files of a variant (``model.fp16.safetensors``) are taken where there are no others. A network that is stored
-    quantised is made plain again, but for one by the method `keep_quantized`. options: for its `from_pretrained`.
+    Files of a variant (``model.fp16.safetensors``) are used where there are no others. A quantised network is
+    dequantised, unless its method is `keep_quantized`. options: for its `from_pretrained`.
 
-    Raises InputError: there is no such network, a key is missing, unexpected or of another shape, values are not
-    finite or of another kind, a config names what would run code or needs a package that is not there.
+    Raises InputError: no such network; a missing, unexpected or mismatched tensor; values that are not finite or of
+    another dtype; a config that would run code or needs a package that is not installed.
     """
     name = os.fspath(name)
     label = f"{name} ({subfolder or kind.__name__})"
@@ -96,7 +96,7 @@ def load_network(
             _check_size(kind, directory, config, weights.tensors, label)
         how: dict[str, Any] = {"torch_dtype": dtype} if ours else {"dtype": dtype, "trust_remote_code": False}
         if not ours:
-            how["ignore_mismatched_sizes"] = True  # they are refused here, with all that is wrong
+            how["ignore_mismatched_sizes"] = True  # they are refused below, together with missing tensors
         network, info = kind.from_pretrained(
             directory,
             variant=weights.variant,
@@ -116,9 +116,9 @@ def load_network(
 def load_single_file(
     kind: Any, path: Path, name: str, subfolder: str, *, dtype: torch.dtype, local_files_only: bool = True
 ) -> Any:
-    """A transformer of the diffusers class `kind` from one file, with the config of that in `subfolder` of `name`.
+    """Load a transformer of the diffusers class `kind` from one file, with the config in `subfolder` of `name`.
 
-    The file has diffusers' names or the original ones (see `read_single_file`). Raises InputError, MissingExtra.
+    The file has diffusers' names or the authors' (see `read_single_file`). Raises InputError, MissingExtra.
     """
     from accelerate import init_empty_weights
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
@@ -130,13 +130,13 @@ def load_single_file(
     with refusing(label):
         state = read_single_file(path, "transformer", dtype)
         _, config = read_config(name, subfolder, "config.json", local_files_only)
-        config.pop("quantization_config", None)  # it was said of the files that are not taken
+        config.pop("quantization_config", None)  # it describes the files that are replaced
         tensors = {key: Stored("F32", tuple(value.shape)) for key, value in state.items()}
         check_config(config, kind, tensors, f"{name} ({subfolder})")
         with init_empty_weights():
             network = kind.from_config(config)
         wanted = network.state_dict()
-        if set(state) != set(wanted):  # the names that fit better
+        if set(state) != set(wanted):  # take the names that fit better
             converted = convert(checkpoint=dict(state), config=config)
             state = min(state, converted, key=lambda names: len(set(names) ^ set(wanted)))
         mismatched = [
@@ -155,7 +155,7 @@ def load_single_file(
 
 
 def cast(network: Any, dtype: torch.dtype) -> Any:
-    """A network of diffusers in `dtype`, in place, but for what its class keeps in float32."""
+    """Convert a network of diffusers to `dtype` in place, except what its class keeps in float32."""
     keep = network._keep_in_fp32_modules or ()
     for name, parameter in network.named_parameters():
         if not any(part in keep for part in name.split(".")):
@@ -164,7 +164,7 @@ def cast(network: Any, dtype: torch.dtype) -> Any:
 
 
 def load_tokenizer(name: str | os.PathLike[str], subfolder: str = "", local_files_only: bool = True) -> Any:
-    """The tokenizer of a checkpoint, of a class of transformers. Raises InputError."""
+    """Load the tokenizer of a checkpoint, by a class of transformers. Raises InputError."""
     from transformers import AutoTokenizer
 
     name = os.fspath(name)
@@ -176,7 +176,7 @@ def load_tokenizer(name: str | os.PathLike[str], subfolder: str = "", local_file
 
 
 def load_processor(kind: Any, name: str, subfolder: str = "", local_files_only: bool = True) -> Any:
-    """An image processor of the class `kind` of transformers. Raises InputError."""
+    """Load an image processor of the class `kind` of transformers. Raises InputError."""
     with refusing(f"{name} ({subfolder or kind.__name__})"):
         directory, config = read_config(name, subfolder, "preprocessor_config.json", local_files_only)
         check_processor(config, str(directory / "preprocessor_config.json"))
@@ -184,7 +184,7 @@ def load_processor(kind: Any, name: str, subfolder: str = "", local_files_only: 
 
 
 def read_config(name: str, subfolder: str, file: str, local_files_only: bool) -> tuple[Path, dict[str, Any]]:
-    """The local directory of a part of a model, and the JSON object in its `file`. Raises InputError."""
+    """Read the JSON object in `file` of a part of a model; returns the local directory and it. Raises InputError."""
     directory = fetch(name, subfolder, local_files_only)
     path = directory / file
     if not path.is_file():
@@ -193,7 +193,7 @@ def read_config(name: str, subfolder: str, file: str, local_files_only: bool) ->
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a checkpoint. Raises InputError."""
+    """Read the JSON object in a file of a checkpoint. Raises InputError."""
     config = read_json(path, "file")
     if not isinstance(config, dict):
         raise InputError(f"{path} is no JSON object: is it the right file?")
@@ -201,7 +201,7 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The entries of a config, and of the configs in it."""
+    """Yield the entries of a config and of the configs in it."""
     for key, value in config.items():
         yield key, value
         if isinstance(value, dict):
@@ -209,7 +209,7 @@ def entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def check_config(config: Mapping[str, Any], kind: Any, tensors: Mapping[str, Stored], label: str) -> None:
-    """Raise InputError for a config that is of another class, would run code, or asks for more than there is."""
+    """Raise InputError for a config of another class, one that would run code, or one with invalid entries."""
     ours = kind.__module__.startswith("diffusers.")
     if ours and config.get("_class_name", kind.__name__) != kind.__name__:
         raise InputError(f"{label} is a {config['_class_name']}: a {kind.__name__} is needed")
@@ -231,7 +231,7 @@ def check_config(config: Mapping[str, Any], kind: Any, tensors: Mapping[str, Sto
 
 
 def _check_size(kind: Any, directory: Path, config: dict[str, Any], tensors: Mapping[str, Stored], label: str) -> None:
-    """Raise InputError for a config of a much larger network than the files hold, before memory is taken for it."""
+    """Raise InputError for a config of a network much larger than the files, before it is allocated."""
     with torch.device("meta"):
         if kind.__module__.startswith("diffusers."):
             network = kind.from_config(config)
@@ -244,31 +244,31 @@ def _check_size(kind: Any, directory: Path, config: dict[str, Any], tensors: Map
 
 
 def _check_no_others(directory: Path, label: str) -> None:
-    """Raise InputError where transformers would load, or add, other weights than those in model.safetensors."""
+    """Raise InputError for files that transformers would load instead of, or beside, model.safetensors."""
     for pattern in ("adapter_config.json", "shard-*-model-*.safetensors"):
         if file := next(directory.glob(pattern), None):
-            raise InputError(f"{label} holds {file.name} too, other weights than its own: merge or remove them")
+            raise InputError(f"{label} holds {file.name} too, which transformers would load: merge or remove it")
 
 
 def _check_attention(key: str, choice: Any, label: str) -> None:
     if not isinstance(choice, str | None) or choice not in ATTENTION:
         known = ", ".join(name for name in ATTENTION if name)
-        raise InputError(f"{label}: its config names the {key} {choice!r}, which could run code: it can be {known}")
+        raise InputError(f"{label}: its config names the {key} {choice!r}, which could run code: choose from {known}")
     package = ATTENTION[choice]
     if package and importlib.util.find_spec(package) is None:  # transformers would fetch a kernel from the hub
-        raise InputError(f"{label}: its config asks for {choice}, which is not installed: make it sdpa")
+        raise InputError(f"{label}: its config asks for {choice}, which is not installed: change it to sdpa")
 
 
 def quantization(config: Mapping[str, Any], label: str) -> str | None:
-    """The method by which a network is stored quantised, or None.
+    """The method by which a network is quantised in its files, or None.
 
-    Raises InputError that names the package to install where it is not there.
+    Raises InputError, which names the package to install, where a package is missing.
     """
-    found = next((value for key, value in entries(config) if key == "quantization_config" and value), None)
-    if found is None:
+    section = next((value for key, value in entries(config) if key == "quantization_config" and value), None)
+    if section is None:
         return None
-    method = found.get("quant_method") if isinstance(found, dict) else None
-    if not isinstance(method, str) and isinstance(found, dict) and {"load_in_4bit", "load_in_8bit"} & set(found):
+    method = section.get("quant_method") if isinstance(section, dict) else None
+    if not isinstance(method, str) and isinstance(section, dict) and {"load_in_4bit", "load_in_8bit"} & set(section):
         method = "bitsandbytes"
     if not isinstance(method, str):
         raise InputError(
@@ -291,8 +291,8 @@ def _is_installed(module: str) -> bool:
 
 
 def _plain(network: Any, method: str, dtype: torch.dtype, label: str, tensors: Mapping[str, Stored]) -> Any:
-    """The network with the layers of its class. Raises InputError where the library cannot make them again."""
-    if getattr(network, "hf_quantizer", None) is None:  # it did at loading, as transformers does of float8 on a CPU
+    """Dequantise a network. Raises InputError where its library cannot."""
+    if getattr(network, "hf_quantizer", None) is None:  # transformers did it at loading, as for float8 on a CPU
         if all(stored.dtype in FLOATS for stored in tensors.values()):
             raise InputError(
                 f"{label} says that it is quantised by {method}, and its files hold plain weights: remove the"
@@ -303,14 +303,14 @@ def _plain(network: Any, method: str, dtype: torch.dtype, label: str, tensors: M
         network = network.dequantize() or network
     except NotImplementedError as error:
         raise InputError(
-            f"{label} is quantised by {method}, and no gradient is known through its layers: give weights that are not"
-            " quantised, or the checkpoint of another method"
+            f"{label} is quantised by {method}, which cannot be dequantised: give weights that are not quantised,"
+            " or the checkpoint of another method"
         ) from error
     return network.to(dtype)
 
 
 def check_keys(missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[Any], label: str) -> None:
-    """Raise InputError, with the first and the number of the keys that do not fit, unless all do."""
+    """Raise InputError, with the number and the first name, for missing, unexpected or mismatched tensors."""
     for keys, what in (
         (missing, "lacks"),
         ((key for key in unexpected if not key.endswith("position_ids")), "has, unlike its class,"),
@@ -322,7 +322,7 @@ def check_keys(missing: Iterable[str], unexpected: Iterable[str], mismatched: It
 
 
 def check_finite(network: nn.Module, label: str) -> None:
-    """Raise InputError for a weight with NaN or infinity in it."""
+    """Raise InputError for a weight with NaN or infinity."""
     for name, weight in network.named_parameters():
         if weight.is_floating_point() and weight.numel() and type(weight) is nn.Parameter:
             low, high = weight.detach().aminmax()  # one pass, no memory
@@ -332,18 +332,18 @@ def check_finite(network: nn.Module, label: str) -> None:
 
 @contextmanager
 def refusing(label: str) -> Iterator[None]:
-    """Turn what a library raises of a checkpoint into an InputError of one line."""
+    """Turn any exception of a library into an InputError of one line."""
     try:
         yield
     except (InputError, MissingExtra):
         raise
-    except Exception as error:  # of a damaged file, anything
+    except Exception as error:  # a damaged file can raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{label} cannot be loaded ({reason}): is the copy complete?") from error
 
 
 def check_processor(config: Mapping[str, Any], label: str) -> None:
-    """Raise InputError for an entry of an image or video processor's config that no processor can work with."""
+    """Raise InputError for an invalid entry in the config of an image or video processor."""
     for key in ("min_pixels", "max_pixels", "max_video_tokens"):
         if config.get(key) is not None:
             check_number(config[key], f"{label}: {key}", whole=True, least=1)

@@ -1,4 +1,4 @@
-"""Files of weights: which ones a network has, what stands in their headers, and single files in other precisions.
+"""Files of weights: a network's files and their headers, and single files in other precisions.
 
 Only safetensors and GGUF files are read: a pickle (.bin, .pt, .ckpt) can run code.
 """
@@ -21,12 +21,12 @@ from vlmteacher.files import parse_json, read_json
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
-VARIANTS = (None, "fp16", "bf16", "fp32")  # of a network's files, in the order in which they are taken
+VARIANTS = (None, "fp16", "bf16", "fp32")  # of a network's files, in order of preference
 PICKLES: tuple[str, ...] = ("pytorch_model.bin", "diffusion_pytorch_model.bin", "model.bin", "model.pt", "model.ckpt")
 PICKLES += tuple(f"{name}.index.json" for name in PICKLES[:2])
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of a transformer in the single files of other tools
 
-# What ComfyUI and LightX2V write beside a float8 weight: its scale, the scale of its layer's input, which plain
+# Tensors that ComfyUI and LightX2V write beside a float8 weight: its scale, the scale of its layer's input, which plain
 # products do not need, and marks.
 SCALES = (".scale_weight", ".weight_scale")
 INPUT_SCALES = (".scale_input", ".input_scale")
@@ -35,7 +35,7 @@ SCALED_MARK, FORMAT_MARK = "scaled_fp8", ".comfy_quant"
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: dtype as safetensors names it, and shape."""
+    """The header of a tensor in a file; dtype: as safetensors names it."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -43,20 +43,20 @@ class Stored:
 
 @dataclass(frozen=True)
 class Weights:
-    """Files of one network. variant: what their names have before ".safetensors", for one "fp16"."""
+    """The headers of a network's files. variant: such as "fp16", where the files' names have it."""
 
     tensors: dict[str, Stored]
     variant: str | None
 
 
 def network_weights(find: Callable[[str], Path | None], stem: str, label: str, sharded_first: bool) -> Weights:
-    """The safetensors files that a library would load, one or the shards of an index; their headers.
+    """Read the headers of the safetensors files that a library would load: one file, or the shards of an index.
 
-    find: the path of a file by its name, or None. stem: "model", or "diffusion_pytorch_model". sharded_first: which of
-    the two counts where both are there, by the library.
+    find: returns the path of a file by its name, or None. stem: "model" or "diffusion_pytorch_model". sharded_first:
+    whether the library prefers the index where there is a single file too.
 
-    Raises InputError: no such files, a shard that is missing or outside of the directory, a tensor that the index does
-    not list, or lists elsewhere.
+    Raises InputError: no such files, a shard that is missing or outside the directory, a tensor that the index does not
+    list, or lists for another shard.
     """
     for variant in VARIANTS:
         dot = f".{variant}" if variant else ""
@@ -94,14 +94,14 @@ def _sharded(find: Callable[[str], Path | None], index: Path, label: str) -> dic
 
 
 def header(file: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file by name. Raises InputError for a file that is none, or cut off."""
+    """Read the headers of the tensors in a safetensors file, by name. Raises InputError for a damaged file."""
     with opened(file) as content:
         slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118 (a file, no dict)
         return {name: Stored(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
 
 
 def opened(file: Path) -> Any:
-    """`safe_open`, whose errors become InputError."""
+    """Open a safetensors file by `safe_open`. Raises InputError."""
     try:
         return safe_open(file, "pt")
     except (OSError, SafetensorError) as error:
@@ -109,31 +109,32 @@ def opened(file: Path) -> Any:
 
 
 def check_floats(tensors: Mapping[str, Stored], label: str) -> None:
-    """Raise InputError for weights that are no floating-point numbers of at least 16 bits, as quantised ones are."""
+    """Raise InputError for weights that are not floating-point numbers of at least 16 bits."""
     for name, stored in tensors.items():
         if stored.dtype not in FLOATS and not name.endswith("position_ids"):
             raise InputError(
-                f"{label} holds {stored.dtype} values ({name}) and no quantization_config says how they are meant: give"
-                " weights that are not quantised"
+                f"{label} holds {stored.dtype} values ({name}) without a quantization_config: give weights that are not"
+                " quantised"
             )
 
 
 def read_single_file(path: Path, option: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All weights in a single file of a transformer, without the prefix that other tools write.
+    """Read the weights of a transformer from a single file, without the prefix that other tools write.
 
-    A file with other networks beside it gives those with the prefix. Float8 weights times their scales, and the
-    quantised ones of a GGUF file, are computed in float32 and come in `dtype`; the others as they are.
+    Of a file with other networks too, only the weights with the prefix are returned. Float8 weights are multiplied by
+    their scales and quantised weights of a GGUF file dequantised, in float32, and returned in `dtype`; others keep
+    theirs.
 
-    Raises InputError for a file of another kind or with values that cannot be read, MissingExtra for a GGUF file
+    Raises InputError for a file of another format or with values that cannot be read, MissingExtra for a GGUF file
     without the package gguf.
     """
     if not path.is_file():
         raise InputError(f"{option} {path} is no file")
     if path.suffix not in (".safetensors", ".gguf"):
         raise InputError(f"{option} {path} is no .safetensors or .gguf file: other formats can run code, convert it")
-    found = dict((_gguf if path.suffix == ".gguf" else _safetensors)(path, option, dtype))
-    prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in found)), "")
-    return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+    state = dict((_gguf if path.suffix == ".gguf" else _safetensors)(path, option, dtype))
+    prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in state)), "")
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _safetensors(path: Path, option: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -164,10 +165,10 @@ def _safetensors(path: Path, option: str, dtype: torch.dtype) -> Iterator[tuple[
 
 
 def scaled(weight: Tensor, scale: Tensor, name: str) -> Tensor:
-    """weight times scale in float32. scale: one number, or one for each row. Raises InputError for another shape."""
+    """Multiply a weight by its scale, one number or one per row, in float32. Raises InputError for another shape."""
     if scale.numel() not in (1, len(weight)) or scale.squeeze().dim() > 1 or not scale.is_floating_point():
         raise InputError(
-            f"{name} is {tuple(scale.shape)} for a weight {tuple(weight.shape)}: a scale is one, or one a row"
+            f"{name} is {tuple(scale.shape)} for a weight {tuple(weight.shape)}: it must be one number, or one per row"
         )
     return weight.float() * scale.float().view(-1, *[1] * (weight.dim() - 1))
 
@@ -181,10 +182,10 @@ def _gguf(path: Path, option: str, dtype: torch.dtype) -> Iterator[tuple[str, Te
         reader = gguf.GGUFReader(path)
         for stored in reader.tensors:
             value = torch.from_numpy(np.array(gguf.dequantize(stored.data, stored.tensor_type)))
-            if field := reader.get_field(f"comfy.gguf.orig_shape.{stored.name}"):  # of more sides than GGML takes
+            if field := reader.get_field(f"comfy.gguf.orig_shape.{stored.name}"):  # of more axes than GGML allows
                 value = value.view([int(field.parts[i][0]) for i in field.data])
             plain = stored.tensor_type in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
             yield stored.name, value if plain else value.to(dtype)
-    except Exception as error:  # a damaged file can raise anything from its reader
+    except Exception as error:  # the reader of a damaged file can raise anything
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{option} {path} cannot be loaded ({reason}): is the copy complete?") from error

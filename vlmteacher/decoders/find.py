@@ -1,4 +1,4 @@
-"""Where a surrogate decoder is: a file, a file on the hub, or what a family's latents are known to be decoded by."""
+"""Find the file of a surrogate decoder: by path, by hub name, or by the Reasoner's family."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+)?(@[\w./-]+)?")
 
 
 def find_decoder(name: str | os.PathLike[str]) -> Path:
-    """The file that `name` means: a path, `OWNER/REPO/FILE`, or `OWNER/REPO` (a directory) with one file of weights.
+    """Find a decoder's file: a path, ``OWNER/REPO/FILE``, or a directory or ``OWNER/REPO`` with one file of weights.
 
-    `@REVISION` at the end of a hub name is a branch, tag or commit. Raises InputError.
+    ``@REVISION`` after a hub name is a branch, tag or commit. Raises InputError.
     """
     text = os.path.expanduser(check_text(os.fspath(name), "decoder"))
     path = Path(text)
     if os.path.isdir(text):
-        return path / only_weights([each.name for each in path.iterdir()], text)
+        return path / only_weights([file.name for file in path.iterdir()], text)
     if os.path.exists(text) or not HUB_NAME.fullmatch(text) or text.startswith(".") or _is_local(text):
         return path
     return find_weights(text, "decoder")
 
 
 def known_decoder(reasoner: Any) -> str:
-    """The hub name of the decoder of this Reasoner's latents. Raises InputError where none is known."""
+    """The hub name of the decoder for a Reasoner's latents. Raises InputError where none is known."""
     latents = (reasoner.latent_channels, reasoner.temporal_stride, reasoner.spatial_stride)
     if latents not in KNOWN:
         raise InputError(
@@ -43,5 +43,5 @@ def known_decoder(reasoner: Any) -> str:
 
 
 def _is_local(text: str) -> bool:
-    """Whether what is not there was meant as a path: it has two parts, and the second is a file's name."""
+    """Whether a path that does not exist was meant as a path: of two parts, the second a file's name."""
     return text.count("/") == 1 and text.endswith((".safetensors", ".pth"))

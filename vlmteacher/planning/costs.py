@@ -1,4 +1,4 @@
-"""What one part of a step costs, from a trace; layers that are alike are traced at two depths and added up."""
+"""The cost of a part of a step, from a trace; equal layers are traced at two depths and added up."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one part: FLOPs of its forward and backward; bytes: kept between the two, and alive at most during each, those
-    kept included, weights and what other parts keep excluded. repeated: the part of `backward` that is done again."""
+    """The cost of one part of a step.
+
+    Attributes:
+        forward, backward: FLOPs.
+        repeated: the FLOPs of `backward` that recompute the forward.
+        kept: bytes kept from the forward for the backward.
+        forward_bytes, backward_bytes: peak bytes, with those kept and without weights and other parts.
+    """
 
     forward: int = 0
     backward: int = 0
@@ -27,7 +33,7 @@ class Cost:
 
 
 def measure(run: Callable[[], Sequence[Tensor]], weights: Sequence[nn.Module], leaves: Sequence[Tensor]) -> Cost:
-    """Trace `run`, which returns what depends on `leaves`, and its backward."""
+    """Trace `run`, which returns tensors that depend on `leaves`, and its backward."""
     with tracing() as trace:
         trace.weights(*weights)
         trace.inputs(*leaves)
@@ -45,9 +51,9 @@ def measure(run: Callable[[], Sequence[Tensor]], weights: Sequence[nn.Module], l
 
 
 def per_layer(at_depth: Callable[[int], Cost], depth: int) -> tuple[Cost, Cost]:
-    """(what does not grow with the depth, what each layer adds) from traces of `depth` and `depth + 1` equal layers.
+    """The costs (base, layer) of a stack, base + n layer for n equal layers, from traces of `depth` and `depth + 1`.
 
-    The bytes alive beyond those kept do not grow: they stand in the first.
+    Peak bytes beyond those kept do not grow with the depth: they are in the base.
     """
     less, more = at_depth(depth), at_depth(depth + 1)
     names = ("forward", "backward", "kept")
@@ -58,7 +64,7 @@ def per_layer(at_depth: Callable[[int], Cost], depth: int) -> tuple[Cost, Cost]:
 
 
 def stack(parts: Sequence[tuple[Cost, Cost]], free: Sequence[tuple[Cost, Cost]]) -> Cost:
-    """The cost of a stack of layers: (base, layer) of each one's level, and the same where nothing is recomputed."""
+    """The cost of a stack from (base, layer) of each layer's level; free: the same where nothing is recomputed."""
 
     def add(name: str, parts: Sequence[tuple[Cost, Cost]]) -> int:
         return getattr(parts[0][0], name) + sum(getattr(layer, name) for _, layer in parts)

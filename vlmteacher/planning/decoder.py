@@ -1,4 +1,4 @@
-"""The surrogate decoder's share of a step, from a trace: ours and in plain torch."""
+"""The cost of the surrogate decoder in a step, by our operator and in plain torch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from vlmteacher.planning.costs import META, Cost, measure
 
 
 def decoder_cost(decoder: SurrogateDecoder, shape: Sequence[int], frames: Sequence[int]) -> Cost:
-    """Of `decoder`, which is on the meta device, on latents of `shape` (1, C, T, h, w), for some frames."""
+    """The cost of decoding `frames` of latents of `shape` (1, C, T, h, w) by our operator, on the meta device."""
     decoder.layers()  # folded once, not at every step
     latents = _latents(shape)
     return measure(lambda: [decoder.decode(latents, frames)], [decoder], [latents])
 
 
 def stock_decoder_cost(decoder: SurrogateDecoder, shape: Sequence[int], frames: Sequence[int]) -> Cost:
-    """The same in plain torch: all frames, of which some are looked at."""
+    """The same in plain torch, which decodes all frames and selects some."""
     latents = _latents(shape)
     return measure(lambda: [decoder.decode_batch(latents)[0][list(frames)]], [decoder], [latents])
 

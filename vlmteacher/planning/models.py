@@ -1,4 +1,4 @@
-"""The models of a plan, on the meta device: from shipped facts, or from the configs in a directory."""
+"""Build the models of a plan on the meta device: known models by their shipped configs, others from a directory."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ PACKAGED = Path(__file__).parent.parent / "microworld" / "models"
 
 
 def known_models(kind: str) -> list[str]:
+    """The names of the known models of a kind: "reasoner", "teacher" or "decoder"."""
     return sorted(p.stem for p in KNOWN.glob("*.json") if json.loads(p.read_text())["kind"] == kind)
 
 
-def known_facts(name: str, kind: str) -> dict[str, Any]:
-    """The shipped facts of a model, by its name here or on the hub. Raises InputError, which lists the known ones."""
+def read_known(name: str, kind: str) -> dict[str, Any]:
+    """Read the shipped entry of a known model, by its name here or on the hub. Raises InputError."""
     for file in KNOWN.glob("*.json"):
-        facts = json.loads(file.read_text())
-        if facts["kind"] == kind and name in (file.stem, facts["source"]):
-            return facts
+        entry = json.loads(file.read_text())
+        if entry["kind"] == kind and name in (file.stem, entry["source"]):
+            return entry
     names = [*known_models(kind), *([] if kind == "decoder" else ["packaged"])]
     also = "a checkpoint file" if kind == "decoder" else "a local directory with its config files"
-    raise InputError(f"--{kind} {name!r} is unknown: known are {', '.join(names)}, or {also}")
+    raise InputError(f"unknown --{kind} {name!r}: choose from {', '.join(names)}, or give {also}")
 
 
 def _short(error: Exception) -> str:
@@ -45,38 +46,38 @@ def _short(error: Exception) -> str:
 
 
 def build_reasoner(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Reasoner, str | None]:
-    """(the Reasoner on the meta device, the name of its family's decoder, if known). Raises InputError."""
+    """Build a Reasoner; returns it and the name of its known surrogate decoder, or None. Raises InputError."""
     directory = PACKAGED / "reasoner" if name == "packaged" else Path(name)
     if directory.is_dir():
         index = read_index(directory / "model_index.json")
-        facts: dict[str, Any] = {name: index.get(name) for name in ("expand_timesteps", "boundary_ratio")}
-        facts["pipeline"] = index.get("_class_name")
+        entry: dict[str, Any] = {name: index.get(name) for name in ("expand_timesteps", "boundary_ratio")}
+        entry["pipeline"] = index.get("_class_name")
     else:
-        facts = known_facts(name, "reasoner")
-    family = family_of_pipeline(facts["pipeline"], name)
-    settings = find_preset(facts["preset"]) if "preset" in facts else SamplerSettings()
+        entry = read_known(name, "reasoner")
+    family = family_of_pipeline(entry["pipeline"], name)
+    settings = find_preset(entry["preset"]) if "preset" in entry else SamplerSettings()
     if directory.is_dir():
         optional = [part for part in ("text_encoder_2", "image_encoder") if (index.get(part) or [None])[0]]
-        facts |= {part: json_object(directory / part / "config.json") for part in (*PARTS, *optional)}
+        entry |= {part: json_object(directory / part / "config.json") for part in (*PARTS, *optional)}
         own = directory / "reasoner.json"
         settings = SamplerSettings.load(own) if own.is_file() else known_preset(name) or settings
     try:
         with META:
-            return family.build(facts, settings, dtype), facts.get("decoder")
-    except Exception as error:  # the libraries raise anything of a config that is wrong
+            return family.build(entry, settings, dtype), entry.get("decoder")
+    except Exception as error:  # of a wrong config, the libraries raise anything
         if isinstance(error, InputError):
             raise
         raise InputError(f"--reasoner {name!r}: its configs make no model ({_short(error)})") from error
 
 
 def build_teacher(name: str, dtype: torch.dtype = torch.bfloat16) -> VLMTeacher:
-    """The Teacher on the meta device, with the packaged tokenizer: only numbers of tokens matter. Raises InputError."""
+    """Build a Teacher with the packaged tokenizer, since only numbers of tokens matter. Raises InputError."""
     import transformers
 
     directory = PACKAGED / "teacher" if name == "packaged" else Path(name)
     read = directory.is_dir()
-    facts = {"config": json_object(directory / "config.json")} if read else known_facts(name, "teacher")
-    config = {key: value for key, value in facts["config"].items() if key != "architectures"}
+    entry = {"config": json_object(directory / "config.json")} if read else read_known(name, "teacher")
+    config = {key: value for key, value in entry["config"].items() if key != "architectures"}
     family = find_family(config.pop("model_type", None), f"--teacher {name!r}")
     tokenizer = family.with_vision_tokens(load_tokenizer(str(PACKAGED / "teacher")))
     config |= {entry: tokenizer.convert_tokens_to_ids(token) for entry, token in family.token_ids.items()}
@@ -88,8 +89,8 @@ def build_teacher(name: str, dtype: torch.dtype = torch.bfloat16) -> VLMTeacher:
         full.text_config.rope_parameters["rope_type"] = "default"
         with META:
             model = model_class(full).to(dtype)
-        defaults = family.processor_defaults(full).updated(facts.get("processor", {}), f"{name}: processor")
-    except Exception as error:  # the libraries raise anything of a config that is wrong
+        defaults = family.processor_defaults(full).updated(entry.get("processor", {}), f"{name}: processor")
+    except Exception as error:  # of a wrong config, the libraries raise anything
         raise InputError(f"--teacher {name!r}: its config makes no model ({_short(error)})") from error
     if read:
         return family.from_parts(str(directory), model, tokenizer, local_files_only=True)
@@ -97,11 +98,12 @@ def build_teacher(name: str, dtype: torch.dtype = torch.bfloat16) -> VLMTeacher:
 
 
 def build_decoder(name: str, dtype: torch.dtype = torch.bfloat16) -> SurrogateDecoder:
+    """Build a surrogate decoder: a known one, "packaged", or that of a checkpoint file. Raises InputError."""
     if name == "packaged":
         name = str(PACKAGED / "decoder.safetensors")
     if Path(name).is_file():
         return SurrogateDecoder.from_checkpoint(name, dtype).to(META)
-    facts = known_facts(name, "decoder")
+    entry = read_known(name, "decoder")
     with META:
-        decoder = SurrogateDecoder(**{key: value for key, value in facts.items() if key not in ("kind", "source")})
+        decoder = SurrogateDecoder(**{key: value for key, value in entry.items() if key not in ("kind", "source")})
         return decoder.to(dtype).eval().requires_grad_(False)

@@ -18,7 +18,7 @@ from vlmteacher.lora.adapter import add_lora
 from vlmteacher.optimization.objective import teacher_frame_indices
 from vlmteacher.planning.costs import Cost
 from vlmteacher.planning.decoder import decoder_cost, stock_decoder_cost
-from vlmteacher.planning.models import build_decoder, build_reasoner, build_teacher, known_facts, known_models
+from vlmteacher.planning.models import build_decoder, build_reasoner, build_teacher, known_models, read_known
 from vlmteacher.planning.reasoner import ReasonerCosts
 from vlmteacher.planning.teacher import (
     Video,
@@ -229,7 +229,7 @@ def _check(teacher: str, questions: int, rank: int, memory: float) -> None:
         if value < 1:
             raise InputError(f"--{name} must be at least 1, not {value}")
     if not Path(teacher).is_dir() and teacher != "packaged":
-        known_facts(teacher, "teacher")  # a misspelt name shows before the Reasoner is built
+        read_known(teacher, "teacher")  # a misspelt name shows before the Reasoner is built
 
 
 def _build(

@@ -1,4 +1,4 @@
-"""The Reasoner's share of a step, by what its blocks keep."""
+"""The cost of the Reasoner in a step, by the activation levels of its blocks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlmteacher.reasoners.condition import Condition, Noise
 
 
 def blank_instance(reasoner: Reasoner, size: tuple[int, int, int]) -> tuple[Condition, Noise]:
-    """The results of `encode` and `noise`, on the meta device: with an image where the model takes one."""
+    """A condition and a noise on the meta device, with an image where the model takes one."""
     with META:
         condition = reasoner.blank_condition(*size)
         if reasoner.settings.guided:
@@ -26,7 +26,7 @@ def blank_instance(reasoner: Reasoner, size: tuple[int, int, int]) -> tuple[Cond
 
 
 def reasoner_cost(reasoner: Any, size: tuple[int, int, int], level: Keep, depth: int) -> Cost:
-    """Of a forward and backward through `reasoner.transformer`, cut to `depth` blocks; it has its LoRA."""
+    """The cost of a one-step prediction and its backward by a transformer with a LoRA, cut to `depth` blocks."""
     network = reasoner.transformer
     where, blocks = blocks_name(network), block_list(network)
     setattr(network, where, blocks[:depth])
@@ -41,19 +41,20 @@ def reasoner_cost(reasoner: Any, size: tuple[int, int, int], level: Keep, depth:
 
 @dataclass(frozen=True)
 class ReasonerCosts:
-    """(base, block) of each level, see `per_layer`, and the number of blocks."""
+    """The costs (base, block) of each activation level (`per_layer`), and the number of blocks."""
 
     levels: dict[Keep, tuple[Cost, Cost]]
     blocks: int
 
     @classmethod
     def of(cls, reasoner: Any, size: tuple[int, int, int], levels: Sequence[Keep] = tuple(Keep)) -> ReasonerCosts:
-        found = {
+        """Trace the blocks of a Reasoner with a LoRA at a size of video (frames, height, width)."""
+        costs = {
             level: per_layer(functools.partial(reasoner_cost, reasoner, size, level), 1)
             for level in {Keep.ALL, *levels}
         }
-        return cls(found, len(block_list(reasoner.transformer)))
+        return cls(costs, len(block_list(reasoner.transformer)))
 
     def total(self, levels: Sequence[Keep]) -> Cost:
-        """Of the whole transformer, one level for each block."""
+        """The cost of the whole transformer with one level for each block."""
         return stack([self.levels[level] for level in levels], [self.levels[Keep.ALL]] * len(levels))

@@ -1,4 +1,4 @@
-"""The plan as a table for people."""
+"""Format a plan as a table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vlmteacher.planning.plan import GB
 
 
 def format_plan(plan: dict[str, Any]) -> str:
-    """The plan as a table for people."""
+    """Format a plan as a table of stages, ours beside stock, with weights, settings and advice."""
     ours, stock = plan["ours"], plan["stock"]
     lines = [
         f"{plan['reasoner']} + {plan['teacher']} + {plan['decoder']}",
@@ -24,9 +24,9 @@ def format_plan(plan: dict[str, Any]) -> str:
     names.sort(key=lambda n: (order[n.rpartition(".")[0] or n], rows.index(n.rpartition(".")[2]) if "." in n else 0))
 
     def cells(key: str, unit: float, name: str | None) -> str:
-        found = [(part if name is None else part["stages"].get(name, {})).get(key) for part in (ours, stock)]
+        both = [(part if name is None else part["stages"].get(name, {})).get(key) for part in (ours, stock)]
         return "".join(
-            f"{'-' if value is None else format(value / unit, '.4g' if unit == 1e12 else '.1f'):>11}" for value in found
+            f"{'-' if value is None else format(value / unit, '.4g' if unit == 1e12 else '.1f'):>11}" for value in both
         )
 
     lines += [f"{name:28}{cells('flops', 1e12, name)}{cells('peak_bytes', GB, name)}" for name in names]

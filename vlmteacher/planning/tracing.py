@@ -1,4 +1,4 @@
-"""Counts what a computation costs while it runs, on tensors without data: FLOPs and live bytes."""
+"""Count FLOPs and live bytes of a computation while it runs, on tensors without data."""
 
 from __future__ import annotations
 
@@ -18,16 +18,22 @@ from torch.utils.flop_counter import flop_registry
 
 
 def attention_flops(query: Sequence[int], key: Sequence[int], causal: bool) -> int:
-    """Of one forward, (B, H, N, d) by (B, h, M, d): two products, halved where it is causal. The backward has five."""
+    """FLOPs of the attention of q (B, H, N, d) to k and v (B, h, M, d): two products, half of them if causal.
+
+    A backward has five products.
+    """
     batch, heads, n, d = query
     return 4 * batch * heads * n * key[-2] * d // (2 if causal else 1)
 
 
 class Trace(TorchDispatchMode):
-    """Counts FLOPs and live bytes under the name of the stage that runs.
+    """A mode that counts FLOPs and live bytes, by the name of the running stage (`at`).
 
-    FLOPs: of products, convolutions and attention, 2 for a multiplication and an addition; not of element-wise work.
-    peak: the most bytes alive in each stage, without the weights and inputs that were noted before.
+    Attributes:
+        flops: of products, convolutions and attention, 2 for a multiplication and an addition; element-wise work is not
+            counted.
+        peak: the largest number of live bytes, without the noted `weights` and `inputs`.
+        live: the bytes alive now.
     """
 
     def __init__(self) -> None:
@@ -39,19 +45,20 @@ class Trace(TorchDispatchMode):
         self._storages: dict[int, Any] = {}
 
     def weights(self, *modules: nn.Module) -> None:
-        """Note modules' parameters and buffers: views of them are no new memory."""
+        """Note the parameters and buffers of modules, which and whose views are not counted."""
         for tensor in (t for m in modules for t in (*m.parameters(), *m.buffers())):
             storage = tensor.untyped_storage()
-            self._storages[storage._cdata] = storage  # held, so that the address stays theirs
+            self._storages[storage._cdata] = storage  # held, so that the address is not reused
 
     def inputs(self, *tensors: Tensor) -> None:
-        """The same for tensors that were made before the trace and outlive it."""
+        """Note tensors that are older than the trace and outlive it, which are not counted."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._storages[storage._cdata] = storage
 
     @contextmanager
     def at(self, stage: str) -> Iterator[None]:
+        """Count under the name of a stage."""
         before, self.stage = self.stage, stage
         self._note()
         try:
@@ -62,15 +69,15 @@ class Trace(TorchDispatchMode):
     def _note(self) -> None:
         self.peak[self.stage] = max(self.live, self.peak.get(self.stage, 0))
 
-    def _see(self, tensor: Tensor) -> None:
+    def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._storages:
             size = storage.nbytes()
             self.live += size
-            self._storages[key] = weakref.ref(storage, functools.partial(self._gone, key, size))
+            self._storages[key] = weakref.ref(storage, functools.partial(self._release, key, size))
 
-    def _gone(self, key: int, size: int, _: Any) -> None:
+    def _release(self, key: int, size: int, _: Any) -> None:
         self.live -= size
         self._storages.pop(key, None)
 
@@ -79,7 +86,7 @@ class Trace(TorchDispatchMode):
         out = func(*args, **kwargs)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                self._see(leaf)
+                self._count(leaf)
         self._note()
         if (count := _flops(func, args, kwargs, out)) is not None:
             self.flops[self.stage] += count
@@ -120,9 +127,9 @@ def _flash(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Attention as one operator that keeps its inputs, its output and a logarithm per row, as it is on GPUs.
+    """Attention as one operator that keeps its inputs, its output and a logarithm per row, as on GPUs.
 
-    Meta tensors would get the plain expression, whose N x M matrix nobody makes.
+    On meta tensors torch would run the plain expression, with an N x M matrix that no GPU makes.
     """
     operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return operator(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
@@ -130,7 +137,7 @@ def _flash(
 
 @contextmanager
 def tracing() -> Iterator[Trace]:
-    """A `Trace`, with attention as on a GPU. (A TorchFunctionMode does not reach what a backward computes again.)"""
+    """A `Trace` with attention as on a GPU. (A TorchFunctionMode would not reach the recomputation in a backward.)"""
     stock = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = _flash
     try:

@@ -1,4 +1,4 @@
-"""One whole optimisation step of every known Reasoner at full size, on tensors without data."""
+"""Run one whole optimisation step of every known Reasoner at full size, on tensors without data."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ QUESTIONS, TEACHER_FRAMES, RANK = 4, 24, 16
 def verify_step(name: str, teacher: Any) -> dict[str, Any]:
     """Run a step of the Reasoner `name` in one piece, as `Optimization` does: prediction, decoder, Teacher, backward.
 
-    All that Reasoner and Teacher can recompute is recomputed. Returns the shapes on the way, FLOPs, the bytes of the
-    weights (transformer, LoRA and AdamW's moments, decoder, Teacher) and the most alive with them, and how many of the
-    LoRA's tensors got a gradient.
+    Reasoner and Teacher recompute all that they can. Returns the shapes, the FLOPs, the bytes of the weights
+    (transformer, LoRA and AdamW's moments, decoder, Teacher), the peak with them, and the number of LoRA tensors with a
+    gradient. Raises InputError for an unknown Reasoner.
     """
     start = time.perf_counter()
     reasoner, decoder_name = build_reasoner(name)
     if decoder_name is None:
-        raise InputError(f"--verify knows {', '.join(known_models('reasoner'))}, not {name}")
+        raise InputError(f"unknown --reasoner {name!r} of --verify: choose from {', '.join(known_models('reasoner'))}")
     decoder = build_decoder(decoder_name)
     check_decoder(decoder, reasoner, decoder_name)
     settings, network = reasoner.settings, reasoner.transformer
@@ -77,7 +77,7 @@ def verify_step(name: str, teacher: Any) -> dict[str, Any]:
 
 
 def verify(reasoner: str | None = None, teacher: str | None = None) -> Iterator[dict[str, Any]]:
-    """`verify_step` of one known Reasoner or of every one. Raises InputError for names that are not known."""
+    """Yield `verify_step` of one known Reasoner, or of all. Raises InputError for unknown names."""
     names = known_models("reasoner") if reasoner is None else [reasoner]
     the_teacher = build_teacher(teacher or TEACHER)
     the_teacher.activation_bytes = 0
@@ -86,7 +86,7 @@ def verify(reasoner: str | None = None, teacher: str | None = None) -> Iterator[
 
 
 def format_verified(row: dict[str, Any]) -> str:
-    """A row of the table under `HEADER`, in Markdown."""
+    """Format a result of `verify_step` as a row under `HEADER`, in Markdown."""
     frames, height, width = row["size"]
     channels, *latents = row["latents"][1:]
     return (
