@@ -1,4 +1,4 @@
-"""Prompts and questions: checked, read as text whatever control tokens they spell, and told where they are cut off."""
+"""Checks prompts and questions, and tokenises them so that control tokens spelled in them are read as text."""
 
 from __future__ import annotations
 
@@ -10,58 +10,58 @@ from vlmteacher import arguments
 from vlmteacher.errors import InputError, Notice
 from vlmteacher.files import check_text
 
-CUT = "\ufdd0"  # a code point that Unicode keeps for such uses inside of programs: no text holds it
+CUT = "\ufdd0"  # a code point that Unicode reserves for use inside programs: no text contains it
 
 LONGEST_PROMPT = 50_000  # characters; text encoders take 512 tokens, and tokenising a megabyte takes minutes
-BRACKETS = {*"<>[]{}|"}  # of a control token; an added word of a domain has none
+BRACKETS = {*"<>[]{}|"}  # in an added word they mark a control token; words of a domain have none
 
 
 def check_prompt(prompt: str) -> None:
-    """Raise InputError for a prompt that says nothing, or is no text."""
+    """Raise InputError for an empty prompt, one of more than `LONGEST_PROMPT` characters, or one that is not text."""
     if not arguments.text("prompt", prompt).strip():
         raise InputError("the prompt is empty: say what the video must show")
     check_text(prompt, "the prompt", LONGEST_PROMPT)
 
 
 def quote(tokenizer: Any, text: str) -> str:
-    """Return `text` with a mark inside of every control token, so that `encode` reads its letters and no token.
+    """Return `text` with a mark inside every control token, so that `encode` reads its letters.
 
-    Control tokens end turns, stand for images, open thoughts: the tokenizer's special tokens, and what was added to its
-    vocabulary in brackets. Text without any is returned as it is. Raises InputError for a text that holds the mark
-    itself.
+    Control tokens end turns, stand for images or open thoughts: the tokenizer's special tokens, and the words in
+    brackets that were added to its vocabulary. Text without any is returned unchanged. Raises InputError for a text
+    that contains the mark itself.
     """
     if CUT in text:
-        raise InputError(f"the text holds {ascii(CUT)[1:-1]}, which is no character: remove it")
+        raise InputError(f"the text contains {ascii(CUT)[1:-1]}, which is no character: remove it")
     control = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special or BRACKETS & {*str(t)}]
     control = sorted((token for token in control if len(token.strip()) > 1), key=len, reverse=True)
     if not control:
         return text
-    # A lookahead, for one token may begin inside of another.
+    # A lookahead, because one token may begin inside another.
     return re.sub(f"(?=({'|'.join(map(re.escape, control))}))(.)", rf"\2{CUT}", text, flags=re.DOTALL)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text, of which parts went through `quote`; nothing is added to it."""
+    """Return the token ids of a text, parts of which went through `quote`, without added special tokens."""
     return [
         i for part in text.split(CUT) for i in tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
     ]
 
 
 def tokenize(tokenizer: Any, text: str, limit: int) -> Any:
-    """A text as diffusers gives it to a T5, padded or cut to `limit` tokens; control tokens in it are text."""
+    """Tokenise a text as diffusers does for a T5, padded or cut to `limit` tokens; control tokens in it are text."""
     keywords = {"padding": "max_length", "max_length": limit, "truncation": True, "return_tensors": "pt"}
     return tokenizer(_spaced(tokenizer, text), **keywords)
 
 
 def _spaced(tokenizer: Any, text: str) -> str:
-    # A T5 has its control tokens among its words too: only as two words they are text.
+    # A T5's control tokens are words of its vocabulary too: only split in two words they are read as text.
     return quote(tokenizer, text).replace(CUT, " ")
 
 
 def check_cut(tokenizer: Any, text: str | list[int], limit: int, what: str) -> dict[str, int]:
-    """{what: tokens} that a text encoder of `limit` tokens does not get, {} if none; a notice tells where it stops.
+    """Return {what: the number of tokens beyond `limit`}, which the text encoder drops; {} if there are none.
 
-    text: as `tokenize` takes it, or the ids of a chat.
+    A notice quotes the last words that are kept. text: as `tokenize` takes it, or the token ids of a chat.
     """
     ids = tokenizer(_spaced(tokenizer, text), verbose=False)["input_ids"] if isinstance(text, str) else text
     lost = len(ids) - limit

@@ -15,7 +15,7 @@ from vlmteacher.planning.costs import META, Cost, measure, per_layer, stack
 from vlmteacher.planning.tracing import tracing
 from vlmteacher.queries import QuerySet
 from vlmteacher.teachers.prompt import Clip
-from vlmteacher.teachers.shared_prefix import Keep, answer_losses, how_much
+from vlmteacher.teachers.shared_prefix import Keep, answer_losses, keep_level
 from vlmteacher.teachers.vlm import VLMTeacher
 
 GOAL = "Is the yellow ball inside the purple box at the end?"
@@ -123,7 +123,7 @@ def activation_budget(teacher: VLMTeacher, tokens: int, keep: Keep) -> int:
     low, high = 0, 2**62
     while low < high:
         middle = (low + high) // 2
-        enough = how_much(teacher.language.layers, tokens, middle, META) <= keep
+        enough = keep_level(teacher.language.layers, tokens, middle, META) <= keep
         low, high = (low, middle) if enough else (middle + 1, high)
     return low
 

@@ -1,4 +1,4 @@
-"""Teachers: frozen vision-language models that ask the questions and judge the frames. One file per model family."""
+"""Teachers: frozen vision-language models that write the questions and judge the frames. One file per family."""
 
 from vlmteacher.teachers.base import Teacher, load_teacher
 

@@ -1,4 +1,4 @@
-"""The contract of a Teacher, and how a checkpoint finds its family."""
+"""The contract of a Teacher, and the loading of a checkpoint by its family."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ FAMILIES = {
     "internvl": ("internvl", "InternVLTeacher"),
 }
 
-RANGE_SLACK = 1e-3  # frames may leave [0, 1] by so much: rounding of a decoder in half precision
+RANGE_SLACK = 1e-3  # how far frames may leave [0, 1]: the rounding of a decoder in half precision
 
 
 def check_frames(frames: Tensor | PatchRows, frame_indices: Sequence[int], fps: float) -> None:
-    """Raises InputError when `Teacher.losses` cannot take these, whatever their values are."""
+    """Raise InputError for frames of a shape, indices or an fps that `Teacher.losses` does not take."""
     if len(frames.shape) != 4 or frames.shape[1] != 3 or len(frames) == 0:
         raise InputError(f"frames must be (K, 3, H, W) with K >= 1, not {tuple(frames.shape)}")
     if len(frame_indices) != len(frames):
@@ -44,7 +44,7 @@ def check_frames(frames: Tensor | PatchRows, frame_indices: Sequence[int], fps: 
 
 
 def check_range(low: float, high: float) -> None:
-    """Raises InputError, and NonFiniteFrames, when frames with these extremes are no pictures."""
+    """Raise InputError when frames with these extremes are not in [0, 1]; NonFiniteFrames when they are not finite."""
     if not math.isfinite(low + high):
         raise NonFiniteFrames("the frames hold NaN or infinite values: try a lower learning rate or another dtype")
     if low < -RANGE_SLACK or high > 1 + RANGE_SLACK:
@@ -54,11 +54,13 @@ def check_range(low: float, high: float) -> None:
 class Teacher(ABC):
     """A frozen vision-language model. P(Yes) of a question is `exp(-loss)`.
 
-    quantized: its weights are in 4 or 8 bits, and stay on the device that they were loaded to.
-    activation_bytes: what the language model may keep for the backward; None: half of the GPU's free memory.
-    chunk_patches: patches that the visual encoder works on at a time; None: by device.
-    attention_backend: what computes attention, see `ops.attention`; None: our own on the CPU, else torch's.
-    offload: keep what is saved for the backward in pinned host memory (GPUs only). style: how it is asked for queries.
+    quantized: whether the weights are in 4 or 8 bits; such a Teacher stays on the device that it was loaded to.
+    activation_bytes: the limit of what the language model keeps for the backward; None: half of the GPU's free memory,
+        4 GiB on the CPU.
+    chunk_patches: the number of patches that the visual encoder works on at a time; None: chosen by device.
+    attention_backend: of `ops.attention`; None: our own on the CPU, torch's elsewhere.
+    offload: whether tensors saved for the backward wait in pinned host memory (GPUs only).
+    style: the instructions for writing queries.
     """
 
     quantized: bool = False
@@ -70,13 +72,13 @@ class Teacher(ABC):
 
     @abstractmethod
     def write_queries(self, prompt: str, image: ImageInput | None = None) -> QuerySet:
-        """Write the goal and process questions for a task, from its text and its first frame if there is one.
+        """Write the goal and process questions for a task, from its prompt and, if given, its first frame.
 
-        Raises InputError when the model's answer is not a valid set of queries, also at the second try.
+        Raises InputError when neither of two answers of the model is a valid set of queries.
         """
 
     def patch_layout(self, num_frames: int, height: int, width: int) -> PatchLayout | None:
-        """How `losses` takes frames of this size as patch rows; None: it takes the frames alone, to resize them."""
+        """The layout in which `losses` takes frames of this size as patch rows; None where it has to resize them."""
         return None
 
     @abstractmethod
@@ -92,14 +94,14 @@ class Teacher(ABC):
 
         frames: (K, 3, H, W), RGB in [0, 1], or the same video in `patch_layout`; frame_indices: their K places in the
         video, which runs at `fps` frames a second (they become the timestamps in the prompt). Returns (1+M,) float32,
-        differentiable to the frames. check: look at the frames' values, which waits for the device. Raises InputError
-        on frames of another shape or layout, an index count other than K, or fps <= 0, and where it checks, on values
-        outside [0, 1] (NonFiniteFrames: NaN).
+        differentiable to the frames. check: whether to check the frames' values, which synchronises with the device.
+        Raises InputError for frames of another shape or layout, a number of indices other than K, or fps <= 0; with
+        `check` also for values outside [0, 1] (NonFiniteFrames: NaN or infinite).
         """
 
     @abstractmethod
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Teacher:
-        """Move the model; returns self. Raises InputError where a quantised one would have to move or change."""
+        """Move the model; returns self. Raises InputError where a quantised one would have to move or change dtype."""
 
     @property
     @abstractmethod
@@ -117,9 +119,9 @@ def load_teacher(
 ) -> Teacher:
     """Load a Teacher from a local directory or a hub id, in evaluation mode and frozen.
 
-    local_files_only: never ask the network; by default it is asked when it is needed and can be reached.
+    local_files_only: never use the network; None: use it where a file is not cached and the hub can be reached.
     quantize: keep the language model's weights in "8bit" or "4bit", on `device` (see `quantization.py`).
-    Raises InputError when there is no such checkpoint (or no network to fetch it), when its `model_type` is of no known
+    Raises InputError when the checkpoint does not exist (or cannot be fetched), when its `model_type` belongs to no
     family, or when a part (weights, tokenizer, chat template) is missing.
     """
     check_quantize(quantize)
@@ -128,7 +130,7 @@ def load_teacher(
         local_files_only = only_local(name)
     try:
         file = find_file(name, "config.json", local_files_only)
-    except InputError:  # it says that of a pipeline
+    except InputError:  # its text speaks of a pipeline
         file = None
     if file is None:
         where = "has no usable config.json" if os.path.isdir(name) else "is no local directory and cannot be fetched"
@@ -150,6 +152,6 @@ def find_family(model_type: Any, label: str) -> Any:
 
 
 def read_style(path_or_id: str, local_files_only: bool = False) -> QueryStyle:
-    """How a checkpoint wants to be asked for queries: its `teacher.json`, or the way for any VLM where it has none."""
+    """The query style in a checkpoint's `teacher.json`; without that file the one for any VLM."""
     file = find_file(path_or_id, "teacher.json", local_files_only)
     return QueryStyle.load(file) if file else QueryStyle()

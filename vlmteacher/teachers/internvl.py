@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
 class InternVLTeacher(VLMTeacher):
     """A frozen InternVL. Every frame is an image of one fixed size, on a line of its own: `Frame1: <img>...`.
 
-    Images for the query synthesis are one tile of that size, where the stock processor may cut them into several.
+    An image that queries are written from is one tile of that size; the stock processor may cut it into several.
     """
 
     architecture = "InternVLForConditionalGeneration"
@@ -49,16 +49,17 @@ class InternVLTeacher(VLMTeacher):
         config = model.config
         if config.vision_feature_layer != -1:
             raise InputError(f"teacher: vision_feature_layer {config.vision_feature_layer} is not supported, only -1")
-        self.video, self.image = video, image or video
-        sizes = {side for settings in (self.video, self.image) for side in settings.fixed_size or ()}
+        sizes = {side for settings in (video, image or video) for side in settings.fixed_size or ()}
         if len(sizes) != 1:
-            raise InputError(f"teacher: its processors resize to sides of {sorted(sizes)} pixels; one square is known")
+            raise InputError(
+                f"teacher: its processors resize to sides of {sorted(sizes)} pixels; only one square is supported"
+            )
         self.start, self.context, self.end = (
             self._token(tokenizer, name) for name in ("start_image_token", "context_image_token", "end_image_token")
         )
         self.video_mark, self.image_mark = self._token(tokenizer, "video_token"), self.context
         self.visual_pads = (self.video_mark, self.context)
-        super().__init__(model, tokenizer)
+        super().__init__(model, tokenizer, video, image)
 
     @staticmethod
     def _token(tokenizer: Any, name: str) -> str:
@@ -100,9 +101,6 @@ class InternVLTeacher(VLMTeacher):
         assert self.video.fixed_size is not None
         return self.video.fixed_size
 
-    def patches_per_frame(self, size: tuple[int, int]) -> int:
-        return size[0] * size[1] // self.video.patch_size**2
-
     def _image_text(self, size: tuple[int, int]) -> str:
         tokens = int(self.patches_per_frame(size) * self.model.config.downsample_ratio**2)
         return self.start + self.context * tokens + self.end
@@ -122,7 +120,7 @@ class InternVLTeacher(VLMTeacher):
         """See `VLMTeacher.encode_rows`."""
         model, tower = self.model.model, self.visual
         embeddings = tower.embeddings
-        conv = embeddings.patch_embeddings.projection  # its stride is its kernel: a product of the patch rows
+        conv = embeddings.patch_embeddings.projection  # stride equals kernel: a product of the patch rows
         x = F.linear(rows, conv.weight.flatten(1), conv.bias).unflatten(0, (-1, self.patches_per_frame(size)))
         x = torch.cat([embeddings.cls_token.expand(len(x), -1, -1), x], 1)
         if embeddings.position_embeddings is not None:

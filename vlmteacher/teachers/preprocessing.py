@@ -21,11 +21,11 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class VisionSettings:
-    """What a checkpoint's processor does to a video.
+    """The preprocessing of videos, or images, by a checkpoint's processor.
 
     patch_size is in pixels, merge_size in patches, temporal_patch_size in frames. min_pixels, max_pixels: limits on
-    frames x height x width (of an image: height x width). cap_pixels_per_frame: also hold each frame to
-    `max_video_tokens` merged patches. fixed_size: (H, W) whatever the limits say. image_mean, image_std: for RGB in
+    frames x height x width (of an image: height x width). cap_pixels_per_frame: limit each frame to
+    `max_video_tokens` merged patches too. fixed_size: (H, W), instead of the limits. image_mean, image_std: for RGB in
     [0, 1]. The defaults are those of the Qwen3-VL checkpoints, which differ from the defaults of transformers' class.
     """
 
@@ -42,19 +42,19 @@ class VisionSettings:
 
     @property
     def factor(self) -> int:
-        """The height and width of resized frames are multiples of this many pixels."""
+        """Pixels; the height and width of resized frames are multiples of it."""
         return self.patch_size * self.merge_size
 
     def layout(self, dtype: torch.dtype) -> PatchLayout:
-        """Of the patch rows of frames that are not resized."""
+        """The layout of patch rows of `dtype` for frames that are not resized."""
         sizes = self.patch_size, self.temporal_patch_size, self.merge_size
         return PatchLayout(*sizes, tuple(self.image_mean), tuple(self.image_std), dtype)
 
     def updated(self, config: Mapping[str, Any], label: str) -> VisionSettings:
-        """These settings with the values of a processor's config put in, patch sizes excepted.
+        """Return these settings with the values of a processor's config, except the patch sizes.
 
-        label: the config's name. Raises InputError for a value that cannot be used, and for a processor that does not
-        normalise as ours.
+        label: the config's name. Raises InputError for a value of another type or range, and for a processor that does
+        not rescale and normalise.
         """
         check_processor(config, label)
         if not isinstance(config.get("size"), dict | None):
@@ -62,7 +62,7 @@ class VisionSettings:
         scale = config.get("rescale_factor")
         if False in (config.get("do_rescale"), config.get("do_normalize")) or scale not in (None, 1 / 255):
             raise InputError(
-                f"{label}: a processor that does not bring pixels to [0, 1] and normalise them is not known"
+                f"{label}: a processor that does not bring pixels to [0, 1] and normalise them is not supported"
             )
         size = config.get("size") or {}
         settings = replace(
@@ -83,21 +83,21 @@ class VisionSettings:
 def processor_settings(
     path_or_id: str, base: VisionSettings, local_files_only: bool = False
 ) -> tuple[VisionSettings, VisionSettings]:
-    """The settings of a checkpoint's processors for (videos, images); what its files leave out is that of `base`.
+    """Read the settings of a checkpoint's processors for (videos, images); missing entries come from `base`.
 
-    Without a video processor's file videos get the image processor's, as in transformers; without an image processor's
-    file images get the settings of videos.
+    Without a video processor's file videos get the image processor's settings, as in transformers; without an image
+    processor's file images get those of videos.
     """
 
     def read(name: str, entry: str) -> dict[str, Any]:
-        """A processor's own file, or its entry in the one file that newer checkpoints keep both in."""
+        """The config in a processor's own file, or in the file that newer checkpoints share between processors."""
         if file := find_file(path_or_id, name, local_files_only):
             return json_object(file)
         file = find_file(path_or_id, "processor_config.json", local_files_only)
-        found = json_object(file).get(entry) if file else None
-        if not isinstance(found, dict | None):
-            raise InputError(f"{file}: {entry} must be an object of settings, not {found!r:.40}")
-        return found or {}
+        config = json_object(file).get(entry) if file else None
+        if not isinstance(config, dict | None):
+            raise InputError(f"{file}: {entry} must be an object of settings, not {config!r:.40}")
+        return config or {}
 
     where = f"teacher {path_or_id}: the"
     images = read("preprocessor_config.json", "image_processor")
@@ -109,7 +109,7 @@ def processor_settings(
 def smart_resize(
     num_frames: int, height: int, width: int, temporal_factor: int, factor: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
-    """Multiples of `factor` near height and width, with frames x height x width within the limits.
+    """The size (H, W) near height and width of multiples of `factor`, with frames x height x width within the limits.
 
     Raises InputError when one side is more than 200 times the other. Source: transformers' `smart_resize` for Qwen3-VL.
     """
@@ -136,7 +136,7 @@ def _grid(num_frames: int, size: tuple[int, int], settings: VisionSettings) -> T
 
 
 def video_size(num_frames: int, height: int, width: int, settings: VisionSettings) -> tuple[int, int]:
-    """The size (H, W) that the settings resize a video of `num_frames` frames to."""
+    """The size (H, W) that a video of `num_frames` frames is resized to."""
     num_frames = max(num_frames, settings.temporal_patch_size)
     max_pixels = settings.max_pixels
     if settings.cap_pixels_per_frame:
@@ -149,9 +149,9 @@ def video_size(num_frames: int, height: int, width: int, settings: VisionSetting
 def resized_rows(
     frames: Tensor, size: tuple[int, int], settings: VisionSettings, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Frames (K, 3, H, W), RGB in [0, 1], resized to `size`, normalised and cut into patch rows of `dtype`.
+    """Resize frames (K, 3, H, W), RGB in [0, 1], to `size`, normalise them and cut them into patch rows of `dtype`.
 
-    One operator, differentiable, that saves nothing; 16-bit frames are read as they are.
+    One differentiable operator that saves nothing; 16-bit frames are read without a copy in float32.
     """
     frames = frames if frames.dtype in (torch.float16, torch.bfloat16) else frames.float()
     sizes = settings.patch_size, settings.temporal_patch_size, settings.merge_size
@@ -161,7 +161,7 @@ def resized_rows(
 def preprocess_video(
     frames: Tensor, settings: VisionSettings, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Resize where the limits ask for it, normalise, cut into patches; the last frame is repeated to fill a patch.
+    """Resize a video to the limits, normalise it, cut it into patches; the last frame is repeated to fill a patch.
 
     frames: (K, 3, H, W), RGB in [0, 1]. Returns `pixel_values_videos` (patches, 3 * temporal * patch * patch) of
     `dtype`, differentiable to the frames, and `video_grid_thw` (1, 3) on the CPU.
@@ -175,7 +175,7 @@ def preprocess_video(
 def preprocess_image(
     image: Tensor, settings: VisionSettings, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """The same for one image (3, H, W), RGB in [0, 1]: `pixel_values` and `image_grid_thw` (1, 3)."""
+    """Preprocess one image (3, H, W), RGB in [0, 1], in the same way: `pixel_values` and `image_grid_thw` (1, 3)."""
     height, width = image.shape[-2:]
     size = smart_resize(1, height, width, 1, settings.factor, settings.min_pixels, settings.max_pixels)
     return resized_rows(image[None], size, settings, dtype), _grid(1, size, settings)
@@ -184,9 +184,9 @@ def preprocess_image(
 def preprocess_frames(
     frames: Tensor, side: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Frames (K, 3, H, W), RGB in [0, 1], each resized to side x side and normalised: (K, 3, side, side) of `dtype`.
+    """Resize frames (K, 3, H, W), RGB in [0, 1], to side x side and normalise them: (K, 3, side, side) of `dtype`.
 
-    What `InternVLVideoProcessor` makes of float frames 0..255: the patch rows of one patch per frame.
+    Equal to `InternVLVideoProcessor` given the frames as float 0..255. Computed as patch rows, one patch per frame.
     """
     whole = VisionSettings(side, 1, 1, image_mean=tuple(mean), image_std=tuple(std))
     return resized_rows(frames, (side, side), whole, dtype).view(-1, 3, side, side)

@@ -1,8 +1,8 @@
 """Frozen Teachers in 4 or 8 bits: bitsandbytes keeps the weights, the product is ours.
 
-bitsandbytes' own layers do not fit what a Teacher is for. On a CPU with AVX512-BF16 its 4-bit layer repacks the weights
-at the first product without a gradient, and passes none from then on. Its 8-bit layer rounds the activations too, for
-which it gives a straight-through gradient. Seen in bitsandbytes 0.50; never run on a GPU.
+bitsandbytes' own layers do not give a Teacher's exact gradient to the pixels. On a CPU with AVX512-BF16 its 4-bit layer
+repacks the weights at the first product without a gradient, and passes none from then on. Its 8-bit layer rounds the
+activations too, and passes a straight-through gradient. Observed in bitsandbytes 0.50; never run on a GPU.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def load_model(
     device: torch.device | None = None,
     **hub: Any,
 ) -> Any:
-    """`load_network` of `model_class`; with `quantize` the language model's linear layers are in 8 or 4 bits (NF4).
+    """Load a network of `model_class`; with `quantize` its language model's linear layers are in 8 or 4 bits (NF4).
 
-    device: where a quantised model is loaded to, and stays. Checkpoints that are quantised by bitsandbytes already load
-    without `quantize`. Raises InputError for another value of `quantize`, MissingExtra without bitsandbytes.
+    device: of a quantised model, which stays on it. Checkpoints quantised by bitsandbytes load without `quantize`.
+    Raises InputError for another value of `quantize`, MissingExtra without bitsandbytes.
     """
     options = {}
     if quantize is not None:
@@ -48,8 +48,8 @@ def load_model(
             "bnb_4bit_use_double_quant": True,
             "bnb_4bit_compute_dtype": dtype,
         }
-        how = four if quantize == "4bit" else {"load_in_8bit": True}
-        config = BitsAndBytesConfig(**how, llm_int8_skip_modules=UNTOUCHED)
+        entries = four if quantize == "4bit" else {"load_in_8bit": True}
+        config = BitsAndBytesConfig(**entries, llm_int8_skip_modules=UNTOUCHED)
         options = {"quantization_config": config, "device_map": {"": device or torch.device("cpu")}}
     model = load_network(model_class, path_or_id, dtype=dtype, keep_quantized="bitsandbytes", **hub, **options)
     if is_quantized(model):
@@ -62,7 +62,7 @@ def check_quantize(quantize: str | None) -> None:
     if quantize is None:
         return
     if quantize not in CHOICES:
-        raise InputError(f"quantize {quantize!r} is not there: it can be {' or '.join(map(repr, CHOICES))}")
+        raise InputError(f"unknown quantize {quantize!r}: choose {' or '.join(map(repr, CHOICES))}")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtra(f"a Teacher in {quantize} needs bitsandbytes: pip install 'vlmteacher[quantized]'")
 
@@ -75,14 +75,14 @@ def check_stays(model: Any, device: str | torch.device | None, dtype: torch.dtyp
     """Raise InputError when a quantised model would have to move or to change its dtype."""
     to = model.device if device is None else torch.empty(0, device=device).device
     if to != model.device or dtype not in (None, model.dtype):
-        wish = to if to != model.device else str(dtype).removeprefix("torch.")
+        target = to if to != model.device else str(dtype).removeprefix("torch.")
         raise InputError(
-            f"a quantised Teacher cannot be sent to {wish} any more: choose device (device_map) and dtype when loading"
+            f"a loaded quantised Teacher cannot be sent to {target}: choose device (device_map) and dtype when loading"
         )
 
 
 def use_exact_products(model: nn.Module) -> None:
-    """Make every layer of bitsandbytes compute x W^T + b with its dequantised W, and pass the gradient to x alone."""
+    """Make every layer of bitsandbytes compute x W^T + b with its dequantised W, and pass the gradient to x only."""
     import bitsandbytes
 
     for layer in model.modules():
@@ -91,7 +91,7 @@ def use_exact_products(model: nn.Module) -> None:
 
 
 def dequantize(layer: Any, dtype: torch.dtype) -> Tensor:
-    """W (out, in) of a layer of bitsandbytes."""
+    """The dequantised W (out, in) of a layer of bitsandbytes."""
     import bitsandbytes
 
     weight = layer.weight
@@ -105,7 +105,7 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """Saves neither x nor the dequantised W: W is made again for the backward pass."""
+    """x W^T + b. Saves neither x nor the dequantised W, which the backward computes again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:

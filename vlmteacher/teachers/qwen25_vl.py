@@ -37,8 +37,8 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 class Qwen25VLTeacher(QwenTokens):
     """A frozen Qwen2.5-VL.
 
-    Its video has no timestamps in the text: time is in the rotary positions, `second_per_grid_ts` seconds for each
-    temporal patch, which we take from the mean distance of the frames.
+    The text of a video has no timestamps: time is in the rotary positions, `second_per_grid_ts` seconds for each
+    temporal patch, which is computed from the mean distance of the frames.
     """
 
     architecture = "Qwen2_5_VLForConditionalGeneration"
@@ -77,12 +77,12 @@ class Qwen25VLTeacher(QwenTokens):
         )[0]
 
     def encode_rows(self, rows: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
-        """See `VLMTeacher.encode_rows`. The windows of equal size of all frame pairs go through a block in one call."""
+        """See `VLMTeacher.encode_rows`. Windows of equal size, of all frame pairs, pass a block in one call."""
         visual = self.visual
         order, windows, cos, sin = self._table(size)
         unit = self.video.merge_size**2
         x = visual.patch_embed(rows)
-        x = x.view(-1, len(order), unit, x.shape[-1])[:, order].flatten(1, 2)  # windows of equal size stand together
+        x = x.view(-1, len(order), unit, x.shape[-1])[:, order].flatten(1, 2)  # sorted by window size
         for index, block in enumerate(visual.blocks):
             q, k, v = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(2)
             segments = [x.shape[1]] if index in visual.fullatt_block_indexes else windows
@@ -101,7 +101,7 @@ class Qwen25VLTeacher(QwenTokens):
 
     @keepable()
     def _table(self, size: tuple[int, int]) -> tuple[Tensor, list[int], Tensor, Tensor]:
-        """For one frame pair: the order of its merged tokens by windows, the patches of each window, rotary angles."""
+        """For one frame pair: its merged tokens in the order of windows, the patches of each window, rotary angles."""
         from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
         key = (size, self.device)

@@ -12,7 +12,7 @@ from vlmteacher.ops.elementwise import gelu, rotate
 from vlmteacher.teachers.preprocessing import VisionSettings, preprocess_image, resized_rows, video_size
 from vlmteacher.teachers.prompt import Clip
 from vlmteacher.teachers.visual_checkpoint import LinearPatchEmbed, attend
-from vlmteacher.teachers.vlm import VLMTeacher, freeze_patch_embed
+from vlmteacher.teachers.vlm import VLMTeacher
 from vlmteacher.torch_modes import keepable
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
@@ -23,7 +23,7 @@ TEXT_TOKEN, IMAGE_TOKEN, VIDEO_TOKEN = 0, 1, 2  # transformers' mm_token_type_id
 def video_placeholder(
     frame_indices: Sequence[int], fps: float, tokens_per_patch: int, temporal_patch_size: int = 2
 ) -> str:
-    """The video's part of the prompt: for each temporal patch (frame pair) its time in seconds and its visual tokens.
+    """The text of a video in the prompt: for each temporal patch (frame pair) its time in seconds and visual tokens.
 
     The time is the mean of the first and last frame's; the last frame is repeated to fill a patch.
     tokens_per_patch: merged visual tokens of one temporal patch. Source: transformers, processing_qwen3_vl.py.
@@ -34,7 +34,7 @@ def video_placeholder(
 
 
 class QwenTokens(VLMTeacher):
-    """What the Qwen-VL families share: their tokens, their patches, images given to generation."""
+    """The base of the Qwen-VL families: their tokens, patches and images."""
 
     token_ids: ClassVar = {
         "image_token_id": IMAGE_PAD,
@@ -47,22 +47,18 @@ class QwenTokens(VLMTeacher):
     visual_pads = (IMAGE_PAD, VIDEO_PAD)
 
     def __init__(self, model: Any, tokenizer: Any, video: VisionSettings, image: VisionSettings | None = None) -> None:
-        super().__init__(model, tokenizer)
-        self.video = video
-        self.image = image or video
+        super().__init__(model, tokenizer, video, image)
         self.frames_per_patch = video.temporal_patch_size
-        freeze_patch_embed(self.visual, "patch_embed", LinearPatchEmbed)
+        if not isinstance(self.visual.patch_embed, LinearPatchEmbed):
+            self.visual.patch_embed = LinearPatchEmbed(self.visual.patch_embed)
         self._tables: dict[Any, Any] = {}
 
     @property
     def visual(self) -> Any:
         return self.model.model.visual
 
-    def patches_per_frame(self, size: tuple[int, int]) -> int:
-        return size[0] * size[1] // self.video.patch_size**2
-
     def grid(self, clip: Clip) -> Tensor:
-        """`video_grid_thw` (1, 3)."""
+        """`video_grid_thw` (1, 3): temporal patches, and patches of a frame in height and width."""
         patches = [side // self.video.patch_size for side in clip.size]
         return torch.tensor([[-(-clip.num_frames // self.frames_per_patch), *patches]])
 
@@ -108,10 +104,7 @@ class QwenTokens(VLMTeacher):
 class QwenVLTeacher(QwenTokens):
     """A frozen Qwen3-VL.
 
-    Args:
-        model: `Qwen3VLForConditionalGeneration`; it is frozen, set to evaluation mode and given `LinearPatchEmbed`.
-        tokenizer: its tokenizer, with a chat template.
-        video, image: settings of the preprocessing.
+    The model is frozen, set to evaluation mode and given `LinearPatchEmbed`; the arguments are those of `VLMTeacher`.
     """
 
     architecture = "Qwen3VLForConditionalGeneration"
@@ -159,7 +152,7 @@ class QwenVLTeacher(QwenTokens):
         }
 
     def _interpolation(self, grid: Tensor) -> tuple[Tensor, Tensor]:
-        """Which position embeddings each patch mixes, and how: (P, 4) indices and weights."""
+        """The interpolation of the position embeddings for P patches: (P, 4) indices and weights."""
         from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
         visual = self.visual
@@ -173,7 +166,7 @@ class QwenVLTeacher(QwenTokens):
 
     @keepable()
     def _table(self, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Position embeddings (P, C) and rotary angles (P, 1, d / 2) of one frame pair's P patches."""
+        """Position embeddings (P, C) and rotary (cos, sin), (P, 1, d / 2) each, of one frame pair's P patches."""
         from transformers.vision_utils import get_vision_position_ids
 
         visual = self.visual
@@ -188,6 +181,6 @@ class QwenVLTeacher(QwenTokens):
 
 
 def half_angles(angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """transformers' (cos, sin) (P, d), which repeat their first half, as (P, 1, d / 2)."""
+    """The first halves (P, 1, d / 2) of transformers' rotary (cos, sin), (P, d) each, which repeat them."""
     cos, sin = (x[:, None, : x.shape[-1] // 2] for x in angles)
     return cos, sin

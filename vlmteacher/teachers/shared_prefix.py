@@ -22,19 +22,22 @@ from vlmteacher.ops.attention import attention
 from vlmteacher.ops.elementwise import rotate
 from vlmteacher.teachers.prompt import Layout
 
-ACTIVATION_BYTES = 4 * 2**30  # where nobody says and no GPU tells
+ACTIVATION_BYTES = 4 * 2**30  # the default on the CPU
 
 
 class Keep(enum.IntEnum):
     """What a decoder layer keeps for its backward."""
 
-    ALL = 0  # what no product has to be repeated for
-    ATTENTION = 1  # no MLP: its input's two products are computed again
-    INPUT = 2  # nothing but its input: the whole layer is computed again
+    ALL = 0  # no product is repeated
+    ATTENTION = 1  # all but the MLP's part: its first two products are repeated
+    INPUT = 2  # the input only: the whole layer is repeated
 
 
-def how_much(layers: nn.ModuleList, tokens: int, budget: int | None, device: torch.device) -> Keep:
-    """The most that `tokens` tokens may keep in `budget` bytes (by default half of the GPU's free memory, or 4 GiB)."""
+def keep_level(layers: nn.ModuleList, tokens: int, budget: int | None, device: torch.device) -> Keep:
+    """The level that keeps the most of `tokens` tokens within `budget` bytes.
+
+    budget: None is half of the GPU's free memory, `ACTIVATION_BYTES` on the CPU.
+    """
     if budget is None:
         budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else ACTIVATION_BYTES
     layer: Any = layers[0]
@@ -53,7 +56,7 @@ def _inverse_rms(norm: Any, x: Tensor) -> Tensor:
 
 
 def _normalized(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """RMSNorm of x, and 1 / RMS."""
+    """RMSNorm of x, and 1 / RMS of x."""
     inverse = _inverse_rms(norm, x)
     return (x * inverse).to(x.dtype) * norm.weight, inverse
 
@@ -65,7 +68,7 @@ def _norm_backward(norm: Any, x: Tensor, inverse: Tensor, grad: Tensor) -> Tenso
 
 
 def _through(linear: nn.Module, grad: Tensor) -> Tensor:
-    """The gradient of a frozen linear layer's input. Quantised ones know theirs better than we do."""
+    """The gradient at the input of a frozen linear layer; other classes, as quantised layers, compute their own."""
     if type(linear) is nn.Linear:
         return grad @ linear.weight
     with torch.enable_grad():
@@ -82,7 +85,7 @@ class _Project(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         attn = layer.self_attn
         h, inverse = _normalized(layer.input_layernorm, x)
-        asking = h if rows is None else h[rows]
+        asking = h if rows is None else h[rows]  # the tokens that need queries
         q, k, v = (
             proj(t).unflatten(-1, (-1, attn.head_dim))
             for proj, t in ((attn.q_proj, asking), (attn.k_proj, h), (attn.v_proj, h))
@@ -149,14 +152,14 @@ class _Finish(torch.autograd.Function):
 
 
 def _layer(x: Tensor, layer: Any, layout: Layout, last: bool, keep: Keep, backend: str | None) -> Tensor:
-    rows = layout.answers if last else None  # nobody reads the other outputs of the last layer
+    rows = layout.answers if last else None  # the other outputs of the last layer are not used
     q, k, v = _Project.apply(x, layer, layout.cos, layout.sin, rows, keep == Keep.ALL)
     heads = attention(q[None], k[None], v[None], layout.answers_see if last else layout.sees, backend)
     return _Finish.apply(x if rows is None else x[rows], heads[0].flatten(1), layer, keep == Keep.ALL)
 
 
 def check_language(language: Any, name: str) -> None:
-    """Raises InputError when the decoder layers are not of the Llama form, which is the one that is known here."""
+    """Raise InputError unless the decoder layers have the form of Llama's."""
     norms = ("input_layernorm", "post_attention_layernorm")
     parts = [f"{norm}.variance_epsilon" for norm in norms]
     parts += [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -165,7 +168,9 @@ def check_language(language: Any, name: str) -> None:
         for step in part.split("."):
             value = getattr(value, step, None)
         if value is None:
-            raise InputError(f"teacher {name!r}: its language model has no {part}; Llama-like decoder layers are known")
+            raise InputError(
+                f"teacher {name!r}: its language model has no {part}; only Llama-like decoder layers are supported"
+            )
     if any(kind != "full_attention" for kind in getattr(language.config, "layer_types", None) or ()):
         raise InputError(f"teacher {name!r}: its language model attends in sliding windows, which is not supported")
 
@@ -184,11 +189,11 @@ def answer_losses(
     Args:
         language: a frozen Llama-like model of transformers (`embed_tokens`, `layers`, `norm`); head: its LM head.
         video: (visual tokens, C), the embeddings that replace the placeholders.
-        deepstack: the same for the outputs of the first layers, to be added there.
-        activation_bytes: what the layers may keep for the backward, see `how_much`.
+        deepstack: (visual tokens, C) each, added to the outputs of the first layers.
+        activation_bytes: the limit of what the layers keep for the backward, see `keep_level`.
         attention_backend: see `ops.attention`.
     """
-    keep = how_much(language.layers, len(layout.ids), activation_bytes, video.device)
+    keep = keep_level(language.layers, len(layout.ids), activation_bytes, video.device)
     embeds = language.embed_tokens(layout.ids)
     x = embeds.index_copy(0, layout.video, video.to(embeds.dtype))
     for index, layer in enumerate(language.layers):

@@ -1,8 +1,8 @@
 """The visual encoder of a frozen VLM, streamed: its memory is that of one chunk, its gradients are exact.
 
 A frame pair (of other families: a frame) attends to itself only, so chunks of them are independent. The forward keeps
-the pixels and the encoder's outputs; the backward encodes one chunk again, with a graph, and goes
-straight to its pixels.
+the pixels and the encoder's outputs; the backward encodes one chunk after the other again, with a graph, and
+differentiates it to its pixels.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _in_chunks(frames: Tensor, encode: Encode, step: int) -> tuple[Tensor, ...]:
 
 
 def stream(encode: Encode, frames: Tensor, step: int) -> tuple[Tensor, ...]:
-    """`encode(frames)`, computed and differentiated `step` frames at a time.
+    """Compute and differentiate `encode(frames)`, `step` frames at a time.
 
     Args:
         encode: from (k, 3, H, W) to tensors (k * rows, C), each with the same number of rows for every `step` frames
@@ -58,8 +58,8 @@ def stream(encode: Encode, frames: Tensor, step: int) -> tuple[Tensor, ...]:
         step: frames of one chunk.
 
     Returns:
-        What `encode` returns. Between forward and backward only the frames and the outputs are alive, in the backward
-        also the graph of one chunk; the price is one more forward. A video of one chunk keeps its graph instead: the
+        The outputs of `encode`. Between forward and backward only the frames and the outputs are alive, in the backward
+        also the graph of one chunk; the cost is one more forward. A video of one chunk keeps its graph instead: the
         peak is the same.
     """
     if len(frames) <= step:
@@ -70,14 +70,14 @@ def stream(encode: Encode, frames: Tensor, step: int) -> tuple[Tensor, ...]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str | None = None) -> Tensor:
-    """Attention of (B, N, H, d) tensors, all segments B in one call; returns (B, N, H * d). See `ops.attention`."""
+    """Attention of (B, N, H, d) tensors over N; returns (B, N, H * d). See `ops.attention`."""
     return attention(q, k, v, backend=backend).flatten(2)
 
 
 def attend_segments(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], backend: str | None = None) -> Tensor:
-    """The same for rows of segments: N = sum(lengths), each segment of a row attends to itself.
+    """Attention of rows of segments, N = sum(lengths): each segment attends to itself. Returns (B, N, H * d).
 
-    Neighbours of equal length go into one call, or all where the backend has one for it. Returns (B, N, H * d).
+    Neighbours of equal length are computed in one call; with a backend for unequal lengths all are.
     """
     if len(lengths) == 1:
         return attend(q, k, v, backend)
@@ -93,9 +93,9 @@ def attend_segments(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], bac
 
 
 class LinearPatchEmbed(nn.Module):
-    """A vision tower's patch embedding as the matrix product that it is: its convolution's stride equals its kernel.
+    """A vision tower's patch embedding as a matrix product: the stride of its convolution equals the kernel.
 
-    Conv3d is slow, on the CPU above all. Keeps the stock parameter names. patches: (N, channels * kernel).
+    Conv3d is slow, above all on the CPU. The parameters keep their stock names. patches: (N, channels * kernel).
     """
 
     def __init__(self, stock: nn.Module) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmteacher.checkpoints.pretrained import load_tokenizer
 from vlmteacher.errors import InputError, Notice
@@ -27,24 +27,24 @@ from vlmteacher.teachers.visual_checkpoint import stream
 from vlmteacher.teachers.writer import Writer
 
 MAX_NEW_TOKENS = 256
-IMAGE_PIXELS = 1280 * 720  # of an image that queries are written from: no known video model's frames have more
-CHUNK_PATCHES = {"cpu": 1024, "cuda": 16384}  # of the visual encoder; the caches of a CPU, the occupancy of a GPU
-LEAST_YES_OR_NO = 0.5  # of the probability, on a plain question
+IMAGE_PIXELS = 1280 * 720  # at most, of an image that queries are written from; frames of video models have fewer
+CHUNK_PATCHES = {"cpu": 1024, "cuda": 16384}  # of the visual encoder: fits the caches of a CPU, fills a GPU
+LEAST_YES_OR_NO = 0.5  # probability of Yes and No together on a plain question
 
 
 class VLMTeacher(VideoPrompts, Teacher):
-    """A frozen VLM of transformers. A family is a subclass that fills in what is abstract here.
+    """A frozen VLM of transformers. A family is a subclass that defines the abstract methods and class attributes.
 
     Args:
         model: of the class `architecture`; it is frozen and set to evaluation mode.
         tokenizer: its tokenizer, with a chat template.
+        video, image: the preprocessing of videos, and of images (None: that of videos).
 
     Attributes:
-        style: how it is asked for queries.
+        style: the instructions for writing queries.
         writer: the LoRA that is applied while it writes queries, if there is one.
         architecture: the class of transformers.
         token_ids: the entries of the model's config that are ids of tokens, and the tokens.
-        video: the preprocessing of videos.
         frames_per_patch: frames of one temporal patch.
 
     Raises InputError when the tokenizer has no chat template, or the chat template no place for a video.
@@ -52,16 +52,16 @@ class VLMTeacher(VideoPrompts, Teacher):
 
     architecture: ClassVar[str]
     token_ids: ClassVar[dict[str, str]]
-    video: VisionSettings
     frames_per_patch: int
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, video: VisionSettings, image: VisionSettings | None = None) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise InputError("the teacher's tokenizer has no chat template: take an instruction-tuned checkpoint")
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         self.quantized = is_quantized(model)
         self.tokenizer = tokenizer
+        self.video, self.image = video, image or video
         self.style = QueryStyle()
         self.writer: Writer | None = None
         check_language(self.language, model.config.model_type)
@@ -91,9 +91,9 @@ class VLMTeacher(VideoPrompts, Teacher):
 
     @torch.no_grad()
     def check_answers(self, name: str) -> None:
-        """Give a notice unless a plain question is mostly answered by Yes or No.
+        """Give a notice unless the model answers a plain question mostly by Yes or No.
 
-        name: of the checkpoint. Raises InputError when its answer is NaN.
+        name: of the checkpoint. Raises InputError when the losses are NaN.
         """
         side = 4 * self.video.patch_size
         clip = self.clip(range(self.frames_per_patch), 8.0, side, side)
@@ -105,8 +105,8 @@ class VLMTeacher(VideoPrompts, Teacher):
             raise InputError(f"teacher {name!r} answers NaN: its weights are damaged, or {dtype} is too small for them")
         if p < LEAST_YES_OR_NO:
             warnings.warn(
-                f"teacher {name!r} answers a plain question by Yes or No with a probability of {p:.2g} only: what its"
-                " losses say is little; take an instruction-tuned checkpoint that answers without a thought before it",
+                f"teacher {name!r} answers a plain question by Yes or No with a probability of {p:.2g} only: its"
+                " losses mean little; take an instruction-tuned checkpoint that answers without a thought before it",
                 Notice,
                 stacklevel=2,
             )
@@ -115,7 +115,7 @@ class VLMTeacher(VideoPrompts, Teacher):
     def from_parts(cls, path_or_id: str, model: Any, tokenizer: Any, local_files_only: bool) -> VLMTeacher:
         """The Teacher of a loaded model; reads the checkpoint's processor settings."""
         defaults = cls.processor_defaults(model.config)
-        return cls(model, tokenizer, *processor_settings(path_or_id, defaults, local_files_only))  # type: ignore[call-arg]
+        return cls(model, tokenizer, *processor_settings(path_or_id, defaults, local_files_only))
 
     @staticmethod
     @abstractmethod
@@ -130,9 +130,9 @@ class VLMTeacher(VideoPrompts, Teacher):
         """
         return tokenizer
 
-    @abstractmethod
     def patches_per_frame(self, size: tuple[int, int]) -> int:
-        """Patches of one temporal patch."""
+        """The number of patches in one temporal patch of frames of `size` (H, W)."""
+        return size[0] * size[1] // self.video.patch_size**2
 
     @property
     @abstractmethod
@@ -141,33 +141,34 @@ class VLMTeacher(VideoPrompts, Teacher):
 
     @abstractmethod
     def encode_rows(self, rows: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
-        """Visual features of whole temporal patches, given as patch rows of the tower's dtype: differentiable.
+        """Encode whole temporal patches, given as patch rows (n, values) of the tower's dtype; differentiable.
 
-        size: (H, W) of their frames. Returns the embeddings (visual tokens, C), then the DeepStack features, if there
-        are any.
+        size: (H, W) of their frames. Returns the embeddings (visual tokens, C), then the DeepStack features of the same
+        shape, if the family has any.
         """
 
     @abstractmethod
     def stock_inputs(self, frames: Tensor, clip: Clip) -> dict[str, Tensor]:
-        """What transformers' processor makes of frames (K, 3, H, W), RGB in [0, 1]: the pixels first, float32."""
+        """The video inputs of the stock model for frames (K, 3, H, W), RGB in [0, 1]: pixels, float32, come first."""
 
     @abstractmethod
     def stock_encoder(self, clip: Clip) -> Callable[[Tensor], list[Tensor]]:
-        """The visual encoder in transformers' own modules: from frames (K, 3, H, W) to features, in one pass.
+        """Return the visual encoder in transformers' own modules: from frames (K, 3, H, W) to features, in one pass.
 
         Plans and benchmarks compare with it. It also runs on the meta device.
         """
 
     def encode(self, frames: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
-        """`encode_rows` of frames (k, 3, H, W), RGB in [0, 1], resized to `size`: differentiable to the pixels."""
+        """Encode frames (k, 3, H, W), RGB in [0, 1], resized to `size`; differentiable. See `encode_rows`."""
         return self.encode_rows(resized_rows(frames, size, self.video, self.visual.dtype), size)
 
     @abstractmethod
     def image_inputs(self, pixels: Tensor) -> tuple[str, dict[str, Tensor]]:
-        """What stands for an image (3, H, W), RGB in [0, 1], in the prompt, and the model's further inputs."""
+        """The text that stands for an image (3, H, W), RGB in [0, 1], in the prompt, and the model's image inputs."""
 
     @property
     def language(self) -> Any:
+        """The language model."""
         return self.model.model.language_model
 
     @property
@@ -180,7 +181,7 @@ class VLMTeacher(VideoPrompts, Teacher):
             return self
         frequencies = {name: value for name, value in self.model.named_buffers() if name.endswith("inv_freq")}
         self.model.to(device=device or self.device, dtype=dtype or self.model.dtype)
-        for name, value in frequencies.items():  # in bfloat16 late positions would fall together
+        for name, value in frequencies.items():  # stay in float32: in bfloat16 late positions would coincide
             parent, _, leaf = name.rpartition(".")
             setattr(self.model.get_submodule(parent), leaf, value.to(self.device))
         self._layouts.clear()
@@ -212,8 +213,11 @@ class VLMTeacher(VideoPrompts, Teacher):
         return self.packed_losses(frames.to(self.device), self.layout(clip, queries), clip.size)
 
     def packed_losses(self, frames: Tensor | PatchRows, layout: Layout, size: tuple[int, int]) -> Tensor:
-        """`losses` without looking at values: frames (K, 3, H, W), or their patch rows, are on the device, `layout` is
-        of these questions."""
+        """Compute `losses` without checks, (questions,) float32.
+
+        frames: (K, 3, H, W), or their patch rows, on the model's device. layout: of the questions about them. size:
+        (H, W) that the frames are resized to.
+        """
         budget = self.chunk_patches or CHUNK_PATCHES.get(self.device.type, CHUNK_PATCHES["cuda"])
         patches = self.patches_per_frame(size)
         at_a_time = max(1, budget // patches)
@@ -222,17 +226,17 @@ class VLMTeacher(VideoPrompts, Teacher):
             offload = torch.autograd.graph.save_on_cpu(pin_memory=True)
         with offload:
             if isinstance(frames, PatchRows):
-                seen = stream(lambda chunk: self.encode_rows(chunk, size), frames.rows, at_a_time * patches)
+                features = stream(lambda chunk: self.encode_rows(chunk, size), frames.rows, at_a_time * patches)
             else:
-                seen = stream(lambda chunk: self.encode(chunk, size), frames, at_a_time * self.frames_per_patch)
-            video, *deepstack = seen
+                features = stream(lambda chunk: self.encode(chunk, size), frames, at_a_time * self.frames_per_patch)
+            video, *deepstack = features
             head = self.model.get_output_embeddings()
             return answer_losses(
                 self.language, head, layout, video, deepstack, self.activation_bytes, self.attention_backend
             )
 
     def write_queries(self, prompt: str, image: ImageInput | None = None) -> QuerySet:
-        """See `Teacher.write_queries`. Greedy first; the one retry is sampled, with a seed of its own."""
+        """See `Teacher.write_queries`. The first try is greedy, the second is sampled with a fixed seed."""
         check_prompt(prompt)
         with self.writer.on(self.model) if self.writer else contextlib.nullcontext():
             return ask_for_queries(
@@ -240,7 +244,10 @@ class VLMTeacher(VideoPrompts, Teacher):
             )
 
     def _query_inputs(self, prompt: str, image: ImageInput | None, later: Sequence[str] = ()) -> dict[str, Tensor]:
-        """What `generate` takes to write the queries of a task, or to mend them after `later` turns."""
+        """The inputs of `generate` for the queries of a task.
+
+        later: the turns after the first, which ask for a correction.
+        """
         vision: dict[str, Tensor] = {}
         placeholder = None
         if image is not None:
@@ -253,12 +260,12 @@ class VLMTeacher(VideoPrompts, Teacher):
         return {name: value.to(self.device) for name, value in inputs.items()}
 
     def token_inputs(self, ids: Tensor) -> dict[str, Tensor]:
-        """Further inputs of the model's generation that follow from the token ids."""
+        """The inputs of the stock model that follow from token ids (B, N) alone."""
         return {}
 
     @torch.no_grad()
     def _generate(self, inputs: dict[str, Tensor], sample: bool) -> str:
-        how: dict[str, Any] = (
+        sampling: dict[str, Any] = (
             {"temperature": 0.7, "top_p": 0.9, "top_k": 0}
             if sample
             else dict.fromkeys(("temperature", "top_p", "top_k"))
@@ -269,7 +276,7 @@ class VLMTeacher(VideoPrompts, Teacher):
             output = self.model.generate(
                 **inputs,
                 do_sample=sample,
-                **how,
+                **sampling,
                 max_new_tokens=MAX_NEW_TOKENS,
                 eos_token_id=self.tokenizer.eos_token_id,
                 pad_token_id=self._pad_token_id,
@@ -280,9 +287,3 @@ class VLMTeacher(VideoPrompts, Teacher):
     def _pad_token_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
-
-
-def freeze_patch_embed(tower: nn.Module, name: str, linear: type[nn.Module]) -> None:
-    """Replace a tower's convolution by the equal matrix product, once."""
-    if not isinstance(getattr(tower, name), linear):
-        setattr(tower, name, linear(getattr(tower, name)))

@@ -1,4 +1,4 @@
-"""A LoRA for writing queries, beside the frozen weights that judge: what helps the one would spoil the other."""
+"""A LoRA that is applied while a Teacher writes queries; its frozen weights judge, which such training would harm."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlmteacher.checkpoints.hub import find_file
 from vlmteacher.checkpoints.pretrained import read_config
 from vlmteacher.errors import InputError
 
-# What an adapter_config.json may say; other entries make other layers, or import what they name.
+# The supported entries of an adapter_config.json; others make layers of other kinds, or import code.
 ENTRIES = {"r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora"}
 ENTRIES |= {"lora_dropout", "bias", "layers_to_transform", "layers_pattern", "fan_in_fan_out"}
 NOTES = {"auto_mapping", "base_model_name_or_path", "peft_version", "revision", "task_type", "inference_mode"}
@@ -22,14 +22,14 @@ NOTES = {"auto_mapping", "base_model_name_or_path", "peft_version", "revision", 
 
 @dataclass(frozen=True)
 class Writer:
-    """config: peft's of the LoRA. weights: as peft keeps them in ``adapter_model.safetensors``."""
+    """A LoRA of peft. config: its `LoraConfig`. weights: as in ``adapter_model.safetensors``."""
 
     config: Any
     weights: dict[str, Tensor]
 
     @classmethod
     def load(cls, model: Any, path_or_id: str, subfolder: str, local_files_only: bool = False) -> Writer:
-        """Read the adapter of `model` in its checkpoint's `subfolder`. Raises InputError when it is no LoRA for it."""
+        """Read the LoRA of `model` from its checkpoint's `subfolder`. Raises InputError when it does not fit."""
         from peft import LoraConfig
         from safetensors.torch import load_file
 
@@ -38,7 +38,7 @@ class Writer:
             defaults = LoraConfig()
             for name, value in values.items():
                 if name not in ENTRIES | NOTES and value not in (None, False, getattr(defaults, name, None)):
-                    raise ValueError(f"its adapter_config.json sets {name}, which no writer needs: remove it")
+                    raise ValueError(f"its adapter_config.json sets {name}, which is not supported: remove it")
             config = LoraConfig(**{name: values[name] for name in ENTRIES & set(values)}, inference_mode=True)
             file = find_file(path_or_id, f"{subfolder}/adapter_model.safetensors", local_files_only)
             if file is None:
@@ -46,16 +46,16 @@ class Writer:
             writer = cls(config, load_file(file))
             with writer.on(model):
                 return writer
-        except Exception as error:  # of a damaged file, anything
+        except Exception as error:  # a damaged file raises anything
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"teacher {path_or_id!r}: its writer {subfolder!r} cannot be used: {reason}") from error
 
     @contextmanager
     def on(self, model: Any) -> Iterator[None]:
-        """Inside, the layers of `model` are peft's with the LoRA; afterwards they are the very ones of before."""
+        """Apply the LoRA to `model` inside the context; afterwards its layers are the same objects as before."""
         from peft import PeftModel, set_peft_model_state_dict
 
-        with torch.random.fork_rng(devices=[]):  # peft draws first weights, which are overwritten
+        with torch.random.fork_rng(devices=[]):  # peft draws initial weights, which are overwritten
             adapted = PeftModel(model, self.config)
         try:
             loaded = set_peft_model_state_dict(adapted, self.weights)
