@@ -1,4 +1,4 @@
-"""Eyes, queries or steps: rows whose reason to fail is known."""
+"""Causes of failures, on rows with a known cause."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def vanishes(scene: Scene) -> Track:
 def row(
     scene: Scene, track: Track, said: list[bool] | None = None, queries: QuerySet | None = None, **more: Any
 ) -> dict[str, Any]:
-    """Of a Teacher that answers `said`, or what is so."""
+    """A row of results.json; the Teacher answers `said`, by default the truth."""
     true = truths(scene, facts_of(scene, track), queries or right_queries(scene))
     verdict = scorer.score(world.draw(track), scene)
     said = said or [bool(answer) for _, answer in true]
@@ -59,8 +59,8 @@ def test_a_cause_for_every_failure(scene: Scene) -> None:
 
 def test_judgements_tell_perception_from_wrong_queries(scene: Scene) -> None:
     def shares(one: dict[str, Any]) -> tuple[int, float, float]:
-        found = explain([one])
-        return found["judgements"], found["perception"], found["wrong_query"]
+        rates = explain([one])
+        return rates["judgements"], rates["perception"], rates["wrong_query"]
 
     right, wrong = world.perform(scene), vanishes(scene)
     assert shares(row(scene, right)) == shares(row(scene, wrong)) == (4, 0, 0)
@@ -74,9 +74,9 @@ def test_judgements_tell_perception_from_wrong_queries(scene: Scene) -> None:
     assert judgements(row(deliver, track, said)) == [(False, True, True), (True, True, True)]
 
 
-def test_rows_that_tell_nothing_are_left_out(scene: Scene) -> None:
-    told = row(scene, vanishes(scene), stopped="max_steps")
-    silent = {name: value for name, value in told.items() if name != "truths"}
+def test_incomplete_rows_are_left_out(scene: Scene) -> None:
+    complete = row(scene, vanishes(scene), stopped="max_steps")
+    silent = {name: value for name, value in complete.items() if name != "truths"}
     assert explain([silent]) == {}
-    assert explain([told, silent]) == explain([told])
-    assert explain([told, told])["failures"] == {name: 2 * (name == "updates") for name in CAUSES}
+    assert explain([complete, silent]) == explain([complete])
+    assert explain([complete, complete])["failures"] == {name: 2 * (name == "updates") for name in CAUSES}

@@ -33,9 +33,9 @@ def test_agreement_of_a_tiny_pair(models):
     reasoner, teacher = load_reasoner(models["reasoner"]), load_teacher(models["teacher"])
     condition = reasoner.encode(PROMPT, None, 5, 32, 48)
     noise = reasoner.noise(condition, torch.Generator().manual_seed(0))
-    found = agreement(reasoner, condition, noise, teacher, QuerySet("Is the ball on the square?"), teacher_frames=2)
-    assert set(found) == {"relative_rms", "loss_one_step", "loss_few_step"}
-    assert 0 < found["relative_rms"] < 10 and found["loss_one_step"] > 0 and found["loss_few_step"] > 0
+    results = agreement(reasoner, condition, noise, teacher, QuerySet("Is the ball on the square?"), teacher_frames=2)
+    assert set(results) == {"relative_rms", "loss_one_step", "loss_few_step"}
+    assert 0 < results["relative_rms"] < 10 and results["loss_one_step"] > 0 and results["loss_few_step"] > 0
 
 
 def test_many_steps_follow_the_guided_field(models):
@@ -62,12 +62,12 @@ def test_many_steps_follow_the_guided_field(models):
 
 def test_measure_on_the_microworld():
     reasoner = load_reasoner(PACKAGED_PAIR / "reasoner")
-    found = measure(reasoner, load_teacher(PACKAGED_PAIR / "teacher"), 2, 1)
-    assert found["n"] == len(found["instances"]) == 2
+    results = measure(reasoner, load_teacher(PACKAGED_PAIR / "teacher"), 2, 1)
+    assert results["n"] == len(results["instances"]) == 2
     for name in ("score", "score_one_step", "relative_rms", "loss_one_step", "loss_gap", "video_distance", "seconds"):
-        assert found[name] >= 0, name
+        assert results[name] >= 0, name
     many = measure(reasoner, None, 2, 1, many_steps=2)
-    assert "loss_gap" not in many and many["relative_rms"] != found["relative_rms"]
+    assert "loss_gap" not in many and many["relative_rms"] != results["relative_rms"]
     with pytest.raises(InputError, match="at least 2 instances, not 1"):
         measure(reasoner, None, 1, 1)
 
@@ -75,9 +75,9 @@ def test_measure_on_the_microworld():
 def test_a_report_holds_the_numbers_and_a_picture(tmp_path, capfd):
     flags = ["microworld", "measure", "--limit", "2", "--seed", "7", "--many-steps", "2", "--guidance", "1.5"]
     assert main([*flags, "--out", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert found["n"] == 2 and found["many_steps"] == 2 and 0 < found["loss_gap"] < 20
-    assert f"loss_gap         {found['loss_gap']:.3f}" in capfd.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["n"] == 2 and results["many_steps"] == 2 and 0 < results["loss_gap"] < 20
+    assert f"loss_gap         {results['loss_gap']:.3f}" in capfd.readouterr().out
     with Image.open(tmp_path / "frames.png") as sheet:
         assert sheet.size == (2 * 2 * 5 * world.SIZE, 2 * 2 * world.SIZE)
     assert main([*flags, "--out", str(tmp_path)]) == 2

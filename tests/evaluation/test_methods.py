@@ -40,12 +40,12 @@ def image() -> Image.Image:
 
 
 def judge(video: Tensor) -> dict[str, Any]:
-    """Tells videos apart to the bit."""
+    """Give different scores to videos that differ in a bit."""
     return {"success": bool(video.mean() > 0.5), "score": video.double().sum().item(), "subscores": {}}
 
 
 def answers(video: Tensor, asked: QuerySet) -> list[Any]:
-    """Tells what it is asked, about which video."""
+    """Return the queries and the score of the video."""
     return [asked.to_dict(), judge(video)["score"]]
 
 
@@ -106,7 +106,7 @@ def test_snapshots_are_the_runs_that_end_there(pipe: TeacherPipeline, image: Ima
     assert len({row["score"] for row in rows.values()}) == 3
 
 
-def test_the_trace_says_what_the_video_of_every_step_is_worth(pipe: TeacherPipeline, image: Image.Image) -> None:
+def test_the_trace_has_the_verdict_on_every_step(pipe: TeacherPipeline, image: Image.Image) -> None:
     row = one(pipe, image, "teacher", trace=True)
     plain = one(pipe, image, "teacher")
     assert [step["loss"] for step in row["steps"]] == [step["loss"] for step in plain["steps"]]
@@ -115,7 +115,7 @@ def test_the_trace_says_what_the_video_of_every_step_is_worth(pipe: TeacherPipel
     assert "score" not in plain["steps"][0] and row["score"] == plain["score"]
 
 
-def test_pass_at_n_takes_what_the_teacher_likes(pipe: TeacherPipeline, image: Image.Image) -> None:
+def test_pass_at_n_takes_the_lowest_loss(pipe: TeacherPipeline, image: Image.Image) -> None:
     row = one(pipe, image, "pass@3")
     outs = [call(pipe, image, seed, max_steps=0, final_samples=1) for seed in range(3)]
     best = min(outs, key=lambda out: out.loss_after)

@@ -1,4 +1,4 @@
-"""A sweep loses nothing: to dead processes, failing instances, full disks and damaged files."""
+"""A sweep loses no result to dead processes, failing instances, full disks and damaged files."""
 
 from __future__ import annotations
 

@@ -62,13 +62,13 @@ def test_bootstrap() -> None:
 
 def test_compare_pairs_scenes_and_means_their_noises() -> None:
     ours = rows([1, 1, 0, 1]) + rows([1, 0, 0, 1], noise=1)
-    found = compare(ours, rows([0, 1, 0, 1]))  # on the noise that both have
-    assert (found["n"], found["wins"], found["losses"]) == (4, 1, 0)
-    assert found["success_difference"] == 0.25 and found["score_difference"] == pytest.approx(0.125)
-    found = compare(ours, rows([0, 1, 0, 1]) + rows([0, 1, 0, 1], noise=1))
-    assert (found["n"], found["wins"], found["losses"]) == (8, 1, 1)
-    assert found["success_difference"] == pytest.approx((1 - 0.5) / 4)
-    assert found["low"] < found["success_difference"] < found["high"]
+    result = compare(ours, rows([0, 1, 0, 1]))  # on the noise that both have
+    assert (result["n"], result["wins"], result["losses"]) == (4, 1, 0)
+    assert result["success_difference"] == 0.25 and result["score_difference"] == pytest.approx(0.125)
+    result = compare(ours, rows([0, 1, 0, 1]) + rows([0, 1, 0, 1], noise=1))
+    assert (result["n"], result["wins"], result["losses"]) == (8, 1, 1)
+    assert result["success_difference"] == pytest.approx((1 - 0.5) / 4)
+    assert result["low"] < result["success_difference"] < result["high"]
 
 
 SMALL = Table(
@@ -125,16 +125,16 @@ def test_a_table_is_taken_up_and_says_what_is_missing(
     with pytest.raises(InputError, match="is not empty"):
         run_table(SMALL, bench, 1, 2, out)
     monkeypatch.setattr(microworld, "_work", lambda bench, job: (done.append(job[0].name), work(bench, job))[1])
-    found = run_table(SMALL, bench, 1, 2, out, resume=True)
+    result = run_table(SMALL, bench, 1, 2, out, resume=True)
     # 2 splits, of the main methods 2 noises; one run for all numbers of steps, none for 0
     assert {name: done.count(name) for name in done} == {
         **{"base": 4, "pass@2": 4, "teacher": 4},
         **{"steps": 2, "goal-only": 2},
     }
-    assert found == json.loads((out / "table.json").read_text())
-    assert set(found["missing"]) == {"pe", "many-step"} and "--many-step" in found["missing"]["many-step"]
-    assert list(found["methods"]) == ["base", "pass@2", "teacher", "steps@0", "steps@1", "steps@3", "goal-only"]
-    for name, entry in found["methods"].items():
+    assert result == json.loads((out / "table.json").read_text())
+    assert set(result["missing"]) == {"pe", "many-step"} and "--many-step" in result["missing"]["many-step"]
+    assert list(result["methods"]) == ["base", "pass@2", "teacher", "steps@0", "steps@1", "steps@3", "goal-only"]
+    for name, entry in result["methods"].items():
         results = json.loads((out / name / "results.json").read_text())
         here = results["instances"]
         assert results["method"] == name and results["n"] == entry["n"] == len(here)
@@ -147,14 +147,14 @@ def test_a_table_is_taken_up_and_says_what_is_missing(
             assert sum(entry["failures"].values()) == sum(not row["success"] for row in here)
             assert entry["failures"] == results["failures"] and entry["judgements"] == len(here)
     again = run_table(SMALL, bench, 1, 2, out, resume=True)
-    assert again == found and len(done) == 16
-    text = format_table(found, SMALL)
+    assert again == result and len(done) == 16
+    text = format_table(result, SMALL)
     assert "| pass@2, the scorer's choice |" in text and "Not run: pe: " in text
     methods, failures, _ = text.split("\n\n")
     assert {line.count("|") for line in methods.splitlines()} == {len(SMALL.splits) + 9}
     assert {line.count("|") for line in failures.splitlines()} == {len(CAUSES) + 6}
     assert [line.split(" | ")[0] for line in failures.splitlines()[2:]] == [
-        f"| {name}" for name in found["methods"] if name != "pass@2"
+        f"| {name}" for name in result["methods"] if name != "pass@2"
     ]
 
 

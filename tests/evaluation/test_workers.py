@@ -23,7 +23,7 @@ def square(x: int) -> int:
 
 
 def note(folder: str, name: str) -> int:
-    """How often this was called with these."""
+    """Count the calls with these arguments."""
     path = Path(folder) / name
     count = int(path.read_text()) + 1 if path.exists() else 1
     path.write_text(str(count))
@@ -31,7 +31,7 @@ def note(folder: str, name: str) -> int:
 
 
 def die(folder: str, name: str, times: int) -> str:
-    """Be killed, as by the out-of-memory killer, so many times before it works."""
+    """Die by SIGKILL, as by the out-of-memory killer, a number of times before it works."""
     if note(folder, name) <= times:
         os.kill(os.getpid(), signal.SIGKILL)
     return name

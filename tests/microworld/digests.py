@@ -75,10 +75,10 @@ def add_scene(digest: Digest, scene: Scene, rng: np.random.Generator) -> None:
     digest.array(video)
     digest.text(right_queries(scene).to_dict())
     add_questions(digest, scene, facts_of(scene, world.perform(scene)), rng)
-    seen = labeller.label(video, scene)
-    digest.text([labeller.succeeds(seen, scene), scorer.score(video, scene).success])
+    labels = labeller.label(video, scene)
+    digest.text([labeller.succeeds(labels, scene), scorer.score(video, scene).success])
     if digest.exact:
-        add_facts(digest, seen)
+        add_facts(digest, labels)
 
 
 def digest_of(family: str, scenes: int, exact: bool) -> str:

@@ -1,4 +1,4 @@
-"""What the world draws stays as the packaged models were trained on it."""
+"""The world draws what the packaged models were trained on."""
 
 import pytest
 

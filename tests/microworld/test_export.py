@@ -1,4 +1,4 @@
-"""The world as files: right videos still are, the flaw is where it is told, nothing is written over."""
+"""Exported files: right videos pass after compression, metadata marks the flaw, nothing is overwritten."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def export(out, *flags: object) -> int:
 
 
 def read(out):
-    """(metadata, scene, verdict on the file's video) of every instance."""
+    """Yield metadata, scene and the verdict on the video of every instance."""
     for instance in find_instances(out):
         metadata = json.loads((instance / "metadata.json").read_text())
         scene = Scene.from_json(metadata["scene"])
@@ -30,19 +30,19 @@ def read(out):
 
 def test_right_videos_succeed_after_compression(tmp_path):
     assert export(tmp_path, "--count", 10, "--seed", 2, "--split", "ood", "--family", "all") == 0
-    found = list(read(tmp_path))
+    instances = list(read(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}_task" for name in world.FAMILIES}
-    assert all(verdict.success and metadata["right"] for metadata, _, verdict in found)
-    assert {world.split_of(scene) for _, scene, _ in found} == {"ood"}
+    assert all(verdict.success and metadata["right"] for metadata, _, verdict in instances)
+    assert {world.split_of(scene) for _, scene, _ in instances} == {"ood"}
 
 
-def test_the_flaw_is_told_and_judged(tmp_path):
+def test_the_flaw_is_in_metadata_and_video(tmp_path):
     assert export(tmp_path, "--count", 20, "--flawed", "--family", "all") == 0
-    found = list(read(tmp_path))
-    assert {world.split_of(scene) for _, scene, _ in found} == {"train"}
-    assert all(metadata["right"] != FAMILIES[scene.family].is_careless(scene) for metadata, scene, _ in found)
-    assert all(verdict.success == metadata["right"] for metadata, _, verdict in found)
-    assert 3 < sum(metadata["right"] for metadata, _, _ in found) < 17
+    instances = list(read(tmp_path))
+    assert {world.split_of(scene) for _, scene, _ in instances} == {"train"}
+    assert all(metadata["right"] != FAMILIES[scene.family].is_careless(scene) for metadata, scene, _ in instances)
+    assert all(verdict.success == metadata["right"] for metadata, _, verdict in instances)
+    assert 3 < sum(metadata["right"] for metadata, _, _ in instances) < 17
 
 
 def test_one_family_by_itself(tmp_path):
@@ -50,7 +50,7 @@ def test_one_family_by_itself(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["sort_task"]
 
 
-def test_it_goes_on_and_writes_over_nothing(tmp_path, capfd):
+def test_an_export_continues_and_overwrites_nothing(tmp_path, capfd):
     assert export(tmp_path, "--count", 2) == 0
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.mp4")}
     assert export(tmp_path, "--count", 3) == 0

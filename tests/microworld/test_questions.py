@@ -1,4 +1,4 @@
-"""The Teacher's questions in all families: their truth follows from state, and the labeller sees the same."""
+"""The Teacher's questions in all families: answers follow from state, and the labeller agrees with state."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from vlmteacher.microworld.questions import (
     right_queries,
 )
 
-# What each corruption breaks, whatever the family; the question that must then be answered No.
+# Kinds of questions of which one at least must be answered No for a corruption, whatever the family.
 BREAKS = {
     "half_finished": {"inside", "at", "turns", "fills", "lies", "sorted"},
     "static": {"inside", "at", "turns", "fills", "lies", "sorted"},
@@ -47,7 +47,7 @@ def test_answers_follow_from_state(family):
 
 
 @pytest.mark.parametrize("family", world.FAMILIES)
-def test_labeller_sees_what_state_says(family):
+def test_labeller_agrees_with_state(family):
     rng = np.random.default_rng(6)
     same = []
     for kind in ("static", "mistaken", "wrong_target", "vanish", "teleport", "eroded_scenery", "half_finished"):
@@ -56,9 +56,9 @@ def test_labeller_sees_what_state_says(family):
         for _ in range(3):
             scene = world.sample_scene(rng, family)
             track = corruptions.corrupt(kind, scene, rng)
-            seen = labeller.label(soften(world.draw(track)), scene)
-            pairs = zip(own_questions(scene, facts_of(scene, track)), own_questions(scene, seen), strict=True)
-            same += [true.answer == found.answer for true, found in pairs]
+            labelled = labeller.label(soften(world.draw(track)), scene)
+            pairs = zip(own_questions(scene, facts_of(scene, track)), own_questions(scene, labelled), strict=True)
+            same += [true.answer == labelled.answer for true, labelled in pairs]
     assert np.mean(same) > 0.93
     for _ in range(3):
         scene = world.sample_scene(rng, family)
@@ -81,7 +81,7 @@ def test_half_of_the_answers_are_no():
     assert all(0.35 < np.mean(answers) < 0.65 for answers in said.values()), said
 
 
-def test_queries_are_few_and_say_how_a_thing_is_told_from_others():
+def test_queries_are_few_and_single_out_what_they_name():
     rng = np.random.default_rng(8)
     texts = {family: "" for family in world.FAMILIES}
     for family in world.FAMILIES:

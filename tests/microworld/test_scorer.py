@@ -1,4 +1,4 @@
-"""The scorer is held to simulator state: right videos pass, every kind of wrong one fails."""
+"""The scorer agrees with simulator state: right videos pass, every corruption fails."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def scenes() -> dict[str, list[world.Scene]]:
 
 
 def soften(frames: np.ndarray) -> np.ndarray:
-    """What a small decoder does to edges."""
+    """Blur edges as a small decoder does."""
     for axis in (1, 2):
         frames = 0.2 * np.roll(frames, 1, axis) + 0.6 * frames + 0.2 * np.roll(frames, -1, axis)
     return frames
@@ -76,11 +76,11 @@ def test_noise_and_other_tasks_videos_fail(scenes, family):
 def test_regions_are_connected_components():
     """Against flood filling, on masks of every density."""
     rng = np.random.default_rng(1)
-    found = rng.random((6, 17, 23)) < np.linspace(0.1, 0.9, 6)[:, None, None]
-    frame, area, centre, spread = scorer._regions(found)
+    pixels = rng.random((6, 17, 23)) < np.linspace(0.1, 0.9, 6)[:, None, None]
+    frame, area, centre, spread = scorer._regions(pixels)
     got = sorted(zip(frame.tolist(), area.tolist(), centre.round(6).tolist(), spread.tolist(), strict=True))
     expected = []
-    for t, mask in enumerate(found):
+    for t, mask in enumerate(pixels):
         left = mask.copy()
         for seed in np.argwhere(mask):
             stack, cells = [tuple(seed)], []

@@ -1,4 +1,4 @@
-"""The manifest of the splits is what the generators draw, and the splits share nothing with each other or training."""
+"""The manifest equals the splits that the generators draw; splits share no scene with each other or with training."""
 
 import json
 from collections import Counter
