@@ -56,3 +56,8 @@ class Notice(UserWarning):
 
 class MissingExtra(ImportError):
     """An optional package is not installed. The message names the extra that brings it."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the error's message, or its type where it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from vlmteacher import arguments
-from vlmteacher.errors import InputError, OutOfMemory
+from vlmteacher.errors import InputError, OutOfMemory, first_line
 from vlmteacher.exclusive import exclusive
 from vlmteacher.media import ImageInput
-from vlmteacher.optimization.out_of_memory import first_line, is_out_of_memory
+from vlmteacher.optimization.out_of_memory import is_out_of_memory
 from vlmteacher.placement import DeviceMap, find_devices
 from vlmteacher.queries import QuerySet
 from vlmteacher.settings import Settings

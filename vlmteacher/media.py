@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vlmteacher.errors import InputError, Notice
+from vlmteacher.errors import InputError, Notice, first_line
 from vlmteacher.files import check_text, replacing
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _read_file(path: str, name: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise InputError(f"{label} is too large ({error}): make it smaller") from error
     except Exception as error:  # PIL's readers raise errors of many types for damaged files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        reason = first_line(error)[:120]
         raise InputError(f"{label} cannot be read ({reason}): save it again as PNG or JPEG") from error
     return _to_rgb(*loaded, label)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from vlmteacher.arguments import show
-from vlmteacher.errors import InputError
+from vlmteacher.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +138,7 @@ def find_device(device: str | torch.device, label: str = "device") -> torch.devi
         probe = torch.empty(1, device=device)
         probe.item()
     except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         name = f"{label}{'' if label.endswith('=') else ' '}{device if isinstance(device, str) else show(device)}"
         raise InputError(f"{name} cannot be used here ({reason}): see `vlmteacher env`") from error
     return probe.device

@@ -10,7 +10,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmteacher.errors import InputError
+from vlmteacher.errors import InputError, first_line
 from vlmteacher.files import replacing
 from vlmteacher.interruption import uninterrupted
 
@@ -50,7 +50,7 @@ def read_state(path: Path, form: str, limit: int) -> dict[str, Any]:
                 raise ValueError(f"its part {damaged} is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and pickle raise errors of many types for a foreign file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+        reason = first_line(error)[:100]
         raise unusable(path, reason) from error
     written = content.get("form") if isinstance(content, dict) else None
     if written != form:

@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from vlmteacher.decoders import taehv_files as files
 from vlmteacher.decoders.find import KNOWN, find_decoder
 from vlmteacher.decoders.taehv_layers import MemBlock, SoftClamp, SuperMemBlock, TGrow, activation
-from vlmteacher.errors import InputError
+from vlmteacher.errors import InputError, first_line
 from vlmteacher.files import parse_json, replacing
 from vlmteacher.moved import moved_name
 from vlmteacher.ops import surrogate_decoder
@@ -335,7 +335,7 @@ class SurrogateDecoder(nn.Module):
             decoder.load_state_dict(state)
         except (AttributeError, KeyError, IndexError, ValueError, RuntimeError, TypeError, OverflowError) as error:
             raise InputError(
-                f"{path} is not a TAEHV decoder ({files.first_line(error)}): give a checkpoint such as taew2_1, taew2_2"
+                f"{path} is not a TAEHV decoder ({first_line(error)[:120]}): give a checkpoint such as taew2_1, taew2_2"
                 " or taew2_2_super"
             ) from error
         if scale := decoder_file(path.name).latents_scale:

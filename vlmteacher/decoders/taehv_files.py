@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vlmteacher.errors import InputError
+from vlmteacher.errors import InputError, first_line
 from vlmteacher.reasoners.registry import decoder_file
 
 FILE_LIMIT = 2**30  # bytes; the largest published decoder has a tenth
@@ -42,7 +42,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             if value.numel() * value.element_size() > path.stat().st_size:
                 raise ValueError(f"{name} is larger than the file")  # a stride of 0 expands a few bytes to any size
     except Exception as error:  # the reader of a damaged archive can raise anything
-        raise InputError(f"cannot read {path} as decoder weights ({first_line(error)})") from error
+        raise InputError(f"cannot read {path} as decoder weights ({first_line(error)[:120]})") from error
     return state, metadata
 
 
@@ -113,8 +113,3 @@ def check_shapes(shapes: dict[str, torch.Size], expected: dict[str, torch.Size])
 
 def _is_flags(value: object) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(isinstance(each, bool) for each in value)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error, at most 120 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

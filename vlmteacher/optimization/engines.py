@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
-from vlmteacher.errors import InputError
+from vlmteacher.errors import InputError, first_line
 from vlmteacher.optimization.objective import Metrics, Objective
-from vlmteacher.optimization.out_of_memory import first_line, is_out_of_memory
+from vlmteacher.optimization.out_of_memory import is_out_of_memory
 from vlmteacher.reasoners.checkpointing import Keep, block_list, kept_levels
 from vlmteacher.settings import Engine
 

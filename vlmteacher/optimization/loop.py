@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from vlmteacher.errors import InputError, NonFiniteError, NonFiniteFrames, OutOfMemory
+from vlmteacher.errors import InputError, NonFiniteError, NonFiniteFrames, OutOfMemory, first_line
 from vlmteacher.interruption import raise_lost, uninterrupted
 from vlmteacher.lora.adapter import load_lora_state, lora_parameters, lora_state_dict
 from vlmteacher.optimization import divergence
 from vlmteacher.optimization.engines import make_engine
 from vlmteacher.optimization.memory_ladder import MemoryLadder
 from vlmteacher.optimization.objective import Objective
-from vlmteacher.optimization.out_of_memory import first_line, is_out_of_memory
+from vlmteacher.optimization.out_of_memory import is_out_of_memory
 from vlmteacher.settings import Settings
 from vlmteacher.state import check_like, load_optimizer
 

@@ -16,8 +16,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and _FULL.search(str(error)) is not None
     )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of the error's message, or its type where it has no message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
