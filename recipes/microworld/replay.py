@@ -55,7 +55,8 @@ def stage_of(entry: Entry) -> Stage:
     """The stage that an entry runs."""
     if entry.stage != AVERAGE:
         return STAGES[entry.stage]
-    return Stage(AVERAGE, "teacher.average:average", entry.folder, needs=tuple(map(folder, entry.settings["shares"])))
+    needs = tuple(folder(name) for name in entry.settings["shares"])
+    return Stage(AVERAGE, "teacher.average:average", (f"{entry.folder}/teacher",), needs)
 
 
 def describe(entry: Entry, shorten: int = 1) -> dict[str, Any]:

@@ -22,8 +22,8 @@ class Stage:
     Attributes:
         name: the stage's name on the command line.
         function: the function that runs it, as ``module:function`` of this package.
-        folder: the stage's own folder.
-        needs: results of earlier stages, each with the folder of the stage that makes it first.
+        makes: its results, all in one folder.
+        needs: results of earlier stages.
         config: names of the files in ``configs/`` that hold its settings; a later one takes precedence.
         start: the result of an earlier stage that this one trains further.
         part: the part of a pair whose weights it can start from.
@@ -32,64 +32,63 @@ class Stage:
 
     name: str
     function: str
-    folder: str
+    makes: tuple[str, ...]
     needs: tuple[str, ...] = ()
     config: tuple[str, ...] = ()
     start: str | None = None
     part: str | None = None
     gpu: bool = False
 
+    @property
+    def folder(self) -> str:
+        """The stage's own folder."""
+        return self.makes[0].split("/")[0]
 
-REASONER_PARTS = ("distil/pipeline", "decoder/decoder.safetensors")
+
+VAE, DECODER, REASONER, STUDENT = "vae/vae", "decoder/decoder.safetensors", "reasoner/reasoner", "distil/pipeline"
+VOCABULARY = "teacher/tokenizer"
 TABLE = (
-    Stage("vae", "vae:train_vae", "vae", config=("vae",), part="reasoner/vae"),
-    Stage("vae-decoder", "vae:refine_decoder", "vae_decoder", ("vae/vae",), ("vae_decoder",)),
-    Stage("decoder", "decoder:train_decoder", "decoder", ("vae/vae",), ("decoder",), part="decoder.safetensors"),
-    Stage("latents", "reasoner:encode_latents", "latents", ("vae/vae",), ("latents",)),
-    Stage("reasoner", "reasoner:train_reasoner", "reasoner", ("vae/vae", "latents"), ("reasoner",), part="reasoner"),
-    Stage("distil", "reasoner:distil", "distil", ("reasoner/reasoner",), ("distil",)),
-    Stage("teacher", "teacher.train:pretrain", "teacher", config=("teacher",), part="teacher"),
-    Stage("collect", "collect:collect", "collect", REASONER_PARTS, ("collect",)),
+    Stage("vae", "vae:train_vae", (VAE,), config=("vae",), part="reasoner/vae"),
+    Stage("vae-decoder", "vae:refine_decoder", ("vae_decoder/vae",), (VAE,), ("vae_decoder",)),
+    Stage("decoder", "decoder:train_decoder", (DECODER,), (VAE,), ("decoder",), part="decoder.safetensors"),
+    Stage("latents", "reasoner:encode_latents", ("latents",), (VAE,), ("latents",)),
+    Stage("reasoner", "reasoner:train_reasoner", (REASONER,), (VAE, "latents"), ("reasoner",), part="reasoner"),
+    Stage("distil", "reasoner:distil", (STUDENT,), (REASONER,), ("distil",)),
+    Stage("teacher", "teacher.train:pretrain", ("teacher", VOCABULARY), config=("teacher",), part="teacher"),
+    Stage("collect", "collect:collect", ("collect",), (STUDENT, DECODER), ("collect",)),
     Stage(
         "teacher-finetune",
         "teacher.train:finetune",
-        "finetune",
-        ("teacher/tokenizer", "collect"),
-        ("teacher", "teacher_finetune"),
+        makes=("finetune/teacher",),
+        needs=(VOCABULARY, "collect"),
+        config=("teacher", "teacher_finetune"),
         start="teacher",
     ),
-    Stage("optimise", "collect:optimise", "collect", REASONER_PARTS, ("collect",), start="finetune/teacher"),
+    Stage("optimise", "collect:optimise", ("collect",), (STUDENT, DECODER), ("collect",), start="finetune/teacher"),
     Stage(
         "teacher-point",
         "teacher.point:train_pointing",
-        "point",
-        ("teacher/tokenizer", *REASONER_PARTS),
-        ("teacher", "teacher_point"),
+        makes=("point/teacher",),
+        needs=(VOCABULARY, STUDENT, DECODER),
+        config=("teacher", "teacher_point"),
         start="finetune/teacher",
         gpu=True,
     ),
     Stage(
         "writer",
         "teacher.writer:train_writer",
-        "writer",
-        ("teacher/tokenizer",),
-        ("teacher", "writer"),
-        "point/teacher",
+        makes=("writer/writer",),
+        needs=(VOCABULARY,),
+        config=("teacher", "writer"),
+        start="point/teacher",
     ),
     Stage(
         "package",
         "package:package",
-        "pair",
-        (
-            "distil/pipeline",
-            "reasoner/reasoner",
-            "vae_decoder/vae",
-            "decoder/decoder.safetensors",
-            "point/teacher",
-            "writer/writer",
-        ),
+        makes=("pair",),
+        needs=(STUDENT, REASONER, "vae_decoder/vae", DECODER, "point/teacher", "writer/writer"),
     ),
-    Stage("encoder", "encoder:train_encoder", "encoder", config=("encoder",)),
+    Stage("encoder", "encoder:train_encoder", ("encoder/encoder.safetensors",), config=("encoder",)),
 )
 STAGES = {stage.name: stage for stage in TABLE}
 

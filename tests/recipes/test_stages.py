@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -207,3 +208,14 @@ def test_a_stage_says_where_it_works(tmp_path, monkeypatch):
 def test_a_stage_says_what_it_needs(tmp_path):
     with pytest.raises(InputError, match="stage reasoner needs"):
         stages.run("reasoner", tmp_path)
+
+
+def test_the_table_is_in_order_and_its_functions_exist():
+    made: set[str] = set()
+    for stage in stages.TABLE:
+        assert made.issuperset(stage.needs) and (stage.start is None or stage.start in made), stage.name
+        assert {result.split("/")[0] for result in stage.makes} == {stage.folder}
+        assert stages.settings_of(stage) or stage.name == "package"
+        module, function = stage.function.split(":")
+        assert callable(getattr(import_module(f"recipes.microworld.{module}"), function))
+        made.update(stage.makes)
