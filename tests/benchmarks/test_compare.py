@@ -40,9 +40,9 @@ def test_pytest_benchmarks_medians(tmp_path: Path) -> None:
         (tmp_path / name).write_text(json.dumps({"benchmarks": [{"fullname": "suite::a", "stats": stats}]}, indent=1))
         return str(tmp_path / name)
 
-    found = compare.compare(compare.read(stored("old", 0.3)), compare.read(stored("new", 0.1)))
-    assert found["rows"] == [{"case": "suite::a", "old_ms": 300.0, "new_ms": 100.0, "ratio": pytest.approx(3)}]
-    assert found["summary"] == {"ratio": pytest.approx(3)}
+    comparison = compare.compare(compare.read(stored("old", 0.3)), compare.read(stored("new", 0.1)))
+    assert comparison["rows"] == [{"case": "suite::a", "old_ms": 300.0, "new_ms": 100.0, "ratio": pytest.approx(3)}]
+    assert comparison["summary"] == {"ratio": pytest.approx(3)}
 
 
 @pytest.mark.parametrize("content", [None, "", "no JSON", "[1]", '{"rows": []}'])

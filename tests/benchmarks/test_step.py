@@ -1,4 +1,4 @@
-"""The step benchmark compares like with like: real classes, random weights, tiny sizes."""
+"""The step benchmark computes the same on both sides: real classes, random weights, tiny sizes."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def text_only(instance: Instance) -> Instance:
 
 
 def gradients(optimizer: torch.optim.Optimizer) -> list[list[Tensor]]:
-    """Grows by the gradients that each step of `optimizer` sees."""
-    seen: list[list[Tensor]] = []
+    """A list to which every step of `optimizer` appends its gradients."""
+    collected: list[list[Tensor]] = []
 
-    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        seen.append([each.grad.clone() for group in optimizer.param_groups for each in group["params"]])
+    def collect(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        collected.append([weight.grad.clone() for group in optimizer.param_groups for weight in group["params"]])
 
-    optimizer.register_step_pre_hook(look)
-    return seen
+    optimizer.register_step_pre_hook(collect)
+    return collected
 
 
 @pytest.mark.parametrize("variant", ["checkpointed", "plain"])
@@ -103,7 +103,7 @@ def test_saved_bytes_counts_a_storage_once_and_no_weights() -> None:
     z.sum().backward()
 
 
-def test_peak_memory_sees_what_was_freed_again() -> None:
+def test_peak_memory_counts_what_was_freed_again() -> None:
     with PeakMemory("cpu") as memory:
         block = torch.ones(64 * MIB // 4)
         del block
@@ -118,7 +118,7 @@ def test_loss_differences() -> None:
     assert math.isinf(loss_differences([1.0, math.nan], [1.0, 1.0])[1])
 
 
-def test_where_half_precision_rounds_float32_tells_whether_the_losses_agree() -> None:
+def test_in_half_precision_float32_decides_whether_losses_agree() -> None:
     row = step.measure("smoke", build("smoke", torch.bfloat16), ["plain"], 2)
     assert bool(row["float32_losses"]) == (1e-3 < row["loss_difference"]["plain"] <= 1e-2)
     ours, stock = (Side(name, StockLoop(build("smoke", torch.bfloat16), "plain"), "cpu") for name in ("ours", "stock"))
@@ -164,8 +164,8 @@ def test_the_exponent_of_a_long_preset(monkeypatch: pytest.MonkeyPatch, capsys: 
     exponent = row["exponent"]
     assert exponent["tokens"] == [5 * 2 * 3, 3 * 2 * 3]
     for side in ("ours", "plain"):
-        times = [each["sides"][side]["ms"] for each in (row, row["shorter"])]
+        times = [measured["sides"][side]["ms"] for measured in (row, row["shorter"])]
         assert times[1] * (5 / 3) ** exponent[side]["step"] == pytest.approx(times[0])
-        parts = [each["sides"][side]["parts_ms"] for each in (row, row["shorter"])]
-        decoded = [each["decode_forward"] + each["decode_backward"] for each in parts]
+        parts = [measured["sides"][side]["parts_ms"] for measured in (row, row["shorter"])]
+        decoded = [part["decode_forward"] + part["decode_backward"] for part in parts]
         assert decoded[1] * (5 / 3) ** exponent[side]["decode"] == pytest.approx(decoded[0])

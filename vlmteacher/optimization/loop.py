@@ -278,7 +278,7 @@ class Optimization:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume a run of the same instance and settings where `state_dict()` left it; `max_steps` may be higher now.
 
-        Raises InputError for tensors of another shape or dtype, KeyError and the like for what is no state.
+        Raises InputError for tensors of another shape or dtype, and KeyError or the like when `state` is not a state.
         """
         load_lora_state(self.transformer, state["lora"])
         if state["optimizer"] is not None:
