@@ -1,10 +1,10 @@
-"""A Teacher's losses of four questions and their gradient to the pixels, against one stock pass per question.
+"""Times a Teacher's losses of four questions and their gradient to the pixels against one stock pass per question.
 
-python -m benchmarks.teacher [--json] [--preset tiny|mid] [--flops]
+python -m benchmarks.teacher [--json] [--preset tiny|mid] [--no-flops]
 
-Stock is transformers' own forward and backward of `Qwen3VLForConditionalGeneration`, question by question, logits
-where the answer stands only, its Conv3d patch embedding replaced by the equal linear layer; with gradient
-checkpointing as its documentation teaches it or without, whichever is faster. Random weights.
+Stock is the forward and backward of transformers' `Qwen3VLForConditionalGeneration`, question by question, with logits
+at the answer only and its Conv3d patch embedding replaced by the equal linear layer; with gradient checkpointing, as
+its documentation recommends, or without, whichever is faster. The weights are random.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from vlmteacher.teachers.visual_checkpoint import stream
 from vlmteacher.teachers.vlm import CHUNK_PATCHES
 
 FPS = 8.0
-# vision (depth, width, MLP), language (depth, width, MLP, heads, key heads, head dimension), patch, frames, height,
+# vision: depth, width, MLP, heads; language: depth, width, MLP, heads, key heads, head dimension; frames: K, height,
 # width
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -66,7 +66,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def build(preset: dict[str, Any], dtype: torch.dtype, device: str) -> tuple[Any, Any]:
-    """(model with random weights, tokenizer)."""
+    """Make (the stock model with random weights, its tokenizer)."""
     from transformers import Qwen3VLForConditionalGeneration
 
     vision, language, deepstack, patch = (preset[name] for name in ("vision", "language", "deepstack", "patch"))
@@ -82,7 +82,7 @@ def teacher_of(model: Any, tokenizer: Any, patch: int) -> QwenVLTeacher:
 
 
 def prompts(teacher: QwenVLTeacher, clip: Clip) -> list[tuple[Tensor, list[int]]]:
-    """(token ids (1, n) of prompt and answer, answer) of every question."""
+    """Return (token ids (1, n) of prompt and answer, token ids of the answer) for every question."""
     chats = teacher.chats(clip, QUERIES.questions)
     return [(torch.tensor([prompt + answer]), answer) for prompt, answer in chats]
 
@@ -90,7 +90,7 @@ def prompts(teacher: QwenVLTeacher, clip: Clip) -> list[tuple[Tensor, list[int]]
 def stock_losses(
     model: Any, frames: Tensor, settings: VisionSettings, questions: Sequence[tuple[Tensor, list[int]]]
 ) -> list[Callable[[], Tensor]]:
-    """One closure per question: the stock model's loss of it."""
+    """Return a closure for every question that computes the stock model's loss of it."""
 
     def loss(ids: Tensor, answer: list[int]) -> Tensor:
         pixels, grid = preprocess_video(frames, settings)
@@ -108,8 +108,11 @@ def stock_losses(
 
 
 def memory(teacher: QwenVLTeacher, frames: Tensor, layout: Layout, size: tuple[int, int]) -> dict[str, float]:
-    """Saved bytes, ours over stock: the visual encoder's between forward and backward, with the graph of the chunk
-    that the backward works on, and those of a whole pass (stock: one question)."""
+    """Measure saved bytes, ours over stock.
+
+    visual_saved: of the visual encoder between forward and backward. visual_peak: with the graph of the chunk that the
+    backward works on. memory_ratio: of a whole pass (stock: of one question).
+    """
     weights = list(teacher.model.parameters())
     nbytes = lambda outputs: sum(t.nbytes for t in outputs)  # noqa: E731
     pixels, grid = preprocess_video(frames, teacher.video)
@@ -141,7 +144,7 @@ def clip_of(num_frames: int, size: tuple[int, int]) -> Clip:
 
 
 def alternate(case: str, ours: Callable[[], Tensor], stock: Callable[[], Tensor], pairs: int) -> dict[str, Any]:
-    """As `timing.compare`, with CPU seconds beside, and without warming up: both have run, and stock takes a minute."""
+    """Time two functions in alternation, wall and CPU seconds, without a warm-up: both have run before."""
 
     def seconds(function: Callable[[], Tensor]) -> tuple[float, float]:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -169,7 +172,7 @@ def alternate(case: str, ours: Callable[[], Tensor], stock: Callable[[], Tensor]
 
 
 def timing(name: str, dtype: torch.dtype, pairs: int) -> dict[str, Any]:
-    """One row: four questions, forward and backward to the pixels."""
+    """Measure one row of the table: four questions, forward and backward to the pixels."""
     preset = PRESETS[name]
     model, tokenizer = build(preset, dtype, "cpu")
     teacher = teacher_of(model, tokenizer, preset["patch"])
@@ -188,7 +191,7 @@ def timing(name: str, dtype: torch.dtype, pairs: int) -> dict[str, Any]:
             gradient += torch.autograd.grad(loss(), frames)[0]
         return gradient
 
-    def one_question() -> float:
+    def one_question() -> float:  # CPU seconds
         start = time.process_time()
         torch.autograd.grad(losses[0](), frames)
         return time.process_time() - start
@@ -212,9 +215,11 @@ def timing(name: str, dtype: torch.dtype, pairs: int) -> dict[str, Any]:
 
 
 class Flops(TorchDispatchMode):
-    """Sums torch's own formulas over every operator that runs; unlike FlopCounterMode also inside of our backward
-    passes, where its module hooks do not work. CPU flash attention, which torch gives no formula, gets that of the
-    others."""
+    """Sums torch's formulas over every operator that runs.
+
+    Unlike FlopCounterMode, whose module hooks fail there, it counts inside our backward passes too. The CPU's flash
+    attention, for which torch has no formula, gets that of the others.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,10 +239,9 @@ class Flops(TorchDispatchMode):
 
 
 def flops() -> dict[str, float]:
-    """FLOPs at the paper's scale: three questions to Qwen3-VL-4B about 24 frames of 704x1280, counted on meta tensors.
+    """Count the FLOPs of three questions to Qwen3-VL-4B about 24 frames of 704x1280, on meta tensors.
 
-    Stock here is three passes without recomputation, logits at the answer only. Attention counts in full, causal or
-    not.
+    Stock is three passes without recomputation, logits at the answer only. Attention counts in full, causal or not.
     """
     preset = PRESETS["4b"]
     model, tokenizer = build(preset, torch.bfloat16, "meta")
@@ -302,8 +306,8 @@ def main() -> None:
             + ", ".join(f"{k} {v:.3f}" for k, v in summary["flops_4b"].items())
         )
     if settings.json:
-        facts = {"benchmark": "teacher", "device": "cpu", "dtype": settings.dtype}
-        print(json.dumps(facts | {"rows": rows, "summary": summary}))
+        header = {"benchmark": "teacher", "device": "cpu", "dtype": settings.dtype}
+        print(json.dumps(header | {"rows": rows, "summary": summary}))
 
 
 if __name__ == "__main__":

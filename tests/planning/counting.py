@@ -35,7 +35,7 @@ def our_backward_flops(grad: Sequence[int], query: Sequence[int], key: Sequence[
 
 
 def stock_count(function: Callable[[], Any]) -> int:
-    """torch's own counter, told about the CPU's attention, torch's and ours."""
+    """The FLOPs by torch's own counter, with formulas for the CPU's attention, torch's and ours."""
     aten, own = torch.ops.aten, torch.ops.vlmteacher
     mapping = {
         aten._scaled_dot_product_flash_attention_for_cpu: flash_flops,

@@ -77,10 +77,10 @@ def test_plan_of_the_packaged_pair(run: Run) -> None:
     assert (status, err) == (0, "")
     plan = json.loads(out)
     for part in ("ours", "stock"):
-        found = plan[part]
-        assert found["flops"] == sum(stage["flops"] for stage in found["stages"].values()) > 0
-        assert found["peak_bytes"] == max(stage["peak_bytes"] for stage in found["stages"].values())
-        assert found["peak_bytes"] > sum(found["weights"].values())
+        step = plan[part]
+        assert step["flops"] == sum(stage["flops"] for stage in step["stages"].values()) > 0
+        assert step["peak_bytes"] == max(stage["peak_bytes"] for stage in step["stages"].values())
+        assert step["peak_bytes"] > sum(step["weights"].values())
     assert plan["fits"] and plan["ours"]["flops"] < plan["stock"]["flops"]
     assert (plan["num_frames"], plan["height"], plan["width"]) == (13, 64, 64)
 
@@ -142,7 +142,7 @@ def test_broken_directories(tmp_path: Path, run: Run) -> None:
 
 
 def test_plan_at_the_papers_scale(run: Run) -> None:
-    """Issue 8: in one and the same plan at most 60% of stock's FLOPs and at most 48 GB, weights included."""
+    """One plan takes at most 60% of stock's FLOPs and at most 48 GB, weights included."""
     status, out, _ = run("plan", *PAPER, "--questions", 4, "--memory", 48, "--json")
     plan = json.loads(out)
     assert status == 0 and plan["fits"] and plan["reasoner_tokens"] == 20240

@@ -1,4 +1,4 @@
-"""What a chat is made of: users' text stays text, the answer stands where the template puts it, and is Yes or No."""
+"""Chats: control tokens in a user's text are text, the answer follows the template, and it is Yes or No."""
 
 import warnings
 
@@ -75,7 +75,7 @@ def test_a_normal_text_has_the_ids_of_the_whole_chat(teacher):
 
 
 def test_words_that_were_added_stay_words(qwen):
-    """A domain's own words, and what else is in brackets there."""
+    """Added words of a domain stay tokens; added words in brackets are control tokens."""
     teacher = load_teacher(qwen)
     plain = teacher._question_chat("Is the gripper <depth> ok?", "")[0]
     teacher.tokenizer.add_tokens(["gripper", "<depth>"])
@@ -90,7 +90,7 @@ def test_the_mark_itself_is_refused(teacher):
 
 
 def with_generation_prompt(teacher, end):
-    """The teacher, whose template ends the generation prompt like this."""
+    """The teacher with `end` after the generation prompt of its template."""
     template = str(teacher.tokenizer.chat_template)
     plain = "{{- '<|im_start|>assistant\\n' -}}"
     assert template.count(plain) == 1

@@ -1,6 +1,7 @@
-"""Every family against one untouched stock pass per question: random small configs, odd frame counts, several sizes."""
+"""Compares every family with one unchanged stock pass per question: small random models, odd frame counts, sizes."""
 
 import functools
+import json
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from transformers import AutoTokenizer
 from tests.tiny_teacher import CORPUS, tiny_internvl, tiny_qwen3_vl, tiny_qwen25_vl
 from vlmteacher.errors import InputError, NonFiniteFrames
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
+from vlmteacher.planning.models import KNOWN
 from vlmteacher.queries import QuerySet
-from vlmteacher.teachers import load_teacher
+from vlmteacher.teachers import base, load_teacher
 from vlmteacher.teachers.preprocessing import preprocess_video
 
 QUESTIONS = (
@@ -38,7 +40,7 @@ def qwen3_inputs(settings, frames, indices):
 
 
 def patch_rows(frames, mean, std, patch):
-    """By hand: (pixels - mean) / std, the last frame repeated, 2x2 patches next to each other."""
+    """Patch rows by hand: (pixels - mean) / std, the last frame repeated, the patches of a 2x2 block adjacent."""
     frames = (frames - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     frames = torch.cat([frames, frames[-1:]]) if len(frames) % 2 else frames
     t, _, h, w = frames.shape
@@ -66,7 +68,7 @@ FAMILIES = {
     "qwen2_5_vl": (tiny_qwen25_vl, qwen25_inputs),
     "internvl": (tiny_internvl, internvl_inputs),
 }
-# another shape for each, to be sure that nothing fits by chance: (text config, vision config)
+# another shape for each, so that no test passes by coincidence: (text config, vision config)
 OTHERS = {
     "qwen3_vl": (
         {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": False},
@@ -83,6 +85,15 @@ OTHERS = {
 }
 
 
+def test_every_family_is_tested_documented_and_planned():
+    assert FAMILIES.keys() == base.FAMILIES.keys() == OTHERS.keys()
+    facts = [json.loads(file.read_text()) for file in KNOWN.glob("*.json")]
+    assert {model["config"]["model_type"] for model in facts if model["kind"] == "teacher"} == set(base.FAMILIES)
+    page = (KNOWN.parents[1] / "docs" / "internals" / "teachers.md").read_text()
+    for model_type, (module, _) in base.FAMILIES.items():
+        assert any(f"`{model_type}`" in line and f"teachers/{module}.py" in line for line in page.splitlines())
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     @functools.cache
@@ -95,7 +106,7 @@ def checkpoint(tmp_path_factory):
 
 
 def stock_losses(path, family, frames, indices, questions, settings, dtype=torch.float32):
-    """The checkpoint as transformers loads it, one pass for each question, the prompt written out by hand."""
+    """The losses of the checkpoint as transformers loads it, one pass for each question, its prompt written by hand."""
     config = transformers.AutoConfig.from_pretrained(path)
     model = getattr(transformers, config.architectures[0]).from_pretrained(path, dtype=dtype).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -117,7 +128,7 @@ def frames_of(count, size=(32, 48), seed=0):
 
 
 def both(teacher, path, family, count, questions, size=(32, 48), seed=0, **settings):
-    """(losses, gradient) of ours and of stock."""
+    """[(losses, gradient to the frames)] of ours and of stock."""
     indices = [2 * i for i in range(count)]
     queries = QuerySet(questions[0], questions[1:])
     weights = torch.linspace(1, 2, len(questions))
@@ -181,8 +192,8 @@ def test_bfloat16_is_no_worse_than_stock(checkpoint, family):
     errors = []
     for seed in range(4):  # one draw of the stock model's rounding may be a lucky one
         truth = both(single, path, family, 5, QUESTIONS[:4], seed=seed)[1]
-        found = both(half, path, family, 5, QUESTIONS[:4], seed=seed, dtype=torch.bfloat16)
-        errors.append([[(a - b).norm() / b.norm() for a, b in zip(each, truth, strict=True)] for each in found])
+        results = both(half, path, family, 5, QUESTIONS[:4], seed=seed, dtype=torch.bfloat16)
+        errors.append([[(a - b).norm() / b.norm() for a, b in zip(pair, truth, strict=True)] for pair in results])
     ours, theirs = torch.tensor(errors).square().mean(0).sqrt()
     assert (ours <= 2 * theirs + 2**-9).all()
 
@@ -226,7 +237,7 @@ def test_queries_are_generated_from_the_image_too(checkpoint, family, with_image
 
     teacher = load_teacher(checkpoint(family))
     image = Image.new("RGB", (32, 48), (200, 30, 90)) if with_image else None
-    with pytest.raises(InputError, match="no usable queries, twice"):  # random weights: but it has to run
+    with pytest.raises(InputError, match="no usable queries, twice"):  # weights are random: it has to run only
         teacher.write_queries("Move it.", image)
 
 
@@ -234,7 +245,7 @@ def test_queries_are_generated_from_the_image_too(checkpoint, family, with_image
 @pytest.mark.parametrize("count", [1, 4, 5])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_patch_rows_in_the_place_of_frames(checkpoint, family, count, dtype):
-    """The same losses and gradients; streamed too."""
+    """Losses and gradients are those of frames, streamed too."""
     teacher = load_teacher(checkpoint(family), dtype=dtype)
     size = (32, 32)
     layout = teacher.patch_layout(count, *size)
@@ -242,11 +253,11 @@ def test_patch_rows_in_the_place_of_frames(checkpoint, family, count, dtype):
     frames = torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(0)).requires_grad_()
     queries, indices = QuerySet(QUESTIONS[0], QUESTIONS[1:2]), list(range(0, 3 * count, 3))
     for teacher.chunk_patches in (None, 1):
-        found = []
-        for shown in (frames, PatchRows(layout.of(frames), layout, count, *size)):
-            losses = teacher.losses(shown, indices, FPS, queries)
-            found.append((losses.detach(), *torch.autograd.grad(losses.sum(), frames)))
-        (expected, expected_grad), (ours, grad) = found
+        results = []
+        for video in (frames, PatchRows(layout.of(frames), layout, count, *size)):
+            losses = teacher.losses(video, indices, FPS, queries)
+            results.append((losses.detach(), *torch.autograd.grad(losses.sum(), frames)))
+        (expected, expected_grad), (ours, grad) = results
         assert torch.equal(ours, expected)
         torch.testing.assert_close(grad, expected_grad, atol=1e-6 * float(expected_grad.abs().max()), rtol=1e-5)
 

@@ -192,16 +192,16 @@ def test_other_dtypes_are_float32s_result_rounded_once(size):
 
 @pytest.mark.parametrize("size", [(28, 28), (20, 47), (96, 64)])
 def test_whole_frames_for_internvl(size):
-    """What `InternVLVideoProcessor._preprocess` does, with Pillow's resize: its file needs torchvision to import."""
+    """`InternVLVideoProcessor._preprocess` with Pillow's resize: its file needs torchvision to import."""
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     video = torch.rand(3, 3, *size, requires_grad=True)
     want = pillow_resize(video.detach() * 255, (28, 28)) / 255
     want = (want - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    found = preprocess_frames(video, 28, mean, std)
-    assert found.shape == (3, 3, 28, 28)
-    torch.testing.assert_close(found, want, atol=2e-5, rtol=0)
+    results = preprocess_frames(video, 28, mean, std)
+    assert results.shape == (3, 3, 28, 28)
+    torch.testing.assert_close(results, want, atol=2e-5, rtol=0)
     assert preprocess_frames(video, 28, mean, std, torch.bfloat16).dtype == torch.bfloat16
-    (gradient,) = torch.autograd.grad(found.sum(), video)
+    (gradient,) = torch.autograd.grad(results.sum(), video)
     assert (gradient > 0).any() and gradient.isfinite().all()
 
 

@@ -1,4 +1,4 @@
-"""Teachers in 4 and 8 bits. What needs bitsandbytes is skipped without it: pip install 'vlmteacher[quantized]'."""
+"""Teachers in 4 and 8 bits; without bitsandbytes most are skipped: pip install 'vlmteacher[quantized]'."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def frames_of(count, size=(32, 48), seed=0):
 
 
 def stock_losses(path, frames, indices, fps, questions, settings):
-    """One plain full forward of an untouched stock model for each question; the prompt is written out by hand."""
+    """One full forward of an unchanged stock model for each question; the prompt is written by hand."""
     model = Qwen3VLForConditionalGeneration.from_pretrained(path).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     pixels, grid = preprocess_video(frames, settings)

@@ -40,7 +40,7 @@ def test_less_is_saved_level_by_level(teacher):
 
 
 class Quantised(nn.Linear):
-    """Any other linear layer than torch's own is asked for its input's gradient."""
+    """A linear layer of another class, which computes its input's gradient itself."""
 
     def forward(self, x):
         return super().forward(x) + 0
@@ -61,12 +61,12 @@ def test_other_linear_layers_give_the_same_gradient(teacher, tmp_path):
 def test_torchs_attention_gives_the_same_gradient(teacher, monkeypatch):
     frames = torch.rand(4, 3, 32, 48, requires_grad=True)
     queries = QuerySet("Is it red?", ("Is it?", "Does the ball move?"))
-    found = []
+    results = []
     for backend in (None, "sdpa"):
         monkeypatch.setattr(teacher, "attention_backend", backend)
         losses = teacher.losses(frames, range(4), 8.0, queries)
-        found.append((losses.detach(), torch.autograd.grad(losses.sum(), frames)[0]))
-    for a, b in zip(*found, strict=True):
+        results.append((losses.detach(), torch.autograd.grad(losses.sum(), frames)[0]))
+    for a, b in zip(*results, strict=True):
         assert (a - b).norm() < 1e-5 * a.norm()
     monkeypatch.setattr(teacher, "attention_backend", "fast")
     with pytest.raises(InputError, match="unknown attention backend 'fast': choose from native, sdpa"):

@@ -21,7 +21,7 @@ def teacher(tmp_path_factory):
 
 
 class Calls(TorchDispatchMode):
-    """How often an operator runs."""
+    """Counts the runs of an operator."""
 
     def __init__(self, name):
         super().__init__()

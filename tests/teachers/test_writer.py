@@ -1,4 +1,4 @@
-"""A LoRA for writing queries: it is on while the Teacher writes, and what judges is untouched by it."""
+"""A LoRA for writing queries: it is applied while the Teacher writes, and the losses do not change by it."""
 
 import json
 import shutil
@@ -35,10 +35,10 @@ def test_the_lora_is_on_in_writing_alone(path, monkeypatch):
     modules, judged = dict(teacher.model.named_modules()), teacher.losses(video, range(4), 8.0, QUERIES)
     ids = torch.tensor([teacher.tokenizer("Is the red ball on the square?").input_ids])
     plain = teacher.model(input_ids=ids).logits
-    seen = []
+    logits = []
 
     def generate(self, inputs, sample):
-        seen.append(self.model(input_ids=ids).logits)
+        logits.append(self.model(input_ids=ids).logits)
         return QUERIES.to_json()
 
     monkeypatch.setattr(QwenVLTeacher, "_generate", generate)
@@ -46,8 +46,8 @@ def test_the_lora_is_on_in_writing_alone(path, monkeypatch):
         teacher.write_queries("Move it.")
     stock = Qwen3VLForConditionalGeneration.from_pretrained(path)
     stock.load_adapter(str(path / "writer"))
-    torch.testing.assert_close(seen[0], stock(input_ids=ids).logits)
-    assert torch.equal(seen[0], seen[1]) and (seen[0] - plain).abs().max() > 0.01
+    torch.testing.assert_close(logits[0], stock(input_ids=ids).logits)
+    assert torch.equal(logits[0], logits[1]) and (logits[0] - plain).abs().max() > 0.01
     assert dict(teacher.model.named_modules()) == modules
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
     assert torch.equal(teacher.model(input_ids=ids).logits, plain)
