@@ -89,7 +89,7 @@ def test_every_family_is_tested_documented_and_planned():
     assert FAMILIES.keys() == base.FAMILIES.keys() == OTHERS.keys()
     facts = [json.loads(file.read_text()) for file in KNOWN.glob("*.json")]
     assert {model["config"]["model_type"] for model in facts if model["kind"] == "teacher"} == set(base.FAMILIES)
-    page = (KNOWN.parents[1] / "docs" / "internals" / "teachers.md").read_text()
+    page = (KNOWN.parents[1] / "docs" / "guides" / "teachers.md").read_text()
     for model_type, (module, _) in base.FAMILIES.items():
         assert any(f"`{model_type}`" in line and f"teachers/{module}.py" in line for line in page.splitlines())
 
