@@ -48,7 +48,7 @@ class Family(ABC):
     """Wordings of the task, with the entries of `names` in braces."""
     paraphrases: tuple[str, ...] = ()
     """More wordings, for the Teacher's training only: it should understand a task that a person typed."""
-    endings: tuple[str, ...] = ()
+    endings: tuple[str, ...] = ("",)
     """For the {ending} of `paraphrases`."""
     noun: str = "ball"
     """The noun for actors in questions."""
