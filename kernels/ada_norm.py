@@ -1,4 +1,4 @@
-"""Gated residual, LayerNorm and modulation in Triton: a program to a token, whose row stays in registers.
+"""Gated residual, LayerNorm and modulation in Triton: one program per token, whose row stays in registers.
 
 The definition is vlmteacher/ops/ada_norm.py. Arithmetic is in float32; `out` is rounded before it is normalised, as it
 is in the definition.
@@ -16,21 +16,21 @@ from torch import Tensor
 
 @triton.jit
 def _table_row(token, tokens, first, batches, rows):
-    """The row of a (batches, rows, width) table that is for a token; see `Sizes` in csrc/ada_norm/rows.h."""
+    """The row of a (batches, rows, width) table that applies to a token; see `Sizes` in csrc/ada_norm/rows.h."""
     item = tl.where(batches == 1, 0, token // tokens)
     return item * rows + tl.where(token % tokens < first, 0, rows - 1)
 
 
 @triton.jit
 def _moments(v, inside, width, eps):
-    """The row about its mean, and 1 / its standard deviation."""
+    """The centred row, and 1 / its standard deviation."""
     centred = tl.where(inside, v - tl.sum(v) / width, 0.0)
     return centred, 1 / tl.sqrt(tl.sum(centred * centred) / width + eps)
 
 
 @triton.jit
 def forward_kernel(x, y, gate, weight, bias, out, norm, tokens, width, first, batches, rows, eps, BLOCK: tl.constexpr):
-    """y, gate, weight: None where there is none."""
+    """y, gate, weight and bias may be None."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -53,7 +53,7 @@ def forward_kernel(x, y, gate, weight, bias, out, norm, tokens, width, first, ba
 def backward_kernel(
     grad_out, grad_norm, kept, gate, weight, dx, dy, tokens, width, first, batches, rows, eps, BLOCK: tl.constexpr
 ):
-    """grad_out, weight (and with it grad_norm and kept), dx, dy: None where there is none."""
+    """grad_out, dx, dy and weight (with grad_norm and kept) may be None."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -78,7 +78,7 @@ def backward_kernel(
 def _launch(
     kernel: Any, like: Tensor, tables: tuple[Tensor | None, ...], first: int, eps: float, *tensors: Tensor | None
 ) -> None:
-    """The kernel over the tokens of `like`, with tensors and tables in its order."""
+    """Launch a kernel over the tokens of `like`; `tensors` are its leading arguments."""
     items, tokens, width = like.shape
     batches, rows = next((t.shape[:2] for t in tables if t is not None), (1, 1))
     if not like.numel():
@@ -94,7 +94,7 @@ def _launch(
 def ada_norm(
     x: Tensor, y: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, first: int, eps: float
 ) -> list[Tensor]:
-    """`out` where there is a y, then `norm` where there is a weight."""
+    """[out] if there is a y, then [norm] if there is a weight; arguments as of `ada_norm_reference`."""
     out, norm = (
         None if given is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for given in (y, weight)
     )
@@ -106,7 +106,7 @@ def ada_norm_backward(
     grad_out: Tensor | None, grad_norm: Tensor | None, kept: Tensor | None, gate: Tensor | None, weight: Tensor | None,
     first: int, eps: float, need_x: bool, need_y: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """dx, then dy, each where it is needed."""
+    """dx if needed, then dy if needed; arguments as of `ada_norm_backward_reference`."""
     like = grad_out if grad_out is not None else grad_norm
     assert like is not None
     dx, dy = (

@@ -24,7 +24,7 @@ from vlmteacher.kernels.products import add_product
 
 
 class Tile(NamedTuple):
-    """What a program computes (rows x columns), how deep it reads at a time, and with how many warps and stages."""
+    """The tile of a program (rows x columns), the depth that it reads per step, and its warps and stages."""
 
     rows: int
     columns: int
@@ -59,7 +59,7 @@ def _accumulate(
     row, column, num_rows, num_columns, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """total + left[row:, begin:end] . right[begin:end, column:], in steps of DEPTH."""
-    # 64-bit offsets where the tile begins and 32-bit ones within it: half the registers of a pointer for each element
+    # 64-bit offsets of the tile and 32-bit ones within it take half the registers of one pointer per element
     rows, columns, steps = tl.arange(0, total.shape[0]), tl.arange(0, total.shape[1]), tl.arange(0, DEPTH)
     left += row.to(tl.int64) * stride_left + begin.to(tl.int64) * stride_left_depth
     right += begin.to(tl.int64) * stride_right_depth + column.to(tl.int64) * stride_right
@@ -192,7 +192,7 @@ def lora_linear(
     lora_b: Sequence[Tensor],
     scaling: Sequence[float],
 ) -> list[Tensor]:
-    """x (M, K) -> each layer's y (M, N), then S (M, sum of the ranks)."""
+    """Each layer's y (M, N), then S (M, sum of the ranks), from x (M, K)."""
     ranks = [b.shape[1] for b in lora_b]
     s = torch.empty(len(x), sum(ranks), dtype=x.dtype, device=x.device)
     ys = [torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device) for weight in weights]
@@ -218,7 +218,7 @@ def lora_linear_backward(
     need_a: bool,
     need_b: bool,
 ) -> list[Tensor]:
-    """dx (M, K), then every dA, then every dB, each where it is needed."""
+    """dx (M, K), then every dA, then every dB, each of them if it is needed."""
     grad = grads[0]
     ranks = [b.shape[1] for b in lora_b]
     dx = [torch.empty(len(grad), weights[0].shape[1], dtype=grad.dtype, device=grad.device)] if need_x else []

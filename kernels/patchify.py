@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, RESIZED_BLOCK = 1024, 512  # elements a program; a resize holds more of each in registers
-COLUMNS = 512  # of a row, in the kernel that adds up rows
+BLOCK, RESIZED_BLOCK = 1024, 512  # elements per program; resizing needs more registers per element
+COLUMNS = 512  # of a row, in the kernel that sums rows
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _channel(c, r, g, b):
 def resize_rows_kernel(
     x, out, start, weight, taps, height, width, segments, stride_t, stride_c, stride_y, stride_x, COLUMNS: tl.constexpr
 ):
-    """out (T, 3, height, width), contiguous: rows are weighted sums of `taps` rows of x. A segment of one a program."""
+    """out (T, 3, height, width), contiguous: rows are weighted sums of `taps` rows of x. One segment per program."""
     program = tl.program_id(0)
     column = program % segments * COLUMNS + tl.arange(0, COLUMNS)
     y, plane = program // segments % height, (program // segments // height).to(tl.int64)
@@ -82,7 +82,7 @@ def _gradient(
     grad, row_of_blocks, slot, last, c, y, x, inside,
     PATCH: tl.constexpr, TEMPORAL: tl.constexpr, MERGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The rows' gradient at pixel (y, x) of a frame, of the last one also in the slots that it was repeated into.
+    """The rows' gradient at pixel (y, x) of a frame; for the last frame the sum over its repetitions.
 
     row_of_blocks: the first patch row of the frame's row of blocks."""
     my, mx, bx = y // PATCH % MERGE, x // PATCH % MERGE, x // (PATCH * MERGE)
@@ -127,8 +127,8 @@ def patchify_backward_kernel(
 
 @triton.jit
 def _line(row, g, height, width, first, UPSCALE: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr):
-    """Of the lines, `upscale` of each channel, that row `row` of frame g of y becomes, some columns: channel (LINES),
-    line within the frame, x (COLUMNS), which of them are real, their offsets in y, and the bits' offsets and mask."""
+    """Some columns of the lines, `upscale` per channel, that row `row` of frame g of y becomes: channel (LINES), line
+    in the frame, x (COLUMNS), the mask of valid elements, their offsets in y, and the offsets and mask of the bits."""
     line, x = tl.arange(0, LINES), first + tl.arange(0, COLUMNS)
     channel, y = line // UPSCALE, row * UPSCALE + line % UPSCALE
     real = (line < 3 * UPSCALE)[:, None] & (x < width * UPSCALE)[None, :]
@@ -167,7 +167,7 @@ def shuffle_to_rows_kernel(
     value = tl.load(y + at, mask=real, other=-1.0).to(tl.float32)
     bits = tl.reshape(((value >= 0) & (value <= 1)).to(tl.int32), [LINES, COLUMNS // 8, 8]) << tl.arange(0, 8)
     tl.store(inside + byte, tl.sum(bits, 2).to(tl.uint8), mask=stored)
-    value = tl.where(value < 0, 0.0, tl.where(value > 1, 1.0, value))  # a NaN stays
+    value = tl.where(value < 0, 0.0, tl.where(value > 1, 1.0, value))  # a NaN stays NaN
     mean, std = _channel(channel, mean_r, mean_g, mean_b), _channel(channel, std_r, std_g, std_b)
     value = ((value - mean[:, None]) / std[:, None]).to(rows.dtype.element_ty)
     for r in tl.static_range(REPEATS):
@@ -182,7 +182,7 @@ def shuffle_to_rows_backward_kernel(
     REPEATS: tl.constexpr, UPSCALE: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr, TEMPORAL: tl.constexpr,
     MERGE: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The same grid."""
+    """Grid: as of the forward kernel."""
     tiles, g = tl.cdiv(width * UPSCALE, COLUMNS), tl.program_id(1).to(tl.int64)
     row, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * COLUMNS
     channel, line, x, real, at, byte, stored = _line(row, g, height, width, first, UPSCALE, LINES, COLUMNS)
@@ -213,7 +213,7 @@ def patchify(
     frames: Tensor, patch: int, temporal_patch: int, merge: int, mean: Sequence[float], std: Sequence[float],
     dtype: torch.dtype, bands: Sequence[Tensor],
 ) -> Tensor:  # fmt: skip
-    """(T, 3, H, W) of any strides -> (N, 3 * temporal_patch * patch**2), resized where there are bands."""
+    """The rows (N, 3 * temporal_patch * patch**2) of frames (T, 3, H, W) of any strides, resized if there are bands."""
     with torch.cuda.device_of(frames):
         start = weight = None
         height, width = frames.shape[2:]
@@ -237,7 +237,7 @@ def patchify_backward(
     grad: Tensor, num_frames: int, height: int, width: int, patch: int, temporal_patch: int, merge: int,
     std: Sequence[float], resized_height: int, resized_width: int, dtype: torch.dtype, bands: Sequence[Tensor],
 ) -> Tensor:  # fmt: skip
-    """The gradient of the rows (N, columns) -> that of the frames (T, 3, H, W); bands are the transposed ones."""
+    """The gradient of the frames (T, 3, H, W) from that of the rows (N, columns); bands: of the transposed matrices."""
     with torch.cuda.device_of(grad):
         start_y, weight_y, start, weight = bands or (None,) * 4
         out = torch.empty(
@@ -253,7 +253,7 @@ def patchify_backward(
 
 
 def _shuffle_launch(frames: int, height: int, width: int, upscale: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """The grid, and the tile as the kernels' constants."""
+    """The grid, and the kernels' constants."""
     lines = triton.next_power_of_2(3 * upscale)
     columns = max(8, min(BLOCK // lines, triton.next_power_of_2(width * upscale)))
     return (triton.cdiv(width * upscale, columns) * height, frames), {"LINES": lines, "COLUMNS": columns}
@@ -263,7 +263,7 @@ def shuffle_to_rows(
     y: Tensor, slots: Tensor, rows: Tensor, upscale: int, patch_height: int, patch_width: int, temporal_patch: int,
     merge: int, mean: Sequence[float], std: Sequence[float],
 ) -> Tensor:  # fmt: skip
-    """Writes `rows`; returns the bits (G, 3, upscale h, ceil(upscale w / 8))."""
+    """Write `rows`; returns the bits (G, 3, upscale h, ceil(upscale w / 8)) uint8."""
     g, height, width, _ = y.shape
     size = (g, 3, height * upscale, (width * upscale + 7) // 8)
     inside = torch.empty(size, dtype=torch.uint8, device=y.device)
@@ -282,7 +282,7 @@ def shuffle_to_rows_backward(
     grad: Tensor, slots: Tensor, inside: Tensor, height: int, width: int, upscale: int, patch_height: int,
     patch_width: int, temporal_patch: int, merge: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """dy (G, height, width, 3 upscale^2) of `dtype`."""
+    """The gradient of y, (G, height, width, 3 upscale^2) of `dtype`."""
     dy = torch.empty(len(slots), height, width, 3 * upscale**2, dtype=dtype, device=grad.device)
     if len(slots):
         grid, tile = _shuffle_launch(len(slots), height, width, upscale)
@@ -306,7 +306,7 @@ def examples() -> None:
 
     for dtype, sizes in ((torch.bfloat16, (64, 96)), (torch.float16, (96,)), (torch.float32, (96,))):
         for size in sizes:
-            # the taps of a band and of its transpose do not matter to what is compiled
+            # the numbers of taps do not change what is compiled
             bands = 2 * [empty(size, dtype=torch.int32), empty(size, 4)] if size != 64 else []
             back = 2 * [empty(64, dtype=torch.int32), empty(64, 6)] if size != 64 else []
             frames = empty(4, 3, 64, 64, dtype=dtype)

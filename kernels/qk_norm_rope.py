@@ -1,4 +1,4 @@
-"""RMSNorm and rotary position embedding in Triton: a program to a token, whose row stays in registers.
+"""RMSNorm and rotary position embedding in Triton: one program per token, whose row stays in registers.
 
 The definition is vlmteacher/ops/qk_norm_rope.py. Arithmetic is in float32, rounded once.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @triton.jit
 def _turn(v, cos, sin, pairs, width, sign: tl.constexpr, BLOCK: tl.constexpr):
-    """Each neighbouring two of a row by the angles of one token, which every head has alike."""
+    """Rotate the pairs of neighbouring channels of a row by a token's angles, the same for every head."""
     pair = tl.arange(0, BLOCK // 2)
     c = tl.load(cos + pair % pairs, mask=2 * pair < width, other=0.0)
     s = tl.load(sin + pair % pairs, mask=2 * pair < width, other=0.0) * sign
@@ -25,7 +25,7 @@ def _turn(v, cos, sin, pairs, width, sign: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def forward_kernel(x, weight, cos, sin, out, tokens, width, pairs, eps, BLOCK: tl.constexpr):
-    """cos, sin: None where nothing is turned."""
+    """cos and sin may be None: no rotation."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside, at = column < width, token * width + column
@@ -57,7 +57,7 @@ def backward_kernel(grad, x, weight, cos, sin, dx, tokens, width, pairs, eps, BL
 def _launch(
     kernel, x: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, eps: float, *tensors: Tensor
 ) -> Tensor:
-    """The kernel over the tokens of x; `tensors` are what it reads before the angles."""
+    """Launch a kernel over the tokens of x; `tensors` are its arguments before the angles."""
     items, tokens, width = x.shape
     block = triton.next_power_of_2(width)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -75,7 +75,7 @@ def _launch(
 def qk_norm_rope(
     xs: Sequence[Tensor], weights: Sequence[Tensor], cos: Tensor | None, sin: Tensor | None, heads: int, eps: float
 ) -> list[Tensor]:
-    """Each x (B, N, C) normalised and turned."""
+    """Every x (B, N, C), normalised and rotated."""
     return [_launch(forward_kernel, x, cos, sin, heads, eps, x, w) for x, w in zip(xs, weights, strict=True)]
 
 
@@ -83,7 +83,7 @@ def qk_norm_rope_backward(
     grads: Sequence[Tensor], xs: Sequence[Tensor], weights: Sequence[Tensor], cos: Tensor | None, sin: Tensor | None,
     heads: int, eps: float,
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of the xs."""
+    """The gradients of the xs, (B, N, C) each."""
     each = zip(grads, xs, weights, strict=True)
     return [_launch(backward_kernel, x, cos, sin, heads, eps, grad, x, w) for grad, x, w in each]
 

@@ -26,7 +26,7 @@ from vlmteacher.kernels.products import add_product
 
 
 class Tile(NamedTuple):
-    """What a program computes (height x width pixels, columns channels), how deep it reads, its warps and stages."""
+    """The tile of a program (height x width pixels, columns channels), its depth per step, warps and stages."""
 
     height: int
     width: int
@@ -36,18 +36,18 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Nine shifted reads of a rectangle meet in the caches, if it is near to square. Up to 99 KB of shared memory, which the
-# smaller GPUs since Ampere have.
+# The nine shifted reads of a nearly square rectangle hit the caches. Up to 99 KB of shared memory, which the smaller
+# GPUs since Ampere have.
 WIDE = Tile(8, 16, 128, 64, 8, 3)
-SMALL = Tile(8, 8, 64, 64, 4, 3)  # where the tile above would leave most of a GPU idle
+SMALL = Tile(8, 8, 64, 64, 4, 3)  # for layers whose larger tiles would leave most of a GPU idle
 FLOAT32 = Tile(8, 8, 32, 16, 4, 3)  # plain multiply-adds
-UNALIGNED = Tile(4, 8, 32, 16, 4, 2)  # channels that are read one by one: their addresses would not fit the registers
+UNALIGNED = Tile(4, 8, 32, 16, 4, 2)  # channels are read one by one: more addresses would not fit the registers
 PROGRAMS = 256  # tiles in flight that fill a GPU, about two for each multiprocessor of the largest
 
 
 @triton.jit
 def _taps(frames, each: tl.constexpr, TAPS: tl.constexpr):
-    """Of a frame's TAPS entries (-1: none) the first and the last, and the range of steps, `each` a tap, that read."""
+    """A frame's first and last of its TAPS entries (-1: none), and the range of steps, `each` per tap, that read."""
     frame = tl.load(frames)
     if TAPS == 1:
         return frame, frame, 0, tl.where(frame < 0, 0, each)
@@ -122,7 +122,7 @@ def conv3x3_kernel(
 
 @triton.jit
 def _with_slope(grad, signs, pixel, inside, first, slope, N: tl.constexpr, DEPTH: tl.constexpr):
-    """The gradient at `pixel`, channels [first, first + DEPTH), times the slope where the sign is not set."""
+    """The gradient at `pixel`, channels [first, first + DEPTH), times the slope if the sign bit is not set."""
     n = first + tl.arange(0, DEPTH)
     value = tl.load(grad + (pixel[:, None] * N + n[None, :]), mask=inside[:, None] & (n < N)[None, :], other=0.0)
     if signs is not None:
@@ -188,7 +188,7 @@ def conv3x3_backward_kernel(
 
 
 def fold(weight: Tensor) -> Tensor:
-    """(N, 3, 3, C) -> (N, 4, 4, C): a convolution behind nearest x2 upsampling as a transposed one of stride 2.
+    """(N, 3, 3, C) -> (N, 4, 4, C): a convolution after nearest x2 upsampling as a transposed one of stride 2.
 
     Rows 2 i and 2 i + 1 of what it reads are row i of the input. So input row i meets output row 2 i + 2 - q with the
     sum of the weights' rows q and q - 1, of those that exist; columns alike. Rounded once, to the weights' dtype.
@@ -199,8 +199,8 @@ def fold(weight: Tensor) -> Tensor:
 
 
 def users_of(taps: Tensor, frames: int) -> Tensor:
-    """The inverse of taps (G, T): (frames, T), the output frame that sees frame f as its tap, or -1."""
-    users = taps.new_full((frames + 1, taps.shape[1]), -1)  # the last row is for the taps that are no frame
+    """The inverse of taps (G, T): (frames, T), the output frame that reads frame f as its tap, or -1."""
+    users = taps.new_full((frames + 1, taps.shape[1]), -1)  # the last row collects the taps of -1
     output_frames = torch.arange(len(taps), dtype=taps.dtype, device=taps.device)
     return users.scatter_(0, torch.where(taps < 0, frames, taps).long(), output_frames[:, None].expand_as(taps))[:-1]
 
@@ -208,7 +208,7 @@ def users_of(taps: Tensor, frames: int) -> Tensor:
 def _launch(
     frames: int, height: int, width: int, columns: int, depth: int, itemsize: int
 ) -> tuple[tuple[int, int], dict[str, int]]:
-    """The grid, and the tile as the kernel's constants. A frame is addressed with 32 bits."""
+    """The grid, and the kernel's constants. Raises ValueError for frames that 32 bits cannot address."""
     if 4 * height * width * max(columns, depth) >= 2**31 or frames >= 2**16:
         wide = max(columns, depth)
         raise ValueError(f"{frames} frames of {height}x{width} pixels and {wide} channels are too many or too large")
@@ -227,7 +227,7 @@ def _launch(
 
 
 def _dense(*tensors: Any) -> Any:
-    """The tensors, or Nones, contiguous, as the kernels read them."""
+    """The tensors made contiguous, as the kernels read them; a None stays None."""
     return (None if t is None else t.contiguous() for t in tensors)
 
 
