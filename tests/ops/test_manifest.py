@@ -29,7 +29,7 @@ def test_has_all_files(operator: Operator) -> None:
 
 
 def test_a_missing_file_is_named() -> None:
-    assert "csrc/toy/plan.cuh" in missing(Operator("toy", ("toy",)))
+    assert "csrc/absent/plan.cuh" in missing(Operator("absent", ("absent",)))
 
 
 @pytest.mark.parametrize("pattern", SHARED)
