@@ -1,4 +1,4 @@
-"""What the surrogate decoder moves between memory and processor, and keeps, forward and backward, on paper.
+"""The bytes that the surrogate decoder moves between memory and processor, and keeps, calculated.
 
     python -m benchmarks.decoder_traffic [--latents 23 44 80] [--frames 24]
 

@@ -51,9 +51,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
 
     def row(case: str, ours: Any, stock: Any) -> None:
-        found = compare(case, ours, stock, settings.pairs, settings.device)
-        found["memory_ratio"] = peak_bytes(ours) / peak_bytes(stock)
-        rows.append(found)
+        times = compare(case, ours, stock, settings.pairs, settings.device)
+        times["memory_ratio"] = peak_bytes(ours) / peak_bytes(stock)
+        rows.append(times)
 
     for frames, height, width, patch, upscale in SIZES:
         layout = PatchLayout(patch, 2, 2, (0.5,) * 3, (0.5,) * 3, dtype)

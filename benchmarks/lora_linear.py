@@ -73,9 +73,9 @@ SUITE = {
 
 
 class Augmented:
-    """The rival route, K-augmentation: S beside x and dS beside dy, so that y and dx are one vendor product each,
-    y = [x | S] [W | B]^T and dx = [dy | dS] [W ; A]. It is given what it would need: x and dy already stand in such
-    buffers, and the weight in one that has room for the factors; only the factors are copied, at every step."""
+    """The alternative, K-augmentation: S beside x and dS beside dy, so that y and dx are one vendor product each,
+    y = [x | S] [W | B]^T and dx = [dy | dS] [W ; A]. The best case is measured: x and dy are already in such buffers,
+    and the weight in one with room for the factors; only the factors are copied, at every step."""
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, grad: Tensor) -> None:
         (m, k), (n, r) = x.shape, b.shape

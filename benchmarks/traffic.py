@@ -1,4 +1,4 @@
-"""Bytes that a LoRA linear layer moves between memory and processor, forward and backward, on paper.
+"""The bytes that a LoRA linear layer moves between memory and processor, forward and backward, calculated.
 
     python -m benchmarks.traffic [--tokens 20240]
 
@@ -80,15 +80,15 @@ def main() -> None:
         stock = layers(k, sizes, torch.bfloat16, "meta")
         x = torch.empty(m, k, dtype=torch.bfloat16, device="meta", requires_grad=True)
         trained = [x, *(p for layer in stock for p in layer.parameters() if p.requires_grad)]
-        found: dict[str, float] = {"PEFT": counted(stock, x, trained)}
-        found |= schemes(m, k, sizes, RANK)
-        found["frozen alone"] = counted([layer.base_layer for layer in stock], x, [x])
-        rows.append((case, found))
+        moved: dict[str, float] = {"PEFT": counted(stock, x, trained)}
+        moved |= schemes(m, k, sizes, RANK)
+        moved["frozen alone"] = counted([layer.base_layer for layer in stock], x, [x])
+        rows.append((case, moved))
     names = list(rows[0][1])
     print(f"GB moved, forward + backward, {m} tokens, rank {RANK}, bfloat16 (PEFT's adapters in float32)\n")
     print("| layers | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))
-    for case, found in rows:
-        print(f"| {case} | " + " | ".join(f"{found[name] / 1e9:.2f}" for name in names) + " |")
+    for case, moved in rows:
+        print(f"| {case} | " + " | ".join(f"{moved[name] / 1e9:.2f}" for name in names) + " |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What has to be measured where a GPU is: `python -m benchmarks.gpu.NAME [--json]`. Numbers first, then time."""
+"""Benchmarks for GPUs: `python -m benchmarks.gpu.NAME [--json]`. Each first checks numbers, then measures time."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from vlmteacher.ops.backends import cuda_status, triton_status
 
 
 def backends(operator: str) -> dict[str, Any]:
-    """The GPU backends of an operator that can run here, by name; stderr says why one cannot."""
-    found: dict[str, Any] = {}
+    """The usable GPU backends of an operator, by name; the reason for leaving one out goes to stderr."""
+    available: dict[str, Any] = {}
     for name, (usable, why) in {"cuda": cuda_status(), "triton": triton_status()}.items():
         if not usable:
             print(f"{name} is left out: {why}", file=sys.stderr)
         elif name == "cuda":
-            found[name] = torch.ops.vlmteacher_cuda
+            available[name] = torch.ops.vlmteacher_cuda
         else:
-            found[name] = importlib.import_module(f"vlmteacher.kernels.{operator}")
-    return found
+            available[name] = importlib.import_module(f"vlmteacher.kernels.{operator}")
+    return available
 
 
 @contextmanager
 def forced(operator: ModuleType, namespace: Any) -> Iterator[None]:
-    """Inside, `operator` (a module of vlmteacher.ops) runs on `namespace`, or in plain torch on None."""
+    """Make `operator` (a module of vlmteacher.ops) run on the backend `namespace`, or in plain torch for None."""
     with mock.patch.object(operator, "backend", lambda x, name, *_: namespace):
         yield

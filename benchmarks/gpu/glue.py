@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.glue [--json] [--dtype bfloat16] [--pairs 30]
 
-`fastest` of each case is what the order of backends in vlmteacher/ops/backends.py should say.
+`fastest` of each case is the backend that vlmteacher/ops/backends.py should prefer.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def results(function: Any, dtype: torch.dtype, xs: list[Tensor], others: list[Te
     wide = torch.promote_types(dtype, torch.float32)
     xs = [x.to(dtype).requires_grad_() for x in xs]
     made = function(*xs, *(t.to(wide) for t in others))
-    found = torch.autograd.grad(made, xs, [g.to(dtype) for g in grads])
-    return [t.detach().double() for t in (*made, *found)]
+    gradients = torch.autograd.grad(made, xs, [g.to(dtype) for g in grads])
+    return [t.detach().double() for t in (*made, *gradients)]
 
 
 def check(dtype: torch.dtype, width: int) -> float:

@@ -32,7 +32,7 @@ SHAPES = [
 ]
 
 
-def errors(
+def results(
     run: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]],
     dtype: torch.dtype, tensors: Sequence[Any], grads: Sequence[Tensor],
 ) -> list[Tensor]:  # fmt: skip
@@ -42,8 +42,8 @@ def errors(
     weights, biases, a, b = ([t.to(dtype) for t in group] for group in (weights, biases, a, b))
     trained = [t.requires_grad_() for t in (*a, *b)]
     ys = run(x, weights, biases, a, b)
-    found = torch.autograd.grad(ys, [x, *trained], [g.to(dtype) for g in grads])
-    return [t.detach().double() for t in (*ys, *found)]
+    gradients = torch.autograd.grad(ys, [x, *trained], [g.to(dtype) for g in grads])
+    return [t.detach().double() for t in (*ys, *gradients)]
 
 
 def ours(x: Tensor, w: Sequence[Tensor], c: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
@@ -57,10 +57,10 @@ def plain(
 
 
 def check(namespace: Any, dtype: torch.dtype, tensors: Sequence[Any], grads: Sequence[Tensor]) -> float:
-    """The largest error of a backend, of what it is allowed: 1.5 times the plain expression's and a rounding."""
-    exact, usual = errors(plain, torch.float64, tensors, grads), errors(plain, dtype, tensors, grads)
+    """A backend's largest error as a share of the allowed one: 1.5 times the plain expression's plus a rounding."""
+    exact, usual = results(plain, torch.float64, tensors, grads), results(plain, dtype, tensors, grads)
     with forced(operator, namespace):
-        found = errors(ours, dtype, tensors, grads)
+        computed = results(ours, dtype, tensors, grads)
 
     def rms(t: Tensor) -> float:
         return float(t.square().mean().sqrt())
@@ -68,7 +68,7 @@ def check(namespace: Any, dtype: torch.dtype, tensors: Sequence[Any], grads: Seq
     floor = 0.1 * torch.finfo(dtype).eps
     return max(
         rms(mine - truth) / (1.5 * rms(theirs - truth) + floor * rms(truth))
-        for mine, theirs, truth in zip(found, usual, exact, strict=True)
+        for mine, theirs, truth in zip(computed, usual, exact, strict=True)
     )
 
 

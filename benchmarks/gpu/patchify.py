@@ -28,16 +28,16 @@ CASES = [*SIZES, (24, 704, 1280, 448, (448, 448)), (5, 333, 517, 14, (252, 392))
 
 
 def both(function: Callable[..., Tensor], frames: Tensor, grad: Tensor, args: tuple[Any, ...]) -> list[Tensor]:
-    """Rows and the gradient of the frames."""
+    """The rows, and the gradient of the frames."""
     leaf = frames.detach().requires_grad_()
     rows = function(leaf, *args)
     return [rows.detach(), *torch.autograd.grad(rows, leaf, grad)]
 
 
 def check(frames: Tensor, grad: Tensor, args: tuple[Any, ...]) -> float:
-    """The largest error of the forced backend, of what it is allowed: 1.5 times the plain one's and a rounding."""
+    """The forced backend's largest error as a share of the allowed one: 1.5 times the plain one's plus a rounding."""
     exact = both(patchify_reference, frames.double(), grad.double(), args)
-    usual, found = both(patchify_reference, frames, grad, args), both(patchify, frames, grad, args)
+    usual, computed = both(patchify_reference, frames, grad, args), both(patchify, frames, grad, args)
     eps = torch.finfo(frames.dtype).eps
 
     def most(t: Tensor) -> float:
@@ -45,7 +45,7 @@ def check(frames: Tensor, grad: Tensor, args: tuple[Any, ...]) -> float:
 
     return max(
         most(mine.double() - truth) / (1.5 * most(theirs.double() - truth) + eps * most(truth))
-        for mine, theirs, truth in zip(found, usual, exact, strict=True)
+        for mine, theirs, truth in zip(computed, usual, exact, strict=True)
     )
 
 

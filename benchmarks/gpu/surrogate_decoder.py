@@ -130,8 +130,8 @@ def check_convolutions(namespace: Any, dtype: torch.dtype, device: str) -> float
         ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
             bank, through = (None if t is None else t.to(dtype) for t in (bank, through))
             forward = (x.to(dtype), taps, weight.to(dtype), bias.to(dtype), bank, rows, slope, upscale)
-            y, found = functions[0](*forward)
-            signs = found if not signs.numel() else signs
+            y, own_signs = functions[0](*forward)
+            signs = signs if signs.numel() else own_signs
             backward = (grad.to(dtype), signs, taps, len(x), weight.to(dtype), through, through_signs, slope, upscale)
             return [y, functions[1](*backward)], signs
 
@@ -155,10 +155,10 @@ def network(latents: tuple[int, int, int], dtype: torch.dtype, device: str) -> t
 
 
 def check_decoder(namespace: Any, dtype: torch.dtype, device: str) -> float:
-    """Of the whole decoder, frames and gradient of the latents.
+    """The error of the whole decoder's frames and latent gradient, as a share of the allowed one.
 
-    In float32 one sign of an activation next to zero outweighs every rounding of the gradient: there the frames may be
-    off by 1e-5, the gradient by 1e-4 of its size.
+    In float32 the sign of one activation next to zero changes the gradient more than all roundings: frames may be off
+    by 1e-5, the gradient by 1e-4 of its size.
     """
     latents, k = CHECK
     decoder, z = network(latents, dtype, device)

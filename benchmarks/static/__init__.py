@@ -1,7 +1,7 @@
-"""What the compilers make of the GPU kernels, without a GPU: registers, spills, shared memory, occupancy on paper.
+"""Registers, spills, shared memory and theoretical occupancy of every GPU kernel, by the compilers and without a GPU.
 
     python -m benchmarks.static [--only triton|cuda] [--operator NAME] [--write]
 
-Every csrc/*/instances.cu is compiled by nvcc; every Triton kernel that an operator of `triton_examples.py` launches is
-compiled by Triton for that launch's types and tiles. `--write` keeps the table in benchmarks/static/table.md.
+For every operator of vlmteacher/ops/manifest.py nvcc compiles csrc/NAME/instances.cu, and Triton compiles the launches
+of `examples()` in kernels/NAME.py for their types and tiles. `--write` saves the table as benchmarks/static/table.md.
 """

@@ -100,20 +100,20 @@ def triton_rows(only: str | None = None, architectures: Sequence[int] = ARCHITEC
 
 def rows(backends: tuple[str, ...], only: str | None = None, architectures: Sequence[int] = ARCHITECTURES) -> list[Row]:
     """The table's rows. Raises RuntimeError with the compiler's output for a kernel that does not compile."""
-    found: list[Row] = []
+    compiled: list[Row] = []
     if "triton" in backends:
-        found += triton_rows(only, architectures)
+        compiled += triton_rows(only, architectures)
     if "cuda" in backends:
         if shutil.which("nvcc") is None:
-            raise RuntimeError("nvcc was not found: install the CUDA toolkit, or ask for --only triton")
-        found += nvcc_rows(only, architectures)
-    return sorted(found, key=lambda r: (r.operator, r.backend, r.kernel, r.architecture))
+            raise RuntimeError("nvcc was not compiled: install the CUDA toolkit, or ask for --only triton")
+        compiled += nvcc_rows(only, architectures)
+    return sorted(compiled, key=lambda r: (r.operator, r.backend, r.kernel, r.architecture))
 
 
-def table(found: list[Row]) -> str:
+def table(compiled: list[Row]) -> str:
     lines = ["| operator | backend | kernel | sm | registers | spilled bytes | shared bytes | threads | occupancy |"]
     lines += ["|---|---|---|---|---|---|---|---|---|"]
-    for r in found:
+    for r in compiled:
         cells: list[Any] = [r.operator, r.backend, f"`{r.kernel}`", r.architecture, r.registers, r.spills, r.shared]
         lines.append("| " + " | ".join(map(str, [*cells, r.threads, f"{r.occupancy:.2f}"])) + " |")
     return "\n".join(lines)
@@ -127,11 +127,11 @@ def main() -> None:
     parser.add_argument("--operator", choices=OPERATORS, help="only this operator's kernels")
     parser.add_argument("--write", action="store_true", help=f"keep the table in {TABLE.relative_to(ROOT)}")
     settings = parser.parse_args()
-    found = rows((settings.only,) if settings.only else ("triton", "cuda"), settings.operator)
-    text = table(found)
+    compiled = rows((settings.only,) if settings.only else ("triton", "cuda"), settings.operator)
+    text = table(compiled)
     print(text)
-    spilled = [r.kernel for r in found if r.spills]
-    summary = f"{len(found)} kernels, {len(spilled)} of which spill registers"
+    spilled = [r.kernel for r in compiled if r.spills]
+    summary = f"{len(compiled)} kernels, {len(spilled)} of which spill registers"
     print(f"\n{summary}{': ' + ', '.join(spilled) if spilled else ''}")
     if settings.write:
         TABLE.write_text(f"# GPU kernels as compiled\n\n`python -m benchmarks.static --write`. {summary}.\n\n{text}\n")

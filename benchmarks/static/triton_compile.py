@@ -42,18 +42,18 @@ def compile_instead(architecture: int) -> list[tuple[Any, str]]:
 
     driver.set_active(Driver(architecture))
     knobs.nvidia.dump_ptxas_log = True
-    found: list[tuple[Any, str]] = []
+    kernels: list[tuple[Any, str]] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         with contextlib.redirect_stdout(io.StringIO()) as log:
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if log.getvalue():
-            found.append((kernel, log.getvalue()))
+            kernels.append((kernel, log.getvalue()))
         return kernel
 
     JITFunction.run = compile_only
-    return found
+    return kernels
 
 
 def describe(kernel: Any) -> str:
@@ -67,20 +67,20 @@ def describe(kernel: Any) -> str:
 
 def main() -> None:
     architecture, only = int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else ""
-    found = compile_instead(architecture)
+    compiled = compile_instead(architecture)
     rows: dict[str, dict[str, Any]] = {}
     for operator in OPERATORS.values():
         if "triton" not in operator.backends or only not in ("", operator.name):
             continue
-        found.clear()
+        compiled.clear()
         importlib.import_module(f"vlmteacher.kernels.{operator.name}").examples()
-        for kernel, log in found:
+        for kernel, log in compiled:
             (registers,) = re.findall(r"Used (\d+) registers", log)
             spills = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
             name, threads = describe(kernel), 32 * kernel.metadata.num_warps
-            facts = {"operator": operator.name, "backend": "triton", "kernel": name, "architecture": architecture}
+            columns = {"operator": operator.name, "backend": "triton", "kernel": name, "architecture": architecture}
             # of launches that differ in strides and alignment alone, the table has the worst of each
-            worst = rows.setdefault(f"{operator.name} {name}", facts | {"threads": threads})
+            worst = rows.setdefault(f"{operator.name} {name}", columns | {"threads": threads})
             for key, value in {"registers": registers, "spills": spills, "shared": kernel.metadata.shared}.items():
                 worst[key] = max(int(value), worst.get(key, 0))
     print(json.dumps(list(rows.values())))
