@@ -1,4 +1,4 @@
-"""Test-time optimisation of video generation models by a vision-language model that only looks (arXiv 2606.02564)."""
+"""Test-time optimisation of video generators by a frozen vision-language model (arXiv 2606.02564)."""
 
 from __future__ import annotations
 

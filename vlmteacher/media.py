@@ -39,7 +39,7 @@ FIRST_FRAME_CELLS, FIRST_FRAME_TOLERANCE = 8, 36  # see `check_first_frame`
 def read_image(image: ImageInput, name: str = "image") -> Image.Image:
     """Read an image as RGB: rotated by its EXIF orientation, deep pixels scaled to 8 bits, transparency over white.
 
-    Files may be PNG, JPEG, WebP, BMP, TIFF or GIF. Transparency, and an animation, of which the first frame is taken,
+    Files may be PNG, JPEG, WebP, BMP, TIFF or GIF. Transparency, and an animation, whose first frame is taken,
     give a Notice. name: of the image, for messages. Raises InputError for an image that cannot be read, is too large (a
     decompression bomb), is empty, or has pixels of an unknown range.
     """
