@@ -10,7 +10,7 @@ from tests.tiny_teacher import tiny_internvl, tiny_qwen3_vl, tiny_qwen25_vl
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny checkpoints of every family, by its name."""
+    """Directories of tiny checkpoints, by family."""
     root = tmp_path_factory.mktemp("families")
     return {
         "wan": tiny_checkpoints.wan21_i2v(root / "wan"),

@@ -91,7 +91,7 @@ TIED = ("shared.weight", "language_model.embed_tokens.weight", "embed_tokens.wei
 
 
 def check_each(families, part, tmp_path, names):
-    """A network of which a tensor is left out, renamed or of another shape is refused, and the tensor named."""
+    """A network with a missing, renamed or mismatched tensor is refused with the tensor's name."""
     directory = copied(families, part, tmp_path / "copy")
     whole = load_file(weights_file(directory))
     for name in names(sorted(whole)):
@@ -123,7 +123,7 @@ def test_more_tensors_that_do_not_fit_are_refused(families, part, tmp_path):
 
 
 def test_weights_that_are_no_floats_are_refused(families, tmp_path):
-    """Of a network that does not say how it is quantised: its float8 values would be taken without their scales."""
+    """Float8 values without a quantization_config would be used without their scales."""
     for number, (part, dtype, said) in enumerate(
         (
             ("wan/text_encoder", torch.float8_e4m3fn, "holds F8_E4M3 values"),
@@ -155,7 +155,7 @@ def test_weights_that_are_not_finite_are_refused(families, part, value, tmp_path
 
 
 def shard(directory: Path, variant: str | None = None) -> Path:
-    """The network's weights in two files with an index, as its library writes them; the index."""
+    """Write the network's weights as its library does, in two files with an index; returns the index."""
     file = weights_file(directory)
     state, stem, dot = load_file(file), file.name.split(".")[0], f".{variant}" if variant else ""
     file.unlink()
@@ -228,7 +228,7 @@ def test_an_index_agrees_with_its_shards(families, part, tmp_path):
 
 
 def test_links_of_the_hub_cache_are_followed(families, tmp_path):
-    """A snapshot of the cache is a directory of links into its blobs."""
+    """Snapshots of the cache are directories of links to its blobs."""
     directory = copied(families, "wan/text_encoder", tmp_path / "blobs")
     (tmp_path / "snapshot").mkdir()
     for file in directory.iterdir():
@@ -253,7 +253,7 @@ def test_damaged_files_are_refused(families, tmp_path):
 
 
 class Ran:
-    """A pickle of it writes a file when it is read."""
+    """An object whose pickle writes a file when it is read."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -269,7 +269,7 @@ CODE = (
 
 @pytest.fixture
 def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A file that appears as soon as code of the checkpoint runs, or a question is asked at the terminal."""
+    """A file that exists once code of the checkpoint has run, or a question was asked at the terminal."""
     file = tmp_path / "ran"
     monkeypatch.setattr("builtins.input", lambda *_: file.touch() or "y")
     yield file
@@ -375,7 +375,7 @@ def test_configs_that_are_no_objects(families, part, text, tmp_path):
 @pytest.mark.parametrize("part", ["wan/transformer", "wan/vae", "wan/text_encoder", "qwen3_vl/", "hunyuan/vae"])
 @pytest.mark.parametrize("value", ["3", True, [], {}, None, -1, 0, 0.5, 10**9, 2**63])
 def test_entries_of_another_kind_end_in_one_line(families, part, value, tmp_path):
-    """Whatever a library makes of a wrong entry: the same network, or one line."""
+    """A wrong entry gives the same network or one line, whatever the library does with it."""
     directory = copied(families, part, tmp_path / "copy")
     config = json.loads((directory / "config.json").read_text())
     for key in sample([key for key in sorted(config) if not key.startswith("_")], 6):

@@ -1,4 +1,4 @@
-"""Checkpoints in the forms that users have: revisions, single files of other tools, float8, GGUF, quantised ones."""
+"""Checkpoints as users have them: revisions, single files of other tools, float8, GGUF, quantised."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vlmteacher.teachers import load_teacher
 
 @pytest.fixture(scope="module")
 def weights(t2v: Path) -> dict[str, torch.Tensor]:
-    """Of its transformer."""
+    """The weights of a pipeline's transformer."""
     return load_file(next((t2v / "transformer").glob("*.safetensors")))
 
 
@@ -29,13 +29,13 @@ def is_product(name: str, value: torch.Tensor) -> bool:
 
 
 def others(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The transformer of another seed."""
+    """The weights of a transformer of another seed."""
     draw = torch.Generator().manual_seed(5)
     return {name: value + 0.1 * torch.randn(value.shape, generator=draw) for name, value in weights.items()}
 
 
 def check_transformer(t2v: Path, file: Path, expected: dict[str, torch.Tensor]) -> None:
-    """The transformer from the file has these weights, to the bit, and lacks none."""
+    """Check that the transformer from a file has exactly these weights, to the bit."""
     state = load_reasoner(t2v, transformer=str(file)).transformer.state_dict()
     assert state.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(state[name], expected[name])] == []
@@ -51,7 +51,7 @@ def refused(call, said: str) -> None:
 
 
 def test_a_revision_of_a_hub_id(t2v, weights, tmp_path, monkeypatch):
-    """Two commits in the cache: main, and one that a tag names."""
+    """A hub cache with two commits: main and a tagged one."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     cached, second = tmp_path / "models--me--model", others(weights)
     (cached / "refs").mkdir(parents=True)
@@ -92,7 +92,7 @@ def test_a_single_file_with_other_networks_beside_it(t2v, weights, prefix, tmp_p
 @pytest.mark.parametrize("scale_name", ["scale_weight", "weight_scale"])
 @pytest.mark.parametrize("rows", [False, True])
 def test_float8_weights_are_multiplied_by_their_scales(t2v, weights, scale_name, rows, tmp_path):
-    """As ComfyUI and LightX2V write them, with marks and the scales of inputs, which are not needed."""
+    """Float8 files as ComfyUI and LightX2V write them, with marks and the scales of inputs, which are ignored."""
     state, expected = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, {}
     for name, value in weights.items():
         if not is_product(name, value):
@@ -121,7 +121,7 @@ def test_float8_weights_are_multiplied_by_their_scales(t2v, weights, scale_name,
 
 
 def gguf_file(path: Path, weights: dict[str, torch.Tensor], kind: str = "Q8_0") -> dict[str, torch.Tensor]:
-    """A GGUF file of a transformer, as ComfyUI-GGUF's conversion writes them; what its weights are when dequantised.
+    """Write a GGUF file of a transformer as ComfyUI-GGUF does; returns its dequantised weights.
 
     Products are quantised, the convolution has its true shape in the metadata because GGML takes four sides.
     """
@@ -177,7 +177,7 @@ def test_gguf_files_that_cannot_be_read(t2v, weights, tmp_path, monkeypatch):
 
 
 def test_a_text_encoder_in_float8_is_made_plain(t2v, tmp_path):
-    """DeepSeek's blocks of float8, which transformers makes plain itself where there is no GPU."""
+    """DeepSeek's blocks of float8, which transformers dequantises itself without a GPU."""
     from transformers import UMT5EncoderModel
 
     directory = Path(shutil.copytree(t2v / "text_encoder", tmp_path / "text_encoder"))
@@ -207,7 +207,7 @@ WRONG = ["3", True, float("nan"), 10**400, 10**30, -1, [], {}, [3]]
 
 @pytest.mark.parametrize("entry", [*TINY_SETTINGS, "sampler", "guidance_scale", "guidance_scale_2", "negative_prompt"])
 def test_reasoner_json_of_other_types(entry, tmp_path):
-    """Whatever the entry is, none of these can be meant; a prompt may be any text."""
+    """Values that no entry can have, except that a prompt may be any text."""
     file = tmp_path / "reasoner.json"
     SamplerSettings.load(written(file, TINY_SETTINGS))
     for value in WRONG:
@@ -222,7 +222,7 @@ def written(path: Path, content: object) -> Path:
 
 
 def changed(directory: Path, to: Path, file: str, **entries: object) -> Path:
-    """A copy of a model in which one file of JSON has other entries."""
+    """Copy a model and replace entries in one of its JSON files."""
     shutil.copytree(directory, to)
     path = to / file
     written(path, (json.loads(path.read_text()) if path.exists() else {}) | entries)
@@ -310,7 +310,7 @@ def test_processors_of_reasoners(families, entries, tmp_path):
 
 @pytest.mark.parametrize("template", ["{% for i in range(10**12) %}a{% endfor %}", "{{ 1 / 0 }}", "{% for %}"])
 def test_a_chat_template_that_cannot_be_rendered(families, template, tmp_path):
-    """Jinja's sandbox counts to 100,000 at most."""
+    """Jinja's sandbox limits a range to 100,000."""
     directory = Path(shutil.copytree(families["qwen3_vl"], tmp_path / "copy"))
     (directory / "chat_template.jinja").write_text(template)
     refused(lambda: load_teacher(directory), "the teacher's chat template cannot be loaded")

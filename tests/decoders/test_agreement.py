@@ -1,4 +1,4 @@
-"""A decoder of another model's latents is refused; where decoders come from when none, or a hub name, is given."""
+"""Decoders of another model's latents are refused; decoders by hub name, and by family where none is given."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def random(decoder: SurrogateDecoder, _: Any) -> None:
 
 
 def permuted(decoder: SurrogateDecoder, _: Any) -> None:
-    """Of a model whose latents mean the same, in another order."""
+    """A decoder of the same latents with their channels in another order."""
     order = torch.randperm(decoder.latent_channels, generator=torch.Generator().manual_seed(0))
     decoder.decoder[1].weight.copy_(decoder.decoder[1].weight[:, order])
 
 
 def denormalised(decoder: SurrogateDecoder, reasoner: Any) -> None:
-    """As a file of LightX2V whose name does not say so: its inverse is what the file would be."""
+    """A decoder of de-normalised latents, like a file of LightX2V under another name."""
     decoder.latents_mean, decoder.latents_std = reasoner.latents_mean.clone(), reasoner.latents_std.clone()
 
 
 def signed(decoder: SurrogateDecoder, _: Any) -> None:
-    """Frames in [-1, 1] that are taken for [0, 1]."""
+    """A decoder of frames in [-1, 1] instead of [0, 1]."""
     decoder.decoder[22].weight.mul_(2)
     decoder.decoder[22].bias.mul_(2).sub_(1)
 
@@ -147,7 +147,7 @@ def test_known_decoders() -> None:
 
 
 def in_the_cache(folder: Path, repo: str, files: dict[str, Path], commit: str, ref: str = "main") -> None:
-    """Lay files out as huggingface_hub does after a download."""
+    """Write files to the cache as huggingface_hub does."""
     cached = folder / f"models--{repo.replace('/', '--')}"
     for name, source in files.items():
         target = cached / "snapshots" / commit / name
@@ -200,7 +200,7 @@ def test_hub_names(hub: Path, tmp_path: Path) -> None:
 def test_a_reasoner_brings_its_familys_decoder(
     models: dict[str, str], hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a decoder: the pair's own where it has the latents' layout, or else the known one, from the hub."""
+    """Without --decoder, the pair's own is used where it fits the latents, or else the known one of the hub."""
     monkeypatch.setenv("VLMTEACHER_CHECK_DECODER", "0")
     pipe = TeacherPipeline.from_pretrained(DIRECTORY / PAIR["reasoner"])
     assert pipe.models["decoder"] == "packaged/decoder.safetensors"

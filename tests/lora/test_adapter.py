@@ -1,4 +1,4 @@
-"""The adapter: fresh, reset, resumed, and loaded by diffusers itself."""
+"""The LoRA of an instance: new, removed, resumed, and loaded by diffusers itself."""
 
 import json
 
@@ -38,7 +38,7 @@ def run(transformer):
 
 
 def train(transformer):
-    """Stands for an optimisation: every B leaves zero."""
+    """Make every B differ from 0, as an optimisation does."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in lora_parameters(transformer):
@@ -133,7 +133,7 @@ def test_export_is_what_diffusers_itself_would_save(transformer, tmp_path):
 
 
 def test_equal_adapters_give_equal_bytes(transformer):
-    """The safetensors library orders a file's metadata differently from call to call: eight times would tell."""
+    """The safetensors library's order of metadata differs between calls, which eight calls would show."""
     files = set()
     for _ in range(8):
         add_lora(transformer, rank=4, seed=0)

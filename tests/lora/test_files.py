@@ -1,4 +1,4 @@
-"""LoRA files of every style, for every family, against diffusers' own loaders; what cannot be used is refused."""
+"""LoRA files of every style, for every family, against diffusers' own loaders; unusable files are refused."""
 
 import json
 
@@ -15,7 +15,7 @@ from vlmteacher.lora.fused_layer import LoRALinear
 
 
 def trained(family, rank=4, alpha=6.0, fused=True):
-    """A transformer with a LoRA on it that is not zero."""
+    """A transformer with a LoRA whose update is not 0."""
     transformer = tiny_transformer(family)
     add_lora(transformer, rank, alpha, seed=0, fused=fused)
     generator = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""LoRA files of other tools: what each holds is what is added to the weights; what cannot be used is refused by name.
+"""LoRA files of other tools: all of a file is added to the weights, or the file is refused with the tensor's name.
 
 The oracles are diffusers' converters and loaders, and PEFT itself.
 """
@@ -51,7 +51,7 @@ def factors(layers: Any = LAYERS, seed: int = 0, family: str = "wan") -> dict[st
 
 
 def merged(path: Path | str, family: str = "wan", dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """parameter -> by how much the LoRA in `path` changed it; only what it changed."""
+    """The changes of the parameters by the LoRA in `path`, of those that it changes."""
     before, transformer = tiny_transformer(family).to(dtype).state_dict(), tiny_transformer(family).to(dtype)
     merge_lora(transformer, read_lora(path))
     changes = {name: value - before[name] for name, value in transformer.state_dict().items()}
@@ -169,7 +169,7 @@ def test_factors_of_small_dtypes_are_taken_as_they_are(dtype, tmp_path):
 
 
 def of_their_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """parameter -> update, of what diffusers' converters make of a file without metadata: B A and B's bias."""
+    """The updates by diffusers' converters of a file without metadata, by parameter: B A and B's bias."""
     changes = {}
     for key, b in state.items():
         name = key.removeprefix("transformer.")
@@ -182,7 +182,7 @@ def of_their_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def whole(family: str, joined: bool = False, extras: bool = True, seed: int = 3) -> dict[str, Tensor]:
-    """A LoRA on every linear layer that the authors' names are known of, by their keys, alpha 6 on rank 3."""
+    """A LoRA on every linear layer with a known authors' name, under those, of rank 3 and alpha 6."""
     names, generator = (WAN if family.startswith("wan") else LTX).layers, torch.Generator().manual_seed(seed)
     found = {}
     for name, module in tiny_transformer(family).named_modules():
@@ -281,7 +281,7 @@ def test_a_lora_bias_is_scaled_as_peft_scales_it(tmp_path):
 
 @pytest.mark.parametrize("family", ["wan", "wan_i2v", "ltx"])
 def test_differences_of_every_parameter_reach_it(family, tmp_path):
-    """The authors' names of all parameters, by diffusers' converter of whole checkpoints."""
+    """The authors' names of all parameters agree with diffusers' converter of whole checkpoints."""
     names, parameters = (LTX if family == "ltx" else WAN).layers, tiny_transformer(family).state_dict()
     generator, given, expected = torch.Generator().manual_seed(0), {}, {}
     for parameter, value in parameters.items():
@@ -336,7 +336,7 @@ def test_a_lora_with_differences_is_converted_with_them(tmp_path):
 
 
 def test_a_lora_of_the_patch_embedding(tmp_path):
-    """A convolution: A has its kernel, or is flattened."""
+    """Factors of a convolution: A with its kernel's axes, or flattened."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(3, 8, 1, 2, 2, generator=generator), torch.randn(32, 3, generator=generator)
     for given in ((a, b.view(32, 3, 1, 1, 1)), (a.flatten(1), b)):
@@ -394,7 +394,7 @@ def test_both_experts_in_one_file(prefixes, tmp_path, capfd):
 
 
 def test_each_expert_has_its_own_configuration(tmp_path):
-    """As diffusers packs the metadata of several networks into one file."""
+    """diffusers packs the metadata of several networks into one file."""
     configs = {"transformer": {"r": 3, "lora_alpha": 6}, "transformer_2": {"r": 3, "lora_alpha": 1.5}}
     packed = {f"{name}.{key}": value for name, config in configs.items() for key, value in config.items()}
     tensors = diffusers_keys(prefix="transformer.") | diffusers_keys(prefix="transformer_2.")
@@ -451,7 +451,7 @@ def test_an_image_models_lora_on_a_model_without_image_layers(tmp_path, recwarn)
 
 
 def test_what_partial_does_not_do(tmp_path):
-    """Another model stays another model."""
+    """A LoRA for another model is refused with `partial` too."""
     ltx = tiny_transformer("ltx")
     add_lora(ltx, 2, seed=0)
     other = read_lora(export_lora(ltx))
@@ -554,7 +554,7 @@ def test_what_is_no_file(tmp_path):
 
 
 def test_a_merge_that_does_not_arrive_is_refused(tmp_path):
-    """Where the weight is computed from other parameters, where it overflows, where it is quantised."""
+    """Weights that are computed from other parameters, that overflow, or that are quantised."""
     save_file(*FORMATS["diffusers"][:1], tmp_path / "lora.safetensors")
     lora = read_lora(tmp_path / "lora.safetensors")
     computed = tiny_transformer("wan")
@@ -572,7 +572,7 @@ def test_a_merge_that_does_not_arrive_is_refused(tmp_path):
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 31, 97])
 def test_joint_layers_of_a_size_that_is_not_three_layers(rows, tmp_path):
-    """ComfyUI's HunyuanVideo-1.5 has query, key and value in one."""
+    """ComfyUI's HunyuanVideo-1.5 has query, key and value in one layer."""
     layer = "diffusion_model.double_blocks.0.img_attn.qkv"
     factors = {f"{layer}.lora_A.weight": torch.ones(2, 32), f"{layer}.lora_B.weight": torch.ones(rows, 2)}
     save_file(factors | {f"{layer}.diff_b": torch.ones(rows)}, path := tmp_path / "lora.safetensors")

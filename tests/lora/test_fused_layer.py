@@ -1,4 +1,4 @@
-"""The layer against PEFT's own: results, names, adapters, what it leaves to PEFT, and its proof."""
+"""The fused layer against PEFT's: results, names, adapters, the cases that PEFT's forward runs, and the check."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def peft_model(dtype: torch.dtype = torch.float32, **config: object) -> nn.Modul
 
 
 def pair(dtype: torch.dtype = torch.float32, **config: object) -> tuple[nn.Module, nn.Module]:
-    """(PEFT's, the same fused)."""
+    """The layers by PEFT, and the same layers fused."""
     stock = peft_model(dtype, **config)
     ours = copy.deepcopy(stock)
     assert fuse_lora(ours) == ["0", "2"]
@@ -39,7 +39,7 @@ def pair(dtype: torch.dtype = torch.float32, **config: object) -> tuple[nn.Modul
 
 
 def run(model: nn.Module, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """The output and the gradients of x and of every adapter."""
+    """Returns the output and the gradients of x and of every adapter."""
     x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
     y = model(x)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -55,7 +55,7 @@ def assert_same(ours: nn.Module, stock: nn.Module, dtype: torch.dtype = torch.fl
 
 @pytest.fixture()
 def calls(monkeypatch):
-    """How often the operator ran."""
+    """Counts the calls of the operator."""
     seen = []
     real = lora_linear.lora_linear
     monkeypatch.setattr(lora_linear, "lora_linear", lambda *args: seen.append(1) or real(*args))

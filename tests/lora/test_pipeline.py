@@ -1,4 +1,4 @@
-"""LoRAs into and out of the pipeline: going on from one, fusing one, its card, stock diffusers with it."""
+"""LoRAs and the pipeline: continuing one, fusing one, its model card, stock diffusers with it."""
 
 import warnings
 
@@ -77,7 +77,7 @@ def test_a_fused_lora_stays_and_bfloat16_warns(pipe, models):
 
 
 def test_what_is_assumed_of_loras_stands_in_the_record(models, tmp_path):
-    """The source of the scale, of a merged LoRA and of one that is gone on from."""
+    """run.json has the source of the scale of a merged LoRA and of a continued one."""
     pipe = TeacherPipeline.from_pretrained(**models)
     add_lora(pipe.reasoner.transformer, 2, seed=0)
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_a_lora_for_another_model_is_refused(pipe, tmp_path):
 
 
 class PutsNoiseBack(FlowMatchEulerDiscreteScheduler):
-    """diffusers' own stochastic sampling at the levels of a few-step model; the pipelines take no levels."""
+    """Give diffusers' stochastic scheduler the levels of a few-step model, which the pipelines do not take."""
 
     def __init__(self, levels: tuple[float, ...]) -> None:
         super().__init__(stochastic_sampling=True)

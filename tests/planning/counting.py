@@ -1,4 +1,4 @@
-"""What the plan is compared with: torch's own counter, and the bytes that autograd saves on real tensors."""
+"""References for the plan: torch's own FLOP counter, and the bytes that autograd saves on real tensors."""
 
 from __future__ import annotations
 
@@ -49,5 +49,5 @@ def stock_count(function: Callable[[], Any]) -> int:
 
 
 def saved_bytes(function: Callable[[], Any], *modules: nn.Module) -> tuple[int, Any]:
-    """Bytes of real storages that autograd keeps, the modules' own left out, and what the function returned."""
+    """Returns the bytes that autograd keeps, without the modules' own, and the function's result."""
     return memory.saved_bytes(function, [t for m in modules for t in (*m.parameters(), *m.buffers())])

@@ -39,7 +39,7 @@ PAPER = (
 
 @pytest.mark.parametrize("level", [Keep.ALL, Keep.ATTENTION])
 def test_parts_add_up_to_a_whole_step(level: Keep, narrow: None) -> None:
-    """Reasoner, plain decoder and Teacher traced in one go, as `Optimization` runs them."""
+    """Trace Reasoner, plain decoder and Teacher in one piece, as `Optimization` runs them."""
     reasoner, _ = build_reasoner("packaged")
     teacher, decoder = build_teacher("packaged"), build_decoder("packaged")
     shape, indices = (13, 64, 64), list(range(0, 13, 2))

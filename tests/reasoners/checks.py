@@ -1,4 +1,4 @@
-"""What is asked of the Reasoners of several families in the same words."""
+"""Checks that the tests of several Reasoner families share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlmteacher.reasoners.condition import Condition, Noise
 
 
 def check_kept_levels(reasoner: Reasoner, condition: Condition, noise: Noise) -> None:
-    """Every level of what the blocks keep gives the LoRA the same gradient, to the bit."""
+    """Check that the LoRA's gradient has the same bits at every activation level."""
     add_lora(reasoner.transformer, rank=2, seed=0)
     gradients = []
     for level in Keep:

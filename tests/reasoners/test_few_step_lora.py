@@ -1,4 +1,4 @@
-"""Few-step LoRAs of two experts, presets of other models, and what is assumed where nothing says it."""
+"""Few-step LoRAs of two experts, presets of other models, and assumptions about unnamed files."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_one_file_of_both_experts(a14b, t2v, tmp_path, prefixes):
 
 
 def test_a_file_of_save_lora_adapter_is_merged(t2v, tmp_path):
-    """It was read as one of another prefix: nothing was merged, and the base model sampled in 4 unguided steps."""
+    """A regression: nothing was merged, and the base model was sampled in 4 steps without guidance."""
     import peft
 
     transformer = load_reasoner(t2v).transformer
@@ -209,7 +209,7 @@ def test_presets_of_other_models_are_refused(t2v, a14b, tmp_path):
 
 
 def test_every_known_model_takes_its_own_preset():
-    """As its model_index.json on the hub is: class, experts, a timestep for each token."""
+    """With the class, experts and expand_timesteps of its model_index.json on the hub."""
     for hub_id, preset in HUB_IDS.items():
         image = "i2v" in hub_id.lower() and "ti2v" not in hub_id.lower()
         if "hunyuan" in hub_id:

@@ -97,7 +97,7 @@ def test_guidance_has_two_forwards_in_a_pass(pipe: TeacherPipeline) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_familys_blocks(family: str) -> None:
-    """Also those that are called by keywords (LTX), or hand on video and text (HunyuanVideo)."""
+    """Also blocks that are called by keywords (LTX), or return video and text (HunyuanVideo)."""
     model = tiny_transformer(family)
     blocks = block_list(model)
     add_lora(model, 4, seed=0, blocks="last:1")

@@ -39,7 +39,7 @@ STEPS = SamplerSettings(timesteps=(1000, 500), shift=7.0, sampler="euler", max_s
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """Step-distilled image-to-video."""
+    """The step-distilled image-to-video model."""
     return tiny_hunyuan_pipeline(tmp_path_factory.mktemp("hunyuan"))
 
 
@@ -73,7 +73,7 @@ def stock(kind, directory, guidance_scale=1.0, **given):
 
 @pytest.mark.parametrize("meanflow, prompt", [(True, PROMPT), (False, "no quoted words")])
 def test_same_video_of_an_image_as_the_diffusers_pipeline(tmp_path, image, meanflow, prompt):
-    """Three encoders, known latents and mask, shift, the level that each step goes to; theirs with all the padding."""
+    """Covers three encoders, known latents and mask, shift, the next level of a step; diffusers' with padding."""
     directory = tiny_hunyuan_pipeline(tmp_path, meanflow=meanflow)
     reasoner = load(directory)
     condition, noise = instance(reasoner, image, prompt=prompt)
@@ -120,7 +120,7 @@ def test_guided_mean_velocity(reasoner, image, directory):
 
 
 def test_one_step_prediction_is_one_euler_step_to_zero(directory, reasoner, image):
-    """The stock transformer with stock attention, asked for the mean velocity from 1 to 0."""
+    """Against the stock transformer with stock attention, for the mean velocity from 1 to 0."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
     scheduler.set_timesteps(sigmas=[1.0])
     (t,) = scheduler.timesteps
@@ -158,7 +158,7 @@ def test_the_image_comes_in_as_known_latents(reasoner, image):
 
 
 def test_attention_keeps_no_mask(reasoner, image):
-    """The stock attention keeps one of (video and text tokens)^2 in every block."""
+    """The stock attention keeps a mask of (video and text tokens)^2 in every block."""
     add_lora(reasoner.transformer, rank=2, seed=0)
     condition, noise = instance(reasoner, image)
     text = [condition.prompt_embeds, condition.inputs["encoder_hidden_states_2"], condition.inputs["image_embeds"]]
@@ -178,7 +178,7 @@ def test_attention_keeps_no_mask(reasoner, image):
 
 
 def test_it_can_be_traced(reasoner, image):
-    """Nothing in the prediction asks what a tensor holds: fake tensors, which hold nothing, go through."""
+    """No operation of the prediction reads a tensor's values: fake tensors, which have none, pass."""
     condition, noise = instance(reasoner, image)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         inputs = {name: mode.from_tensor(value) for name, value in condition.inputs.items()}
@@ -203,7 +203,7 @@ def test_what_the_blocks_keep_changes_no_bit(reasoner, image):
 
 
 def test_bfloat16(directory, reasoner, image):
-    """The latents stay float32, and so does the LoRA."""
+    """Latents and LoRA stay float32."""
     low = load_reasoner(directory, torch.bfloat16)
     low.settings = STEPS
     add_lora(low.transformer, rank=2, seed=0)
@@ -217,7 +217,7 @@ def test_bfloat16(directory, reasoner, image):
 
 
 def test_one_update_of_the_whole_pipeline(directory, tmp_path, image):
-    """Here, and on another device with main memory for what is not needed."""
+    """On the CPU, and on another device with offloading."""
     models = (
         directory,
         tiny_qwen3_vl(tmp_path / "teacher"),
@@ -323,7 +323,7 @@ def test_a_few_step_lora_is_in_the_weights(directory, reasoner, image, tmp_path,
 
 
 def test_another_transformer_and_its_preset(directory, tmp_path):
-    """A directory that still has the hub's name brings its own way of sampling."""
+    """A directory with the name of a hub model gets that model's preset."""
     name = "HunyuanVideo-1.5-Diffusers-480p_i2v_step_distilled"
     other = shutil.copytree(directory / "transformer", tmp_path / name / "transformer")
     reasoner = load_reasoner(directory, transformer=str(other.parent))

@@ -71,7 +71,7 @@ def stock(pipe, **given):
 @pytest.mark.parametrize("kind", [LTXPipeline, LTXImageToVideoPipeline])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_same_video_as_the_older_pipelines(tmp_path, image, kind, guidance_scale):
-    """Prompt and its mask, positions, a timestep per token, Euler, guidance, and a decoder that is given noise."""
+    """Covers the prompt's mask, positions, a timestep per token, Euler, guidance, and a decoder with noise."""
     directory = tiny_ltx_pipeline(tmp_path, kind.__name__)
     reasoner = with_settings(load_reasoner(directory))
     guided = reasoner.with_sampling(guidance_scale=guidance_scale, negative_prompt="red")
@@ -99,7 +99,7 @@ def test_same_video_as_the_older_pipelines(tmp_path, image, kind, guidance_scale
 
 @pytest.mark.parametrize("with_image", [False, True], ids=["text", "image"])
 def test_same_latents_as_the_condition_pipeline(directory, reasoner, image, with_image):
-    """The one of 0.9.8: its first latent frame stands at another time."""
+    """`LTXConditionPipeline`, of 0.9.8, gives the first latent frame another time."""
     given = image if with_image else None
     condition, noise = instance(reasoner, given, seed=7)
     theirs = stock(
@@ -196,7 +196,7 @@ def test_what_the_blocks_keep_changes_no_bit(reasoner, image):
 
 
 def test_bfloat16(directory, reasoner, image):
-    """The latents stay float32, and so does the LoRA."""
+    """Latents and LoRA stay float32."""
     low = load_reasoner(directory, torch.bfloat16)
     low.settings = STEPS
     add_lora(low.transformer, rank=2, seed=0)
@@ -210,7 +210,7 @@ def test_bfloat16(directory, reasoner, image):
 
 
 def test_one_update_of_the_whole_pipeline(directory, tmp_path, image):
-    """Here, and on another device with main memory for what is not needed."""
+    """On the CPU, and on another device with offloading."""
     models = directory, tiny_qwen3_vl(tmp_path / "teacher"), ltx_decoder(tmp_path / "decoder.safetensors")
     size = dict(zip(("num_frames", "height", "width"), SIZE, strict=True))
 
@@ -274,7 +274,7 @@ def test_bad_input(reasoner, directory, tmp_path):
 
 
 def test_a_single_file_and_a_few_step_lora(directory, tmp_path):
-    """In the names of Lightricks' own files, as the 2B model is published."""
+    """A single file in Lightricks' own names, as the 2B model is published."""
     from diffusers import LTXVideoTransformer3DModel
 
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""Transformers and few-step LoRAs from elsewhere, and the presets that say how the result is sampled."""
+"""Other transformers and few-step LoRAs in a pipeline, and the presets of the result."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def original_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def test_a_transformer_from_another_directory(t2v, a14b):
-    """A pipeline's, or the transformer's own directory."""
+    """The transformer's directory, or that of a pipeline with it."""
     for given in (a14b, a14b / "transformer"):
         reasoner = load_reasoner(t2v, transformer=str(given))
         assert same_weights(reasoner.transformer, weights(a14b / "transformer"))
@@ -160,7 +160,7 @@ def test_a_transformer_that_does_not_fit_the_vae(t2v, tmp_path):
 
 
 def lora_of(directory: Path, seed: int = 0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """layer name (diffusers') -> A (r, in), B (out, r), random."""
+    """Random A (r, in) and B (out, r) by diffusers' name of the layer."""
     state, generator = weights(directory), torch.Generator().manual_seed(seed)
     found = {}
     for block in (0, 1):
@@ -172,7 +172,7 @@ def lora_of(directory: Path, seed: int = 0) -> dict[str, tuple[torch.Tensor, tor
 
 
 def write_lora(path: Path, lora: dict[str, tuple[torch.Tensor, torch.Tensor]], style: str) -> str:
-    """A LoRA file of alpha / rank = 2 in one of the key styles that are published."""
+    """Write a LoRA file of alpha / rank = 2 in one of the published key styles."""
     state, metadata = {}, None
     for name, (a, b) in lora.items():
         _, block, layer = name.split(".", 2)
@@ -230,7 +230,7 @@ def test_the_merged_model_is_diffusers_model_with_the_lora(t2v, tmp_path):
 
 
 def test_a_lora_with_biases(t2v, tmp_path):
-    """As LightX2V's: ``diff_b`` beside the factors, here of one layer only."""
+    """Like LightX2V's files: ``diff_b`` beside the factors, here of one layer only."""
     lora = lora_of(t2v / "transformer")
     file = write_lora(tmp_path / "lora.safetensors", lora, "comfyui")
     bias = torch.linspace(-1, 1, 32)
@@ -257,7 +257,7 @@ def test_each_expert_has_its_lora(a14b, tmp_path):
 
 
 def test_a_bfloat16_model_is_merged_in_float32(t2v, tmp_path):
-    """W + s B A, rounded once; not W plus a rounded product of rounded factors."""
+    """W + s B A is rounded once, and no product of rounded factors is added."""
     lora = lora_of(t2v / "transformer")
     file = write_lora(tmp_path / "lora.safetensors", lora, "diffusers")
     merged = load_reasoner(t2v, torch.bfloat16, few_step_lora=file, preset="wan2.1-lightx2v-4step").transformer
@@ -334,7 +334,7 @@ def test_every_preset_can_be_sampled_and_every_id_has_one():
 
 
 def test_which_settings_are_taken(t2v, tmp_path):
-    """A preset before reasoner.json before the known id; a directory that was downloaded keeps its name."""
+    """A preset precedes reasoner.json, which precedes the known id, also as the name of a local directory."""
     assert known_preset("Wan-AI/Wan2.2-TI2V-5B-Diffusers") == PRESETS["wan2.2-ti2v-5b"]
     assert known_preset("some/where", "/models/fastwan2.2-TI2V-5B-FullAttn-Diffusers/") == PRESETS["fastwan2.2-ti2v-5b"]
     assert known_preset("owner/model") is None
@@ -348,7 +348,7 @@ def test_which_settings_are_taken(t2v, tmp_path):
 
 
 def test_by_hub_id_from_the_cache(t2v, a14b, tmp_path, monkeypatch):
-    """As after a download: pipeline, transformer and the config for a single file come by id, and bring a preset."""
+    """From the hub's cache: pipeline, transformer and the config for a single file by id, with their presets."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     commit = "0123456789abcdef0123456789abcdef01234567"
     ids = {"Wan-AI/Wan2.1-T2V-1.3B-Diffusers": t2v, "FastVideo/FastWan2.1-T2V-1.3B-Diffusers": a14b}

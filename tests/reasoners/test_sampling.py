@@ -1,4 +1,4 @@
-"""The few-step sampler on fields with a known answer."""
+"""The samplers on fields with a known solution, and against diffusers' schedulers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_what_enters_each_prediction_is_clean_plus_its_own_noise(sigmas):
 
 
 def test_a_perfect_prediction_stays():
-    """A predictor that knows the video gives it at every step, whatever the timesteps."""
+    """A predictor that always returns one video gives that video at any timesteps."""
     video = torch.randn(1, 2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     for sigmas in ((1.0,), (1.0, 0.5), (1.0, 0.9, 0.8, 0.1)):
         assert torch.equal(sample(lambda x, s: video, sigmas, draws(len(sigmas))), video)
@@ -69,7 +69,7 @@ def test_the_spread_of_a_gaussian():
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 @pytest.mark.parametrize("steps", [1, 4, 50])
 def test_euler_is_diffusers_euler(steps, shift):
-    """The same levels, up to UniPC's 1e-6 below 1, and the same steps; what a step is told is where it goes to."""
+    """Levels, up to UniPC's 1e-6 below 1, and steps are diffusers'; a step also gets the level that it leads to."""
     settings = SamplerSettings(even_timesteps(steps), shift=shift, sampler="euler")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=[1 - k / steps for k in range(steps)])

@@ -84,7 +84,7 @@ def _wan_transformer(in_channels: int, seed: int = 1, **config: Any) -> Any:
 
 
 def _wan_vae(residual: bool = False) -> Any:
-    """x4 in time and x8 in space: Wan 2.1's by three halvings, Wan 2.2's by two and patches of 2."""
+    """Strides of 4 in time and 8 in space: Wan 2.1's by three halvings, Wan 2.2's by two and patches of 2."""
     from diffusers import AutoencoderKLWan
 
     halvings = [True, True] if residual else [False, True, True]

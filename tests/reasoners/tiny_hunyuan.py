@@ -12,7 +12,7 @@ SIZE = (5, 64, 64)
 
 
 def tiny_hunyuan_pipeline(path: Path, kind: str = "HunyuanVideo15ImageToVideoPipeline", meanflow: bool = True) -> Path:
-    """Save a random HunyuanVideo-1.5 pipeline of class `kind`: 8 latent channels, x4 in time, x16 in space."""
+    """Save a random HunyuanVideo-1.5 pipeline of class `kind`: 8 latent channels, strides of 4 and 16."""
     import diffusers
     import transformers
 

@@ -12,7 +12,7 @@ SIZE = (17, 64, 96)
 
 
 def tiny_ltx_pipeline(path: Path, kind: str = "LTXConditionPipeline", timestep_conditioning: bool = True) -> Path:
-    """Save a random LTX pipeline of class `kind`: 8 latent channels, x8 in time, x32 in space as the real ones.
+    """Save a random LTX pipeline of class `kind`: 8 latent channels, strides of 8 in time and 32 in space.
 
     The VAE's posterior is all but certain, so that diffusers' draws from it are its mode.
     """

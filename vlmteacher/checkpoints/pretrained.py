@@ -226,8 +226,8 @@ def check_config(config: Mapping[str, Any], kind: Any, tensors: Mapping[str, Sto
         elif key in STATISTICS and value is not None:
             if not isinstance(value, list) and key != "scaling_factor":
                 raise InputError(f"{label}: {key} must be a list of numbers, not {value!r:.40}")
-            for each in value if isinstance(value, list) else [value]:
-                check_number(each, f"{label}: {key}", above=STATISTICS[key])
+            for number in value if isinstance(value, list) else [value]:
+                check_number(number, f"{label}: {key}", above=STATISTICS[key])
 
 
 def _check_size(kind: Any, directory: Path, config: dict[str, Any], tensors: Mapping[str, Stored], label: str) -> None:

@@ -141,25 +141,25 @@ def _safetensors(path: Path, option: str, dtype: torch.dtype) -> Iterator[tuple[
     stored = header(path)
     with opened(path) as file:
         scales = {}  # of each float8 weight
-        for name, each in stored.items():
+        for name, tensor in stored.items():
             if name.endswith(FORMAT_MARK):
                 mark = parse_json(bytes(file.get_tensor(name).tolist()).decode(errors="replace"), f"{path}: {name}")
                 kind = mark.get("format") if isinstance(mark, dict) else mark
                 if kind not in ("float8_e4m3fn", "float8_e5m2"):
                     raise InputError(f"{option} {path} is quantised as {kind} ({name}): give float8 or plain weights")
-            elif each.dtype in FLOAT8 and name != SCALED_MARK:
+            elif tensor.dtype in FLOAT8 and name != SCALED_MARK:
                 scales[name] = next((s for end in SCALES if (s := name.removesuffix(".weight") + end) in stored), None)
-        for name, each in stored.items():
+        for name, tensor in stored.items():
             if name == SCALED_MARK or name.endswith((FORMAT_MARK, *INPUT_SCALES)) or name in scales.values():
                 continue
             if name in scales and (scale := scales[name]) is not None:
                 weight = scaled(file.get_tensor(name), file.get_tensor(scale), f"{option} {path}: {scale}")
                 yield name, weight.to(dtype)
-            elif each.dtype in FLOATS:
+            elif tensor.dtype in FLOATS:
                 yield name, file.get_tensor(name)
             else:
                 raise InputError(
-                    f"{option} {path} holds {each.dtype} values without a scale ({name}): give weights that are not"
+                    f"{option} {path} holds {tensor.dtype} values without a scale ({name}): give weights that are not"
                     " quantised, or float8 ones with their scales"
                 )
 

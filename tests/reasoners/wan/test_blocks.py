@@ -1,4 +1,4 @@
-"""The fused Wan transformer against diffusers' own: results, gradients, what is saved, what it leaves to diffusers."""
+"""The fused Wan transformer against diffusers' own: results, gradients, saved bytes, and fallbacks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def with_lora(reasoner, fused: bool) -> list[torch.nn.Parameter]:
 
 
 def results(reasoner, condition: Condition, noise: Noise, parameters: list[torch.nn.Parameter]) -> list[Tensor]:
-    """The one-step prediction, its gradients, the sampler's video."""
+    """Returns the one-step prediction, its gradients and the sampler's video."""
     latents = reasoner.predict_clean(condition, noise)
     grads = torch.autograd.grad(latents.square().mean(), parameters)
     return [latents.detach(), *grads, reasoner.sample(condition, noise)]
@@ -110,7 +110,7 @@ def test_cross_attention_without_a_norm():
 
 
 def test_less_is_saved(reasoner):
-    """Of two blocks at 18 tokens; the counts are exact, whatever the machine."""
+    """Saved bytes of two blocks at 18 tokens; the counts are exact on any machine."""
     given = instance(reasoner, True)
     saved = []
     for fused in (False, True):
@@ -145,7 +145,7 @@ def test_compiled_and_fake(reasoner):
 
 
 def test_a_timestep_for_every_token_is_diffusers_own_forward(reasoner):
-    """So is autocast; both are bit for bit what they are without us, but for two timesteps, which diffusers lacks."""
+    """Image encoders and autocast run diffusers' forward, to the bit, except two timesteps, which diffusers lacks."""
     with_lora(reasoner, fused=True)
     network = reasoner.transformer
     x, text = torch.randn(1, 8, 3, 4, 6), torch.randn(1, 12, 32)
@@ -163,7 +163,7 @@ def test_a_timestep_for_every_token_is_diffusers_own_forward(reasoner):
 
 
 def test_everything_trained_gets_its_gradient(reasoner):
-    """Tables and norms too: there the operators' plain expressions run."""
+    """Tables and norms are trained too: there the operators' plain expressions run."""
     network = reasoner.transformer.requires_grad_(True)
     condition, noise = instance(reasoner, True)
     found = []
@@ -222,7 +222,7 @@ def test_a_difference_is_refused(reasoner, monkeypatch):
 
 
 def test_an_adapter_weight_of_zero_and_a_second_adapter(reasoner):
-    """linear_group is each layer's own result, whatever adapters are on."""
+    """linear_group returns the results of the single layers, whichever adapters are active."""
     network = reasoner.transformer
     add_lora(network, 4, seed=0)
     given = instance(reasoner, True)

@@ -29,7 +29,7 @@ IMAGE_FAMILIES = ("wan21_i2v", "wan22_ti2v", "wan22_i2v_a14b")
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """family -> directory, written once."""
+    """Directories of checkpoints by family, each written once."""
     made: dict[str, Path] = {}
 
     def get(family: str) -> Path:
@@ -57,7 +57,7 @@ def instance(reasoner, image, seed=0):
 
 
 def diffusers_video(directory: Path, scheduler: Any, image: Image.Image | None, shape: Any, seed: int, **call: Any):
-    """Frames (F, 3, H, W) of the checkpoint's own pipeline class; TI2V-5B with an image is the other class's.
+    """Frames (F, 3, H, W) of the checkpoint's own pipeline class; TI2V-5B with an image needs the other class.
 
     The scheduler draws from the global generator, as z1 of `shape` is drawn here.
     """
@@ -84,7 +84,7 @@ def diffusers_video(directory: Path, scheduler: Any, image: Image.Image | None, 
 @pytest.mark.parametrize("sampler", ["renoise", "euler"])
 @pytest.mark.parametrize("family", [*FAMILIES, "wan22_ti2v with image"])
 def test_same_video_as_the_diffusers_pipeline(checkpoint, image, family, sampler):
-    """Text, image channels, CLIP's features, experts, guidance of each, sampler and VAE at once."""
+    """Covers text, image channels, CLIP's features, experts and their guidance, sampler and VAE at once."""
     family, _, with_image = family.partition(" ")
     image = image if with_image or family in ("wan21_i2v", "wan22_i2v_a14b") else None
     scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=sampler == "renoise", shift=3.0)
@@ -109,7 +109,7 @@ def test_same_video_as_the_diffusers_pipeline(checkpoint, image, family, sampler
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_step_prediction_is_a_step_of_its_own_scheduler_to_zero(checkpoint, image, family, guidance_scale):
-    """The hub's UniPC begins at 1 - 1e-6, not at 1; FlowMatchEuler exactly there."""
+    """The hub's UniPC begins at 1 - 1e-6, FlowMatchEuler exactly at 1."""
     reasoner = load(checkpoint(family), guidance_scale=guidance_scale, negative_prompt=NEGATIVE)
     condition, noise = instance(reasoner, image if family in IMAGE_FAMILIES else None)
     with torch.no_grad():
@@ -176,7 +176,7 @@ def test_an_i2v_model_needs_the_image_and_a_t2v_model_takes_none(checkpoint, ima
 
 
 def test_experts_work_on_their_side_of_the_boundary(checkpoint):
-    """Each level is the work of one of them; the LoRA, on the high-noise one, changes nothing below."""
+    """One expert predicts each level; a LoRA on the high-noise expert changes nothing below the boundary."""
     reasoner = load(checkpoint("wan22_t2v_a14b"))
     assert set(reasoner.networks) == {"transformer", "transformer_2", "vae", "text_encoder"}
     condition, noise = instance(reasoner, None)
@@ -236,7 +236,7 @@ def test_settings_of_one_call(checkpoint):
 
 
 def test_a_text_of_another_length_would_be_taken_for_the_image(checkpoint, image):
-    """diffusers takes the last 512 tokens for the text and the others, of which there are none, for CLIP's."""
+    """diffusers takes the last 512 tokens as text and the others, of which there would be none, as CLIP's."""
     with pytest.raises(InputError, match=r"max_sequence_length must be 512 .* not 12"):
         load(checkpoint("wan21_i2v"), max_sequence_length=12).encode(PROMPT, image, *SIZE)
 
@@ -253,7 +253,7 @@ def changed(directory: Path, copy: Path, file: str, **entries: Any) -> Path:
 
 
 def test_a_vae_of_another_model(checkpoint, tmp_path):
-    """As Wan 2.1's VAE (16 channels) beside the transformer of TI2V-5B (48)."""
+    """Like Wan 2.1's VAE (16 channels) beside the transformer of TI2V-5B (48)."""
     copy = changed(checkpoint("wan21_t2v"), tmp_path / "copy", "model_index.json")
     shutil.rmtree(copy / "vae")
     from diffusers import AutoencoderKLWan

@@ -51,7 +51,7 @@ def test_settings_of_the_directory(reasoner):
 
 @pytest.mark.parametrize("with_image", [False, True], ids=["text", "image"])
 def test_same_video_as_the_diffusers_pipeline(directory, image, with_image):
-    """Prompt and image encoding, per-token timesteps, sampler and VAE at once.
+    """Covers prompt and image encoding, per-token timesteps, sampler and VAE at once.
 
     FlowMatchEuler with stochastic_sampling predicts x0 and renoises, drawing from torch's global generator.
     """

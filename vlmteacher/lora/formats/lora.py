@@ -123,8 +123,8 @@ class LoRA:
             lora_alpha=alpha,  # PEFT accepts fractions
             lora_dropout=0.0,
             target_modules=sorted(self.layers),
-            rank_pattern={name: each.rank for name, each in self.layers.items() if each.rank != rank},
-            alpha_pattern={name: each.alpha for name, each in self.layers.items() if each.alpha != alpha},
+            rank_pattern={name: layer.rank for name, layer in self.layers.items() if layer.rank != rank},
+            alpha_pattern={name: layer.alpha for name, layer in self.layers.items() if layer.alpha != alpha},
         )
 
     def fitted(self, transformer: nn.Module, partial: bool = False, trainable: bool = False) -> LoRA:
@@ -168,8 +168,8 @@ class LoRA:
         if not unused:
             return self
         layers, differences = (
-            {name: value for name, value in each.items() if name not in unused}
-            for each in (self.layers, self.differences)
+            {name: value for name, value in parts.items() if name not in unused}
+            for parts in (self.layers, self.differences)
         )
         if not any(map(BLOCK.match, layers)) and (any(map(BLOCK.match, self.layers)) or not differences):
             raise InputError(f"{self.source} is a LoRA for another model: this {kind} has none of its layers")
@@ -269,7 +269,7 @@ def split_qkv(name: str, layer: Factors) -> dict[str, Factors]:
         if name.endswith(f".{fused}"):
             block, scale = name.removesuffix(fused), layer.scale
             a, b = [layer.a.clone() for _ in held], list(layer.b.tensor_split(3))
-            own = [each.tensor_split(3, dim=1)[i] for i, each in enumerate(b)]
+            own = [rows.tensor_split(3, dim=1)[i] for i, rows in enumerate(b)]
             if layer.rank % 3 == 0 and torch.equal(torch.block_diag(*own), layer.b):
                 a, b = list(layer.a.chunk(3)), own
             return {

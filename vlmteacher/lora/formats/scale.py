@@ -100,9 +100,9 @@ def find_scales(metadata: Mapping[str, str], folder: Path | None, name: str, exp
     if "ss_network_alpha" in metadata:
         config = {"lora_alpha": metadata["ss_network_alpha"], "r": metadata.get("ss_network_dim")}
         return Scales(config, "metadata ss_network_alpha", kohya=True)
-    if found := next((each for each in ALPHAS if each in metadata), None):
-        rank = next((metadata[each] for each in RANKS if each in metadata), None)
-        return Scales({"lora_alpha": metadata[found], "r": rank}, f"metadata {found}")
+    if alpha := next((entry for entry in ALPHAS if entry in metadata), None):
+        rank = next((metadata[entry] for entry in RANKS if entry in metadata), None)
+        return Scales({"lora_alpha": metadata[alpha], "r": rank}, f"metadata {alpha}")
     return Scales()
 
 
