@@ -1,5 +1,5 @@
-# make demo | test | test-all | test-paths | sanitize | lint | fuzz | soak | clean. Everything lives in .venv; the tested
-# torch is pinned in pyproject.toml.
+# make demo | test | test-all | test-paths | sanitize | lint | fuzz | soak | clean. Everything is installed in .venv; the
+# tested torch is pinned in pyproject.toml.
 PYTHON ?= python3
 TORCH := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -19,15 +19,15 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --be
 test: .venv/installed-dev
 	$(PYTEST) --cov=vlmteacher --cov-report=term --cov-fail-under=85
 
-# With every slow test, of which `make test` runs a seventh, another one every day of the week.
+# All slow tests too, of which `make test` runs a seventh, another one every day of the week.
 test-all: .venv/installed-dev
 	$(PYTEST) --slow=all
 
-# The numeric tests as older processors would run them: a table of path, passed and failed.
+# The numeric tests as on older processors: a table of path, passed and failed.
 test-paths: .venv/installed-dev
 	$(BIN)/python -m tests.vendor_paths --write docs/results/vendor_paths.md
 
-# The C++ operators on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer, in a package of their own.
+# The C++ operators on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer, built into build/sanitize.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -g1
 SANITIZED_TESTS := tests/trust/test_guard_pages.py tests/ops/test_elementwise.py tests/ops/test_qk_norm_rope.py \
   tests/ops/test_surrogate_decoder.py -k "not compile and not fake and not opcheck and not trace"
@@ -47,8 +47,8 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Damaged inputs for everything that reads what a user or a hub gives: at least 10,000, other ones each time, counted at
-# the end. `make fuzz ATHERIS=1`, or `make fuzz-atheris`: five minutes led by coverage.
+# At least 10,000 damaged inputs, new ones each time, for everything that reads input of a user or a hub; prints their
+# number. `make fuzz ATHERIS=1`, or `make fuzz-atheris`: five minutes guided by coverage.
 fuzz: .venv/installed-dev $(if $(ATHERIS),fuzz-atheris)
 	rm -f build/fuzz.jsonl && mkdir -p build
 	FUZZ_EXAMPLES=1000 VLMTEACHER_TRUST_REPORT=build/fuzz.jsonl $(PYTEST) tests/trust/test_fuzz.py
@@ -64,8 +64,8 @@ soak: .venv/installed-dev
 clean:
 	rm -rf .venv build *.egg-info vlmteacher/_C.*.so vlmteacher/_cuda.so vlmteacher/_build.json
 
-# Torch first: the plain name is a CUDA build of several gigabytes on most machines. Without an NVIDIA GPU the CPU build
-# is asked for by its full version, so that no other can come; only where there is none to be had, the plain one does.
+# Torch first: plain `torch` is a CUDA build of several gigabytes on most machines. Without an NVIDIA GPU the CPU build is
+# requested by its full version; the plain name is the fallback where there is none.
 .venv/torch:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv

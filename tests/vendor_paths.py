@@ -55,16 +55,16 @@ NUMERIC = [
     "tests/distillation/test_dmd2.py",
     "tests/distillation/test_adapters.py",
     "tests/evaluation/test_few_step.py",
-    "tests/microworld/test_training.py",
-    "tests/microworld/test_pointing.py",
+    "tests/recipes/test_training.py",
+    "tests/recipes/teacher/test_pointing.py",
 ]
 TABLE = """# The numeric tests by other processors' paths
 
-Made by `make test-paths` (`tests/vendor_paths.py`), which tells torch's vendors to compute as older processors do.
-Every test must pass on every path: its bound is derived (`tests/rounding.py`), not measured.
+`make test-paths` (`tests/vendor_paths.py`) makes torch's vendor libraries compute as on older processors, and writes
+this table. Every test must pass on every path: its bound is derived (`tests/rounding.py`), not measured.
 
-Measured on {cpu}, torch {torch}. oneDNN takes what the processor has where it is asked for more (AMX here is what the
-processor offers at most), and MKL may do so on processors of other makers.
+Measured on {cpu}, torch {torch}. Where more is requested than the processor has,
+oneDNN uses what it has (AMX here means all that the processor offers), and so may MKL on processors of other makers.
 
 | path | passed | skipped | failed |
 |---|---|---|---|

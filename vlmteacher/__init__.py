@@ -19,7 +19,7 @@ _HOMES = {"TeacherPipeline": "pipeline", "TeacherPipelineOutput": "output", "Que
 
 
 def __getattr__(name: str) -> Any:
-    # torch and its friends take seconds to import: only when they are asked for.
+    # imported on first use: torch, diffusers and transformers take seconds to import
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

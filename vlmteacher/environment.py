@@ -1,4 +1,4 @@
-"""What this machine and this installation offer: the `vlmteacher env` command."""
+"""Devices, compiled backends and versions of this installation: the `vlmteacher env` command."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import platform
 import sys
 from typing import Any
 
-# Versions are read from the installed metadata: importing the big libraries takes longer than the whole report may.
+# Versions are read from the installed metadata: importing the large libraries would take seconds.
 PACKAGES = (
     "vlmteacher", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow",
     "imageio", "imageio-ffmpeg", "triton", "xformers", "flash-attn",
@@ -18,7 +18,7 @@ PACKAGES = (
 
 
 def version(package: str) -> str | None:
-    """The installed version, None when the package is not installed."""
+    """The installed version of a package, None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -26,12 +26,12 @@ def version(package: str) -> str | None:
 
 
 def report() -> dict[str, Any]:
-    """Everything that `vlmteacher env` shows, as JSON-ready values; it never raises for what is missing.
+    """Describe this machine and installation in JSON-ready values; missing parts are reported, not raised.
 
     Returns:
-        backends: {"cpu" | "triton" | "cuda": {"available": bool, "why": str}}; `cpu` are the compiled C++ operators,
-            `cuda` those for GPUs (both with "build": compiler and torch that made them), `triton` the GPU kernels.
-            `why` is empty for what is available, else one line that says what is missing.
+        backends: {"cpu" | "triton" | "cuda": {"available": bool, "why": str}}; `cpu`: the compiled C++ operators,
+            `cuda`: those for GPUs (both with "build": the compiler and torch that built them), `triton`: Triton's
+            kernels. `why` is empty for an available backend, else one line that names what is missing.
         versions: package -> version, None when not installed.
         devices: torch devices, [{"name", "kind", "memory_bytes"}].
         cpu_features: instruction set -> bool; empty without the C++ library.
@@ -49,8 +49,8 @@ def report() -> dict[str, Any]:
 
         for name, status in {"cpu": cpp_status, "triton": triton_status, "cuda": cuda_status}.items():
             backends[name] = dict(zip(("available", "why"), status(), strict=True))
-        if (facts := build_record()["cuda"])["built"]:
-            backends["cuda"]["build"] = {"compiler": facts["compiler"], "torch": facts["torch"]}
+        if (build := build_record()["cuda"])["built"]:
+            backends["cuda"]["build"] = {"compiler": build["compiler"], "torch": build["torch"]}
         if backends["cpu"]["available"]:
             from vlmteacher import _C
 
@@ -72,21 +72,21 @@ def report() -> dict[str, Any]:
     }
 
 
-def format_report(facts: dict[str, Any]) -> str:
-    """`report()` as text for a terminal."""
+def format_report(environment: dict[str, Any]) -> str:
+    """Format the result of `report` as text for a terminal."""
     lines = ["devices"]
-    for device in facts["devices"]:
+    for device in environment["devices"]:
         lines.append(f"  {device['name']:<14} {device['kind']}, {device['memory_bytes'] / 2**30:.1f} GiB")
-    if present := [name for name, has in facts["cpu_features"].items() if has]:
+    if present := [name for name, has in environment["cpu_features"].items() if has]:
         lines.append(f"  {'cpu features':<14} {' '.join(present)}")
-    lines.append("backends (what is missing runs on plain torch)")
-    for name, status in facts["backends"].items():
+    lines.append("backends (plain torch replaces a missing one)")
+    for name, status in environment["backends"].items():
         build = status.get("build")
         made = f"built by {build['compiler']} against torch {build['torch']}" if build else ""
         lines.append(
             f"  {name:<14} {'available' if status['available'] else 'missing'}: {status['why'] or made}".rstrip(": ")
         )
     lines.append("versions")
-    for name, number in facts["versions"].items():
+    for name, number in environment["versions"].items():
         lines.append(f"  {name:<14} {number or 'not installed'}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Errors that a user can act on."""
+"""Errors and warnings for users."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ class NonFiniteFrames(InputError):
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or its gradient is not a finite number. What was trained stands as before that step.
+    """A loss or its gradient is not a finite number. The trained weights are those before that step.
 
-    `Optimization.step` raises it only before the first update; later it goes back to the best LoRA instead.
+    `Optimization.step` raises it only before the first update; later it returns to the best LoRA instead.
     """
 
 
 class OutOfMemory(InputError):
-    """A step does not fit in memory, on the last rung of the memory ladder too; the LoRA is unchanged by that step."""
+    """A step does not fit in memory even on the last rung of the memory ladder. The LoRA is as before that step."""
 
 
 class OutputError(OSError):
-    """A result could not be written: the disk is full, read-only or gone. Earlier files are untouched.
+    """A result cannot be written: the disk is full, read-only or missing. Earlier files are unchanged.
 
-    The command line ends with exit status 1, because the input was right; `--resume` goes on when there is room.
+    The command line ends with exit status 1, because the input was right; `--resume` continues when there is room.
     """
 
     def __init__(self, path: str | os.PathLike[str], error: OSError) -> None:
@@ -44,18 +44,18 @@ class OutputError(OSError):
 
 
 class TaskFailed(RuntimeError):
-    """Some of a set of independent tasks failed at every attempt; the results of the others are kept.
+    """Some of several independent tasks failed at every attempt; the results of the others are kept.
 
-    The command line ends with exit status 1, and `--resume` tries them again.
+    The command line ends with exit status 1, and `--resume` tries the failed ones again.
     """
 
 
 class Notice(UserWarning):
-    """A warning about a result that is made all the same. The command line prints it as one line."""
+    """A warning about a result that is still computed. The command line prints it as one line."""
 
 
 class MissingExtra(ImportError):
-    """An optional package is not installed. The message names the extra that brings it."""
+    """An optional package is not installed. The message names the extra that installs it."""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""A terminal without the libraries' chatter."""
+"""Keep the libraries' messages off the terminal."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from vlmteacher.errors import Notice
 
 
 def quiet_warnings() -> None:
-    """Show no warning but our notices, one line each."""
+    """Ignore all warnings except notices, which are printed in one line each."""
     warnings.filterwarnings("ignore")
     warnings.simplefilter("always", Notice)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
 
 
 def quiet() -> None:
-    """Keep the libraries' warnings and loading bars off the terminal; our own bar, notices and errors stay."""
+    """Hide the libraries' warnings and progress bars; our own progress bar, notices and errors stay."""
     import logging
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
