@@ -7,7 +7,7 @@ index; bias, residual, activation and its packed signs leave with the output. Th
 asks the inverse of `taps` which outputs saw its frame, and reads their gradients with sign and slope applied.
 
 Behind nearest upsampling several of the nine places read the same pixel: their weights are added up once (see `fold`),
-and four products an output pixel are left of nine, forward and backward, on frames that nobody upsamples.
+so that four products per output pixel remain of nine, forward and backward, on frames that are never upsampled.
 
 The tiles below are chosen by reasoning, not by measurement.
 """

@@ -1,5 +1,6 @@
-"""Runs the Triton kernels of ada_norm in the interpreter. A process of its own, since Triton decides at import whether
-it interprets.
+"""Run the Triton kernels of ada_norm in the interpreter.
+
+In a process of its own, because Triton decides at import whether it interprets:
 
     TRITON_INTERPRET=1 python -m tests.kernels.ada_norm_process
 """
@@ -19,7 +20,7 @@ from vlmteacher.kernels import ada_norm as kernels
 
 
 def main() -> None:
-    """The largest part of what rounding may do, for each case."""
+    """Print the largest error of each case as a share of the allowed one."""
     rows: list[dict[str, object]] = []
     for number, case in enumerate(CASES):
         for form in FORMS:

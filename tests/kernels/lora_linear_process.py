@@ -1,5 +1,6 @@
-"""Runs the Triton kernels of lora_linear in the interpreter. A process of its own, since Triton decides at import
-whether it interprets.
+"""Run the Triton kernels of lora_linear in the interpreter.
+
+In a process of its own, because Triton decides at import whether it interprets:
 
     TRITON_INTERPRET=1 python -m tests.kernels.lora_linear_process bfloat16|float16|float32
 """
@@ -32,7 +33,7 @@ SIZES = [  # m, k, (n, rank) of each layer, biased
 
 
 def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):  # type: ignore[no-untyped-def]
-    """The interpreter's own multiplies the bit patterns of bfloat16."""
+    """A product of values: the interpreter's own multiplies bfloat16's bit patterns."""
     left, right = (
         (t.data.astype(np.uint32) << 16).view(np.float32) if t.dtype.scalar.is_bf16() else t.data for t in (a, b)
     )

@@ -1,5 +1,6 @@
-"""Runs the Triton kernels of patchify in the interpreter. A process of its own, since Triton decides at import whether
-it interprets.
+"""Run the Triton kernels of patchify in the interpreter.
+
+In a process of its own, because Triton decides at import whether it interprets:
 
     TRITON_INTERPRET=1 python -m tests.kernels.patchify_process
 """
@@ -36,7 +37,7 @@ def poisoned(*args: object, **kwargs: object) -> Tensor:
 
 
 def main() -> None:
-    """The part of what rounding may do, of outputs and gradients."""
+    """Print the errors of outputs and gradients as shares of the allowed ones."""
     rows: list[dict[str, object]] = []
     for number, case in enumerate(CASES):
         # the interpreter is slow: float32, and one of the other pairs of dtypes in turn

@@ -1,5 +1,6 @@
-"""Runs the Triton kernels of qk_norm_rope in the interpreter. A process of its own, since Triton decides at import
-whether it interprets.
+"""Run the Triton kernels of qk_norm_rope in the interpreter.
+
+In a process of its own, because Triton decides at import whether it interprets:
 
     TRITON_INTERPRET=1 python -m tests.kernels.qk_norm_rope_process
 """
@@ -19,7 +20,7 @@ from vlmteacher.kernels import qk_norm_rope as kernels
 
 
 def main() -> None:
-    """The largest part of what rounding may do, for each case."""
+    """Print the largest error of each case as a share of the allowed one."""
     rows: list[dict[str, object]] = []
     for number, case in enumerate(CASES):
         for dtype in (DTYPES[0], DTYPES[1 + number % 2]):

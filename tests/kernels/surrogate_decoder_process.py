@@ -1,5 +1,6 @@
-"""Runs the Triton kernels of surrogate_decoder in the interpreter. A process of its own, since Triton decides at import
-whether it interprets.
+"""Run the Triton kernels of surrogate_decoder in the interpreter.
+
+In a process of its own, because Triton decides at import whether it interprets:
 
     TRITON_INTERPRET=1 python -m tests.kernels.surrogate_decoder_process
 """

@@ -1,5 +1,5 @@
-"""The GPU kernels of ada_norm without a GPU: Triton's in its interpreter, the CUDA source executed on the CPU, each
-against the definition in float64; and what the GPU compilers make of them."""
+"""The GPU kernels of ada_norm against the definition in float64: Triton's in its interpreter,
+the CUDA source executed on the CPU."""
 
 from __future__ import annotations
 

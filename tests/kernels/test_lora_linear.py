@@ -1,5 +1,5 @@
 """Every backend of lora_linear against its definition in float64: plain torch and C++ on the CPU, the Triton kernels in
-their interpreter, the CUDA source executed on the CPU; and what the GPU compilers make of the last two."""
+their interpreter, the CUDA source executed on the CPU."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def on_the_cpu(m: int, k: int, n: int, r: int, bias: bool, dtype: torch.dtype):
 
 @pytest.mark.parametrize(("m", "k", "n", "r"), [(63, 65, 33, 3), (63, 320, 1000, 16), (257, 1000, 320, 64)])
 def test_float32_factors_beside_bfloat16(m, k, n, r, each_backend):  # noqa: F811
-    """As PEFT keeps them; their gradients come in float32."""
+    """PEFT keeps the factors in float32, and their gradients are float32 too."""
     drawn = cpu.draw(m, k, n, r)
     half = {name: t.bfloat16() if name in ("x", "weight", "bias") else t.float() for name, t in drawn.items()}
     grad = torch.randn(m, n, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -66,7 +66,7 @@ def test_float32_factors_beside_bfloat16(m, k, n, r, each_backend):  # noqa: F81
 
 
 def draw(m: int, k: int, layers: list[tuple[int, int]], biased: bool, dtype: torch.dtype) -> dict[str, list[Tensor]]:
-    """x and, of each (n, rank), the layer's tensors and the gradient of its output."""
+    """x and, for each (n, rank), the layer's tensors and the gradient of its output."""
     generator = torch.Generator().manual_seed(m + k)
 
     def randn(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The machine that executes CUDA sources on the CPU: what it runs is right, what a GPU leaves undefined is a Fault."""
+"""The executor of CUDA sources on the CPU computes correctly, and reports what a GPU leaves undefined as a Fault."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_asynchronous_copy_matrix_load_and_product(library, memory, dtype):
     simt.call(library.run_product, left, right, out, dtype == torch.float16, True)
     torch.testing.assert_close(out, left.float() @ right.float())
     simt.call(library.run_product, left, right, out, dtype == torch.float16, False)
-    assert out.isnan().any()  # nobody waited for the copies
+    assert out.isnan().any()  # the kernel did not wait for the copies
 
 
 def test_a_missing_barrier_shows(library, memory):

@@ -1,5 +1,5 @@
 """The GPU backends of surrogate_decoder's convolutions against their definition in float64: the Triton kernels in their
-interpreter, the CUDA source executed on the CPU; and what the GPU compilers make of them."""
+interpreter, the CUDA source executed on the CPU."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def identity(case: Case) -> str:
 
 
 def draw(case: Case, dtype: torch.dtype) -> dict[str, Any]:
-    """The arguments forward; grad, and signs as the definition in float64 gives them; and what comes back through a
-    residual, with signs of its own."""
+    """The forward arguments; grad, and the signs by the definition in float64; the gradient through a residual, and its
+    signs."""
     generator = torch.Generator().manual_seed(case.channels + case.n)
 
     def randn(*shape: int) -> Tensor:
@@ -108,8 +108,8 @@ def backward(case: Case, drawn: dict[str, Any], dtype: torch.dtype) -> Tensor:
 def errors(
     case: Case, drawn: dict[str, Any], y: Tensor, signs: Tensor, dx: Tensor, units: float = 1
 ) -> dict[str, float]:
-    """Of y and dx the part of what rounding may do; how many signs are wrong where rounding cannot be why, and how much
-    of dx is not zero in frames that nobody uses."""
+    """The errors of y and dx as shares of the allowed ones; how many signs are wrong beyond rounding; and how much of
+    dx is not zero in frames that no output reads."""
     dtype = drawn["x"].dtype
 
     def definition(drawn: dict[str, Any]) -> list[Tensor]:

@@ -31,7 +31,7 @@ CASES = [  # items, tokens, width, first, batches and rows of a table
 
 
 def draw(case: tuple, form: str, dtype: torch.dtype) -> dict[str, Tensor | None]:
-    """What the operator and its backward take; None for what the form does without."""
+    """The arguments of the operator and its backward; None for those that the form lacks."""
     items, tokens, width, _, batches, rows = case
     generator = torch.Generator().manual_seed(width + tokens)
     wide = torch.promote_types(dtype, torch.float32)
@@ -47,7 +47,7 @@ def draw(case: tuple, form: str, dtype: torch.dtype) -> dict[str, Tensor | None]
 
 
 def run(function, drawn: dict[str, Tensor | None], first: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """out, norm, dx and dy of `function`, each where there is one; dy where it is no other than dx is left out."""
+    """The existing ones of out, norm, dx and dy of `function`; dy is left out if it equals dx."""
     wide = torch.promote_types(dtype, torch.float32)
     own = {
         name: None if t is None else t.to(wide if name in ("gate", "weight", "bias") else dtype)
@@ -174,7 +174,7 @@ def test_any_strides_and_nothing_left_unwritten(each_backend):
 
 
 def test_the_stock_expression_of_a_wan_block():
-    """diffusers' own lines, with a copy of the tables for every token."""
+    """diffusers' expression, with a copy of the tables for every token."""
     x, y = torch.randn(1, 10, 24).bfloat16(), torch.randn(1, 10, 24).bfloat16()
     gate, scale, shift = torch.randn(3, 1, 2, 24)
     each = [torch.cat([t[:, :1].expand(-1, 4, -1), t[:, 1:].expand(-1, 6, -1)], 1) for t in (gate, scale, shift)]

@@ -87,7 +87,7 @@ def gradient(function, frames, args, grad, *resize):
 
 
 def resized(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """By the dense matrices, which need no torch.nn.functional.interpolate."""
+    """The definition with dense matrices in place of torch.nn.functional.interpolate."""
     y, x = (resize_matrix(a, b) for a, b in zip(frames.shape[2:], size, strict=True))
     return y @ frames.double() @ x.T
 
@@ -216,7 +216,7 @@ def test_reference_backward_is_the_gradient_of_the_definition():
 
 @pytest.mark.parametrize("resize", [None, (48, 16)])
 def test_any_strides_and_nothing_left_unwritten(resize):
-    """Channels-last, transposed and cropped views give what their copies give; poisoned memory is fully overwritten."""
+    """Channels-last, transposed and cropped views give the results of their copies; poisoned memory is overwritten."""
     base = frames_of((5, 32, 32), torch.float32)
     views = {
         "channels last": base.contiguous(memory_format=torch.channels_last),

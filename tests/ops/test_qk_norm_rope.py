@@ -89,7 +89,7 @@ def test_error_against_float64(case, dtype, each_backend):
 
 
 def test_the_definition_is_what_diffusers_does(each_backend, monkeypatch):
-    """Its norms and, inside its processor, its rotation, seen where they enter the attention."""
+    """Its norms and rotation, recorded as queries and keys enter its attention."""
     from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanRotaryPosEmbed
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""csrc/patchify/resize.h for every width of vectors, of which an installed library uses one: the processor's widest."""
+"""csrc/patchify/resize.h compiled for every vector width; an installed library uses the processor's widest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZES = [(33, 47, 16, 24), (16, 8, 36, 20), (9, 200, 64, 16), (1, 1, 4, 8), (40,
 
 
 def compile_for(vector_bytes: int, source: Path, to: Path) -> ctypes.CDLL:
-    """`source` as a library with vectors of so many bytes; the test is skipped where that is not to be had."""
+    """Compile `source` with vectors of `vector_bytes`; skips the test if compiler or processor lack them."""
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")

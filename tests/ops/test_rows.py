@@ -1,5 +1,5 @@
-"""csrc/vectors.h and the rows.h of ada_norm and qk_norm_rope for every width of vectors, of which an installed library
-uses one: the processor's widest."""
+"""csrc/vectors.h and the rows.h of ada_norm and qk_norm_rope compiled for every vector width; an installed library uses
+the processor's widest."""
 
 from __future__ import annotations
 

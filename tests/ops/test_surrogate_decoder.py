@@ -33,7 +33,7 @@ CASES = {  # frames, h, w, C, N, taps, upscale, residual, slope
 
 
 def poisoned(size: int) -> None:
-    """Leaves NaN where the next allocation of this size will likely be."""
+    """Fill memory with NaN that the next allocation of this size will likely get."""
     for dtype in (torch.float32, torch.bfloat16):
         torch.full((size,), torch.nan, dtype=dtype)
 
@@ -131,7 +131,7 @@ def test_bits():
 
 
 def test_the_cpp_backend_is_used():
-    """Where the processor has what it needs; otherwise the tests above have compared the definition with itself."""
+    """On processors with AVX-512 BF16; on others the tests above compare the definition with itself."""
     if not has_avx512_bf16():
         pytest.skip("no AVX-512 with bfloat16 here")
     assert surrogate_decoder._fast(torch.empty(0)) is surrogate_decoder._Cpp

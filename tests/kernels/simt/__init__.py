@@ -1,4 +1,4 @@
-"""Executes CUDA sources on the CPU: compiles them with g++ against simt.h, calls what they export on tensors."""
+"""Execute CUDA sources on the CPU: compile them with g++ against simt.h, and call their exports on tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FLAGS = (
 
 
 class Fault(RuntimeError):
-    """What the kernel did that a GPU leaves undefined."""
+    """A kernel did something that a GPU leaves undefined."""
 
 
 @functools.cache
@@ -39,7 +39,7 @@ def _folder() -> Path:
 
 @functools.cache
 def build(source: str) -> ctypes.CDLL:
-    """The library of tests/kernels/simt/`source`, compiled once a session."""
+    """Compile tests/kernels/simt/`source` as a library, once per session."""
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++: CUDA sources are not executed on the CPU")
@@ -56,7 +56,7 @@ def build(source: str) -> ctypes.CDLL:
 
 
 class Memory:
-    """Tensors that end at a page nobody may touch, so that a kernel that leaves them is a Fault; freed on exit."""
+    """Tensors that end at an inaccessible page, so that an access beyond them is a Fault; freed on exit."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -83,10 +83,10 @@ class Memory:
 
 
 def call(function: Callable[..., Any], *arguments: Any) -> None:
-    """An exported function on tensors (as pointers), None, lists of such, bools, ints and ctypes values."""
+    """Call an exported function with tensors (as pointers), None, lists of these, bools, ints and ctypes values."""
     function.restype = ctypes.c_char_p  # type: ignore[attr-defined]
-    if found := function(*(_as_c(argument) for argument in arguments)):
-        raise Fault(found.decode())
+    if fault := function(*(_as_c(argument) for argument in arguments)):
+        raise Fault(fault.decode())
 
 
 def _as_c(argument: Any) -> Any:

@@ -46,7 +46,7 @@ struct Fiber {
   int group = 0;  // of copies that are not yet committed
 };
 
-struct Fence {  // [begin, end) lies before a page that nobody may touch, behind another
+struct Fence {  // [begin, end) lies between two inaccessible pages
   unsigned char *pages, *begin, *end;
   size_t length;
 };

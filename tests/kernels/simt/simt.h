@@ -64,7 +64,7 @@ struct Fault : std::runtime_error {
 // Runs `kernel` for every thread; blocks, warps and lanes take their turns in an order drawn from the seed.
 void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 
-// Memory that ends at a page nobody may touch, 16-byte aligned, full of NaN.
+// Memory that ends at an inaccessible page, 16-byte aligned, full of NaN.
 void* allocate(size_t bytes);
 void release(void* memory);
 
