@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from vlmteacher.decoders import SurrogateDecoder, check_decoder, load_decoder
 from vlmteacher.decoders.taehv import MemBlock, SuperVideoDecoder
 from vlmteacher.errors import InputError
+from vlmteacher.state import fingerprint
 
 WAN21 = {"latent_channels": 16, "patch": 1}
 WAN22 = {"latent_channels": 48, "patch": 2}
@@ -366,3 +367,11 @@ def test_super_decoders_round_trip_and_refuse(tmp_path):
     save_file(state, tmp_path / "less.safetensors")
     with pytest.raises(InputError, match=r"decoder.9.conv.1.bias should be \(32,\) but missing"):
         SurrogateDecoder.from_checkpoint(tmp_path / "less.safetensors")
+
+
+def test_runs_of_the_class_by_its_former_name_resume() -> None:
+    """Run folders keep a fingerprint that names the class."""
+    former = type("TinyVideoDecoder", (SurrogateDecoder,), {})(4)
+    decoder = SurrogateDecoder(4)
+    decoder.load_state_dict(former.state_dict())
+    assert fingerprint({"decoder": decoder}) == fingerprint({"decoder": former})
