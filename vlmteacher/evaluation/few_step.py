@@ -148,7 +148,7 @@ def report(
     The picture shows the one-step predictions of the first six instances above their videos. teacher: a directory or
     hub id, None to leave out the losses.
 
-    Raises InputError: `out` holds results, a negative number of steps, a Reasoner of another family than Wan.
+    Raises InputError: `out` holds results, a negative number of steps, a Reasoner that cannot be trained.
     """
     if (out / "results.json").exists():
         raise InputError(f"{out} already holds results: give another --out")
