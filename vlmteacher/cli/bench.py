@@ -13,23 +13,28 @@ from vlmteacher.errors import InputError
 
 
 def add(commands: Commands) -> None:
-    sub = add_command(commands, "bench", run, "a sweep over the instances of a benchmark")
+    sub = add_command(commands, "bench", run, "run a method on the instances of a benchmark")
     sub.add_argument("benchmark", choices=("microworld", "vbvr", "ruler"))
     what = sub.add_mutually_exclusive_group(required=True)
     what.add_argument("--method", metavar="NAME", help="base, teacher, pass@N, ...; an unknown one lists all")
     what.add_argument("--table", metavar="NAME", help="all methods of a table: paper, or remedies (on validation)")
     sub.add_argument("--limit", type=int, default=100, metavar="N", help="scenes of each split (default: 100)")
     sub.add_argument(
-        "--seeds", type=int, metavar="N", help="noises for each scene; of a table's main methods (default: 1; table: 3)"
+        "--seeds",
+        type=int,
+        metavar="N",
+        help="noises for each scene, in a table for its main methods (default: 1; table: 3)",
     )
-    sub.add_argument("--seed", type=int, default=1, metavar="N", help="draws the split (default: 1, the frozen one)")
-    sub.add_argument("--split", metavar="NAME", help="of a method: id (default), ood or validation")
-    sub.add_argument("--trace", action="store_true", help="the scorer's verdict on the video after every step too")
-    sub.add_argument("--many-step", metavar="ID", help="the Reasoner before its few-step distillation, for many-step")
+    sub.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the split (default: 1, the frozen one)")
+    sub.add_argument("--split", metavar="NAME", help="split of a method: id (default), ood or validation")
+    sub.add_argument("--trace", action="store_true", help="also score the few-step video at every step")
+    sub.add_argument(
+        "--many-step", metavar="ID", help="Reasoner before its few-step distillation, for the method many-step"
+    )
     add_families(sub)
     sub.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
     settings.add_flags(sub, "lora_blocks")
-    sub.add_argument("--out", required=True, metavar="DIR", help="where results.json goes")
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder for results.json")
     sub.add_argument("--resume", action="store_true", help="keep the instances that --out already has")
 
 

@@ -13,7 +13,7 @@ from vlmteacher.cli.run_folder import check_converged, check_run_folder, print_f
 def add(commands: Commands) -> None:
     sub = add_command(commands, "demo", run, "solve one packaged example with the packaged pair of models")
     sub.add_argument("--out", metavar="DIR", help="run folder to write (default: runs/demo, runs/demo-2, ...)")
-    sub.add_argument("--resume", action="store_true", help="take up the interrupted run in --out (default: runs/demo)")
+    sub.add_argument("--resume", action="store_true", help="continue the interrupted run in --out (default: runs/demo)")
     settings.add_flags(sub, "fused_lora")
 
 

@@ -12,8 +12,8 @@ def add(commands: Commands) -> None:
     text = "make a few-step Reasoner from a many-step one, or a surrogate decoder from a VAE"
     sub = add_command(commands, "distill", run, text)
     sub.add_argument("what", choices=("reasoner", "decoder"))
-    sub.add_argument("--method", metavar="NAME", help="of a reasoner: dmd2, consistency or few-timesteps")
-    sub.add_argument("--vae", metavar="ID", help="of a decoder: hub id or directory of the VAE or of its pipeline")
+    sub.add_argument("--method", metavar="NAME", help="method for a reasoner: dmd2, consistency or few-timesteps")
+    sub.add_argument("--vae", metavar="ID", help="VAE for a decoder: hub id or directory of it or of its pipeline")
     add_training(sub, "the many-step video model: hub id or directory")
 
 

@@ -34,7 +34,7 @@ def add_instance(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on a CPU"
     )
-    sub.add_argument("--quantize", choices=("8bit", "4bit"), help="of the Teacher's weights (extra: quantized)")
+    sub.add_argument("--quantize", choices=("8bit", "4bit"), help="quantise the Teacher's weights (extra: quantized)")
 
 
 def read_instance(arguments: argparse.Namespace) -> Image.Image | None:
@@ -53,7 +53,7 @@ def add_lora_partial(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--lora-partial",
         action="store_true",
-        help="leave out what a LoRA file has for other networks, instead of refusing",
+        help="skip tensors of other networks in a LoRA file, instead of refusing the file",
     )
 
 
@@ -62,7 +62,7 @@ def add_families(sub: argparse.ArgumentParser) -> None:
         "--family",
         action="append",
         metavar="NAME",
-        help="of tasks, more than once for more, or all (the default)",
+        help="family of tasks, may be repeated; all is the default",
     )
 
 
@@ -85,8 +85,8 @@ def add_training(sub: argparse.ArgumentParser, reasoner: str) -> None:
     sub.add_argument("--steps", type=int, metavar="N", help="updates of the result")
     sub.add_argument("--batch-size", type=int, metavar="N", help="videos per update")
     sub.add_argument("--lr", type=float, metavar="X", dest="learning_rate", help="learning rate of the result")
-    sub.add_argument("--seed", type=seed, metavar="N", help="of all that is drawn")
-    sub.add_argument("--resume", action="store_true", help="take up the interrupted run in --out")
+    sub.add_argument("--seed", type=seed, metavar="N", help="seed of all random draws")
+    sub.add_argument("--resume", action="store_true", help="continue the interrupted run in --out")
 
 
 def given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:

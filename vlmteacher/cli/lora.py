@@ -12,12 +12,14 @@ from vlmteacher.errors import InputError
 def add(commands: Commands) -> None:
     sub = add_command(commands, "lora", run, "LoRA files in the names that other tools use")
     kinds = sub.add_subparsers(required=True, metavar="WHAT")
-    kind = kinds.add_parser("convert", help="write a LoRA of any tool that is known in the names of another one")
+    kind = kinds.add_parser("convert", help="write a LoRA of any known tool in the names of another tool")
     kind.add_argument("file", metavar="FILE", help="a .safetensors file, or PEFT's folder")
     kind.add_argument(
-        "--to", required=True, choices=("diffusers", "comfyui", "musubi"), help="whose names the new file has"
+        "--to", required=True, choices=("diffusers", "comfyui", "musubi"), help="tool whose names the new file has"
     )
-    kind.add_argument("-o", "--output", required=True, metavar="FILE", help="where to; of two experts, two files")
+    kind.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="file to write; two files for a LoRA of two experts"
+    )
     add_lora_partial(kind)
 
 

@@ -14,7 +14,7 @@ def add(commands: Commands) -> None:
     sub = kinds.add_parser("export", help="write instances in VBVR's layout")
     sub.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     sub.add_argument("--count", type=int, default=100, metavar="N", help="instances (default: 100)")
-    sub.add_argument("--seed", type=seed, default=0, metavar="N", help="of the instances (default: 0)")
+    sub.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of the instances (default: 0)")
     sub.add_argument("--split", default="train", metavar="NAME", help="train (default), id, ood or validation")
     add_families(sub)
     sub.add_argument("--flawed", action="store_true", help="videos with the Reasoner's documented flaw")
@@ -24,10 +24,12 @@ def add(commands: Commands) -> None:
     sub.add_argument("--reasoner", metavar="ID", help="hub id or directory (default: the packaged one)")
     sub.add_argument("--teacher", metavar="ID", help="judge of both videos (default: the packaged one)")
     sub.add_argument("--limit", type=int, default=100, metavar="N", help="instances (default: 100)")
-    sub.add_argument("--seed", type=seed, default=1, metavar="N", help="of the held-out split (default: 1)")
+    sub.add_argument("--seed", type=seed, default=1, metavar="N", help="seed of the held-out split (default: 1)")
     sub.add_argument("--many-steps", type=int, default=0, metavar="N", help="sample by N Euler steps, not by few steps")
-    sub.add_argument("--guidance", type=float, default=1.0, metavar="X", help="of these steps (default: 1, none)")
-    sub.add_argument("--out", required=True, metavar="DIR", help="for results.json and frames.png")
+    sub.add_argument(
+        "--guidance", type=float, default=1.0, metavar="X", help="guidance of these steps (default: 1, none)"
+    )
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder for results.json and frames.png")
 
 
 def export(arguments: argparse.Namespace) -> None:

@@ -26,12 +26,14 @@ def add(commands: Commands) -> None:
     sub.add_argument("--questions", type=int, default=4, metavar="N", help="goal and process questions (default: 4)")
     sub.add_argument("--teacher-frames", type=int, metavar="K", help="frames that the Teacher sees (default: 24)")
     sub.add_argument("--rank", type=int, default=16, metavar="R", help="rank of the LoRA (default: 16)")
-    sub.add_argument("--memory", type=float, default=48, metavar="GB", help="of the device, 10^9 bytes (default: 48)")
+    sub.add_argument(
+        "--memory", type=float, default=48, metavar="GB", help="memory of the device, 10^9 bytes (default: 48)"
+    )
     sub.add_argument(
         "--text-encoder",
         choices=("device", "cpu"),
         default="device",
-        help="where it, an image encoder and a low-noise expert wait during the steps",
+        help="place of text encoder, image encoder and low-noise expert during the steps (default: device)",
     )
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     sub.add_argument("--json", action="store_true", help="machine-readable")

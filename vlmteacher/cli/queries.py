@@ -10,9 +10,9 @@ from vlmteacher.errors import InputError
 
 
 def add(commands: Commands) -> None:
-    sub = add_command(commands, "queries", run, "only write the Teacher's queries, to read and edit them")
+    sub = add_command(commands, "queries", run, "write the Teacher's queries alone, to read and edit them")
     add_instance(sub)
-    sub.add_argument("-o", "--output", metavar="FILE.json", help="where to (default: standard output)")
+    sub.add_argument("-o", "--output", metavar="FILE.json", help="file to write (default: standard output)")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -26,33 +26,35 @@ def add(commands: Commands) -> None:
     sub.add_argument(
         "--decoder",
         metavar="FILE",
-        help="surrogate decoder: file, or OWNER/REPO/FILE on the hub (default: the one that is known for the Reasoner)",
+        help="surrogate decoder: file, or OWNER/REPO/FILE on the hub (default: that of the Reasoner's family)",
     )
     both = "; two for the experts of Wan 2.2 A14B, high noise first"
     sub.add_argument(
         "--transformer", nargs="+", metavar="ID", help=f"instead of the Reasoner's: directory, hub id or file{both}"
     )
     sub.add_argument("--few-step-lora", nargs="+", metavar="FILE", help=f"merged into the Reasoner{both}")
-    sub.add_argument("--preset", metavar="NAME", help="how the Reasoner samples (default: reasoner.json, or by hub id)")
+    sub.add_argument("--preset", metavar="NAME", help="sampling of the Reasoner (default: reasoner.json, or by hub id)")
     sub.add_argument("--num-inference-steps", type=int, metavar="N", help="evenly spaced, instead of the preset's")
     sub.add_argument("--guidance-scale", type=float, metavar="X", help="1: no guidance (default: the preset's)")
-    sub.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from (default: the preset's)")
-    sub.add_argument("--lora", metavar="FILE", help="go on from this LoRA (default: a fresh one)")
+    sub.add_argument(
+        "--negative-prompt", metavar="TEXT", help="text that guidance steers away from (default: the preset's)"
+    )
+    sub.add_argument("--lora", metavar="FILE", help="train this LoRA further (default: a fresh one)")
     add_lora_partial(sub)
     sub.add_argument("--num-frames", type=int, metavar="F", help="frames of the video")
     sub.add_argument("--height", type=int, metavar="H", help="pixels")
     sub.add_argument("--width", type=int, metavar="W", help="pixels")
     settings.add_flags(sub)
-    sub.add_argument("--device-map", metavar="MAP", help=f"a device for each, {EXAMPLE}, instead of --device")
-    sub.add_argument("--offload", action="store_true", help="what is not needed waits in main memory")
+    sub.add_argument("--device-map", metavar="MAP", help=f"devices of both models, {EXAMPLE}, instead of --device")
+    sub.add_argument("--offload", action="store_true", help="keep idle networks in main memory")
     sub.add_argument(
         "--activations",
         metavar="LEVELS",
-        help="what the Reasoner's blocks keep for the backward, as `vlmteacher plan` says it (default: everything)",
+        help="activations that the blocks keep for the backward, in the words of `vlmteacher plan` (default: all)",
     )
     sub.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of the noise (default: 0)")
     sub.add_argument("--out", required=True, metavar="DIR", help="run folder to write")
-    sub.add_argument("--resume", action="store_true", help="take up the interrupted run in --out")
+    sub.add_argument("--resume", action="store_true", help="continue the interrupted run in --out")
 
 
 def run(arguments: argparse.Namespace) -> None:
