@@ -21,9 +21,9 @@ def rows(name: str) -> list[dict[str, float]]:
 
 
 def curve(axis: plt.Axes, name: str, entry: str, label: str, window: int = 5) -> None:
-    """The entry against the step, and its running mean over `window` rows."""
-    found = [(row["step"], row[entry]) for row in rows(name) if entry in row]
-    steps, values = [step for step, _ in found], [value for _, value in found]
+    """Plot an entry of the log against the step, and its running mean over `window` rows."""
+    logged = [row for row in rows(name) if entry in row]
+    steps, values = [row["step"] for row in logged], [row[entry] for row in logged]
     smooth = [
         sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1])
         for i in range(len(values))

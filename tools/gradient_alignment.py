@@ -1,8 +1,9 @@
-"""Where a Teacher's gradient points: ``python -m tools.gradient_alignment [TEACHER ...]``, by default the packaged one.
+"""Print where Teachers' gradients point: ``python -m tools.gradient_alignment [TEACHER ...]``.
 
 For the flawed scenes among the first of the validation split: the cosine of the LoRA's gradient of the Teacher's loss
-with that of the squared distance of the one-step prediction's latents from those of the right video, along an
-optimisation of that distance. 0: the Teacher asks for something else than the right video; 1: it asks for it straight.
+(default: the packaged Teacher) with that of the squared distance of the one-step prediction's latents from those of the
+right video, along an optimisation of that distance. 1: the Teacher's gradient leads straight to the right video; 0: it
+is orthogonal to that direction.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.pipeline import PACKAGED_PAIR, TeacherPipeline
 from vlmteacher.teachers import load_teacher
 
-SEEN = (0, 6, 12)  # updates made before the gradients are compared
+UPDATES = (0, 6, 12)  # made before the gradients are compared
 SCENES = 40
 
 
@@ -38,7 +39,7 @@ def main() -> None:
     pipe = TeacherPipeline.from_pretrained(dtype=torch.float32, device_map="cpu")
     reasoner, settings = pipe.reasoner, pipe.defaults
     indices = teacher_frame_indices(world.NUM_FRAMES, settings.teacher_frames)
-    cosines: dict[str, list[list[float]]] = {name: [[] for _ in SEEN] for name in teachers}
+    cosines: dict[str, list[list[float]]] = {name: [[] for _ in UPDATES] for name in teachers}
     for index in range(SCENES):
         scene, prompt = world.instance(index, 1, "validation")
         if world.flawed(scene) == scene:
@@ -49,20 +50,22 @@ def main() -> None:
         add_lora(reasoner.transformer, settings.rank, seed=0)
         parameters = list(lora_parameters(reasoner.transformer))
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0)
-        for step in range(SEEN[-1] + 1):
-            straight = gradient((reasoner.predict_clean(condition, noise) - right).square().mean(), parameters)
-            for name, teacher in teachers.items() if step in SEEN else ():
+        for step in range(UPDATES[-1] + 1):
+            towards_right = gradient((reasoner.predict_clean(condition, noise) - right).square().mean(), parameters)
+            for name, teacher in teachers.items() if step in UPDATES else ():
                 frames = pipe.decoder.decode(reasoner.predict_clean(condition, noise))[indices]
                 losses = teacher.losses(frames, indices, world.FPS, right_queries(scene))
-                asked = gradient(vqa_objective(losses, settings.goal_weight), parameters)
-                flat = [torch.cat([g.flatten() for g in each]) for each in (straight, asked)]
-                cosines[name][SEEN.index(step)].append(F.cosine_similarity(*flat, dim=0).item())
-            for parameter, value in zip(parameters, straight, strict=True):
+                from_teacher = gradient(vqa_objective(losses, settings.goal_weight), parameters)
+                flat = [torch.cat([g.flatten() for g in each]) for each in (towards_right, from_teacher)]
+                cosines[name][UPDATES.index(step)].append(F.cosine_similarity(*flat, dim=0).item())
+            for parameter, value in zip(parameters, towards_right, strict=True):
                 parameter.grad = value
             optimizer.step()
         remove_lora(reasoner.transformer)
     for name, rows in cosines.items():
-        print(f"{name}: " + ", ".join(f"{fmean(row):.2f} after {n} updates" for n, row in zip(SEEN, rows, strict=True)))
+        print(
+            f"{name}: " + ", ".join(f"{fmean(row):.2f} after {n} updates" for n, row in zip(UPDATES, rows, strict=True))
+        )
 
 
 if __name__ == "__main__":

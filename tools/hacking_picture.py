@@ -22,7 +22,7 @@ from vlmteacher.optimization.guards import GUARDS
 
 
 def curves(instances: list[dict[str, Any]], value: Any) -> np.ndarray:
-    """(instances, steps) of `value(row)`, those that have stopped going on with their last."""
+    """Return `value(row)` as (instances, steps); an instance that has stopped keeps its last value."""
     length = max(len(each["steps"]) for each in instances)
     rows = [[value(row) for row in each["steps"]] for each in instances]
     return np.array([row + row[-1:] * (length - len(row)) for row in rows])
@@ -38,8 +38,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, metavar="DIR")
     parser.add_argument("picture", type=Path, metavar="FILE.svg")
-    wanted = parser.parse_args()
-    instances = json.loads((wanted.results / "results.json").read_text())["instances"]
+    arguments = parser.parse_args()
+    instances = json.loads((arguments.results / "results.json").read_text())["instances"]
     instances = [each for each in instances if each["steps"]]
 
     plt.rcParams.update(
@@ -72,7 +72,7 @@ def main() -> None:
         right.plot((values.mean(0) - values[:, 0].mean()) / whole, color=f"C{place}", label=name.replace("_", " "))
     right.set(xlabel="step", title="guards: change, as a share of their range")
     right.legend(frameon=False)
-    figure.savefig(wanted.picture, metadata={"Date": None})
+    figure.savefig(arguments.picture, metadata={"Date": None})
     print(f"loss {loss[:, 0].mean():.3f} -> {loss[:, -1].mean():.3f}, score {score[:, 0].mean():.3f} -> ", end="")
     print(f"{score[:, -1].mean():.3f}; rose in {better.sum()}, fell in {worse.sum()} of {len(instances)}")
 

@@ -23,13 +23,13 @@ GAP, SCALE = 2, 2
 
 
 def strip(frames: np.ndarray) -> np.ndarray:
-    """(H, W, 3) of some frames side by side."""
+    """Place the frames of `SHOWN` side by side: (H, W, 3)."""
     padded = np.pad(frames[list(SHOWN)], ((0, 0), (GAP, GAP), (GAP, GAP), (0, 0)), constant_values=1.0)
     return np.concatenate(list(padded), axis=1)
 
 
 def sheet(family: str) -> Image.Image:
-    """Rows: two instances in domain and one out of it; left the right video, right the flawed one."""
+    """Draw two instances in domain and one out of it, a row each: the right video, then the flawed one."""
     rows = []
     for index, split in enumerate(("id", "id", "ood")):
         rng = np.random.default_rng([7, index])
@@ -47,9 +47,9 @@ def picture(rows: list[np.ndarray]) -> Image.Image:
 
 
 def solved(pipe: TeacherPipeline, family: str, count: int = 3) -> Image.Image:
-    """The first `count` instances in domain whose video fails: before the optimisation on the left, after it right.
+    """Draw the first `count` instances in domain whose video fails: before the optimisation, then after it.
 
-    A green bar where the scorer lets a video pass, a red one where it does not. The noises are the benchmark's.
+    A green bar marks a video that the scorer passes, a red one a video that fails. The noises are the benchmark's.
     """
     rows: list[np.ndarray] = []
     for index in range(world.FAMILIES.index(family), 1000, len(world.FAMILIES)):
@@ -72,7 +72,7 @@ def solved(pipe: TeacherPipeline, family: str, count: int = 3) -> Image.Image:
 
 
 def table(count: int) -> None:
-    """Per cent of videos that pass, by kind and family; half of the scenes are out of domain."""
+    """Print the per cent of videos that pass, by kind and family; half of the scenes are out of domain."""
     print("| | " + " | ".join(world.FAMILIES) + " |\n" + "|---" * (len(world.FAMILIES) + 1) + "|")
     kinds = ["right", "noise", *corruptions.CORRUPTIONS]
     for kind in kinds:
@@ -97,13 +97,13 @@ def table(count: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--solved", action="store_true", help="draw what the packaged pair makes of its failures")
+    parser.add_argument("--solved", action="store_true", help="draw failures before and after the optimisation")
     parser.add_argument("--table", type=int, metavar="N", help="print the table instead")
-    wanted = parser.parse_args()
-    if wanted.table:
-        table(wanted.table)
+    arguments = parser.parse_args()
+    if arguments.table:
+        table(arguments.table)
         return
-    pipe = TeacherPipeline.from_pretrained(dtype=torch.float32, device_map="cpu") if wanted.solved else None
+    pipe = TeacherPipeline.from_pretrained(dtype=torch.float32, device_map="cpu") if arguments.solved else None
     for family in world.FAMILIES:
         drawn, name = (solved(pipe, family), f"{family}_solved") if pipe else (sheet(family), family)
         drawn.save(PICTURES / f"{name}.png", optimize=True)
