@@ -126,7 +126,9 @@ def linear_group(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
     plain = all(
         type(layer) is LoRALinear and not layer._forward_hooks and not layer._forward_pre_hooks for layer in layers
     )
-    factors = [values for layer in layers if (values := layer._factors(x)) is not None] if plain else []
+    # Two comprehensions: torch.compile cannot trace a := inside of one.
+    factors = [layer._factors(x) for layer in layers] if plain else []
+    factors = [values for values in factors if values is not None]
     biases = [layer.base_layer.bias for layer in layers] if factors else []
     if len(factors) < len(layers) or len({bias is None for bias in biases}) > 1:
         return [layer(x) for layer in layers]
