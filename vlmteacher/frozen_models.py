@@ -18,6 +18,7 @@ from vlmteacher.optimization.out_of_memory import is_out_of_memory
 from vlmteacher.placement import DeviceMap, find_devices
 from vlmteacher.queries import QuerySet
 from vlmteacher.settings import Settings
+from vlmteacher.teachers.base import ANSWER_TOKENS
 from vlmteacher.torch_modes import deterministic, plain_torch
 
 if TYPE_CHECKING:
@@ -139,6 +140,12 @@ class FrozenModels:
         """The Teacher's queries for a task (see `Teacher.write_queries`)."""
         self.need("teacher")
         return self.teacher.write_queries(prompt, image)
+
+    @alone(nested=True)
+    def answer(self, text: str, images: Sequence[ImageInput] = (), max_tokens: int = ANSWER_TOKENS) -> str:
+        """The Teacher's answer to a request in free text (see `Teacher.answer`)."""
+        self.need("teacher")
+        return self.teacher.answer(text, images, max_tokens)
 
     @alone(nested=True)
     def sample(self, condition: Condition, noise: Noise, reasoner: Reasoner | None = None) -> Tensor:

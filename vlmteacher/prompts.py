@@ -13,6 +13,7 @@ from vlmteacher.files import check_text
 CUT = "\ufdd0"  # a code point that Unicode reserves for use inside programs: no text contains it
 
 LONGEST_PROMPT = 50_000  # characters; text encoders take 512 tokens, and tokenising a megabyte takes minutes
+SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f][\"'\u201d\u2019)\]]*(?=\s|$)|[\u3002\uff01\uff1f]")
 BRACKETS = {*"<>[]{}|"}  # in an added word they mark a control token; words of a domain have none
 
 
@@ -21,6 +22,12 @@ def check_prompt(prompt: str) -> None:
     if not arguments.text("prompt", prompt).strip():
         raise InputError("the prompt is empty: say what the video must show")
     check_text(prompt, "the prompt", LONGEST_PROMPT)
+
+
+def whole_sentences(text: str) -> str:
+    """The whole sentences that a text begins with; a text without the end of a sentence is returned unchanged."""
+    ends = [match.end() for match in SENTENCE_END.finditer(text)]
+    return text[: ends[-1]] if ends else text
 
 
 def quote(tokenizer: Any, text: str) -> str:

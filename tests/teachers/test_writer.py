@@ -54,6 +54,13 @@ def test_the_lora_is_on_in_writing_alone(path, monkeypatch):
     assert torch.equal(teacher.losses(video, range(4), 8.0, QUERIES), judged)
 
 
+def test_free_text_is_written_without_it(path):
+    plain, writing = (load_teacher(path) for _ in range(2))
+    plain.writer = None
+    images = [torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(1))]
+    assert writing.writer and writing.answer("What moves?", images, 8) == plain.answer("What moves?", images, 8)
+
+
 def test_nothing_is_drawn_from_the_global_generator(path, monkeypatch):
     monkeypatch.setattr(QwenVLTeacher, "_generate", lambda *_: QUERIES.to_json())
     state = torch.get_rng_state()

@@ -30,6 +30,7 @@ FAMILIES = {
     "internvl": ("internvl", "InternVLTeacher"),
 }
 
+ANSWER_TOKENS = 512  # the default limit of an answer in free text
 RANGE_SLACK = 1e-3  # how far frames may leave [0, 1]: the rounding of a decoder in half precision
 
 
@@ -49,6 +50,12 @@ def check_range(low: float, high: float) -> None:
         raise NonFiniteFrames("the frames hold NaN or infinite values: try a lower learning rate or another dtype")
     if low < -RANGE_SLACK or high > 1 + RANGE_SLACK:
         raise InputError(f"frames must be RGB in [0, 1], these span [{low:.4g}, {high:.4g}]: clamp or rescale them")
+
+
+def check_free_text(style: QueryStyle, label: str) -> None:
+    """Raise InputError for a Teacher that was trained to write queries in its own wording, and nothing else."""
+    if style.own_wording:
+        raise InputError(f"{label} writes queries and no other text: take an instruction-tuned VLM as the Teacher")
 
 
 class Teacher(ABC):
@@ -76,6 +83,16 @@ class Teacher(ABC):
 
         Raises InputError when neither of two answers of the model is a valid set of queries.
         """
+
+    def answer(self, text: str, images: Sequence[ImageInput] = (), max_tokens: int = ANSWER_TOKENS) -> str:
+        """Answer a request in free text, greedily, with at most `max_tokens` tokens.
+
+        images: they come before the text, in their order. Control tokens in `text` are read as text. An answer that
+        reaches the limit ends with its last whole sentence, if it has one; an answer may be empty.
+        Raises InputError for a Teacher that writes no free text, a request that is empty or does not fit into the
+        context, and an image that cannot be read.
+        """
+        raise InputError(f"{type(self).__name__} writes no free text: take an instruction-tuned VLM as the Teacher")
 
     def patch_layout(self, num_frames: int, height: int, width: int) -> PatchLayout | None:
         """The layout in which `losses` takes frames of this size as patch rows; None where it has to resize them."""

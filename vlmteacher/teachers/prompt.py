@@ -279,20 +279,23 @@ class VideoPrompts(ABC):
         visual = self.tokenizer.convert_tokens_to_ids(self.visual_pads[-1])
         return lay_out(chats, visual, lambda ids: self.positions(ids, clip), rotary, self.device)
 
-    def chat_ids(self, text: str, modality: str, placeholder: str | None, later: Sequence[str] = ()) -> list[int]:
+    def chat_ids(
+        self, text: str, modality: str, placeholder: str | Sequence[str] | None, later: Sequence[str] = ()
+    ) -> list[int]:
         """Token ids of a chat that asks for the next answer: one user turn and the `later` ones.
 
         modality: "video" or "image", of the vision that comes before the text. placeholder: the text that stands for
-        it, one of `visual_pads` for every visual token; None: no vision. Raises InputError when the template has no
-        place for the vision, or opens a thought before the answer.
+        it, one of `visual_pads` for every visual token; a list: of several images in their order; None or an empty
+        list: no vision. Raises InputError when the template has no place for the vision, or opens a thought before the
+        answer.
         """
-        return self._encode(self._chat(text, modality, placeholder, later), placeholder or "")
+        placeholders = [placeholder] if isinstance(placeholder, str) else list(placeholder or ())
+        return self._encode(self._chat(text, modality, placeholders, later), "".join(placeholders))
 
-    def _chat(self, text: str, modality: str, placeholder: str | None, later: Sequence[str] = ()) -> str:
+    def _chat(self, text: str, modality: str, placeholder: str | Sequence[str], later: Sequence[str] = ()) -> str:
         """The text of `chat_ids`, in which control tokens of the caller are marked (see `prompts.quote`)."""
-        content = [{"type": "text", "text": quote(self.tokenizer, text)}]
-        if placeholder is not None:
-            content.insert(0, {"type": modality})
+        placeholders = [placeholder] if isinstance(placeholder, str) else placeholder
+        content = [{"type": modality}] * len(placeholders) + [{"type": "text", "text": quote(self.tokenizer, text)}]
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         for turn, role in zip(later, cycle(("assistant", "user")), strict=False):
             messages.append({"role": role, "content": [{"type": "text", "text": quote(self.tokenizer, turn)}]})
@@ -306,14 +309,13 @@ class VideoPrompts(ABC):
                 f"the teacher's chat template opens a thought ({thought}) where its answer is read: take the instruct "
                 "checkpoint, as Qwen3-VL-4B-Instruct is of Qwen3-VL-4B-Thinking"
             )
-        if placeholder is None:
-            return chat
         mark = self.video_mark if modality == "video" else self.image_mark
-        if mark not in chat:
+        start, *rest = chat.split(mark, len(placeholders))
+        if len(rest) < len(placeholders):
             raise InputError(
                 f"the teacher's chat template has no place for a {modality} ({mark}): take one that sees videos"
             )
-        return chat.replace(mark, placeholder, 1)
+        return start + "".join(vision + part for vision, part in zip(placeholders, rest, strict=True))
 
     def _encode(self, text: str, placeholder: str) -> list[int]:
         ids = encode(self.tokenizer, text)

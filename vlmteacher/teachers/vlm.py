@@ -12,13 +12,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vlmteacher import arguments
 from vlmteacher.checkpoints.pretrained import load_tokenizer
 from vlmteacher.errors import InputError, Notice
 from vlmteacher.media import ImageInput, read_image, shrink
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
-from vlmteacher.prompts import check_prompt
+from vlmteacher.prompts import CUT, check_prompt, whole_sentences
 from vlmteacher.queries import QuerySet, QueryStyle, ask_for_queries, query_prompt
-from vlmteacher.teachers.base import Teacher, check_frames, check_range, read_style
+from vlmteacher.teachers.base import (
+    ANSWER_TOKENS,
+    Teacher,
+    check_frames,
+    check_free_text,
+    check_range,
+    read_style,
+)
 from vlmteacher.teachers.preprocessing import VisionSettings, processor_settings, resized_rows
 from vlmteacher.teachers.prompt import Clip, Layout, VideoPrompts
 from vlmteacher.teachers.quantization import Quantize, check_stays, is_quantized, load_model
@@ -243,19 +251,47 @@ class VLMTeacher(VideoPrompts, Teacher):
                 self.style, lambda later, sample: self._generate(self._query_inputs(prompt, image, later), sample)
             )
 
+    def answer(self, text: str, images: Sequence[ImageInput] = (), max_tokens: int = ANSWER_TOKENS) -> str:
+        """See `Teacher.answer`. The frozen weights answer, without the LoRA for writing queries."""
+        check_free_text(self.style, "this teacher")
+        if not arguments.text("text", text).strip():
+            raise InputError("the text is empty: say what the teacher must answer")
+        if not isinstance(images, (list, tuple)):
+            raise InputError(f"images must be a list of images, not {arguments.show(images)}")
+        arguments.whole("max_tokens", max_tokens)
+        inputs = self._inputs(text, images)
+        tokens, context = inputs["input_ids"].shape[1], self.language.config.max_position_embeddings
+        if tokens + max_tokens > context:
+            raise InputError(
+                f"the text {text[:60]!r} and {len(images)} images take {tokens} tokens, an answer {max_tokens}, the "
+                f"teacher's context holds {context}: give a shorter text, or fewer or smaller images"
+            )
+        ids = self._generate_ids(inputs, False, max_tokens)
+        # The mark and NUL are refused in texts, which this one may be put into.
+        answer = self.tokenizer.decode(ids, skip_special_tokens=True).translate({ord(CUT): None, 0: None}).strip()
+        is_cut = len(ids) == max_tokens and ids[-1] != self.tokenizer.eos_token_id
+        return whole_sentences(answer) if is_cut else answer
+
     def _query_inputs(self, prompt: str, image: ImageInput | None, later: Sequence[str] = ()) -> dict[str, Tensor]:
-        """The inputs of `generate` for the queries of a task.
+        """The inputs of `generate` for the queries of a task; later: see `_inputs`."""
+        text = query_prompt(prompt, self.style.query_instruction)
+        return self._inputs(text, [] if image is None else [image], later)
+
+    def _inputs(self, text: str, images: Sequence[ImageInput], later: Sequence[str] = ()) -> dict[str, Tensor]:
+        """The inputs of `generate` for a request.
 
         later: the turns after the first, which ask for a correction.
         """
-        vision: dict[str, Tensor] = {}
-        placeholder = None
-        if image is not None:
+        placeholders: list[str] = []
+        visions: list[dict[str, Tensor]] = []
+        for image in images:
             rgb = shrink(read_image(image), IMAGE_PIXELS)
             pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3)
             placeholder, vision = self.image_inputs(pixels.permute(2, 0, 1) / 255)
-        text = query_prompt(prompt, self.style.query_instruction)
-        ids = torch.tensor([self.chat_ids(text, "image", placeholder, later)])
+            placeholders.append(placeholder)
+            visions.append(vision)
+        vision = {name: torch.cat([each[name] for each in visions]) for name in (visions[0] if visions else ())}
+        ids = torch.tensor([self.chat_ids(text, "image", placeholders, later)])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | vision | self.token_inputs(ids)
         return {name: value.to(self.device) for name, value in inputs.items()}
 
@@ -263,8 +299,13 @@ class VLMTeacher(VideoPrompts, Teacher):
         """The inputs of the stock model that follow from token ids (B, N) alone."""
         return {}
 
-    @torch.no_grad()
     def _generate(self, inputs: dict[str, Tensor], sample: bool) -> str:
+        ids = self._generate_ids(inputs, sample, MAX_NEW_TOKENS)
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    @torch.no_grad()
+    def _generate_ids(self, inputs: dict[str, Tensor], sample: bool, max_tokens: int) -> Tensor:
+        """The new token ids (n,), the end of the answer among them where it has one."""
         sampling: dict[str, Any] = (
             {"temperature": 0.7, "top_p": 0.9, "top_k": 0}
             if sample
@@ -277,11 +318,11 @@ class VLMTeacher(VideoPrompts, Teacher):
                 **inputs,
                 do_sample=sample,
                 **sampling,
-                max_new_tokens=MAX_NEW_TOKENS,
+                max_new_tokens=max_tokens,
                 eos_token_id=self.tokenizer.eos_token_id,
                 pad_token_id=self._pad_token_id,
             )
-        return self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return output[0, inputs["input_ids"].shape[1] :]
 
     @property
     def _pad_token_id(self) -> int:
