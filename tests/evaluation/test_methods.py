@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,24 @@ def test_pass_at_n_takes_the_lowest_loss(pipe: TeacherPipeline, image: Image.Ima
     assert row["oracle_success"] == any(verdict["success"] for verdict in verdicts)
 
 
+@pytest.mark.parametrize(("name", "videos", "calls"), [("pe", 1, 1), ("videotpo@2", 4, 8)])
+def test_methods_that_rewrite_prompts_have_their_cost(
+    pipe: TeacherPipeline, image: Image.Image, name: str, videos: int, calls: int
+) -> None:
+    row, base, best = one(pipe, image, name), one(pipe, image, "base"), one(pipe, image, "pass@2")
+    assert (row["generator_calls"], row["vlm_calls"]) == (videos, calls) and row["seconds"] > 0
+    assert not {"generator_calls", "vlm_calls"} & (base.keys() | best.keys())
+    assert row["updates"] == 0 and row["queries"] == ASKED.to_dict() and row["truths"] == [row["queries"], row["score"]]
+    if name == "pe":
+        assert row["new_prompt"] != PROMPT and row["score"] != pytest.approx(base["score"], rel=1e-6)
+    else:
+        first, second = row["rounds"]
+        assert first["prompt"] == PROMPT and first["critique"] and not second["critique"]
+        assert row["loss_final"] == min(first["losses"] + second["losses"])
+        assert min(first["losses"]) == best["loss_final"]
+    json.dumps(row)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -144,8 +163,8 @@ def test_pass_at_n_takes_the_lowest_loss(pipe: TeacherPipeline, image: Image.Ima
         ("jitter@0.5", "frame_jitter must be a whole number"),
         ("final@0", "final_samples must be a whole number of at least 1, not 0"),
         ("pull@x", "unknown method"),
-        ("pe", "rewrite of the prompt"),
-        ("videotpo", "critiques"),
+        ("videotpo@0", "unknown method"),
+        ("videotpo@17", "unknown method"),
     ],
 )
 def test_unknown_methods_are_refused(name: str, message: str) -> None:
@@ -157,6 +176,7 @@ def test_every_name_finds_its_method() -> None:
     for name in (
         *METHODS,
         "pass@5",
+        "videotpo@2",
         "steps@0",
         "steps@40",
         "threshold@0.05",

@@ -76,7 +76,6 @@ SMALL = Table(
     main=("base", "pass@2", "teacher"),
     others=("steps@0", "steps@1", "steps@3", "goal-only", "many-step"),
     against=("base", "pass@2"),
-    unavailable=("pe",),
 )
 
 
@@ -132,7 +131,7 @@ def test_a_table_is_taken_up_and_says_what_is_missing(
         **{"steps": 2, "goal-only": 2},
     }
     assert result == json.loads((out / "table.json").read_text())
-    assert set(result["missing"]) == {"pe", "many-step"} and "--many-step" in result["missing"]["many-step"]
+    assert set(result["missing"]) == {"many-step"} and "--many-step" in result["missing"]["many-step"]
     assert list(result["methods"]) == ["base", "pass@2", "teacher", "steps@0", "steps@1", "steps@3", "goal-only"]
     for name, entry in result["methods"].items():
         results = json.loads((out / name / "results.json").read_text())
@@ -149,7 +148,7 @@ def test_a_table_is_taken_up_and_says_what_is_missing(
     again = run_table(SMALL, bench, 1, 2, out, resume=True)
     assert again == result and len(done) == 16
     text = format_table(result, SMALL)
-    assert "| pass@2, the scorer's choice |" in text and "Not run: pe: " in text
+    assert "| pass@2, the scorer's choice |" in text and "Not run: many-step: " in text
     methods, failures, _ = text.split("\n\n")
     assert {line.count("|") for line in methods.splitlines()} == {len(SMALL.splits) + 9}
     assert {line.count("|") for line in failures.splitlines()} == {len(CAUSES) + 6}
@@ -168,13 +167,27 @@ def test_many_steps_need_their_reasoner(pair: Path, tmp_path: Path) -> None:
     assert many["instances"][0]["updates"] == 2
 
 
+@pytest.mark.parametrize(("name", "videos", "calls"), [("pe", 1, 1), ("videotpo@2", 4, 8)])
+def test_methods_that_rewrite_prompts_are_kept_and_taken_up(
+    pair: Path, tmp_path: Path, name: str, videos: int, calls: int
+) -> None:
+    """Texts of random weights are nonsense, and the sweep goes on."""
+    first = microworld.run_benchmark(name, 1, 1, tmp_path / "a", pair=str(pair))
+    both = microworld.run_benchmark(name, 2, 1, tmp_path / "a", pair=str(pair), resume=True)
+    assert both["method"] == name and both["instances"][0] == first["instances"][0] and both["n"] == 2
+    for row in both["instances"]:
+        assert (row["generator_calls"], row["vlm_calls"]) == (videos, calls)
+        assert row["prompt"] == world.instance(row["index"], 1, "id")[1]
+
+
 def test_the_command_line_says_what_is_wrong(run: Run, tmp_path: Path) -> None:
     for arguments, message in (
         (["--table", "chess"], "choose from paper, remedies"),
         (["--table", "paper", "--split", "ood"], "--split"),
         (["--table", "paper", "--lora-blocks", "last:1"], "--lora-blocks"),
         (["--table", "paper", "--method", "base"], "not allowed"),
-        (["--method", "pe"], "rewrite"),
+        (["--method", "pe"], "method 'pe' rewrites prompts, and the teacher of the packaged pair writes queries"),
+        (["--method", "videotpo@2"], "take an instruction-tuned VLM as the Teacher"),
         (["--method", "base", "--seeds", 0], "--seeds"),
         ([], "required"),
     ):

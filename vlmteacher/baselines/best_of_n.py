@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,24 +33,32 @@ class BestOfN:
 
 @plain_torch()
 @torch.no_grad()
+def sample_videos(pipe: TeacherPipeline, prompt: str, image: Image.Image | None, seeds: Sequence[int]) -> list[Tensor]:
+    """Sample one video (F, 3, H, W) in [0, 1] per seed, in the Reasoner's own size."""
+    reasoner = pipe.reasoner
+    size = {"num_frames": reasoner.num_frames, "height": reasoner.height, "width": reasoner.width}
+    pipe.need("text_encoder", "vae")
+    condition = reasoner.encode(prompt, image, **size)
+    noises = (reasoner.noise(condition, torch.Generator().manual_seed(seed)) for seed in seeds)
+    return [pipe.sample(condition, noise) for noise in noises]
+
+
+@plain_torch()
+def objective(pipe: TeacherPipeline, video: Tensor, queries: QuerySet) -> float:
+    """The Teacher's objective on a video (F, 3, H, W) in [0, 1]."""
+    indices = teacher_frame_indices(len(video), pipe.defaults.teacher_frames)
+    return vqa_objective(pipe.judge(video, indices, queries), pipe.defaults.goal_weight).item()
+
+
 def best_of_n(
-    pipe: TeacherPipeline, prompt: str, image: Image.Image | None, seeds: list[int], queries: QuerySet | None = None
+    pipe: TeacherPipeline, prompt: str, image: Image.Image | None, seeds: Sequence[int], queries: QuerySet | None = None
 ) -> BestOfN:
-    """Sample one video per seed in the Reasoner's own size and compute the Teacher's objective on each.
+    """Sample one video per seed and compute the Teacher's objective on each.
 
     queries: None: the Teacher writes them.
     """
-    reasoner, settings = pipe.reasoner, pipe.defaults
-    size = {"num_frames": reasoner.num_frames, "height": reasoner.height, "width": reasoner.width}
-    indices = teacher_frame_indices(size["num_frames"], settings.teacher_frames)
+    teacher_frame_indices(pipe.reasoner.num_frames, pipe.defaults.teacher_frames)  # raises before the first sample
     queries = queries or pipe.write_queries(prompt, image)
-    pipe.need("text_encoder", "vae")
-    condition = reasoner.encode(prompt, image, **size)
-    videos, losses = [], []
-    for seed in seeds:
-        noise = reasoner.noise(condition, torch.Generator().manual_seed(seed))
-        video = pipe.sample(condition, noise)
-        query_losses = pipe.judge(video, indices, queries)
-        videos.append(video)
-        losses.append(vqa_objective(query_losses, settings.goal_weight).item())
+    videos = sample_videos(pipe, prompt, image, seeds)
+    losses = [objective(pipe, video, queries) for video in videos]
     return BestOfN(videos, losses, min(range(len(losses)), key=losses.__getitem__))

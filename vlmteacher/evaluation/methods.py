@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,10 +28,6 @@ GENERIC = QuerySet(
 """Queries that fit any task: the paper's ablation of instance-specific queries."""
 
 NEVER = 1e-30  # a threshold that only a loss of 0 is below, which has no gradient either
-UNAVAILABLE = {
-    "pe": "one rewrite of the prompt by a VLM; the packaged Teacher writes queries and no prompts",
-    "videotpo": "rewrites of the prompt after critiques by a VLM; the packaged Teacher writes queries and no prompts",
-}
 
 
 @dataclass(frozen=True)
@@ -41,6 +37,8 @@ class Method:
     Attributes:
         settings: keywords of `TeacherPipeline.__call__`.
         samples: N of pass@N; 0 for other methods.
+        rewrite: whether the Teacher rewrites the prompt once (PE).
+        rounds: R of VideoTPO; 0 for other methods.
         snapshots: numbers of updates after which to evaluate the video, instead of at the end.
         frames: number of Teacher frames as a multiple of the pair's default.
         queries: replace the Teacher's.
@@ -50,6 +48,8 @@ class Method:
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     samples: int = 0
+    rewrite: bool = False
+    rounds: int = 0
     snapshots: tuple[int, ...] = ()
     frames: float = 1.0
     queries: QuerySet | None = None
@@ -77,6 +77,8 @@ METHODS = {
         Method("keep-best", {"keep": "best"}),
         Method("check-final", {"check_final": True}),
         Method("preserve", {"preserve": True}),
+        Method("pe", rewrite=True),
+        Method("videotpo", rounds=3),
     )
 }
 AMOUNTS = {
@@ -86,18 +88,19 @@ AMOUNTS = {
     "pull": "pull",
     "final": "final_samples",
 }
-KNOWN = ", ".join([*METHODS, "pass@N (1 to 64)", "steps@N (0 to 1000)", *(f"{name}@X" for name in AMOUNTS)])
+COUNTS = ("pass@N (1 to 64)", "videotpo@R (1 to 16)", "steps@N (0 to 1000)")
+KNOWN = ", ".join([*METHODS, *COUNTS, *(f"{name}@X" for name in AMOUNTS)])
 
 
 def find_method(name: str) -> Method:
     """Return the method of this name. Raises InputError for an unknown method or an amount out of range."""
     if name in METHODS:
         return METHODS[name]
-    if name in UNAVAILABLE:
-        raise InputError(f"method {name!r} is not available: it needs {UNAVAILABLE[name]}")
     kind, _, amount = name.partition("@")
     if kind == "pass" and amount.isdecimal() and 1 <= int(amount) <= 64:
         return Method(name, samples=int(amount))
+    if kind == "videotpo" and amount.isdecimal() and 1 <= int(amount) <= 16:
+        return Method(name, rounds=int(amount))
     if kind == "steps" and amount.isdecimal() and int(amount) <= 1000:
         return steps(int(amount))
     if kind in AMOUNTS and re.fullmatch(r"\d+(\.\d+)?", amount):
@@ -116,6 +119,21 @@ def steps(*numbers: int) -> Method:
     """
     settings = {"max_steps": max(numbers), "threshold": NEVER} if any(numbers) else METHODS["base"].settings
     return Method("steps", settings, snapshots=numbers)
+
+
+def check_teacher(method: Method, pair: str | None) -> None:
+    """Raise InputError if the method needs texts that the Teacher of a pair does not write.
+
+    pair: directory of the pair; None: the packaged one.
+    """
+    if method.rewrite or method.rounds:
+        from vlmteacher.pipeline import read_pair
+        from vlmteacher.teachers.base import check_free_text, read_style
+
+        directory, description = read_pair(pair)
+        style = read_style(str(directory / description["teacher"]), local_files_only=True)
+        label = f"method {method.name!r} rewrites prompts, and the teacher of the {pair or 'packaged'} pair"
+        check_free_text(style, label)
 
 
 Row = dict[str, Any]
@@ -149,6 +167,8 @@ def run(
     """
     if method.samples:
         return {method.name: _pass_at_n(method.samples, pipe, prompt, image, seed, queries, judge, answers)}
+    if method.rewrite or method.rounds:
+        return {method.name: _by_new_prompts(method, pipe, prompt, image, seed, queries, judge, answers)}
     began, skipped = time.perf_counter(), 0.0
     shots: dict[int, Row] = {}
     verdicts: list[Row] = []
@@ -230,5 +250,41 @@ def _pass_at_n(
         "oracle_success": any(verdict["success"] for verdict in verdicts),
         "oracle_score": max(verdict["score"] for verdict in verdicts),
         "samples": [verdict["success"] for verdict in verdicts],
+        "queries": queries.to_dict(),
+    }
+
+
+def _by_new_prompts(
+    method: Method,
+    pipe: TeacherPipeline,
+    prompt: str,
+    image: Image.Image | None,
+    seed: int,
+    queries: QuerySet,
+    judge: Judge,
+    answers: Answers,
+) -> Row:
+    from vlmteacher.baselines.best_of_n import objective
+    from vlmteacher.baselines.prompt_rewrite import prompt_rewrite
+    from vlmteacher.baselines.video_tpo import video_tpo
+
+    texts: Row
+    if method.rewrite:
+        rewrite = prompt_rewrite(pipe, prompt, image, seed)
+        video, cost, loss = rewrite.video, rewrite.cost, objective(pipe, rewrite.video, queries)
+        texts = {"new_prompt": rewrite.prompt}
+    else:
+        tpo = video_tpo(pipe, prompt, image, (seed, seed + 1), method.rounds, queries)
+        video, cost, loss = tpo.video, tpo.cost, tpo.loss
+        texts = {"rounds": [asdict(one) for one in tpo.rounds]}
+    return {
+        **asdict(cost),
+        **judge(video),
+        "truths": answers(video, queries),
+        "updates": 0,
+        "loss_first": None,
+        "loss_one_step": None,
+        "loss_final": loss,
+        **texts,
         "queries": queries.to_dict(),
     }

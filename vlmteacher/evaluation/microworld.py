@@ -86,6 +86,7 @@ class Bench:
 
     def check(self, method: Method) -> None:
         """Raise InputError if a method cannot be run with these settings."""
+        methods.check_teacher(method, self.pair)
         if method.many_step:
             self.find_many_step()
         if self.lora_blocks is not None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from vlmteacher.errors import InputError
 from vlmteacher.evaluation.failures import CAUSES, explain
-from vlmteacher.evaluation.methods import UNAVAILABLE, Row, find_method, steps
+from vlmteacher.evaluation.methods import Row, find_method, steps
 from vlmteacher.evaluation.microworld import (
     Bench,
     Folder,
@@ -43,14 +43,12 @@ class Table:
         main: methods that run with every noise.
         others: methods that run with the first noise only.
         against: the baselines that every method is compared with.
-        unavailable: methods of the paper that are listed as not run, with the reason.
     """
 
     splits: tuple[str, ...]
     main: tuple[str, ...]
     others: tuple[str, ...]
     against: tuple[str, ...]
-    unavailable: tuple[str, ...] = ()
 
 
 FIXED = (0, 5, 10, 16, 20, 40)  # numbers of updates in the paper's ablation
@@ -62,10 +60,9 @@ TABLES = {
             "final@1",
             *(f"steps@{n}" for n in FIXED),
             *("process-only", "goal-only", "generic", "many-step", "last-step", "full-step"),
-            *("frames@half", "frames@double"),
+            *("frames@half", "frames@double", "pe", "videotpo"),
         ),
         against=("base", "pass@5"),
-        unavailable=("pe", "videotpo"),
     ),
     "remedies": Table(
         splits=("validation",),
@@ -95,7 +92,7 @@ def run_table(
     names = table.main + table.others
     wanted = {name: instances(table.splits, limit, noises if name in table.main else 1) for name in names}
     fixed = [int(name.partition("@")[2]) for name in names if name.startswith("steps@") and name != "steps@0"]
-    missing = {name: f"needs {UNAVAILABLE[name]}" for name in table.unavailable}
+    missing: dict[str, str] = {}
     results: dict[str, list[Row]] = {}
     queries: dict[tuple[str, int], Queries] = {}
     failed: dict[Instance, str] = {}
