@@ -18,7 +18,7 @@ import pytest
 from tests.evaluation.test_tables import pair  # noqa: F401 (a fixture)
 from vlmteacher.cli import main
 from vlmteacher.errors import InputError, OutputError, TaskFailed
-from vlmteacher.evaluation import microworld
+from vlmteacher.evaluation import sweep
 from vlmteacher.evaluation.microworld import Bench, run_benchmark
 from vlmteacher.evaluation.tables import Table, run_table
 
@@ -47,7 +47,7 @@ def test_a_killed_worker_changes_nothing(pair: Path, tmp_path: Path) -> None:  #
 
 
 def test_a_failing_instance_is_set_aside(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    work, tried = microworld._work, []
+    work, tried = sweep._work, []
 
     def fail(bench: Bench, job: Any) -> Any:
         if job[1].index == 1:
@@ -58,7 +58,7 @@ def test_a_failing_instance_is_set_aside(pair: Path, tmp_path: Path, monkeypatch
     out, table = tmp_path / "out", tmp_path / "table"
     small = Table(splits=("id",), main=("base",), others=("steps@0", "steps@1"), against=("base",))
     with monkeypatch.context() as patch:
-        patch.setattr(microworld, "_work", fail)
+        patch.setattr(sweep, "_work", fail)
         with pytest.raises(TaskFailed, match=r"1 of the instances failed 3 times, id 1 first \(FloatingPointError"):
             run_benchmark("base", 3, 1, out, pair=str(pair))
         assert tried == ["base"] * 3
@@ -72,7 +72,7 @@ def test_a_failing_instance_is_set_aside(pair: Path, tmp_path: Path, monkeypatch
             run_benchmark("base", 2, 1, tmp_path / "none", pair=str(pair), chosen=["maze"], resume=True)
 
     done = []
-    monkeypatch.setattr(microworld, "_work", lambda bench, job: done.append(job[1].index) or work(bench, job))
+    monkeypatch.setattr(sweep, "_work", lambda bench, job: done.append(job[1].index) or work(bench, job))
     assert run_benchmark("base", 3, 1, out, pair=str(pair), resume=True)["n"] == 3
     assert done == [1]
     assert run_table(small, Bench(pair=str(pair)), 2, 1, table, resume=True)["methods"]["steps@1"]["n"] == 2
@@ -84,7 +84,7 @@ def test_the_command_line_ends_with_status_1(
     def fail(bench: Bench, job: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(microworld, "_work", fail)
+    monkeypatch.setattr(sweep, "_work", fail)
     command = ["bench", "microworld", "--method", "base", "--limit", "2", "--out", str(tmp_path / "out")]
     assert main(command) == 1
     assert "error: 2 of the instances failed 3 times" in capsys.readouterr().err

@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import Run
 from tests.tiny_pair import QUERIES
 from vlmteacher.errors import InputError
-from vlmteacher.evaluation import microworld, tables
+from vlmteacher.evaluation import microworld, sweep, tables
 from vlmteacher.evaluation.failures import CAUSES
 from vlmteacher.evaluation.microworld import Bench
 from vlmteacher.evaluation.tables import Table, bootstrap, compare, format_table, permutation_test, run_table, sign_test
@@ -106,7 +106,7 @@ def test_a_table_is_taken_up_and_says_what_is_missing(
 ) -> None:
     bench, out = Bench(pair=str(pair), trace=True), tmp_path / "table"
     done: list[str] = []
-    work = microworld._work
+    work = sweep._work
 
     def interrupted(bench: Bench, job: Any) -> Any:
         if len(done) == 9:
@@ -115,7 +115,7 @@ def test_a_table_is_taken_up_and_says_what_is_missing(
         return work(bench, job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(microworld, "_work", interrupted)
+        patch.setattr(sweep, "_work", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_table(SMALL, bench, 1, 2, out)
     assert not (out / "table.json").exists() and json.loads((out / "base" / "results.json").read_text())["n"] == 4
@@ -123,7 +123,7 @@ def test_a_table_is_taken_up_and_says_what_is_missing(
         log.write('{"cut')
     with pytest.raises(InputError, match="is not empty"):
         run_table(SMALL, bench, 1, 2, out)
-    monkeypatch.setattr(microworld, "_work", lambda bench, job: (done.append(job[0].name), work(bench, job))[1])
+    monkeypatch.setattr(sweep, "_work", lambda bench, job: (done.append(job[0].name), work(bench, job))[1])
     result = run_table(SMALL, bench, 1, 2, out, resume=True)
     # 2 splits, of the main methods 2 noises; one run for all numbers of steps, none for 0
     assert {name: done.count(name) for name in done} == {

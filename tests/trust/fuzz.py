@@ -429,7 +429,8 @@ def plan(change: tuple[str, bytes], where: Path) -> Any:
 def sweep(file: tuple[str, bytes], where: Path) -> Any:
     """What a sweep left behind."""
     from vlmteacher.evaluation.methods import find_method
-    from vlmteacher.evaluation.microworld import Bench, Folder
+    from vlmteacher.evaluation.microworld import Bench
+    from vlmteacher.evaluation.sweep import Folder
 
     out, bench, method = where / "sweep", Bench(), find_method("base")
     shutil.rmtree(out, ignore_errors=True)

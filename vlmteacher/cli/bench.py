@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlmteacher import settings
 from vlmteacher.cli.flags import Commands, add_command, add_families, families
 from vlmteacher.errors import InputError
+
+if TYPE_CHECKING:
+    from vlmteacher.evaluation.benchmark import Benchmark
 
 
 def add(commands: Commands) -> None:
@@ -39,8 +44,7 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    benchmark = f"vlmteacher.evaluation.{arguments.benchmark}"
-    if find_spec(benchmark) is None:
+    if find_spec(f"vlmteacher.evaluation.{arguments.benchmark}") is None:
         raise InputError(f"the benchmark {arguments.benchmark} does not exist yet: choose microworld")
     for name, least in (("limit", 1), ("workers", 1), ("seed", 0), ("seeds", 1)):
         if (value := getattr(arguments, name)) is not None and value < least:
@@ -50,31 +54,30 @@ def run(arguments: argparse.Namespace) -> None:
     quiet()
     if arguments.table is not None:
         return _run_table(arguments)
-    results = import_module(benchmark).run_benchmark(
-        method=arguments.method,
-        limit=arguments.limit,
-        seed=arguments.seed,
-        out=Path(arguments.out),
-        workers=arguments.workers,
-        resume=arguments.resume,
-        lora_blocks=arguments.lora_blocks,
-        split=arguments.split or "id",
-        chosen=families(arguments),
-        noises=arguments.seeds or 1,
-        trace=arguments.trace,
-        many_step=arguments.many_step,
+    from vlmteacher.evaluation.sweep import run_method
+
+    benchmark = _benchmark(arguments)
+    results = run_method(
+        arguments.method,
+        benchmark,
+        [arguments.split or benchmark.splits[0]],
+        arguments.limit,
+        arguments.seeds or 1,
+        Path(arguments.out),
+        arguments.workers,
+        arguments.resume,
     )
     print(f"{results['benchmark']}, method {results['method']}")
     print(f"{'split':10} {'n':>5} {'success':>8} {'score':>6}")
     for name, row in {**results.get("splits", {}), "all": results}.items():
         if row["n"]:
-            print(f"{name:10} {row['n']:5} {row['success_rate']:8.2f} {row['score']:6.3f}")
+            success = "-" if row["success_rate"] is None else f"{row['success_rate']:.2f}"
+            print(f"{name:10} {row['n']:5} {success:>8} {row['score']:6.3f}")
     print(f"{results['updates_mean']:.1f} updates and {results['seconds_mean']:.1f} s per instance")
     print(f"Results: {Path(arguments.out) / 'results.json'}")
 
 
 def _run_table(arguments: argparse.Namespace) -> None:
-    from vlmteacher.evaluation.microworld import Bench
     from vlmteacher.evaluation.tables import TABLES, format_table, run_table
 
     if arguments.table not in TABLES:
@@ -83,7 +86,16 @@ def _run_table(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is not None:
             raise InputError(f"--{name.replace('_', '-')} goes with --method: a table has its own splits and methods")
     table, out, noises = TABLES[arguments.table], Path(arguments.out), arguments.seeds or 3
-    bench = Bench(arguments.seed, tuple(families(arguments)), None, arguments.many_step, arguments.trace)
-    rows = run_table(table, bench, arguments.limit, noises, out, arguments.workers, arguments.resume)
+    rows = run_table(table, _benchmark(arguments), arguments.limit, noises, out, arguments.workers, arguments.resume)
     print(format_table(rows, table))
     print(f"Results: {out / 'table.json'}, and a folder for each method")
+
+
+def _benchmark(arguments: argparse.Namespace) -> Benchmark:
+    """Return the `Bench` of the benchmark's module; its fields are set by the flags of their names."""
+    bench: type[Benchmark] = import_module(f"vlmteacher.evaluation.{arguments.benchmark}").Bench
+    names = {field.name for field in fields(bench)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    if "families" in names:
+        given["families"] = tuple(families(arguments))
+    return bench(**given)

@@ -60,7 +60,7 @@ def explain(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
         true one. ``wrong_query``: the share in which the true answer is not the scorer's verdict on the rule.
         ``failures``: the number of failed instances per entry of `CAUSES`. Empty if no row has answers and truths.
     """
-    complete = [row for row in rows if "truths" in row and "p_yes" in row]
+    complete = [row for row in rows if row.get("truths") is not None and "p_yes" in row]
     if not complete:
         return {}
     triples = [triple for row in complete for triple in judgements(row)]

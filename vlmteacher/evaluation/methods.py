@@ -139,8 +139,8 @@ def check_teacher(method: Method, pair: str | None) -> None:
 Row = dict[str, Any]
 Judge = Callable[[Tensor], Row]
 """Gives the independent verdict on a video (F, 3, H, W) in [0, 1]."""
-Answers = Callable[[Tensor, QuerySet], list[Any]]
-"""Gives the true answer to each query about a video (F, 3, H, W) in [0, 1]."""
+Answers = Callable[[Tensor, QuerySet], list[Any] | None]
+"""Gives the true answer to each query about a video (F, 3, H, W) in [0, 1]; None where they are not known."""
 
 
 def run(

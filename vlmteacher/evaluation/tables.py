@@ -15,20 +15,10 @@ from statistics import fmean
 import numpy as np
 
 from vlmteacher.errors import InputError
+from vlmteacher.evaluation.benchmark import Benchmark, Instance, key_of
 from vlmteacher.evaluation.failures import CAUSES, explain
 from vlmteacher.evaluation.methods import Row, find_method, steps
-from vlmteacher.evaluation.microworld import (
-    Bench,
-    Folder,
-    Instance,
-    Queries,
-    check_complete,
-    described,
-    instances,
-    queries_of,
-    start_workers,
-    write_results,
-)
+from vlmteacher.evaluation.sweep import Folder, Queries, check_complete, queries_of, start_workers, write_results
 from vlmteacher.files import claimed, write_json
 
 RESAMPLES = 10_000
@@ -77,45 +67,45 @@ TABLES = {
 
 
 def run_table(
-    table: Table, bench: Bench, limit: int, noises: int, out: Path, workers: int = 1, resume: bool = False
+    table: Table, benchmark: Benchmark, limit: int, noises: int, out: Path, workers: int = 1, resume: bool = False
 ) -> Row:
     """Run every method of `table` on the first `limit` scenes of each of its splits; write and return table.json.
 
     Each method has a folder in `out` with its results.json; with `resume`, finished instances are not run again.
     noises: the number of noises per scene for the table's main methods.
 
-    Raises as `run_benchmark` does. If instances failed, table.json is not written: it would compare methods on
+    Raises as `run_method` does. If instances failed, table.json is not written: it would compare methods on
     different scenes.
     """
     if out.exists() and not resume and any(out.iterdir()):
         raise InputError(f"{out} is not empty: give another --out, or --resume to go on with its table")
     names = table.main + table.others
-    wanted = {name: instances(table.splits, limit, noises if name in table.main else 1) for name in names}
+    wanted = {name: benchmark.instances(table.splits, limit, noises if name in table.main else 1) for name in names}
     fixed = [int(name.partition("@")[2]) for name in names if name.startswith("steps@") and name != "steps@0"]
     missing: dict[str, str] = {}
     results: dict[str, list[Row]] = {}
     queries: dict[tuple[str, int], Queries] = {}
     failed: dict[Instance, str] = {}
-    with claimed(out), start_workers(workers, bench) as work:
+    with claimed(out), start_workers(workers, benchmark) as work:
         for name in names:
             if name == "steps@0":  # no update: the base video
-                base = {Instance.of(row): row for row in results["base"]}
-                results[name] = [base[one] | {"method": name} for one in wanted[name] if one in base]
+                base = {key_of(row): row for row in results["base"]}
+                results[name] = [base[one.key] | {"method": name} for one in wanted[name] if one.key in base]
             elif name not in results:
                 method = steps(*fixed) if name.startswith("steps@") else find_method(name)
                 try:
-                    bench.check(method)
+                    benchmark.check(method)
                 except InputError as error:
                     missing[name] = str(error)
                     continue
-                with Folder(out / method.name, bench, method, table.splits, resume) as folder:
+                with Folder(out / method.name, benchmark, method, table.splits, resume) as folder:
                     results |= folder.complete(wanted[name], work, queries)
                 failed |= folder.failed
                 queries = queries or {(row["split"], row["index"]): queries_of(row) for row in results[name]}
-            write_results(out / name, bench, name, results[name])
+            write_results(out / name, benchmark, name, results[name])
     check_complete(out, failed)
     content = {
-        **described(bench),
+        **benchmark.described(),
         "splits": list(table.splits),
         "limit": limit,
         "noises": noises,
@@ -162,10 +152,10 @@ def permutation_test(differences: Sequence[float]) -> float:
 
 def compare(rows: Sequence[Row], others: Sequence[Row]) -> Row:
     """Compare two methods on the instances that both have: mean differences (`rows` minus `others`), paired tests."""
-    both = {Instance.of(row) for row in rows} & {Instance.of(row) for row in others}
+    both = {key_of(row) for row in rows} & {key_of(row) for row in others}
     values = {}
     for entry in ("success", "score"):
-        ours, theirs = (by_scene([r for r in group if Instance.of(r) in both], entry) for group in (rows, others))
+        ours, theirs = (by_scene([r for r in group if key_of(r) in both], entry) for group in (rows, others))
         values[entry] = [ours[scene] - theirs[scene] for scene in ours]
     low, high = bootstrap(values["success"])
     wins, losses = (sum(sign * value > 0 for value in values["success"]) for sign in (1, -1))

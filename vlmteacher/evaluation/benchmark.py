@@ -1,0 +1,219 @@
+"""What a benchmark is: its instances, how one of them is loaded and scored, and the models that solve it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlmteacher.errors import InputError
+from vlmteacher.evaluation.failures import explain
+from vlmteacher.evaluation.methods import Method, Row, check_teacher
+from vlmteacher.files import read_json
+from vlmteacher.queries import QuerySet
+from vlmteacher.reasoners.sampling import even_timesteps
+
+if TYPE_CHECKING:
+    from vlmteacher.pipeline import TeacherPipeline
+
+MANY_STEPS = 30  # of a Reasoner before its few-step distillation
+Key = tuple[str, int, int]
+"""Split, index and noise: one instance of a benchmark."""
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One scene of a split and one noise, the same for every method, so that methods can be compared in pairs.
+
+    Attributes:
+        id: name of the scene in the benchmark.
+        split, index: the scene; `index` counts within the split.
+        noise: number of the noise.
+        task: kind of the task.
+        category: group of tasks; "" in a benchmark without groups.
+        meta: further data that `Benchmark.load` and `Benchmark.score` need.
+    """
+
+    id: str
+    split: str
+    index: int
+    noise: int
+    task: str
+    category: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def key(self) -> Key:
+        return self.split, self.index, self.noise
+
+    def entries(self) -> Row:
+        """Return the entries of a row that name the instance."""
+        category = {"category": self.category} if self.category else {}
+        return {"split": self.split, "index": self.index, "noise": self.noise, "task": self.task, **category}
+
+
+def key_of(row: Row) -> Key:
+    """Return the key of the instance of a row."""
+    return row["split"], row["index"], row["noise"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """The independent verdict on a video.
+
+    Attributes:
+        success: None in a benchmark that only has scores.
+        score: in [0, 1].
+        subscores: the parts of the score by name.
+        error: why the scorer could not judge; the benchmark's own rule then sets the score.
+    """
+
+    success: bool | None
+    score: float
+    subscores: Mapping[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+    def entries(self) -> Row:
+        """Return the entries of a row."""
+        error = {"error": self.error} if self.error else {}
+        return {"success": self.success, "score": self.score, "subscores": dict(self.subscores), **error}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(ABC):
+    """A benchmark with what its results depend on beside method and instance.
+
+    A subclass adds its own fields; a flag of ``vlmteacher bench`` sets the field of its name. Worker processes get
+    copies by pickle, so large data belongs in files that `load` and `score` read.
+
+    Attributes:
+        name: on the command line and in results.json.
+        splits: names of all splits.
+        seed: draws the noises.
+        pair: directory of a pair; None: the packaged one.
+        many_step: the Reasoner before its few-step distillation: hub id, directory, or directory of its transformer
+            alone, which is then sampled in `MANY_STEPS` steps; None: the one named by pair.json.
+        trace: see `methods.run`.
+        lora_blocks: see `Settings`.
+    """
+
+    name: ClassVar[str]
+    splits: ClassVar[tuple[str, ...]]
+    seed: int = 1
+    pair: str | None = None
+    many_step: str | None = None
+    trace: bool = False
+    lora_blocks: str | None = None
+
+    @abstractmethod
+    def instances(self, splits: Sequence[str], limit: int, noises: int) -> list[Instance]:
+        """Return the first `limit` scenes of each split with `noises` noises each; all scenes once before any twice.
+
+        Raises InputError: an unknown split.
+        """
+
+    @abstractmethod
+    def load(self, instance: Instance) -> tuple[str, Image.Image | None]:
+        """Return the prompt and the first frame, if there is one."""
+
+    @abstractmethod
+    def score(self, instance: Instance, video: Tensor) -> Score:
+        """Judge a video (F, 3, H, W) in [0, 1]."""
+
+    def answers(self, instance: Instance, video: Tensor, queries: QuerySet) -> list[Any] | None:
+        """Return the true answer to each query about a video, see `failures.explain`; None: they are not known."""
+        return None
+
+    def noise_seed(self, instance: Instance) -> int:
+        return noise_seed(instance.index, self.seed, instance.noise)
+
+    def described(self) -> dict[str, Any]:
+        """Return what the results depend on as plain data for JSON: a sweep is only resumed with the same.
+
+        A benchmark with files adds a fingerprint of its data and its scorer.
+        """
+        given = {name: value for name, value in asdict(self).items() if value not in (None, False)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+
+    def summarize(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Return means over rows, in all and for each split and task, and the causes of failures."""
+        tasks = dict.fromkeys(row["task"] for row in rows)
+        return {
+            **means(rows),
+            "splits": {name: means([row for row in rows if row["split"] == name]) for name in self.splits},
+            "tasks": {name: means([row for row in rows if row["task"] == name]) for name in tasks},
+            **explain(rows),
+        }
+
+    # ------------------------------------------------------------ models
+
+    def check(self, method: Method) -> None:
+        """Raise InputError if a method cannot be run with these settings."""
+        check_teacher(method, self.pair)
+        if method.many_step:
+            self.find_many_step()
+        if self.lora_blocks is not None:
+            from vlmteacher.pipeline import read_pair
+            from vlmteacher.settings import parse_blocks
+
+            if method.name != "teacher":
+                raise InputError(f"lora_blocks {self.lora_blocks} is of the method teacher, not of {method.name}")
+            directory, description = read_pair(self.pair)
+            config = read_json(directory / description["reasoner"] / "transformer" / "config.json", "config")
+            if parse_blocks(self.lora_blocks) > config["num_layers"]:
+                raise InputError(f"lora_blocks {self.lora_blocks}: the transformer has {config['num_layers']} blocks")
+
+    def find_many_step(self) -> str:
+        """Return where the Reasoner before its few-step distillation is. Raises InputError if it is not given."""
+        from vlmteacher.pipeline import read_pair
+
+        directory, description = read_pair(self.pair)
+        if self.many_step is None and "many_step" not in description:
+            raise InputError("method 'many-step' needs --many-step ID: the pair has no Reasoner without distillation")
+        return self.many_step or str(directory / description["many_step"])
+
+    def load_models(self, method: Method) -> TeacherPipeline:
+        """Return the models that a method runs with; each process loads them once."""
+        return _load(self.pair, self.find_many_step() if method.many_step else None)
+
+
+def means(rows: Sequence[Row]) -> Row:
+    """Return the number of rows and their mean success and score; None where a mean does not exist."""
+    judged = bool(rows) and all(row["success"] is not None for row in rows)
+    return {
+        "n": len(rows),
+        "success_rate": fmean(row["success"] for row in rows) if judged else None,
+        "score": fmean(row["score"] for row in rows) if rows else None,
+    }
+
+
+def noise_seed(index: int, seed: int, noise: int = 0) -> int:
+    """Return the seed of the `noise`-th noise of the `index`-th instance that `seed` draws."""
+    return 100_000 * seed + 100 * index + 10**9 * noise
+
+
+@lru_cache(maxsize=2)
+def _load(pair: str | None, many_step: str | None) -> TeacherPipeline:
+    from vlmteacher.pipeline import TeacherPipeline, read_pair
+    from vlmteacher.quiet import quiet
+    from vlmteacher.settings import Settings
+
+    quiet()
+    here: dict[str, Any] = {"dtype": torch.float32, "device_map": "cpu"}  # the same results on any machine
+    if many_step and (Path(many_step) / "config.json").exists():  # a transformer alone: the rest is the pair's
+        pipe = TeacherPipeline.from_pretrained(pair=pair, transformer=many_step, **here)
+        pipe.reasoner.settings = replace(
+            pipe.reasoner.settings, timesteps=even_timesteps(MANY_STEPS), shift=1.0, sampler="euler"
+        )
+    else:
+        pipe = TeacherPipeline.from_pretrained(pair=pair, reasoner=many_step, **here)
+    pipe.defaults = Settings(**read_pair(pair)[1].get("defaults", {}))  # another Reasoner's folder has none
+    return pipe
