@@ -185,14 +185,15 @@ class Benchmark(ABC):
         return _load(self.pair, self.find_many_step() if method.many_step else None)
 
 
+def mean(rows: Sequence[Row], entry: str) -> float | None:
+    """Return the mean of an entry; None without rows, or where a row has no value."""
+    values = [row[entry] for row in rows]
+    return None if not values or None in values else fmean(values)
+
+
 def means(rows: Sequence[Row]) -> Row:
-    """Return the number of rows and their mean success and score; None where a mean does not exist."""
-    judged = bool(rows) and all(row["success"] is not None for row in rows)
-    return {
-        "n": len(rows),
-        "success_rate": fmean(row["success"] for row in rows) if judged else None,
-        "score": fmean(row["score"] for row in rows) if rows else None,
-    }
+    """Return the number of rows and their mean success and score."""
+    return {"n": len(rows), "success_rate": mean(rows, "success"), "score": mean(rows, "score")}
 
 
 def noise_seed(index: int, seed: int, noise: int = 0) -> int:

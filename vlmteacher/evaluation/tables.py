@@ -15,7 +15,7 @@ from statistics import fmean
 import numpy as np
 
 from vlmteacher.errors import InputError
-from vlmteacher.evaluation.benchmark import Benchmark, Instance, key_of
+from vlmteacher.evaluation.benchmark import Benchmark, Instance, key_of, mean
 from vlmteacher.evaluation.failures import CAUSES, explain
 from vlmteacher.evaluation.methods import Row, find_method, steps
 from vlmteacher.evaluation.sweep import Folder, Queries, check_complete, queries_of, start_workers, write_results
@@ -120,15 +120,19 @@ def run_table(
 
 
 def by_scene(rows: Sequence[Row], value: str) -> dict[tuple[str, int], float]:
-    """Return the mean of an entry over the noises of each scene."""
+    """Return the mean of an entry over the noises of each scene; nothing where a row has no value."""
+    if mean(rows, value) is None:
+        return {}
     scenes: dict[tuple[str, int], list[float]] = {}
     for row in rows:
         scenes.setdefault((row["split"], row["index"]), []).append(float(row[value]))
     return {scene: fmean(values) for scene, values in scenes.items()}
 
 
-def bootstrap(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95% percentile interval of the mean by resampling `values`, with a fixed seed."""
+def bootstrap(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
+    """Return the 95% percentile interval of the mean by resampling `values`, with a fixed seed; None without values."""
+    if not values:
+        return None, None
     array = np.asarray(values)
     drawn = np.random.default_rng(0).integers(len(array), size=(RESAMPLES, len(array)))
     low, high = np.quantile(array[drawn].mean(1), (0.025, 0.975))
@@ -151,7 +155,10 @@ def permutation_test(differences: Sequence[float]) -> float:
 
 
 def compare(rows: Sequence[Row], others: Sequence[Row]) -> Row:
-    """Compare two methods on the instances that both have: mean differences (`rows` minus `others`), paired tests."""
+    """Compare two methods on the instances that both have: mean differences (`rows` minus `others`), paired tests.
+
+    In a benchmark that only has scores, the entries of the success are None.
+    """
     both = {key_of(row) for row in rows} & {key_of(row) for row in others}
     values = {}
     for entry in ("success", "score"):
@@ -161,12 +168,12 @@ def compare(rows: Sequence[Row], others: Sequence[Row]) -> Row:
     wins, losses = (sum(sign * value > 0 for value in values["success"]) for sign in (1, -1))
     return {
         "n": len(both),
-        "success_difference": fmean(values["success"]),
+        "success_difference": fmean(values["success"]) if values["success"] else None,
         "low": low,
         "high": high,
         "wins": wins,
         "losses": losses,
-        "sign_p": sign_test(wins, losses),
+        "sign_p": sign_test(wins, losses) if values["success"] else None,
         "score_difference": fmean(values["score"]),
         "permutation_p": permutation_test(values["score"]),
     }
@@ -177,16 +184,16 @@ def describe(name: str, results: Mapping[str, Sequence[Row]], table: Table) -> R
     rows = results[name]
     entry: Row = {"n": len(rows)}
     for value, low, high in (("success", "low", "high"), ("score", "score_low", "score_high")):
-        entry["success_rate" if value == "success" else value] = fmean(row[value] for row in rows)
+        entry["success_rate" if value == "success" else value] = mean(rows, value)
         entry[low], entry[high] = bootstrap(list(by_scene(rows, value).values()))
     for split in table.splits:
         here = [row for row in rows if row["split"] == split]
-        entry[split] = {"success_rate": fmean(r["success"] for r in here), "score": fmean(r["score"] for r in here)}
+        entry[split] = {"success_rate": mean(here, "success"), "score": mean(here, "score")}
     noises = sorted({row["noise"] for row in rows})
-    entry["by_noise"] = [fmean(row["success"] for row in rows if row["noise"] == k) for k in noises]
+    entry["by_noise"] = [mean([row for row in rows if row["noise"] == k], "success") for k in noises]
     if "oracle_success" in rows[0]:
         entry["oracle"] = {
-            "success_rate": fmean(row["oracle_success"] for row in rows),
+            "success_rate": None if entry["success_rate"] is None else fmean(row["oracle_success"] for row in rows),
             "score": fmean(row["oracle_score"] for row in rows),
         }
     entry |= explain(rows)
@@ -207,7 +214,7 @@ def format_table(content: Row, table: Table) -> str:
     lines = [columns, ["---"] * len(columns)]
     for name, entry in content["methods"].items():
         cells = [name, _interval(entry["success_rate"], entry["low"], entry["high"])]
-        cells += [f"{entry[split]['success_rate']:.3f}" for split in table.splits]
+        cells += [_number(entry[split]["success_rate"]) for split in table.splits]
         cells += [_interval(entry["score"], entry["score_low"], entry["score_high"])]
         cells += [_against(entry["against"].get(other)) for other in table.against]
         cells += [f"{entry['updates_mean']:.1f}", f"{entry['seconds_mean']:.1f}", str(entry["n"])]
@@ -218,7 +225,7 @@ def format_table(content: Row, table: Table) -> str:
             lines.append(
                 [
                     f"{name}, the scorer's choice",
-                    f"{oracle['success_rate']:.3f}",
+                    _number(oracle["success_rate"]),
                     *[""] * len(table.splits),
                     f"{oracle['score']:.3f}",
                     *rest,
@@ -240,12 +247,18 @@ def _markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _interval(value: float, low: float, high: float) -> str:
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _interval(value: float | None, low: float, high: float) -> str:
+    return "" if value is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _against(comparison: Row | None) -> str:
     if comparison is None:
         return ""
-    success = f"{comparison['success_difference']:+.3f}, {comparison['sign_p']:.3f}"
-    return f"{success}; {comparison['score_difference']:+.3f}, {comparison['permutation_p']:.3f}"
+    score = f"{comparison['score_difference']:+.3f}, {comparison['permutation_p']:.3f}"
+    if comparison["success_difference"] is None:
+        return score
+    return f"{comparison['success_difference']:+.3f}, {comparison['sign_p']:.3f}; {score}"
