@@ -64,6 +64,9 @@ def test_a_failing_instance_is_set_aside(pair: Path, tmp_path: Path, monkeypatch
         assert tried == ["base"] * 3
         kept = json.loads((out / "results.json").read_text())
         assert [row["index"] for row in kept["instances"]] == [0, 2]
+        (poison,) = map(json.loads, (out / "poison.jsonl").read_text().splitlines())
+        assert (poison["methods"], poison["split"], poison["index"]) == (["base"], "id", 1)
+        assert poison["failure"] == "FloatingPointError: the loss is NaN"
         with pytest.raises(TaskFailed):
             run_table(small, Bench(pair=str(pair)), 2, 1, table)
         assert not (table / "table.json").exists()
@@ -74,7 +77,7 @@ def test_a_failing_instance_is_set_aside(pair: Path, tmp_path: Path, monkeypatch
     done = []
     monkeypatch.setattr(sweep, "_work", lambda bench, job: done.append(job[1].index) or work(bench, job))
     assert run_benchmark("base", 3, 1, out, pair=str(pair), resume=True)["n"] == 3
-    assert done == [1]
+    assert done == [1] and not (out / "poison.jsonl").exists()
     assert run_table(small, Bench(pair=str(pair)), 2, 1, table, resume=True)["methods"]["steps@1"]["n"] == 2
 
 

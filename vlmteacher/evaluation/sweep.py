@@ -1,6 +1,7 @@
 """A sweep: a method on the instances of a benchmark, in worker processes, with its results in a folder.
 
-The folder holds settings.json, one line of instances.jsonl per finished row, and results.json at the end.
+The folder holds settings.json, one line of instances.jsonl per finished row, one line of poison.jsonl per instance that
+failed at every attempt, and results.json at the end.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from vlmteacher.evaluation import methods
 from vlmteacher.evaluation.benchmark import Benchmark, Instance, key_of
 from vlmteacher.evaluation.methods import Method, Row, find_method
 from vlmteacher.evaluation.workers import ATTEMPTS, Task, Workers
-from vlmteacher.files import LOCK, claimed, read_json, read_text, write_json, write_text
+from vlmteacher.files import LOCK, append_text, claimed, read_json, read_text, remove, write_json, write_text
 from vlmteacher.queries import QuerySet
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class Folder:
         self.failed: dict[Instance, str] = {}
         what: dict[str, Any] = {"benchmark": benchmark.name, "methods": list(method.rows), "splits": list(splits)}
         what |= benchmark.described()
-        settings, self.log = path / "settings.json", path / "instances.jsonl"
+        settings, self.log, self.poison = path / "settings.json", path / "instances.jsonl", path / "poison.jsonl"
         with ExitStack() as held:
             held.enter_context(claimed(path))
             if settings.exists():
@@ -123,6 +124,7 @@ class Folder:
             self.rows = {(row["method"], key_of(row)): row for row in map(self._row, lines)}
             write_json(settings, what)
             write_text(self.log, "".join(lines))
+            remove(self.poison)  # its instances are tried again
             # Unbuffered: a full disk must refuse a row when it is written, not later.
             self._file = held.enter_context(self.log.open("ab", buffering=0))
             self._held = held.pop_all()
@@ -160,12 +162,19 @@ class Folder:
         except OSError as error:
             raise OutputError(self.log, error) from error
 
+    def _set_aside(self, instance: Instance, reason: str) -> None:
+        """Note an instance that failed at every attempt. Raises OutputError."""
+        self.failed[instance] = reason
+        row = {"id": instance.id, "methods": self.method.rows, **instance.entries(), "failure": reason}
+        append_text(self.poison, json.dumps(row) + "\n")
+
     def complete(
         self, wanted: Sequence[Instance], work: Work, queries: Mapping[tuple[str, int], Queries]
     ) -> dict[str, list[Row]]:
         """Run the instances of `wanted` without rows; return the rows of all, by the names of `Method.rows`.
 
-        Instances that fail are left out; `failed` has the reasons. queries: already written ones, by split and index.
+        Instances that fail are left out; `failed` and poison.jsonl have the reasons.
+        queries: already written ones, by split and index.
 
         Raises OutputError when a row cannot be written; those before it are kept.
         """
@@ -174,7 +183,7 @@ class Folder:
         jobs = [(self.method, one, queries.get((one.split, one.index))) for one in todo]
         for task in tqdm(work(jobs), total=len(wanted), initial=len(wanted) - len(jobs), desc=self.method.name):
             if task.failure is not None:
-                self.failed[task.given[1][1]] = task.failure
+                self._set_aside(task.given[1][1], task.failure)
                 continue
             rows = task.result()
             self._keep(rows)
