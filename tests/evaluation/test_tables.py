@@ -169,10 +169,12 @@ def test_many_steps_need_their_reasoner(pair: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "videos", "calls"), [("pe", 1, 1), ("videotpo@2", 4, 8)])
 def test_methods_that_rewrite_prompts_are_kept_and_taken_up(
-    pair: Path, tmp_path: Path, name: str, videos: int, calls: int
+    pair: Path, tmp_path: Path, run: Run, name: str, videos: int, calls: int
 ) -> None:
     """Texts of random weights are nonsense, and the sweep goes on."""
-    first = microworld.run_benchmark(name, 1, 1, tmp_path / "a", pair=str(pair))
+    status, _, err = run("bench", "microworld", "--method", name, "--pair", pair, "--limit", 1, "--out", tmp_path / "a")
+    assert status == 0, err
+    first = json.loads((tmp_path / "a" / "results.json").read_text())
     both = microworld.run_benchmark(name, 2, 1, tmp_path / "a", pair=str(pair), resume=True)
     assert both["method"] == name and both["instances"][0] == first["instances"][0] and both["n"] == 2
     for row in both["instances"]:

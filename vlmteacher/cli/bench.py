@@ -36,6 +36,7 @@ def add(commands: Commands) -> None:
     sub.add_argument(
         "--many-step", metavar="ID", help="Reasoner before its few-step distillation, for the method many-step"
     )
+    sub.add_argument("--pair", metavar="DIR", help="folder with a pair.json (default: the packaged pair)")
     add_families(sub)
     sub.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
     settings.add_flags(sub, "lora_blocks")
