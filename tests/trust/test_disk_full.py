@@ -71,7 +71,8 @@ def test_every_change_of_the_folder_fails(
         if failed.status == 2:  # before anything was done
             assert error == READ_ONLY and not folder.exists()
             continue
-        if failed.status == 0 and failed.changes < nth:  # states are written at most for a share of the time
+        if failed.status == 0:  # the removal of the lock, or the fsync of a directory: all results are there
+            same(folder, whole[0])
             continue
         check_refused(failed, folder, whole[0])
         go_on(forks, solve, folder, whole[0])
