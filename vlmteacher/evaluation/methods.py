@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -174,16 +174,8 @@ def run(
     verdicts: list[Row] = []
 
     def row(video: Tensor, asked: QuerySet, history: list[Row], p_yes: list[float], loss: float) -> Row:
-        return {
-            "seconds": time.perf_counter() - began - skipped,
-            **judge(video),
-            "truths": answers(video, asked),
-            "updates": sum(step["grad_norm"] is not None for step in history),
-            "loss_first": history[0]["loss"] if history else None,
-            "loss_one_step": history[-1]["loss"] if history else None,
-            "loss_final": loss,
-            "p_yes": p_yes,
-        }
+        seconds = time.perf_counter() - began - skipped
+        return {"seconds": seconds, **_entries(judge(video), answers(video, asked), loss, history), "p_yes": p_yes}
 
     def after_step(_: TeacherPipeline, step: int, __: Row) -> None:
         nonlocal skipped
@@ -223,6 +215,18 @@ def run(
     return {name: result | {"queries": output.queries.to_dict()} for name, result in rows.items()}
 
 
+def _entries(verdict: Row, truths: list[Any] | None, loss: float, history: Sequence[Row] = ()) -> Row:
+    """Return the entries that the rows of all methods have; `history` has the steps of an optimisation."""
+    return {
+        **verdict,
+        "truths": truths,
+        "updates": sum(step["grad_norm"] is not None for step in history),
+        "loss_first": history[0]["loss"] if history else None,
+        "loss_one_step": history[-1]["loss"] if history else None,
+        "loss_final": loss,
+    }
+
+
 def _pass_at_n(
     samples: int,
     pipe: TeacherPipeline,
@@ -241,12 +245,7 @@ def _pass_at_n(
     verdicts = [judge(video) for video in drawn.videos]
     return {
         "seconds": seconds,
-        **verdicts[drawn.best],
-        "truths": answers(drawn.videos[drawn.best], queries),
-        "updates": 0,
-        "loss_first": None,
-        "loss_one_step": None,
-        "loss_final": drawn.losses[drawn.best],
+        **_entries(verdicts[drawn.best], answers(drawn.videos[drawn.best], queries), drawn.losses[drawn.best]),
         "oracle_success": any(verdict["success"] for verdict in verdicts),
         "oracle_score": max(verdict["score"] for verdict in verdicts),
         "samples": [verdict["success"] for verdict in verdicts],
@@ -279,12 +278,7 @@ def _by_new_prompts(
         texts = {"rounds": [asdict(one) for one in tpo.rounds]}
     return {
         **asdict(cost),
-        **judge(video),
-        "truths": answers(video, queries),
-        "updates": 0,
-        "loss_first": None,
-        "loss_one_step": None,
-        "loss_final": loss,
+        **_entries(judge(video), answers(video, queries), loss),
         **texts,
         "queries": queries.to_dict(),
     }

@@ -7,7 +7,6 @@ failed at every attempt, and results.json at the end.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -125,8 +124,6 @@ class Folder:
             write_json(settings, what)
             write_text(self.log, "".join(lines))
             remove(self.poison)  # its instances are tried again
-            # Unbuffered: a full disk must refuse a row when it is written, not later.
-            self._file = held.enter_context(self.log.open("ab", buffering=0))
             self._held = held.pop_all()
 
     def __enter__(self) -> Folder:
@@ -152,16 +149,6 @@ class Folder:
             ) from error
         return row
 
-    def _keep(self, rows: Sequence[Row]) -> None:
-        """Append rows to the log and wait until they are on the disk. Raises OutputError."""
-        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        try:
-            while data:
-                data = data[self._file.write(data) :]
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise OutputError(self.log, error) from error
-
     def _set_aside(self, instance: Instance, reason: str) -> None:
         """Note an instance that failed at every attempt. Raises OutputError."""
         self.failed[instance] = reason
@@ -186,7 +173,7 @@ class Folder:
                 self._set_aside(task.given[1][1], task.failure)
                 continue
             rows = task.result()
-            self._keep(rows)
+            append_text(self.log, "".join(json.dumps(row) + "\n" for row in rows))
             self.rows |= {(row["method"], key_of(row)): row for row in rows}
         return {name: [self.rows[name, one.key] for one in wanted if (name, one.key) in self.rows] for name in names}
 
