@@ -12,7 +12,6 @@ from diffusers.models.transformers import transformer_wan as stock
 from torch import Tensor
 
 from benchmarks.memory import saved_bytes
-from tests.tiny_models import tiny_wan_pipeline
 from vlmteacher.errors import InputError
 from vlmteacher.lora.adapter import add_lora, lora_parameters, remove_lora
 from vlmteacher.reasoners.checkpointing import Keep, keep_activations
@@ -21,16 +20,6 @@ from vlmteacher.reasoners.loading import load_reasoner
 from vlmteacher.reasoners.wan import blocks as wan_blocks
 from vlmteacher.reasoners.wan.blocks import fuse_blocks, unfuse_blocks
 from vlmteacher.reasoners.wan.reasoner import by_token
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return tiny_wan_pipeline(tmp_path_factory.mktemp("wan"))
-
-
-@pytest.fixture()
-def reasoner(directory):
-    return load_reasoner(directory)
 
 
 def instance(reasoner, first_frame: bool, batch: int = 1, seed: int = 1) -> tuple[Condition, Noise]:

@@ -21,16 +21,6 @@ SIZE = (5, 32, 48)
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return tiny_wan_pipeline(tmp_path_factory.mktemp("wan"))
-
-
-@pytest.fixture()
-def reasoner(directory):
-    return load_reasoner(directory)
-
-
-@pytest.fixture(scope="module")
 def image():
     rng = np.random.default_rng(0)
     return Image.fromarray(rng.integers(0, 256, (32, 48, 3), dtype=np.uint8))
