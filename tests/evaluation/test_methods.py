@@ -96,6 +96,39 @@ def test_a_method_is_a_call_with_its_settings(
     assert row["truths"] == [row["queries"], row["score"]]
 
 
+@pytest.mark.parametrize(
+    ("name", "videos", "judged"),
+    [
+        ("base", 1, 1),
+        ("teacher", 3, 3 + 3),
+        ("threshold@50", 2, 1 + 2),  # no update: the first final video is that of before
+        ("check-final", 3, 3 + 3),
+        ("pass@3", 3, 3),
+        ("final@1", 2, 3 + 2),
+    ],
+)
+def test_the_calls_of_a_method_are_counted(
+    pipe: TeacherPipeline, image: Image.Image, monkeypatch: pytest.MonkeyPatch, name: str, videos: int, judged: int
+) -> None:
+    made: list[str] = []
+    for part, method in ((pipe.reasoner, "sample"), (pipe.teacher, "losses")):
+        work = getattr(part, method)
+        monkeypatch.setattr(
+            part, method, lambda *a, work=work, method=method, **k: (made.append(method), work(*a, **k))[1]
+        )
+    row = one(pipe, image, name)
+    assert (row["generator_calls"], row["vlm_calls"]) == (videos, judged)
+    assert (made.count("sample"), made.count("losses")) == (videos, judged)
+
+
+def test_a_step_on_the_final_video_runs_the_sampler(pipe: TeacherPipeline, image: Image.Image) -> None:
+    for name in ("last-step", "full-step"):
+        row = one(pipe, image, name)
+        assert (row["generator_calls"], row["vlm_calls"]) == (3 + 3, 3 + 3)
+    (early, late) = run(methods.steps(1, 2), pipe, PROMPT, image, 0, ASKED, judge, answers).values()
+    assert [(row["generator_calls"], row["vlm_calls"]) for row in (early, late)] == [(3, 1 + 3), (3, 2 + 3)]
+
+
 def test_snapshots_are_the_runs_that_end_there(pipe: TeacherPipeline, image: Image.Image) -> None:
     rows = run(methods.steps(1, 2, 4), pipe, PROMPT, image, 0, ASKED, judge, answers)
     assert list(rows) == ["steps@1", "steps@2", "steps@4"]
@@ -138,7 +171,7 @@ def test_methods_that_rewrite_prompts_have_their_cost(
 ) -> None:
     row, base, best = one(pipe, image, name), one(pipe, image, "base"), one(pipe, image, "pass@2")
     assert (row["generator_calls"], row["vlm_calls"]) == (videos, calls) and row["seconds"] > 0
-    assert not {"generator_calls", "vlm_calls"} & (base.keys() | best.keys())
+    assert (best["generator_calls"], best["vlm_calls"]) == (2, 2)
     assert row["updates"] == 0 and row["queries"] == ASKED.to_dict() and row["truths"] == [row["queries"], row["score"]]
     if name == "pe":
         assert row["new_prompt"] != PROMPT and row["score"] != pytest.approx(base["score"], rel=1e-6)

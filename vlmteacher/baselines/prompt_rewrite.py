@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlmteacher.baselines.best_of_n import sample_videos
+from vlmteacher.baselines.cost import Cost
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput
 from vlmteacher.pipeline import TeacherPipeline
@@ -24,21 +25,6 @@ Rewrite the prompt so that the video carries out the task. Work out the solution
 that shows it: what moves, from where, which way, to where and in which order, what stays as it is, and what the last \
 frame looks like. Name things by their colour, shape and place in the image. Keep the objects and the goal of the task.
 Write at most 200 words of plain text. Answer only with the new prompt."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The cost of a baseline on one instance.
-
-    Attributes:
-        seconds: wall time.
-        generator_calls: videos that the Reasoner sampled.
-        vlm_calls: texts that the Teacher wrote, and videos that it judged; without writing queries.
-    """
-
-    seconds: float
-    generator_calls: int
-    vlm_calls: int
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from vlmteacher import arguments
 from vlmteacher.baselines.best_of_n import best_of_n
-from vlmteacher.baselines.prompt_rewrite import Cost, ask_for_prompt
+from vlmteacher.baselines.cost import Cost
+from vlmteacher.baselines.prompt_rewrite import ask_for_prompt
 from vlmteacher.media import read_image, shrink
 from vlmteacher.optimization.objective import teacher_frame_indices
 from vlmteacher.pipeline import TeacherPipeline

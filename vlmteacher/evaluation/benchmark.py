@@ -187,13 +187,18 @@ class Benchmark(ABC):
 
 def mean(rows: Sequence[Row], entry: str) -> float | None:
     """Return the mean of an entry; None without rows, or where a row has no value."""
-    values = [row[entry] for row in rows]
+    values = [row.get(entry) for row in rows]
     return None if not values or None in values else fmean(values)
 
 
 def means(rows: Sequence[Row]) -> Row:
     """Return the number of rows and their mean success and score."""
     return {"n": len(rows), "success_rate": mean(rows, "success"), "score": mean(rows, "score")}
+
+
+def cost_means(rows: Sequence[Row]) -> Row:
+    """Return the mean cost of rows (see `Cost`); None where a row of an earlier release has no calls."""
+    return {f"{entry}_mean": mean(rows, entry) for entry in ("seconds", "generator_calls", "vlm_calls")}
 
 
 def noise_seed(index: int, seed: int, noise: int = 0) -> int:

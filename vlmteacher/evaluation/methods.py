@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vlmteacher.baselines.cost import Cost
 from vlmteacher.errors import InputError
 from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.queries import QuerySet
@@ -156,7 +157,8 @@ def run(
 ) -> dict[str, Row]:
     """Solve one instance with a method; return the results by the names of `method.rows`.
 
-    Seconds are those of the method alone, without judging, writing queries and other snapshots.
+    Seconds and calls (see `Cost`) are those of the method alone, without the benchmark's judging, writing queries and
+    other snapshots. A run of the pipeline also samples and judges the video before the first update.
 
     Args:
         seed: of the noise; N samples use the seeds from `seed` to `seed + N - 1`.
@@ -170,12 +172,14 @@ def run(
     if method.rewrite or method.rounds:
         return {method.name: _by_new_prompts(method, pipe, prompt, image, seed, queries, judge, answers)}
     began, skipped = time.perf_counter(), 0.0
+    settings = pipe.defaults.updated(**method.settings)
     shots: dict[int, Row] = {}
     verdicts: list[Row] = []
 
     def row(video: Tensor, asked: QuerySet, history: list[Row], p_yes: list[float], loss: float) -> Row:
         seconds = time.perf_counter() - began - skipped
-        return {"seconds": seconds, **_entries(judge(video), answers(video, asked), loss, history), "p_yes": p_yes}
+        cost = Cost(seconds, *_calls(settings, history))
+        return {**asdict(cost), **_entries(judge(video), answers(video, asked), loss, history), "p_yes": p_yes}
 
     def after_step(_: TeacherPipeline, step: int, __: Row) -> None:
         nonlocal skipped
@@ -215,6 +219,18 @@ def run(
     return {name: result | {"queries": output.queries.to_dict()} for name, result in rows.items()}
 
 
+def _calls(settings: Settings, history: Sequence[Row]) -> tuple[int, int]:
+    """Return the generator calls and the VLM calls of a run of the pipeline with these steps.
+
+    Final samples that a divergence of the last update makes necessary are not among them.
+    """
+    updates = any(step["grad_norm"] is not None for step in history)
+    samples = 1 + settings.final_samples - (not updates)  # without an update the first final one is that of before
+    samples += settings.final_samples * sum("final_loss" in step for step in history)  # for `check_final`
+    whole = 0 if settings.target == "first_step" else len(history)  # steps that run the whole sampler
+    return samples + whole, samples + len(history)
+
+
 def _entries(verdict: Row, truths: list[Any] | None, loss: float, history: Sequence[Row] = ()) -> Row:
     """Return the entries that the rows of all methods have; `history` has the steps of an optimisation."""
     return {
@@ -241,10 +257,10 @@ def _pass_at_n(
 
     began = time.perf_counter()
     drawn = best_of_n(pipe, prompt, image, [seed + k for k in range(samples)], queries)
-    seconds = time.perf_counter() - began
+    cost = Cost(time.perf_counter() - began, generator_calls=samples, vlm_calls=samples)
     verdicts = [judge(video) for video in drawn.videos]
     return {
-        "seconds": seconds,
+        **asdict(cost),
         **_entries(verdicts[drawn.best], answers(drawn.videos[drawn.best], queries), drawn.losses[drawn.best]),
         "oracle_success": any(verdict["success"] for verdict in verdicts),
         "oracle_score": max(verdict["score"] for verdict in verdicts),

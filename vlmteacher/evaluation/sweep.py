@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from vlmteacher.errors import InputError, OutputError, TaskFailed
 from vlmteacher.evaluation import methods
-from vlmteacher.evaluation.benchmark import Benchmark, Instance, key_of
+from vlmteacher.evaluation.benchmark import Benchmark, Instance, cost_means, key_of
 from vlmteacher.evaluation.methods import Method, Row, find_method
 from vlmteacher.evaluation.workers import ATTEMPTS, Task, Workers
 from vlmteacher.files import LOCK, append_text, claimed, read_json, read_text, remove, write_json, write_text
@@ -78,7 +78,7 @@ def write_results(out: Path, benchmark: Benchmark, method: str, rows: list[Row])
         **benchmark.described(),
         **benchmark.summarize(rows),
         "updates_mean": fmean(row["updates"] for row in rows),
-        "seconds_mean": fmean(row["seconds"] for row in rows),
+        **cost_means(rows),
         "instances": rows,
     }
     write_json(out / "results.json", results)

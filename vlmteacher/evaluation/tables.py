@@ -15,7 +15,7 @@ from statistics import fmean
 import numpy as np
 
 from vlmteacher.errors import InputError
-from vlmteacher.evaluation.benchmark import Benchmark, Instance, key_of, mean
+from vlmteacher.evaluation.benchmark import Benchmark, Instance, cost_means, key_of, mean
 from vlmteacher.evaluation.failures import CAUSES, explain
 from vlmteacher.evaluation.methods import Row, find_method, steps
 from vlmteacher.evaluation.sweep import Folder, Queries, check_complete, queries_of, start_workers, write_results
@@ -198,7 +198,7 @@ def describe(name: str, results: Mapping[str, Sequence[Row]], table: Table) -> R
         }
     entry |= explain(rows)
     entry["updates_mean"] = fmean(row["updates"] for row in rows)
-    entry["seconds_mean"] = fmean(row["seconds"] for row in rows)
+    entry |= cost_means(rows)
     entry["against"] = {other: compare(rows, results[other]) for other in table.against if other != name}
     return entry
 
