@@ -187,7 +187,7 @@ class Benchmark(ABC):
 
 def mean(rows: Sequence[Row], entry: str) -> float | None:
     """Return the mean of an entry; None without rows, or where a row has no value."""
-    values = [row.get(entry) for row in rows]
+    values: list[Any] = [row.get(entry) for row in rows]
     return None if not values or None in values else fmean(values)
 
 
