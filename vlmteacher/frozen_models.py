@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from vlmteacher import arguments
-from vlmteacher.errors import InputError, OutOfMemory, first_line
+from vlmteacher.errors import InputError, Notice, OutOfMemory, first_line
 from vlmteacher.exclusive import exclusive
 from vlmteacher.media import ImageInput
+from vlmteacher.microworld.known_tasks import unknown_task
 from vlmteacher.optimization.out_of_memory import is_out_of_memory
 from vlmteacher.placement import DeviceMap, find_devices
 from vlmteacher.queries import QuerySet
@@ -135,9 +137,16 @@ class FrozenModels:
             home = self.devices["teacher" if name == "teacher" else "reasoner"]
             parts[name].to(home if name in names else torch.device("cpu"))
 
+    def check_task(self, prompt: str) -> None:
+        """Warn with a Notice where a packaged model gets a prompt that is outside of its families."""
+        packaged = any(self.models.get(name, "").startswith("packaged/") for name in ("reasoner", "teacher"))
+        if packaged and isinstance(prompt, str) and (note := unknown_task(prompt)):
+            warnings.warn(note, Notice, stacklevel=2)
+
     @alone(nested=True)
     def write_queries(self, prompt: str, image: ImageInput | None = None) -> QuerySet:
         """The Teacher's queries for a task (see `Teacher.write_queries`)."""
+        self.check_task(prompt)
         self.need("teacher")
         return self.teacher.write_queries(prompt, image)
 

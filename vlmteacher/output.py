@@ -14,6 +14,7 @@ from vlmteacher.files import claimed
 from vlmteacher.optimization.loop import Stopped
 from vlmteacher.queries import QuerySet
 from vlmteacher.runs.folder import RunFolder, checked
+from vlmteacher.runs.verdict import Verdict
 
 Frames: TypeAlias = list[Image.Image] | np.ndarray | Tensor
 """A video: list of F images ("pil"), array (F, H, W, 3) ("np") or tensor (F, 3, H, W) ("pt"), floats in [0, 1]."""
@@ -36,6 +37,7 @@ class TeacherPipelineOutput:
         models: names of the models.
         fps: frames per second of the videos.
         lora: the bytes of lora.safetensors.
+        verdict: "solved", "improved", "unchanged" or "worse" by the final video, what got worse and what to try.
         cut_tokens: number of tokens of each text beyond the limit of the Reasoner's text encoder.
     """
 
@@ -58,8 +60,15 @@ class TeacherPipelineOutput:
     lora: bytes = field(repr=False)
     cut_tokens: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def verdict(self) -> Verdict:
+        return Verdict.of(self._content())
+
     def record(self) -> dict[str, Any]:
         """The content of run.json, without the version."""
+        return {**self._content(), "verdict": self.verdict.to_dict()}
+
+    def _content(self) -> dict[str, Any]:
         return {
             "prompt": self.prompt,
             "config": self.config,

@@ -78,6 +78,8 @@ class Session:
 
     def write_queries(self) -> None:
         """Take the queries of the call, or let the Teacher write them."""
+        if self.instance.queries:
+            self.models.check_task(self.instance.prompt)
         with self._timed("queries"):
             queries = self.instance.queries or self.models.write_queries(self.instance.prompt, self.instance.image)
             self.queries = self._preserving(queries)

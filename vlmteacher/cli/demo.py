@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
         verdict = score(np.asarray(frames), scene)
         parts = ", ".join(f"{part} {value:.2f}" for part, value in verdict.subscores.items())
         print(f"Rule scorer {name}: {'success' if verdict.success else 'failure'}, score {verdict.score:.2f} ({parts})")
-    print_folder(out)
+    print_folder(out, output)
     check_converged(output)
 
 

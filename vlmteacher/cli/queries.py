@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 
 from vlmteacher.cli.flags import Commands, add_command, add_instance, read_instance
-from vlmteacher.errors import InputError
+from vlmteacher.errors import InputError, Notice
 
 
 def add(commands: Commands) -> None:
@@ -27,12 +28,15 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from vlmteacher.media import fit_image
+    from vlmteacher.microworld.known_tasks import unknown_task
     from vlmteacher.pipeline import read_pair
     from vlmteacher.placement import find_devices, find_dtype
     from vlmteacher.reasoners.sampling import SamplerSettings
     from vlmteacher.teachers import load_teacher
 
     if arguments.teacher is None:
+        if note := unknown_task(arguments.prompt):
+            warnings.warn(note, Notice, stacklevel=1)
         directory, pair = read_pair()
         arguments.teacher = str(directory / pair["teacher"])
         if image is not None:  # the first frame as the packaged Reasoner gets it

@@ -30,10 +30,11 @@ def print_result(output: TeacherPipelineOutput) -> None:
         print(f"  {before:.2f} -> {after:.2f}  {question}")
 
 
-def print_folder(path: Path) -> None:
-    """Print the names of the files in the run folder."""
+def print_folder(path: Path, output: TeacherPipelineOutput) -> None:
+    """Print the names of the files in the run folder, and the verdict."""
     files = " ".join(sorted(file.name for file in path.iterdir() if file.suffix != ".pt"))
     print(f"Run folder {path}: {files}")
+    print(output.verdict)
 
 
 def check_converged(output: TeacherPipelineOutput) -> None:

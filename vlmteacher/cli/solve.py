@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
         **keywords,
     )
     print_result(output)
-    print_folder(Path(arguments.out))
+    print_folder(Path(arguments.out), output)
     check_converged(output)
 
 

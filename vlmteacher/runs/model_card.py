@@ -9,6 +9,7 @@ from typing import Any
 from vlmteacher.errors import InputError
 from vlmteacher.lora.formats import read_lora
 from vlmteacher.reasoners.family import Family
+from vlmteacher.runs.verdict import Verdict
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -65,7 +66,8 @@ answered the questions below about the video, and the gradient of its answers tr
 {questions}
 
 The objective went from {record["loss_before"]:.3f} to {record["loss_after"]:.3f} in {record["updates"]} updates \
-(stopped: {record["stopped"]}). P(Yes) is the opinion of the Teacher that trained it, no independent measure.
+(stopped: {record["stopped"]}). The final video: {_outcome(record)}. P(Yes) is the opinion of the Teacher
+that trained it, no independent measure.
 
 ## How to load it
 
@@ -99,6 +101,12 @@ def _usage(base: str, lora: Any) -> str:
     except InputError:
         load = Family.load_lora
     return "\n".join([*lines, load])
+
+
+def _outcome(record: dict[str, Any]) -> str:
+    verdict = Verdict.of(record)
+    worse = (f"{_text(row['question'])} ({row['before']:.2f} to {row['after']:.2f})" for row in verdict.worse)
+    return f"{verdict.outcome}; worse: {'; '.join(worse)}" if verdict.worse else verdict.outcome
 
 
 def _public(model: str) -> str:
