@@ -102,7 +102,7 @@ class CMakeBuild(build_ext):
         """For an editable install, which reads the source tree."""
         built = Path(self.build_lib) / "vlmteacher"
         # those of an earlier build would look current
-        for old in [*(ROOT / "vlmteacher").glob("_C.*.so"), ROOT / "vlmteacher" / CUDA_LIBRARY]:
+        for old in [*(ROOT / "vlmteacher").glob("_C.*so"), ROOT / "vlmteacher" / CUDA_LIBRARY]:
             old.unlink(missing_ok=True)
         for name in ("_build.json", CUDA_LIBRARY):
             if (built / name).exists():
@@ -111,15 +111,11 @@ class CMakeBuild(build_ext):
 
     def cpu(self, target: Path) -> dict[str, str]:
         torch, cxx = torch_dir(), compiler()
-        if importlib.util.find_spec("pybind11") is None:
-            raise NotBuilt("pybind11 was not installed when the package was built")
-        import pybind11
 
         shutil.rmtree(self.build_temp, ignore_errors=True)  # an isolated build's paths are gone by the next one
         options = {
             "CMAKE_CXX_COMPILER": cxx,
             "Python_EXECUTABLE": sys.executable,
-            "pybind11_DIR": pybind11.get_cmake_dir(),
             "TORCH_DIR": str(torch),
             "TORCH_VERSION": version_fact(torch, "__version__") or "unknown",
         }
@@ -146,7 +142,13 @@ class CMakeBuild(build_ext):
         generator = ["-GNinja"] if shutil.which("ninja") else []
         options = {"CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(target.parent), **options}
         run(cmake, "-S", str(ROOT), "-B", str(build), *generator, *(f"-D{k}={v}" for k, v in options.items()))
-        run(cmake, "--build", str(build), "--target", name, "--parallel", str(os.cpu_count() or 1))
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
+        run(cmake, "--build", str(build), "--target", name, "--parallel", jobs)
 
 
-setup(ext_modules=[Extension("vlmteacher._C", sources=[], optional=True)], cmdclass={"build_ext": CMakeBuild})
+# The library is of Python's limited API: one wheel serves every Python from 3.11 on.
+setup(
+    ext_modules=[Extension("vlmteacher._C", sources=[], optional=True, py_limited_api=True)],
+    cmdclass={"build_ext": CMakeBuild},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -1,33 +1,41 @@
 // vlmteacher._C: importing it registers every operator under torch.ops.vlmteacher_cpp (by static initialisers in the
-// operators' files). Its functions report how the library was built, and this processor's instruction sets.
-#include <pybind11/pybind11.h>
+// operators' files). Its functions report how the library was built, and this processor's instruction sets. Python's
+// limited API, so that one library serves every Python from 3.11 on.
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
 
-namespace py = pybind11;
-
-static py::dict build_info() {
-  py::dict d;
-  d["torch"] = BUILD_TORCH_VERSION;
-  d["compiler"] = BUILD_COMPILER;
-  d["flags"] = BUILD_FLAGS;
-  return d;
+static PyObject* build_info(PyObject*, PyObject*) {
+  return Py_BuildValue("{s:s,s:s,s:s}", "torch", BUILD_TORCH_VERSION, "compiler", BUILD_COMPILER, "flags", BUILD_FLAGS);
 }
 
-static py::dict cpu_features() {
-  py::dict d;
+static PyObject* cpu_features(PyObject*, PyObject*) {
+  PyObject* features = PyDict_New();
 #if defined(__x86_64__)
   __builtin_cpu_init();
-#define FEATURE(NAME) d[NAME] = static_cast<bool>(__builtin_cpu_supports(NAME))
-  FEATURE("avx2");
-  FEATURE("fma");
-  FEATURE("avx512f");
-  FEATURE("avx512vnni");
-  FEATURE("avx512bf16");
+  const struct {
+    const char* name;
+    bool present;
+  } known[] = {
+#define FEATURE(NAME) {NAME, static_cast<bool>(__builtin_cpu_supports(NAME))}
+      FEATURE("avx2"), FEATURE("fma"), FEATURE("avx512f"), FEATURE("avx512vnni"), FEATURE("avx512bf16"),
 #undef FEATURE
+  };
+  for (const auto& feature : known) {
+    if (features && PyDict_SetItemString(features, feature.name, feature.present ? Py_True : Py_False) < 0)
+      Py_CLEAR(features);
+  }
 #endif
-  return d;
+  return features;
 }
 
-PYBIND11_MODULE(_C, m) {
-  m.def("build_info", &build_info, "Torch version, compiler and flags that this library was built with.");
-  m.def("cpu_features", &cpu_features, "Instruction sets of this processor that the operators may use.");
-}
+static PyMethodDef functions[] = {
+    {"build_info", build_info, METH_NOARGS, "Torch version, compiler and flags that this library was built with."},
+    {"cpu_features", cpu_features, METH_NOARGS, "Instruction sets of this processor that the operators may use."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+static PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", nullptr, 0, functions, nullptr, nullptr, nullptr, nullptr,
+};
+
+PyMODINIT_FUNC PyInit__C() { return PyModuleDef_Init(&module); }
