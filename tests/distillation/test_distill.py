@@ -103,7 +103,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(config, tmp_path):
     assert kept
 
 
-RECIPE = "recipes/microworld/distillation/dmd2.yaml"
+RECIPE = "vlmteacher/distillation/configs/dmd2.yaml"
 
 
 def test_the_configuration_for_the_microworld_can_be_read(pytestconfig):

@@ -12,7 +12,7 @@ import yaml
 from vlmteacher.distillation import decoder, distill, sft
 from vlmteacher.errors import InputError
 
-CONFIGS = Path(__file__).parents[2] / "recipes/microworld/distillation"
+CONFIGS = Path(__file__).parents[2] / "vlmteacher/distillation/configs"
 KINDS = {sft: "sft.yaml", distill: "dmd2.yaml", decoder: "decoder.yaml"}
 WRONG: dict[type, tuple[Any, ...]] = {
     str: (3, ["x"], None, True),

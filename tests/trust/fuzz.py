@@ -541,9 +541,9 @@ YAML = (
     b"<<: {reasoner: x}\n", b"a: 0x\n", b"a: 1_0\n", b"a: 190:20:30\n",
 )  # fmt: skip
 CONFIGS = {
-    "sft": ROOT / "recipes/microworld/distillation/sft.yaml",
-    "distill": ROOT / "recipes/microworld/distillation/dmd2.yaml",
-    "decoder": ROOT / "recipes/microworld/distillation/decoder.yaml",
+    "sft": ROOT / "vlmteacher/distillation/configs/sft.yaml",
+    "distill": ROOT / "vlmteacher/distillation/configs/dmd2.yaml",
+    "decoder": ROOT / "vlmteacher/distillation/configs/decoder.yaml",
 }
 
 

@@ -78,7 +78,12 @@ def families(arguments: argparse.Namespace) -> Sequence[str]:
 
 def add_training(sub: argparse.ArgumentParser, reasoner: str) -> None:
     """The flags of a training; `reasoner` is the help of --reasoner."""
-    sub.add_argument("--config", required=True, metavar="FILE.yaml", help="settings; the flags below override them")
+    sub.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE.yaml",
+        help="settings, or the name of a sample in the package: sft, dmd2, decoder; the flags below override them",
+    )
     sub.add_argument("--reasoner", metavar="ID", help=reasoner)
     sub.add_argument("--data", metavar="DIR", help="instances in VBVR's layout")
     sub.add_argument("--out", metavar="DIR", help="folder to write; the result is its folder `pipeline`")

@@ -30,16 +30,27 @@ if TYPE_CHECKING:
 
 Loss = Callable[[Condition, Tensor, torch.Generator], tuple[Tensor, dict[str, float]]]
 T = TypeVar("T")
+SAMPLES = Path(__file__).parent / "configs"
+PACKAGED = str(Path(__file__).parent.parent / "microworld" / "models" / "reasoner")
+MODELS = ("reasoner", "vae")  # entries that name a model
 
 # ---------------------------------------------------------------- settings
 
 
 def read_settings(path: Path, overrides: dict[str, Any], build: Callable[[dict[str, Any]], T]) -> T:
-    """Call `build` with the entries of a YAML file, over which `overrides` take precedence. Raises InputError."""
-    values = read_yaml(path, "configuration")
+    """Call `build` with the entries of a YAML file, over which `overrides` take precedence.
+
+    path: a file, or the name of a sample in the package (`SAMPLES`). The model `packaged` is the packaged Reasoner.
+    Raises InputError.
+    """
+    sample = SAMPLES / f"{path}.yaml"
+    values = read_yaml(
+        sample if not path.exists() and len(path.parts) == 1 and sample.exists() else path, "configuration"
+    )
     if not isinstance(values, dict):
         raise InputError(f"configuration {path} must be a mapping of `name: value`")
-    return build_settings(values | overrides, build)
+    values |= overrides
+    return build_settings(values | {name: PACKAGED for name in MODELS if values.get(name) == "packaged"}, build)
 
 
 def build_settings(values: dict[str, Any], build: Callable[[dict[str, Any]], T]) -> T:
