@@ -1,13 +1,13 @@
-# make demo | test | test-all | test-paths | sanitize | lint | fuzz | soak | clean. Everything is installed in .venv; the
-# tested torch is pinned in pyproject.toml.
+# make demo | test | test-all | test-paths | sanitize | lint | package | fuzz | soak | clean. Everything is installed in
+# .venv; the tested torch is pinned in constraints.txt.
 PYTHON ?= python3
-TORCH := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
+TORCH := $(shell grep '^torch==' constraints.txt)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-BUILD := pyproject.toml setup.py CMakeLists.txt $(wildcard build_backend/*.py csrc/*.* csrc/*/*)
+BUILD := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard build_backend/*.py csrc/*.* csrc/*/*)
 
-.PHONY: demo test test-all test-paths sanitize lint fuzz fuzz-atheris soak clean
+.PHONY: demo test test-all test-paths sanitize lint package fuzz fuzz-atheris soak clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -47,6 +47,22 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The sdist, the wheel that is built from it, and the wheel's demo in an empty environment and an empty directory.
+# auditwheel names the oldest Linux that the wheel runs on; torch's own libraries come with torch.
+PACKAGE := build/package
+
+package: .venv/installed-dev
+	rm -rf $(PACKAGE) && mkdir -p $(PACKAGE)/empty
+	$(BIN)/python -m build -q --sdist --outdir $(PACKAGE) .
+	$(PIP) wheel -q --no-deps -w $(PACKAGE)/built $(PACKAGE)/*.tar.gz
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel -q repair --exclude libtorch_cpu.so --exclude libtorch_cuda.so \
+	  --exclude libc10.so -w $(PACKAGE) $(PACKAGE)/built/*.whl
+	$(PYTHON) -m venv $(PACKAGE)/venv
+	$(call install_torch,$(PACKAGE)/venv/bin/python)
+	$(PACKAGE)/venv/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt $(PACKAGE)/*.whl
+	cd $(PACKAGE)/empty && ../venv/bin/vlmteacher demo && ../venv/bin/python -c \
+	  "from vlmteacher.environment import report; cpu = report()['backends']['cpu']; assert cpu['available'], cpu"
+
 # At least 10,000 damaged inputs, new ones each time, for everything that reads input of a user or a hub; prints their
 # number. `make fuzz ATHERIS=1`, or `make fuzz-atheris`: five minutes guided by coverage.
 fuzz: .venv/installed-dev $(if $(ATHERIS),fuzz-atheris)
@@ -65,22 +81,26 @@ clean:
 	rm -rf .venv build *.egg-info vlmteacher/_C.*.so vlmteacher/_cuda.so vlmteacher/_build.json
 
 # Torch first: plain `torch` is a CUDA build of several gigabytes on most machines. Without an NVIDIA GPU the CPU build is
-# requested by its full version; the plain name is the fallback where there is none.
+# requested by its full version; the plain name is the fallback where there is none. $(1): the Python to install it for.
+define install_torch
+if nvidia-smi >/dev/null 2>&1; then \
+  $(1) -m pip --disable-pip-version-check install -q $(TORCH); \
+else \
+  $(1) -m pip --disable-pip-version-check install -q --no-deps --retries 1 --timeout 30 --extra-index-url $(CPU_INDEX) $(TORCH)+cpu \
+  || $(1) -m pip --disable-pip-version-check install -q $(TORCH); \
+fi
+endef
+
 .venv/torch:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	if nvidia-smi >/dev/null 2>&1; then \
-	  $(PIP) install -q $(TORCH); \
-	else \
-	  $(PIP) install -q --no-deps --retries 1 --timeout 30 --extra-index-url $(CPU_INDEX) $(TORCH)+cpu \
-	  || $(PIP) install -q $(TORCH); \
-	fi
+	$(call install_torch,$(BIN)/python)
 	touch $@
 
 .venv/installed: .venv/torch $(BUILD)
-	$(PIP) install -q -e .
+	$(PIP) install -q -c constraints.txt -e .
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(PIP) install -q -e '.[dev]'
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	touch $@

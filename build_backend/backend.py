@@ -37,7 +37,7 @@ def _requirements() -> list[str]:
     wanted = []
     if importlib.util.find_spec("torch") is None:
         pyproject = (Path(__file__).parent.parent / "pyproject.toml").read_text()
-        wanted += re.findall(r'"(torch==[^"]+)"', pyproject)
+        wanted += re.findall(r'"(torch>=[^"]+)"', pyproject)
     if shutil.which("cmake") is None:
         wanted.append("cmake")
     if shutil.which("ninja") is None and shutil.which("make") is None:
