@@ -54,8 +54,8 @@ PACKAGE := build/package
 package: .venv/installed-dev
 	rm -rf $(PACKAGE) && mkdir -p $(PACKAGE)/empty
 	$(BIN)/python -m build -q --sdist --outdir $(PACKAGE) .
-	$(PIP) wheel -q --no-deps -w $(PACKAGE)/built $(PACKAGE)/*.tar.gz
-	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel -q repair --exclude libtorch_cpu.so --exclude libtorch_cuda.so \
+	$(PIP) wheel -q --no-deps --no-cache-dir -w $(PACKAGE)/built $(PACKAGE)/*.tar.gz
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude libtorch_cpu.so --exclude libtorch_cuda.so \
 	  --exclude libc10.so -w $(PACKAGE) $(PACKAGE)/built/*.whl
 	$(PYTHON) -m venv $(PACKAGE)/venv
 	$(call install_torch,$(PACKAGE)/venv/bin/python)

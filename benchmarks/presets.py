@@ -9,13 +9,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from vlmteacher.decoders.taehv import SurrogateDecoder
+from vlmteacher.microworld.example import packaged_example
 from vlmteacher.microworld.tokenizer import build_tokenizer
-from vlmteacher.microworld.world import Scene, render
-from vlmteacher.pipeline import TeacherPipeline, TeacherPipelineOutput, read_pair
+from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import ANSWER_INSTRUCTION, QuerySet
 from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.condition import Condition, Noise
@@ -116,12 +115,10 @@ def build(preset: str, dtype: torch.dtype | None = None, device: str = "cpu") ->
 def packaged(dtype: torch.dtype, device: str) -> Instance:
     """Build the instance of the packaged pair's example, with the questions that its Teacher writes."""
     pipe = TeacherPipeline.from_pretrained(dtype=dtype, device_map=device)
-    example = read_pair()[1]["example"]
-    frame = TeacherPipelineOutput.uint8(render(Scene.from_json(example["scene"]))[:1])[0]
-    image, prompt = Image.fromarray(frame), example["prompt"]
+    prompt, image, seed, _ = packaged_example()
     size = {name: getattr(pipe.reasoner, name) for name in ("num_frames", "height", "width")}
     condition = pipe.reasoner.encode(prompt, image, **size)
-    noise = pipe.reasoner.noise(condition, torch.Generator().manual_seed(example["seed"]))
+    noise = pipe.reasoner.noise(condition, torch.Generator().manual_seed(seed))
     assert isinstance(pipe.teacher, QwenVLTeacher)
     return Instance(
         pipe.reasoner,
@@ -131,7 +128,7 @@ def packaged(dtype: torch.dtype, device: str) -> Instance:
         noise,
         pipe.teacher.write_queries(prompt, image),
         Settings(**pipe.defaults.to_dict() | {"threshold": NEVER, "max_steps": 10**6}),
-        example["seed"],
+        seed,
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
+from diffusers.utils import export_to_video
 from PIL import Image
 
 from tests.tiny_pair import PROMPT, QUERIES, tiny_decoder
@@ -229,3 +230,16 @@ def test_a_decoder_of_another_family(models: dict[str, str], tmp_path: Path) -> 
     other = tiny_decoder(tmp_path / "other.safetensors", latent_channels=16)
     with pytest.raises(InputError, match=r"16 channels.*8"):
         TeacherPipeline.from_pretrained(**{**models, "decoder": str(other)})
+
+
+def test_outputs_are_read_as_those_of_diffusers(pipe: TeacherPipeline, tmp_path: Path) -> None:
+    out = call(pipe)
+    assert out[0] is out.frames and out["updates"] == out.updates == 2
+    written = [
+        export_to_video(frames, str(tmp_path / name))
+        for frames, name in ((out.frames, "a.mp4"), (out.frames[0], "b.mp4"))
+    ]
+    assert Path(written[0]).read_bytes() == Path(written[1]).read_bytes() and len(out.frames[0]) == 5
+    assert isinstance(out.frames[0], Image.Image) and np.asarray(out.frames[0]).shape == (32, 48, 3)
+    (frames,) = call(pipe, return_dict=False)
+    assert len(frames) == 5

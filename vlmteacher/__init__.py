@@ -9,13 +9,27 @@ from vlmteacher.errors import InputError, MissingExtra
 from vlmteacher.version import __version__
 
 if TYPE_CHECKING:
+    from vlmteacher.microworld.example import packaged_example
     from vlmteacher.output import TeacherPipelineOutput
     from vlmteacher.pipeline import TeacherPipeline
     from vlmteacher.queries import QuerySet
 
-__all__ = ["InputError", "MissingExtra", "QuerySet", "TeacherPipeline", "TeacherPipelineOutput", "__version__"]
+__all__ = [
+    "InputError",
+    "MissingExtra",
+    "QuerySet",
+    "TeacherPipeline",
+    "TeacherPipelineOutput",
+    "__version__",
+    "packaged_example",
+]
 
-_HOMES = {"TeacherPipeline": "pipeline", "TeacherPipelineOutput": "output", "QuerySet": "queries"}
+_HOMES = {
+    "TeacherPipeline": "pipeline",
+    "TeacherPipelineOutput": "output",
+    "QuerySet": "queries",
+    "packaged_example": "microworld.example",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -25,3 +39,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

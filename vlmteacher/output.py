@@ -20,9 +20,34 @@ Frames: TypeAlias = list[Image.Image] | np.ndarray | Tensor
 """A video: list of F images ("pil"), array (F, H, W, 3) ("np") or tensor (F, 3, H, W) ("pt"), floats in [0, 1]."""
 
 
-@dataclass
+class FirstFrame(Image.Image):
+    """The first frame of a list of frames, and, as a sequence, all of them.
+
+    So `export_to_video(out.frames[0], FILE)` writes the video, as after a pipeline of diffusers, whose `frames` holds a
+    list of videos.
+    """
+
+    video: list[Image.Image]
+
+    @classmethod
+    def of(cls, video: list[Image.Image]) -> list[Image.Image]:
+        """The same frames, the first as a `FirstFrame`."""
+        first = video[0].copy()
+        first.__class__ = cls
+        video = [first, *video[1:]]
+        first.video = video
+        return video
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return self.video[index]
+
+    def __len__(self) -> int:
+        return len(self.video)
+
+
+@dataclass(repr=False)
 class TeacherPipelineOutput:
-    """The result of a call.
+    """The result of a call. `out[0]` is `out.frames`, as in diffusers' outputs.
 
     Attributes:
         frames, frames_before: the final video with the trained LoRA, and the video with the LoRA as it was at first,
@@ -57,12 +82,23 @@ class TeacherPipelineOutput:
     config: dict[str, Any]
     models: dict[str, str]
     fps: float
-    lora: bytes = field(repr=False)
+    lora: bytes
     cut_tokens: dict[str, int] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Verdict:
         return Verdict.of(self._content())
+
+    def __getitem__(self, key: int | str) -> Any:
+        return getattr(self, key) if isinstance(key, str) else (self.frames,)[key]
+
+    def __repr__(self) -> str:
+        frames, height, width, _ = self.uint8(self.frames).shape
+        before, after = (" ".join(f"{p:.2f}" for p in row) for row in (self.p_yes_before, self.p_yes_after))
+        return (
+            f"{type(self).__name__}({self.verdict.word}: {frames} frames of {width}x{height}; {self.updates} updates, stopped:"
+            f" {self.stopped}; loss {self.loss_before:.3f} -> {self.loss_after:.3f}; P(Yes) {before} -> {after})"
+        )
 
     def record(self) -> dict[str, Any]:
         """The content of run.json, without the version."""
@@ -118,4 +154,4 @@ def convert(video: Tensor, output_type: Literal["pil", "np", "pt"]) -> Frames:
         return video
     if output_type == "np":
         return video.permute(0, 2, 3, 1).float().cpu().numpy()
-    return [Image.fromarray(frame) for frame in TeacherPipelineOutput.uint8(video)]
+    return FirstFrame.of([Image.fromarray(frame) for frame in TeacherPipelineOutput.uint8(video)])

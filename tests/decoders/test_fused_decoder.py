@@ -4,17 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.decoders.test_taehv import PACKAGED, WAN22, random_decoder
 from vlmteacher.decoders import SurrogateDecoder
 from vlmteacher.lora.adapter import add_lora, remove_lora
-from vlmteacher.microworld.world import Scene, render
+from vlmteacher.microworld.example import packaged_example
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
 from vlmteacher.optimization.loop import Optimization
-from vlmteacher.pipeline import TeacherPipeline, TeacherPipelineOutput, read_pair
+from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import QuerySet
 from vlmteacher.settings import Settings
 
@@ -32,11 +31,6 @@ class Plain:
     ) -> PatchRows:
         frames = plain(self.decoder, latents, indices)
         return PatchRows(layout.of(frames), layout, len(frames), *frames.shape[-2:])
-
-
-def render_first(scene: dict[str, object]) -> Image.Image:
-    frames = render(Scene.from_json(scene))
-    return Image.fromarray(TeacherPipelineOutput.uint8(frames[:1])[0])
 
 
 def plain(decoder: SurrogateDecoder, z: Tensor, indices: list[int] | None = None) -> Tensor:
@@ -78,9 +72,9 @@ def test_the_paper_s_size_without_data() -> None:
 def test_the_packaged_pair_learns_the_same() -> None:
     """Three steps of the demo: losses and the LoRA's gradient as with the plain module."""
     pipe = TeacherPipeline.from_pretrained()
-    example = read_pair()[1]["example"]
+    prompt, image, *_ = packaged_example()
     queries = QuerySet.from_dict({"goal": "Did the ball reach the box?", "process": ["Is one ball shown?"]})
-    condition = pipe.reasoner.encode(example["prompt"], render_first(example["scene"]), 13, 64, 64)
+    condition = pipe.reasoner.encode(prompt, image, 13, 64, 64)
     noise = pipe.reasoner.noise(condition, torch.Generator().manual_seed(0))
     seen = []
     for decoder in (pipe.decoder, Plain(pipe.decoder)):

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from tests.conftest import Run
 from tests.optimization.test_loop import without_seconds
@@ -19,11 +18,11 @@ from tests.test_pipeline import call
 from tests.tiny_pair import PROMPT
 from vlmteacher.errors import NonFiniteError
 from vlmteacher.lora.adapter import lora_parameters, lora_state_dict
-from vlmteacher.microworld.world import Scene, render
+from vlmteacher.microworld.example import packaged_example
 from vlmteacher.optimization.divergence import DIVERGED_RISE, DIVERGED_STEPS, FLAT_CONTRAST, diagnose
 from vlmteacher.optimization.loop import Optimization
 from vlmteacher.optimization.objective import Metrics
-from vlmteacher.pipeline import TeacherPipeline, TeacherPipelineOutput, read_pair
+from vlmteacher.pipeline import TeacherPipeline
 
 ABSURD = 1e10  # a learning rate that saturates the tiny pair's frames, so that no gradient is left
 OVERFLOW = 1e18  # a learning rate that makes its latents NaN
@@ -210,13 +209,11 @@ def test_the_last_update_is_checked_by_its_video(pipe: TeacherPipeline, tmp_path
 @pytest.mark.parametrize(("rate", "diverged"), [(6e-4, False), (1e3, True)])
 def test_the_packaged_pair(rate: float, diverged: bool) -> None:
     """After two updates only the final video shows the divergence; at the pair's own rate nothing is rolled back."""
-    example = read_pair()[1]["example"]
-    scene = Scene.from_json(example["scene"])
-    image = Image.fromarray(TeacherPipelineOutput.uint8(render(scene)[:1])[0])
+    prompt, image, seed, _ = packaged_example()
     out = TeacherPipeline.from_pretrained()(
-        example["prompt"],
+        prompt,
         image,
-        generator=torch.Generator().manual_seed(example["seed"]),
+        generator=torch.Generator().manual_seed(seed),
         learning_rate=rate,
         max_steps=2,
         final_samples=1,

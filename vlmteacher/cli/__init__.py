@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from vlmteacher import __version__
 from vlmteacher.cli import bench, demo, distill, env, lora, microworld, plan, queries, solve, train, train_microworld
@@ -30,16 +31,51 @@ RESUMABLE = ("run.json", "settings.json", "base/settings.json", "state/state.pt"
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports an error in one line, without the usage that argparse prints before it."""
+    """Reports an error in one line, without the usage that argparse prints before it, and guesses what was meant."""
 
     def error(self, message: str) -> NoReturn:
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            message += did_you_mean(choice[1], re.findall(r"[^\s,']+", choice[2]))
         self.exit(2, f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            command = getattr(known, "command", self)  # whose help lists the flags
+            flags = list(command._option_string_actions)
+            guesses = (did_you_mean(each.partition("=")[0], flags) for each in unknown if each.startswith("-"))
+            command.error(f"unrecognized arguments: {' '.join(unknown)}{next(filter(None, guesses), '')}")
+        return known
+
+
+def did_you_mean(text: str, names: Sequence[str]) -> str:
+    """The end of a message that names what is most like `text`; empty where nothing is."""
+    import difflib
+
+    close = difflib.get_close_matches(text, names, 1)
+    return f": did you mean {close[0]}?" if close else ""
+
+
+class PrintCompletion(argparse.Action):
+    """Prints the completion script of a shell."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: object, shell: Any, flag: str | None = None) -> NoReturn:
+        import shtab
+
+        print(shtab.complete(parser, shell))
+        parser.exit()
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     top = Parser(prog="vlmteacher", description="A vision-language model teaches a video generator, at test time.")
     top.add_argument("--version", action="version", version=f"vlmteacher {__version__}")
+    top.add_argument(
+        "--print-completion",
+        choices=("bash", "zsh", "tcsh"),
+        action=PrintCompletion,
+        help="print the script that completes commands and flags in this shell",
+    )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)

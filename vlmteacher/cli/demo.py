@@ -27,24 +27,21 @@ def run(arguments: argparse.Namespace) -> None:
     quiet()
     import numpy as np
     import torch
-    from PIL import Image
 
+    from vlmteacher.microworld.example import packaged_example
     from vlmteacher.microworld.scorer import score
-    from vlmteacher.microworld.world import Scene, render
-    from vlmteacher.pipeline import TeacherPipeline, TeacherPipelineOutput, read_pair
+    from vlmteacher.pipeline import TeacherPipeline
     from vlmteacher.placement import describe, find_devices, find_dtype
 
-    example = read_pair()[1]["example"]
-    scene = Scene.from_json(example["scene"])
-    image = Image.fromarray(TeacherPipelineOutput.uint8(render(scene)[:1])[0])
+    example = packaged_example()
     devices = find_devices(None)
     print(describe(devices, find_dtype(devices)))
     pipe = TeacherPipeline.from_pretrained()
-    print(f"Task: {example['prompt']}", flush=True)
+    print(f"Task: {example.prompt}", flush=True)
     output = pipe(
-        example["prompt"],
-        image,
-        generator=torch.Generator().manual_seed(example["seed"]),
+        example.prompt,
+        example.image,
+        generator=torch.Generator().manual_seed(example.seed),
         output_type="np",
         fused_lora=arguments.fused_lora,
         run_dir=out,
@@ -52,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     print_result(output)
     for name, frames in (("before", output.frames_before), ("after", output.frames)):
-        verdict = score(np.asarray(frames), scene)
+        verdict = score(np.asarray(frames), example.scene)
         parts = ", ".join(f"{part} {value:.2f}" for part, value in verdict.subscores.items())
         print(f"Rule scorer {name}: {'success' if verdict.success else 'failure'}, score {verdict.score:.2f} ({parts})")
     print_folder(out, output)

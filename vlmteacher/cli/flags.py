@@ -21,7 +21,7 @@ TRAINING = ("reasoner", "data", "out", "steps", "batch_size", "learning_rate", "
 def add_command(commands: Commands, name: str, run: Run, text: str) -> argparse.ArgumentParser:
     """A command whose parsed arguments go to `run`; returns its parser, for its flags."""
     sub = commands.add_parser(name, help=text, description=text)
-    sub.set_defaults(run=run)
+    sub.set_defaults(run=run, command=sub)
     return sub
 
 
