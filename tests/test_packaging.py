@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -144,3 +148,46 @@ def test_kernels_is_no_package_to_diffusers_and_transformers(directory, tmp_path
     path = str(pytestconfig.rootpath)
     done = subprocess.run([sys.executable, "-c", code], cwd=where, env={"PYTHONPATH": path}, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+
+def test_the_sdist_has_what_a_build_needs(tmp_path, pytestconfig):
+    """Built from a copy, since setuptools writes beside the sources; `make package` builds the wheel from it too."""
+    root = pytestconfig.rootpath
+    listed = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no checkout of git")
+    for name in listed.stdout.splitlines():
+        if (root / name).exists() and not name.startswith(("tests/", "docs/")):
+            (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / name, tmp_path / "source" / name, follow_symlinks=False)
+    (tmp_path / "source/vlmteacher/_build.json").write_text("{}")  # of an earlier build here
+    code = "import sys; sys.path.insert(0, 'build_backend'); import backend; backend.build_sdist(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    subprocess.run(command, cwd=tmp_path / "source", check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    sources = {name for name in listed.stdout.splitlines() if name.startswith(("csrc/", "build_backend/"))}
+    assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", *sources} <= names
+    assert {"vlmteacher/kernels/lora_linear.py", "vlmteacher/py.typed"} <= names
+    assert {"vlmteacher/distillation/configs/sft.yaml", "vlmteacher/microworld/models/pair.json"} <= names
+    assert "vlmteacher/_build.json" not in names and not any(name.endswith(".so") for name in names)
+
+
+def test_the_metadata_names_what_is_imported(pytestconfig):
+    """Every library that the package imports at the top of a module is a dependency, and torch is not pinned."""
+    project = tomllib.loads((pytestconfig.rootpath / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[\[<>=~!; ]", line)[0].lower().replace("_", "-") for line in project["dependencies"]}
+    known = {"PIL": "pillow", "yaml": "pyyaml", "imageio_ffmpeg": "imageio"}
+    optional = {re.split(r"[\[<>=]", line)[0] for group in project["optional-dependencies"].values() for line in group}
+    imported = set()
+    for path in (pytestconfig.rootpath / "vlmteacher").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module.split(".")[0])
+            elif isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+    others = imported - set(sys.stdlib_module_names) - {"vlmteacher"}
+    assert {known.get(name, name).replace("_", "-") for name in others} <= declared | optional
+    assert "torch>=2.10" in project["dependencies"]
+    constraints = (pytestconfig.rootpath / "constraints.txt").read_text()
+    assert re.search(r"^torch==\d+\.\d+\.\d+$", constraints, re.MULTILINE)

@@ -96,7 +96,7 @@ class TeacherPipelineOutput:
         frames, height, width, _ = self.uint8(self.frames).shape
         before, after = (" ".join(f"{p:.2f}" for p in row) for row in (self.p_yes_before, self.p_yes_after))
         return (
-            f"{type(self).__name__}({self.verdict.word}: {frames} frames of {width}x{height}; {self.updates} updates, stopped:"
+            f"{type(self).__name__}({self.verdict.outcome}: {frames} frames of {width}x{height}; {self.updates} updates, stopped:"
             f" {self.stopped}; loss {self.loss_before:.3f} -> {self.loss_after:.3f}; P(Yes) {before} -> {after})"
         )
 

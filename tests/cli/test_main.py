@@ -60,3 +60,25 @@ def test_the_extra_for_quantised_teachers_is_named(run: Run, solve: Any, tmp_pat
         assert status == 2 and re.fullmatch(r"(cpu \(.*\), float32\n)?", out)
         assert "pip install 'vlmteacher[quantized]'" in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "guess"),
+    [
+        ("slove", "solve"),
+        ("env --jsn", "--json"),
+        ("solve --prompt x --out y --guidence-scale=3", "--guidance-scale"),
+        ("solve --prompt x --out y --keep bst", "best"),
+        ("env --entirely-different", None),
+    ],
+)
+def test_what_was_meant_is_guessed(run: Run, arguments: str, guess: str | None) -> None:
+    status, out, err = run(*arguments.split())
+    assert (status, out) == (2, "") and err.count("\n") == 1
+    assert (f"did you mean {guess}?" in err) if guess else "did you mean" not in err
+
+
+def test_the_completion_of_a_shell_knows_commands_and_flags(run: Run) -> None:
+    status, out, _ = run("--print-completion", "bash")
+    assert status == 0 and "distill" in out and "--guidance-scale" in out
+    subprocess.run(["bash", "-n"], input=out, text=True, check=True)
