@@ -32,7 +32,7 @@ class FirstFrame(Image.Image):
     @classmethod
     def of(cls, video: list[Image.Image]) -> list[Image.Image]:
         """The same frames, the first as a `FirstFrame`."""
-        first = video[0].copy()
+        first: Any = video[0].copy()
         first.__class__ = cls
         video = [first, *video[1:]]
         first.video = video
@@ -94,10 +94,11 @@ class TeacherPipelineOutput:
 
     def __repr__(self) -> str:
         frames, height, width, _ = self.uint8(self.frames).shape
+        losses = f"{self.loss_before:.3f} -> {self.loss_after:.3f}"
         before, after = (" ".join(f"{p:.2f}" for p in row) for row in (self.p_yes_before, self.p_yes_after))
         return (
-            f"{type(self).__name__}({self.verdict.outcome}: {frames} frames of {width}x{height}; {self.updates} updates, stopped:"
-            f" {self.stopped}; loss {self.loss_before:.3f} -> {self.loss_after:.3f}; P(Yes) {before} -> {after})"
+            f"{type(self).__name__}({self.verdict.outcome}: {frames} frames of {width}x{height}; {self.updates}"
+            f" updates, {self.stopped}; loss {losses}; P(Yes) {before} -> {after})"
         )
 
     def record(self) -> dict[str, Any]:
