@@ -206,3 +206,15 @@ def test_the_hand_over_in_patch_rows_changes_no_loss(make: Any, pipe: TeacherPip
             assert ours[name] == pytest.approx(theirs[name], abs=1e-5, rel=1e-5), name
     for name, value in expected.items():
         torch.testing.assert_close(lora[name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_without_a_backward_is_refused(make: Any, monkeypatch: Any) -> None:
+    from vlmteacher.reasoners.wan import blocks
+
+    loop, attend = make(), blocks.attend
+    monkeypatch.setattr(blocks, "attend", lambda *args: attend(*args).detach())
+    before = lora_state_dict(loop.transformer)
+    with pytest.raises(InputError, match=r"of the LoRA's \d+ tensors, blocks\.0\.\S+ first, have no gradient"):
+        loop.step()
+    assert not loop.history
+    assert all(torch.equal(before[name], value) for name, value in lora_state_dict(loop.transformer).items())

@@ -20,12 +20,13 @@ from vlmteacher.planning.tracing import tracing
 from vlmteacher.reasoners.checkpointing import Keep, keep_activations
 from vlmteacher.reasoners.condition import Condition, Noise
 from vlmteacher.reasoners.presets import HUB_IDS, PRESETS
+from vlmteacher.reasoners.sampling import SamplerSettings
 from vlmteacher.teachers import shared_prefix
 from vlmteacher.teachers.prompt import Clip
 
 PAPER = (
     "--reasoner",
-    "wan2.2-ti2v-5b",
+    "quanhaol/Wan2.2-TI2V-5B-Turbo",
     "--teacher",
     "qwen3-vl-4b",
     "--num-frames",
@@ -172,6 +173,14 @@ def test_plans_of_other_teacher_families(teacher: str, run: Run) -> None:
     )
     assert stock["teacher.vision.forward"] == 4 * ours["teacher.vision.forward"]  # a pass for each question
     assert 3 < stock["teacher.language.forward"] / ours["teacher.language.forward"] <= 4.2
+
+
+def test_a_base_model_is_planned_with_its_guidance_and_a_distilled_one_without() -> None:
+    assert build_reasoner("wan2.2-ti2v-5b")[0].settings == PRESETS["wan2.2-ti2v-5b"]
+    turbo = build_reasoner("quanhaol/Wan2.2-TI2V-5B-Turbo")[0]
+    assert turbo.settings == PRESETS["wan2.2-ti2v-5b-turbo"] and not turbo.settings.guided
+    for name in known_models("reasoner"):
+        assert build_reasoner(name)[0].settings != SamplerSettings(), name
 
 
 def test_what_a_plan_needs(run: Run) -> None:

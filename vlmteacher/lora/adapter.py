@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -121,6 +122,23 @@ def remove_lora(transformer: Any) -> None:
 def lora_parameters(transformer: nn.Module) -> list[nn.Parameter]:
     """The parameters A and B of each layer, in the order of the modules."""
     return [parameter for name, parameter in transformer.named_parameters() if ".lora_" in name]
+
+
+def check_gradients(transformer: Any) -> None:
+    """Raise InputError where a parameter of the LoRA has no gradient after a backward, but for `Family.unread` ones.
+
+    An attention backend without a backward passes the residual's gradient on, so that no loss and no norm shows it.
+    """
+    parameters = [(name, value) for name, value in transformer.named_parameters() if ".lora_" in name]
+    lost = [name for name, value in parameters if value.grad is None]
+    if lost and (unread := family_of(transformer).unread):
+        last = f"{family_of(transformer).blocks}.{len(block_list(transformer)) - 1}."
+        lost = [name for name in lost if not (name.startswith(last) and re.match(unread, name.removeprefix(last)))]
+    if lost:
+        raise InputError(
+            f"{len(lost)} of the LoRA's {len(parameters)} tensors, {lost[0]} first, have no gradient: an operation of"
+            " the transformer has no backward; choose another attention backend (transformer.set_attention_backend)"
+        )
 
 
 def lora_state_dict(transformer: Any) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 Every rung costs time and changes no loss. The rungs, each on top of those before it:
 
-    activations=long, activations=input     the Reasoner's blocks recompute more in the backward
+    activations=products, =long, =input     the Reasoner's blocks recompute more in the backward
     teacher_activation_bytes=0              so do the Teacher's layers
     smaller chunks                          of the visual encoder and the surrogate decoder
     offload                                 (GPUs) saved activations, and networks that no step needs, in main memory
@@ -33,6 +33,7 @@ class MemoryLadder:
         self._undo = ExitStack()
         compiled = objective.settings.engine == "compile"  # such blocks keep all, or their input
         self._rungs: dict[str, Callable[[], bool]] = {
+            "activations=products": lambda: not compiled and self._keep(Keep.PRODUCTS),
             "activations=long": lambda: not compiled and self._keep(Keep.LONG),
             "activations=input": lambda: self._keep(Keep.INPUT),
             "teacher_activation_bytes=0": lambda: self._set(objective.teacher, "activation_bytes", 0),

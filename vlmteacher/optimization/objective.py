@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vlmteacher.errors import InputError
-from vlmteacher.lora.adapter import frozen_blocks, lora_parameters
+from vlmteacher.lora.adapter import check_gradients, frozen_blocks, lora_parameters
 from vlmteacher.ops.patchify import PatchRows
 from vlmteacher.optimization.guards import GUARDS, frame_contrast, frame_guards, small_frames
 from vlmteacher.optimization.reward import pick, vqa_objective
@@ -138,8 +138,12 @@ class Objective:
         return loss, metrics
 
     def backward(self, loss: Tensor, metrics: Tensor) -> Tensor:
-        """Leave the clipped gradient of `loss` on the parameters; append its norm before clipping to `metrics`."""
+        """Leave the clipped gradient of `loss` on the parameters; append its norm before clipping to `metrics`.
+
+        Raises InputError where a parameter has no gradient.
+        """
         loss.backward()
+        check_gradients(self.reasoner.transformer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP)
         return torch.cat([metrics, norm.to(metrics).view(1)])
 

@@ -31,10 +31,13 @@ def known_models(kind: str) -> list[str]:
 
 
 def read_known(name: str, kind: str) -> dict[str, Any]:
-    """Read the shipped entry of a known model, by its name here or on the hub. Raises InputError."""
+    """Read the shipped entry of a known model, by its name here or on the hub. Raises InputError.
+
+    "distilled" in an entry lists hub ids of models with the same configs that are sampled in fewer steps.
+    """
     for file in KNOWN.glob("*.json"):
         entry = json.loads(file.read_text())
-        if entry["kind"] == kind and name in (file.stem, entry["source"]):
+        if entry["kind"] == kind and name in (file.stem, entry["source"], *entry.get("distilled", ())):
             return entry
     names = [*known_models(kind), *([] if kind == "decoder" else ["packaged"])]
     also = "a checkpoint file" if kind == "decoder" else "a local directory with its config files"
@@ -55,12 +58,15 @@ def build_reasoner(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Reas
     else:
         entry = read_known(name, "reasoner")
     family = family_of_pipeline(entry["pipeline"], name)
-    settings = find_preset(entry["preset"]) if "preset" in entry else SamplerSettings()
+    if "preset" in entry:
+        settings = find_preset(entry["preset"])
+    else:  # that of `solve` for the same hub id
+        settings = known_preset(name, entry.get("source", name)) or SamplerSettings()
     if directory.is_dir():
         optional = [part for part in ("text_encoder_2", "image_encoder") if (index.get(part) or [None])[0]]
         entry |= {part: json_object(directory / part / "config.json") for part in (*PARTS, *optional)}
         own = directory / "reasoner.json"
-        settings = SamplerSettings.load(own) if own.is_file() else known_preset(name) or settings
+        settings = SamplerSettings.load(own) if own.is_file() else settings
     try:
         with META:
             return family.build(entry, settings, dtype), entry.get("decoder")

@@ -83,6 +83,8 @@ class Family:
         hub_ids: hub id -> the name of the preset that is used without being asked for.
         lora_targets: `LoraConfig.target_modules` of PEFT, every linear layer of the blocks but their modulation: ends
             of names, or an expression for whole names where layers outside the blocks have the same ends.
+        unread: a regular expression of the layers in the last block whose outputs nothing reads, so that their LoRA has
+            no gradient.
         layers: how the authors name the layers.
         comfyui: how ComfyUI names them, where that differs.
         musubi: the network module of musubi-tuner, where that trains the family.
@@ -107,6 +109,7 @@ class Family:
     hub_ids: Mapping[str, str]
     lora_targets: list[str] | str
     layers: LayerNames
+    unread: str | None = None
     comfyui: LayerNames | None = None
     musubi: str | None = None
     load_lora: str = 'pipe.load_lora_weights(".", weight_name="lora.safetensors")'

@@ -18,6 +18,7 @@ HUNYUAN_VIDEO_15 = Family(
     lora_targets=(  # an expression for the whole name: the text refiner's layers have the same ends
         r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2))"
     ),
+    unread=r"attn\.to_add_out|ff_context\.",  # the text after the last block
     layers=LayerNames(
         "double_blocks",
         {
