@@ -9,8 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ROOMS = [  # an arrow points down or stays in its row; docs/internals/architecture.md draws them
     ("cli", "app", "__main__"),
-    ("evaluation", "distillation", "planning", "environment"),
+    ("evaluation", "planning", "environment"),
     ("baselines",),
+    ("distillation",),
     ("pipeline",),
     ("session", "output"),
     ("instance", "frozen_models", "runs"),

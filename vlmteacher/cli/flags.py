@@ -86,7 +86,9 @@ def add_training(sub: argparse.ArgumentParser, reasoner: str) -> None:
     )
     sub.add_argument("--reasoner", metavar="ID", help=reasoner)
     sub.add_argument("--data", metavar="DIR", help="instances in VBVR's layout")
-    sub.add_argument("--out", metavar="DIR", help="folder to write; the result is its folder `pipeline`")
+    sub.add_argument(
+        "--out", metavar="DIR", help="folder to write; the result is its folder `pipeline`, or its lora.safetensors"
+    )
     sub.add_argument("--steps", type=int, metavar="N", help="updates of the result")
     sub.add_argument("--batch-size", type=int, metavar="N", help="videos per update")
     sub.add_argument("--lr", type=float, metavar="X", dest="learning_rate", help="learning rate of the result")

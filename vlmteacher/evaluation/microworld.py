@@ -20,6 +20,7 @@ from vlmteacher.microworld import world
 from vlmteacher.microworld.labeller import label
 from vlmteacher.microworld.questions import truths
 from vlmteacher.microworld.scorer import Verdict, score
+from vlmteacher.microworld.world import first_frame as first_frame
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners.base import Reasoner
 
@@ -119,11 +120,6 @@ def judge(video: Tensor, scene: world.Scene) -> Verdict:
 
 def _pixels(video: Tensor) -> np.ndarray:
     return video.permute(0, 2, 3, 1).float().cpu().numpy()
-
-
-def first_frame(scene: world.Scene) -> Image.Image:
-    """Return the scene's first frame as the image that a user would give."""
-    return Image.fromarray((world.render(scene)[0] * 255).round().astype("uint8"))
 
 
 def right_latents(reasoner: Reasoner, scene: world.Scene) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 
 from vlmteacher.errors import InputError
 from vlmteacher.microworld import families
@@ -62,6 +63,7 @@ __all__ = [
     "distance_to_block",
     "draw",
     "draw_still",
+    "first_frame",
     "flawed",
     "instance",
     "mask",
@@ -88,6 +90,11 @@ def check(split: str, chosen: Sequence[str]) -> None:
 def render(scene: Scene) -> np.ndarray:
     """Draw the right video (T, H, W, 3) of a scene, float32 RGB in [0, 1]."""
     return draw(perform(scene))
+
+
+def first_frame(scene: Scene) -> Image.Image:
+    """Return the scene's first frame as the image that a user would give."""
+    return Image.fromarray((render(scene)[0] * 255).round().astype("uint8"))
 
 
 def flawed(scene: Scene) -> Scene:
