@@ -32,7 +32,7 @@ class PostTraining(SharedTraining):
             (loss / count).backward()
             metrics = objective.read(packed)
             losses, goals = losses + metrics.loss / count, goals + metrics.p_yes[0] / count
-        self.cost.add(generator_calls=count, vlm_calls=count)
+        self.cost.add(predictions=count, vlm_calls=count)
         return {"loss": losses, "p_yes_goal": goals, "grad_norm": self.update(index)}
 
 

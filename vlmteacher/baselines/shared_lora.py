@@ -108,10 +108,11 @@ class TrainingCost(nn.Module):
     """The cost of a training so far, which its state keeps.
 
     seconds: of the updates, with writing queries and without validation. generator_calls: videos that the Reasoner
-    sampled in a few steps or predicted in one. vlm_calls: videos that the Teacher judged. queries_written: prompts.
+    sampled. predictions: one-step predictions that were differentiated. vlm_calls: videos and predictions that the
+    Teacher judged. queries_written: prompts that it wrote queries for.
     """
 
-    NAMES = ("seconds", "generator_calls", "vlm_calls", "queries_written")
+    NAMES = ("seconds", "generator_calls", "predictions", "vlm_calls", "queries_written")
 
     def __init__(self) -> None:
         super().__init__()

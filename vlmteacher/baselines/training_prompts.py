@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -85,8 +85,7 @@ def check_disjoint(prompts: Sequence[TrainingPrompt], tests: Iterable[str]) -> N
 
     The tests are the microworld's frozen splits (``id``, ``ood`` and ``validation``) and the folders in `tests`.
     """
-    tested = [one for split in ("id", "ood", "validation") for one in _scenes(split, splits.SEED, splits.COUNT)]
-    tested += [one for folder in tests for one in read_folder(Path(folder))]
+    tested = _frozen() + [one for folder in tests for one in read_folder(Path(folder))]
     texts = [{" ".join(one.text.split()) for one in group} for group in (prompts, tested)]
     both = texts[0] & texts[1]  # only their first frames need be read
     digests = {one.digest: one.name for one in tested if " ".join(one.text.split()) in both}
@@ -96,6 +95,11 @@ def check_disjoint(prompts: Sequence[TrainingPrompt], tests: Iterable[str]) -> N
             f"{len(shared)} of {len(prompts)} training prompts are instances of a test, first {shared[0].name}"
             f" ({digests[shared[0].digest]}): train on other instances"
         )
+
+
+@cache
+def _frozen() -> list[TrainingPrompt]:
+    return [one for split in ("id", "ood", "validation") for one in _scenes(split, splits.SEED, splits.COUNT)]
 
 
 def _scenes(split: str, seed: int, count: int) -> Iterator[TrainingPrompt]:
