@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 import yaml
 
+from vlmteacher.baselines import flow_grpo, post_training
 from vlmteacher.distillation import decoder, distill, sft
 from vlmteacher.errors import InputError
 
 CONFIGS = Path(__file__).parents[2] / "vlmteacher/distillation/configs"
-KINDS = {sft: "sft.yaml", distill: "dmd2.yaml", decoder: "decoder.yaml"}
+KINDS = {
+    **{sft: "sft.yaml", distill: "dmd2.yaml", decoder: "decoder.yaml"},
+    **{post_training: "post.yaml", flow_grpo: "grpo.yaml"},
+}
 WRONG: dict[type, tuple[Any, ...]] = {
     str: (3, ["x"], None, True),
     bool: (1, "yes", None),

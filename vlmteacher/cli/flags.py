@@ -82,7 +82,7 @@ def add_training(sub: argparse.ArgumentParser, reasoner: str) -> None:
         "--config",
         required=True,
         metavar="FILE.yaml",
-        help="settings, or the name of a sample in the package: sft, dmd2, decoder; the flags below override them",
+        help="settings, or a sample of the package: sft, post, grpo, dmd2, decoder; the flags below override them",
     )
     sub.add_argument("--reasoner", metavar="ID", help=reasoner)
     sub.add_argument("--data", metavar="DIR", help="instances in VBVR's layout")
