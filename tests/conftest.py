@@ -67,7 +67,7 @@ def solve(models: dict[str, str], queries_file: Path) -> Solve:
             "queries": queries_file,
             "max_steps": 3,
             "rank": 2,
-            "frames": 4,
+            "teacher_frames": 4,
             "lr": 0.03,
             "out": out,
             **changed,

@@ -462,3 +462,66 @@ def test_what_has_no_deterministic_way_is_refused() -> None:
         stack.enter_context(deterministic(torch.device("cuda")))
     with pytest.raises(RuntimeError, match="other"), deterministic():
         raise RuntimeError("other")
+
+
+# ---------------------------------------------------------------- habits of diffusers
+
+
+def test_callbacks_of_four_arguments(pipe: TeacherPipeline) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def four(pipe: Any, step: int, timestep: float, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+        calls.append((pipe, step, timestep, callback_kwargs))
+        return callback_kwargs
+
+    out = call(pipe, callback_on_step_end=four)
+    assert [one[:3] for one in calls] == [(pipe, 0, 1000.0), (pipe, 1, 1000.0)]
+    assert [one[3] for one in calls] == out.history
+    call(pipe, callback_on_step_end=lambda *given: calls.append(given))
+    assert len(calls[-1]) == 3
+
+
+def test_several_instances_in_one_call(pipe: TeacherPipeline, tmp_path: Path) -> None:
+    prompts, generators = [PROMPT, "move it"], [seed(0), seed(1)]
+    alone = [call(pipe, prompt=prompt, generator=seed(i)) for i, prompt in enumerate(prompts)]
+    outs = call(
+        pipe, prompt=prompts, generator=generators, run_dir=tmp_path / "runs", queries=list(alone[0].queries.questions)
+    )
+    assert [out.lora for out in outs] == [out.lora for out in alone]
+    assert [out.prompt for out in outs] == prompts and outs.frames[1] is outs[1].frames
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["0", "1"]
+    (videos,) = call(pipe, prompt=prompts, return_dict=False, max_steps=0)
+    assert len(videos) == 2 and len(videos[0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"prompt": []}, "prompt is an empty list"),
+        ({"prompt": ["a", "b"], "generator": [seed()]}, "generator is a list of 1 for 2 prompts"),
+        ({"prompt": ["a", "b"], "queries": [{"goal": "Is it?"}, {"process": []}]}, "goal"),
+        ({"prompt": ["a", "b"], "run_dir": 3}, "run_dir"),
+    ],
+)
+def test_lists_that_do_not_fit(pipe: TeacherPipeline, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call(pipe, **changed)
+
+
+def test_names_of_a_pipeline_of_diffusers(pipe: TeacherPipeline, capfd: pytest.CaptureFixture[str]) -> None:
+    assert (pipe.device, pipe.dtype) == (torch.device("cpu"), torch.float32)
+    pipe.set_progress_bar_config(desc="steps of mine")
+    call(pipe, progress=True)
+    assert "steps of mine" in capfd.readouterr().err
+    pipe.set_progress_bar_config(disable=True)
+    call(pipe, progress=True)
+    assert capfd.readouterr().err == ""
+    pipe.set_progress_bar_config()
+
+
+def test_offload_by_diffusers_name(models: dict[str, str]) -> None:
+    pipe = TeacherPipeline.from_pretrained(**models, torch_dtype="float32")
+    pipe.enable_model_cpu_offload("cpu")
+    assert pipe.offload and pipe.device == torch.device("cpu")
+    with pytest.raises(InputError, match="nowhere"):
+        pipe.enable_model_cpu_offload("nowhere")

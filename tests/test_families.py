@@ -104,7 +104,7 @@ def test_solve_on_parts_from_elsewhere(models: dict[str, str], queries_file: Pat
         *("solve", "--prompt", PROMPT, "--image", tmp_path / "first.png", "--queries", queries_file),
         *("--reasoner", base, "--teacher", models["teacher"], "--decoder", models["decoder"]),
         *("--num-frames", 5, "--height", HEIGHT, "--width", WIDTH),
-        *("--max-steps", 1, "--frames", 4, "--rank", 2),
+        *("--max-steps", 1, "--teacher-frames", 4, "--rank", 2),
     ]
     special = [
         *("--transformer", base / "transformer_2", base / "transformer"),

@@ -13,7 +13,7 @@ ROOMS = [  # an arrow points down or stays in its row; docs/internals/architectu
     ("baselines",),
     ("distillation",),
     ("pipeline",),
-    ("session", "output"),
+    ("session", "output", "call_forms"),
     ("instance", "frozen_models", "runs"),
     ("optimization",),
     ("reasoners", "teachers", "decoders", "lora"),

@@ -322,6 +322,11 @@ def test_an_image_is_fitted_to_the_video(tmp_path):
     assert fit_image(tmp_path / "a.jpg", 32, 48).size == (48, 32)
     with pytest.raises(InputError, match="the image is 48x32 pixels, the video 32x48: crop it"):
         fit_image(tmp_path / "a.jpg", 48, 32)
+    picture = np.full((10, 40, 3), 200, np.uint8)
+    picture[:, 10:30] = 100  # the middle, of twice its height
+    assert (np.asarray(fit_image(picture, 10, 20, fit="crop")) == 100).all()
+    padded = np.asarray(fit_image(picture, 20, 20, fit="pad"))
+    assert padded.shape == (20, 20, 3) and not padded[:7].any() and not padded[-7:].any() and padded[10].all()
 
 
 def test_large_images_are_made_smaller():
@@ -331,7 +336,7 @@ def test_large_images_are_made_smaller():
 
 
 def test_the_command_line_reads_as_python_does(models, queries_file, tmp_path, capsys):
-    flags = ["--queries", queries_file, "--max-steps", 0, "--frames", 4, "--prompt", "move the red ball"]
+    flags = ["--queries", queries_file, "--max-steps", 0, "--teacher-frames", 4, "--prompt", "move the red ball"]
     flags += [part for name, path in models.items() for part in (f"--{name}", path)]
 
     def solve(out, image):

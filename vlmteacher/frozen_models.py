@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from vlmteacher import arguments
 from vlmteacher.errors import InputError, Notice, OutOfMemory, first_line
@@ -97,6 +98,7 @@ class FrozenModels:
         self.models = models or {}
         self.lora: LoRA | None = None
         self.loop: Optimization | None = None
+        self._progress_bar: dict[str, Any] = {}
 
     def modes(self, keywords: Mapping[str, Any]) -> AbstractContextManager[None]:
         """The context for a method with these keywords: `deterministic` where it or `defaults` ask for it."""
@@ -114,6 +116,30 @@ class FrozenModels:
         self.devices = find_devices(device)
         self.place()
         return self
+
+    @property
+    def device(self) -> torch.device:
+        """The Reasoner's device."""
+        return self.devices["reasoner"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The Reasoner's dtype."""
+        return self.reasoner.dtype
+
+    def enable_model_cpu_offload(self, device: str | torch.device | DeviceMap | None = None) -> None:
+        """Keep idle networks in main memory (`offload`), and compute on `device`; None is the GPU, if there is one."""
+        self.offload = True
+        self.to(find_devices(device))
+
+    def set_progress_bar_config(self, **keywords: Any) -> None:
+        """Set keywords of tqdm for the progress bars of calls, such as `disable=True`, as in diffusers."""
+        self._progress_bar = keywords
+
+    def progress_bar(self, shown: bool, **keywords: Any) -> tqdm[Any]:
+        """A progress bar, by `set_progress_bar_config`. keywords: of tqdm."""
+        disabled = not shown or self._progress_bar.get("disable", False)
+        return tqdm(**{**keywords, **self._progress_bar, "disable": disabled})
 
     def place(self) -> None:
         """Move all networks to their devices; with `offload` all but the decoder to main memory."""

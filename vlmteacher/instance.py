@@ -111,7 +111,7 @@ def check_inputs(
     reasoner.check(**shape)
     check_size(reasoner, settings, **shape)
     frame_indices = teacher_frame_indices(shape["num_frames"], settings.teacher_frames)
-    picture = None if image is None else fit_image(image, shape["height"], shape["width"])
+    picture = None if image is None else fit_image(image, shape["height"], shape["width"], fit=settings.fit)
     if source is None:
         source = torch.Generator()
         source.manual_seed(record["config"]["seed"] if record else source.seed())

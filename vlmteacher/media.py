@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -147,19 +147,31 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray((array.astype(np.float32) * 255).round().astype(np.uint8))
 
 
-def fit_image(image: ImageInput, height: int, width: int, name: str = "image") -> Image.Image:
-    """Read an image and resize it to a video's size. Raises InputError when its aspect ratio differs."""
+def fit_image(
+    image: ImageInput, height: int, width: int, name: str = "image", fit: Literal["refuse", "crop", "pad"] = "refuse"
+) -> Image.Image:
+    """Read an image and resize it to a video's size.
+
+    fit: what happens to an aspect ratio that is not the video's: InputError, the middle is cropped, or black is padded.
+    """
     rgb = read_image(image, name)
-    check_aspect(rgb.width, rgb.height, height, width, f"the {name}")
+    if fit == "crop":
+        return ImageOps.fit(rgb, (width, height), Image.Resampling.LANCZOS)
+    if fit == "pad":
+        return ImageOps.pad(rgb, (width, height), Image.Resampling.LANCZOS)
+    remedy = "crop it to that shape, let `fit` crop or pad it"
+    check_aspect(rgb.width, rgb.height, height, width, f"the {name}", remedy)
     return resize(rgb, height, width)
 
 
-def check_aspect(own_width: int, own_height: int, height: int, width: int, label: str) -> None:
+def check_aspect(
+    own_width: int, own_height: int, height: int, width: int, label: str, remedy: str = "crop it to that shape"
+) -> None:
     """Raise InputError unless the aspect ratio of a picture is the video's, within `ASPECT_TOLERANCE`."""
     if abs(own_width / own_height / (width / height) - 1) > ASPECT_TOLERANCE:
         raise InputError(
-            f"{label} is {own_width}x{own_height} pixels, the video {width}x{height}: crop it to that shape, or give "
-            "another width and height"
+            f"{label} is {own_width}x{own_height} pixels, the video {width}x{height}: {remedy}, or give another width"
+            " and height"
         )
 
 

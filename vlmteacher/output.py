@@ -149,6 +149,14 @@ class TeacherPipelineOutput:
         return np.stack([np.asarray(frame) for frame in frames])
 
 
+class TeacherPipelineOutputs(list[TeacherPipelineOutput]):
+    """The results of a call with several instances; `frames` is the list of their videos, as in diffusers' outputs."""
+
+    @property
+    def frames(self) -> list[Frames]:
+        return [output.frames for output in self]
+
+
 def convert(video: Tensor, output_type: Literal["pil", "np", "pt"]) -> Frames:
     """A video (F, 3, H, W) in [0, 1] as the output type."""
     if output_type == "pt":

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
+from tqdm.auto import tqdm
 
 from vlmteacher import arguments
+from vlmteacher.call_forms import any_form
 from vlmteacher.errors import InputError
 from vlmteacher.files import read_json
 from vlmteacher.frozen_models import FrozenModels, alone
@@ -93,24 +96,28 @@ class TeacherPipeline(FrozenModels):
             for file in [files] if isinstance(files, str) else files or ():
                 path = os.path.abspath(file) if os.path.exists(file) else file
                 models[name] = f"{models[name]}, {path}" if name in models else path
-        the_reasoner = load_reasoner(
-            paths["reasoner"],
-            dtype=chosen,
-            transformer=transformer,
-            few_step_lora=few_step_lora,
-            preset=preset,
-            lora_partial=lora_partial,
-        )
+        with loading("Reasoner", paths["reasoner"]):
+            the_reasoner = load_reasoner(
+                paths["reasoner"],
+                dtype=chosen,
+                transformer=transformer,
+                few_step_lora=few_step_lora,
+                preset=preset,
+                lora_partial=lora_partial,
+            )
         models |= the_reasoner.notes
         if reasoner is not None and decoder is None and not fits_decoder(paths["decoder"], the_reasoner):
             models["decoder"] = paths["decoder"] = known_decoder(the_reasoner)
         # A misfit shows before the Teacher loads.
         the_reasoner.to(devices["reasoner"], networks=False).vae.to(devices["reasoner"])
-        the_decoder = load_decoder(paths["decoder"], the_reasoner, dtype=chosen)
-        check_agreement(the_decoder, the_reasoner, models["decoder"])
-        the_teacher = load_teacher(paths["teacher"], dtype=chosen, quantize=quantize, device=devices["teacher"])
+        with loading("surrogate decoder", paths["decoder"]):
+            the_decoder = load_decoder(paths["decoder"], the_reasoner, dtype=chosen)
+            check_agreement(the_decoder, the_reasoner, models["decoder"])
+        with loading("Teacher", paths["teacher"]):
+            the_teacher = load_teacher(paths["teacher"], dtype=chosen, quantize=quantize, device=devices["teacher"])
         return cls(the_reasoner, the_teacher, the_decoder, defaults, models, offload).to(devices)
 
+    @any_form
     @alone()
     @in_its_folder
     def __call__(
@@ -128,13 +135,13 @@ class TeacherPipeline(FrozenModels):
         queries: QuerySet | Mapping[str, Any] | Sequence[str] | str | os.PathLike[str] | None = None,
         output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[TeacherPipeline, int, dict[str, Any]], Any] | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
         progress: bool = True,
         run_dir: str | os.PathLike[str] | None = None,
         resume: bool = False,
         **keywords: Unpack[Keywords],
     ) -> TeacherPipelineOutput:
-        """Answer one instance by test-time optimisation: Algorithm 1 of arXiv 2606.02564.
+        """Answer one instance, or each of a list, by test-time optimisation: Algorithm 1 of arXiv 2606.02564.
 
         Args:
             prompt, image: the task, and the first frame or None. The image is resized to the video's size.
@@ -142,7 +149,7 @@ class TeacherPipeline(FrozenModels):
             generator: draws the noise and the first weights of the LoRA; None draws a new seed.
             queries: a QuerySet, its dictionary, a list with the goal first, or a file; None: the Teacher writes them.
             output_type, return_dict: the form of the videos (`Frames`); False returns `(frames,)`.
-            callback_on_step_end: called as `callback(pipe, step, row)` after each step.
+            callback_on_step_end: called as `callback(pipe, step, row)` after each step (see `three_arguments`).
             run_dir, resume: a folder to record the run in; go on with the interrupted run there, to the same result.
             keywords: see `Settings`; None is the default of the pair, or else of the paper.
 
@@ -165,8 +172,7 @@ class TeacherPipeline(FrozenModels):
             # queries; stop where the loss is not above the threshold, else update the LoRA by the gradient.
             for row in session.steps(progress):
                 if callback_on_step_end:
-                    with plain_torch():
-                        callback_on_step_end(self, row["step"], row)
+                    callback_on_step_end(self, row["step"], row)
             # 4. The few-step video of the adapted Reasoner from the same noise.
             sample = session.final_sample()
         output = session.output(sample, output_type)
@@ -217,6 +223,14 @@ class TeacherPipeline(FrozenModels):
         read = read_lora(source, name, partial).fitted(self.reasoner.transformer, partial, trainable)
         read.tell()
         return read
+
+
+@contextmanager
+def loading(part: str, name: str) -> Iterator[None]:
+    """Say on a terminal that a part is being loaded, with the seconds; downloads have bars of the hub's own."""
+    with tqdm(desc=f"loading the {part} {name}", bar_format="{desc} [{elapsed}]", disable=None, leave=False) as bar:
+        bar.refresh()
+        yield
 
 
 def one_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | None:

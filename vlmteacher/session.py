@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from vlmteacher import state
 from vlmteacher.errors import NonFiniteError, NonFiniteFrames, OutOfMemory
@@ -117,7 +116,8 @@ class Session:
     def steps(self, progress: bool) -> Iterator[dict[str, Any]]:
         """The rows of the optimisation's steps (see `Optimization`), with a progress bar."""
         self._begin_loop()
-        with tqdm(total=self.settings.max_steps, initial=len(self.loop.history), disable=not progress) as bar:
+        done = len(self.loop.history)
+        with self.models.progress_bar(progress, total=self.settings.max_steps, initial=done) as bar:
             for row in self.loop:
                 p_yes = " ".join(f"{p:.2f}" for p in row["p_yes"])
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, P(Yes) {p_yes}", refresh=False)

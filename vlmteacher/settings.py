@@ -7,13 +7,14 @@ fields. A new setting is its field here and its use; then `python -m tools.setti
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast, get_args, get_origin, get_type_hints
 
 from vlmteacher import arguments
-from vlmteacher.errors import InputError
+from vlmteacher.errors import InputError, Notice
 
 Engine = Literal["eager", "compile", "cuda_graph"]
 Target = Literal["first_step", "last_step", "full"]
@@ -33,6 +34,7 @@ def setting(
     help: str,
     *,
     flag: str | None = None,
+    old_flag: str | None = None,
     least: float | None = None,
     above: float | None = None,
     most: float = arguments.LARGEST_NUMBER,
@@ -41,10 +43,11 @@ def setting(
 ) -> T:
     """A field of `Settings`.
 
-    flag: on the command line, where it is not the field's name. least, above, most: the range of a number. metavar,
-    parse: form of a text, and the function that raises InputError for other texts.
+    flag: on the command line, where it is not the field's name; old_flag: its name in the last release. least, above,
+    most: the range of a number. metavar, parse: form of a text, and the function that raises InputError for other
+    texts.
     """
-    metadata = {"help": help, "flag": flag, "least": least, "above": above, "most": most}
+    metadata = {"help": help, "flag": flag, "old_flag": old_flag, "least": least, "above": above, "most": most}
     return field(default=default, metadata={**metadata, "metavar": metavar, "parse": parse})
 
 
@@ -55,7 +58,7 @@ class MethodSettings:
     max_steps: int = setting(40, "updates of the LoRA at most", least=0)
     threshold: float = setting(0.22, "stop when the loss is not above it; 0.22 is -ln 0.8", above=0)
     goal_weight: float = setting(0.5, "weight of the goal query; the process queries share the rest", least=0, most=1)
-    teacher_frames: int = setting(24, "frames of the video that the Teacher sees", flag="--frames", least=1)
+    teacher_frames: int = setting(24, "frames of the video that the Teacher sees", old_flag="--frames", least=1)
     rank: int = setting(16, "rank of the LoRA", least=1)
     learning_rate: float = setting(5e-5, "learning rate of AdamW", flag="--lr", above=0)
     keep: Literal["last", "best"] = setting("last", "LoRA to use after the last step: the last, or the best by loss")
@@ -70,6 +73,9 @@ class MethodSettings:
         "first_step",
         "video that the Teacher judges at each step: the one-step prediction (the paper's), or the few-step video with"
         " a gradient through its last step or through all of them",
+    )
+    fit: Literal["refuse", "crop", "pad"] = setting(
+        "refuse", "a first frame whose shape is not the video's: refuse it, crop its middle, or pad it with black"
     )
 
 
@@ -121,6 +127,7 @@ class Keywords(TypedDict, total=False):
     check_final: bool | None
     lora_blocks: str | None
     target: Target | None
+    fit: Literal["refuse", "crop", "pad"] | None
     fused_lora: bool | None
     engine: Engine | None
     deterministic: bool | None
@@ -213,20 +220,36 @@ def _checked(entry: Field[Any], value: object) -> object:
     return value
 
 
-def add_flags(parser: Any, *names: str) -> None:
-    """Add the command-line flags of these settings, or of all, to an argparse parser; a flag left out is None."""
-    for each in fields(Settings):
-        if names and each.name not in names:
-            continue
-        kind = types()[each.name]
-        options: dict[str, Any] = {"metavar": each.metadata["metavar"]}
-        if kind is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        elif kind in (int, float):
-            options = {"type": kind, "metavar": "N" if kind is int else "X"}
-        elif choices(each.name):
-            options = {"choices": choices(each.name)}
-        parser.add_argument(flag(each), dest=each.name, default=None, help=each.metadata["help"], **options)
+class Renamed(argparse.Action):
+    """A flag by its name of the last release: it still works, with a notice."""
+
+    def __init__(self, *args: Any, new: str, **keywords: Any) -> None:
+        super().__init__(*args, **{**keywords, "help": argparse.SUPPRESS})
+        self.new = new
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, value: object, flag: str | None = None) -> None:
+        warnings.warn(f"{flag} is now {self.new}: the old name goes with the next release", Notice, stacklevel=2)
+        setattr(namespace, self.dest, value)
+
+
+def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add the command-line flags of these settings, or of all, in groups; a flag left out is None."""
+    for group in GROUPS:
+        chosen = [each for each in fields(group) if not names or each.name in names]
+        title = (group.__doc__ or "").partition(";")[0].rstrip(".")
+        place = parser if names else parser.add_argument_group(title)
+        for each in chosen:
+            kind = types()[each.name]
+            options: dict[str, Any] = {"metavar": each.metadata["metavar"]}
+            if kind is bool:
+                options = {"action": argparse.BooleanOptionalAction}
+            elif kind in (int, float):
+                options = {"type": kind, "metavar": "N" if kind is int else "X"}
+            elif choices(each.name):
+                options = {"choices": choices(each.name)}
+            place.add_argument(flag(each), dest=each.name, default=None, help=each.metadata["help"], **options)
+            if old := each.metadata["old_flag"]:
+                place.add_argument(old, dest=each.name, default=None, type=kind, action=Renamed, new=flag(each))
 
 
 def given(namespace: argparse.Namespace) -> Keywords:

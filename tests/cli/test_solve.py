@@ -17,6 +17,7 @@ from PIL import Image
 from tests.conftest import Run
 from tests.tiny_pair import QUERIES, tiny_decoder
 from vlmteacher.cli import parser
+from vlmteacher.errors import Notice
 from vlmteacher.placement import parse_device_map
 
 
@@ -83,7 +84,7 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "decoder missing": ({"decoder": tmp_path / "none.safetensors"}, "none.safetensors"),
         "decoder is no decoder": ({"decoder": text}, "text.png"),
         "decoder of another family": ({"decoder": wrong}, "16 channels, but the Reasoner's have 8"),
-        "K too large": ({"frames": 6}, "6 frames of a video of 5"),
+        "K too large": ({"teacher_frames": 6}, "6 frames of a video of 5"),
         "N": ({"max_steps": -1}, "not -1"),
         "threshold": ({"threshold": 0}, "not 0"),
         "rank": ({"rank": 0}, "not 0"),
@@ -118,6 +119,23 @@ def test_bad_input_is_one_line_and_leaves_nothing(
             assert status == 2 and message in err
             assert err.startswith("error: ") and err.count("\n") == 1 and re.fullmatch(r"(cpu \(.*\), float32\n)?", out)
             assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_sizes_are_refused_before_anything_is_loaded(run: Run, solve: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "square.png")
+    for changed in ({"height": 40}, {"num_frames": 6}, {"image": tmp_path / "square.png"}):
+        status, out, err = run(*solve(**{"out": tmp_path / "run", **changed}))
+        assert (status, out) == (2, "") and err.count("\n") == 1  # without the line about the device
+    flags = {"image": tmp_path / "square.png", "fit": "pad", "max_steps": 0}
+    assert run(*solve(out=tmp_path / "run", **flags))[0] == 0
+    assert json.loads((tmp_path / "run/run.json").read_text())["config"]["fit"] == "pad"
+
+
+def test_a_flag_of_the_last_release_still_works(run: Run, solve: Any, tmp_path: Path) -> None:
+    arguments = solve(out=tmp_path / "run", teacher_frames=None, max_steps=0)
+    with pytest.warns(Notice, match="--frames is now --teacher-frames"):
+        assert run(*arguments, "--frames", 4)[0] == 0
+    assert json.loads((tmp_path / "run/run.json").read_text())["config"]["teacher_frames"] == 4
 
 
 def test_placement(run: Run, solve: Any, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_measure_on_the_microworld():
 
 
 def test_a_report_holds_the_numbers_and_a_picture(tmp_path, capfd):
-    flags = ["microworld", "measure", "--limit", "2", "--seed", "7", "--many-steps", "2", "--guidance", "1.5"]
+    flags = ["microworld", "measure", "--limit", "2", "--seed", "7", "--many-steps", "2", "--guidance-scale", "1.5"]
     assert main([*flags, "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["n"] == 2 and results["many_steps"] == 2 and 0 < results["loss_gap"] < 20

@@ -231,7 +231,7 @@ def test_solve_writes_all_files_and_ends_with_status_1(
 ) -> None:
     out = tmp_path / "run"
     given = [f"--{name}={path}" for name, path in models.items()]
-    command = ["solve", "--prompt", PROMPT, *given, "--queries", str(queries_file), "--frames=4", "--rank=2"]
+    command = ["solve", "--prompt", PROMPT, *given, "--queries", str(queries_file), "--teacher-frames=4", "--rank=2"]
     status, text, errors = run(*command, f"--lr={OVERFLOW}", "--max-steps=6", "--threshold=1e-6", f"--out={out}")
     assert status == 1 and "diverged" in text
     last = errors.strip().splitlines()[-1]

@@ -182,7 +182,14 @@ def test_solve_takes_the_plans_levels(models: dict[str, str], tmp_path: Path, ru
     queries = tmp_path / "queries.json"
     queries.write_text(json.dumps(QUERIES))
     given = [f"--{name}={value}" for name, value in models.items()]
-    rest = [f"--prompt={PROMPT}", f"--queries={queries}", "--max-steps=1", "--rank=2", "--frames=4", "--lr=0.03"]
+    rest = [
+        f"--prompt={PROMPT}",
+        f"--queries={queries}",
+        "--max-steps=1",
+        "--rank=2",
+        "--teacher-frames=4",
+        "--lr=0.03",
+    ]
     found = []
     for name, more in (("plain", []), ("kept", ["--activations", "input:1,attention:1"])):
         assert run("solve", *given, *rest, *more, "--out", tmp_path / name)[0] == 0

@@ -132,7 +132,7 @@ def test_solve_writes_it_down(models: dict[str, str], tmp_path: Path, run: Run) 
     queries = tmp_path / "queries.json"
     queries.write_text(json.dumps(QUERIES))
     given = [f"--{name}={value}" for name, value in models.items()]
-    given += [f"--prompt={PROMPT}", f"--queries={queries}", "--max-steps=1", "--rank=2", "--frames=4"]
+    given += [f"--prompt={PROMPT}", f"--queries={queries}", "--max-steps=1", "--rank=2", "--teacher-frames=4"]
     given += ["--num-frames=5", "--height=32", "--width=48"]
     for bad, said in (("last:3", "lora_blocks last:3: the transformer has 2 blocks"), ("3", "of the form last:n")):
         status, _, err = run("solve", *given, "--lora-blocks", bad, "--out", tmp_path / "run")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Flags: TypeAlias = "argparse._ActionsContainer"  # a parser, or a group of its flags
 Run: TypeAlias = Callable[[argparse.Namespace], None]
 
 TRAINING = ("reasoner", "data", "out", "steps", "batch_size", "learning_rate", "seed")
@@ -25,16 +26,18 @@ def add_command(commands: Commands, name: str, run: Run, text: str) -> argparse.
     return sub
 
 
-def add_instance(sub: argparse.ArgumentParser) -> None:
-    """The flags of one task and its Teacher."""
+def add_instance(sub: Flags, models: Flags) -> None:
+    """The flags of one task, and those of its Teacher in the group `models`."""
     sub.add_argument("--prompt", required=True, metavar="TEXT", help="the task")
     sub.add_argument("--image", metavar="FILE", help="the first frame")
-    sub.add_argument("--teacher", metavar="ID", help="VLM: hub id or directory (default: the packaged one)")
-    sub.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: the GPU, if there is one)")
-    sub.add_argument(
+    models.add_argument("--teacher", metavar="ID", help="VLM: hub id or directory (default: the packaged one)")
+    models.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: the GPU, if there is one)")
+    models.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on a CPU"
     )
-    sub.add_argument("--quantize", choices=("8bit", "4bit"), help="quantise the Teacher's weights (extra: quantized)")
+    models.add_argument(
+        "--quantize", choices=("8bit", "4bit"), help="quantise the Teacher's weights (extra: quantized)"
+    )
 
 
 def read_instance(arguments: argparse.Namespace) -> Image.Image | None:
@@ -49,7 +52,7 @@ def read_instance(arguments: argparse.Namespace) -> Image.Image | None:
     return image
 
 
-def add_lora_partial(sub: argparse.ArgumentParser) -> None:
+def add_lora_partial(sub: Flags) -> None:
     sub.add_argument(
         "--lora-partial",
         action="store_true",

@@ -6,29 +6,33 @@ import argparse
 from pathlib import Path
 
 from vlmteacher.cli.flags import Commands, add_command, add_families, families, seed
+from vlmteacher.settings import Renamed
 
 
 def add(commands: Commands) -> None:
     text = "instances of the built-in world as files; how good a Reasoner's few steps are"
     kinds = add_command(commands, "microworld", export, text).add_subparsers(required=True, metavar="WHAT")
     sub = kinds.add_parser("export", help="write instances in VBVR's layout")
+    sub.set_defaults(command=sub)
     sub.add_argument("--out", required=True, metavar="DIR", help="folder to write")
-    sub.add_argument("--count", type=int, default=100, metavar="N", help="instances (default: 100)")
+    sub.add_argument("--limit", type=int, default=100, metavar="N", help="instances (default: 100)")
+    sub.add_argument("--count", dest="limit", type=int, action=Renamed, new="--limit")
     sub.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of the instances (default: 0)")
     sub.add_argument("--split", default="train", metavar="NAME", help="train (default), id, ood or validation")
     add_families(sub)
     sub.add_argument("--flawed", action="store_true", help="videos with the Reasoner's documented flaw")
 
     sub = kinds.add_parser("measure", help="rule score, distance and one-step agreement on held-out instances")
-    sub.set_defaults(run=measure)
+    sub.set_defaults(run=measure, command=sub)
     sub.add_argument("--reasoner", metavar="ID", help="hub id or directory (default: the packaged one)")
     sub.add_argument("--teacher", metavar="ID", help="judge of both videos (default: the packaged one)")
     sub.add_argument("--limit", type=int, default=100, metavar="N", help="instances (default: 100)")
     sub.add_argument("--seed", type=seed, default=1, metavar="N", help="seed of the held-out split (default: 1)")
     sub.add_argument("--many-steps", type=int, default=0, metavar="N", help="sample by N Euler steps, not by few steps")
     sub.add_argument(
-        "--guidance", type=float, default=1.0, metavar="X", help="guidance of these steps (default: 1, none)"
+        "--guidance-scale", type=float, default=1.0, metavar="X", help="guidance of these steps (default: 1, none)"
     )
+    sub.add_argument("--guidance", dest="guidance_scale", type=float, action=Renamed, new="--guidance-scale")
     sub.add_argument("--out", required=True, metavar="DIR", help="folder for results.json and frames.png")
 
 
@@ -39,8 +43,8 @@ def export(arguments: argparse.Namespace) -> None:
     from vlmteacher.microworld.export import export
 
     out, chosen = Path(arguments.out), families(arguments)
-    export(out, arguments.count, arguments.seed, arguments.split, arguments.flawed, chosen=chosen)
-    print(f"{arguments.count} instances in VBVR's layout: {out}")
+    export(out, arguments.limit, arguments.seed, arguments.split, arguments.flawed, chosen=chosen)
+    print(f"{arguments.limit} instances in VBVR's layout: {out}")
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -58,7 +62,7 @@ def measure(arguments: argparse.Namespace) -> None:
         arguments.seed,
         out,
         arguments.many_steps,
-        arguments.guidance,
+        arguments.guidance_scale,
     )
     for name, value in metrics.items():
         if isinstance(value, float):

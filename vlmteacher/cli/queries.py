@@ -12,7 +12,7 @@ from vlmteacher.errors import InputError, Notice
 
 def add(commands: Commands) -> None:
     sub = add_command(commands, "queries", run, "write the Teacher's queries alone, to read and edit them")
-    add_instance(sub)
+    add_instance(sub, sub)
     sub.add_argument("-o", "--output", metavar="FILE.json", help="file to write (default: standard output)")
 
 

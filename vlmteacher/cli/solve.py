@@ -14,47 +14,58 @@ from vlmteacher.cli.run_folder import check_converged, check_run_folder, print_f
 from vlmteacher.errors import InputError
 from vlmteacher.placement import EXAMPLE, parse_device_map
 
+SIZE = ("num_frames", "height", "width")
+
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from vlmteacher.pipeline import TeacherPipeline
 
 
 def add(commands: Commands) -> None:
     sub = add_command(commands, "solve", run, "answer one prompt with a video, improved by the Teacher")
-    add_instance(sub)
-    sub.add_argument("--queries", metavar="FILE.json", help="the Teacher's queries (default: it writes them)")
-    sub.add_argument("--reasoner", metavar="ID", help="video model: hub id or directory (default: the packaged one)")
-    sub.add_argument(
+    sub.usage = "vlmteacher solve --prompt TEXT [--image FILE] --out DIR [OPTION ...]"
+    task, models, sampling, lora, place = (
+        sub.add_argument_group(title)
+        for title in ("The task", "Models", "Sampling and size", "LoRA", "Devices and memory")
+    )
+    add_instance(task, models)
+    task.add_argument("--queries", metavar="FILE.json", help="the Teacher's queries (default: it writes them)")
+    task.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of the noise (default: 0)")
+    task.add_argument("--out", required=True, metavar="DIR", help="run folder to write")
+    task.add_argument("--resume", action="store_true", help="continue the interrupted run in --out")
+    models.add_argument("--reasoner", metavar="ID", help="video model: hub id or directory (default: the packaged one)")
+    models.add_argument(
         "--decoder",
         metavar="FILE",
         help="surrogate decoder: file, or OWNER/REPO/FILE on the hub (default: that of the Reasoner's family)",
     )
     both = "; two for the experts of Wan 2.2 A14B, high noise first"
-    sub.add_argument(
+    models.add_argument(
         "--transformer", nargs="+", metavar="ID", help=f"instead of the Reasoner's: directory, hub id or file{both}"
     )
-    sub.add_argument("--few-step-lora", nargs="+", metavar="FILE", help=f"merged into the Reasoner{both}")
-    sub.add_argument("--preset", metavar="NAME", help="sampling of the Reasoner (default: reasoner.json, or by hub id)")
-    sub.add_argument("--num-inference-steps", type=int, metavar="N", help="evenly spaced, instead of the preset's")
-    sub.add_argument("--guidance-scale", type=float, metavar="X", help="1: no guidance (default: the preset's)")
-    sub.add_argument(
+    models.add_argument("--few-step-lora", nargs="+", metavar="FILE", help=f"merged into the Reasoner{both}")
+    sampling.add_argument(
+        "--preset", metavar="NAME", help="sampling of the Reasoner (default: reasoner.json, or by hub id)"
+    )
+    sampling.add_argument("--num-inference-steps", type=int, metavar="N", help="evenly spaced, instead of the preset's")
+    sampling.add_argument("--guidance-scale", type=float, metavar="X", help="1: no guidance (default: the preset's)")
+    sampling.add_argument(
         "--negative-prompt", metavar="TEXT", help="text that guidance steers away from (default: the preset's)"
     )
-    sub.add_argument("--lora", metavar="FILE", help="train this LoRA further (default: a fresh one)")
-    add_lora_partial(sub)
-    sub.add_argument("--num-frames", type=int, metavar="F", help="frames of the video")
-    sub.add_argument("--height", type=int, metavar="H", help="pixels")
-    sub.add_argument("--width", type=int, metavar="W", help="pixels")
-    settings.add_flags(sub)
-    sub.add_argument("--device-map", metavar="MAP", help=f"devices of both models, {EXAMPLE}, instead of --device")
-    sub.add_argument("--offload", action="store_true", help="keep idle networks in main memory")
-    sub.add_argument(
+    sampling.add_argument("--num-frames", type=int, metavar="F", help="frames of the video")
+    sampling.add_argument("--height", type=int, metavar="H", help="pixels")
+    sampling.add_argument("--width", type=int, metavar="W", help="pixels")
+    lora.add_argument("--lora", metavar="FILE", help="train this LoRA further (default: a fresh one)")
+    add_lora_partial(lora)
+    place.add_argument("--device-map", metavar="MAP", help=f"devices of both models, {EXAMPLE}, instead of --device")
+    place.add_argument("--offload", action="store_true", help="keep idle networks in main memory")
+    place.add_argument(
         "--activations",
         metavar="LEVELS",
         help="activations that the blocks keep for the backward, in the words of `vlmteacher plan` (default: all)",
     )
-    sub.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of the noise (default: 0)")
-    sub.add_argument("--out", required=True, metavar="DIR", help="run folder to write")
-    sub.add_argument("--resume", action="store_true", help="continue the interrupted run in --out")
+    settings.add_flags(sub)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -75,6 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     keywords = settings.given(arguments)
     settings.Settings().updated(**keywords)  # raises for bad values before any model is loaded
+    _check_size(arguments, image if keywords.get("fit", "refuse") == "refuse" else None)
     pipe = _pipeline(arguments)
     if arguments.lora is not None:
         pipe.load_lora(arguments.lora, arguments.lora_partial)
@@ -101,6 +113,27 @@ def run(arguments: argparse.Namespace) -> None:
     print_result(output)
     print_folder(Path(arguments.out), output)
     check_converged(output)
+
+
+def _check_size(arguments: argparse.Namespace, image: Image | None) -> None:
+    """Raise InputError for a size that the Reasoner cannot make, and for an image of another shape.
+
+    Its configs say so before it is loaded.
+    """
+    size = {name: getattr(arguments, name) for name in SIZE}
+    if image is None and not any(size.values()):
+        return
+    from vlmteacher.media import fit_image
+    from vlmteacher.planning.models import build_reasoner
+
+    try:
+        reasoner, _ = build_reasoner(arguments.reasoner or "packaged")
+    except InputError:  # its configs are on the hub, or are refused when it is loaded, with a better reason
+        return
+    size = {name: getattr(reasoner, name) if value is None else value for name, value in size.items()}
+    reasoner.check(**size)
+    if image is not None:
+        fit_image(image, size["height"], size["width"])
 
 
 def _pipeline(arguments: argparse.Namespace) -> TeacherPipeline:

@@ -1,0 +1,99 @@
+"""The forms of diffusers in which a call may be made: lists of instances, and callbacks of four arguments."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vlmteacher import arguments
+from vlmteacher.errors import InputError
+from vlmteacher.output import TeacherPipelineOutputs
+from vlmteacher.queries import QuerySet
+from vlmteacher.torch_modes import plain_torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+LISTS = ("image", "generator", "negative_prompt", "queries", "num_frames", "height", "width")
+"""Arguments that may be a list with an entry for each prompt."""
+
+
+def any_form(call: F) -> F:
+    """Decorate a pipeline's `__call__`, which answers one instance.
+
+    A list of prompts is answered one after the other, with one progress bar: see `instances`. With `run_dir` each is
+    recorded in its own folder in it, by its number. A callback may take four arguments (`three_arguments`).
+    """
+
+    @functools.wraps(call)
+    def run(self: Any, prompt: object, image: object = None, **keywords: Any) -> Any:
+        keywords = {"image": image, **keywords}
+        if (callback := keywords.get("callback_on_step_end")) is not None:
+            keywords["callback_on_step_end"] = three_arguments(callback)
+        keywords["progress"] = arguments.flag("progress", keywords.get("progress", True))
+        if not isinstance(prompt, list | tuple) or len(prompt) == 1:
+            return call(self, prompt, **keywords)
+        calls, run_dir = instances(list(prompt), keywords), keywords.pop("run_dir", None)
+        outputs = TeacherPipelineOutputs()
+        bar = self.progress_bar(keywords["progress"], iterable=prompt, desc="instances")
+        for index, (one, its) in enumerate(zip(bar, calls, strict=True)):
+            if run_dir is not None:
+                its["run_dir"] = Path(arguments.path("run_dir", run_dir), str(index))
+            outputs.append(call(self, one, **{**its, "progress": False, "return_dict": True}))
+        return outputs if keywords.get("return_dict", True) else (outputs.frames,)
+
+    return run  # type: ignore[return-value]
+
+
+def instances(prompts: list[Any], keywords: dict[str, Any]) -> list[dict[str, Any]]:
+    """The keywords of each of several calls: entry k of every list of `LISTS`, and all that is no list.
+
+    A list of questions is one set of queries for all. Raises InputError for no prompt, and a list of another length.
+    """
+    if not prompts:
+        raise InputError("prompt is an empty list: give a prompt, or one for each instance")
+    calls = [dict(keywords) for _ in prompts]
+    for name in LISTS:
+        values = keywords.get(name)
+        if not isinstance(values, list | tuple) or (name == "queries" and all(isinstance(v, str) for v in values)):
+            continue
+        if len(values) != len(prompts):
+            raise InputError(f"{name} is a list of {len(values)} for {len(prompts)} prompts: give one for each")
+        for call, value in zip(calls, values, strict=True):
+            call[name] = value
+    for call in calls:  # what needs no model is refused before the first instance
+        if not isinstance(call.get("queries"), str | os.PathLike):
+            QuerySet.of(call.get("queries"))
+    return calls
+
+
+def three_arguments(callback: object) -> Any:
+    """A callback `(pipe, step, row)`, in torch's plain modes, of one that takes these or diffusers' four.
+
+    The four are (pipe, step, timestep, callback_kwargs): the timestep of the one-step prediction, and the row.
+    """
+    if not callable(callback):
+        return callback
+    four = takes(callback, 4) and not takes(callback, 3)
+
+    def run(pipe: Any, step: int, row: dict[str, Any]) -> None:
+        with plain_torch():
+            if four:
+                callback(pipe, step, 1000.0, dict(row))
+            else:
+                callback(pipe, step, row)
+
+    return run
+
+
+def takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether a function can be called with this number of positional arguments."""
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except TypeError:
+        return False
+    except ValueError:  # of C, without a signature
+        return count == 3
+    return True
