@@ -16,6 +16,7 @@ from tests.evaluation.test_tables import pair, written  # noqa: F401 (fixtures)
 from vlmteacher.errors import InputError
 from vlmteacher.evaluation import microworld, sweep
 from vlmteacher.evaluation.benchmark import Benchmark, Instance, Score
+from vlmteacher.evaluation.models import Models
 from vlmteacher.evaluation.tables import Table, format_table, run_table
 from vlmteacher.microworld import world
 
@@ -105,7 +106,8 @@ def test_an_instance_is_its_split_index_and_noise() -> None:
 
 def test_the_microworld_describes_itself_as_earlier_releases_did() -> None:
     """Folders of their sweeps can be resumed."""
-    bench = microworld.Bench(seed=3, families=("maze",), trace=True, lora_blocks="last:1")
+    models = Models(settings=(("lora_blocks", "last:1"),))
+    bench = microworld.Bench(seed=3, families=("maze",), trace=True, models=models)
     described = {"seed": 3, "families": ["maze"], "trace": True, "lora_blocks": "last:1"}
     assert list(bench.described().items()) == list(described.items())
     assert microworld.Bench(seed=0).described() == {"families": list(world.FAMILIES)}

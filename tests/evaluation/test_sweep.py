@@ -50,8 +50,8 @@ def test_a_failing_instance_is_set_aside(pair: Path, tmp_path: Path, monkeypatch
     work, tried = sweep._work, []
 
     def fail(bench: Bench, job: Any) -> Any:
-        if job[1].index == 1:
-            tried.append(job[0].name)
+        if job.instance.index == 1:
+            tried.append(job.method.name)
             raise FloatingPointError("the loss is NaN")
         return work(bench, job)
 
@@ -75,7 +75,7 @@ def test_a_failing_instance_is_set_aside(pair: Path, tmp_path: Path, monkeypatch
             run_benchmark("base", 2, 1, tmp_path / "none", pair=str(pair), chosen=["maze"], resume=True)
 
     done = []
-    monkeypatch.setattr(sweep, "_work", lambda bench, job: done.append(job[1].index) or work(bench, job))
+    monkeypatch.setattr(sweep, "_work", lambda bench, job: done.append(job.instance.index) or work(bench, job))
     assert run_benchmark("base", 3, 1, out, pair=str(pair), resume=True)["n"] == 3
     assert done == [1] and not (out / "poison.jsonl").exists()
     assert run_table(small, Bench(pair=str(pair)), 2, 1, table, resume=True)["methods"]["steps@1"]["n"] == 2

@@ -111,7 +111,7 @@ def test_a_table_is_taken_up_and_says_what_is_missing(
     def interrupted(bench: Bench, job: Any) -> Any:
         if len(done) == 9:
             raise KeyboardInterrupt
-        done.append(job[0].name)
+        done.append(job.method.name)
         return work(bench, job)
 
     with monkeypatch.context() as patch:
@@ -123,7 +123,7 @@ def test_a_table_is_taken_up_and_says_what_is_missing(
         log.write('{"cut')
     with pytest.raises(InputError, match="is not empty"):
         run_table(SMALL, bench, 1, 2, out)
-    monkeypatch.setattr(sweep, "_work", lambda bench, job: (done.append(job[0].name), work(bench, job))[1])
+    monkeypatch.setattr(sweep, "_work", lambda bench, job: (done.append(job.method.name), work(bench, job))[1])
     result = run_table(SMALL, bench, 1, 2, out, resume=True)
     # 2 splits, of the main methods 2 noises; one run for all numbers of steps, none for 0
     assert {name: done.count(name) for name in done} == {

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vlmteacher.errors import InputError
+from vlmteacher.placement import EXAMPLE
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,6 +31,11 @@ def add_instance(sub: Flags, models: Flags) -> None:
     """The flags of one task, and those of its Teacher in the group `models`."""
     sub.add_argument("--prompt", required=True, metavar="TEXT", help="the task")
     sub.add_argument("--image", metavar="FILE", help="the first frame")
+    add_teacher(models)
+
+
+def add_teacher(models: Flags) -> None:
+    """The flags of the Teacher, and of device and dtype."""
     models.add_argument("--teacher", metavar="ID", help="VLM: hub id or directory (default: the packaged one)")
     models.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: the GPU, if there is one)")
     models.add_argument(
@@ -37,6 +43,39 @@ def add_instance(sub: Flags, models: Flags) -> None:
     )
     models.add_argument(
         "--quantize", choices=("8bit", "4bit"), help="quantise the Teacher's weights (extra: quantized)"
+    )
+
+
+def add_reasoner(models: Flags, sampling: Flags, place: Flags) -> None:
+    """The flags of the Reasoner and the surrogate decoder, of sampling and size, and of devices and memory."""
+    models.add_argument("--reasoner", metavar="ID", help="video model: hub id or directory (default: the packaged one)")
+    models.add_argument(
+        "--decoder",
+        metavar="FILE",
+        help="surrogate decoder: file, or OWNER/REPO/FILE on the hub (default: that of the Reasoner's family)",
+    )
+    both = "; two for the experts of Wan 2.2 A14B, high noise first"
+    models.add_argument(
+        "--transformer", nargs="+", metavar="ID", help=f"instead of the Reasoner's: directory, hub id or file{both}"
+    )
+    models.add_argument("--few-step-lora", nargs="+", metavar="FILE", help=f"merged into the Reasoner{both}")
+    sampling.add_argument(
+        "--preset", metavar="NAME", help="sampling of the Reasoner (default: reasoner.json, or by hub id)"
+    )
+    sampling.add_argument("--num-inference-steps", type=int, metavar="N", help="evenly spaced, instead of the preset's")
+    sampling.add_argument("--guidance-scale", type=float, metavar="X", help="1: no guidance (default: the preset's)")
+    sampling.add_argument(
+        "--negative-prompt", metavar="TEXT", help="text that guidance steers away from (default: the preset's)"
+    )
+    sampling.add_argument("--num-frames", type=int, metavar="F", help="frames of the video")
+    sampling.add_argument("--height", type=int, metavar="H", help="pixels")
+    sampling.add_argument("--width", type=int, metavar="W", help="pixels")
+    place.add_argument("--device-map", metavar="MAP", help=f"devices of both models, {EXAMPLE}, instead of --device")
+    place.add_argument("--offload", action="store_true", help="keep idle networks in main memory")
+    place.add_argument(
+        "--activations",
+        metavar="LEVELS",
+        help="activations that the blocks keep for the backward, in the words of `vlmteacher plan` (default: all)",
     )
 
 

@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmteacher import settings
-from vlmteacher.cli.flags import Commands, add_command, add_instance, add_lora_partial, read_instance, seed
+from vlmteacher.cli.flags import (
+    Commands,
+    add_command,
+    add_instance,
+    add_lora_partial,
+    add_reasoner,
+    read_instance,
+    seed,
+)
 from vlmteacher.cli.run_folder import check_converged, check_run_folder, print_folder, print_result
 from vlmteacher.errors import InputError
-from vlmteacher.placement import EXAMPLE, parse_device_map
+from vlmteacher.placement import parse_device_map
 
 SIZE = ("num_frames", "height", "width")
 
@@ -34,37 +42,9 @@ def add(commands: Commands) -> None:
     task.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of the noise (default: 0)")
     task.add_argument("--out", required=True, metavar="DIR", help="run folder to write")
     task.add_argument("--resume", action="store_true", help="continue the interrupted run in --out")
-    models.add_argument("--reasoner", metavar="ID", help="video model: hub id or directory (default: the packaged one)")
-    models.add_argument(
-        "--decoder",
-        metavar="FILE",
-        help="surrogate decoder: file, or OWNER/REPO/FILE on the hub (default: that of the Reasoner's family)",
-    )
-    both = "; two for the experts of Wan 2.2 A14B, high noise first"
-    models.add_argument(
-        "--transformer", nargs="+", metavar="ID", help=f"instead of the Reasoner's: directory, hub id or file{both}"
-    )
-    models.add_argument("--few-step-lora", nargs="+", metavar="FILE", help=f"merged into the Reasoner{both}")
-    sampling.add_argument(
-        "--preset", metavar="NAME", help="sampling of the Reasoner (default: reasoner.json, or by hub id)"
-    )
-    sampling.add_argument("--num-inference-steps", type=int, metavar="N", help="evenly spaced, instead of the preset's")
-    sampling.add_argument("--guidance-scale", type=float, metavar="X", help="1: no guidance (default: the preset's)")
-    sampling.add_argument(
-        "--negative-prompt", metavar="TEXT", help="text that guidance steers away from (default: the preset's)"
-    )
-    sampling.add_argument("--num-frames", type=int, metavar="F", help="frames of the video")
-    sampling.add_argument("--height", type=int, metavar="H", help="pixels")
-    sampling.add_argument("--width", type=int, metavar="W", help="pixels")
+    add_reasoner(models, sampling, place)
     lora.add_argument("--lora", metavar="FILE", help="train this LoRA further (default: a fresh one)")
     add_lora_partial(lora)
-    place.add_argument("--device-map", metavar="MAP", help=f"devices of both models, {EXAMPLE}, instead of --device")
-    place.add_argument("--offload", action="store_true", help="keep idle networks in main memory")
-    place.add_argument(
-        "--activations",
-        metavar="LEVELS",
-        help="activations that the blocks keep for the backward, in the words of `vlmteacher plan` (default: all)",
-    )
     settings.add_flags(sub)
 
 

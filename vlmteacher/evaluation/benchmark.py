@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from vlmteacher.errors import InputError
 from vlmteacher.evaluation.failures import explain
 from vlmteacher.evaluation.methods import Method, Row, check_teacher
+from vlmteacher.evaluation.models import Models, load
 from vlmteacher.files import read_json
 from vlmteacher.queries import QuerySet
-from vlmteacher.reasoners.sampling import even_timesteps
 
 if TYPE_CHECKING:
     from vlmteacher.pipeline import TeacherPipeline
 
-MANY_STEPS = 30  # of a Reasoner before its few-step distillation
 Key = tuple[str, int, int]
 """Split, index and noise: one instance of a benchmark."""
 
@@ -71,13 +68,13 @@ class Score:
 
     Attributes:
         success: None in a benchmark that only has scores.
-        score: in [0, 1].
+        score: in [0, 1]; None: the scorer has not judged, for a reason that is not the video's (`error`).
         subscores: the parts of the score by name.
-        error: why the scorer could not judge; the benchmark's own rule then sets the score.
+        error: what the scorer says against the video; the benchmark's own rule then sets the score.
     """
 
     success: bool | None
-    score: float
+    score: float | None
     subscores: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
 
@@ -101,17 +98,24 @@ class Benchmark(ABC):
         pair: directory of a pair; None: the packaged one.
         many_step: the Reasoner before its few-step distillation: hub id, directory, or directory of its transformer
             alone, which is then sampled in `MANY_STEPS` steps; None: the one named by pair.json.
+        models: instead of the pair's.
         trace: see `methods.run`.
-        lora_blocks: see `Settings`.
+        default_splits: where none is chosen; () for all.
+        default_limit: scenes of each split, where no number is chosen.
+        frames, fps: of a video of the controls, which load no model.
     """
 
     name: ClassVar[str]
     splits: ClassVar[tuple[str, ...]]
+    default_splits: ClassVar[tuple[str, ...]] = ()
+    default_limit: ClassVar[int] = 100
+    frames: ClassVar[int] = 89
+    fps: ClassVar[float] = 24.0
     seed: int = 1
     pair: str | None = None
     many_step: str | None = None
+    models: Models = field(default_factory=Models)
     trace: bool = False
-    lora_blocks: str | None = None
 
     @abstractmethod
     def instances(self, splits: Sequence[str], limit: int, noises: int) -> list[Instance]:
@@ -128,6 +132,14 @@ class Benchmark(ABC):
     def score(self, instance: Instance, video: Tensor) -> Score:
         """Judge a video (F, 3, H, W) in [0, 1]."""
 
+    def path(self, instance: Instance) -> str:
+        """Return the path of an instance's video in a folder of one noise's videos, with "/" and its suffix."""
+        return f"{instance.split}/{instance.task}/{instance.index:05d}.mp4"
+
+    def final_frame(self, instance: Instance) -> Image.Image | None:
+        """Return the last frame of the right video; None: it is not known."""
+        return None
+
     def answers(self, instance: Instance, video: Tensor, queries: QuerySet) -> list[Any] | None:
         """Return the true answer to each query about a video, see `failures.explain`; None: they are not known."""
         return None
@@ -138,13 +150,19 @@ class Benchmark(ABC):
     def described(self) -> dict[str, Any]:
         """Return what the results depend on as plain data for JSON: a sweep is only resumed with the same.
 
-        A benchmark with files adds a fingerprint of its data and its scorer.
+        A benchmark with files adds a fingerprint of its data.
         """
-        given = {name: value for name, value in asdict(self).items() if value not in (None, False)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "models"}
+        given = {name: value for name, value in values.items() if value not in (None, False)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in given.items()
+        } | self.models.described()
 
-    def summarize(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Return means over rows, in all and for each split and task, and the causes of failures."""
+    def summarize(self, rows: Sequence[Row], missing: Sequence[Instance] = ()) -> dict[str, Any]:
+        """Return means over rows, in all and for each split and task, and the causes of failures.
+
+        missing: the instances without a row, for a benchmark that counts them.
+        """
         tasks = dict.fromkeys(row["task"] for row in rows)
         return {
             **means(rows),
@@ -153,36 +171,83 @@ class Benchmark(ABC):
             **explain(rows),
         }
 
+    def lines(self, results: Mapping[str, Any]) -> list[str]:
+        """Return results.json as lines of text: a table by split."""
+        lines = [f"{'split':10} {'n':>5} {'success':>8} {'score':>6}"]
+        for name, row in {**results.get("splits", {}), "all": results}.items():
+            if row["n"]:
+                success = "-" if row["success_rate"] is None else f"{row['success_rate']:.2f}"
+                lines.append(f"{name:10} {row['n']:5} {success:>8} {row['score']:6.3f}")
+        return lines
+
     # ------------------------------------------------------------ models
 
     def check(self, method: Method) -> None:
         """Raise InputError if a method cannot be run with these settings."""
-        check_teacher(method, self.pair)
+        if method.control:
+            return
+        check_teacher(method, self.pair, self.models.teacher)
         if method.many_step:
             self.find_many_step()
-        if self.lora_blocks is not None:
+        blocks = self.models.keywords.get("lora_blocks")
+        if blocks is not None:
             from vlmteacher.pipeline import read_pair
             from vlmteacher.settings import parse_blocks
 
             if method.name != "teacher":
-                raise InputError(f"lora_blocks {self.lora_blocks} is of the method teacher, not of {method.name}")
+                raise InputError(f"lora_blocks {blocks} is of the method teacher, not of {method.name}")
+            if self.models.reasoner is not None:
+                return
             directory, description = read_pair(self.pair)
             config = read_json(directory / description["reasoner"] / "transformer" / "config.json", "config")
-            if parse_blocks(self.lora_blocks) > config["num_layers"]:
-                raise InputError(f"lora_blocks {self.lora_blocks}: the transformer has {config['num_layers']} blocks")
+            if parse_blocks(blocks) > config["num_layers"]:
+                raise InputError(f"lora_blocks {blocks}: the transformer has {config['num_layers']} blocks")
 
     def find_many_step(self) -> str:
         """Return where the Reasoner before its few-step distillation is. Raises InputError if it is not given."""
         from vlmteacher.pipeline import read_pair
 
+        if self.many_step is not None:
+            return self.many_step
         directory, description = read_pair(self.pair)
-        if self.many_step is None and "many_step" not in description:
+        if self.models.reasoner is not None or "many_step" not in description:
             raise InputError("method 'many-step' needs --many-step ID: the pair has no Reasoner without distillation")
-        return self.many_step or str(directory / description["many_step"])
+        return str(directory / description["many_step"])
 
     def load_models(self, method: Method) -> TeacherPipeline:
         """Return the models that a method runs with; each process loads them once."""
-        return _load(self.pair, self.find_many_step() if method.many_step else None)
+        return load(self.models, self.pair, self.find_many_step() if method.many_step else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileBenchmark(Benchmark):
+    """A benchmark whose scorer reads video files. All videos are generated first; then they are judged.
+
+    Judging is resumed apart from generating, and can be done anew without it. A subclass says where the scorer looks
+    for a video (`path`) and judges the files.
+    """
+
+    default_limit: ClassVar[int] = 10**6
+
+    @abstractmethod
+    def score_files(self, videos: Mapping[Instance, Path]) -> Iterator[tuple[Instance, Score]]:
+        """Judge videos, in any order; each verdict is written to the disk before the next one is asked for.
+
+        The videos are of different `path`: one noise of each scene. An instance that is left out counts as not judged.
+        Raises InputError where the scorer itself does not work: no verdict is made of that.
+        """
+
+    def scorer(self) -> dict[str, Any]:
+        """Return what the verdicts depend on as plain data for JSON, a fingerprint among it."""
+        return {}
+
+    def score(self, instance: Instance, video: Tensor) -> Score:
+        raise TypeError(f"{self.name} is scored from files")
+
+    def check(self, method: Method) -> None:
+        if self.trace:
+            raise InputError(f"--trace scores the video of every step; {self.name} scores finished files only")
+        super().check(method)
 
 
 def mean(rows: Sequence[Row], entry: str) -> float | None:
@@ -204,22 +269,3 @@ def cost_means(rows: Sequence[Row]) -> Row:
 def noise_seed(index: int, seed: int, noise: int = 0) -> int:
     """Return the seed of the `noise`-th noise of the `index`-th instance that `seed` draws."""
     return 100_000 * seed + 100 * index + 10**9 * noise
-
-
-@lru_cache(maxsize=2)
-def _load(pair: str | None, many_step: str | None) -> TeacherPipeline:
-    from vlmteacher.pipeline import TeacherPipeline, read_pair
-    from vlmteacher.quiet import quiet
-    from vlmteacher.settings import Settings
-
-    quiet()
-    here: dict[str, Any] = {"dtype": torch.float32, "device_map": "cpu"}  # the same results on any machine
-    if many_step and (Path(many_step) / "config.json").exists():  # a transformer alone: the rest is the pair's
-        pipe = TeacherPipeline.from_pretrained(pair=pair, transformer=many_step, **here)
-        pipe.reasoner.settings = replace(
-            pipe.reasoner.settings, timesteps=even_timesteps(MANY_STEPS), shift=1.0, sampler="euler"
-        )
-    else:
-        pipe = TeacherPipeline.from_pretrained(pair=pair, reasoner=many_step, **here)
-    pipe.defaults = Settings(**read_pair(pair)[1].get("defaults", {}))  # another Reasoner's folder has none
-    return pipe

@@ -6,8 +6,9 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,7 @@ class Method:
         frames: number of Teacher frames as a multiple of the pair's default.
         queries: replace the Teacher's.
         many_step: run the Reasoner from before its few-step distillation.
+        control: "static" or "final-frame", a video of one picture that no model makes; "" for other methods.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Method:
     frames: float = 1.0
     queries: QuerySet | None = None
     many_step: bool = False
+    control: Literal["", "static", "final-frame"] = ""
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -80,6 +83,8 @@ METHODS = {
         Method("preserve", {"preserve": True}),
         Method("pe", rewrite=True),
         Method("videotpo", rounds=3),
+        Method("static", control="static"),
+        Method("final-frame", control="final-frame"),
     )
 }
 AMOUNTS = {
@@ -122,15 +127,18 @@ def steps(*numbers: int) -> Method:
     return Method("steps", settings, snapshots=numbers)
 
 
-def check_teacher(method: Method, pair: str | None) -> None:
-    """Raise InputError if the method needs texts that the Teacher of a pair does not write.
+def check_teacher(method: Method, pair: str | None, teacher: str | None = None) -> None:
+    """Raise InputError if the method needs texts that the Teacher does not write.
 
-    pair: directory of the pair; None: the packaged one.
+    pair: directory of the pair; None: the packaged one. teacher: instead of the pair's.
     """
     if method.rewrite or method.rounds:
         from vlmteacher.pipeline import read_pair
         from vlmteacher.teachers.base import check_free_text, read_style
 
+        if teacher is not None:
+            check_free_text(read_style(teacher), f"method {method.name!r} rewrites prompts, and the teacher {teacher}")
+            return
         directory, description = read_pair(pair)
         style = read_style(str(directory / description["teacher"]), local_files_only=True)
         label = f"method {method.name!r} rewrites prompts, and the teacher of the {pair or 'packaged'} pair"
@@ -138,8 +146,18 @@ def check_teacher(method: Method, pair: str | None) -> None:
 
 
 Row = dict[str, Any]
-Judge = Callable[[Tensor], Row]
-"""Gives the independent verdict on a video (F, 3, H, W) in [0, 1]."""
+
+
+class Judge(Protocol):
+    """Gives the independent verdict on a video (F, 3, H, W) in [0, 1], now or from its file later.
+
+    name: of the row that the video is the result of; None for a video that is not kept. sample: its number among the
+    samples of pass@N.
+    """
+
+    def __call__(self, video: Tensor, name: str | None = None, sample: int | None = None) -> Row: ...
+
+
 Answers = Callable[[Tensor, QuerySet], list[Any] | None]
 """Gives the true answer to each query about a video (F, 3, H, W) in [0, 1]; None where they are not known."""
 
@@ -163,12 +181,12 @@ def run(
     Args:
         seed: of the noise; N samples use the seeds from `seed` to `seed + N - 1`.
         queries: the Teacher's, unless the method brings its own.
-        judge: the independent verdict.
+        judge: the independent verdict. One that keeps the video for later returns no verdict yet.
         answers: true answers to the queries.
         trace: judge the few-step video of every step too.
     """
     if method.samples:
-        return {method.name: _pass_at_n(method.samples, pipe, prompt, image, seed, queries, judge, answers)}
+        return {method.name: _pass_at_n(method, pipe, prompt, image, seed, queries, judge, answers)}
     if method.rewrite or method.rounds:
         return {method.name: _by_new_prompts(method, pipe, prompt, image, seed, queries, judge, answers)}
     began, skipped = time.perf_counter(), 0.0
@@ -176,10 +194,12 @@ def run(
     shots: dict[int, Row] = {}
     verdicts: list[Row] = []
 
-    def row(video: Tensor, asked: QuerySet, history: list[Row], p_yes: list[float], loss: float) -> Row:
-        seconds = time.perf_counter() - began - skipped
+    def row(
+        name: str, seconds: float, video: Tensor, asked: QuerySet, history: list[Row], p_yes: list[float], loss: float
+    ) -> Row:
         cost = Cost(seconds, *_calls(settings, history))
-        return {**asdict(cost), **_entries(judge(video), answers(video, asked), loss, history), "p_yes": p_yes}
+        entries = _entries(judge(video, name), answers(video, asked), loss, history)
+        return {**asdict(cost), **entries, "p_yes": p_yes}
 
     def after_step(_: TeacherPipeline, step: int, __: Row) -> None:
         nonlocal skipped
@@ -188,7 +208,8 @@ def run(
         if step + 1 in method.snapshots and loop.stopped is None:
             video, losses = loop.final_video()
             loss = vqa_objective(losses, loop.settings.goal_weight).item()
-            shots[step + 1] = row(video, loop.queries, loop.history, losses.neg().exp().tolist(), loss)
+            seconds, p_yes = time.perf_counter() - began - skipped, losses.neg().exp().tolist()
+            shots[step + 1] = row(f"steps@{step + 1}", seconds, video, loop.queries, loop.history, p_yes, loss)
         if trace:
             verdicts.append(judge(loop.final_video()[0]))
         skipped += time.perf_counter() - start
@@ -206,7 +227,8 @@ def run(
         **method.settings,
     )
     assert isinstance(output.frames, Tensor) and isinstance(output.frames_before, Tensor)
-    end = row(output.frames, output.queries, output.history, output.p_yes_after, output.loss_after)
+    seconds = time.perf_counter() - began - skipped
+    after = (output.frames, output.queries, output.history, output.p_yes_after, output.loss_after)
     kept = ("loss", "p_yes", "grad_norm", "guards", "rolled_back", "learning_rate")
     history = [{name: step[name] for name in kept if name in step} for step in output.history]
     if trace:  # a step evaluates the result of the updates before it
@@ -214,8 +236,11 @@ def run(
             step | {name: verdict[name] for name in ("success", "score")}
             for step, verdict in zip(history, [judge(output.frames_before), *verdicts], strict=False)
         ]
-    end |= {"stopped": output.stopped, "steps": history}
-    rows = {name: shots.get(n, end) for name, n in zip(method.rows, method.snapshots or (-1,), strict=True)}
+    end = {"stopped": output.stopped, "steps": history}
+    rows = {
+        name: shots[n] if n in shots else row(name, seconds, *after) | end
+        for name, n in zip(method.rows, method.snapshots or (-1,), strict=True)
+    }
     return {name: result | {"queries": output.queries.to_dict()} for name, result in rows.items()}
 
 
@@ -231,7 +256,15 @@ def _calls(settings: Settings, history: Sequence[Row]) -> tuple[int, int]:
     return samples + whole, samples + len(history)
 
 
-def _entries(verdict: Row, truths: list[Any] | None, loss: float, history: Sequence[Row] = ()) -> Row:
+def control(method: Method, picture: Image.Image, frames: int, judge: Judge) -> Row:
+    """Return the row of a control: the video of one picture alone."""
+    began = time.perf_counter()
+    still = torch.from_numpy(np.asarray(picture, np.float32) / 255).permute(2, 0, 1)
+    cost = Cost(time.perf_counter() - began, generator_calls=0, vlm_calls=0)
+    return {**asdict(cost), **_entries(judge(still.expand(frames, *still.shape), method.name), None, None)}
+
+
+def _entries(verdict: Row, truths: list[Any] | None, loss: float | None, history: Sequence[Row] = ()) -> Row:
     """Return the entries that the rows of all methods have; `history` has the steps of an optimisation."""
     return {
         **verdict,
@@ -244,7 +277,7 @@ def _entries(verdict: Row, truths: list[Any] | None, loss: float, history: Seque
 
 
 def _pass_at_n(
-    samples: int,
+    method: Method,
     pipe: TeacherPipeline,
     prompt: str,
     image: Image.Image | None,
@@ -256,16 +289,28 @@ def _pass_at_n(
     from vlmteacher.baselines.best_of_n import best_of_n
 
     began = time.perf_counter()
-    drawn = best_of_n(pipe, prompt, image, [seed + k for k in range(samples)], queries)
-    cost = Cost(time.perf_counter() - began, generator_calls=samples, vlm_calls=samples)
-    verdicts = [judge(video) for video in drawn.videos]
+    drawn = best_of_n(pipe, prompt, image, [seed + k for k in range(method.samples)], queries)
+    cost = Cost(time.perf_counter() - began, generator_calls=method.samples, vlm_calls=method.samples)
+    verdicts = [judge(video, method.name, k) for k, video in enumerate(drawn.videos)]
+    best = drawn.videos[drawn.best]
+    files = [verdict["video"] for verdict in verdicts if "video" in verdict]
     return {
         **asdict(cost),
-        **_entries(verdicts[drawn.best], answers(drawn.videos[drawn.best], queries), drawn.losses[drawn.best]),
+        **_entries(judge(best, method.name), answers(best, queries), drawn.losses[drawn.best]),
+        **oracle(verdicts),
+        **({"picked": drawn.best, "sample_videos": files} if files else {}),
+        "queries": queries.to_dict(),
+    }
+
+
+def oracle(verdicts: Sequence[Row]) -> Row:
+    """Return what the scorer would pick among the samples of pass@N; nothing without verdicts."""
+    if not all("score" in verdict for verdict in verdicts):
+        return {}
+    return {
         "oracle_success": any(verdict["success"] for verdict in verdicts),
         "oracle_score": max(verdict["score"] for verdict in verdicts),
         "samples": [verdict["success"] for verdict in verdicts],
-        "queries": queries.to_dict(),
     }
 
 
@@ -294,7 +339,7 @@ def _by_new_prompts(
         texts = {"rounds": [asdict(one) for one in tpo.rounds]}
     return {
         **asdict(cost),
-        **_entries(judge(video), answers(video, queries), loss),
+        **_entries(judge(video, method.name), answers(video, queries), loss),
         **texts,
         "queries": queries.to_dict(),
     }

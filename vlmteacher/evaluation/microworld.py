@@ -15,6 +15,7 @@ from torch import Tensor
 from vlmteacher.evaluation.benchmark import Benchmark, Instance, Score
 from vlmteacher.evaluation.benchmark import noise_seed as noise_seed
 from vlmteacher.evaluation.methods import Method
+from vlmteacher.evaluation.models import Models
 from vlmteacher.evaluation.sweep import run_method
 from vlmteacher.microworld import world
 from vlmteacher.microworld.labeller import label
@@ -41,6 +42,9 @@ class Bench(Benchmark):
 
     name: ClassVar[str] = "microworld"
     splits: ClassVar[tuple[str, ...]] = ("id", "ood", "validation")
+    default_splits: ClassVar[tuple[str, ...]] = ("id",)
+    frames: ClassVar[int] = world.NUM_FRAMES
+    fps: ClassVar[float] = world.FPS
     families: tuple[str, ...] = world.FAMILIES
 
     def __post_init__(self) -> None:
@@ -67,6 +71,9 @@ class Bench(Benchmark):
     def answers(self, instance: Instance, video: Tensor, queries: QuerySet) -> list[Any]:
         scene, _ = self._scene(instance)
         return [list(truth) for truth in truths(scene, label(_pixels(video), scene), queries)]
+
+    def final_frame(self, instance: Instance) -> Image.Image:
+        return Image.fromarray((world.render(self._scene(instance)[0])[-1] * 255).round().astype("uint8"))
 
     def described(self) -> dict[str, Any]:
         given = super().described()
@@ -97,9 +104,8 @@ def run_benchmark(
     many_step: str | None = None,
 ) -> dict[str, Any]:
     """Run a method on one split of the microworld (see `sweep.run_method`); other arguments: see `Bench`."""
-    bench = Bench(
-        seed=seed, families=tuple(chosen), pair=pair, many_step=many_step, trace=trace, lora_blocks=lora_blocks
-    )
+    models = Models(settings=() if lora_blocks is None else (("lora_blocks", lora_blocks),))
+    bench = Bench(seed=seed, families=tuple(chosen), pair=pair, many_step=many_step, trace=trace, models=models)
     return run_method(method, bench, [split], limit, noises, out, workers, resume)
 
 

@@ -1,35 +1,32 @@
-"""A sweep: a method on the instances of a benchmark, in worker processes, with its results in a folder.
-
-The folder holds settings.json, one line of instances.jsonl per finished row, one line of poison.jsonl per instance that
-failed at every attempt, and results.json at the end.
-"""
+"""A sweep: a method on the instances of a benchmark, in worker processes, with its results in a folder."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from vlmteacher.errors import InputError, OutputError, TaskFailed
 from vlmteacher.evaluation import methods
-from vlmteacher.evaluation.benchmark import Benchmark, Instance, cost_means, key_of
+from vlmteacher.evaluation.benchmark import Benchmark, FileBenchmark, Instance, cost_means, key_of
+from vlmteacher.evaluation.folder import Folder, Job, Queries, Work, scorer
 from vlmteacher.evaluation.methods import Method, Row, find_method
 from vlmteacher.evaluation.workers import ATTEMPTS, Task, Workers
-from vlmteacher.files import LOCK, append_text, claimed, read_json, read_text, remove, write_json, write_text
+from vlmteacher.files import make_folder, write_json
+from vlmteacher.media import resize, write_video
+from vlmteacher.output import TeacherPipelineOutput
 from vlmteacher.queries import QuerySet
 
 if TYPE_CHECKING:
     from vlmteacher.pipeline import TeacherPipeline
 
-LOG_LIMIT = 2**33  # bytes of instances.jsonl
+VIDEOS = "videos"  # folder of the videos in that of a sweep
 
 
 def run_method(
@@ -41,10 +38,13 @@ def run_method(
     out: Path,
     workers: int = 1,
     resume: bool = False,
+    rescore: bool = False,
+    keep_videos: bool = False,
 ) -> dict[str, Any]:
     """Run `method` on the first `limit` scenes of each split, each with `noises` noises; write and return results.json.
 
-    Finished instances are kept in ``instances.jsonl``; with `resume` they are not run again.
+    Finished instances are kept in ``instances.jsonl``; with `resume` they are not run again. rescore, keep_videos: see
+    `Folder`.
 
     Raises:
         InputError: an unknown method or split; `out` not writable, or holding other results (or any, without `resume`).
@@ -54,17 +54,23 @@ def run_method(
     wanted = benchmark.instances(splits, limit, noises)
     chosen = find_method(method)
     benchmark.check(chosen)
-    with Folder(out, benchmark, chosen, splits, resume) as folder, start_workers(workers, benchmark) as work:
-        rows = folder.complete(wanted, work, {})
-    results = write_results(out, benchmark, method, rows[chosen.rows[0]])
+    with Folder(out, benchmark, chosen, splits, resume, rescore, keep_videos) as folder:
+        if rescore:
+            rows = folder.judged(wanted)
+        else:
+            with start_workers(workers, benchmark) as work:
+                rows = folder.complete(wanted, work, {})
+    results = write_results(out, benchmark, method, rows[chosen.rows[0]], wanted)
     check_complete(out, folder.failed)
     return results
 
 
-def write_results(out: Path, benchmark: Benchmark, method: str, rows: list[Row]) -> dict[str, Any]:
+def write_results(
+    out: Path, benchmark: Benchmark, method: str, rows: list[Row], wanted: Sequence[Instance]
+) -> dict[str, Any]:
     """Write results.json of one method to `out`, a new folder if need be; return its content.
 
-    Without rows nothing is written.
+    wanted: the instances that should have a row. Without rows nothing is written.
     """
     if not rows:
         return {}
@@ -72,11 +78,13 @@ def write_results(out: Path, benchmark: Benchmark, method: str, rows: list[Row])
         out.mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(out, error) from error
+    existing = {key_of(row) for row in rows}
     results = {
         "benchmark": benchmark.name,
         "method": method,
         **benchmark.described(),
-        **benchmark.summarize(rows),
+        **scorer(benchmark),
+        **benchmark.summarize(rows, [one for one in wanted if one.key not in existing]),
         "updates_mean": fmean(row["updates"] for row in rows),
         **cost_means(rows),
         "instances": rows,
@@ -93,99 +101,6 @@ def check_complete(out: Path, failed: Mapping[Instance, str]) -> None:
             f"{len(failed)} of the instances failed {ATTEMPTS} times, {first.split} {first.index} first"
             f" ({reason}): the others are kept in {out}; the same with --resume tries again"
         )
-
-
-class Folder:
-    """The folder of a sweep, which keeps the rows of a method: settings.json, and one line of instances.jsonl per row.
-
-    While it is open, no other process can open it.
-
-    Raises InputError: not writable, or in use; holds other results, or any without `resume`.
-    """
-
-    def __init__(self, path: Path, benchmark: Benchmark, method: Method, splits: Sequence[str], resume: bool) -> None:
-        self.path, self.method = path, method
-        self.failed: dict[Instance, str] = {}
-        what: dict[str, Any] = {"benchmark": benchmark.name, "methods": list(method.rows), "splits": list(splits)}
-        what |= benchmark.described()
-        settings, self.log, self.poison = path / "settings.json", path / "instances.jsonl", path / "poison.jsonl"
-        with ExitStack() as held:
-            held.enter_context(claimed(path))
-            if settings.exists():
-                if not resume:
-                    raise InputError(f"{path} already holds results: give another --out, or --resume to go on")
-                existing = read_json(settings, "settings")
-                if existing != what:
-                    raise InputError(f"{path} holds other results ({str(existing)[:300]}): give another --out")
-            elif any(entry.name != LOCK for entry in path.iterdir()):
-                raise InputError(f"{path} is not empty: give another --out")
-            lines = self._lines()
-            self.rows = {(row["method"], key_of(row)): row for row in map(self._row, lines)}
-            write_json(settings, what)
-            write_text(self.log, "".join(lines))
-            remove(self.poison)  # its instances are tried again
-            self._held = held.pop_all()
-
-    def __enter__(self) -> Folder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._held.close()
-
-    def _lines(self) -> list[str]:
-        if not self.log.exists():
-            return []
-        lines = read_text(self.log, "results", LOG_LIMIT).splitlines(keepends=True)
-        return [line for line in lines if line.endswith("}\n")]  # the last one may be cut off
-
-    def _row(self, line: str) -> Row:
-        try:
-            row: Row = json.loads(line)
-            if not all(map(isinstance, (row["method"], *key_of(row)), (str, str, int, int))):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(
-                f"{self.log}: {line[:40]!r}... is not a result: remove that line, or give another --out"
-            ) from error
-        return row
-
-    def _set_aside(self, instance: Instance, reason: str) -> None:
-        """Note an instance that failed at every attempt. Raises OutputError."""
-        self.failed[instance] = reason
-        row = {"id": instance.id, "methods": self.method.rows, **instance.entries(), "failure": reason}
-        append_text(self.poison, json.dumps(row) + "\n")
-
-    def complete(
-        self, wanted: Sequence[Instance], work: Work, queries: Mapping[tuple[str, int], Queries]
-    ) -> dict[str, list[Row]]:
-        """Run the instances of `wanted` without rows; return the rows of all, by the names of `Method.rows`.
-
-        Instances that fail are left out; `failed` and poison.jsonl have the reasons.
-        queries: already written ones, by split and index.
-
-        Raises OutputError when a row cannot be written; those before it are kept.
-        """
-        names = self.method.rows
-        todo = [one for one in wanted if any((name, one.key) not in self.rows for name in names)]
-        jobs = [(self.method, one, queries.get((one.split, one.index))) for one in todo]
-        for task in tqdm(work(jobs), total=len(wanted), initial=len(wanted) - len(jobs), desc=self.method.name):
-            if task.failure is not None:
-                self._set_aside(task.given[1][1], task.failure)
-                continue
-            rows = task.result()
-            append_text(self.log, "".join(json.dumps(row) + "\n" for row in rows))
-            self.rows |= {(row["method"], key_of(row)): row for row in rows}
-        return {name: [self.rows[name, one.key] for one in wanted if (name, one.key) in self.rows] for name in names}
-
-
-Queries = tuple[QuerySet, float]  # and the seconds of writing them
-Job = tuple[Method, Instance, Queries | None]
-Work = Callable[[Iterable[Job]], Iterator[Task]]
-"""Runs jobs; yields each as a task with the result of `_work(benchmark, job)`, in the order in which they finish."""
-
-
-def queries_of(row: Row) -> Queries:
-    return QuerySet.from_dict(row["queries"]), row["query_seconds"]
 
 
 @contextmanager
@@ -207,33 +122,56 @@ def start_workers(count: int, benchmark: Benchmark) -> Iterator[Work]:
 
 
 def _work(benchmark: Benchmark, job: Job) -> list[Row]:
-    method, instance, given = job
-    pipe = benchmark.load_models(method)
+    method, instance, given, out = job
+    from_files = isinstance(benchmark, FileBenchmark)
+    pipe = None if method.control else benchmark.load_models(method)
     prompt, image = benchmark.load(instance)
-    queries, query_seconds = given or _write_queries(pipe, prompt, image)
-    if benchmark.lora_blocks is not None:
-        method = Method(method.name, {"lora_blocks": benchmark.lora_blocks})
+    fps = benchmark.fps if pipe is None else pipe.reasoner.fps
 
-    def verdict(video: Tensor) -> Row:
-        return benchmark.score(instance, video).entries()
+    def verdict(video: Tensor, name: str | None = None, sample: int | None = None) -> Row:
+        row = {} if from_files else benchmark.score(instance, video).entries()
+        if out is not None and name is not None:
+            row["video"] = f"{VIDEOS}/{folder_name(name, instance.noise, sample)}/{benchmark.path(instance)}"
+            make_folder((out / row["video"]).parent)
+            write_video(out / row["video"], TeacherPipelineOutput.uint8(video), fps)
+        return row
 
     def answers(video: Tensor, asked: QuerySet) -> list[Any] | None:
         return benchmark.answers(instance, video, asked)
 
+    if pipe is None:
+        picture = image if method.control == "static" else benchmark.final_frame(instance)
+        return [_row(instance, method.name, prompt, _control(method, benchmark, picture, verdict))]
+    queries, query_seconds = given or _write_queries(pipe, prompt, image)
     seed = benchmark.noise_seed(instance)
     rows = methods.run(method, pipe, prompt, image, seed, queries, verdict, answers, benchmark.trace)
     return [
         {
-            "id": instance.id,
-            "method": name,
-            **instance.entries(),
-            "prompt": prompt,
-            **row,
+            **_row(instance, name, prompt, row),
             "seconds": row["seconds"] + (0.0 if method.queries else query_seconds),
             "query_seconds": query_seconds,
         }
         for name, row in rows.items()
     ]
+
+
+def _row(instance: Instance, method: str, prompt: str, row: Row) -> Row:
+    return {"id": instance.id, "method": method, **instance.entries(), "prompt": prompt, **row}
+
+
+def _control(method: Method, benchmark: Benchmark, picture: Image.Image | None, judge: methods.Judge) -> Row:
+    """Return the row of a control. Raises ValueError where the benchmark has no such picture."""
+    if picture is None:
+        raise ValueError(f"{benchmark.name} has no {'first' if method.control == 'static' else 'final'} frame for it")
+    size = benchmark.models
+    height, width = size.height or picture.height, size.width or picture.width
+    even = resize(picture, height - height % 2, width - width % 2)  # for the codec
+    return methods.control(method, even, size.num_frames or benchmark.frames, judge)
+
+
+def folder_name(method: str, noise: int = 0, sample: int | None = None) -> str:
+    """Return the name of the folder of a method's videos: of the noises after the first, and of samples, their own."""
+    return method + (f".noise-{noise}" if noise else "") + ("" if sample is None else f".sample-{sample}")
 
 
 def _write_queries(pipe: TeacherPipeline, prompt: str, image: Image.Image | None) -> Queries:

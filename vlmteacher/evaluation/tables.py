@@ -17,8 +17,9 @@ import numpy as np
 from vlmteacher.errors import InputError
 from vlmteacher.evaluation.benchmark import Benchmark, Instance, cost_means, key_of, mean
 from vlmteacher.evaluation.failures import CAUSES, explain
+from vlmteacher.evaluation.folder import Folder, Queries, queries_of
 from vlmteacher.evaluation.methods import Row, find_method, steps
-from vlmteacher.evaluation.sweep import Folder, Queries, check_complete, queries_of, start_workers, write_results
+from vlmteacher.evaluation.sweep import check_complete, start_workers, write_results
 from vlmteacher.files import claimed, write_json
 
 RESAMPLES = 10_000
@@ -101,8 +102,9 @@ def run_table(
                 with Folder(out / method.name, benchmark, method, table.splits, resume) as folder:
                     results |= folder.complete(wanted[name], work, queries)
                 failed |= folder.failed
-                queries = queries or {(row["split"], row["index"]): queries_of(row) for row in results[name]}
-            write_results(out / name, benchmark, name, results[name])
+                asked = [row for row in results[name] if "queries" in row]  # controls ask none
+                queries = queries or {(row["split"], row["index"]): queries_of(row) for row in asked}
+            write_results(out / name, benchmark, name, results[name], wanted[name])
     check_complete(out, failed)
     content = {
         **benchmark.described(),
