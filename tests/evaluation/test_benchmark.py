@@ -68,7 +68,7 @@ def bench(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 def test_the_command_line_runs_it(bench: Benchmark, run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = ["bench", "vbvr", "--method", "base", "--limit", 2, "--out", out]
+    command = ["bench", "vbvr", "--method", "base", "--limit", 2, "--split", "in", "--out", out]
     status, text, _ = run(*command)
     assert status == 0 and "vbvr, method base" in text and "in             2        - " in text
     results = json.loads((out / "results.json").read_text())

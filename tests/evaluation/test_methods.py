@@ -40,7 +40,7 @@ def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
 
 
-def judge(video: Tensor) -> dict[str, Any]:
+def judge(video: Tensor, *_: Any) -> dict[str, Any]:
     """Give different scores to videos that differ in a bit."""
     return {"success": bool(video.mean() > 0.5), "score": video.double().sum().item(), "subscores": {}}
 
