@@ -165,6 +165,14 @@ def test_pass_at_n_takes_the_lowest_loss(pipe: TeacherPipeline, image: Image.Ima
     assert row["oracle_success"] == any(verdict["success"] for verdict in verdicts)
 
 
+def test_shared_samples_give_the_rows_of_each_pass_at_n(pipe: TeacherPipeline, image: Image.Image) -> None:
+    rows = run(methods.samples(1, 2, 3), pipe, PROMPT, image, 0, ASKED, judge, answers)
+    for count, (name, row) in enumerate(rows.items(), 1):
+        alone = one(pipe, image, name)
+        assert name == f"pass@{count}" and row["seconds"] == pytest.approx(rows["pass@3"]["seconds"] * count / 3)
+        assert {k: v for k, v in row.items() if k != "seconds"} == {k: v for k, v in alone.items() if k != "seconds"}
+
+
 @pytest.mark.parametrize(("name", "videos", "calls"), [("pe", 1, 1), ("videotpo@2", 4, 8)])
 def test_methods_that_rewrite_prompts_have_their_cost(
     pipe: TeacherPipeline, image: Image.Image, name: str, videos: int, calls: int

@@ -1,15 +1,12 @@
-"""Statistics with known answers, and a whole table on tiny models of the real classes."""
+"""A whole table on tiny models of the real classes."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.conftest import Run
@@ -17,62 +14,13 @@ from tests.tiny_pair import QUERIES
 from vlmteacher.errors import InputError
 from vlmteacher.evaluation import microworld, sweep, tables
 from vlmteacher.evaluation.failures import CAUSES
+from vlmteacher.evaluation.formats import format_table
 from vlmteacher.evaluation.microworld import Bench
-from vlmteacher.evaluation.tables import Table, bootstrap, compare, format_table, permutation_test, run_table, sign_test
+from vlmteacher.evaluation.tables import Table, run_table
 from vlmteacher.microworld import world
 from vlmteacher.queries import QuerySet
 
-
-def rows(successes: list[int], noise: int = 0, split: str = "id") -> list[dict[str, Any]]:
-    return [
-        {"split": split, "index": k, "noise": noise, "success": bool(s), "score": 0.2 + 0.5 * s}
-        for k, s in enumerate(successes)
-    ]
-
-
-def test_sign_test() -> None:
-    assert sign_test(11, 0) == pytest.approx(2 / 2**11)
-    assert sign_test(0, 11) == sign_test(11, 0)
-    assert sign_test(0, 0) == sign_test(4, 4) == 1
-    assert sign_test(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 1024)
-
-
-def test_permutation_test() -> None:
-    differences = [0.5, 0.1, -0.2, 0.7, 0.3, 0.4, -0.1]
-    flips = [abs(sum(s * d for s, d in zip(signs, differences, strict=True))) for signs in SIGNS]
-    exact = np.mean([flip >= abs(sum(differences)) - 1e-9 for flip in flips])
-    assert permutation_test(differences) == pytest.approx(exact, abs=0.02)
-    assert permutation_test([0.0] * 5) == 1
-    assert permutation_test([1.0] * 40) < 1e-3
-
-
-SIGNS = list(itertools.product((-1, 1), repeat=7))
-
-
-def test_bootstrap() -> None:
-    rng = np.random.default_rng(3)
-    covered = 0
-    for _ in range(60):
-        low, high = bootstrap(list(rng.normal(0.3, 1, 80)))
-        covered += low <= 0.3 <= high
-        assert high - low == pytest.approx(2 * 1.96 / math.sqrt(80), rel=0.3)
-    assert 51 <= covered <= 60
-    assert bootstrap([1.0] * 7) == (1.0, 1.0)
-
-
-def test_compare_pairs_scenes_and_means_their_noises() -> None:
-    ours = rows([1, 1, 0, 1]) + rows([1, 0, 0, 1], noise=1)
-    result = compare(ours, rows([0, 1, 0, 1]))  # on the noise that both have
-    assert (result["n"], result["wins"], result["losses"]) == (4, 1, 0)
-    assert result["success_difference"] == 0.25 and result["score_difference"] == pytest.approx(0.125)
-    result = compare(ours, rows([0, 1, 0, 1]) + rows([0, 1, 0, 1], noise=1))
-    assert (result["n"], result["wins"], result["losses"]) == (8, 1, 1)
-    assert result["success_difference"] == pytest.approx((1 - 0.5) / 4)
-    assert result["low"] < result["success_difference"] < result["high"]
-
-
 SMALL = Table(
-    splits=("id", "ood"),
     main=("base", "pass@2", "teacher"),
     others=("steps@0", "steps@1", "steps@3", "goal-only", "many-step"),
     against=("base", "pass@2"),
@@ -147,14 +95,19 @@ def test_a_table_is_taken_up_and_says_what_is_missing(
             assert entry["failures"] == results["failures"] and entry["judgements"] == len(here)
     again = run_table(SMALL, bench, 1, 2, out, resume=True)
     assert again == result and len(done) == 16
-    text = format_table(result, SMALL)
-    assert "| pass@2, the scorer's choice |" in text and "Not run: many-step: " in text
-    methods, failures, _ = text.split("\n\n")
-    assert {line.count("|") for line in methods.splitlines()} == {len(SMALL.splits) + 9}
+    text = format_table(result)
+    caption, methods, failures, missing = text.split("\n\n")
+    assert caption == "The microworld, seed 1, judged by its rule scorer." and missing.startswith(
+        "Not run: many-step: "
+    )
+    assert "| pass@2, the scorer's choice |" in methods and "| many-step | not run |" in methods
+    assert {line.count("|") for line in methods.splitlines()} == {len(SMALL.against) + 11}
     assert {line.count("|") for line in failures.splitlines()} == {len(CAUSES) + 6}
     assert [line.split(" | ")[0] for line in failures.splitlines()[2:]] == [
         f"| {name}" for name in result["methods"] if name != "pass@2"
     ]
+    assert (out / "table.md").read_text() == text + "\n" and (out / "table.tex").exists()
+    assert f"teacher,,score,{result['methods']['teacher']['score']}" in (out / "table.csv").read_text()
 
 
 def test_many_steps_need_their_reasoner(pair: Path, tmp_path: Path) -> None:
@@ -184,7 +137,8 @@ def test_methods_that_rewrite_prompts_are_kept_and_taken_up(
 
 def test_the_command_line_says_what_is_wrong(run: Run, tmp_path: Path) -> None:
     for arguments, message in (
-        (["--table", "chess"], "choose from paper, remedies"),
+        (["--table", "chess"], "choose from I, II, III, IV, paper, remedies"),
+        (["--table", "I", "--other-teacher", "a/b"], "--table IV"),
         (["--table", "paper", "--split", "ood"], "--split"),
         (["--table", "paper", "--lora-blocks", "last:1"], "--lora-blocks"),
         (["--table", "paper", "--method", "base"], "not allowed"),
@@ -201,5 +155,6 @@ def test_the_command_line_says_what_is_wrong(run: Run, tmp_path: Path) -> None:
 def test_the_tables_name_methods_that_are_there() -> None:
     for table in tables.TABLES.values():
         assert table.main[0] == "base" and set(table.against) <= set(table.main)
-        for name in table.main + table.others:
+        assert set(table.models) <= set(table.main)
+        for name in {*table.main, *table.others} - {"post", "flow-grpo"}:
             assert tables.find_method(name).rows == (name,)

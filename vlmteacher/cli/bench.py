@@ -31,13 +31,17 @@ def add(commands: Commands) -> None:
     sub.add_argument("benchmark", choices=("microworld", "vbvr", "ruler"))
     what = sub.add_mutually_exclusive_group(required=True)
     what.add_argument("--method", metavar="NAME", help="base, teacher, pass@N, ...; an unknown one lists all")
-    what.add_argument("--table", metavar="NAME", help="all methods of a table: paper, or remedies (on validation)")
+    what.add_argument(
+        "--table",
+        metavar="NAME",
+        help="all methods of the paper's table I, II, III or IV, of paper (I and III in one), or of remedies",
+    )
     sub.add_argument("--limit", type=int, metavar="N", help="scenes of each split (default: 100, or all of the data)")
     sub.add_argument(
         "--seeds",
         type=int,
         metavar="N",
-        help="noises for each scene, in a table for its main methods (default: 1; table: 3)",
+        help="noises for each scene, in a table for its main methods (default: 1; tables paper and remedies: 3)",
     )
     sub.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the split (default: 1, the frozen one)")
     sub.add_argument("--split", metavar="NAME", help="split of a method (default: id, or all of the data's)")
@@ -57,6 +61,10 @@ def add(commands: Commands) -> None:
     add_teacher(models)
     add_reasoner(models, sampling, place)
     add_lora_partial(models)
+    for kind in ("teacher", "reasoner"):
+        models.add_argument(
+            f"--other-{kind}", nargs="+", default=[], metavar="ID", help=f"of table IV: further {kind}s, each by itself"
+        )
     settings.add_flags(sub)
 
 
@@ -69,6 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
     from vlmteacher.quiet import quiet
 
     quiet()
+    if (arguments.other_teacher or arguments.other_reasoner) and arguments.table != "IV":
+        raise InputError("--other-teacher and --other-reasoner go with --table IV, which compares models")
     if arguments.deterministic:  # cuBLAS reads it when it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if arguments.table is not None:
@@ -95,19 +105,27 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _run_table(arguments: argparse.Namespace) -> None:
-    from vlmteacher.evaluation.tables import TABLES, format_table, run_table
+    from vlmteacher.evaluation.formats import format_table
+    from vlmteacher.evaluation.tables import find_table, run_table
 
-    if arguments.table not in TABLES:
-        raise InputError(f"unknown --table {arguments.table}: choose from {', '.join(TABLES)}")
+    table = find_table(arguments.table)
     for name in ("split", "lora_blocks", "rescore", "keep_videos"):
         if getattr(arguments, name) not in (None, False):
             raise InputError(f"--{name.replace('_', '-')} goes with --method: a table has its own splits and methods")
-    table, out, noises = TABLES[arguments.table], Path(arguments.out), arguments.seeds or 3
-    benchmark = _benchmark(arguments)
-    limit = arguments.limit or benchmark.default_limit
-    rows = run_table(table, benchmark, limit, noises, out, arguments.workers, arguments.resume)
-    print(format_table(rows, table))
-    print(f"Results: {out / 'table.json'}, and a folder for each method")
+    benchmark, out = _benchmark(arguments), Path(arguments.out)
+    content = run_table(
+        table,
+        benchmark,
+        arguments.limit or benchmark.default_limit,
+        arguments.seeds or table.noises,
+        out,
+        arguments.workers,
+        arguments.resume,
+        arguments.other_teacher,
+        arguments.other_reasoner,
+    )
+    print(format_table(content))
+    print(f"Results: {out / 'table.json'}, .md, .csv and .tex, and a folder for each method")
 
 
 def _benchmark(arguments: argparse.Namespace) -> Benchmark:

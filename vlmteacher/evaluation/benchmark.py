@@ -102,6 +102,9 @@ class Benchmark(ABC):
         trace: see `methods.run`.
         default_splits: where none is chosen; () for all.
         default_limit: scenes of each split, where no number is chosen.
+        test_splits, tuning_splits: of tables, to test methods on (() for all) and to choose settings on (() for none).
+        within_tasks: whether intervals resample the scenes within each task; otherwise they resample all scenes.
+        scale: of the scores in a table; rows have them in [0, 1].
         frames, fps: of a video of the controls, which load no model.
     """
 
@@ -109,6 +112,10 @@ class Benchmark(ABC):
     splits: ClassVar[tuple[str, ...]]
     default_splits: ClassVar[tuple[str, ...]] = ()
     default_limit: ClassVar[int] = 100
+    test_splits: ClassVar[tuple[str, ...]] = ()
+    tuning_splits: ClassVar[tuple[str, ...]] = ()
+    within_tasks: ClassVar[bool] = True
+    scale: ClassVar[float] = 1
     frames: ClassVar[int] = 89
     fps: ClassVar[float] = 24.0
     seed: int = 1
@@ -170,6 +177,18 @@ class Benchmark(ABC):
             "tasks": {name: means([row for row in rows if row["task"] == name]) for name in tasks},
             **explain(rows),
         }
+
+    def terms(self, scenes: Sequence[Row]) -> dict[str, list[float]]:
+        """Return the overall scores by their names, the one of the paper first; none where the mean score is all.
+
+        scenes: rows, one for each scene. Each score is the sum of its terms, one for each row, which have the same
+        weight within a task.
+        """
+        return {}
+
+    def caption(self) -> str:
+        """Return what the caption of a table says about the benchmark, its scorer above all."""
+        return self.name
 
     def lines(self, results: Mapping[str, Any]) -> list[str]:
         """Return results.json as lines of text: a table by split."""

@@ -41,7 +41,8 @@ class Method:
         samples: N of pass@N; 0 for other methods.
         rewrite: whether the Teacher rewrites the prompt once (PE).
         rounds: R of VideoTPO; 0 for other methods.
-        snapshots: numbers of updates after which to evaluate the video, instead of at the end.
+        snapshots: numbers of updates after which to evaluate the video, instead of at the end; or of samples of which
+            to pick one, instead of all.
         frames: number of Teacher frames as a multiple of the pair's default.
         queries: replace the Teacher's.
         many_step: run the Reasoner from before its few-step distillation.
@@ -62,7 +63,7 @@ class Method:
     @property
     def rows(self) -> tuple[str, ...]:
         """Names of the results of one run."""
-        return tuple(f"steps@{n}" for n in self.snapshots) or (self.name,)
+        return tuple(f"{'pass' if self.samples else 'steps'}@{n}" for n in self.snapshots) or (self.name,)
 
 
 METHODS = {
@@ -78,6 +79,7 @@ METHODS = {
         Method("frames@half", frames=0.5),
         Method("frames@double", frames=2.0),
         Method("many-step", many_step=True),
+        Method("many-step-base", {"max_steps": 0, "final_samples": 1}, many_step=True),
         Method("keep-best", {"keep": "best"}),
         Method("check-final", {"check_final": True}),
         Method("preserve", {"preserve": True}),
@@ -125,6 +127,11 @@ def steps(*numbers: int) -> Method:
     """
     settings = {"max_steps": max(numbers), "threshold": NEVER} if any(numbers) else METHODS["base"].settings
     return Method("steps", settings, snapshots=numbers)
+
+
+def samples(*numbers: int) -> Method:
+    """pass@N for each of `numbers`, on the first N samples of one run."""
+    return Method("pass", samples=max(numbers), snapshots=numbers)
 
 
 def check_teacher(method: Method, pair: str | None, teacher: str | None = None) -> None:
@@ -186,7 +193,7 @@ def run(
         trace: judge the few-step video of every step too.
     """
     if method.samples:
-        return {method.name: _pass_at_n(method, pipe, prompt, image, seed, queries, judge, answers)}
+        return _pass_at_n(method, pipe, prompt, image, seed, queries, judge, answers)
     if method.rewrite or method.rounds:
         return {method.name: _by_new_prompts(method, pipe, prompt, image, seed, queries, judge, answers)}
     began, skipped = time.perf_counter(), 0.0
@@ -285,22 +292,28 @@ def _pass_at_n(
     queries: QuerySet,
     judge: Judge,
     answers: Answers,
-) -> Row:
+) -> dict[str, Row]:
+    """Sample once; each row picks among the first samples, which take their share of the seconds."""
     from vlmteacher.baselines.best_of_n import best_of_n
 
     began = time.perf_counter()
     drawn = best_of_n(pipe, prompt, image, [seed + k for k in range(method.samples)], queries)
-    cost = Cost(time.perf_counter() - began, generator_calls=method.samples, vlm_calls=method.samples)
+    seconds = time.perf_counter() - began
     verdicts = [judge(video, method.name, k) for k, video in enumerate(drawn.videos)]
-    best = drawn.videos[drawn.best]
     files = [verdict["video"] for verdict in verdicts if "video" in verdict]
-    return {
-        **asdict(cost),
-        **_entries(judge(best, method.name), answers(best, queries), drawn.losses[drawn.best]),
-        **oracle(verdicts),
-        **({"picked": drawn.best, "sample_videos": files} if files else {}),
-        "queries": queries.to_dict(),
-    }
+    rows = {}
+    for name, count in zip(method.rows, method.snapshots or (method.samples,), strict=True):
+        picked = min(range(count), key=drawn.losses.__getitem__)
+        best = drawn.videos[picked]
+        cost = Cost(seconds * count / method.samples, generator_calls=count, vlm_calls=count)
+        rows[name] = {
+            **asdict(cost),
+            **_entries(judge(best, name), answers(best, queries), drawn.losses[picked]),
+            **oracle(verdicts[:count]),
+            **({"picked": picked, "sample_videos": files[:count]} if files else {}),
+            "queries": queries.to_dict(),
+        }
+    return rows
 
 
 def oracle(verdicts: Sequence[Row]) -> Row:

@@ -43,6 +43,9 @@ class Bench(Benchmark):
     name: ClassVar[str] = "microworld"
     splits: ClassVar[tuple[str, ...]] = ("id", "ood", "validation")
     default_splits: ClassVar[tuple[str, ...]] = ("id",)
+    test_splits: ClassVar[tuple[str, ...]] = ("id", "ood")
+    tuning_splits: ClassVar[tuple[str, ...]] = ("validation",)
+    within_tasks: ClassVar[bool] = False
     frames: ClassVar[int] = world.NUM_FRAMES
     fps: ClassVar[float] = world.FPS
     families: tuple[str, ...] = world.FAMILIES
@@ -78,6 +81,9 @@ class Bench(Benchmark):
     def described(self) -> dict[str, Any]:
         given = super().described()
         return {name: given.pop(name) for name in ("seed", "families") if name in given} | given
+
+    def caption(self) -> str:
+        return f"The microworld, seed {self.seed}, judged by its rule scorer."
 
     def load_models(self, method: Method) -> TeacherPipeline:
         pipe = super().load_models(method)

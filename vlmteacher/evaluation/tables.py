@@ -1,266 +1,297 @@
-"""The paper's Tables I and III in miniature, and a table of the remedies against reward hacking.
+"""Tables of methods: the paper's Tables I to IV, on any benchmark, and one of the remedies against reward hacking.
 
-Every method solves the same scenes from the same noises. Intervals and tests are over scenes; several noises of one
-scene are averaged first.
+Every method solves the same scenes from the same noises.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-
-import numpy as np
+from typing import Any, Literal
 
 from vlmteacher.errors import InputError
-from vlmteacher.evaluation.benchmark import Benchmark, Instance, cost_means, key_of, mean
-from vlmteacher.evaluation.failures import CAUSES, explain
-from vlmteacher.evaluation.folder import Folder, Queries, queries_of
-from vlmteacher.evaluation.methods import Row, find_method, steps
+from vlmteacher.evaluation.benchmark import Benchmark, Instance, cost_means, key_of, mean, means
+from vlmteacher.evaluation.failures import explain
+from vlmteacher.evaluation.folder import Folder, Queries, Work, queries_of
+from vlmteacher.evaluation.formats import write_table
+from vlmteacher.evaluation.methods import Method, Row, find_method, samples, steps
+from vlmteacher.evaluation.models import Models
+from vlmteacher.evaluation.paper import figures
+from vlmteacher.evaluation.statistics import compare, interval, overall
 from vlmteacher.evaluation.sweep import check_complete, start_workers, write_results
-from vlmteacher.files import claimed, write_json
-
-RESAMPLES = 10_000
+from vlmteacher.files import claimed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Table:
-    """The methods of a table.
+    """The methods and the columns of a table.
 
     Attributes:
-        splits: the splits that it is computed on.
+        name: on the command line.
         main: methods that run with every noise.
         others: methods that run with the first noise only.
         against: the baselines that every method is compared with.
+        models: methods that run once more with every other Teacher or Reasoner that is given.
+        parts: what is scored apart, beside the splits.
+        tuning: whether it is computed on the splits to choose settings on, instead of those to test on.
+        noises: of the main methods, where no number is chosen.
     """
 
-    splits: tuple[str, ...]
+    name: str = ""
     main: tuple[str, ...]
-    others: tuple[str, ...]
-    against: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    parts: Literal["", "category in split", "category", "task"] = ""
+    tuning: bool = False
+    noises: int = 1
 
 
 FIXED = (0, 5, 10, 16, 20, 40)  # numbers of updates in the paper's ablation
+TPO = "videotpo@2"  # the rounds that the paper's seconds imply
+ABLATIONS = (
+    *("post", "flow-grpo", "generic", "goal-only", "process-only"),
+    *("many-step", "last-step", "full-step", "frames@half", "frames@double"),
+    *(f"steps@{n}" for n in FIXED),
+)
 TABLES = {
-    "paper": Table(
-        splits=("id", "ood"),
-        main=("base", "pass@5", "teacher"),
-        others=(
-            "final@1",
-            *(f"steps@{n}" for n in FIXED),
-            *("process-only", "goal-only", "generic", "many-step", "last-step", "full-step"),
-            *("frames@half", "frames@double", "pe", "videotpo"),
+    table.name: table
+    for table in (
+        Table(
+            name="I",
+            main=("base", "pass@2", "pass@3", "pass@4", "pass@5", TPO, "teacher"),
+            others=("many-step-base",),
+            against=("base", "pass@5"),
+            parts="category in split",
         ),
-        against=("base", "pass@5"),
-    ),
-    "remedies": Table(
-        splits=("validation",),
-        main=("base", "teacher"),
-        others=(
-            *("keep-best", "threshold@0.1", "threshold@0.05", "check-final", "preserve"),
-            *("jitter@2", "decay@1", "decay@10", "pull@0.1", "pull@1", "final@1"),
+        Table(
+            name="II",
+            main=("base", "pass@5", "pe", TPO, "teacher"),
+            others=("many-step-base",),
+            against=("base", "pass@5"),
+            parts="task",
         ),
-        against=("base", "teacher"),
-    ),
+        Table(name="III", main=("base", "teacher"), others=ABLATIONS, against=("base", "teacher")),
+        Table(name="IV", main=("base", "teacher"), models=("base", "teacher"), parts="category"),
+        Table(
+            name="paper",
+            main=("base", "pass@5", "teacher"),
+            others=(
+                "final@1",
+                *(f"steps@{n}" for n in FIXED),
+                *("process-only", "goal-only", "generic", "many-step", "last-step", "full-step"),
+                *("frames@half", "frames@double", "pe", "videotpo"),
+            ),
+            against=("base", "pass@5"),
+            noises=3,
+        ),
+        Table(
+            name="remedies",
+            main=("base", "teacher"),
+            others=(
+                *("keep-best", "threshold@0.1", "threshold@0.05", "check-final", "preserve"),
+                *("jitter@2", "decay@1", "decay@10", "pull@0.1", "pull@1", "final@1"),
+            ),
+            against=("base", "teacher"),
+            tuning=True,
+            noises=3,
+        ),
+    )
 }
 
 
+def find_table(name: str) -> Table:
+    """Return the table of this name. Raises InputError."""
+    if name not in TABLES:
+        raise InputError(f"unknown --table {name}: choose from {', '.join(TABLES)}")
+    return TABLES[name]
+
+
+def splits_of(table: Table, benchmark: Benchmark) -> tuple[str, ...]:
+    """Return the splits that a table is computed on. Raises InputError where a benchmark has none to tune on."""
+    if not table.tuning:
+        return benchmark.test_splits or benchmark.splits
+    if not benchmark.tuning_splits:
+        raise InputError(
+            f"--table {table.name} is to choose settings by, and all of {benchmark.name} is to test on: take microworld"
+        )
+    return benchmark.tuning_splits
+
+
 def run_table(
-    table: Table, benchmark: Benchmark, limit: int, noises: int, out: Path, workers: int = 1, resume: bool = False
+    table: Table,
+    benchmark: Benchmark,
+    limit: int,
+    noises: int,
+    out: Path,
+    workers: int = 1,
+    resume: bool = False,
+    teachers: Sequence[str] = (),
+    reasoners: Sequence[str] = (),
 ) -> Row:
     """Run every method of `table` on the first `limit` scenes of each of its splits; write and return table.json.
 
-    Each method has a folder in `out` with its results.json; with `resume`, finished instances are not run again.
-    noises: the number of noises per scene for the table's main methods.
+    Each method has a folder in `out` with its results.json; with `resume`, finished instances are not run again. The
+    table is written as Markdown, CSV and LaTeX too (see `formats`).
+    noises: the number of noises per scene for the table's main methods. teachers, reasoners: ids of other models, with
+    each of which `table.models` are run too, under the method's name, "+" and the last part of the id.
 
-    Raises as `run_method` does. If instances failed, table.json is not written: it would compare methods on
-    different scenes.
+    Raises as `run_method` does. If instances failed, the table is not written: it would compare methods on different
+    scenes.
     """
     if out.exists() and not resume and any(out.iterdir()):
         raise InputError(f"{out} is not empty: give another --out, or --resume to go on with its table")
-    names = table.main + table.others
-    wanted = {name: benchmark.instances(table.splits, limit, noises if name in table.main else 1) for name in names}
-    fixed = [int(name.partition("@")[2]) for name in names if name.startswith("steps@") and name != "steps@0"]
-    missing: dict[str, str] = {}
-    results: dict[str, list[Row]] = {}
-    queries: dict[tuple[str, int], Queries] = {}
-    failed: dict[Instance, str] = {}
-    with claimed(out), start_workers(workers, benchmark) as work:
-        for name in names:
-            if name == "steps@0":  # no update: the base video
-                base = {key_of(row): row for row in results["base"]}
-                results[name] = [base[one.key] | {"method": name} for one in wanted[name] if one.key in base]
-            elif name not in results:
-                method = steps(*fixed) if name.startswith("steps@") else find_method(name)
-                try:
-                    benchmark.check(method)
-                except InputError as error:
-                    missing[name] = str(error)
-                    continue
-                with Folder(out / method.name, benchmark, method, table.splits, resume) as folder:
-                    results |= folder.complete(wanted[name], work, queries)
-                failed |= folder.failed
-                asked = [row for row in results[name] if "queries" in row]  # controls ask none
-                queries = queries or {(row["split"], row["index"]): queries_of(row) for row in asked}
-            write_results(out / name, benchmark, name, results[name], wanted[name])
-    check_complete(out, failed)
-    content = {
-        **benchmark.described(),
-        "splits": list(table.splits),
-        "limit": limit,
-        "noises": noises,
-        "methods": {name: describe(name, results, table) for name in names if name in results},
-        "missing": missing,
-    }
-    write_json(out / "table.json", content)
+    splits = splits_of(table, benchmark)
+    run = _Run(table, splits, limit, noises, out, resume)
+    with claimed(out):
+        with start_workers(workers, benchmark) as work:
+            run.methods(benchmark, table.main + table.others, work)
+        for suffix, other in other_models(benchmark, teachers, reasoners).items():
+            with start_workers(workers, other) as work:
+                run.methods(other, table.models, work, suffix)
+    check_complete(out, run.failed)
+    content = describe_table(table, benchmark, run.results, run.missing) | {"limit": limit, "noises": noises}
+    write_table(content, out)
     return content
 
 
-# ---------------------------------------------------------------- statistics
-
-
-def by_scene(rows: Sequence[Row], value: str) -> dict[tuple[str, int], float]:
-    """Return the mean of an entry over the noises of each scene; nothing where a row has no value."""
-    if mean(rows, value) is None:
-        return {}
-    scenes: dict[tuple[str, int], list[float]] = {}
-    for row in rows:
-        scenes.setdefault((row["split"], row["index"]), []).append(float(row[value]))
-    return {scene: fmean(values) for scene, values in scenes.items()}
-
-
-def bootstrap(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
-    """Return the 95% percentile interval of the mean by resampling `values`, with a fixed seed; None without values."""
-    if not values:
-        return None, None
-    array = np.asarray(values)
-    drawn = np.random.default_rng(0).integers(len(array), size=(RESAMPLES, len(array)))
-    low, high = np.quantile(array[drawn].mean(1), (0.025, 0.975))
-    return float(low), float(high)
-
-
-def sign_test(wins: int, losses: int) -> float:
-    """Return the two-sided p-value of the sign test: wins and losses at least this uneven if both are as likely."""
-    count = wins + losses
-    tail = sum(math.comb(count, k) for k in range(min(wins, losses) + 1)) / 2**count
-    return min(1.0, 2 * tail)
-
-
-def permutation_test(differences: Sequence[float]) -> float:
-    """Return the two-sided p-value of the mean difference under random signs, with a fixed seed."""
-    array = np.asarray(differences)
-    signs = np.random.default_rng(0).choice((-1.0, 1.0), size=(RESAMPLES, len(array)))
-    extreme = np.abs(signs @ array) >= abs(array.sum()) - 1e-9
-    return float((extreme.sum() + 1) / (RESAMPLES + 1))
-
-
-def compare(rows: Sequence[Row], others: Sequence[Row]) -> Row:
-    """Compare two methods on the instances that both have: mean differences (`rows` minus `others`), paired tests.
-
-    In a benchmark that only has scores, the entries of the success are None.
-    """
-    both = {key_of(row) for row in rows} & {key_of(row) for row in others}
-    values = {}
-    for entry in ("success", "score"):
-        ours, theirs = (by_scene([r for r in group if key_of(r) in both], entry) for group in (rows, others))
-        values[entry] = [ours[scene] - theirs[scene] for scene in ours]
-    low, high = bootstrap(values["success"])
-    wins, losses = (sum(sign * value > 0 for value in values["success"]) for sign in (1, -1))
+def describe_table(
+    table: Table, benchmark: Benchmark, results: Mapping[str, Sequence[Row]], missing: Mapping[str, str]
+) -> Row:
+    """Return the content of table.json. results: rows by method; missing: methods that were not run, and why."""
+    splits, printed = splits_of(table, benchmark), figures(benchmark.name, table.name)
     return {
-        "n": len(both),
-        "success_difference": fmean(values["success"]) if values["success"] else None,
-        "low": low,
-        "high": high,
-        "wins": wins,
-        "losses": losses,
-        "sign_p": sign_test(wins, losses) if values["success"] else None,
-        "score_difference": fmean(values["score"]),
-        "permutation_p": permutation_test(values["score"]),
+        "benchmark": benchmark.name,
+        "table": table.name,
+        "caption": benchmark.caption(),
+        **benchmark.described(),
+        "splits": list(splits),
+        "scale": benchmark.scale,
+        "methods": {name: describe(benchmark, table, splits, name, results) for name in results},
+        "missing": dict(missing),
+        "paper": {name: dict(printed[name]) for name in [*results, *missing] if name in printed},
     }
 
 
-def describe(name: str, results: Mapping[str, Sequence[Row]], table: Table) -> Row:
+def other_models(benchmark: Benchmark, teachers: Sequence[str], reasoners: Sequence[str]) -> dict[str, Benchmark]:
+    """Return the benchmark with each other Teacher or Reasoner, by the suffix of its methods' names.
+
+    Raises InputError for two models of one name.
+    """
+    models = benchmark.models
+    kept = ("teacher", "quantize", "dtype", "device", "device_map", "offload", "settings")
+    own: dict[str, Any] = {name: getattr(models, name) for name in kept}  # the rest is the other Reasoner's own
+    changed = [(model, replace(models, teacher=model)) for model in teachers]
+    changed += [(model, Models(**own | {"reasoner": model})) for model in reasoners]
+    others = {f"+{Path(model).name}": replace(benchmark, models=other) for model, other in changed}
+    if len(others) < len(changed):
+        raise InputError("two of --other-teacher and --other-reasoner end in the same name: rename a folder")
+    return others
+
+
+class _Run:
+    """The methods of a table that are run so far.
+
+    Attributes:
+        results: rows by method.
+        missing: methods that cannot be run, with the reasons.
+        failed: instances without a result.
+    """
+
+    def __init__(self, table: Table, splits: Sequence[str], limit: int, noises: int, out: Path, resume: bool) -> None:
+        self.table, self.splits, self.limit, self.noises = table, splits, limit, noises
+        self.out, self.resume = out, resume
+        self.results: dict[str, list[Row]] = {}
+        self.missing: dict[str, str] = {}
+        self.failed: dict[Instance, str] = {}
+
+    def methods(self, benchmark: Benchmark, names: Sequence[str], work: Work, suffix: str = "") -> None:
+        """Run methods with the models of `benchmark`. Queries are written once for a scene."""
+        shared = share(names)
+        queries: dict[tuple[str, int], Queries] = {}
+        for name in names:
+            noises = self.noises if name in self.table.main else 1
+            wanted = benchmark.instances(self.splits, self.limit, noises)
+            label = name + suffix
+            if name == "steps@0":  # no update: the base video
+                base = {key_of(row): row for row in self.results["base" + suffix]}
+                self.results[label] = [base[one.key] | {"method": name} for one in wanted if one.key in base]
+            elif label not in self.results:
+                try:
+                    method = shared.get(name) or find_method(name)
+                    benchmark.check(method)
+                except InputError as error:
+                    self.missing[label] = str(error)
+                    continue
+                with Folder(self.out / (method.name + suffix), benchmark, method, self.splits, self.resume) as folder:
+                    rows = folder.complete(wanted, work, queries)
+                self.results |= {each + suffix: rows[each] for each in rows}
+                self.failed |= folder.failed
+                asked = [row for row in self.results[label] if "queries" in row]  # controls ask none
+                queries = queries or {(row["split"], row["index"]): queries_of(row) for row in asked}
+            write_results(self.out / label, benchmark, name, self.results[label], wanted)
+
+
+def share(names: Sequence[str]) -> dict[str, Method]:
+    """Return the methods that run several of `names` at once, by each of these: numbers of updates, and of samples."""
+    shared: dict[str, Method] = {}
+    for kind, make in (("steps", steps), ("pass", samples)):
+        numbers = {name: int(name.partition("@")[2]) for name in names if name.startswith(f"{kind}@")}
+        numbers.pop("steps@0", None)
+        if len(numbers) > 1:
+            shared |= dict.fromkeys(numbers, make(*numbers.values()))
+    return shared
+
+
+def describe(
+    benchmark: Benchmark, table: Table, splits: Sequence[str], name: str, results: Mapping[str, Sequence[Row]]
+) -> Row:
     """Return one method's entry of table.json. results: rows by method."""
     rows = results[name]
-    entry: Row = {"n": len(rows)}
-    for value, low, high in (("success", "low", "high"), ("score", "score_low", "score_high")):
-        entry["success_rate" if value == "success" else value] = mean(rows, value)
-        entry[low], entry[high] = bootstrap(list(by_scene(rows, value).values()))
-    for split in table.splits:
-        here = [row for row in rows if row["split"] == split]
-        entry[split] = {"success_rate": mean(here, "success"), "score": mean(here, "score")}
+    entry = scores_of(benchmark, table, splits, rows)
     noises = sorted({row["noise"] for row in rows})
     entry["by_noise"] = [mean([row for row in rows if row["noise"] == k], "success") for k in noises]
     if "oracle_success" in rows[0]:
-        entry["oracle"] = {
-            "success_rate": None if entry["success_rate"] is None else fmean(row["oracle_success"] for row in rows),
-            "score": fmean(row["oracle_score"] for row in rows),
-        }
+        entry["oracle"] = scores_of(benchmark, table, splits, list(map(_oracle, rows)))
     entry |= explain(rows)
     entry["updates_mean"] = fmean(row["updates"] for row in rows)
     entry |= cost_means(rows)
-    entry["against"] = {other: compare(rows, results[other]) for other in table.against if other != name}
+    against = [other for other in table.against if other != name and other in results]
+    entry["against"] = {other: compare(rows, results[other]) for other in against}
     return entry
 
 
-# ---------------------------------------------------------------- as text
+def _oracle(row: Row) -> Row:
+    """Return the row of the sample that the benchmark's own score would pick; its subscores are not kept."""
+    success = None if row["success"] is None else row["oracle_success"]
+    return row | {"success": success, "score": row["oracle_score"], "subscores": {}}
 
 
-def format_table(content: Row, table: Table) -> str:
-    """Format table.json as Markdown: the methods' results, then the causes of their failures."""
-    columns = ["method", "success [95%]", *table.splits, "score [95%]"]
-    columns += [f"against {other}: success, p; score, p" for other in table.against]
-    columns += ["updates", "seconds", "n"]
-    lines = [columns, ["---"] * len(columns)]
-    for name, entry in content["methods"].items():
-        cells = [name, _interval(entry["success_rate"], entry["low"], entry["high"])]
-        cells += [_number(entry[split]["success_rate"]) for split in table.splits]
-        cells += [_interval(entry["score"], entry["score_low"], entry["score_high"])]
-        cells += [_against(entry["against"].get(other)) for other in table.against]
-        cells += [f"{entry['updates_mean']:.1f}", f"{entry['seconds_mean']:.1f}", str(entry["n"])]
-        lines.append(cells)
-        if "oracle" in entry:
-            rest = [""] * (len(columns) - 3 - len(table.splits))
-            oracle = entry["oracle"]
-            lines.append(
-                [
-                    f"{name}, the scorer's choice",
-                    _number(oracle["success_rate"]),
-                    *[""] * len(table.splits),
-                    f"{oracle['score']:.3f}",
-                    *rest,
-                ]
-            )
-    causes = [name.replace("_", "-") for name in CAUSES]
-    why = [["method", "failures", *causes, "judgements", "wrong answer", "wrong query"]]
-    why.append(["---"] * len(why[0]))
-    for name, entry in content["methods"].items():
-        if "failures" in entry:
-            counts = [sum(entry["failures"].values()), *entry["failures"].values(), entry["judgements"]]
-            why.append([name, *map(str, counts), f"{entry['perception']:.3f}", f"{entry['wrong_query']:.3f}"])
-    parts = [_markdown(lines), *([_markdown(why)] if len(why) > 2 else [])]
-    parts.append("\n".join(f"Not run: {name}: {reason}" for name, reason in content["missing"].items()))
-    return "\n\n".join(parts)
+def scores_of(benchmark: Benchmark, table: Table, splits: Sequence[str], rows: Sequence[Row]) -> Row:
+    """Return mean success and score with their intervals, in all and for each split and part."""
+    entry: Row = {"n": len(rows)}
+    for value, low, high in (("success", "low", "high"), ("score", "score_low", "score_high")):
+        entry["success_rate" if value == "success" else value] = mean(rows, value)
+        entry[low], entry[high] = interval(benchmark, rows, value)
+    entry["overall"] = overall(benchmark, rows)
+    for split in splits:
+        here = [row for row in rows if row["split"] == split]
+        entry[split] = {"success_rate": mean(here, "success"), "score": mean(here, "score")}
+    return entry | {"parts": parts_of(rows, table)}
 
 
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def parts_of(rows: Sequence[Row], table: Table) -> dict[str, Row]:
+    """Return the means of each part of a table; where rows have no category, the task stands for it."""
+    if not table.parts:
+        return {}
 
+    def part(row: Row) -> str:
+        group: str = row["task"] if table.parts == "task" else row.get("category") or row["task"]
+        return f"{row['split']}/{group}" if table.parts == "category in split" else group
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _interval(value: float | None, low: float, high: float) -> str:
-    return "" if value is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _against(comparison: Row | None) -> str:
-    if comparison is None:
-        return ""
-    score = f"{comparison['score_difference']:+.3f}, {comparison['permutation_p']:.3f}"
-    if comparison["success_difference"] is None:
-        return score
-    return f"{comparison['success_difference']:+.3f}, {comparison['sign_p']:.3f}; {score}"
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(part(row), []).append(row)
+    return {name: means(group) for name, group in groups.items()}
