@@ -195,7 +195,7 @@ def _cells(content: Row, entry: Row) -> dict[str, str]:
         cells[split] = _part(entry[split], scale, wins)
     if not entry["overall"]:
         cells["score [95%]"] = _interval(entry["score"], entry["score_low"], entry["score_high"])
-    for other in dict.fromkeys(name for each in entries for name in each["against"]):
+    for other in content["against"]:
         comparison = entry.get("against", {}).get(other)
         cells[f"against {other}: {'success, p; ' if wins else ''}score, p"] = _against(comparison)
     for name, key in COSTS.items():

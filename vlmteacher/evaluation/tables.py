@@ -169,6 +169,7 @@ def describe_table(
         **benchmark.described(),
         "splits": list(splits),
         "scale": benchmark.scale,
+        "against": [name for name in table.against if name in results],
         "methods": {name: describe(benchmark, table, splits, name, results) for name in results},
         "missing": dict(missing),
         "paper": {name: dict(printed[name]) for name in [*results, *missing] if name in printed},
