@@ -320,9 +320,11 @@ def oracle(verdicts: Sequence[Row]) -> Row:
     """Return what the scorer would pick among the samples of pass@N; nothing without verdicts."""
     if not all("score" in verdict for verdict in verdicts):
         return {}
+    best = max(verdicts, key=lambda verdict: verdict["score"])
     return {
         "oracle_success": any(verdict["success"] for verdict in verdicts),
-        "oracle_score": max(verdict["score"] for verdict in verdicts),
+        "oracle_score": best["score"],
+        "oracle_subscores": best["subscores"],
         "samples": [verdict["success"] for verdict in verdicts],
     }
 

@@ -265,9 +265,9 @@ def describe(
 
 
 def _oracle(row: Row) -> Row:
-    """Return the row of the sample that the benchmark's own score would pick; its subscores are not kept."""
+    """Return the row of the sample that the benchmark's own score would pick."""
     success = None if row["success"] is None else row["oracle_success"]
-    return row | {"success": success, "score": row["oracle_score"], "subscores": {}}
+    return row | {"success": success, "score": row["oracle_score"], "subscores": row.get("oracle_subscores", {})}
 
 
 def scores_of(benchmark: Benchmark, table: Table, splits: Sequence[str], rows: Sequence[Row]) -> Row:
