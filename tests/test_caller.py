@@ -291,7 +291,7 @@ def test_queries_from_a_file(pipe: TeacherPipeline, plain: Any, queries_file: Pa
 
 HUGE = 10**400
 BAD: list[tuple[str, Any, str]] = [
-    *(("prompt", value, "prompt") for value in (None, 5, b"move", ["a", "b"], [], {"a": 1})),
+    *(("prompt", value, "prompt") for value in (None, 5, b"move", [], {"a": 1})),
     *(("negative_prompt", value, "negative_prompt") for value in (5, ["a", "b"])),
     *(("generator", value, "generator") for value in (0, "0", [seed(), seed()], np.random.default_rng())),
     *(("num_frames", value, "num_frames|GB") for value in (5.0, "5", True, None.__class__, math.nan, 10**9 + 1, HUGE)),

@@ -31,6 +31,10 @@ from vlmteacher.settings import Keywords, Settings
 from vlmteacher.torch_modes import leave_inference_mode, plain_torch
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from transformers import PreTrainedModel, ProcessorMixin
+
+    from vlmteacher.decoders.taehv import SurrogateDecoder
     from vlmteacher.teachers.quantization import Quantize
 
 PACKAGED_PAIR = Path(__file__).parent / "microworld" / "models"
@@ -116,6 +120,44 @@ class TeacherPipeline(FrozenModels):
         with loading("Teacher", paths["teacher"]):
             the_teacher = load_teacher(paths["teacher"], dtype=chosen, quantize=quantize, device=devices["teacher"])
         return cls(the_reasoner, the_teacher, the_decoder, defaults, models, offload).to(devices)
+
+    @classmethod
+    @plain_torch()
+    def from_parts(
+        cls,
+        pipeline: DiffusionPipeline,
+        vlm: PreTrainedModel,
+        processor: ProcessorMixin,
+        decoder: SurrogateDecoder | str | os.PathLike[str] | None = None,
+        *,
+        preset: str | None = None,
+        offload: bool = False,
+    ) -> TeacherPipeline:
+        """Teach a loaded pipeline of diffusers by a loaded VLM of transformers. No weight is copied or moved.
+
+        Both are frozen and in evaluation mode from then on; a call puts its LoRA on the pipeline's transformer and
+        takes it off again. decoder: the surrogate decoder or its file; None is that of the family, from the hub.
+        preset: see `adopt_reasoner`. Raises InputError as `from_pretrained` does.
+        """
+        from vlmteacher.decoders.agreement import check_agreement
+        from vlmteacher.decoders.find import known_decoder
+        from vlmteacher.decoders.taehv import SurrogateDecoder, load_decoder
+        from vlmteacher.reasoners.loading import adopt_reasoner
+        from vlmteacher.teachers.base import adopt_teacher
+
+        reasoner, name = adopt_reasoner(pipeline, preset), "the given surrogate decoder"
+        if not isinstance(decoder, SurrogateDecoder):
+            name = known_decoder(reasoner) if decoder is None else arguments.path("decoder", decoder)
+            decoder = load_decoder(name, reasoner, dtype=reasoner.dtype)
+        check_agreement(decoder, reasoner, name)
+        teacher = adopt_teacher(vlm, processor)
+        models = {
+            "reasoner": str(pipeline.config.get("_name_or_path") or type(pipeline).__name__),
+            "teacher": str(getattr(vlm.config, "_name_or_path", "") or type(vlm).__name__),
+            "decoder": name,
+            **reasoner.notes,
+        }
+        return cls(reasoner, teacher, decoder, {}, models, arguments.flag("offload", offload))
 
     @any_form
     @alone()

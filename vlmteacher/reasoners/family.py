@@ -79,6 +79,7 @@ class Family:
         load: (directory or hub id, ``model_index.json``, settings or None, dtype, local_files_only, **parts) ->
             Reasoner; parts: see `load_transformers`.
         build: (configs by part, settings, dtype) -> the same Reasoner without weights, on torch's default device.
+        adopt: (loaded pipeline of diffusers, settings or None) -> a Reasoner of the pipeline's own parts.
         presets: sampler settings of published checkpoints, by the preset's name.
         hub_ids: hub id -> the name of the preset that is used without being asked for.
         lora_targets: `LoraConfig.target_modules` of PEFT, every linear layer of the blocks but their modulation: ends
@@ -105,6 +106,7 @@ class Family:
     blocks: str
     load: Callable[..., Reasoner]
     build: Callable[..., Reasoner]
+    adopt: Callable[[Any, SamplerSettings | None], Reasoner]
     presets: Mapping[str, SamplerSettings]
     hub_ids: Mapping[str, str]
     lora_targets: list[str] | str

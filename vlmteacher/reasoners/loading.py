@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vlmteacher import arguments
 from vlmteacher.checkpoints.hub import find_file, only_local, pinned
 from vlmteacher.checkpoints.pretrained import json_object, refusing
 from vlmteacher.errors import InputError, Notice
@@ -95,6 +96,31 @@ def load_reasoner(
     return reasoner
 
 
+@plain_torch()
+def adopt_reasoner(pipeline: Any, preset: str | None = None) -> Reasoner:
+    """The Reasoner of a loaded pipeline of diffusers: its own parts, which stay where they are and are frozen.
+
+    The sampler's settings are those of `preset`, of the preset of the pipeline's hub id, of a ``reasoner.json`` in its
+    local directory, or the family's, in this order; what is assumed is a Notice. Raises InputError for an object of
+    another kind, a pipeline of no known family, and a preset of another model.
+    """
+    kind, config = type(pipeline).__name__, getattr(pipeline, "config", None)
+    if not isinstance(config, Mapping) or not hasattr(pipeline, "transformer"):
+        raise InputError(f"pipeline must be a loaded pipeline of diffusers, not {arguments.show(pipeline)}")
+    name = str(config.get("_name_or_path") or kind)
+    family = family_of_pipeline(kind, name)
+    settings, notes = _settings(name, {**config, "_class_name": kind}, (), (), preset, True, adopted=True)
+    with refusing(name):
+        reasoner = family.adopt(pipeline, settings)
+    if preset is not None:
+        family.check_preset(preset, reasoner.transformer.config, name, False)
+    if settings is None:
+        notes["sampling"] = f"assumed: {describe(reasoner.settings)}"
+        warnings.warn(f"how {name} is to be sampled is not known; {notes['sampling']} (preset says it)", Notice, 2)
+    reasoner.notes = notes
+    return reasoner
+
+
 def _paths(given: str | Sequence[str] | None) -> list[str]:
     return [os.path.expanduser(path) for path in ([given] if isinstance(given, str) else given or ())]
 
@@ -106,9 +132,13 @@ def _settings(
     loras: Sequence[str],
     preset: str | None,
     local_files_only: bool,
+    adopted: bool = False,
 ) -> tuple[SamplerSettings | None, dict[str, str]]:
-    """The sampler's settings, None where nothing says them, and a note of what is assumed. Raises InputError."""
-    settings_file = find_file(name, "reasoner.json", local_files_only)
+    """The sampler's settings, None where nothing says them, and a note of what is assumed. Raises InputError.
+
+    adopted: `name` may be that of a pipeline that is no local directory: nothing is looked up on the hub.
+    """
+    settings_file = None if adopted and not os.path.isdir(name) else find_file(name, "reasoner.json", local_files_only)
     known = known_name(*transformers or [name])  # None for another transformer, of no known name
     if preset is not None:
         settings = find_preset(preset)

@@ -174,6 +174,12 @@ def load_ltx(
     return LTXReasoner(transformer, vae, text_encoder, tokenizer, condition_pipeline, settings or DISTILLED)
 
 
+def adopt_ltx(pipeline: Any, settings: SamplerSettings | None) -> LTXReasoner:
+    """The Reasoner of a loaded LTX-Video pipeline's own parts; settings: None are those of the distilled models."""
+    parts = (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer)
+    return LTXReasoner(*parts, type(pipeline).__name__ == "LTXConditionPipeline", settings or DISTILLED)
+
+
 def build_ltx(configs: Mapping[str, Any], settings: SamplerSettings, dtype: torch.dtype) -> LTXReasoner:
     """Build the Reasoner without weights from the configs of its parts and the class of its pipeline."""
     from diffusers import AutoencoderKLLTXVideo, LTXVideoTransformer3DModel
@@ -198,6 +204,7 @@ LTX = Family(
     blocks="transformer_blocks",
     load=load_ltx,
     build=build_ltx,
+    adopt=adopt_ltx,
     presets={"ltx-0.9.8-distilled": DISTILLED},
     hub_ids={
         "Lightricks/LTX-Video-0.9.7-distilled": "ltx-0.9.8-distilled",  # distilled at the same levels

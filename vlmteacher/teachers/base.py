@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vlmteacher import arguments
 from vlmteacher.checkpoints.hub import find_file, only_local, pinned
 from vlmteacher.checkpoints.pretrained import json_object
 from vlmteacher.errors import InputError, NonFiniteFrames
@@ -155,6 +156,16 @@ def load_teacher(
     family = find_family(json_object(file).get("model_type"), f"teacher {name!r}")
     path = pinned(name, file.parent, local_files_only)
     return family.from_pretrained(path, dtype, local_files_only, quantize, device)
+
+
+@plain_torch()
+def adopt_teacher(model: Any, processor: Any) -> Teacher:
+    """The Teacher of a loaded VLM of transformers and its processor. Raises InputError."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "parameters"):
+        raise InputError(f"vlm must be a loaded model of transformers, not {arguments.show(model)}")
+    name = str(getattr(config, "_name_or_path", "") or type(model).__name__)
+    return find_family(config.model_type, f"vlm {name!r}").adopt(model, processor, name)
 
 
 def find_family(model_type: Any, label: str) -> Any:

@@ -99,9 +99,15 @@ def processor_settings(
             raise InputError(f"{file}: {entry} must be an object of settings, not {config!r:.40}")
         return config or {}
 
-    where = f"teacher {path_or_id}: the"
     images = read("preprocessor_config.json", "image_processor")
     video = read("video_preprocessor_config.json", "video_processor")
+    return settings_by_configs(video, images, base, f"teacher {path_or_id}: the")
+
+
+def settings_by_configs(
+    video: Mapping[str, Any], images: Mapping[str, Any], base: VisionSettings, where: str
+) -> tuple[VisionSettings, VisionSettings]:
+    """The settings for (videos, images) by the configs of the two processors (see `processor_settings`)."""
     settings = base.updated(video or images, f"{where} {'video' if video else 'image'} processor's config")
     return settings, settings.updated(images, f"{where} image processor's config")
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +28,7 @@ from vlmteacher.teachers.base import (
     check_range,
     read_style,
 )
-from vlmteacher.teachers.preprocessing import VisionSettings, processor_settings, resized_rows
+from vlmteacher.teachers.preprocessing import VisionSettings, processor_settings, resized_rows, settings_by_configs
 from vlmteacher.teachers.prompt import Clip, Layout, VideoPrompts
 from vlmteacher.teachers.quantization import Quantize, check_stays, is_quantized, load_model
 from vlmteacher.teachers.shared_prefix import answer_losses, check_language
@@ -124,6 +125,25 @@ class VLMTeacher(VideoPrompts, Teacher):
         """The Teacher of a loaded model; reads the checkpoint's processor settings."""
         defaults = cls.processor_defaults(model.config)
         return cls(model, tokenizer, *processor_settings(path_or_id, defaults, local_files_only))
+
+    @classmethod
+    def adopt(cls, model: Any, processor: Any, name: str) -> VLMTeacher:
+        """The Teacher of a loaded model and its processor, which stay where they are; the model is frozen.
+
+        name: of the model, for messages. Raises InputError for a processor without a tokenizer, and as the class does.
+        """
+        tokenizer = getattr(processor, "tokenizer", None)
+        if tokenizer is None:
+            raise InputError(f"processor must be that of {name}, with its tokenizer, not {arguments.show(processor)}")
+        if not getattr(tokenizer, "chat_template", None):
+            tokenizer = copy.copy(tokenizer)
+            tokenizer.chat_template = processor.chat_template
+        defaults, where = cls.processor_defaults(model.config), f"teacher {name}: the"
+        video, images = (_config(getattr(processor, f"{kind}_processor", None)) for kind in ("video", "image"))
+        settings = settings_by_configs(video, images, defaults, where)
+        teacher = cls(model, tokenizer, *settings)
+        teacher.check_answers(name)
+        return teacher
 
     @staticmethod
     @abstractmethod
@@ -328,3 +348,10 @@ class VLMTeacher(VideoPrompts, Teacher):
     def _pad_token_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
+
+
+def _config(processor: Any) -> dict[str, Any]:
+    """The config of a processor of transformers, of plain values; empty where there is none."""
+    config = {} if processor is None else processor.to_dict()
+    plain = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}

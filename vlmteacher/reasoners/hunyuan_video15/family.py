@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from vlmteacher.reasoners.family import DecoderFile, Family, LayerNames
 from vlmteacher.reasoners.hunyuan_video15.presets import HUB_IDS, PRESETS, check_preset
-from vlmteacher.reasoners.hunyuan_video15.reasoner import build_hunyuan_video15, load_hunyuan_video15
+from vlmteacher.reasoners.hunyuan_video15.reasoner import (
+    adopt_hunyuan_video15,
+    build_hunyuan_video15,
+    load_hunyuan_video15,
+)
 
 HUNYUAN_VIDEO_15 = Family(
     name="HunyuanVideo-1.5",
@@ -13,6 +17,7 @@ HUNYUAN_VIDEO_15 = Family(
     blocks="transformer_blocks",
     load=load_hunyuan_video15,
     build=build_hunyuan_video15,
+    adopt=adopt_hunyuan_video15,
     presets=PRESETS,
     hub_ids=HUB_IDS,
     lora_targets=(  # an expression for the whole name: the text refiner's layers have the same ends

@@ -63,11 +63,16 @@ def check_preset(name: str, config: Mapping[str, Any], pipeline: str, changed: b
 
 def find_settings(path_or_id: str, config: Any, local_files_only: bool) -> SamplerSettings:
     """The sampler settings of a checkpoint of an unknown name, by its configs. Raises InputError."""
-    size = "480p" if config.target_size <= 640 else "720p-i2v"
-    known = PRESETS[f"hunyuan-video-1.5-{'480p-i2v-step-distilled' if config.use_meanflow else size}"]
     _, scheduler = read_config(path_or_id, "scheduler", "scheduler_config.json", local_files_only)
     _, guider = read_config(path_or_id, "guider", "guider_config.json", local_files_only)
-    entries: dict[str, Any] = {"shift": scheduler.get("shift"), "guidance_scale": guider.get("guidance_scale")}
+    return settings_by_configs(config, scheduler.get("shift"), guider.get("guidance_scale"))
+
+
+def settings_by_configs(config: Any, shift: Any, guidance_scale: Any) -> SamplerSettings:
+    """The sampler settings by the configs of transformer, scheduler and guider. Raises InputError."""
+    size = "480p" if config.target_size <= 640 else "720p-i2v"
+    known = PRESETS[f"hunyuan-video-1.5-{'480p-i2v-step-distilled' if config.use_meanflow else size}"]
+    entries: dict[str, Any] = {"shift": shift, "guidance_scale": guidance_scale}
     settings = replace(known, **entries)
     settings.check()
     return settings

@@ -20,7 +20,7 @@ from vlmteacher.media import ImageInput, fit_image
 from vlmteacher.prompts import check_cut, check_prompt, encode, quote
 from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.condition import Condition
-from vlmteacher.reasoners.hunyuan_video15.presets import find_settings
+from vlmteacher.reasoners.hunyuan_video15.presets import find_settings, settings_by_configs
 from vlmteacher.reasoners.hunyuan_video15.unmasked import drop_masks
 from vlmteacher.reasoners.parts import load_transformers
 from vlmteacher.reasoners.sampling import SamplerSettings
@@ -257,6 +257,24 @@ def load_hunyuan_video15(
         load_tokenizer(path_or_id, "tokenizer_2", local_files_only),
         settings=settings or find_settings(path_or_id, transformer.config, local_files_only),
         **image_parts,
+    )
+
+
+def adopt_hunyuan_video15(pipeline: Any, settings: SamplerSettings | None) -> HunyuanVideo15Reasoner:
+    """The Reasoner of a loaded HunyuanVideo-1.5 pipeline's own parts; settings: None follows its configs."""
+    if settings is None:
+        guidance = pipeline.guider.config.guidance_scale
+        settings = settings_by_configs(pipeline.transformer.config, pipeline.scheduler.config.shift, guidance)
+    return HunyuanVideo15Reasoner(
+        pipeline.transformer,
+        pipeline.vae,
+        pipeline.text_encoder,
+        pipeline.tokenizer,
+        pipeline.text_encoder_2,
+        pipeline.tokenizer_2,
+        getattr(pipeline, "image_encoder", None),
+        getattr(pipeline, "feature_extractor", None),
+        settings=settings,
     )
 
 

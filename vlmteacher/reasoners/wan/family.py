@@ -13,7 +13,7 @@ from typing import Any
 
 from vlmteacher.reasoners.family import TABLE, DecoderFile, Family, LayerNames
 from vlmteacher.reasoners.sampling import SamplerSettings, even_timesteps
-from vlmteacher.reasoners.wan.reasoner import build_wan, load_wan
+from vlmteacher.reasoners.wan.reasoner import adopt_wan, build_wan, load_wan
 
 _FOUR_STEPS = (1000.0, 750.0, 500.0, 250.0)
 _FASTWAN = (1000.0, 757.0, 522.0)  # already shifted
@@ -73,6 +73,7 @@ WAN = Family(
     blocks="blocks",
     load=load_wan,
     build=build_wan,
+    adopt=adopt_wan,
     presets=PRESETS,
     hub_ids={
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan2.1-t2v-480p",

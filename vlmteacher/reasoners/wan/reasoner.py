@@ -329,6 +329,23 @@ def load_wan(
     )
 
 
+def adopt_wan(pipeline: Any, settings: SamplerSettings | None) -> WanReasoner:
+    """The Reasoner of a loaded Wan pipeline's own parts. Raises InputError where they do not fit together."""
+    takes_image = pipeline.transformer.config.image_dim is not None
+    return WanReasoner(
+        pipeline.transformer,
+        pipeline.vae,
+        pipeline.text_encoder,
+        pipeline.tokenizer,
+        bool(pipeline.config.expand_timesteps),
+        settings,
+        transformer_2=pipeline.transformer_2,
+        boundary_ratio=pipeline.config.boundary_ratio,
+        image_encoder=pipeline.image_encoder if takes_image else None,
+        image_processor=pipeline.image_processor if takes_image else None,
+    )
+
+
 def build_wan(configs: Mapping[str, Any], settings: SamplerSettings, dtype: torch.dtype) -> WanReasoner:
     """Build the Reasoner without weights from the configs of its parts and the entries of its ``model_index.json``."""
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
