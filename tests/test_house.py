@@ -16,7 +16,7 @@ ROOMS = [  # an arrow points down or stays in its row; docs/internals/architectu
     ("session", "output", "call_forms"),
     ("instance", "frozen_models", "runs"),
     ("optimization",),
-    ("reasoners", "teachers", "decoders", "lora"),
+    ("reasoners", "teachers", "decoders", "lora", "rewards"),
     ("microworld", "checkpoints"),
     ("ops",),
     (  # the ground: used by all

@@ -22,6 +22,7 @@ from vlmteacher.optimization.objective import teacher_frame_indices
 from vlmteacher.placement import check_memory
 from vlmteacher.prompts import check_prompt
 from vlmteacher.queries import QuerySet
+from vlmteacher.rewards import Rewards
 from vlmteacher.settings import Keywords, Settings
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Instance:
         queries: None where the Teacher writes them.
         generator: draws the noise.
         lora: the LoRA that the optimisation starts from; None for a fresh one.
+        rewards: beside the Teacher, or None.
     """
 
     prompt: str
@@ -54,6 +56,7 @@ class Instance:
     queries: QuerySet | None
     generator: torch.Generator
     lora: LoRA | None
+    rewards: Rewards | None
 
     @property
     def seed(self) -> int:
@@ -71,6 +74,7 @@ class Instance:
             "dtype": str(self.reasoner.dtype).removeprefix("torch."),
             "lora": self.lora and lora_fingerprint(self.lora),
             **({"lora_scale": self.lora.scale_source} if self.lora else {}),
+            **({"rewards": self.rewards.to_dict()} if self.rewards else {}),
         }
 
 
@@ -82,6 +86,7 @@ def check_inputs(
     sampling: tuple[object, ...],
     generator: object,
     queries: object,
+    rewards: object,
     keywords: Keywords,
     record: Mapping[str, Any] | None,
 ) -> Instance:
@@ -99,6 +104,7 @@ def check_inputs(
     if not reasoner.draws_later:  # a pair's default is for its own sampler: by another, all samples may be the same
         _default(values, "final_samples", 1)
     settings = _settings(models.defaults, values, models.lora)
+    own = Rewards.of(rewards, settings.teacher_weight)
     check_engine(settings.engine, reasoner, models.teacher)
     reasoner.check_target(settings.target)
     reasoner.check_samples(settings.final_samples)
@@ -115,7 +121,7 @@ def check_inputs(
     if source is None:
         source = torch.Generator()
         source.manual_seed(record["config"]["seed"] if record else source.seed())
-    return Instance(prompt, picture, shape, frame_indices, reasoner, settings, asked, source, models.lora)
+    return Instance(prompt, picture, shape, frame_indices, reasoner, settings, asked, source, models.lora, own)
 
 
 def _default(values: dict[str, Any], name: str, default: object) -> None:

@@ -55,7 +55,7 @@ class TeacherPipelineOutput:
         history: one row per step (see `Optimization`). updates: of the LoRA.
         stopped: "threshold", "max_steps" or "diverged" (the LoRA is then the best one before the divergence).
         p_yes_before, p_yes_after: the Teacher's P(Yes) of each query, goal first, on the two videos.
-        loss_before, loss_after: the objective on the two videos.
+        loss_before, loss_after: the Teacher's loss L_VQA on the two videos.
         sample: index of `frames` among the `final_samples` videos; 0 has the noise of `frames_before`.
         seconds: wall time of each part of the call.
         config: settings, size, sampling and seed of the call.
@@ -64,6 +64,8 @@ class TeacherPipelineOutput:
         lora: the bytes of lora.safetensors.
         verdict: "solved", "improved", "unchanged" or "worse" by the final video, what got worse and what to try.
         cut_tokens: number of tokens of each text beyond the limit of the Reasoner's text encoder.
+        rewards: of one's own: their "weights", their losses "before" and "after" by name, and the objective with them,
+            "objective_before" and "objective_after"; None without rewards.
     """
 
     frames: Frames
@@ -84,6 +86,7 @@ class TeacherPipelineOutput:
     fps: float
     lora: bytes
     cut_tokens: dict[str, int] = field(default_factory=dict)
+    rewards: dict[str, Any] | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -121,6 +124,7 @@ class TeacherPipelineOutput:
             "seconds": self.seconds,
             "models": self.models,
             "cut_tokens": self.cut_tokens,
+            **({} if self.rewards is None else {"rewards": self.rewards}),
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:

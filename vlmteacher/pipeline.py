@@ -25,6 +25,7 @@ from vlmteacher.output import TeacherPipelineOutput as TeacherPipelineOutput
 from vlmteacher.placement import DeviceMap, find_devices, find_dtype, parse_dtype
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners.few_step_lora import noise_in_name
+from vlmteacher.rewards import Reward
 from vlmteacher.runs.folder import in_its_folder
 from vlmteacher.session import open_session
 from vlmteacher.settings import Keywords, Settings
@@ -175,6 +176,7 @@ class TeacherPipeline(FrozenModels):
         negative_prompt: str | Sequence[str] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         queries: QuerySet | Mapping[str, Any] | Sequence[str] | str | os.PathLike[str] | None = None,
+        rewards: Sequence[tuple[Reward, float]] = (),
         output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | None = None,
@@ -190,6 +192,7 @@ class TeacherPipeline(FrozenModels):
             num_frames, height, width, num_inference_steps, guidance_scale, negative_prompt: None is the Reasoner's own.
             generator: draws the noise and the first weights of the LoRA; None draws a new seed.
             queries: a QuerySet, its dictionary, a list with the goal first, or a file; None: the Teacher writes them.
+            rewards: (function, weight) beside the Teacher: see `vlmteacher.rewards`.
             output_type, return_dict: the form of the videos (`Frames`); False returns `(frames,)`.
             callback_on_step_end: called as `callback(pipe, step, row)` after each step (see `three_arguments`).
             run_dir, resume: a folder to record the run in; go on with the interrupted run there, to the same result.
@@ -201,7 +204,7 @@ class TeacherPipeline(FrozenModels):
         leave_inference_mode(self.reasoner, self.teacher, self.decoder)
         size, sampling = (num_frames, height, width), (num_inference_steps, guidance_scale, negative_prompt)
         with open_session(
-            self, prompt, image, size, sampling, generator, queries, keywords, run_dir, resume
+            self, prompt, image, size, sampling, generator, queries, rewards, keywords, run_dir, resume
         ) as session:
             # 1. The Teacher writes one goal query and M process queries.
             session.encode()

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+import torch
 from torch import Tensor
 
 from vlmteacher import state
@@ -22,6 +23,7 @@ from vlmteacher.optimization.loop import Optimization
 from vlmteacher.optimization.reward import pick, vqa_objective
 from vlmteacher.output import TeacherPipelineOutput, convert
 from vlmteacher.queries import QuerySet
+from vlmteacher.rewards import RewardContext, Rewards
 from vlmteacher.runs.folder import RunFolder
 from vlmteacher.settings import Keywords
 
@@ -32,10 +34,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sample:
-    """A few-step video (F, 3, H, W) in [0, 1], -log P(Yes) (1+M,) of the queries on it, its index among the samples."""
+    """A few-step video (F, 3, H, W) in [0, 1], -log P(Yes) (1+M,) of the queries on it, its index among the samples.
+
+    objective: what the optimisation minimises, (). rewards: the losses (R,) of the rewards.
+    """
 
     video: Tensor
     losses: Tensor
+    objective: Tensor
+    rewards: Tensor | None = None
     index: int = 0
 
 
@@ -60,6 +67,7 @@ class Session:
         self.config = instance.config()
         self.seconds: dict[str, float] = {}
         self._start = time.perf_counter()
+        self.rewards: Rewards | None = None
         self._undo = ExitStack()
         later = self.settings.check_final or self.settings.target != "first_step"
         self._at_work = ["transformer", "teacher", *(["transformer_2", "vae"] if later else [])]
@@ -105,13 +113,27 @@ class Session:
 
     def first_sample(self) -> Sample:
         """The few-step video before any update."""
+        instance = self.instance
+        if instance.rewards:
+            context = RewardContext(
+                instance.prompt, instance.image, instance.frame_indices, self.reasoner.fps, self.queries
+            )
+            self.rewards = instance.rewards.within(context)
         with self._timed("before"):
             self.before = self._sample(self.noise)
+        if self.rewards:
+            self.rewards.check(self.before.video[instance.frame_indices])
         return self.before
 
     def _sample(self, noise: Noise, index: int = 0) -> Sample:
         video = self.models.sample(self.condition, noise, self.reasoner)
-        return Sample(video, self.models.judge(video, self.instance.frame_indices, self.queries), index)
+        losses = self.models.judge(video, self.instance.frame_indices, self.queries)
+        teacher = vqa_objective(losses, self.settings.goal_weight)
+        if self.rewards is None:
+            return Sample(video, losses, teacher, index=index)
+        with torch.no_grad():
+            rewards = self.rewards.losses(video[self.instance.frame_indices])
+            return Sample(video, losses, self.rewards.total(teacher, rewards), rewards, index)
 
     def steps(self, progress: bool) -> Iterator[dict[str, Any]]:
         """The rows of the optimisation's steps (see `Optimization`), with a progress bar."""
@@ -151,6 +173,7 @@ class Session:
             self.queries,
             self.settings,
             make_room,
+            self.rewards,
         )
         self._undo.callback(end)
 
@@ -190,11 +213,11 @@ class Session:
         samples = [self._sample(noise, index) for index, noise in enumerate(noises) if index or self.loop.updates]
         if not self.loop.updates:  # the first one is the video from before
             samples.insert(0, self.before)
-        return samples[pick([sample.losses for sample in samples], self.settings.goal_weight)]
+        return samples[pick([sample.objective for sample in samples])]
 
     def _divergence(self, after: Sample) -> str | None:
         """Why the last update diverged, by the video after it; None if it did not."""
-        rise = self._objective(after) - self._objective(self.before)
+        rise = (after.objective - self.before.objective).item()
         flat = self.loop.flatness(frame_contrast(after.video).item())
         if rise > DIVERGED_RISE:
             return f"the few-step video's loss has risen by {rise:.2f}"
@@ -203,8 +226,21 @@ class Session:
         self.models.need(*self._at_work)
         return self.loop.last_divergence()
 
-    def _objective(self, sample: Sample) -> float:
+    def _loss(self, sample: Sample) -> float:
         return vqa_objective(sample.losses, self.settings.goal_weight).item()
+
+    def _rewards(self, after: Sample) -> dict[str, Any] | None:
+        """The entry `rewards` of run.json."""
+        if self.rewards is None:
+            return None
+        assert self.before.rewards is not None and after.rewards is not None
+        return {
+            "weights": self.rewards.to_dict(),
+            "before": self.rewards.named(self.before.rewards),
+            "after": self.rewards.named(after.rewards),
+            "objective_before": self.before.objective.item(),
+            "objective_after": after.objective.item(),
+        }
 
     def output(self, after: Sample, output_type: Literal["pil", "np", "pt"]) -> TeacherPipelineOutput:
         """The result of the instance."""
@@ -222,8 +258,8 @@ class Session:
             updates=loop.updates,
             p_yes_before=before.losses.neg().exp().tolist(),
             p_yes_after=after.losses.neg().exp().tolist(),
-            loss_before=self._objective(before),
-            loss_after=self._objective(after),
+            loss_before=self._loss(before),
+            loss_after=self._loss(after),
             sample=after.index,
             seconds=self.seconds,
             config=self.config,
@@ -231,6 +267,7 @@ class Session:
             fps=self.reasoner.fps,
             lora=self.lora,
             cut_tokens=self.condition.all_cut,
+            rewards=self._rewards(after),
         )
 
     @contextmanager
@@ -312,6 +349,7 @@ def open_session(
     sampling: tuple[object, ...],
     generator: object,
     queries: object,
+    rewards: object,
     keywords: Keywords,
     run_dir: str | os.PathLike[str] | None,
     resume: bool,
@@ -319,5 +357,5 @@ def open_session(
     """The session of a call with these inputs (see `check_inputs`), recorded where there is a run folder."""
     folder = None if run_dir is None else RunFolder(run_dir, resume)
     record = folder.record if folder else None
-    instance = check_inputs(models, prompt, image, size, sampling, generator, queries, keywords, record)
+    instance = check_inputs(models, prompt, image, size, sampling, generator, queries, rewards, keywords, record)
     return RecordedSession(models, instance, folder) if folder else Session(models, instance)

@@ -58,6 +58,9 @@ class MethodSettings:
     max_steps: int = setting(40, "updates of the LoRA at most", least=0)
     threshold: float = setting(0.22, "stop when the loss is not above it; 0.22 is -ln 0.8", above=0)
     goal_weight: float = setting(0.5, "weight of the goal query; the process queries share the rest", least=0, most=1)
+    teacher_weight: float = setting(
+        1.0, "weight of the Teacher's loss beside rewards; 0 only records its answers", least=0
+    )
     teacher_frames: int = setting(24, "frames of the video that the Teacher sees", old_flag="--frames", least=1)
     rank: int = setting(16, "rank of the LoRA", least=1)
     learning_rate: float = setting(5e-5, "learning rate of AdamW", flag="--lr", above=0)
@@ -120,6 +123,7 @@ class Keywords(TypedDict, total=False):
     max_steps: int | None
     threshold: float | None
     goal_weight: float | None
+    teacher_weight: float | None
     teacher_frames: int | None
     rank: int | None
     learning_rate: float | None

@@ -39,6 +39,13 @@ def add(commands: Commands) -> None:
     )
     add_instance(task, models)
     task.add_argument("--queries", metavar="FILE.json", help="the Teacher's queries (default: it writes them)")
+    task.add_argument(
+        "--reward",
+        action="append",
+        default=[],
+        metavar="NAME=WEIGHT",
+        help="beside the Teacher: temporal_smoothness, clip_similarity or clip_similarity@MODEL; may be repeated",
+    )
     task.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of the noise (default: 0)")
     task.add_argument("--out", required=True, metavar="DIR", help="run folder to write")
     task.add_argument("--resume", action="store_true", help="continue the interrupted run in --out")
@@ -67,6 +74,9 @@ def run(arguments: argparse.Namespace) -> None:
     keywords = settings.given(arguments)
     settings.Settings().updated(**keywords)  # raises for bad values before any model is loaded
     _check_size(arguments, image if keywords.get("fit", "refuse") == "refuse" else None)
+    from vlmteacher.rewards import parse_reward
+
+    rewards = [parse_reward(text) for text in arguments.reward]
     pipe = _pipeline(arguments)
     if arguments.lora is not None:
         pipe.load_lora(arguments.lora, arguments.lora_partial)
@@ -86,6 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
         negative_prompt=arguments.negative_prompt,
         generator=torch.Generator().manual_seed(arguments.seed),
         queries=query_set,
+        rewards=rewards,
         run_dir=arguments.out,
         resume=arguments.resume,
         **keywords,

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vlmteacher.queries import QuerySet
     from vlmteacher.reasoners.base import Reasoner
     from vlmteacher.reasoners.condition import Condition, Noise
+    from vlmteacher.rewards import Rewards
     from vlmteacher.teachers.base import Teacher
 
 log = logging.getLogger(__name__)
@@ -56,8 +57,8 @@ class Optimization:
     Iterating yields the history row of each step until `stopped` is set; `step()` does one. A row is
     `{"step", "loss", "p_yes": [1+M floats], "grad_norm": float | None, "guards": {...}, "seconds"}`; loss and P(Yes)
     are measured before the step's update, and grad_norm is None where no update followed; "out_of_memory" names the
-    rungs (`MemoryLadder`) that the step took. Nothing in a step is random, so that `state_dict()` / `load_state_dict()`
-    between any two steps change no bit of the result.
+    rungs (`MemoryLadder`) that the step took, "rewards" the loss of each reward. Nothing in a step is random, so that
+    `state_dict()` / `load_state_dict()` between any two steps change no bit of the result.
 
     A run diverges when, after an update, a number of a step is not finite, the gradient is exactly 0, the loss stays
     far above its start, or the frames become one colour (`divergence.py`). The step then goes back to the best LoRA so
@@ -90,9 +91,10 @@ class Optimization:
         queries: QuerySet,
         settings: Settings,
         make_room: Callable[[], object] = lambda: None,
+        rewards: Rewards | None = None,
     ) -> None:
         self.settings, self.transformer = settings, reasoner.transformer
-        self.objective = Objective(reasoner, decoder, teacher, condition, noise, queries, settings)
+        self.objective = Objective(reasoner, decoder, teacher, condition, noise, queries, settings, rewards)
         self.optimizer = torch.optim.AdamW(
             self.objective.parameters,
             lr=settings.learning_rate,
@@ -162,6 +164,8 @@ class Optimization:
         metrics = self._within_memory(lambda: self.engine.evaluate(step))
         divergence.check_finite(metrics, step)
         row: dict[str, Any] = {"step": step, "loss": metrics.loss, "p_yes": metrics.p_yes}
+        if self.objective.rewards:
+            row["rewards"] = self.objective.rewards.named(metrics.rewards)
         good_enough = metrics.loss <= self.settings.threshold
         if good_enough and self.settings.check_final:
             try:

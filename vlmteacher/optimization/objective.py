@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vlmteacher.queries import QuerySet
     from vlmteacher.reasoners.base import Reasoner
     from vlmteacher.reasoners.condition import Condition, Noise
+    from vlmteacher.rewards import Rewards
     from vlmteacher.settings import Settings
     from vlmteacher.teachers.base import Teacher
 
@@ -48,7 +49,7 @@ class Metrics:
 
     loss: L_VQA, without the pull. latents_nan: whether the predicted latents hold NaN. frames_min, frames_max: extremes
     of the decoded frames. guards: `frame_guards` by name. contrast: `frame_contrast`. p_yes: P(Yes) of each query, goal
-    first. grad_norm: the LoRA gradient's norm before clipping, None before the backward.
+    first. grad_norm: the LoRA gradient's norm before clipping, None before the backward. rewards: the loss of each.
     """
 
     loss: float
@@ -58,39 +59,44 @@ class Metrics:
     guards: dict[str, float]
     contrast: float
     p_yes: list[float]
+    rewards: list[float] = field(default_factory=list)
     grad_norm: float | None = None
 
     @staticmethod
-    def pack(loss: Tensor, latents: Tensor, frames: Tensor | PatchRows, losses: Tensor) -> Tensor:
+    def pack(
+        loss: Tensor, latents: Tensor, frames: Tensor | PatchRows, losses: Tensor, rewards: Tensor | None = None
+    ) -> Tensor:
         """Pack the metrics of a forward into one float32 tensor, in the order of the fields.
 
-        loss: scalar. latents: (1, C, T, h, w). frames: (K, 3, H, W), or their patch rows. losses: (1+M,). Returns
-        (5 + len(GUARDS) + 1+M,) on the loss's device; the backward appends the gradient's norm.
+        loss: scalar. latents: (1, C, T, h, w). frames: (K, 3, H, W), or their patch rows. losses: (1+M,). rewards:
+        (R,), or None for R = 0. Returns (5 + len(GUARDS) + 1+M + R,) on the loss's device; the backward appends the
+        gradient's norm.
         """
         small = small_frames(frames)
         extremes = frames.aminmax()
-        parts = (loss, latents.isnan().any(), *extremes, frame_guards(small), frame_contrast(small), losses.neg().exp())
+        parts = [loss, latents.isnan().any(), *extremes, frame_guards(small), frame_contrast(small), losses.neg().exp()]
+        parts += [] if rewards is None else [rewards]
         return torch.cat([part.to(loss.device, torch.float32).view(-1) for part in parts])
 
     @classmethod
-    def unpack(cls, packed: Tensor, queries: int) -> Metrics:
-        """Read packed metrics from the device, with or without the gradient's norm; queries: 1+M.
+    def unpack(cls, packed: Tensor, queries: int, rewards: int = 0) -> Metrics:
+        """Read packed metrics from the device, with or without the gradient's norm; queries: 1+M, rewards: R.
 
         This is a step's only read of the device.
         """
         loss, nan, low, high, *rest = packed.tolist()
         guards, (contrast, *rest) = rest[: len(GUARDS)], rest[len(GUARDS) :]
-        p_yes, norm = rest[:queries], rest[queries:]
-        return cls(loss, bool(nan), low, high, dict(zip(GUARDS, guards, strict=True)), contrast, p_yes, *norm)
+        p_yes, own, norm = rest[:queries], rest[queries : queries + rewards], rest[queries + rewards :]
+        return cls(loss, bool(nan), low, high, dict(zip(GUARDS, guards, strict=True)), contrast, p_yes, own, *norm)
 
 
 class Objective:
     """L_VQA of one instance as a function of the LoRA on `reasoner.transformer` (method, Algorithm 1, step 3).
 
     frame_indices: the frames that the Teacher sees. parameters: the LoRA's tensors. anchor: the latents before the
-    first update, where `settings.pull` draws to them. The `MemoryLadder` sets decoder_chunk, frames that the surrogate
-    decoder computes at a time (None: it chooses), and offload, whether the Reasoner's saved activations wait in pinned
-    host memory.
+    first update, where `settings.pull` draws to them. rewards: what is added to the Teacher's loss, if anything. The
+    `MemoryLadder` sets decoder_chunk, frames that the surrogate decoder computes at a time (None: it chooses), and
+    offload, whether the Reasoner's saved activations wait in pinned host memory.
     """
 
     def __init__(
@@ -102,8 +108,9 @@ class Objective:
         noise: Noise,
         queries: QuerySet,
         settings: Settings,
+        rewards: Rewards | None = None,
     ) -> None:
-        self.reasoner, self.decoder, self.teacher = reasoner, decoder, teacher
+        self.reasoner, self.decoder, self.teacher, self.rewards = reasoner, decoder, teacher, rewards
         self.condition, self.noise, self.queries, self.settings = condition, noise, queries, settings
         self.frame_indices = teacher_frame_indices(condition.num_frames, settings.teacher_frames)
         self.parameters = lora_parameters(reasoner.transformer)
@@ -127,15 +134,25 @@ class Objective:
             latents = self.reasoner.predict_target(self.condition, self.noise, self.settings.target)
         frames = self._decode(latents)
         shown = self._jittered(frames, step) if self.settings.frame_jitter else frames
-        losses = self.teacher.losses(shown, self.frame_indices, self.reasoner.fps, self.queries, check=False)
-        loss = vqa_objective(losses, self.settings.goal_weight)
+        with torch.set_grad_enabled(self.settings.teacher_weight > 0):
+            losses = self.teacher.losses(shown, self.frame_indices, self.reasoner.fps, self.queries, check=False)
+        loss, rewards = self.total(losses, frames)
         with torch.no_grad():
-            metrics = Metrics.pack(loss, latents, frames, losses)
+            metrics = Metrics.pack(loss, latents, frames, losses, rewards)
         if self.settings.pull:
             if self.anchor is None:
                 self.anchor = latents.detach()
             loss = loss + self.settings.pull * (latents - self.anchor).square().mean().to(loss)
         return loss, metrics
+
+    def total(self, losses: Tensor, frames: Tensor | PatchRows) -> tuple[Tensor, Tensor | None]:
+        """The objective of the Teacher's losses (1+M,) and the rewards' on frames (K, 3, H, W); and the latter (R,)."""
+        loss = vqa_objective(losses, self.settings.goal_weight)
+        if self.rewards is None:
+            return loss, None
+        assert isinstance(frames, Tensor)  # see `_decode`
+        rewards = self.rewards.losses(frames)
+        return self.rewards.total(loss, rewards), rewards
 
     def backward(self, loss: Tensor, metrics: Tensor) -> Tensor:
         """Leave the clipped gradient of `loss` on the parameters; append its norm before clipping to `metrics`.
@@ -149,7 +166,7 @@ class Objective:
 
     def read(self, metrics: Tensor) -> Metrics:
         """The metrics that `evaluate` or `backward` packed, read from the device."""
-        return Metrics.unpack(metrics, len(self.queries.questions))
+        return Metrics.unpack(metrics, len(self.queries.questions), len(self.rewards.names) if self.rewards else 0)
 
     def needs_gradient(self, metrics: Metrics) -> bool:
         """Whether an update can follow an evaluation with these metrics."""
@@ -166,21 +183,23 @@ class Objective:
         videos = [self.reasoner.decode(sample) for sample in latents]
         indices, fps = self.frame_indices, self.reasoner.fps
         losses = [self.teacher.losses(video[indices], indices, fps, self.queries) for video in videos]
-        best = pick(losses, self.settings.goal_weight)
+        best = pick([self.total(one, video[indices])[0] for one, video in zip(losses, videos, strict=True)])
         return videos[best], losses[best]
 
+    @torch.no_grad()
     def final_loss(self) -> float:
-        """L_VQA of `final_video`."""
-        return vqa_objective(self.final_video()[1], self.settings.goal_weight).item()
+        """The objective of `final_video`."""
+        video, losses = self.final_video()
+        return self.total(losses, video[self.frame_indices])[0].item()
 
     def _decode(self, latents: Tensor) -> Tensor | PatchRows:
         """Decode the frames (K, 3, H, W) that the Teacher sees, or its patch rows where it would not resize frames.
 
-        Frames that are to be shifted must stay frames.
+        Frames that are to be shifted, or shown to rewards, must stay frames.
         """
         height, width = (side * self.decoder.spatial_stride for side in latents.shape[-2:])
         layout = self.teacher.patch_layout(len(self.frame_indices), height, width)
-        if layout is None or self.settings.frame_jitter:
+        if layout is None or self.settings.frame_jitter or self.rewards:
             return self.decoder.decode(latents, self.frame_indices, self.decoder_chunk, check=False)
         return self.decoder.decode_rows(latents, layout, self.frame_indices, self.decoder_chunk, check=False)
 

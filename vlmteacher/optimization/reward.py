@@ -26,6 +26,6 @@ def vqa_objective(losses: Tensor, goal_weight: float = 0.5) -> Tensor:
     return goal_weight * goal + (1 - goal_weight) * process.mean()
 
 
-def pick(losses: Sequence[Tensor], goal_weight: float = 0.5) -> int:
-    """The index of the video with the lowest objective, given the losses (1+M,) of each video."""
-    return min(range(len(losses)), key=lambda k: vqa_objective(losses[k], goal_weight).item())
+def pick(objectives: Sequence[Tensor]) -> int:
+    """The index of the video with the lowest objective ()."""
+    return min(range(len(objectives)), key=lambda k: objectives[k].item())
