@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from tests.baselines.conftest import SMALL
 from tests.conftest import Run
@@ -35,7 +39,7 @@ def test_it_writes_a_lora_its_cost_and_a_validation_curve(
     kind: str, config: Callable[..., Path], run: Run, models: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    path = config(validate_every=2, ema=0.5, gradient_checkpointing=True, **EXTRA[kind])
+    path = config(validate_every=2, ema=0.5, gradient_checkpointing=True, num_frames=9, **EXTRA[kind])
     status, printed, err = run("train", kind, "--config", path)
     assert (status, printed) == (0, f"LoRA: {out / 'lora.safetensors'}\n"), err
     names = ["queries.jsonl", "log.jsonl", "samples", "validation.jsonl", "state", "cost.json", "lora.safetensors"]
@@ -131,6 +135,22 @@ def move(parameters: list[torch.nn.Parameter], by: torch.Tensor) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_make_one_lora(kind: str, config: Callable[..., Path], run: Run, tmp_path: Path) -> None:
+    """Each process draws its own prompts, and both make the same update."""
+    path = config(steps=2, validate_every=2, **EXTRA[kind])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "vlmteacher", "train", kind, "--config", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=600)
+    cost = json.loads((tmp_path / "run" / "cost.json").read_text())
+    assert cost["vlm_calls"] == {"post": 8, "grpo": 16}[kind]
+    assert run("train", kind, "--config", config("alone", steps=2, **EXTRA[kind]))[0] == 0
+    both, alone = (load_file(tmp_path / name / "lora.safetensors") for name in ("run", "alone"))
+    assert any(not torch.equal(both[name], alone[name]) for name in alone)
+
+
+@pytest.mark.slow
 def test_the_loss_falls_on_the_microworld(run: Run, tmp_path: Path) -> None:
     """The packaged pair on one scene of the train split, for which its Teacher writes the queries."""
     values = {"out": str(tmp_path / "run"), "count": 2, "held_out": 1, "batch_size": 1, "steps": 8, "log_every": 2}
@@ -153,6 +173,8 @@ def test_the_loss_falls_on_the_microworld(run: Run, tmp_path: Path) -> None:
         ("post", {"tests": "x"}, "tests must be of the type"),
         ("post", {"tests": ["none"]}, "data folder none does not exist"),
         ("post", {"teacher_frames": 6}, "the Teacher cannot see 6 frames of a video of 5"),
+        ("post", {"num_frames": 6}, "num_frames must be 4k + 1"),
+        ("post", {"quantize": "16bit"}, "16bit"),
         ("grpo", {"group_size": 1}, "group_size must be at least 2, not 1"),
         ("grpo", {"updates": 0}, "updates must be at least 1, not 0"),
         ("grpo", {"clip": 0.0}, "clip must be greater than 0, not 0.0"),

@@ -13,7 +13,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,6 +34,7 @@ from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.reasoners.checkpointing import Keep, keep_activations
 from vlmteacher.reasoners.condition import Condition
 from vlmteacher.state import fingerprint
+from vlmteacher.teachers.quantization import Quantize
 from vlmteacher.torch_modes import plain_torch
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class SharedSettings:
         data: folder in VBVR's layout, whose prompt.txt and first_frame.png are read, or "microworld": its train split.
         pair: directory of a pair of models; None: the packaged one.
         reasoner, teacher, decoder: hub ids, directories or a file, each instead of the pair's.
+        transformer, few_step_lora, preset, quantize: see `TeacherPipeline.from_pretrained`.
+        num_frames, height, width: of every video; None: the Reasoner's own.
         device: None: the GPU, if there is one.
         count: number of prompts, from the first on; `held_out` of them are validated on.
         tests: folders in VBVR's layout of the tests, none of whose prompts may be trained on, beside the microworld's.
@@ -69,6 +72,13 @@ class SharedSettings:
     reasoner: str | None = None
     teacher: str | None = None
     decoder: str | None = None
+    transformer: str | None = None
+    few_step_lora: str | None = None
+    preset: str | None = None
+    quantize: Quantize | None = None
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
     device: str | None = None
     count: int = 512
     tests: tuple[str, ...] = ()
@@ -91,7 +101,10 @@ class SharedSettings:
     def to_dict(self) -> dict[str, Any]:
         """The settings that a resumed run must share, by their names in the YAML file."""
         values = asdict(self)
-        return {**values.pop("train"), **{name: value for name, value in values.items() if name != "out"}}
+        return {
+            **values.pop("train"),
+            **{name: value for name, value in values.items() if name not in ("out", "device")},
+        }
 
     @classmethod
     def from_dict(cls: type[S], values: dict[str, Any]) -> S:
@@ -109,22 +122,26 @@ class TrainingCost(nn.Module):
 
     seconds: of the updates, with writing queries and without validation. generator_calls: videos that the Reasoner
     sampled. predictions: one-step predictions that were differentiated. vlm_calls: videos and predictions that the
-    Teacher judged. queries_written: prompts that it wrote queries for.
+    Teacher judged. queries_written: prompts that it wrote queries for. Of several processes, the main one's are counted
+    for each.
     """
 
     NAMES = ("seconds", "generator_calls", "predictions", "vlm_calls", "queries_written")
 
-    def __init__(self) -> None:
+    def __init__(self, processes: int) -> None:
         super().__init__()
+        self.processes = processes
         self.register_buffer("values", torch.zeros(len(self.NAMES), dtype=torch.float64))
         self.values: Tensor
 
-    def add(self, **amounts: float) -> None:
-        for name, amount in amounts.items():
-            self.values[self.NAMES.index(name)] += amount
+    def add(self, seconds: float = 0.0, **calls: int) -> None:
+        self.values[0] += seconds
+        for name, count in calls.items():
+            self.values[self.NAMES.index(name)] += count * self.processes
 
     def to_dict(self) -> dict[str, float]:
-        return dict(zip(self.NAMES, self.values.tolist(), strict=True))
+        seconds, *calls = self.values.tolist()
+        return dict(zip(self.NAMES, (seconds, *map(int, calls)), strict=True))
 
 
 class SharedTraining(ABC):
@@ -162,7 +179,7 @@ class SharedTraining(ABC):
             keep_activations(transformer, Keep.INPUT)
         add_lora(transformer, self.train.rank, seed=self.train.seed)
         self.parameters = lora_parameters(transformer)
-        self.cost = TrainingCost()
+        self.cost = TrainingCost(accelerator.num_processes)
         self.modules: dict[str, nn.Module] = {"student": nn.ParameterList(self.parameters), "cost": self.cost}
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=self.train.learning_rate, weight_decay=self.train.weight_decay
@@ -280,14 +297,7 @@ def run_training(
     with training_folder(out, resume, accelerator):
         prompts = load_prompts(settings.data, settings.count, train.seed)
         check_disjoint(prompts, settings.tests)
-        pipe = TeacherPipeline.from_pretrained(
-            settings.reasoner,
-            settings.teacher,
-            settings.decoder,
-            pair=settings.pair,
-            dtype=train.dtype,
-            device_map=settings.device or (accelerator.device if accelerator.device.type != "cpu" else None),
-        )
+        pipe = _load(settings, accelerator.device)
         shared = settings.to_dict() | _fingerprints(pipe, prompts)
         learning = training(settings, pipe, prompts, accelerator, out)
         trainer = Trainer(out, learning.modules, learning.optimizers, shared, accelerator)
@@ -298,6 +308,27 @@ def run_training(
             write_json(out / "cost.json", {"steps": train.steps, **learning.cost.to_dict()})
             write_bytes(out / "lora.safetensors", export_lora(pipe.reasoner.transformer))
     return out / "lora.safetensors"
+
+
+def _load(settings: SharedSettings, device: torch.device) -> TeacherPipeline:
+    """Load the models; of several processes, each has a `device` of its own."""
+    pipe = TeacherPipeline.from_pretrained(
+        settings.reasoner,
+        settings.teacher,
+        settings.decoder,
+        pair=settings.pair,
+        transformer=settings.transformer,
+        few_step_lora=settings.few_step_lora,
+        preset=settings.preset,
+        quantize=settings.quantize,
+        dtype=settings.train.dtype,
+        device_map=settings.device or (None if device.type == "cpu" else device),
+    )
+    reasoner = pipe.reasoner
+    size = {name: getattr(settings, name) or getattr(reasoner, name) for name in ("num_frames", "height", "width")}
+    reasoner.check(**size)
+    reasoner.settings = replace(reasoner.settings, **size)
+    return pipe
 
 
 def _fingerprints(pipe: TeacherPipeline, prompts: Sequence[TrainingPrompt]) -> dict[str, str]:

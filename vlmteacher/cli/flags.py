@@ -127,7 +127,7 @@ def add_training(sub: argparse.ArgumentParser, reasoner: str) -> None:
         help="settings, or a sample of the package: sft, post, grpo, dmd2, decoder; the flags below override them",
     )
     sub.add_argument("--reasoner", metavar="ID", help=reasoner)
-    sub.add_argument("--data", metavar="DIR", help="instances in VBVR's layout")
+    sub.add_argument("--data", metavar="DIR", help="instances in VBVR's layout (post, grpo: or microworld)")
     sub.add_argument(
         "--out", metavar="DIR", help="folder to write; the result is its folder `pipeline`, or its lora.safetensors"
     )
