@@ -60,6 +60,8 @@ def add(commands: Commands) -> None:
     models, sampling, place = (sub.add_argument_group(title) for title in titles)
     add_teacher(models)
     add_reasoner(models, sampling, place)
+    for name, method in (("lora", "base"), ("post-lora", "post"), ("grpo-lora", "flow-grpo")):
+        models.add_argument(f"--{name}", metavar="FILE", help=f"LoRA that the method {method} runs with")
     add_lora_partial(models)
     for kind in ("teacher", "reasoner"):
         models.add_argument(
@@ -109,7 +111,7 @@ def _run_table(arguments: argparse.Namespace) -> None:
     from vlmteacher.evaluation.tables import find_table, run_table
 
     table = find_table(arguments.table)
-    for name in ("split", "lora_blocks", "rescore", "keep_videos"):
+    for name in ("split", "lora", "lora_blocks", "rescore", "keep_videos"):
         if getattr(arguments, name) not in (None, False):
             raise InputError(f"--{name.replace('_', '-')} goes with --method: a table has its own splits and methods")
     benchmark, out = _benchmark(arguments), Path(arguments.out)

@@ -15,7 +15,7 @@ from torch import Tensor
 from vlmteacher.errors import InputError
 from vlmteacher.evaluation.failures import explain
 from vlmteacher.evaluation.methods import Method, Row, check_teacher
-from vlmteacher.evaluation.models import Models, load
+from vlmteacher.evaluation.models import Models, load, use_lora
 from vlmteacher.files import read_json
 from vlmteacher.queries import QuerySet
 
@@ -206,6 +206,7 @@ class Benchmark(ABC):
         if method.control:
             return
         check_teacher(method, self.pair, self.models.teacher)
+        self._check_lora(method)
         if method.many_step:
             self.find_many_step()
         blocks = self.models.keywords.get("lora_blocks")
@@ -222,6 +223,13 @@ class Benchmark(ABC):
             if parse_blocks(blocks) > config["num_layers"]:
                 raise InputError(f"lora_blocks {blocks}: the transformer has {config['num_layers']} blocks")
 
+    def _check_lora(self, method: Method) -> None:
+        if self.models.lora is not None and method.lora != "lora":
+            raise InputError(f"--lora {self.models.lora} is of the method base, not of {method.name}")
+        if method.lora in ("post_lora", "grpo_lora") and getattr(self.models, method.lora) is None:
+            kind = method.lora.removesuffix("_lora")
+            raise InputError(f"method {method.name!r} needs --{kind}-lora FILE, which `vlmteacher train {kind}` makes")
+
     def find_many_step(self) -> str:
         """Return where the Reasoner before its few-step distillation is. Raises InputError if it is not given."""
         from vlmteacher.pipeline import read_pair
@@ -235,7 +243,9 @@ class Benchmark(ABC):
 
     def load_models(self, method: Method) -> TeacherPipeline:
         """Return the models that a method runs with; each process loads them once."""
-        return load(self.models, self.pair, self.find_many_step() if method.many_step else None)
+        pipe = load(self.models, self.pair, self.find_many_step() if method.many_step else None)
+        use_lora(pipe, getattr(self.models, method.lora) if method.lora else None, self.models.lora_partial)
+        return pipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,6 +46,7 @@ class Method:
         frames: number of Teacher frames as a multiple of the pair's default.
         queries: replace the Teacher's.
         many_step: run the Reasoner from before its few-step distillation.
+        lora: the field of `Models` with the LoRA that the Reasoner runs with; "" for other methods.
         control: "static" or "final-frame", a video of one picture that no model makes; "" for other methods.
     """
 
@@ -58,6 +59,7 @@ class Method:
     frames: float = 1.0
     queries: QuerySet | None = None
     many_step: bool = False
+    lora: Literal["", "lora", "post_lora", "grpo_lora"] = ""
     control: Literal["", "static", "final-frame"] = ""
 
     @property
@@ -66,11 +68,14 @@ class Method:
         return tuple(f"{'pass' if self.samples else 'steps'}@{n}" for n in self.snapshots) or (self.name,)
 
 
+NO_UPDATE: dict[str, Any] = {"max_steps": 0, "final_samples": 1}
 METHODS = {
     method.name: method
     for method in (
-        Method("base", {"max_steps": 0, "final_samples": 1}),
+        Method("base", NO_UPDATE, lora="lora"),
         Method("teacher"),
+        Method("post", NO_UPDATE, lora="post_lora"),
+        Method("flow-grpo", NO_UPDATE, lora="grpo_lora"),
         Method("goal-only", {"goal_weight": 1.0}),
         Method("process-only", {"goal_weight": 0.0}),
         Method("generic", queries=GENERIC),
@@ -125,7 +130,7 @@ def steps(*numbers: int) -> Method:
 
     With no updates it is the base.
     """
-    settings = {"max_steps": max(numbers), "threshold": NEVER} if any(numbers) else METHODS["base"].settings
+    settings = {"max_steps": max(numbers), "threshold": NEVER} if any(numbers) else NO_UPDATE
     return Method("steps", settings, snapshots=numbers)
 
 

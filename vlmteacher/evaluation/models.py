@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from vlmteacher.errors import InputError
+from vlmteacher.instance import lora_fingerprint
+from vlmteacher.lora.formats import LoRA, read_lora
 from vlmteacher.placement import find_devices, find_dtype, parse_device_map, parse_dtype
 from vlmteacher.reasoners.sampling import even_timesteps
 from vlmteacher.settings import Keywords, Settings
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 MANY_STEPS = 30  # of a Reasoner before its few-step distillation
 SIZE = ("num_frames", "height", "width")
+LORAS = ("lora", "post_lora", "grpo_lora")
 SAMPLING = ("num_inference_steps", "guidance_scale", "negative_prompt")
 PLACES = ("device", "device_map", "offload", "activations")  # where and how the results are computed
 
@@ -36,6 +39,7 @@ class Models:
         activations: what the blocks keep for the backward, in the words of ``vlmteacher plan``.
         num_frames, height, width, num_inference_steps, guidance_scale, negative_prompt: of every video.
         settings: names and values of `Settings`, instead of the pair's defaults.
+        lora, post_lora, grpo_lora: file of a LoRA that the method `base`, `post` or `flow-grpo` runs with.
     """
 
     reasoner: str | None = None
@@ -58,6 +62,9 @@ class Models:
     guidance_scale: float | None = None
     negative_prompt: str | None = None
     settings: tuple[tuple[str, Any], ...] = ()
+    lora: str | None = None
+    post_lora: str | None = None
+    grpo_lora: str | None = None
 
     def __post_init__(self) -> None:
         Settings().updated(**self.keywords)
@@ -73,8 +80,12 @@ class Models:
         return cast(Keywords, dict(self.settings))
 
     def described(self) -> dict[str, Any]:
-        """Return what the results depend on, as plain data for JSON: without the `PLACES`."""
+        """Return what the results depend on, as plain data for JSON: without the `PLACES`; LoRAs by their content.
+
+        Raises InputError for a LoRA's file that cannot be read.
+        """
         values = {name: value for name, value in asdict(self).items() if name not in (*PLACES, "settings")}
+        values |= {name: lora_fingerprint(read_lora(values[name])) for name in LORAS if values[name] is not None}
         if self.reasoner or self.teacher:
             values["dtype"] = str(self.place()[1]).removeprefix("torch.")
         given = {name: value for name, value in values.items() if value not in (None, False)}
@@ -91,6 +102,17 @@ class Models:
         if self.offload and all(device.type == "cpu" for device in devices.values()):
             raise InputError("--offload keeps in main memory what a GPU does not need: give --device or --device-map")
         return devices, parse_dtype(self.dtype) if self.dtype else find_dtype(devices)
+
+
+def use_lora(pipe: TeacherPipeline, file: str | None, partial: bool) -> None:
+    """Start the pipeline's calls from the LoRA in a file, which is read once; None: from none. Raises InputError."""
+    pipe.lora = None if file is None else _read(pipe, file, partial)
+
+
+@lru_cache(maxsize=4)
+def _read(pipe: TeacherPipeline, file: str, partial: bool) -> LoRA | None:
+    pipe.load_lora(file, partial)
+    return pipe.lora
 
 
 @lru_cache(maxsize=2)
