@@ -63,7 +63,7 @@ def test_an_export_continues_and_overwrites_nothing(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--count", 0), "--count must be at least 1"),
+        (("--count", 0), "--limit must be at least 1"),
         (("--split", "exam"), "unknown split 'exam'"),
         (("--family", "chess"), "unknown family 'chess'"),
     ],

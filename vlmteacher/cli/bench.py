@@ -51,6 +51,10 @@ def add(commands: Commands) -> None:
     )
     sub.add_argument("--pair", metavar="DIR", help="folder with a pair.json (default: the packaged pair)")
     add_families(sub)
+    sub.add_argument("--data", metavar="DIR", help="folder of the benchmark's data, which the user has downloaded")
+    sub.add_argument("--evalkit", metavar="DIR", help="folder of its evaluation kit, which the user has cloned")
+    sub.add_argument("--evalkit-python", metavar="FILE", help="Python that runs the kit (default: this one)")
+    sub.add_argument("--pro", action="store_true", help="vbvr: data and kit are VBVR-Pro-Bench's")
     sub.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
     sub.add_argument("--keep-videos", action="store_true", help="keep the videos, where the scorer needs no files")
     sub.add_argument("--out", required=True, metavar="DIR", help="folder for results.json")
@@ -136,6 +140,9 @@ def _benchmark(arguments: argparse.Namespace) -> Benchmark:
 
     bench: type[Benchmark] = import_module(f"vlmteacher.evaluation.{_module(arguments)}").Bench
     names = {field.name for field in fields(bench)}
+    for name in ("data", "evalkit", "evalkit_python", "pro", "family"):
+        if getattr(arguments, name) and name not in names | ({"family"} if "families" in names else set()):
+            raise InputError(f"--{name.replace('_', '-')} is not for the benchmark {arguments.benchmark}")
     given = {name: value for name, value in vars(arguments).items() if name in names}
     if "families" in names:
         given["families"] = tuple(families(arguments))

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from vlmteacher.cli.flags import Commands, add_command, add_families, families, seed
+from vlmteacher.errors import InputError
 from vlmteacher.settings import Renamed
 
 
@@ -13,12 +14,18 @@ def add(commands: Commands) -> None:
     text = "instances of the built-in world as files; how good a Reasoner's few steps are"
     kinds = add_command(commands, "microworld", export, text).add_subparsers(required=True, metavar="WHAT")
     sub = kinds.add_parser("export", help="write instances in VBVR's layout")
+    sub.add_argument(
+        "--layout",
+        choices=("train", "bench"),
+        default="train",
+        help="of VBVR's training data (default), or of VBVR-Bench's: both test splits, for `bench vbvr`",
+    )
     sub.set_defaults(command=sub)
     sub.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     sub.add_argument("--limit", type=int, default=100, metavar="N", help="instances (default: 100)")
     sub.add_argument("--count", dest="limit", type=int, action=Renamed, new="--limit")
     sub.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of the instances (default: 0)")
-    sub.add_argument("--split", default="train", metavar="NAME", help="train (default), id, ood or validation")
+    sub.add_argument("--split", metavar="NAME", help="train (default), id, ood or validation")
     add_families(sub)
     sub.add_argument("--flawed", action="store_true", help="videos with the Reasoner's documented flaw")
 
@@ -40,10 +47,16 @@ def export(arguments: argparse.Namespace) -> None:
     from vlmteacher.quiet import quiet
 
     quiet()
-    from vlmteacher.microworld.export import export
+    from vlmteacher.microworld.export import export, export_bench
 
     out, chosen = Path(arguments.out), families(arguments)
-    export(out, arguments.limit, arguments.seed, arguments.split, arguments.flawed, chosen=chosen)
+    if arguments.layout == "bench":
+        if arguments.split is not None or arguments.flawed:
+            raise InputError("--layout bench has both test splits and right videos: it goes without --split, --flawed")
+        export_bench(out, arguments.limit, arguments.seed, chosen)
+        print(f"{arguments.limit} instances of each test split in VBVR-Bench's layout: {out}")
+        return
+    export(out, arguments.limit, arguments.seed, arguments.split or "train", arguments.flawed, chosen=chosen)
     print(f"{arguments.limit} instances in VBVR's layout: {out}")
 
 

@@ -71,17 +71,19 @@ class Score:
         score: in [0, 1]; None: the scorer has not judged, for a reason that is not the video's (`error`).
         subscores: the parts of the score by name.
         error: what the scorer says against the video; the benchmark's own rule then sets the score.
+        category: the scorer's name for the group of the task, where the data have none.
     """
 
     success: bool | None
     score: float | None
     subscores: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
+    category: str | None = None
 
     def entries(self) -> Row:
         """Return the entries of a row."""
-        error = {"error": self.error} if self.error else {}
-        return {"success": self.success, "score": self.score, "subscores": dict(self.subscores), **error}
+        more = {name: value for name in ("error", "category") if (value := getattr(self, name))}
+        return {"success": self.success, "score": self.score, "subscores": dict(self.subscores), **more}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Export of microworld instances as files in VBVR's layout, for the training of a Reasoner."""
+"""Export of microworld instances as files in VBVR's layouts: for the training of a Reasoner, and as a benchmark."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from vlmteacher.errors import InputError
 from vlmteacher.files import claimed, make_folder, remove_leftovers, replacing, write_json, write_text
 from vlmteacher.media import write_video
 from vlmteacher.microworld import world
+
+BENCH_SPLITS = {"id": "In-Domain_50", "ood": "Out-of-Domain_50"}
 
 
 def export(
@@ -39,7 +41,7 @@ def export(
         OutputError: the disk is full; complete instances stay.
     """
     if count < 1:
-        raise InputError(f"--count must be at least 1, not {count}")
+        raise InputError(f"--limit must be at least 1, not {count}")
     world.check(split, chosen)
     with claimed(out):
         for folder in out.glob("*_task"):
@@ -47,26 +49,49 @@ def export(
         for index in tqdm(range(count), desc="export"):
             scene, prompt = world.instance(index, seed, split, chosen)
             instance = out / f"{scene.family}_task" / f"{index:06d}"
-            description = {
-                "index": index,
-                "seed": seed,
-                "split": split,
-                "flawed": flawed,
-                "scene": scene.to_json(),
-            }
-            if instance.exists():
-                _check_same(instance, description)
-                continue
+            description = {"index": index, "seed": seed, "split": split, "flawed": flawed, "scene": scene.to_json()}
             shown = world.flawed(scene) if flawed else scene
-            description |= {"right": shown == scene, "fps": world.FPS}
-            pixels = (world.render(shown) * 255).round().astype(np.uint8)
-            make_folder(instance.parent)
-            with replacing(instance) as temporary:
-                temporary.mkdir()
-                Image.fromarray(pixels[0]).save(temporary / "first_frame.png")
-                write_text(temporary / "prompt.txt", prompt + "\n")
-                write_video(temporary / "ground_truth.mp4", pixels, world.FPS)
-                write_json(temporary / "metadata.json", description)
+            _write(instance, prompt, shown, description, {"right": shown == scene})
+
+
+def export_bench(out: Path, count: int, seed: int, chosen: Sequence[str] = world.FAMILIES) -> None:
+    """Write `count` instances of each test split in the layout of VBVR-Bench's data.
+
+    They are in ``out/In-Domain_50`` (split ``id``) and ``out/Out-of-Domain_50`` (``ood``), as
+    ``<family>_data-generator/<five digits>``, each with final_frame.png beside the files that `export` writes. Complete
+    ones from an earlier call are kept. Raises as `export` does.
+    """
+    if count < 1:
+        raise InputError(f"--limit must be at least 1, not {count}")
+    world.check("id", chosen)
+    with claimed(out):
+        for folder in out.glob("*/*_data-generator"):
+            remove_leftovers(folder)
+        for split, name in BENCH_SPLITS.items():
+            for index in tqdm(range(count), desc=f"export {split}"):
+                scene, prompt = world.instance(index, seed, split, chosen)
+                instance = out / name / f"{scene.family}_data-generator" / f"{index // len(chosen):05d}"
+                description = {"index": index, "seed": seed, "split": split, "scene": scene.to_json()}
+                _write(instance, prompt, scene, description, {}, final_frame=True)
+
+
+def _write(
+    instance: Path, prompt: str, shown: world.Scene, description: dict, more: dict, final_frame: bool = False
+) -> None:
+    """Write an instance that shows a scene, or check that it is there; `more`: of metadata.json."""
+    if instance.exists():
+        _check_same(instance, description)
+        return
+    pixels = (world.render(shown) * 255).round().astype(np.uint8)
+    make_folder(instance.parent)
+    with replacing(instance) as temporary:
+        temporary.mkdir()
+        Image.fromarray(pixels[0]).save(temporary / "first_frame.png")
+        if final_frame:
+            Image.fromarray(pixels[-1]).save(temporary / "final_frame.png")
+        write_text(temporary / "prompt.txt", prompt + "\n")
+        write_video(temporary / "ground_truth.mp4", pixels, world.FPS)
+        write_json(temporary / "metadata.json", {**description, **more, "fps": world.FPS})
 
 
 def _check_same(instance: Path, description: dict) -> None:

@@ -1,0 +1,98 @@
+"""An evaluation kit that a user has cloned: its sources' fingerprint, and its command in a process of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmteacher.errors import InputError
+
+SECONDS = 3600  # for one run of a kit, which judges a few videos
+NO_PACKAGE = re.compile(r"(?:ModuleNotFoundError|ImportError): (.*)")
+INFRASTRUCTURE = re.compile(
+    r"no module named|cannot import|cuda error|out of memory|cannot allocate|no space left|too many open files"
+    r"|permission denied|read-only file system|connection (refused|reset|error)|timed out",
+    re.IGNORECASE,
+)
+"""What an evaluator says when it, and not the video, is at fault: no verdict is made of that."""
+
+
+@dataclass(frozen=True)
+class Kit:
+    """A kit's folder, the script that is its entry point, and the Python that runs it; None: this one."""
+
+    name: str
+    folder: str
+    script: str
+    python: str | None = None
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder).absolute()
+
+    def check(self, hint: str = "") -> None:
+        """Ask the entry point for its help, which imports all that it needs.
+
+        hint: where to get the kit. Raises InputError: no such folder or script, or it does not start.
+        """
+        if not (self.path / self.script).is_file():
+            others = sorted(path.name for path in self.path.glob("*.py")) if self.path.is_dir() else []
+            has = f"it has {', '.join(others[:5])}" if others else "it is no folder of a kit"
+            raise InputError(f"--evalkit {self.folder}: there is no {self.script} of {self.name} ({has}){hint}")
+        if (why := self.run(["--help"])) is not None:
+            raise InputError(f"--evalkit {self.folder}: {self.script} does not start: {why}")
+
+    def sources(self) -> list[Path]:
+        """Return the kit's Python files, without those of an environment in its folder."""
+        files: list[Path] = []
+        for folder, folders, names in os.walk(self.path):
+            inside = [name for name in folders if not (name[0] == "." or Path(folder, name, "pyvenv.cfg").exists())]
+            folders[:] = sorted(inside)
+            files += [Path(folder, name) for name in sorted(names) if name.endswith(".py")]
+        return files
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 over names and contents of the kit's sources."""
+        digest = hashlib.sha256()
+        for path in self.sources():
+            data = path.read_bytes()
+            digest.update(f"{path.relative_to(self.path).as_posix()}\0{len(data)}\0".encode() + data)
+        return digest.hexdigest()
+
+    def described(self) -> dict[str, str]:
+        """Return what the kit's verdicts depend on."""
+        return {"kit": self.name, "entry_point": self.script, "sha256": self.fingerprint()}
+
+    def run(self, words: Sequence[str]) -> str | None:
+        """Run the entry point in the kit's folder; return why it failed, or None.
+
+        Raises InputError where the Python cannot be run, or lacks a package that the kit needs.
+        """
+        python = self.python or sys.executable
+        # A kit's folder stays as it was cloned: no __pycache__.
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONIOENCODING": "utf-8"}
+        command = [python, str(self.path / self.script), *words]
+        try:
+            done = subprocess.run(
+                command, cwd=self.path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            return f"it took more than {SECONDS} seconds"
+        except OSError as error:
+            raise InputError(f"--evalkit-python {python} cannot be run ({error.strerror})") from error
+        if done.returncode == 0:
+            return None
+        said = done.stderr.decode(errors="replace")
+        if missing := NO_PACKAGE.search(said):
+            raise InputError(
+                f"{self.name} needs a package that {python} has not ({missing[1]}): install {self.folder}/"
+                "requirements.txt into an environment, and give its Python as --evalkit-python"
+            )
+        last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "it says nothing")
+        return f"{self.script} ended with exit status {done.returncode}: {last[:200]}"
