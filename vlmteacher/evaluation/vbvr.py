@@ -255,7 +255,7 @@ def verdict(sample: Mapping[str, Any]) -> Score:
     parts = sample.get("dimensions") or {}
     subscores = {name: float(value) for name, value in parts.items() if isinstance(value, int | float)}
     text = None if error is None else " ".join(str(error).split())[:300]
-    return Score(None, float(score), subscores, text, sample.get("category"))
+    return Score(None, float(score), subscores, text, str(sample.get("category", "unknown")).lower())
 
 
 def kit_means(rows: Sequence[Row]) -> dict[str, Any]:
