@@ -166,18 +166,19 @@ def test_the_papers_figures_agree_with_each_other() -> None:
 
 def test_other_models_and_shared_runs() -> None:
     bench = Scores()
-    others = other_models(bench, ["a/VLM", "b/Other"], ["c/Video"])
-    assert [(n, o.models.teacher, o.models.reasoner) for n, o in others.items()] == [
-        *[("+VLM", "a/VLM", None), ("+Other", "b/Other", None), ("+Video", None, "c/Video")]
+    table = TABLES["IV"]
+    others = other_models(table, bench, ["Qwen/Qwen3-VL-8B-Instruct"], ["hy/HunyuanVideo-1.5-Diffusers"])
+    assert [(n, names, o.models.teacher, o.models.reasoner) for n, (names, o) in others.items()] == [
+        ("+Qwen3-VL-8B-Instruct", ("teacher",), "Qwen/Qwen3-VL-8B-Instruct", None),
+        ("+HunyuanVideo-1.5-Diffusers", ("base", "teacher"), None, "hy/HunyuanVideo-1.5-Diffusers"),
     ]
+    labels = ["teacher", *(name + suffix for suffix, (names, _) in others.items() for name in names)]
+    printed = paper.figures("ruler", "IV", labels)
+    assert [printed[label]["overall"] for label in labels] == [68.2, 69.2, 35.8, 44.5]
     with pytest.raises(InputError, match="end in the same name"):
-        other_models(bench, ["a/VLM"], ["b/VLM"])
-    assert {
-        name: method.rows for name, method in share(("base", "pass@2", "pass@5", "steps@0", "steps@3")).items()
-    } == {
-        "pass@2": ("pass@2", "pass@5"),
-        "pass@5": ("pass@2", "pass@5"),
-    }
+        other_models(table, bench, ["a/VLM"], ["b/VLM"])
+    shared = share(("base", "pass@2", "pass@5", "steps@0", "steps@3"))
+    assert shared.keys() == {"pass@2", "pass@5"} and shared["pass@2"].rows == ("pass@2", "pass@5")
 
 
 def test_no_settings_are_chosen_on_a_test_set(tmp_path: Path) -> None:

@@ -155,6 +155,6 @@ def test_the_command_line_says_what_is_wrong(run: Run, tmp_path: Path) -> None:
 def test_the_tables_name_methods_that_are_there() -> None:
     for table in tables.TABLES.values():
         assert table.main[0] == "base" and set(table.against) <= set(table.main)
-        assert set(table.models) <= set(table.main)
+        assert {*table.teachers, *table.reasoners} <= set(table.main)
         for name in {*table.main, *table.others}:
             assert tables.find_method(name).rows == (name,)

@@ -6,7 +6,7 @@ distillation are left out. A blank of the paper is a blank here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 SOURCE = "arXiv 2606.02564 v3"
 
@@ -86,8 +86,8 @@ TABLE_IV = _read(
     """
     base 46.4 55.5 47.5 50.3 58.6 36.1
     teacher 68.2 79.9 70.6 58.9 80.8 58.1
-    teacher+InternVL3-8B-hf 68.1 79.7 70.4 58.7 80.5 58.2
-    teacher+Qwen3-VL-8B-Instruct 69.2 80.7 71.5 59.5 81.6 59.4
+    teacher+InternVL3-8B 68.1 79.7 70.4 58.7 80.5 58.2
+    teacher+Qwen3-VL-8B 69.2 80.7 71.5 59.5 81.6 59.4
     base+HunyuanVideo-1.5 35.8 43.0 36.5 39.5 46.0 27.5
     teacher+HunyuanVideo-1.5 44.5 51.0 44.0 43.5 54.0 38.3
     """,
@@ -102,11 +102,20 @@ PRINTED: Mapping[tuple[str, str], Figures] = {
 }
 
 
-def figures(benchmark: str, table: str) -> Figures:
-    """Return what the paper prints for a table on a benchmark; nothing where it has no such table."""
-    return PRINTED.get((benchmark, table), {})
+def figures(benchmark: str, table: str, methods: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return what the paper prints for methods of a table on a benchmark; nothing where it has no such table.
+
+    A method with another model, as "teacher+Qwen3-VL-8B-Instruct", has the figures of the model that its name begins
+    with.
+    """
+    chosen = {}
+    for method in methods:
+        for name, row in PRINTED.get((benchmark, table), {}).items():
+            if method == name or ("+" in name and plain(method).startswith(plain(name))):
+                chosen[method] = dict(row)
+    return chosen
 
 
 def plain(name: str) -> str:
     """Return the name of a column or part without what spellings differ in."""
-    return "".join(c for c in name.casefold() if c.isalnum() or c == "/")
+    return "".join(c for c in name.casefold() if c.isalnum() or c in "/+")

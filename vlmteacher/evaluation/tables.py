@@ -33,7 +33,7 @@ class Table:
         main: methods that run with every noise.
         others: methods that run with the first noise only.
         against: the baselines that every method is compared with.
-        models: methods that run once more with every other Teacher or Reasoner that is given.
+        teachers, reasoners: methods that run once more with every other Teacher, or Reasoner, that is given.
         parts: what is scored apart, beside the splits.
         tuning: whether it is computed on the splits to choose settings on, instead of those to test on.
         noises: of the main methods, where no number is chosen.
@@ -43,7 +43,8 @@ class Table:
     main: tuple[str, ...]
     others: tuple[str, ...] = ()
     against: tuple[str, ...] = ()
-    models: tuple[str, ...] = ()
+    teachers: tuple[str, ...] = ()
+    reasoners: tuple[str, ...] = ()
     parts: Literal["", "category in split", "category", "task"] = ""
     tuning: bool = False
     noises: int = 1
@@ -74,7 +75,9 @@ TABLES = {
             parts="task",
         ),
         Table(name="III", main=("base", "teacher"), others=ABLATIONS, against=("base", "teacher")),
-        Table(name="IV", main=("base", "teacher"), models=("base", "teacher"), parts="category"),
+        Table(
+            name="IV", main=("base", "teacher"), teachers=("teacher",), reasoners=("base", "teacher"), parts="category"
+        ),
         Table(
             name="paper",
             main=("base", "pass@5", "teacher"),
@@ -136,7 +139,7 @@ def run_table(
     Each method has a folder in `out` with its results.json; with `resume`, finished instances are not run again. The
     table is written as Markdown, CSV and LaTeX too (see `formats`).
     noises: the number of noises per scene for the table's main methods. teachers, reasoners: ids of other models, with
-    each of which `table.models` are run too, under the method's name, "+" and the last part of the id.
+    each of which the table's methods for it are run too, under the method's name, "+" and the last part of the id.
 
     Raises as `run_method` does. If instances failed, the table is not written: it would compare methods on different
     scenes.
@@ -148,9 +151,9 @@ def run_table(
     with claimed(out):
         with start_workers(workers, benchmark) as work:
             run.methods(benchmark, table.main + table.others, work)
-        for suffix, other in other_models(benchmark, teachers, reasoners).items():
+        for suffix, (names, other) in other_models(table, benchmark, teachers, reasoners).items():
             with start_workers(workers, other) as work:
-                run.methods(other, table.models, work, suffix)
+                run.methods(other, names, work, suffix)
     check_complete(out, run.failed)
     content = describe_table(table, benchmark, run.results, run.missing) | {"limit": limit, "noises": noises}
     write_table(content, out)
@@ -161,7 +164,7 @@ def describe_table(
     table: Table, benchmark: Benchmark, results: Mapping[str, Sequence[Row]], missing: Mapping[str, str]
 ) -> Row:
     """Return the content of table.json. results: rows by method; missing: methods that were not run, and why."""
-    splits, printed = splits_of(table, benchmark), figures(benchmark.name, table.name)
+    splits = splits_of(table, benchmark)
     return {
         "benchmark": benchmark.name,
         "table": table.name,
@@ -172,21 +175,23 @@ def describe_table(
         "against": [name for name in table.against if name in results],
         "methods": {name: describe(benchmark, table, splits, name, results) for name in results},
         "missing": dict(missing),
-        "paper": {name: dict(printed[name]) for name in [*results, *missing] if name in printed},
+        "paper": figures(benchmark.name, table.name, [*results, *missing]),
     }
 
 
-def other_models(benchmark: Benchmark, teachers: Sequence[str], reasoners: Sequence[str]) -> dict[str, Benchmark]:
-    """Return the benchmark with each other Teacher or Reasoner, by the suffix of its methods' names.
+def other_models(
+    table: Table, benchmark: Benchmark, teachers: Sequence[str], reasoners: Sequence[str]
+) -> dict[str, tuple[tuple[str, ...], Benchmark]]:
+    """Return the methods to run with each other Teacher or Reasoner, and the benchmark with it, by their suffix.
 
     Raises InputError for two models of one name.
     """
     models = benchmark.models
     kept = ("teacher", "quantize", "dtype", "device", "device_map", "offload", "settings")
     own: dict[str, Any] = {name: getattr(models, name) for name in kept}  # the rest is the other Reasoner's own
-    changed = [(model, replace(models, teacher=model)) for model in teachers]
-    changed += [(model, Models(**own | {"reasoner": model})) for model in reasoners]
-    others = {f"+{Path(model).name}": replace(benchmark, models=other) for model, other in changed}
+    changed = [(model, table.teachers, replace(models, teacher=model)) for model in teachers]
+    changed += [(model, table.reasoners, Models(**own | {"reasoner": model})) for model in reasoners]
+    others = {f"+{Path(model).name}": (names, replace(benchmark, models=other)) for model, names, other in changed}
     if len(others) < len(changed):
         raise InputError("two of --other-teacher and --other-reasoner end in the same name: rename a folder")
     return others
