@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from vlmteacher.cli import parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -51,6 +54,29 @@ def test_a_broken_link_and_anchor_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# One & two\n[a](#one--two) [b](page.md#three) ![c](none.png) [d](https://example.com/x)\n")
     assert broken(page, page.read_text()) == ["page.md#three", "none.png"]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The arguments of the commands that stand in blocks of code, but for those with blanks to fill in."""
+    lines = re.sub(r" *\\\n *", " ", text).splitlines()
+    found = (re.match(r"(?: {4,}|\| )?vlmteacher (.+)", line) for line in lines)
+    return [
+        shlex.split(match[1], comments=True) for match in found if match and not re.search(r"\.\.\.|\||\[", match[1])
+    ]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "guides"], ids=lambda page: page.stem)
+def test_commands_exist_with_their_flags(page: Path) -> None:
+    for arguments in commands(page.read_text()):
+        try:
+            parser().parse_args([re.sub(r"^[A-Z]$", "1", each) for each in arguments])
+        except SystemExit as stop:
+            pytest.fail(f"vlmteacher {shlex.join(arguments)}: exit status {stop.code}")
+
+
+def test_a_command_is_read_over_its_lines() -> None:
+    text = "    vlmteacher solve --prompt 'a b' \\\n        --out runs/x  # so\nvlmteacher plan --reasoner ...\n"
+    assert commands(text) == [["solve", "--prompt", "a b", "--out", "runs/x"]]
 
 
 def test_paths_that_are_named_exist() -> None:

@@ -187,7 +187,7 @@ def other_models(
     Raises InputError for two models of one name.
     """
     models = benchmark.models
-    kept = ("teacher", "quantize", "dtype", "device", "device_map", "offload", "settings")
+    kept = ("teacher", "quantize", "dtype", "device", "device_map", "offload", "num_frames", "settings")
     own: dict[str, Any] = {name: getattr(models, name) for name in kept}  # the rest is the other Reasoner's own
     changed = [(model, table.teachers, replace(models, teacher=model)) for model in teachers]
     changed += [(model, table.reasoners, Models(**own | {"reasoner": model})) for model in reasoners]
