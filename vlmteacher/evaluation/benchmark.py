@@ -105,6 +105,7 @@ class Benchmark(ABC):
         default_splits: where none is chosen; () for all.
         default_limit: scenes of each split, where no number is chosen.
         test_splits, tuning_splits: of tables, to test methods on (() for all) and to choose settings on (() for none).
+        controls: methods that the paper's tables have too, to show how much the scorer gives to videos of one picture.
         within_tasks: whether intervals resample the scenes within each task; otherwise they resample all scenes.
         scale: of the scores in a table; rows have them in [0, 1].
         frames, fps: of a video of the controls, which load no model.
@@ -116,6 +117,7 @@ class Benchmark(ABC):
     default_limit: ClassVar[int] = 100
     test_splits: ClassVar[tuple[str, ...]] = ()
     tuning_splits: ClassVar[tuple[str, ...]] = ()
+    controls: ClassVar[tuple[str, ...]] = ()
     within_tasks: ClassVar[bool] = True
     scale: ClassVar[float] = 1
     frames: ClassVar[int] = 89

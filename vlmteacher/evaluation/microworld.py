@@ -45,6 +45,7 @@ class Bench(Benchmark):
     default_splits: ClassVar[tuple[str, ...]] = ("id",)
     test_splits: ClassVar[tuple[str, ...]] = ("id", "ood")
     tuning_splits: ClassVar[tuple[str, ...]] = ("validation",)
+    controls: ClassVar[tuple[str, ...]] = ("static", "final-frame")
     within_tasks: ClassVar[bool] = False
     frames: ClassVar[int] = world.NUM_FRAMES
     fps: ClassVar[float] = world.FPS

@@ -35,6 +35,7 @@ class Table:
         against: the baselines that every method is compared with.
         teachers, reasoners: methods that run once more with every other Teacher, or Reasoner, that is given.
         parts: what is scored apart, beside the splits.
+        controls: whether it has the benchmark's controls.
         tuning: whether it is computed on the splits to choose settings on, instead of those to test on.
         noises: of the main methods, where no number is chosen.
     """
@@ -46,6 +47,7 @@ class Table:
     teachers: tuple[str, ...] = ()
     reasoners: tuple[str, ...] = ()
     parts: Literal["", "category in split", "category", "task"] = ""
+    controls: bool = False
     tuning: bool = False
     noises: int = 1
 
@@ -66,6 +68,7 @@ TABLES = {
             others=("many-step-base",),
             against=("base", "pass@5"),
             parts="category in split",
+            controls=True,
         ),
         Table(
             name="II",
@@ -73,6 +76,7 @@ TABLES = {
             others=("many-step-base",),
             against=("base", "pass@5"),
             parts="task",
+            controls=True,
         ),
         Table(name="III", main=("base", "teacher"), others=ABLATIONS, against=("base", "teacher")),
         Table(
@@ -150,7 +154,7 @@ def run_table(
     run = _Run(table, splits, limit, noises, out, resume)
     with claimed(out):
         with start_workers(workers, benchmark) as work:
-            run.methods(benchmark, table.main + table.others, work)
+            run.methods(benchmark, table.main + table.others + (benchmark.controls if table.controls else ()), work)
         for suffix, (names, other) in other_models(table, benchmark, teachers, reasoners).items():
             with start_workers(workers, other) as work:
                 run.methods(other, names, work, suffix)
