@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from tests.evaluation.test_tables import pair, written  # noqa: F401 (fixtures)
 from vlmteacher.errors import InputError, Notice
 from vlmteacher.evaluation import vbvr
 from vlmteacher.evaluation.methods import METHODS
+from vlmteacher.evaluation.paper import IN, OUT
+from vlmteacher.evaluation.tables import TABLES, run_table
 from vlmteacher.evaluation.vbvr import Bench, verdict
 
 FAMILIES = ["--family", "move", "--family", "maze"]
@@ -271,3 +274,17 @@ def test_an_environment_in_the_kit_s_folder_is_no_source(kit: Path, data: Path) 
     assert bench.kit.fingerprint() == before
     bench.check(METHODS["static"])
     assert not list(kit.rglob("__pycache__"))
+
+
+def test_a_table_has_the_paper_s_overall_score_and_figures(data: Path, kit: Path, tmp_path: Path) -> None:
+    bench, table = Bench(data=str(data), evalkit=str(kit)), replace(TABLES["I"], main=("static",), others=())
+    content = run_table(table, bench, 2, 1, tmp_path / "table")
+    for name in ("static", "final-frame"):
+        entry, results = content["methods"][name], read(tmp_path / "table" / name)
+        assert entry["overall"]["overall"]["value"] == pytest.approx(results["as_the_kit"]["mean_of_splits"])
+        assert set(entry["parts"]) == {f"{split}/Spatiality" for split in vbvr.SPLITS}
+        assert entry["generator_calls_mean"] == entry["vlm_calls_mean"] == 0
+    text = (tmp_path / "table" / "table.md").read_text()
+    assert text.startswith("VBVR-Bench, scored by run_evaluation.py of VBVR-EvalKit") and "paper" not in text
+    assert (Bench(data=str(data), evalkit=str(kit), pro=True).printed_as(), bench.printed_as()) == ("", "vbvr")
+    assert vbvr.SPLITS == (IN, OUT)

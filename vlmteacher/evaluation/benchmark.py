@@ -194,6 +194,10 @@ class Benchmark(ABC):
         """Return what the caption of a table says about the benchmark, its scorer above all."""
         return self.name
 
+    def printed_as(self) -> str:
+        """Return the name under which the paper's figures are kept (see `paper`)."""
+        return self.name
+
     def lines(self, results: Mapping[str, Any]) -> list[str]:
         """Return results.json as lines of text: a table by split."""
         lines = [f"{'split':10} {'n':>5} {'success':>8} {'score':>6}"]

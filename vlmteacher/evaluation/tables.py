@@ -179,7 +179,7 @@ def describe_table(
         "against": [name for name in table.against if name in results],
         "methods": {name: describe(benchmark, table, splits, name, results) for name in results},
         "missing": dict(missing),
-        "paper": figures(benchmark.name, table.name, [*results, *missing]),
+        "paper": figures(benchmark.printed_as(), table.name, [*results, *missing]),
     }
 
 

@@ -13,6 +13,7 @@ import math
 import re
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ class Bench(FileBenchmark):
 
     name: ClassVar[str] = "vbvr"
     splits: ClassVar[tuple[str, ...]] = SPLITS
+    controls: ClassVar[tuple[str, ...]] = ("static", "final-frame")
     data: str | None = None
     evalkit: str | None = None
     evalkit_python: str | None = None
@@ -182,6 +184,18 @@ class Bench(FileBenchmark):
             "as_the_kit": kit_means([*rows, *zeros] if self.pro else rows),
             "missing_is_0": kit_means([*rows, *zeros]),
         }
+
+    def terms(self, scenes: Sequence[Row]) -> dict[str, list[float]]:
+        """Return the paper's overall score, the mean of the splits' means."""
+        sizes = Counter(row["split"] for row in scenes)
+        return {"overall": [row["score"] / (len(sizes) * sizes[row["split"]]) for row in scenes]}
+
+    def caption(self) -> str:
+        name = "VBVR-Pro-Bench" if self.pro else "VBVR-Bench"
+        return f"{name}, scored by {self.kit.script} of {self.kit.name}; overall: the mean of both splits."
+
+    def printed_as(self) -> str:
+        return "" if self.pro else self.name
 
     def lines(self, results: Mapping[str, Any]) -> list[str]:
         kit, zero = results["as_the_kit"], results["missing_is_0"]
