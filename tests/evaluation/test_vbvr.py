@@ -282,7 +282,7 @@ def test_a_table_has_the_paper_s_overall_score_and_figures(data: Path, kit: Path
     for name in ("static", "final-frame"):
         entry, results = content["methods"][name], read(tmp_path / "table" / name)
         assert entry["overall"]["overall"]["value"] == pytest.approx(results["as_the_kit"]["mean_of_splits"])
-        assert set(entry["parts"]) == {f"{split}/Spatiality" for split in vbvr.SPLITS}
+        assert set(entry["parts"]) == {f"{split}/spatiality" for split in vbvr.SPLITS}
         assert entry["generator_calls_mean"] == entry["vlm_calls_mean"] == 0
     text = (tmp_path / "table" / "table.md").read_text()
     assert text.startswith("VBVR-Bench, scored by run_evaluation.py of VBVR-EvalKit") and "paper" not in text
