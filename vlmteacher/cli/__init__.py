@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from vlmteacher import __version__
 from vlmteacher.cli import bench, demo, distill, env, lora, microworld, plan, queries, solve, train, train_microworld
+from vlmteacher.cli.defaults import DefaultsFile
 from vlmteacher.errors import InputError, MissingExtra, OutputError, TaskFailed
 from vlmteacher.files import check_text
 from vlmteacher.interruption import Interrupted, endings_interrupt
@@ -37,6 +38,12 @@ class Parser(argparse.ArgumentParser):
         if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
             message += did_you_mean(choice[1], re.findall(r"[^\s,']+", choice[2]))
         self.exit(2, f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        for action in self._actions:
+            if isinstance(action, DefaultsFile):
+                action.apply(self, sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         known, unknown = self.parse_known_args(args, namespace)
@@ -97,6 +104,9 @@ def run(parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | Non
         arguments = parser().parse_args(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
+    except InputError as error:  # of a file with defaults
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     try:
         with endings_interrupt():
             _check_texts(arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from vlmteacher.cli.flags import Commands, add_command
 from vlmteacher.errors import InputError
@@ -37,9 +38,14 @@ def add(commands: Commands) -> None:
     )
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     sub.add_argument("--json", action="store_true", help="machine-readable")
+    sub.add_argument(
+        "-o", "--output", metavar="FILE.json", help="file to write the settings to, for `vlmteacher solve --plan FILE`"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.output and not Path(arguments.output).absolute().parent.is_dir():
+        raise InputError(f"plan {arguments.output}: the directory {Path(arguments.output).parent} does not exist")
     if not arguments.memory > 0:
         raise InputError(f"--memory must be a number of GB above 0, not {arguments.memory:g}")
     if not arguments.verify and not (arguments.reasoner and arguments.teacher):
@@ -75,3 +81,12 @@ def run(arguments: argparse.Namespace) -> None:
         dtype=getattr(torch, arguments.dtype),
     )
     print(json.dumps(result) if arguments.json else format_plan(result))
+    if arguments.output:
+        from vlmteacher.files import write_json
+        from vlmteacher.planning.cards import solve_flags
+
+        if not result["fits"]:
+            raise InputError(f"{arguments.output} is not written: no settings fit in {arguments.memory:g} GB")
+        write_json(Path(arguments.output), {"solve": solve_flags(result, arguments.dtype), "plan": result})
+        if not arguments.json:
+            print(f"Settings for `vlmteacher solve --plan {arguments.output} ...`: {arguments.output}")

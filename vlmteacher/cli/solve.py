@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmteacher import settings
+from vlmteacher.cli.defaults import DefaultsFile, read_config, read_plan
 from vlmteacher.cli.flags import (
     Commands,
     add_command,
@@ -38,6 +39,13 @@ def add(commands: Commands) -> None:
         for title in ("The task", "Models", "Sampling and size", "LoRA", "Devices and memory")
     )
     add_instance(task, models)
+    task.add_argument(
+        "--config",
+        metavar="FILE",
+        action=DefaultsFile,
+        read=read_config,
+        help="flags that are not given here: `flag: value` in YAML, or run.json of a run",
+    )
     task.add_argument("--queries", metavar="FILE.json", help="the Teacher's queries (default: it writes them)")
     task.add_argument(
         "--reward",
@@ -50,18 +58,24 @@ def add(commands: Commands) -> None:
     task.add_argument("--out", required=True, metavar="DIR", help="run folder to write")
     task.add_argument("--resume", action="store_true", help="continue the interrupted run in --out")
     add_reasoner(models, sampling, place)
+    place.add_argument(
+        "--plan", metavar="FILE", action=DefaultsFile, read=read_plan, help="the flags that `vlmteacher plan -o` wrote"
+    )
     lora.add_argument("--lora", metavar="FILE", help="train this LoRA further (default: a fresh one)")
     add_lora_partial(lora)
     settings.add_flags(sub)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    for name in getattr(arguments, "recorded_files", ()):
+        if getattr(arguments, name) is None:
+            raise InputError(f"the run in {arguments.config} had a file that it does not hold: give --{name}")
     image = read_instance(arguments)
     from vlmteacher.lora.formats import read_lora
     from vlmteacher.queries import QuerySet
 
     check_run_folder(arguments)
-    query_set = None if arguments.queries is None else QuerySet.load(arguments.queries)
+    query_set = QuerySet.of(arguments.queries)
     if arguments.lora is not None:
         read_lora(arguments.lora, partial=arguments.lora_partial)  # raises before any model is loaded
     from vlmteacher.quiet import quiet

@@ -16,6 +16,7 @@ from vlmteacher.decoders.taehv import SurrogateDecoder, check_decoder
 from vlmteacher.errors import InputError
 from vlmteacher.lora.adapter import add_lora
 from vlmteacher.optimization.objective import teacher_frame_indices
+from vlmteacher.planning.cards import seconds_by_card
 from vlmteacher.planning.costs import Cost
 from vlmteacher.planning.decoder import decoder_cost, stock_decoder_cost
 from vlmteacher.planning.models import build_decoder, build_reasoner, build_teacher, known_models, read_known
@@ -185,8 +186,8 @@ def make_plan(
 
     Returns:
         {"ours", "stock": {"flops", "peak_bytes", "stages": {name: {"flops", "peak_bytes"}}, "weights", "settings"},
-        "ratio": FLOPs of ours over stock, "fits", "memory_bytes", "advice": changes that help where it does not fit}
-        and the sizes of the instance.
+        "ratio": FLOPs of ours over stock, "fits", "memory_bytes", "seconds": of a step by card (see `seconds_by_card`),
+        "advice": changes that help where it does not fit} and the sizes of the instance.
 
     Raises InputError: unknown models, sizes that the Reasoner cannot make, a memory, rank or number of questions that
     is not positive.
@@ -218,6 +219,7 @@ def make_plan(
         "ratio": ours.flops / stock.flops,
         "memory_bytes": budget,
         "fits": bool(fitting),
+        "seconds": seconds_by_card(ours.flops, ours.peak_bytes),
         "advice": [] if fitting else advice(ours, budget, text_encoder),
     }
 

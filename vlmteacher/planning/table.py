@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vlmteacher.planning.cards import SHARE
 from vlmteacher.planning.plan import GB
 
 
@@ -33,6 +34,9 @@ def format_plan(plan: dict[str, Any]) -> str:
     lines += [f"{'step':28}{cells('flops', 1e12, None)}{cells('peak_bytes', GB, None)}", ""]
     weights = ", ".join(f"{name} {size / GB:.2f}" for name, size in ours["weights"].items())
     lines += [f"weights (GB, in every peak): {weights}", f"FLOPs of ours: {plan['ratio']:.1%} of stock"]
+    seconds = ", ".join(f"{card} {s:.3g}" for card, s in plan["seconds"].items() if s is not None)
+    if seconds:
+        lines.append(f"seconds of a step, estimated at {SHARE:.0%} of each card's peak: {seconds}")
     settings = ", ".join(f"{name} {value}" for name, value in ours["settings"].items())
     room = plan["memory_bytes"] / GB
     if plan["fits"]:
