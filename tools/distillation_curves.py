@@ -12,6 +12,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 HERE = Path(__file__).parents[1] / "docs/results/distillation"
 
@@ -20,7 +21,7 @@ def rows(name: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in (HERE / f"{name}.jsonl").read_text().splitlines()]
 
 
-def curve(axis: plt.Axes, name: str, entry: str, label: str, window: int = 5) -> None:
+def curve(axis: Axes, name: str, entry: str, label: str, window: int = 5) -> None:
     """Plot an entry of the log against the step, and its running mean over `window` rows."""
     logged = [row for row in rows(name) if entry in row]
     steps, values = [row["step"] for row in logged], [row[entry] for row in logged]

@@ -17,6 +17,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 
 from vlmteacher.optimization.guards import GUARDS
 
@@ -28,7 +29,7 @@ def curves(instances: list[dict[str, Any]], value: Any) -> np.ndarray:
     return np.array([row + row[-1:] * (length - len(row)) for row in rows])
 
 
-def mean_curve(axis: plt.Axes, values: np.ndarray, label: str, color: str) -> None:
+def mean_curve(axis: Axes, values: np.ndarray, label: str, color: str) -> None:
     mean, error = values.mean(0), values.std(0) / np.sqrt(len(values))
     axis.plot(mean, color=color, label=label)
     axis.fill_between(range(len(mean)), mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
