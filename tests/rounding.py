@@ -33,6 +33,8 @@ from torch._decomp import get_decompositions
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from vlmteacher.ops.resize import resize_matrix
+
 ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SMALLEST = {torch.float64: 0.0, torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
 DEVIATIONS = 8
@@ -48,7 +50,7 @@ EXACT = {
     aten.squeeze, aten.stack, aten.t, aten.threshold_backward, aten.transpose, aten.unbind, aten.unsqueeze,
     aten._unsafe_view, aten.upsample_nearest2d, aten.view, aten.where, aten.zero_, aten.zeros_like, aten.amax,
 }  # fmt: skip
-SUMS = {  # the length of the sums that are an operation's results y
+SUMS: dict[Any, Callable[..., float]] = {  # the length of the sums that are an operation's results y
     aten.mm: lambda y, a, b: a.shape[-1],
     aten.bmm: lambda y, a, b: a.shape[-1],
     aten.addmm: lambda y, c, a, b, **_: a.shape[-1],
@@ -62,7 +64,7 @@ SUMS = {  # the length of the sums that are an operation's results y
     ),
 }
 # what is made of several operations, each of which rounds
-COMPOSED = get_decompositions(
+COMPOSED: dict[Any, Callable[..., Any]] = get_decompositions(
     [
         aten.native_layer_norm, aten.native_layer_norm_backward, aten._softmax, aten._softmax_backward_data,
         aten._log_softmax, aten._log_softmax_backward_data, aten.gelu, aten.gelu_backward, aten.silu,
@@ -114,7 +116,7 @@ class Rounded(Tensor):
                 if name in SUMS and y.numel():
                     accumulator = min(ROUNDOFF[dtype], ROUNDOFF[torch.float32])
                     size = accumulator * SUMS[name](y, *plain_args, **plain_kwargs) ** 0.5
-                    noisy = noisy + size * magnitudes[i] * torch.randn(y.shape, generator=generator)
+                    noisy = noisy + size * magnitudes[i] * torch.randn(y.shape, generator=generator, device=y.device)
                 noisy = torch.where(y.isfinite(), noisy, y)
                 y = y.copy_(noisy) if any(y is t for t in tree_leaves(plain_args)) else noisy
             found.append(Rounded(y, dtype, generator))
@@ -146,7 +148,7 @@ def _magnitude(t: Tensor) -> Tensor:
 
 
 def _rounded(x: Tensor, unit: float, generator: torch.Generator, smallest: float) -> Tensor:
-    error = torch.rand(x.shape, generator=generator).mul_(2).sub_(1)
+    error = torch.rand(x.shape, generator=generator, device=x.device).mul_(2).sub_(1)
     return x + error * (unit * x.abs() + smallest / 2 * (x != 0))
 
 
@@ -164,8 +166,10 @@ def expected(function: Callable[..., Any], *args: Any, draws: int | None = None)
     draws: how often errors are drawn; by default as often as the spread of few values needs.
     """
 
+    device = next((leaf.device for leaf in tree_leaves(args) if isinstance(leaf, Tensor)), torch.device("cpu"))
+
     def run(seed: int | None) -> tuple[list[Any], Any]:
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
 
         def wrap(t: Tensor) -> Tensor:
             return Rounded(t.detach().double(), t.dtype, generator) if t.is_floating_point() else t
@@ -186,6 +190,12 @@ def expected(function: Callable[..., Any], *args: Any, draws: int | None = None)
 
 def _is_float(t: Any) -> bool:
     return isinstance(t, Tensor) and t.is_floating_point()
+
+
+def resized_exactly(frames: Tensor, size: tuple[int, int], **_: object) -> Tensor:
+    """`F.interpolate`, bicubic and antialiased, by exact matrices: torch's own rounds the places of its weights."""
+    down, across = (resize_matrix(a, b).to(frames.device) for a, b in zip(frames.shape[2:], size, strict=True))
+    return down @ frames @ across.T
 
 
 def rms(t: Tensor) -> float:

@@ -1,17 +1,22 @@
-"""Benchmarks for GPUs: `python -m benchmarks.gpu.NAME [--json]`. Each first checks numbers, then measures time."""
+"""Benchmarks for GPUs: `python -m benchmarks.gpu.NAME [--json]`. Each first checks numbers, then measures time.
+
+Numbers are compared with the definition in float64, within what tests/rounding.py derives from the types.
+"""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
+from tests.rounding import excess, expected
 from vlmteacher.ops.backends import cuda_status, triton_status
 
 
@@ -33,3 +38,20 @@ def forced(operator: ModuleType, namespace: Any) -> Iterator[None]:
     """Make `operator` (a module of vlmteacher.ops) run on the backend `namespace`, or in plain torch for None."""
     with mock.patch.object(operator, "backend", lambda x, name, *_: namespace):
         yield
+
+
+def share(ours: Sequence[Tensor], definition: Callable[..., Sequence[Any]], *args: Any) -> float:
+    """The largest part of the bound of tests/rounding.py that an error takes up: at most 1 where a backend is right.
+
+    definition: returns, for `args`, what the tensors `ours` should be; it runs in float64 with modelled errors.
+    """
+    return max(excess(mine, each) for mine, each in zip(ours, expected(definition, *args), strict=True))
+
+
+def gate(case: str, name: str, error: float) -> None:
+    """End the program where a backend of ours is further from float64 than rounding takes it, or NaN.
+
+    The vendor's are only reported: they may add up in fewer bits.
+    """
+    if name not in ("torch", "vendor") and not error <= 1:
+        raise SystemExit(f"{case}: {name} has {error:.2f} times the error that rounding explains")

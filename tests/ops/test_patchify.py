@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.rounding import check, expected
+from tests.rounding import check, expected, resized_exactly
 from vlmteacher.errors import InputError
 from vlmteacher.ops import patchify as operator
 from vlmteacher.ops.backends import cpp_status
@@ -96,13 +96,8 @@ def by_matrices(
     frames: Tensor, grad: Tensor, args: tuple[int, ...], size: tuple[int, int] | None, out: torch.dtype
 ) -> list[Tensor]:
     """The rows and the gradient of the frames by the definition, its resize by exact matrices."""
-
-    def interpolate(frames: Tensor, size: tuple[int, int], **_: object) -> Tensor:
-        y, x = (resize_matrix(a, b) for a, b in zip(frames.shape[2:], size, strict=True))
-        return y @ frames @ x.T
-
     frames = frames.detach().requires_grad_()
-    with mock.patch.object(F, "interpolate", interpolate):
+    with mock.patch.object(F, "interpolate", resized_exactly):
         rows = patchify_reference(frames, *args, MEAN, STD, size, out)
     return [rows.detach(), *torch.autograd.grad(rows, frames, grad)]
 
