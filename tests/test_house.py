@@ -20,7 +20,18 @@ ROOMS = [  # an arrow points down or stays in its row; docs/internals/architectu
     ("microworld", "checkpoints"),
     ("ops",),
     (  # the ground: used by all
-        *("settings", "queries", "media", "prompts", "state", "placement", "torch_modes", "interruption", "exclusive"),
+        *(
+            "settings",
+            "queries",
+            "media",
+            "prompts",
+            "chat_templates",
+            "state",
+            "placement",
+            "torch_modes",
+            "interruption",
+            "exclusive",
+        ),
         *("arguments", "files", "quiet", "errors", "moved", "version"),
     ),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny_models import TINY_SETTINGS
+from vlmteacher import chat_templates
 from vlmteacher.checkpoints.pretrained import load_network
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners.loading import load_reasoner
@@ -308,9 +310,36 @@ def test_processors_of_reasoners(families, entries, tmp_path):
     refused(lambda: load_reasoner(directory), str(directory))
 
 
-@pytest.mark.parametrize("template", ["{% for i in range(10**12) %}a{% endfor %}", "{{ 1 / 0 }}", "{% for %}"])
-def test_a_chat_template_that_cannot_be_rendered(families, template, tmp_path):
-    """Jinja's sandbox limits a range to 100,000."""
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template, said",
+    [
+        ("{{ 1 / 0 }}", "cannot be used"),
+        ("{% for %}", "cannot be used"),
+        ("{{ raise_exception('no video') }}", r"cannot be used \(no video\)"),
+        ("{% for i in range(10**12) %}a{% endfor %}", "cannot be used"),  # Jinja's sandbox limits one range
+        (LOOPS, "needs more than 1 s"),
+        ("{% macro f(n) %}{% if n %}{{ f(n - 1) ~ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", "needs more than"),
+        ("{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}", "needs more"),
+        ("{{ 'a'|center(10**10) }}", "needs more than"),
+        ("{{ 'a' * 10**7 }}", "needs more than"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_rendered(families, template, said, tmp_path, monkeypatch):
+    """It is a program of the model's directory, and may be without an end."""
+    monkeypatch.setattr(chat_templates, "SECONDS", 1)
     directory = Path(shutil.copytree(families["qwen3_vl"], tmp_path / "copy"))
     (directory / "chat_template.jinja").write_text(template)
-    refused(lambda: load_teacher(directory), "the teacher's chat template cannot be loaded")
+    refused(lambda: load_teacher(directory), f"the teacher's chat template {said}")
+
+
+def test_a_chat_template_that_hangs_elsewhere_is_given_up(families, tmp_path, monkeypatch):
+    """The wall time is limited too, and no process is left behind."""
+    monkeypatch.setattr(chat_templates, "MOST_SECONDS", 0.2)
+    directory = Path(shutil.copytree(families["qwen3_vl"], tmp_path / "copy"))
+    (directory / "chat_template.jinja").write_text(LOOPS)
+    refused(lambda: load_teacher(directory), "the teacher's chat template needs more than")
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)

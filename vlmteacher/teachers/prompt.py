@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlmteacher.checkpoints.pretrained import refusing
+from vlmteacher.chat_templates import render
 from vlmteacher.errors import InputError
 from vlmteacher.ops.attention import Spans
 from vlmteacher.prompts import encode, quote
@@ -299,11 +299,7 @@ class VideoPrompts(ABC):
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         for turn, role in zip(later, cycle(("assistant", "user")), strict=False):
             messages.append({"role": role, "content": [{"type": "text", "text": quote(self.tokenizer, turn)}]})
-        # A template that knows this switch closes the thought at once; the others ignore it.
-        with refusing("the teacher's chat template"):
-            chat = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
+        chat = render(self.tokenizer, messages, "the teacher's chat template")
         if thought := open_thought(chat.rpartition(messages[-1]["content"][-1]["text"].strip())[2]):
             raise InputError(
                 f"the teacher's chat template opens a thought ({thought}) where its answer is read: take the instruct "

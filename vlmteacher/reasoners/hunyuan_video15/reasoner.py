@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmteacher.checkpoints.pretrained import cast, load_network, load_processor, load_tokenizer, refusing
+from vlmteacher.chat_templates import render
+from vlmteacher.checkpoints.pretrained import cast, load_network, load_processor, load_tokenizer
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput, fit_image
 from vlmteacher.prompts import check_cut, check_prompt, encode, quote
@@ -142,8 +143,7 @@ class HunyuanVideo15Reasoner(Reasoner):
             {"role": "system", "content": pipe.system_message},
             {"role": "user", "content": quote(pipe.tokenizer, prompt) or " "},
         ]
-        with refusing("the text encoder's chat template"):
-            text = pipe.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        text = render(pipe.tokenizer, chat, "the text encoder's chat template")
         ids = encode(pipe.tokenizer, text)
         cut = check_cut(pipe.tokenizer, ids[skipped:], limit - skipped, what)
         tokens = pipe.tokenizer.pad(
