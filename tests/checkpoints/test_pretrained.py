@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vlmteacher.checkpoints.pretrained import load_network, load_processor, load_tokenizer
-from vlmteacher.errors import InputError
+from vlmteacher.errors import InputError, Notice
 
 KINDS = {
     "wan/transformer": "diffusers.WanTransformer3DModel",
@@ -361,6 +362,21 @@ def test_another_class_is_refused(families, tmp_path):
     directory = copied(families, "wan/transformer", tmp_path / "copy")
     configure(directory, _class_name="WanVACETransformer3DModel")
     refused("wan/transformer", directory, "is a WanVACETransformer3DModel: a WanTransformer3DModel is needed")
+
+
+@pytest.mark.parametrize("part", ["wan/transformer", "ltx/transformer", "hunyuan/transformer"])
+def test_entries_that_the_class_does_not_know(families, part, tmp_path):
+    """A guidance scale as an input cannot be given; of others a Notice says that they are ignored."""
+    directory = copied(families, part, tmp_path / "copy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Notice)
+        configure(directory, guidance_embeds=False, _note="x", clip_output=False)
+        load(part, directory)
+    configure(directory, window_size=[4, 4])
+    with pytest.warns(Notice, match=r"knows nothing of window_size = \[4, 4\] in its config: ignored"):
+        load(part, directory)
+    configure(directory, guidance_embeds=True)
+    refused(part, directory, "its config says guidance_embeds: the guidance scale is an input")
 
 
 @pytest.mark.parametrize("part", ["wan/transformer", "wan/vae", "wan/text_encoder", "qwen3_vl/"])

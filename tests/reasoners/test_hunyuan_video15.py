@@ -1,7 +1,10 @@
 """The HunyuanVideo-1.5 Reasoner against diffusers' own pipelines and scheduler."""
 
+import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -336,6 +339,62 @@ def test_settings_of_a_checkpoint_of_unknown_name(directory, tmp_path):
     assert distilled == PRESETS["hunyuan-video-1.5-480p-i2v-step-distilled"]
     shift, guidance = {"shift": 7.0}, {"guidance_scale": 1.0}  # of this scheduler and this guider
     assert base.settings == replace(PRESETS["hunyuan-video-1.5-480p"], **shift, **guidance)
+
+
+def guided_by(directory: Path, to: Path, **entries: Any) -> Path:
+    """A copy of a pipeline with other entries in its guider's config."""
+    copy = Path(shutil.copytree(directory, to))
+    file = copy / "guider/guider_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+    return copy
+
+
+@pytest.mark.parametrize(
+    "entries, scale",
+    [
+        ({"guidance_scale": 6.0}, 6.0),
+        ({"guidance_scale": 6.0, "enabled": False}, 1.0),
+        ({"guidance_scale": 5.0, "use_original_formulation": True}, 6.0),
+        ({"_class_name": "AdaptiveProjectedGuidance"}, r"is a 'AdaptiveProjectedGuidance', and only"),
+        ({"guidance_rescale": 0.7}, r"says guidance_rescale 0\.7"),
+        ({"stop": 0.5}, r"says stop 0\.5"),
+        ({"guidance_scale": "6"}, "guidance_scale must be a number, not '6'"),
+    ],
+)
+def test_the_guider_of_a_checkpoint_of_unknown_name(directory, tmp_path, entries, scale):
+    copy = guided_by(directory, tmp_path / "copy", **entries)
+    if isinstance(scale, float):
+        assert load_reasoner(copy).settings.guidance_scale == scale
+    else:
+        with pytest.raises(InputError, match=scale):
+            load_reasoner(copy)
+
+
+def test_the_original_formulation_of_guidance(tmp_path):
+    """diffusers' pipeline makes the same video by it."""
+    made = tiny_hunyuan_pipeline(tmp_path / "made", "HunyuanVideo15Pipeline", meanflow=False)
+    directory = guided_by(made, tmp_path / "copy", guidance_scale=2.0, use_original_formulation=True)
+    reasoner = load_reasoner(directory)
+    reasoner.settings = replace(STEPS, guidance_scale=reasoner.settings.guidance_scale)
+    condition, noise = instance(reasoner, None)
+    pipe = HunyuanVideo15Pipeline.from_pretrained(directory)
+    pipe.set_progress_bar_config(disable=True)
+    given = {"prompt": PROMPT, "height": 64, "width": 64, "latents": noise.z1}
+    theirs = pipe(num_frames=SIZE[0], num_inference_steps=2, output_type="pt", **given).frames[0]
+    torch.testing.assert_close(reasoner.decode(reasoner.sample(condition, noise)), theirs, atol=2e-5, rtol=0)
+
+
+def test_a_preset_against_the_guider(directory, tmp_path):
+    """A preset without guidance on a model that wants it, and the reverse; another kind of guider is not compared."""
+    guided = guided_by(directory, tmp_path / "guided", guidance_scale=6.0)
+    step = "hunyuan-video-1.5-480p-i2v-step-distilled"
+    with pytest.raises(InputError, match=r"is without guidance, and the guider of .* says a guidance of 6"):
+        load_reasoner(guided, preset=step)
+    plain = tiny_hunyuan_pipeline(tmp_path / "plain", meanflow=False)  # whose guider says 1
+    with pytest.raises(InputError, match=r"is with guidance, and the guider of .* says none"):
+        load_reasoner(plain, preset="hunyuan-video-1.5-480p")
+    other = guided_by(directory, tmp_path / "other", _class_name="AdaptiveProjectedGuidance")
+    assert load_reasoner(other, preset=step).settings == PRESETS[step]
 
 
 def test_decoders_of_its_latents(reasoner, tmp_path):

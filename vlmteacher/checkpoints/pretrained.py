@@ -9,9 +9,11 @@ libraries would draw random weights and continue.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +24,7 @@ from torch import nn
 
 from vlmteacher.checkpoints.hub import fetch, find_file
 from vlmteacher.checkpoints.weight_files import FLOATS, Stored, check_floats, network_weights, read_single_file
-from vlmteacher.errors import InputError, MissingExtra
+from vlmteacher.errors import InputError, MissingExtra, Notice
 from vlmteacher.files import check_number, read_json
 
 # attention implementation that a config may name -> the package that provides it
@@ -213,6 +215,8 @@ def check_config(config: Mapping[str, Any], kind: Any, tensors: Mapping[str, Sto
     ours = kind.__module__.startswith("diffusers.")
     if ours and config.get("_class_name", kind.__name__) != kind.__name__:
         raise InputError(f"{label} is a {config['_class_name']}: a {kind.__name__} is needed")
+    if ours:
+        _check_known(config, kind, label)
     if "transformers_weights" in config:
         raise InputError(f"{label}: its config names weights in {config['transformers_weights']!r}: remove that entry")
     for key, value in entries(config):
@@ -228,6 +232,24 @@ def check_config(config: Mapping[str, Any], kind: Any, tensors: Mapping[str, Sto
                 raise InputError(f"{label}: {key} must be a list of numbers, not {value!r:.40}")
             for number in value if isinstance(value, list) else [value]:
                 check_number(number, f"{label}: {key}", above=STATISTICS[key])
+
+
+def _check_known(config: Mapping[str, Any], kind: Any, label: str) -> None:
+    """Refuse a guidance scale as an input that the class does not have; give a Notice of other unknown entries."""
+    known = inspect.signature(kind.__init__).parameters
+    plain = {*known, "quantization_config"}
+    unknown = [key for key, value in config.items() if value and not key.startswith("_") and key not in plain]
+    for key in unknown:
+        if key.startswith("guidance_embed"):
+            raise InputError(
+                f"{label}: its config says {key}: the guidance scale is an input of this model, and no"
+                f" {kind.__name__} has it: give a checkpoint without"
+            )
+    if unknown:
+        listed = ", ".join(f"{key} = {config[key]!r:.40}" for key in unknown[:8])
+        warnings.warn(
+            f"{label}: {kind.__name__} knows nothing of {listed} in its config: ignored", Notice, stacklevel=4
+        )
 
 
 def _check_size(kind: Any, directory: Path, config: dict[str, Any], tensors: Mapping[str, Stored], label: str) -> None:

@@ -97,6 +97,8 @@ class Family:
             not, or None.
         check_preset: (preset's name, transformer's config, pipeline, whether a few-step LoRA is merged); raises
             InputError for a preset that contradicts the config.
+        check_guidance: (preset's name, pipeline, local_files_only); raises InputError for a preset that contradicts the
+            guidance in the pipeline's configs.
         fuse_blocks: run a transformer's blocks by our operators, in place; unfuse_blocks: the reverse.
     """
 
@@ -119,6 +121,7 @@ class Family:
     decoder_files: tuple[DecoderFile, ...] = ()
     preset_misfit: Callable[[Sequence[str], Mapping[str, Any]], str | None] = _fits
     check_preset: Callable[[str, Mapping[str, Any], str, bool], None] = _agrees
+    check_guidance: Callable[[str, str, bool], None] | None = None
     fuse_blocks: Callable[[Any], None] | None = None
     unfuse_blocks: Callable[[Any], None] | None = None
 

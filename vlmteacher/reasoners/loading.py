@@ -17,6 +17,7 @@ from vlmteacher.checkpoints.pretrained import json_object, refusing
 from vlmteacher.errors import InputError, Notice
 from vlmteacher.files import check_number
 from vlmteacher.reasoners.base import Reasoner
+from vlmteacher.reasoners.family import Family
 from vlmteacher.reasoners.few_step_lora import EXPERTS, check_experts, merge_few_step_loras, read_few_step_loras
 from vlmteacher.reasoners.presets import PRESETS, check_distilled, check_preset, describe, find_preset, known_name
 from vlmteacher.reasoners.registry import family_of_pipeline
@@ -74,7 +75,7 @@ def load_reasoner(
     family = family_of_pipeline(index["_class_name"], name)
     experts = [each for each in EXPERTS if (index.get(each) or [None])[0]] or ["transformer"]
     check_experts("transformer", transformers, experts, name)
-    settings, notes = _settings(name, index, transformers, loras, preset, local_files_only)
+    settings, notes = _settings(family, name, index, transformers, loras, preset, local_files_only)
     few_step_loras = read_few_step_loras(loras, experts, name, lora_partial, len(transformers))
     where = pinned(name, index_file.parent, local_files_only)
     parts = {"transformer": transformers} if transformers else {}
@@ -126,6 +127,7 @@ def _paths(given: str | Sequence[str] | None) -> list[str]:
 
 
 def _settings(
+    family: Family,
     name: str,
     index: Mapping[str, Any],
     transformers: Sequence[str],
@@ -143,8 +145,11 @@ def _settings(
     if preset is not None:
         settings = find_preset(preset)
         check_preset(preset, index, name)
-        if known and not loras and not settings_file:
-            check_distilled(preset, known, ", ".join(transformers) or name)
+        if not loras and not settings_file:
+            if known:
+                check_distilled(preset, known, ", ".join(transformers) or name)
+            elif family.check_guidance and not transformers:
+                family.check_guidance(preset, name, local_files_only)
         return settings, {}
     if settings_file:
         return SamplerSettings.load(settings_file), {}

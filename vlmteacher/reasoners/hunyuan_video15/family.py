@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vlmteacher.reasoners.family import DecoderFile, Family, LayerNames
-from vlmteacher.reasoners.hunyuan_video15.presets import HUB_IDS, PRESETS, check_preset
+from vlmteacher.reasoners.hunyuan_video15.presets import HUB_IDS, PRESETS, check_guidance, check_preset
 from vlmteacher.reasoners.hunyuan_video15.reasoner import (
     adopt_hunyuan_video15,
     build_hunyuan_video15,
@@ -67,4 +67,5 @@ HUNYUAN_VIDEO_15 = Family(
         DecoderFile(r"lighttae_?hy", options={"slope": 0.2, "signed": True}, latents_scale=1.03682),
     ),
     check_preset=check_preset,
+    check_guidance=check_guidance,
 )

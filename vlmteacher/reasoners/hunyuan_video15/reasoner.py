@@ -21,7 +21,7 @@ from vlmteacher.media import ImageInput, fit_image
 from vlmteacher.prompts import check_cut, check_prompt, encode, quote
 from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.condition import Condition
-from vlmteacher.reasoners.hunyuan_video15.presets import find_settings, settings_by_configs
+from vlmteacher.reasoners.hunyuan_video15.presets import find_settings, guidance_scale, settings_by_configs
 from vlmteacher.reasoners.hunyuan_video15.unmasked import drop_masks
 from vlmteacher.reasoners.parts import load_transformers
 from vlmteacher.reasoners.sampling import SamplerSettings
@@ -263,7 +263,8 @@ def load_hunyuan_video15(
 def adopt_hunyuan_video15(pipeline: Any, settings: SamplerSettings | None) -> HunyuanVideo15Reasoner:
     """The Reasoner of a loaded HunyuanVideo-1.5 pipeline's own parts; settings: None follows its configs."""
     if settings is None:
-        guidance = pipeline.guider.config.guidance_scale
+        guider = {**pipeline.guider.config, "_class_name": type(pipeline.guider).__name__}
+        guidance = guidance_scale(guider, "the pipeline's guider")
         settings = settings_by_configs(pipeline.transformer.config, pipeline.scheduler.config.shift, guidance)
     return HunyuanVideo15Reasoner(
         pipeline.transformer,
