@@ -160,6 +160,9 @@ KEY = "transformer.blocks.0.attn1.to_q.lora_A.weight"
         (save({}), "holds no tensors"),
         (broken(lambda t: t.pop(KEY)), "only transformer.blocks.0.attn1.to_q.lora_B.weight of"),
         (broken(lambda t: t[KEY].view(-1)[3:4].fill_(torch.nan)), "no finite numbers"),
+        (broken(lambda t: t[KEY].view(-1)[3:4].fill_(-torch.inf)), f"{KEY} with values that are no finite numbers"),
+        (broken(lambda t: t[KEY].view(-1)[3:4].fill_(-1e30)), f"{KEY} with values up to 1e\\+30"),
+        (broken(lambda t: [v.fill_(1e9) for k, v in t.items() if KEY[:-15] in k]), r"lora_A.*lora_B.*of norm \de\+20"),
         (broken(lambda t: t.update({KEY: t[KEY].to(torch.int8)})), "int8: only"),
         (broken(lambda t: t.update({KEY.replace("lora_A.weight", "alpha"): torch.tensor(torch.inf)})), "no finite"),
         (broken(lambda t: t.update({KEY: torch.ones(3, 32)})), "of rank 3 and 4"),
@@ -176,6 +179,15 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line(data, message, tmp_pa
     with pytest.raises(InputError, match=message) as caught:
         read_lora(path)
     assert "\n" not in str(caught.value)
+
+
+def test_an_update_too_large_for_the_models_dtype_names_the_layer():
+    """In float16 the largest number is 65504."""
+    lora = read_lora(broken(lambda t: t[KEY].fill_(1e7)))
+    with pytest.raises(InputError, match=r"blocks\.0\.attn1\.to_q: .*is not finite in torch\.float16"):
+        add_lora(tiny_transformer("wan").half(), start=lora)
+    with pytest.raises(InputError, match=r"blocks\.0\.attn1\.to_q.* is not finite in torch\.float16"):
+        merge_lora(tiny_transformer("wan").half(), lora)
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -113,6 +113,11 @@ class LoRALinear(PeftLinear):
             for b, data in zip(trained[len(adapters) :], before, strict=True):
                 b.data = data
         for what, mine, peft in zip(("output", "dx", *["LoRA gradient"] * len(trained)), ours, theirs, strict=False):
+            if not peft.isfinite().all():
+                raise InputError(
+                    f"{name}: PEFT's {what} is not finite in {weight.dtype}: its weight or its LoRA (lora_A, lora_B) is"
+                    " too large for this dtype"
+                )
             difference = float((mine - peft).float().square().mean().sqrt() / peft.float().square().mean().sqrt())
             if not difference <= TOLERANCE[weight.dtype]:
                 raise InputError(

@@ -50,8 +50,13 @@ def _check_merged(lora: LoRA, name: str, weight: Tensor, change: float, norm: fl
 
     Rounding changes a value by at most half its eps, so the norm of all roundings is bounded by eps times the weight's.
     """
+    if not math.isfinite(change):
+        raise InputError(
+            f"{lora.source}: {name} ({lora.keys.get(name, (name,))[0]}) with its update is not finite in"
+            f" {weight.dtype}: load the model again, in another dtype or without this LoRA"
+        )
     rounding = (torch.finfo(weight.dtype).eps + torch.finfo(torch.float32).eps) * float(weight.float().norm())
-    if not (math.isfinite(change) and abs(change - norm) <= rounding + 1e-3 * norm):
+    if not abs(change - norm) <= rounding + 1e-3 * norm:
         raise InputError(
             f"{lora.source}: {name} changed by {change:.3g} instead of {norm:.3g} ({weight.dtype}): load the model"
             " again, in another dtype"

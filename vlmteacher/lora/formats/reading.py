@@ -19,6 +19,7 @@ from vlmteacher.lora.formats.scale import CONFIG_FILE, TENSORS, Scales, find_sca
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # bfloat16 has all of their values
+LARGEST = 1e15  # sums of squares of such values are finite in float32; those of trained LoRAs are about 1
 FACTORS_FILE = "adapter_model.safetensors"  # PEFT's; its configuration does not hold for other files in the folder
 
 
@@ -180,7 +181,13 @@ def _build(tensors: Mapping[str, tuple[Key, Tensor]], scales: Scales, name: str,
             diffs[bias] = part["bias"].float() * (alpha / a.shape[0])
             keys[bias] = tuple(key for key in keys[layer] if key.endswith("bias"))
             keys[layer] = tuple(key for key in keys[layer] if not key.endswith("bias"))
-        whole = split_qkv(layer, Factors(a, b, alpha))
+        factors = Factors(a, b, alpha)
+        if not factors.norm() <= LARGEST:
+            raise InputError(
+                f"{name}: the update of {layer} ({', '.join(keys[layer])}) is of norm {factors.norm():.1g}, with which"
+                " products are not finite: its training broke down"
+            )
+        whole = split_qkv(layer, factors)
         layers |= whole
         keys |= dict.fromkeys(whole, keys[layer])
     for parameter in list(diffs):
@@ -214,4 +221,8 @@ def _checked(key: str, value: Tensor, name: str) -> Tensor:
         )
     if not value.isfinite().all():
         raise InputError(f"{name} holds {key} with values that are no finite numbers: its training broke down")
+    if value.numel() and (size := float(value.abs().max())) > LARGEST:
+        raise InputError(
+            f"{name} holds {key} with values up to {size:.1g}, whose products are not finite: its training broke down"
+        )
     return value
