@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,10 +17,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
+from tests.tiny_models import tiny_wan_pipeline
 from tests.tiny_teacher import tiny_qwen3_vl
 from vlmteacher import TeacherPipeline
 from vlmteacher.errors import InputError, MissingExtra
 from vlmteacher.queries import QuerySet
+from vlmteacher.reasoners.loading import load_reasoner
 from vlmteacher.teachers import load_teacher
 from vlmteacher.teachers.quantization import dequantize
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher
@@ -77,6 +80,40 @@ def test_losses_and_pixel_gradients_are_those_of_the_dequantised_model(path: Pat
     teacher._generate(teacher._query_inputs("Move it.", Image.new("RGB", (32, 32))), sample=False)
     again, again_gradient = judged(teacher)
     assert torch.equal(again, losses) and torch.equal(again_gradient, gradient)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_a_checkpoint_that_was_saved_quantised(path: Path, quantize: Any, tmp_path: Path) -> None:
+    """It is used as it is, in any dtype of the rest; quantised a second time it would stay as it is without a word."""
+    teacher: Any = load_teacher(path, quantize=quantize)
+    saved = shutil.copytree(path, tmp_path / "saved", ignore=shutil.ignore_patterns("*.safetensors"))
+    teacher.model.save_pretrained(saved)
+    losses, gradient = judged(teacher)
+    again, again_gradient = judged(load_teacher(saved))
+    assert torch.equal(again, losses) and torch.equal(again_gradient, gradient)
+    narrow: Any = load_teacher(saved, torch.bfloat16)
+    assert {p.dtype for p in narrow.model.parameters() if p.is_floating_point()} == {torch.bfloat16}
+    torch.testing.assert_close(judged(narrow)[0], losses, rtol=0.05, atol=0.05)
+    with pytest.raises(InputError, match=r"is quantised by bitsandbytes already: leave quantize \(4bit\) out"):
+        load_teacher(saved, quantize="4bit")
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("entries", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}])
+def test_a_text_encoder_of_bitsandbytes_is_dequantised(entries: dict[str, Any], tmp_path: Path) -> None:
+    """Only Teachers keep such weights: the Reasoner's are multiplied as they are."""
+    from transformers import BitsAndBytesConfig, UMT5EncoderModel
+
+    pipeline = tiny_wan_pipeline(tmp_path / "pipeline")
+    plain = load_reasoner(pipeline).text_encoder
+    small = {"quantization_config": BitsAndBytesConfig(**entries), "device_map": {"": "cpu"}}
+    UMT5EncoderModel.from_pretrained(pipeline / "text_encoder", **small).save_pretrained(pipeline / "text_encoder")
+    loaded = load_reasoner(pipeline).text_encoder
+    assert not list(quantised_layers(loaded)) and loaded.dtype == torch.float32
+    name = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    off = (loaded.get_parameter(name) - plain.get_parameter(name)).norm() / plain.get_parameter(name).norm()
+    assert 1e-4 < off < 0.2
 
 
 @needs_bitsandbytes

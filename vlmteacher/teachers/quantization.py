@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmteacher.checkpoints.pretrained import load_network
+from vlmteacher.checkpoints.pretrained import load_network, quantization, read_config
 from vlmteacher.errors import InputError, MissingExtra
 
 Quantize = Literal["8bit", "4bit"]
@@ -35,11 +35,15 @@ def load_model(
     """Load a network of `model_class`; with `quantize` its language model's linear layers are in 8 or 4 bits (NF4).
 
     device: of a quantised model, which stays on it. Checkpoints quantised by bitsandbytes load without `quantize`.
-    Raises InputError for another value of `quantize`, MissingExtra without bitsandbytes.
+    Raises InputError for another value of `quantize`, and for any on a checkpoint that is quantised already;
+    MissingExtra without bitsandbytes.
     """
     options = {}
     if quantize is not None:
         check_quantize(quantize)
+        _, stored = read_config(path_or_id, "", "config.json", hub.get("local_files_only", True))
+        if method := quantization(stored, path_or_id):
+            raise InputError(f"teacher {path_or_id} is quantised by {method} already: leave quantize ({quantize}) out")
         from transformers import BitsAndBytesConfig
 
         four = {
@@ -53,6 +57,9 @@ def load_model(
         options = {"quantization_config": config, "device_map": {"": device or torch.device("cpu")}}
     model = load_network(model_class, path_or_id, dtype=dtype, keep_quantized="bitsandbytes", **hub, **options)
     if is_quantized(model):
+        for parameter in model.parameters():  # what was saved in another dtype beside the quantised weights
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
         use_exact_products(model)
     return model
 
