@@ -156,8 +156,35 @@ def test_an_interruption_keeps_the_last_step(trainer, number, where):
     second = trainer(ema=0.5, save_every=100, validate_every=1)
     second.resume()
     assert second.step == 4
-    second.run(stepping(second), 6, validate)
+    second.run(stepping(second), 6, lambda step: {})
     assert torch.equal(second.modules["student"].weight, whole.modules["student"].weight)
+    steps = [row["step"] for row in rows(second, "validation.jsonl")]
+    assert steps == [1, 2, 3, 4, 5, 6]  # the interrupted validation is made again
+
+
+@pytest.mark.parametrize("at", [2, 3])
+def test_the_log_of_a_resumed_training_has_the_same_means(trainer, at):
+    def means(trainer: Trainer) -> list[dict[str, float]]:
+        return [{name: row[name] for name in ("step", "loss")} for row in rows(trainer)]
+
+    def step(index: int, generator: torch.Generator) -> dict[str, float]:
+        if index == at and not resumed:
+            signal.raise_signal(signal.SIGINT)
+        return {"loss": float(torch.rand((), generator=generator))}
+
+    resumed = True
+    whole = trainer(save_every=100, log_every=4)
+    whole.run(step, 8)
+    expected = means(whole)
+    shutil.rmtree(whole.out)
+    resumed = False
+    with pytest.raises(KeyboardInterrupt):
+        trainer(save_every=100, log_every=4).run(step, 8)
+    resumed = True
+    second = trainer(save_every=100, log_every=4)
+    second.resume()
+    second.run(step, 8)
+    assert means(second) == expected and [row["step"] for row in expected] == [4, 8]
 
 
 def test_a_state_that_cannot_be_gone_on_from(trainer):

@@ -89,7 +89,7 @@ def training_folder(out: Path, resume: bool, accelerator: Accelerator) -> Iterat
     """Lock `out` for a training (see `claimed` and `check_out`); of several processes the main one holds the lock."""
     with claimed(out) if accelerator.is_main_process else nullcontext():
         check_out(out, resume)
-        for folder in ((out / STATE).parent, out / "samples"):
+        for folder in ((out / STATE).parent, out / "samples", out / "cache"):
             if accelerator.is_main_process and folder.is_dir():
                 remove_leftovers(folder)
         yield
@@ -145,6 +145,8 @@ class Trainer:
         self.state_file = out / STATE
         self.step = 0
         self.saved: int | None = None  # the step of the state on disk
+        self.sums: dict[str, list[float]] = {}  # of each metric since the last row of the log: its sum, and its count
+        self.validated = 0  # the step of the last validation
         self.rates = [group["lr"] for group in self._groups()]
         self.schedule = schedule or (lambda step: min(1.0, (step + 1) / max(self.settings["warmup"], 1)))
         self.averaged_parameters: list[nn.Parameter] = []
@@ -193,7 +195,9 @@ class Trainer:
         for mean, value in zip(self.average, state["average"], strict=True):
             check_like(value, mean, "a mean")
             mean.copy_(value)
+        self.sums = {name: [float(total), int(count)] for name, (total, count) in state.get("sums", {}).items()}
         self.step = self.saved = int(state["step"])
+        self.validated = int(state.get("validated", self.step))
 
     def run(
         self,
@@ -216,38 +220,29 @@ class Trainer:
             NonFiniteError: raised by `step`; the last state stays.
         """
         main, settings = self.accelerator.is_main_process, self.settings
-        sums: dict[str, float] = {}
-        counts: dict[str, int] = {}
-        seconds, since = 0.0, self.step
+        self._timed, self._since = 0.0, self.step
         with (
             tqdm(total=steps, initial=self.step, disable=not main, desc="train") as bar,
             self._saved_when_interrupted() if save_interrupted else nullcontext(),
         ):
+            self._validate(validate)  # where it was interrupted
             while self.step < steps:
                 raise_lost()
                 with uninterrupted():
-                    values, took = self._make(step)
-                seconds += took
-                for name, value in values.items():
-                    sums[name], counts[name] = sums.get(name, 0.0) + value, counts.get(name, 0) + 1
+                    self._make(step)
+                    if self.step % settings["log_every"] == 0 or self.step == steps:
+                        row = self._log()
+                        bar.set_postfix({name: f"{value:.3g}" for name, value in list(row.items())[:3]})
                 bar.update()
-                if self.step % settings["log_every"] == 0 or self.step == steps:
-                    row = {name: value / counts[name] for name, value in sums.items()}
-                    row |= self._speed(seconds / (self.step - since))
-                    bar.set_postfix({name: f"{value:.3g}" for name, value in list(row.items())[:3]})
-                    self._write("log.jsonl", row)
-                    sums, counts, seconds, since = {}, {}, 0.0, self.step
-                if validate and settings["validate_every"] and self.step % settings["validate_every"] == 0:
-                    with self.averaged():
-                        self._write("validation.jsonl", validate(self.step))
+                self._validate(validate)
                 if self.step % settings["save_every"] == 0 or self.step == steps:
                     self.save()
         with torch.no_grad():
             for mean, p in zip(self.average, self.averaged_parameters, strict=True):
                 p.copy_(mean)
 
-    def _make(self, step: Callable[[int, torch.Generator], dict[str, float]]) -> tuple[dict[str, float], float]:
-        """Make the next step and update the average; returns the step's metrics and its seconds."""
+    def _make(self, step: Callable[[int, torch.Generator], dict[str, float]]) -> None:
+        """Make the next step; update the average, and the sums of the metrics and of the time."""
         settings = self.settings
         for group, rate in zip(self._groups(), self.rates, strict=True):
             group["lr"] = rate * self.schedule(self.step)
@@ -257,12 +252,30 @@ class Trainer:
         except NonFiniteError as error:
             kept = "nothing was saved yet" if self.saved is None else f"the state of step {self.saved} stays"
             raise NonFiniteError(f"{error}; {kept} in {self.out}: lower the learning rate") from error
-        took = time.perf_counter() - began
+        self._timed += time.perf_counter() - began
         self.step += 1
+        for name, value in values.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = [total + value, count + 1]
         decay = min(settings["ema"], self.step / (self.step + self.average_warmup))
         for mean, p in zip(self.average, self.averaged_parameters, strict=True):
             mean.lerp_(p.detach(), 1 - decay)
-        return values, took
+
+    def _log(self) -> dict[str, float]:
+        """Write a row of log.jsonl, and begin the next one."""
+        row = {name: total / count for name, (total, count) in self.sums.items()}
+        row |= self._speed(self._timed / (self.step - self._since))
+        self._write("log.jsonl", row)
+        self.sums, self._timed, self._since = {}, 0.0, self.step
+        return row
+
+    def _validate(self, validate: Callable[[int], dict[str, float]] | None) -> None:
+        """Write a row of validation.jsonl where one is due and not yet there."""
+        every = self.settings["validate_every"]
+        if validate and every and self.step % every == 0 and self.validated < self.step:
+            with self.averaged():
+                self._write("validation.jsonl", validate(self.step))
+            self.validated = self.step
 
     @contextmanager
     def _saved_when_interrupted(self) -> Iterator[None]:
@@ -277,13 +290,14 @@ class Trainer:
     def averaged(self) -> Iterator[None]:
         """Replace the averaged parameters by their average inside the block."""
         last = [p.detach().clone() for p in self.averaged_parameters]
-        for p, mean in zip(self.averaged_parameters, self.average, strict=True):
-            p.data.copy_(mean)
         try:
+            for p, mean in zip(self.averaged_parameters, self.average, strict=True):
+                p.data.copy_(mean)
             yield
         finally:
-            for p, value in zip(self.averaged_parameters, last, strict=True):
-                p.data.copy_(value)
+            with uninterrupted():  # a state may be saved next
+                for p, value in zip(self.averaged_parameters, last, strict=True):
+                    p.data.copy_(value)
 
     def save(self) -> None:
         """Replace the state on disk. Raises OutputError; the previous state then stays."""
@@ -293,6 +307,8 @@ class Trainer:
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "average": self.average,
+            "sums": self.sums,
+            "validated": self.validated,
             "step": self.step,
             "settings": json.dumps(self.settings),
         }
