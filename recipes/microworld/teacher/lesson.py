@@ -185,7 +185,7 @@ class Lesson:
         total = self.config["answer_weight"] * self.answer_loss + sum(losses.values())
         return total, report
 
-    def perturb(self, shown: Batch) -> Batch:
+    def perturb(self, shown: Batch, rng: np.random.Generator) -> Batch:
         """Move the frames along the gradient of the answers' loss, by a step of up to `adversary`; answers stay.
 
         A Teacher that withstands the steps an optimisation would take has gradients that change the content of a video
@@ -194,7 +194,8 @@ class Lesson:
         frames = shown.frames.detach().requires_grad_()
         self.judge(replace(shown, frames=frames))
         (gradient,) = torch.autograd.grad(self.answer_loss, frames)
-        return replace(shown, frames=perturbed(frames, gradient, self.config["adversary"]))
+        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+        return replace(shown, frames=perturbed(frames, gradient, self.config["adversary"], generator))
 
     def keep(self, shown: Batch, known: Lesson) -> tuple[Tensor, dict[str, float]]:
         """A loss that keeps the answers and the objective's gradient at the frames as those of `known`, and metrics.

@@ -69,10 +69,13 @@ def cell_truth(frames: Tensor) -> Tensor:
     return pairs.flatten(3).transpose(2, 3) * 4  # a ball fills about a third of a cell
 
 
-def perturbed(frames: Tensor, gradient: Tensor, most: float) -> Tensor:
-    """Frames (B, K, 3, H, W) after a step of random size, 0 to `most`, along the sign of a smoothed gradient."""
+def perturbed(frames: Tensor, gradient: Tensor, most: float, generator: torch.Generator | None = None) -> Tensor:
+    """Frames (B, K, 3, H, W) after a step of random size, 0 to `most`, along the sign of a smoothed gradient.
+
+    generator: of the sizes; None is torch's global one.
+    """
     smooth = F.avg_pool2d(gradient.flatten(0, 1), 3, 1, 1).view_as(frames)
-    size = most * torch.rand(len(frames), 1, 1, 1, 1).to(frames)
+    size = most * torch.rand(len(frames), 1, 1, 1, 1, generator=generator).to(frames)
     return (frames.detach() + size * smooth.sign()).clamp(0, 1)
 
 

@@ -100,7 +100,7 @@ def fit(
             else:
                 shown = Batch.of(rows, [ask(s, f, rng, config["questions"]) for _, s, f in rows])
             if config["adversary"]:
-                shown = lessons.perturb(shown)
+                shown = lessons.perturb(shown, rng)
             loss, report = lessons.judge(shown)
             if blended:
                 loss = config["answer_weight"] * lessons.answer_loss

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from recipes.microworld.teacher import data, model
 from recipes.microworld.teacher.lesson import Lesson
+from recipes.microworld.teacher.train import pretrain
+from recipes.microworld.training import Run, load_config
 from vlmteacher.microworld import world
 from vlmteacher.microworld.facts import facts_of
 from vlmteacher.microworld.questions import ask
@@ -61,10 +64,9 @@ def test_misleading_frames_are_near_and_cost_more(lesson):
     rng = np.random.default_rng(0)
     rows = [data.rendered(rng) for _ in range(3)]
     shown = data.Batch.of(rows, [ask(scene, facts, rng) for _, scene, facts in rows])
-    torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(lesson.config, "adversary", 0.02)
-        other = lesson.perturb(shown)
+        other = lesson.perturb(shown, rng)
     misleading = other.frames
     change = (misleading - shown.frames).abs()
     assert 0 < change.max() <= 0.02 + 1e-6 and misleading.min() >= 0 and misleading.max() <= 1
@@ -73,6 +75,16 @@ def test_misleading_frames_are_near_and_cost_more(lesson):
         lesson.judge(seen)
         losses.append(lesson.answer_loss.item())
     assert losses[1] > losses[0] and not misleading.requires_grad
+
+
+def test_an_interrupted_training_with_misleading_frames_resumes_to_the_same_weights(tmp_path):
+    config = load_config("teacher") | TINY_TEACHER | {"batch": 1, "steps": 3, "adversary": 0.1, "write_every": 0}
+    for name, stops in (("whole", [None]), ("parts", [1, None])):
+        for until in stops:
+            torch.manual_seed(len(name))  # whatever the process drew before
+            pretrain(Run(tmp_path, tmp_path / name, config, until=until))
+    whole, parts = (load_file(tmp_path / name / "teacher/model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_keeping_a_teacher_costs_nothing_until_it_is_another(lesson, tmp_path):
