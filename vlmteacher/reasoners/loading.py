@@ -110,7 +110,7 @@ def adopt_reasoner(pipeline: Any, preset: str | None = None) -> Reasoner:
         raise InputError(f"pipeline must be a loaded pipeline of diffusers, not {arguments.show(pipeline)}")
     name = str(config.get("_name_or_path") or kind)
     family = family_of_pipeline(kind, name)
-    settings, notes = _settings(name, {**config, "_class_name": kind}, (), (), preset, True, adopted=True)
+    settings, notes = _settings(family, name, {**config, "_class_name": kind}, (), (), preset, True, adopted=True)
     with refusing(name):
         reasoner = family.adopt(pipeline, settings)
     if preset is not None:
@@ -148,7 +148,7 @@ def _settings(
         if not loras and not settings_file:
             if known:
                 check_distilled(preset, known, ", ".join(transformers) or name)
-            elif family.check_guidance and not transformers:
+            elif family.check_guidance and not transformers and not adopted:
                 family.check_guidance(preset, name, local_files_only)
         return settings, {}
     if settings_file:
