@@ -267,8 +267,12 @@ def test_presets_that_a_hunyuan_config_speaks_against(tmp_path):
     step, base = "hunyuan-video-1.5-480p-i2v-step-distilled", "hunyuan-video-1.5-480p"
     right, wrong = (step, base) if config["use_meanflow"] else (base, step)
     assert load_reasoner(directory, preset=right).notes == {}
+    guider = directory / "guider" / "guider_config.json"
+    unguided = guider.read_text()
+    guider.write_text(json.dumps(json.loads(unguided) | {"guidance_scale": 6.0 if wrong == base else 1.0}))
     with pytest.raises(InputError, match="use_meanflow in its config"):
         load_reasoner(directory, preset=wrong)
+    guider.write_text(unguided)
     config["target_size"] = 960
     (directory / "transformer" / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"for another size than .*, a 720p model by its config"):
