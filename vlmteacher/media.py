@@ -199,17 +199,43 @@ def read_clip(
     fps: frames per second of the result, made of the frames nearest in time; None takes every frame. Raises InputError
     for a file that cannot be read or is damaged, pixels that are not square, and a clip too short or slower than `fps`.
     """
-    import imageio_ffmpeg
-
     label = f"{name} {os.fspath(path)}"
     # The filter takes the last frame before a time; shifted by half a frame, that is the nearest frame.
     nearest = f"setpts=PTS-STARTPTS-0.5/(FRAME_RATE*TB),fps={fps!r}:round=up"
+    chosen = ("-fps_mode", "passthrough") if fps is None else ("-vf", nearest)
+    frames, stream = _decode(path, (*chosen, "-frames:v", str(num_frames)), label)
+    if (sar := re.search(r"\[SAR (\d+):(\d+)", stream)) and sar[1] != sar[2]:
+        raise InputError(f"{label} has pixels of {sar[1]}:{sar[2]}, which are not square: scale it to square ones")
+    own = _rate(stream)
+    if fps is not None and own and own < fps * (1 - RATE_TOLERANCE):
+        raise InputError(f"{label} has {own:g} frames a second, fewer than the model's {fps:g}: give a faster one")
+    if len(frames) < num_frames:
+        at = "" if fps is None else f" at {fps:g} a second"
+        raise InputError(f"{label} is too short: {len(frames)} frames of {num_frames}{at}")
+    return np.stack(frames)
+
+
+def sample_clip(path: str | os.PathLike[str], per_second: float, name: str = "video") -> list[Image.Image]:
+    """The first frame of a clip and every int(rate / per_second)-th after it, upright, in the clip's own size.
+
+    Raises InputError for a file that cannot be read or is damaged.
+    """
+    label = f"{name} {os.fspath(path)}"
+    _, stream = _decode(path, ("-frames:v", "1"), label)
+    interval = max(1, int((_rate(stream) or 0) / per_second))
+    chosen = ("-vf", f"select=not(mod(n\\,{interval}))", "-fps_mode", "passthrough")
+    return [Image.fromarray(frame) for frame in _decode(path, chosen, label)[0]]
+
+
+def _decode(path: str | os.PathLike[str], chosen: Sequence[str], label: str) -> tuple[list[np.ndarray], str]:
+    """Frames (H, W, 3) uint8 of a clip, and ffmpeg's line about it. chosen: ffmpeg's options that choose the frames."""
+    import imageio_ffmpeg
+
     command = [
         *(imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-xerror"),
         # An absolute path is neither an option nor a URL, and a playlist in place of a clip reads no other files.
         *("-protocol_whitelist", "file", "-i", os.path.abspath(path), "-map", "0:V:0"),
-        *(("-fps_mode", "passthrough") if fps is None else ("-vf", nearest)),
-        *("-frames:v", str(num_frames), "-f", "image2pipe", "-c:v", "ppm", "-"),
+        *(*chosen, "-f", "image2pipe", "-c:v", "ppm", "-"),
     ]
     result = subprocess.run(command, capture_output=True)
     log = result.stderr.decode(errors="replace")
@@ -220,16 +246,13 @@ def read_clip(
         )
         reason = next((line[1] for line in known if line), "it holds no frame")
         raise InputError(f"{label} cannot be read ({reason[:120]}): is it a whole video?")
-    stream = next(line for line in log.splitlines() if "Video:" in line and "attached pic" not in line)
-    if (sar := re.search(r"\[SAR (\d+):(\d+)", stream)) and sar[1] != sar[2]:
-        raise InputError(f"{label} has pixels of {sar[1]}:{sar[2]}, which are not square: scale it to square ones")
-    own = re.search(r"([\d.]+) fps", stream)
-    if fps is not None and own and float(own[1]) < fps * (1 - RATE_TOLERANCE):
-        raise InputError(f"{label} has {own[1]} frames a second, fewer than the model's {fps:g}: give a faster one")
-    if len(frames) < num_frames:
-        at = "" if fps is None else f" at {fps:g} a second"
-        raise InputError(f"{label} is too short: {len(frames)} frames of {num_frames}{at}")
-    return np.stack(frames)
+    return frames, next(line for line in log.splitlines() if "Video:" in line and "attached pic" not in line)
+
+
+def _rate(stream: str) -> float | None:
+    """The frames per second in ffmpeg's line about a clip."""
+    rate = re.search(r"([\d.]+) fps", stream)
+    return float(rate[1]) if rate else None
 
 
 def _ppm_frames(data: bytes) -> Iterator[np.ndarray]:
