@@ -56,7 +56,7 @@ def test_a_failing_instance_is_set_aside(pair: Path, tmp_path: Path, monkeypatch
         return work(bench, job)
 
     out, table = tmp_path / "out", tmp_path / "table"
-    small = Table(splits=("id",), main=("base",), others=("steps@0", "steps@1"), against=("base",))
+    small = Table(main=("base",), others=("steps@0", "steps@1"), against=("base",))
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "_work", fail)
         with pytest.raises(TaskFailed, match=r"1 of the instances failed 3 times, id 1 first \(FloatingPointError"):
@@ -70,7 +70,7 @@ def test_a_failing_instance_is_set_aside(pair: Path, tmp_path: Path, monkeypatch
         with pytest.raises(TaskFailed):
             run_table(small, Bench(pair=str(pair)), 2, 1, table)
         assert not (table / "table.json").exists()
-        assert json.loads((table / "steps@0/results.json").read_text())["n"] == 1
+        assert json.loads((table / "steps@0/results.json").read_text())["n"] == 2
         with pytest.raises(TaskFailed):  # nothing is left to write
             run_benchmark("base", 2, 1, tmp_path / "none", pair=str(pair), chosen=["maze"], resume=True)
 
@@ -78,7 +78,7 @@ def test_a_failing_instance_is_set_aside(pair: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(sweep, "_work", lambda bench, job: done.append(job.instance.index) or work(bench, job))
     assert run_benchmark("base", 3, 1, out, pair=str(pair), resume=True)["n"] == 3
     assert done == [1] and not (out / "poison.jsonl").exists()
-    assert run_table(small, Bench(pair=str(pair)), 2, 1, table, resume=True)["methods"]["steps@1"]["n"] == 2
+    assert run_table(small, Bench(pair=str(pair)), 2, 1, table, resume=True)["methods"]["steps@1"]["n"] == 4
 
 
 def test_the_command_line_ends_with_status_1(
@@ -136,7 +136,7 @@ def test_workers_must_be_some(tmp_path: Path) -> None:
 def test_a_second_sweep_in_one_folder_is_refused(pair: Path, tmp_path: Path) -> None:  # noqa: F811
     from vlmteacher.files import LOCK, claimed
 
-    small = Table(splits=("id",), main=("base",), others=(), against=("base",))
+    small = Table(main=("base",), others=(), against=("base",))
     for name in ("sweep", "table", "table/base"):
         with claimed(tmp_path / name), pytest.raises(InputError, match="being written to by another process"):
             if name == "sweep":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from PIL import Image
 from torch import Tensor
@@ -17,6 +18,8 @@ from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.prompts import check_prompt
 
 PROMPT_TOKENS = 300  # at most, of a prompt that the VLM writes
+Rewriter: TypeAlias = Callable[[str, Sequence[ImageInput], int], str]
+"""Answers a request as `Teacher.answer` does: text, images, limit of tokens."""
 
 REWRITE = """\
 A video model will be given this prompt: {prompt}
@@ -36,12 +39,12 @@ class PromptRewrite:
     cost: Cost
 
 
-def ask_for_prompt(pipe: TeacherPipeline, request: str, images: Sequence[ImageInput], prompt: str) -> str:
-    """Ask the Teacher for a new prompt of at most `PROMPT_TOKENS` tokens.
+def ask_for_prompt(rewriter: Rewriter, request: str, images: Sequence[ImageInput], prompt: str) -> str:
+    """Ask a VLM for a new prompt of at most `PROMPT_TOKENS` tokens.
 
     Returns `prompt`, the present one, where the answer is empty or no text that a Reasoner takes.
     """
-    answer = pipe.answer(request, images, PROMPT_TOKENS)
+    answer = rewriter(request, images, PROMPT_TOKENS)
     try:
         check_prompt(answer)
     except InputError:
@@ -49,13 +52,16 @@ def ask_for_prompt(pipe: TeacherPipeline, request: str, images: Sequence[ImageIn
     return answer
 
 
-def prompt_rewrite(pipe: TeacherPipeline, prompt: str, image: Image.Image | None, seed: int) -> PromptRewrite:
-    """Let the Teacher rewrite the prompt once, and sample one video for it in the Reasoner's own size.
+def prompt_rewrite(
+    pipe: TeacherPipeline, prompt: str, image: Image.Image | None, seed: int, rewriter: Rewriter | None = None
+) -> PromptRewrite:
+    """Let a VLM rewrite the prompt once, and sample one video for it in the Reasoner's own size.
 
-    seed: of the noise. Raises InputError where the Teacher writes no free text (see `Teacher.answer`).
+    seed: of the noise. rewriter: the VLM; None: the Teacher. Raises InputError where the Teacher is to rewrite and
+    writes no free text (see `Teacher.answer`).
     """
     began = time.perf_counter()
     images = [] if image is None else [image]
-    written = ask_for_prompt(pipe, REWRITE.format(prompt=prompt), images, prompt)
+    written = ask_for_prompt(rewriter or pipe.answer, REWRITE.format(prompt=prompt), images, prompt)
     (video,) = sample_videos(pipe, written, image, [seed])
     return PromptRewrite(video, written, Cost(time.perf_counter() - began, generator_calls=1, vlm_calls=1))

@@ -15,7 +15,7 @@ from torch import Tensor
 from vlmteacher import arguments
 from vlmteacher.baselines.best_of_n import best_of_n
 from vlmteacher.baselines.cost import Cost
-from vlmteacher.baselines.prompt_rewrite import ask_for_prompt
+from vlmteacher.baselines.prompt_rewrite import Rewriter, ask_for_prompt
 from vlmteacher.media import read_image, shrink
 from vlmteacher.optimization.objective import teacher_frame_indices
 from vlmteacher.pipeline import TeacherPipeline
@@ -90,14 +90,18 @@ def video_tpo(
     seeds: tuple[int, int],
     rounds: int,
     queries: QuerySet | None = None,
+    rewriter: Rewriter | None = None,
 ) -> VideoTPO:
     """Improve the prompt over `rounds` rounds of two videos, in the Reasoner's own size; pick one of all videos.
 
     seeds: of the two noises, the same in every round. queries: for the original prompt; None: the Teacher writes them.
-    Raises InputError where the Teacher writes no free text (see `Teacher.answer`).
+    rewriter: the VLM that criticises and rewrites; None: the Teacher, which judges the videos in any case.
+    Raises InputError where the Teacher is to rewrite and writes no free text (see `Teacher.answer`).
     """
     arguments.whole("rounds", rounds)
-    check_free_text(pipe.teacher.style, "this teacher")
+    if rewriter is None:
+        check_free_text(pipe.teacher.style, "this teacher")
+        rewriter = pipe.answer
     began = time.perf_counter()
     queries = queries or pipe.write_queries(prompt, image)
     done: list[Round] = []
@@ -111,19 +115,19 @@ def video_tpo(
         if len(done) == rounds - 1:
             done.append(Round(present, drawn.losses))
             break
-        critique, loss, gradient = _feedback(pipe, prompt, present, drawn.videos)
+        critique, loss, gradient = _feedback(rewriter, prompt, present, drawn.videos)
         done.append(Round(present, drawn.losses, critique, loss, gradient))
-        present = ask_for_prompt(pipe, UPDATE.format(task=prompt, prompt=present, gradient=gradient), (), present)
+        present = ask_for_prompt(rewriter, UPDATE.format(task=prompt, prompt=present, gradient=gradient), (), present)
     cost = Cost(time.perf_counter() - began, generator_calls=2 * rounds, vlm_calls=2 * rounds + 4 * (rounds - 1))
     return VideoTPO(best[1], best[0], done, cost)
 
 
-def _feedback(pipe: TeacherPipeline, task: str, prompt: str, videos: list[Tensor]) -> tuple[str, str, str]:
+def _feedback(rewriter: Rewriter, task: str, prompt: str, videos: list[Tensor]) -> tuple[str, str, str]:
     """The critique of the two videos of a prompt, the textual loss and the textual gradient."""
     count = min(FRAMES, len(videos[0]))
     indices = teacher_frame_indices(len(videos[0]), count)
     frames = [shrink(read_image(video[index]), FRAME_PIXELS) for video in videos for index in indices]
-    critique = pipe.answer(CRITIQUE.format(task=task, prompt=prompt, count=count), frames, TEXT_TOKENS)
-    loss = pipe.answer(LOSS.format(task=task, prompt=prompt, critique=critique), (), TEXT_TOKENS)
-    gradient = pipe.answer(GRADIENT.format(task=task, prompt=prompt, loss=loss), (), TEXT_TOKENS)
+    critique = rewriter(CRITIQUE.format(task=task, prompt=prompt, count=count), frames, TEXT_TOKENS)
+    loss = rewriter(LOSS.format(task=task, prompt=prompt, critique=critique), (), TEXT_TOKENS)
+    gradient = rewriter(GRADIENT.format(task=task, prompt=prompt, loss=loss), (), TEXT_TOKENS)
     return critique, loss, gradient

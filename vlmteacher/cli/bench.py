@@ -25,6 +25,12 @@ from vlmteacher.errors import InputError
 if TYPE_CHECKING:
     from vlmteacher.evaluation.benchmark import Benchmark
 
+OWN = (
+    *("data", "evalkit", "evalkit_python", "pro", "family"),
+    *("judge", "judge_url", "judge_cache", "judge_timeout", "judge_requests"),
+)
+"""Flags of some benchmarks alone."""
+
 
 def add(commands: Commands) -> None:
     sub = add_command(commands, "bench", run, "run a method on the instances of a benchmark")
@@ -60,6 +66,7 @@ def add(commands: Commands) -> None:
     sub.add_argument("--out", required=True, metavar="DIR", help="folder for results.json")
     sub.add_argument("--resume", action="store_true", help="keep the instances that --out already has")
     sub.add_argument("--rescore", action="store_true", help="judge the videos of --out anew, and generate none")
+    _add_vlms(sub)
     titles = ("Models instead of the pair's", "Sampling and size", "Devices and memory")
     models, sampling, place = (sub.add_argument_group(title) for title in titles)
     add_teacher(models)
@@ -72,6 +79,19 @@ def add(commands: Commands) -> None:
             f"--other-{kind}", nargs="+", default=[], metavar="ID", help=f"of table IV: further {kind}s, each by itself"
         )
     settings.add_flags(sub)
+
+
+def _add_vlms(sub: argparse.ArgumentParser) -> None:
+    """The flags of VLMs beside the Teacher."""
+    group = sub.add_argument_group("VLMs beside the Teacher")
+    what = "a model behind its URL, or local:DIR"
+    group.add_argument("--judge", metavar="MODEL", help=f"ruler: VLM that rates the videos, {what}")
+    group.add_argument("--judge-url", metavar="URL", help="its OpenAI-compatible endpoint; key: VLMTEACHER_JUDGE_KEY")
+    group.add_argument("--judge-cache", metavar="DIR", help="its replies (default: ~/.cache/vlmteacher/judge)")
+    group.add_argument("--judge-timeout", type=float, metavar="S", help="seconds of an attempt (default: 180)")
+    group.add_argument("--judge-requests", type=int, metavar="N", help="requests at a time (default: 8)")
+    group.add_argument("--vlm", metavar="MODEL", help=f"VLM that rewrites prompts for pe and videotpo, {what}")
+    group.add_argument("--vlm-url", metavar="URL", help="its OpenAI-compatible endpoint; key: VLMTEACHER_VLM_KEY")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -140,10 +160,10 @@ def _benchmark(arguments: argparse.Namespace) -> Benchmark:
 
     bench: type[Benchmark] = import_module(f"vlmteacher.evaluation.{_module(arguments)}").Bench
     names = {field.name for field in fields(bench)}
-    for name in ("data", "evalkit", "evalkit_python", "pro", "family"):
+    for name in OWN:
         if getattr(arguments, name) and name not in names | ({"family"} if "families" in names else set()):
             raise InputError(f"--{name.replace('_', '-')} is not for the benchmark {arguments.benchmark}")
-    given = {name: value for name, value in vars(arguments).items() if name in names}
+    given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
     if "families" in names:
         given["families"] = tuple(families(arguments))
     chosen: dict[str, Any] = {

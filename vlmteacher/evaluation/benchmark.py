@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from PIL import Image
 from torch import Tensor
 
+from vlmteacher.baselines.prompt_rewrite import Rewriter
 from vlmteacher.errors import InputError
 from vlmteacher.evaluation.failures import explain
 from vlmteacher.evaluation.methods import Method, Row, check_teacher
 from vlmteacher.evaluation.models import Models, load, use_lora
+from vlmteacher.evaluation.vlm import check_vlm, find_vlm
 from vlmteacher.files import read_json
 from vlmteacher.queries import QuerySet
 
 if TYPE_CHECKING:
     from vlmteacher.pipeline import TeacherPipeline
+    from vlmteacher.reasoners.base import Reasoner
 
+VLM_KEY = "VLMTEACHER_VLM_KEY"  # environment variable
 Key = tuple[str, int, int]
 """Split, index and noise: one instance of a benchmark."""
 
@@ -72,6 +76,7 @@ class Score:
         subscores: the parts of the score by name.
         error: what the scorer says against the video; the benchmark's own rule then sets the score.
         category: the scorer's name for the group of the task, where the data have none.
+        details: further entries of the row.
     """
 
     success: bool | None
@@ -79,11 +84,13 @@ class Score:
     subscores: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
     category: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def entries(self) -> Row:
         """Return the entries of a row."""
         more = {name: value for name in ("error", "category") if (value := getattr(self, name))}
-        return {"success": self.success, "score": self.score, "subscores": dict(self.subscores), **more}
+        scores = {"success": self.success, "score": self.score, "subscores": dict(self.subscores)}
+        return {**scores, **self.details, **more}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +108,8 @@ class Benchmark(ABC):
         many_step: the Reasoner before its few-step distillation: hub id, directory, or directory of its transformer
             alone, which is then sampled in `MANY_STEPS` steps; None: the one named by pair.json.
         models: instead of the pair's.
+        vlm, vlm_url: rewrites prompts in the Teacher's place: a model's name and its endpoint, or ``local:`` and a
+            directory or hub id.
         trace: see `methods.run`.
         default_splits: where none is chosen; () for all.
         default_limit: scenes of each split, where no number is chosen.
@@ -126,7 +135,15 @@ class Benchmark(ABC):
     pair: str | None = None
     many_step: str | None = None
     models: Models = field(default_factory=Models)
+    vlm: str | None = None
+    vlm_url: str | None = None
     trace: bool = False
+
+    def __post_init__(self) -> None:
+        if self.vlm is not None:
+            check_vlm(self.vlm, self.vlm_url, "--vlm", VLM_KEY)
+        elif self.vlm_url is not None:
+            raise InputError(f"--vlm-url {self.vlm_url} needs --vlm MODEL, a name of a model there")
 
     @abstractmethod
     def instances(self, splits: Sequence[str], limit: int, noises: int) -> list[Instance]:
@@ -138,6 +155,10 @@ class Benchmark(ABC):
     @abstractmethod
     def load(self, instance: Instance) -> tuple[str, Image.Image | None]:
         """Return the prompt and the first frame, if there is one."""
+
+    def fit(self, image: Image.Image | None, reasoner: Reasoner) -> tuple[Image.Image | None, tuple[int, int]]:
+        """Return the first frame as the Reasoner gets it, and height and width of the video: the Reasoner's own."""
+        return image, (reasoner.height, reasoner.width)
 
     @abstractmethod
     def score(self, instance: Instance, video: Tensor) -> Score:
@@ -213,7 +234,8 @@ class Benchmark(ABC):
         """Raise InputError if a method cannot be run with these settings."""
         if method.control:
             return
-        check_teacher(method, self.pair, self.models.teacher)
+        if self.vlm is None:
+            check_teacher(method, self.pair, self.models.teacher)
         self._check_lora(method)
         if method.many_step:
             self.find_many_step()
@@ -248,6 +270,19 @@ class Benchmark(ABC):
         if self.models.reasoner is not None or "many_step" not in description:
             raise InputError("method 'many-step' needs --many-step ID: the pair has no Reasoner without distillation")
         return str(directory / description["many_step"])
+
+    def teacher_source(self) -> str:
+        """Return the directory or hub id of the Teacher."""
+        from vlmteacher.pipeline import read_pair
+
+        if self.models.teacher is not None:
+            return self.models.teacher
+        directory, description = read_pair(self.pair)
+        return str(directory / description["teacher"])
+
+    def rewriter(self) -> Rewriter | None:
+        """Return what writes prompts in the Teacher's place; None: the Teacher does."""
+        return None if self.vlm is None else find_vlm(self.vlm, self.vlm_url, VLM_KEY, "VLM").answer
 
     def load_models(self, method: Method) -> TeacherPipeline:
         """Return the models that a method runs with; each process loads them once."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmteacher.baselines.cost import Cost
+from vlmteacher.baselines.prompt_rewrite import Rewriter
 from vlmteacher.errors import InputError
 from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.queries import QuerySet
@@ -148,13 +149,15 @@ def check_teacher(method: Method, pair: str | None, teacher: str | None = None) 
         from vlmteacher.pipeline import read_pair
         from vlmteacher.teachers.base import check_free_text, read_style
 
+        remedy = "take an instruction-tuned VLM as the Teacher, or one beside it by --vlm MODEL"
         if teacher is not None:
-            check_free_text(read_style(teacher), f"method {method.name!r} rewrites prompts, and the teacher {teacher}")
+            label = f"method {method.name!r} rewrites prompts, and the teacher {teacher}"
+            check_free_text(read_style(teacher), label, remedy)
             return
         directory, description = read_pair(pair)
         style = read_style(str(directory / description["teacher"]), local_files_only=True)
         label = f"method {method.name!r} rewrites prompts, and the teacher of the {pair or 'packaged'} pair"
-        check_free_text(style, label)
+        check_free_text(style, label, remedy)
 
 
 Row = dict[str, Any]
@@ -184,6 +187,7 @@ def run(
     judge: Judge,
     answers: Answers,
     trace: bool = False,
+    rewriter: Rewriter | None = None,
 ) -> dict[str, Row]:
     """Solve one instance with a method; return the results by the names of `method.rows`.
 
@@ -192,15 +196,14 @@ def run(
 
     Args:
         seed: of the noise; N samples use the seeds from `seed` to `seed + N - 1`.
-        queries: the Teacher's, unless the method brings its own.
+        queries: unless the method brings its own. answers: true answers to them.
         judge: the independent verdict. One that keeps the video for later returns no verdict yet.
-        answers: true answers to the queries.
-        trace: judge the few-step video of every step too.
+        trace: judge the few-step video of every step too. rewriter: of prompts; None: the Teacher.
     """
     if method.samples:
         return _pass_at_n(method, pipe, prompt, image, seed, queries, judge, answers)
     if method.rewrite or method.rounds:
-        return {method.name: _by_new_prompts(method, pipe, prompt, image, seed, queries, judge, answers)}
+        return {method.name: _by_new_prompts(method, pipe, prompt, image, seed, queries, judge, answers, rewriter)}
     began, skipped = time.perf_counter(), 0.0
     settings = pipe.defaults.updated(**method.settings)
     shots: dict[int, Row] = {}
@@ -343,6 +346,7 @@ def _by_new_prompts(
     queries: QuerySet,
     judge: Judge,
     answers: Answers,
+    rewriter: Rewriter | None,
 ) -> Row:
     from vlmteacher.baselines.best_of_n import objective
     from vlmteacher.baselines.prompt_rewrite import prompt_rewrite
@@ -350,11 +354,11 @@ def _by_new_prompts(
 
     texts: Row
     if method.rewrite:
-        rewrite = prompt_rewrite(pipe, prompt, image, seed)
+        rewrite = prompt_rewrite(pipe, prompt, image, seed, rewriter)
         video, cost, loss = rewrite.video, rewrite.cost, objective(pipe, rewrite.video, queries)
         texts = {"new_prompt": rewrite.prompt}
     else:
-        tpo = video_tpo(pipe, prompt, image, (seed, seed + 1), method.rounds, queries)
+        tpo = video_tpo(pipe, prompt, image, (seed, seed + 1), method.rounds, queries, rewriter)
         video, cost, loss = tpo.video, tpo.cost, tpo.loss
         texts = {"rounds": [asdict(one) for one in tpo.rounds]}
     return {

@@ -52,6 +52,7 @@ class Bench(Benchmark):
     families: tuple[str, ...] = world.FAMILIES
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         world.check("id", self.families)
 
     def instances(self, splits: Sequence[str], limit: int, noises: int) -> list[Instance]:

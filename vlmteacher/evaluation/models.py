@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from PIL import Image
+
 from vlmteacher.errors import InputError
 from vlmteacher.instance import lora_fingerprint
 from vlmteacher.lora.formats import LoRA, read_lora
+from vlmteacher.media import fit_image
 from vlmteacher.placement import find_devices, find_dtype, parse_device_map, parse_dtype
 from vlmteacher.reasoners.sampling import even_timesteps
 from vlmteacher.settings import Keywords, Settings
@@ -171,3 +177,31 @@ def _resize(reasoner: Reasoner, models: Models) -> None:
     if size := {name: value for name in SIZE if (value := getattr(models, name)) is not None}:
         reasoner.check(**{name: getattr(reasoner, name) for name in SIZE} | size)
         reasoner.settings = replace(reasoner.settings, **size)
+
+
+@contextmanager
+def sized(reasoner: Reasoner, height: int, width: int) -> Iterator[None]:
+    """Make videos of this size inside the block."""
+    settings = reasoner.settings
+    reasoner.settings = replace(settings, height=height, width=width)
+    try:
+        yield
+    finally:
+        reasoner.settings = settings
+
+
+def cover(image: Image.Image | None, reasoner: Reasoner) -> tuple[Image.Image | None, tuple[int, int]]:
+    """Return a first frame in the size of its video, and that size (H, W): about as many pixels as the Reasoner's own.
+
+    The size has the image's proportions but for rounding to one that the Reasoner can make; what then stands out is
+    cropped on both sides. Without an image the size is the Reasoner's own.
+    """
+    if image is None:
+        return None, (reasoner.height, reasoner.width)
+    scale = math.sqrt(reasoner.height * reasoner.width / (image.height * image.width))
+    multiples = (reasoner.spatial_stride * side for side in reasoner.patch)
+    height, width = (
+        max(1, round(side * scale / multiple)) * multiple
+        for side, multiple in zip((image.height, image.width), multiples, strict=True)
+    )
+    return fit_image(image, height, width, fit="crop"), (height, width)

@@ -17,6 +17,7 @@ from vlmteacher.evaluation import methods
 from vlmteacher.evaluation.benchmark import Benchmark, FileBenchmark, Instance, cost_means, key_of
 from vlmteacher.evaluation.folder import Folder, Job, Queries, Work, scorer
 from vlmteacher.evaluation.methods import Method, Row, find_method
+from vlmteacher.evaluation.models import sized
 from vlmteacher.evaluation.workers import ATTEMPTS, Task, Workers
 from vlmteacher.files import make_folder, write_json
 from vlmteacher.media import resize, write_video
@@ -142,9 +143,11 @@ def _work(benchmark: Benchmark, job: Job) -> list[Row]:
     if pipe is None:
         picture = image if method.control == "static" else benchmark.final_frame(instance)
         return [_row(instance, method.name, prompt, _control(method, benchmark, picture, verdict))]
+    image, (height, width) = benchmark.fit(image, pipe.reasoner)
     queries, query_seconds = given or _write_queries(pipe, prompt, image)
-    seed = benchmark.noise_seed(instance)
-    rows = methods.run(method, pipe, prompt, image, seed, queries, verdict, answers, benchmark.trace)
+    seed, rewriter = benchmark.noise_seed(instance), benchmark.rewriter()
+    with sized(pipe.reasoner, height, width):
+        rows = methods.run(method, pipe, prompt, image, seed, queries, verdict, answers, benchmark.trace, rewriter)
     return [
         {
             **_row(instance, name, prompt, row),

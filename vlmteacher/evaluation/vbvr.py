@@ -58,6 +58,7 @@ class Bench(FileBenchmark):
     pro: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, value in (("data", self.data), ("evalkit", self.evalkit)):
             if value is None:
                 raise InputError(f"the benchmark vbvr needs --{name} DIR")

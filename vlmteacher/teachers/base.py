@@ -53,10 +53,12 @@ def check_range(low: float, high: float) -> None:
         raise InputError(f"frames must be RGB in [0, 1], these span [{low:.4g}, {high:.4g}]: clamp or rescale them")
 
 
-def check_free_text(style: QueryStyle, label: str) -> None:
+def check_free_text(
+    style: QueryStyle, label: str, remedy: str = "take an instruction-tuned VLM as the Teacher"
+) -> None:
     """Raise InputError for a Teacher that was trained to write queries in its own wording, and nothing else."""
     if style.own_wording:
-        raise InputError(f"{label} writes queries and no other text: take an instruction-tuned VLM as the Teacher")
+        raise InputError(f"{label} writes queries and no other text: {remedy}")
 
 
 class Teacher(ABC):
