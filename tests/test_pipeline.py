@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,8 @@ def test_a_run_folder_holds_the_contract(pipe: TeacherPipeline, image: Image.Ima
     out.save(tmp_path / "run")
     names = {file.name for file in (tmp_path / "run").iterdir()}
     texts = {"queries.json", "run.json", "report.html", "README.md"}
-    assert names == {"before.mp4", "after.mp4", "lora.safetensors"} | texts
+    assert names == {"before.mp4", "after.mp4", "lora.safetensors", "frames.webp"} | texts
+    assert Image.open(tmp_path / "run" / "frames.webp").size == (4 * 48, 4 * 32)  # before, steps 0 and 1, after
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert {"version", "prompt", "config", "queries", "steps", "stopped", "updates", "seconds", "models"} <= set(record)
     assert record["steps"] == out.history and record["queries"] == QUERIES and record["updates"] == 2
@@ -125,15 +127,18 @@ def test_a_run_folder_holds_the_contract(pipe: TeacherPipeline, image: Image.Ima
         assert video.shape == (5, 32, 48, 3)
         assert np.abs(video.astype(float).mean((0, 1, 2)) - out.uint8(frames).mean((0, 1, 2))).max() < 8
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "<svg" in page and 'src="after.mp4"' in page and QUERIES["goal"] in page and "http" not in page
+    assert "<svg" in page and QUERIES["goal"] in page and page.count('src="data:video/mp4;base64,') == 2
+    assert not re.search(r'(src|href)="(?!data:)|url\((?!data:)|https?:', page)
     with pytest.raises(InputError, match="already holds a run"):
         out.save(tmp_path / "run")
 
 
 def test_the_report_shows_text_as_text(pipe: TeacherPipeline, tmp_path: Path) -> None:
-    call(pipe, max_steps=0, prompt="move <script>ball</script>").save(tmp_path)
+    queries = QuerySet("<img src=x onerror=alert(1)> moves?", ("Is {{ 7 * 7 }} red?",))
+    call(pipe, max_steps=0, prompt="move <script>ball</script>", queries=queries).save(tmp_path)
     page = (tmp_path / "report.html").read_text()
-    assert "<script" not in page and "&lt;script&gt;ball" in page
+    assert page.count("<script") == 1 and "&lt;script&gt;ball" in page
+    assert "<img src=x" not in page and "{{ 7 * 7 }}" in page
 
 
 @pytest.mark.parametrize("stop_at", [0, 2])
@@ -151,6 +156,8 @@ def test_an_interrupted_run_is_taken_up(pipe: TeacherPipeline, tmp_path: Path, s
     assert record["stopped"] == "interrupted" and len(record["steps"]) == stop_at + 1
     out = call(pipe, max_steps=4, keep="best", run_dir=run, resume=True, generator=None, queries=None)
     assert out.lora == whole.lora == (run / "lora.safetensors").read_bytes()
+    assert [*out.predictions] == [*whole.predictions] == [0, 3]
+    assert all(np.array_equal(out.predictions[step], whole.predictions[step]) for step in (0, 3))
     assert [row["loss"] for row in out.history] == [row["loss"] for row in whole.history]
     assert json.loads((run / "run.json").read_text())["stopped"] == "max_steps"
     again = call(pipe, max_steps=4, keep="best", run_dir=run, resume=True)  # a finished one stays as it is

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import subprocess
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -28,6 +29,7 @@ list of one of them."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 MOST_PIXELS = 2**26  # 8192x8192; PIL needs up to 16 bytes and 0.1 us for each
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags
+STRIP, STRIP_HEIGHT = 8, 144  # frames of a film strip at most, and its height in pixels at most
 ASPECT_TOLERANCE = 0.05
 RATE_TOLERANCE = 0.1  # of a clip slower than the model: at most every tenth frame is then shown twice
 FIRST_FRAME_CELLS, FIRST_FRAME_TOLERANCE = 8, 36  # see `check_first_frame`
@@ -281,6 +283,24 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
             raise OSError(errno.EIO, f"ffmpeg wrote {readable} of {count} frames")
 
 
+def shrink_video(path: Path, limit: int, width: int | None = None) -> bytes:
+    """The bytes of a video recoded to at most `limit`, smaller and coarser until it fits; b"" where it never does.
+
+    width: in pixels at most. Raises OSError for a file that cannot be read as a video.
+    """
+    width = width or 1280
+    with tempfile.TemporaryDirectory() as folder:
+        recoded = Path(folder) / "recoded.mp4"
+        for quality, share in ((23, 1.0), (28, 0.75), (32, 0.5), (36, 0.35)):
+            scale = f"scale=w='2*trunc(min(iw,{int(width * share)})/2)':h=-2"
+            coded = ["-an", "-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", str(quality), "-g", "12"]
+            source = ["-protocol_whitelist", "file", "-i", os.path.abspath(path)]
+            _ffmpeg(["-y", *source, "-vf", scale, *coded, "-movflags", "+faststart", f"file:{recoded}"])
+            if recoded.stat().st_size <= limit:
+                return recoded.read_bytes()
+    return b""
+
+
 def _ffmpeg(arguments: list[str], given: bytes = b"") -> bytes:
     """The standard output of ffmpeg. Raises OSError with the last line of its messages when it fails."""
     from imageio_ffmpeg import get_ffmpeg_exe
@@ -294,6 +314,28 @@ def _ffmpeg(arguments: list[str], given: bytes = b"") -> bytes:
         reason = " ".join(lines[-1].split())[:200] if lines else f"exit status {done.returncode}"
         raise OSError(errno.ENOSPC if full else errno.EIO, f"ffmpeg: {reason}")
     return done.stdout
+
+
+def film_strip(frames: np.ndarray, count: int) -> np.ndarray:
+    """`count` of the frames (F, H, W, 3), evenly spread, side by side: (H, W * count, 3)."""
+    return np.concatenate([frames[k] for k in strip_indices(len(frames), count)], axis=1)
+
+
+def strip_indices(frames: int, count: int) -> list[int]:
+    """The indices of `count` frames, evenly spread, both ends included; of all where there are fewer."""
+    count = min(count, frames)
+    return [round(k * (frames - 1) / max(count - 1, 1)) for k in range(count)]
+
+
+def write_strips(path: Path, strips: Sequence[np.ndarray]) -> None:
+    """Write film strips (H, W, 3) uint8, one below the other, as a WebP file; all get the size of the first, scaled
+    down to `STRIP_HEIGHT`. Raises OutputError."""
+    height, width = strips[0].shape[:2]
+    scale = min(1.0, STRIP_HEIGHT / height)
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    sheet = np.concatenate([np.asarray(resize(Image.fromarray(strip), *size)) for strip in strips])
+    with replacing(path) as temporary:
+        Image.fromarray(sheet).save(temporary, "WEBP", quality=90)
 
 
 def resize_clip(frames: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -62,6 +62,9 @@ class TeacherPipelineOutput:
         models: names of the models.
         fps: frames per second of the videos.
         lora: the bytes of lora.safetensors.
+        predictions: by step, for some steps and the last one, up to 8 frames of the one-step prediction that the
+            Teacher saw, side by side: (h, w, 3) uint8.
+        memory: bytes of the peak so far at the end of each part (see `placement.peak_memory`).
         verdict: "solved", "improved", "unchanged" or "worse" by the final video, what got worse and what to try.
         cut_tokens: number of tokens of each text beyond the limit of the Reasoner's text encoder.
         rewards: of one's own: their "weights", their losses "before" and "after" by name, and the objective with them,
@@ -87,6 +90,8 @@ class TeacherPipelineOutput:
     lora: bytes
     cut_tokens: dict[str, int] = field(default_factory=dict)
     rewards: dict[str, Any] | None = None
+    predictions: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+    memory: dict[str, int] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Verdict:
@@ -125,6 +130,9 @@ class TeacherPipelineOutput:
             "models": self.models,
             "cut_tokens": self.cut_tokens,
             **({} if self.rewards is None else {"rewards": self.rewards}),
+            "fps": self.fps,
+            "memory": self.memory,
+            "predictions": [*self.predictions],
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -141,7 +149,7 @@ class TeacherPipelineOutput:
     def finish(self, folder: RunFolder) -> None:
         """Write the results to the folder of a run that has begun (see `RunFolder.finish`)."""
         before, after = self.uint8(self.frames_before), self.uint8(self.frames)
-        folder.finish(self.record(), before, after, self.fps, self.lora)
+        folder.finish(self.record(), before, after, self.fps, self.lora, self.predictions)
 
     @staticmethod
     def uint8(frames: Frames) -> np.ndarray:

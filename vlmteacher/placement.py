@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -117,6 +118,15 @@ def device_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device.type == "cpu" else None
+
+
+def peak_memory(*devices: torch.device) -> int:
+    """Peak of the allocated bytes so far, of these GPUs together, or, where none is a GPU, of this process."""
+    import torch
+
+    if gpus := {device for device in devices if device.type == "cuda"}:
+        return sum(torch.cuda.max_memory_allocated(device) for device in gpus)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def check_memory(device: torch.device, needed: int, what: str, remedy: str) -> None:

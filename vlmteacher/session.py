@@ -22,6 +22,7 @@ from vlmteacher.optimization.guards import frame_contrast
 from vlmteacher.optimization.loop import Optimization
 from vlmteacher.optimization.reward import pick, vqa_objective
 from vlmteacher.output import TeacherPipelineOutput, convert
+from vlmteacher.placement import peak_memory
 from vlmteacher.queries import QuerySet
 from vlmteacher.rewards import RewardContext, Rewards
 from vlmteacher.runs.folder import RunFolder
@@ -66,6 +67,7 @@ class Session:
         self.settings, self.reasoner = instance.settings, instance.reasoner
         self.config = instance.config()
         self.seconds: dict[str, float] = {}
+        self.memory: dict[str, int] = {}
         self._start = time.perf_counter()
         self.rewards: Rewards | None = None
         self._undo = ExitStack()
@@ -146,6 +148,7 @@ class Session:
                 bar.update()
                 yield row
                 self.models.need(*self._at_work)  # a callback may have sampled a video
+        self.memory["steps"] = peak_memory(*self.models.devices.values())
         self.loop.finish()
         self._export_lora()
 
@@ -268,6 +271,8 @@ class Session:
             lora=self.lora,
             cut_tokens=self.condition.all_cut,
             rewards=self._rewards(after),
+            predictions={step: strip.cpu().numpy() for step, strip in loop.predictions.items()},
+            memory=self.memory,
         )
 
     @contextmanager
@@ -275,6 +280,7 @@ class Session:
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
+        self.memory[name] = peak_memory(*self.models.devices.values())
 
 
 class RecordedSession(Session):

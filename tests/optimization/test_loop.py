@@ -153,7 +153,10 @@ def test_the_state_keeps_its_entries(make: Any) -> None:
     loop.step()
     state = loop.state_dict()
     entries = {"lora", "optimizer", "history", "best", "anchor", "first_contrast", "stopped", "rungs"}
-    assert state.keys() == entries and state["anchor"].shape == loop.noise.z1.shape
+    assert state.keys() == entries | {"predictions"}  # which earlier versions did not have
+    loop.load_state_dict({name: state[name] for name in entries})
+    assert loop.predictions == {} and state["predictions"][0].ndim == 3
+    assert state["anchor"].shape == loop.noise.z1.shape
     assert state["optimizer"].keys() == {"state", "param_groups"} and state["best"][0] == state["history"][0]["loss"]
     row = {"step", "loss", "p_yes", "grad_norm", "guards", "seconds"}
     assert state["history"][0].keys() == row and set(state["history"][0]["guards"]) == set(GUARDS)

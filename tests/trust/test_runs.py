@@ -119,7 +119,7 @@ def test_a_failing_encoder_keeps_the_rest(
             call(pipe, run_dir=folder)
     assert "\n" not in str(raised.value) and ("no codec libx264" in str(raised.value)) == (how == "says why")
     assert {file.name for file in folder.iterdir()} == {*FILES} - {"before.mp4", "after.mp4"}
-    kept = {file.name: file.stat().st_ino for file in folder.iterdir()}
+    kept = {file.name: file.stat().st_ino for file in folder.iterdir() if file.name != "report.html"}  # it has videos
     assert (folder / "lora.safetensors").read_bytes() == (finished / "lora.safetensors").read_bytes()
     call(pipe, run_dir=folder, resume=True, callback_on_step_end=no_step)
     same(folder, finished)

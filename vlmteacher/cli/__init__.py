@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
@@ -22,6 +23,7 @@ from vlmteacher.errors import InputError, MissingExtra, OutputError, TaskFailed
 from vlmteacher.files import check_text
 from vlmteacher.interruption import Interrupted, endings_interrupt
 from vlmteacher.quiet import quiet_warnings
+from vlmteacher.runs.command import command_line
 
 # The commands import what is heavy inside their functions: `vlmteacher --help` must answer at once.
 COMMANDS = (demo, solve, queries, lora, bench, train_microworld, microworld, train, distill, plan, env)
@@ -100,13 +102,15 @@ def run(parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | Non
     for stream in (sys.stdout, sys.stderr):  # a message must not fail on what a terminal cannot show
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    top = parser()
     try:
-        arguments = parser().parse_args(argv)
+        arguments = top.parse_args(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
     except InputError as error:  # of a file with defaults
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    typed = command_line.set(shlex.join([top.prog, *(sys.argv[1:] if argv is None else argv)]))
     try:
         with endings_interrupt():
             _check_texts(arguments)
@@ -129,6 +133,8 @@ def run(parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | Non
         if not isinstance(error, BrokenPipeError):
             print(f"error: {error}", file=sys.stderr)
             return 1
+    finally:
+        command_line.reset(typed)
     return 0
 
 

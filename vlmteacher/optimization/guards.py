@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -10,12 +11,19 @@ from torch import Tensor
 from vlmteacher.ops.patchify import PatchRows
 
 GUARDS = ("brightness", "dark_fraction", "edge_density", "colour_entropy", "temporal_jump")
+DRIFT = dict(zip(GUARDS, (0.1, 0.1, 0.1, 0.75, 0.05), strict=True))
+"""The change from the first step on that is a sign of a video that pleases only the Teacher."""
 
 
 def small_frames(frames: Tensor | PatchRows) -> Tensor:
     """Frames (K, 3, H, W), or their patch rows, with every n-th pixel kept: about 128x128 pixels, float32."""
     stride = max(1, max(frames.shape[-2:]) // 128)
     return frames.pixels(stride) if isinstance(frames, PatchRows) else frames[..., ::stride, ::stride].float()
+
+
+def drifted(first: Mapping[str, float], last: Mapping[str, float]) -> list[str]:
+    """The names of the guards that differ by more than `DRIFT` between two steps."""
+    return [name for name, most in DRIFT.items() if abs(last[name] - first[name]) > most]
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor
 from vlmteacher.errors import InputError, NonFiniteError, NonFiniteFrames, OutOfMemory, first_line
 from vlmteacher.interruption import raise_lost, uninterrupted
 from vlmteacher.lora.adapter import load_lora_state, lora_parameters, lora_state_dict
+from vlmteacher.media import STRIP, strip_indices
 from vlmteacher.optimization import divergence
 from vlmteacher.optimization.engines import make_engine
 from vlmteacher.optimization.memory_ladder import MemoryLadder
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+KEPT_STEPS = (0, 5, 10)  # whose predictions are kept to be shown, beside the latest
 Stopped = Literal["threshold", "max_steps", "diverged"]
 
 
@@ -65,6 +67,7 @@ class Optimization:
     far with a fresh optimiser at half the learning rate; its row says why ("rolled_back") and the new "learning_rate".
     The second time the run ends there: `stopped` is "diverged".
 
+    predictions: film strips (h, w, 3) uint8 of the one-step predictions at `KEPT_STEPS` and the latest step, by step.
     best: the lowest loss at a step without signs of divergence, and its LoRA. first_contrast: the frames' contrast
     before the first update. make_room: moves to main memory the networks that no step needs; called when memory runs
     out. Call `close()` at the end.
@@ -104,6 +107,7 @@ class Optimization:
         self.history: list[dict[str, Any]] = []
         self.best: tuple[float, dict[str, Tensor]] | None = None
         self.first_contrast: float | None = None
+        self.predictions: dict[int, Tensor] = {}
         self.stopped: Stopped | None = None if settings.max_steps else "max_steps"
         self.engine = make_engine(settings.engine, self.objective, self.optimizer)
         self.ladder = MemoryLadder(self.objective, make_room)
@@ -156,7 +160,14 @@ class Optimization:
                     self.stopped = "diverged"
                 elif len(self.history) >= self.settings.max_steps:
                     self.stopped = "max_steps"
+                self._keep_prediction()
         return row
+
+    def _keep_prediction(self) -> None:
+        """Keep the film strip of this step's prediction, and of `KEPT_STEPS`; nothing is read from the device."""
+        if self.objective.shown is not None:
+            self.predictions = {step: strip for step, strip in self.predictions.items() if step in KEPT_STEPS}
+            self.predictions[len(self.history) - 1] = _strip(self.objective.shown)
 
     def _evaluate(self) -> Evaluation:
         """The evaluation of the present LoRA, whose gradient stays on the parameters. Raises NonFiniteError."""
@@ -277,6 +288,7 @@ class Optimization:
             "first_contrast": self.first_contrast,
             "stopped": self.stopped,
             "rungs": list(self.ladder.taken),
+            "predictions": {step: strip.cpu() for step, strip in self.predictions.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -302,8 +314,17 @@ class Optimization:
             check_like(anchor, self.objective.noise.z1, "its anchor")
         self.objective.anchor = anchor
         self.ladder.take(state["rungs"])
+        self.predictions = dict(state.get("predictions", {}))  # earlier versions kept none
+        if any(strip.dtype != torch.uint8 or strip.ndim != 3 for strip in self.predictions.values()):
+            raise InputError("its predictions are no pictures")
 
     def close(self) -> None:
         """Restore the models, but for the LoRA."""
         self.ladder.restore()
         self.engine.close()
+
+
+def _strip(frames: Tensor) -> Tensor:
+    """The film strip (h, w, 3) uint8 of frames (K, 3, h, w) in [0, 1]."""
+    chosen = frames[strip_indices(len(frames), STRIP)].clamp(0, 1).mul(255).round().to(torch.uint8)
+    return torch.cat([*chosen.permute(0, 2, 3, 1)], dim=1)

@@ -94,7 +94,8 @@ class Objective:
     """L_VQA of one instance as a function of the LoRA on `reasoner.transformer` (method, Algorithm 1, step 3).
 
     frame_indices: the frames that the Teacher sees. parameters: the LoRA's tensors. anchor: the latents before the
-    first update, where `settings.pull` draws to them. rewards: what is added to the Teacher's loss, if anything. The
+    first update, where `settings.pull` draws to them. rewards: what is added to the Teacher's loss, if anything. shown:
+    the frames (K, 3, h, w) of the last evaluation, before any jitter and at about 128x128 pixels, for the report. The
     `MemoryLadder` sets decoder_chunk, frames that the surrogate decoder computes at a time (None: it chooses), and
     offload, whether the Reasoner's saved activations wait in pinned host memory.
     """
@@ -115,6 +116,7 @@ class Objective:
         self.frame_indices = teacher_frame_indices(condition.num_frames, settings.teacher_frames)
         self.parameters = lora_parameters(reasoner.transformer)
         self.anchor: Tensor | None = None
+        self.shown: Tensor | None = None
         self.decoder_chunk: int | None = None
         self.offload = False
         frozen = frozen_blocks(reasoner.transformer, settings.lora_blocks)
@@ -139,6 +141,7 @@ class Objective:
         loss, rewards = self.total(losses, frames)
         with torch.no_grad():
             metrics = Metrics.pack(loss, latents, frames, losses, rewards)
+            self.shown = small_frames(frames).clone()  # a view would keep the whole graph
         if self.settings.pull:
             if self.anchor is None:
                 self.anchor = latents.detach()

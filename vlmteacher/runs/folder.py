@@ -15,8 +15,9 @@ from vlmteacher import arguments
 from vlmteacher.errors import InputError, OutputError
 from vlmteacher.files import check_text, claimed, read_json, remove, write_bytes, write_json, write_text
 from vlmteacher.interruption import uninterrupted
-from vlmteacher.media import write_video
-from vlmteacher.runs.report import report
+from vlmteacher.media import STRIP, film_strip, write_strips, write_video
+from vlmteacher.runs.command import command_line
+from vlmteacher.runs.report import run_report
 from vlmteacher.state import read_state, unusable, write_state
 from vlmteacher.version import __version__
 
@@ -26,7 +27,17 @@ if TYPE_CHECKING:
     from vlmteacher.optimization.loop import Optimization
 
 RECORD, STATE = "run.json", "state.pt"
-FILES = (RECORD, STATE, "lora.safetensors", "queries.json", "before.mp4", "after.mp4", "README.md", "report.html")
+FILES = (
+    RECORD,
+    STATE,
+    "lora.safetensors",
+    "queries.json",
+    "before.mp4",
+    "after.mp4",
+    "README.md",
+    "frames.webp",
+    "report.html",
+)
 FORM = "vlmteacher run 1"  # of the state; the number changes with its content
 STATE_ROOM = 2**26  # bytes of a state beside its tensors of the LoRA's size: the history, the latents of a pull
 WRITING_SHARE = 0.05  # of the time at most is spent on writing states: those of large LoRAs take long
@@ -123,7 +134,8 @@ class RunFolder:
         Raises OutputError.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        self.record = record
+        command = command_line.get()
+        self.record = record if command is None else {"command": command, **record}
         self._write_progress([])
 
     def interrupt(self, loop: Optimization) -> None:
@@ -187,15 +199,25 @@ class RunFolder:
         if not path.exists() or path.read_bytes() != data:
             write_bytes(path, data)
 
-    def finish(self, results: dict[str, Any], before: np.ndarray, after: np.ndarray, fps: float, lora: bytes) -> None:
+    def finish(
+        self,
+        results: dict[str, Any],
+        before: np.ndarray,
+        after: np.ndarray,
+        fps: float,
+        lora: bytes,
+        predictions: dict[int, np.ndarray],
+    ) -> None:
         """Write the results of the run, the LoRA first. Files that the same run has written already stay.
 
-        results: entries of run.json. before, after: the videos (F, H, W, 3) uint8. Raises OutputError for the first
-        file that cannot be written, after all others are written.
+        results: entries of run.json. before, after: the videos (F, H, W, 3) uint8. predictions: film strips by step.
+        Raises OutputError for the first file that cannot be written, after all others are written.
         """
         from vlmteacher.runs.model_card import model_card
 
         assert self.record is not None
+        columns = min(STRIP, results["config"]["teacher_frames"])
+        strips = [film_strip(before, columns), *predictions.values(), film_strip(after, columns)]
         same = self.record["stopped"] == results["stopped"] and self.record["steps"] == results["steps"]
         record = {**self.record, **results}
         writers: dict[str, Callable[[Path], object]] = {
@@ -203,7 +225,8 @@ class RunFolder:
             "before.mp4": lambda path: write_video(path, before, fps),
             "after.mp4": lambda path: write_video(path, after, fps),
             "README.md": lambda path: write_text(path, model_card(results, lora)),
-            "report.html": lambda path: write_text(path, report(results)),
+            "frames.webp": lambda path: write_strips(path, strips),
+            "report.html": lambda path: write_text(path, run_report(self.path, record)),
         }
         self.write_lora(lora)
         if not same:
@@ -214,6 +237,7 @@ class RunFolder:
         for name, write in writers.items():
             try:
                 if not (self.path / name).exists():
+                    remove(self.path / "report.html")  # it shows the other files
                     write(self.path / name)
             except OutputError as error:
                 failed = failed or error

@@ -1,67 +1,133 @@
-"""report.html of a run folder."""
+"""report.html of a run folder: one page with the videos inside, which loads nothing."""
 
 from __future__ import annotations
 
-import html
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from vlmteacher.errors import InputError
+from vlmteacher.media import STRIP
+from vlmteacher.optimization.guards import DRIFT, drifted
+from vlmteacher.runs.charts import line_chart, sparkline
+from vlmteacher.runs.pages import image_url, page, video_url
+from vlmteacher.runs.verdict import Verdict
 
-def report(record: dict[str, Any]) -> str:
-    """An HTML page about a finished run. It loads only the videos beside it.
+VIDEO_LIMIT = 2_200_000  # characters of a video; with its pictures a page stays below 5 MB
 
-    record: the content of run.json.
+STOPPED = {
+    "threshold": "the loss of the one-step prediction reached the threshold",
+    "max_steps": "no step was left",
+    "diverged": "the optimisation diverged; the best LoRA before is kept",
+    "interrupted": "interrupted; --resume goes on",
+}
+PARTS = {"queries": "writing the queries", "before": "first video", "steps": "optimisation", "after": "final video"}
+GUARDS = {
+    "brightness": "brightness",
+    "dark_fraction": "dark pixels",
+    "edge_density": "edges",
+    "colour_entropy": "colours (bits)",
+    "temporal_jump": "largest jump between frames",
+}
+
+
+def run_report(folder: Path, record: dict[str, Any]) -> str:
+    """The page of a run. A video or picture that is missing in `folder` is missing in the page alone.
+
+    record: the content of run.json. Raises InputError where it is not that of a run.
     """
-    questions = [record["queries"]["goal"], *record["queries"]["process"]]
-    rows = "".join(
-        f"<tr><td>{'goal' if number == 0 else 'process'}<td>{html.escape(question)}<td>{before:.2f}<td>{after:.2f}"
-        for number, (question, before, after) in enumerate(
-            zip(questions, record["p_yes_before"], record["p_yes_after"], strict=True)
-        )
-    )
-    config = "".join(f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in record["config"].items())
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>vlmteacher: {html.escape(record["prompt"][:60])}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-figure {{ display: inline-block; margin: 0 1rem 1rem 0 }}
-video {{ width: 20rem; max-width: 100%; image-rendering: pixelated }}
-table {{ border-collapse: collapse; margin: 1rem 0 }}
-td, th {{ padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: left }}
-svg {{ width: 100%; max-width: 40rem }}
-</style>
-<h1>{html.escape(record["prompt"])}</h1>
-<figure><video src="before.mp4" controls autoplay loop muted></video><figcaption>before</figcaption></figure>
-<figure><video src="after.mp4" controls autoplay loop muted></video><figcaption>after {record["updates"]} updates \
-(stopped: {record["stopped"]})</figcaption></figure>
-<table><tr><th><th>question<th>P(Yes) before<th>P(Yes) after{rows}</table>
-<h2>Loss</h2>
-{loss_curve([row["loss"] for row in record["steps"]], record["config"]["threshold"])}
-<h2>Settings</h2>
-<table>{config}</table>
-</html>
-"""
+    try:
+        return page("run.html", **_content(folder, record))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder / 'run.json'} is not the record of a run ({error!r:.80})") from error
 
 
-def loss_curve(losses: list[float], threshold: float) -> str:
-    """The loss over the steps and the threshold, as an SVG drawing."""
-    width, height, margin = 640, 240, 40
-    top = max([*losses, threshold]) * 1.05
-    x = [margin + i * (width - 2 * margin) / max(len(losses) - 1, 1) for i in range(len(losses))]
+def _content(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    config, queries, steps = record["config"], record["queries"], record["steps"]
+    finished = "p_yes_after" in record
+    verdict = Verdict.of(record) if finished else None
+    questions = [queries["goal"], *queries["process"]]
+    ends = record["p_yes_after"] if finished else []
+    return {
+        "prompt": record["prompt"],
+        "verdict": verdict,
+        "stopped": STOPPED.get(record["stopped"], record["stopped"]),
+        "updates": record["updates"],
+        "config": config,
+        "models": record["models"],
+        "fps": record.get("fps", 0),
+        "videos": {name: video_url(folder / f"{name}.mp4", VIDEO_LIMIT) for name in ("before", "after")},
+        "questions": [
+            {
+                "kind": "process" if number else "goal",
+                "text": question,
+                "before": record["p_yes_before"][number] if finished else None,
+                "after": record["p_yes_after"][number] if finished else None,
+            }
+            for number, question in enumerate(questions)
+        ],
+        "p_yes": line_chart(
+            "P(Yes) of every question over the steps",
+            {question: [row["p_yes"][number] for row in steps] for number, question in enumerate(questions)},
+            high=1.0,
+            ends=dict(zip(questions, ends, strict=False)),
+        ),
+        "loss": line_chart(
+            "loss over the steps",
+            {"loss": [row["loss"] for row in steps]},
+            levels={f"threshold {config['threshold']:g}": config["threshold"]},
+            ends={"loss": record["loss_after"]} if finished else {},
+        ),
+        "strips": _strips(record),
+        "columns": min(STRIP, config["teacher_frames"]),
+        "sheet": image_url(folder / "frames.webp"),
+        "guards": _guards(steps),
+        "events": list(_events(steps)),
+        "seconds": [(PARTS[name], record["seconds"][name]) for name in PARTS if name in record["seconds"]],
+        "total": record["seconds"].get("total"),
+        "memory": [(PARTS[name], size) for name, size in record.get("memory", {}).items() if name in PARTS],
+        "command": record.get("command"),
+        "settings": {"Models": record["models"], "Settings": config, "Texts cut": record.get("cut_tokens") or {}},
+        "written_by": record.get("version"),
+    }
 
-    def y(value: float) -> float:
-        return height - margin - value / top * (height - 2 * margin)
 
-    points = " ".join(f"{a:.1f},{y(b):.1f}" for a, b in zip(x, losses, strict=True))
-    dots = "".join(f'<circle cx="{a:.1f}" cy="{y(b):.1f}" r="2.5"/>' for a, b in zip(x, losses, strict=True))
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="loss over the steps" font-size="12">'
-        f'<path d="M{margin},{margin}V{height - margin}H{width - margin}" fill="none" stroke="#999"/>'
-        f'<line x1="{margin}" x2="{width - margin}" y1="{y(threshold):.1f}" y2="{y(threshold):.1f}" '
-        f'stroke="#c33" stroke-dasharray="4"/>'
-        f'<text x="{width - margin}" y="{y(threshold) - 4:.1f}" text-anchor="end" fill="#c33">'
-        f"threshold {threshold:g}</text>"
-        f'<polyline points="{points}" fill="none" stroke="#36c" stroke-width="2"/><g fill="#36c">{dots}</g>'
-        f'<text x="{margin - 4}" y="{margin}" text-anchor="end">{top:.2f}</text>'
-        f'<text x="{margin - 4}" y="{height - margin}" text-anchor="end">0</text>'
-        f'<text x="{width / 2}" y="{height - 8}" text-anchor="middle">step</text></svg>'
-    )
+def _strips(record: dict[str, Any]) -> list[str]:
+    """The titles of the rows of frames.webp."""
+    last = len(record["steps"]) - 1
+    predictions = [
+        f"one-step prediction, step {step}{', the last' if step == last else ''}"
+        for step in record.get("predictions", ())
+    ]
+    return ["first video, in few steps", *predictions, "final video, in few steps"]
+
+
+def _guards(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The guards over the steps, each with a warning where it has drifted since the first step."""
+    if not steps:
+        return []
+    first, last = steps[0]["guards"], steps[-1]["guards"]
+    warned = drifted(first, last)
+    return [
+        {
+            "title": GUARDS[name],
+            "points": sparkline([row["guards"][name] for row in steps]),
+            "first": first[name],
+            "last": last[name],
+            "most": DRIFT[name],
+            "tripped": name in warned,
+        }
+        for name in DRIFT
+    ]
+
+
+def _events(steps: list[dict[str, Any]]) -> Iterator[str]:
+    """What happened at single steps: roll-backs, and what was done against a lack of memory."""
+    for row in steps:
+        if "rolled_back" in row:
+            rate = f", learning rate {row['learning_rate']:g}" if "learning_rate" in row else ""
+            yield f"Step {row['step']}: back to the best LoRA so far ({row['rolled_back']}){rate}"
+        if taken := row.get("out_of_memory"):
+            yield f"Step {row['step']}: memory ran out, so it went on with {', '.join(taken)}"
