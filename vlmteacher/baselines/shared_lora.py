@@ -213,8 +213,9 @@ class SharedTraining(ABC):
     def find_queries(self, prompt: TrainingPrompt) -> QuerySet | None:
         """The Teacher's queries of a prompt, written once in a training; None where no answer of it can be used."""
         if prompt not in self.queries:
+            image = prompt.image()
             try:
-                self.queries[prompt] = self.pipe.write_queries(prompt.text, prompt.image())
+                self.queries[prompt] = self.pipe.write_queries(prompt.text, image)
             except InputError:
                 self.queries[prompt] = None
             self.cost.add(queries_written=1)
