@@ -363,10 +363,11 @@ def decoder(file: tuple[str, bytes], where: Path) -> Any:
 
 
 def training_settings(file: tuple[str, bytes], where: Path) -> Any:
+    from vlmteacher.baselines import flow_grpo
     from vlmteacher.distillation import decoder, distill, sft
 
     kind, data = file
-    module = {"sft": sft, "distill": distill, "decoder": decoder}[kind]
+    module = {"sft": sft, "distill": distill, "decoder": decoder, "flow_grpo": flow_grpo}[kind]
     return module.load_settings(written(data, where / "settings.yaml"), {}).to_dict()
 
 
@@ -545,6 +546,7 @@ CONFIGS = {
     "sft": ROOT / "vlmteacher/distillation/configs/sft.yaml",
     "distill": ROOT / "vlmteacher/distillation/configs/dmd2.yaml",
     "decoder": ROOT / "vlmteacher/distillation/configs/decoder.yaml",
+    "flow_grpo": ROOT / "vlmteacher/distillation/configs/grpo.yaml",
 }
 
 

@@ -32,7 +32,7 @@ from vlmteacher.optimization.objective import Objective
 from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.reasoners.checkpointing import Keep, keep_activations
-from vlmteacher.reasoners.condition import Condition
+from vlmteacher.reasoners.condition import Condition, Noise
 from vlmteacher.state import fingerprint
 from vlmteacher.teachers.quantization import Quantize
 from vlmteacher.torch_modes import plain_torch
@@ -229,7 +229,7 @@ class SharedTraining(ABC):
         except InputError as error:
             raise InputError(f"{prompt.name}: {error}") from error
 
-    def objective(self, condition: Condition, queries: QuerySet, noise: Any) -> Objective:
+    def objective(self, condition: Condition, queries: QuerySet, noise: Noise) -> Objective:
         """The method's objective on the one-step prediction from `noise`."""
         pipe = self.pipe
         return Objective(self.reasoner, pipe.decoder, pipe.teacher, condition, noise, queries, self.method)
