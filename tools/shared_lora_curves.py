@@ -12,11 +12,12 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 HERE = Path(__file__).parents[1] / "docs/results/shared_lora"
 
 
-def curve(axis: plt.Axes, name: str, entry: str, label: str, sign: int = 1, window: int = 1) -> None:
+def curve(axis: Axes, name: str, entry: str, label: str, sign: int = 1, window: int = 1) -> None:
     """Plot an entry of a log, times `sign`, against the step; over several rows as a mean of the last `window`."""
     rows = [json.loads(line) for line in (HERE / f"{name}.jsonl").read_text().splitlines()]
     values = [sign * row[entry] for row in rows]
