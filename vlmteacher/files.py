@@ -140,7 +140,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented UTF-8 JSON (see `replacing`)."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)  # never the whole text at once
+        file.write("\n")
 
 
 def append_text(path: Path, text: str) -> None:

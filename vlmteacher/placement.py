@@ -60,6 +60,14 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that this process sees, as entries of CUDA_VISIBLE_DEVICES; none of them is used by this."""
+    import torch
+
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (named.split(",") if named else [str(number) for number in range(count)])[:count]
+
+
 def find_dtype(devices: Mapping[str, torch.device]) -> torch.dtype:
     """The default dtype of the models: bfloat16 where all parts are on GPUs, else float32."""
     import torch

@@ -113,9 +113,9 @@ def test_a_full_disk_stops_the_sweep(pair: Path, tmp_path: Path) -> None:  # noq
 def test_damaged_results_are_named(pair: Path, tmp_path: Path) -> None:  # noqa: F811
     run_benchmark("base", 1, 1, tmp_path / "good", pair=str(pair))
     for name, content, message in (
-        ("instances.jsonl", b'{"method": "base"}\n', "is not a result"),
-        ("instances.jsonl", b"[1, 2}\n", "is not a result"),
-        ("instances.jsonl", b"\xff\xfe}\n", "no UTF-8"),
+        ("instances.jsonl", b'{"method": "base"}\n', "is not a row"),
+        ("instances.jsonl", b"[1, 2}\n", "is not a row"),
+        ("instances.jsonl", b"\xff\xfe}\n", "is not a row"),
         ("settings.json", b"[" * 100_000, "nested too deep"),
         ("settings.json", b"", "not JSON"),
     ):
@@ -129,8 +129,8 @@ def test_damaged_results_are_named(pair: Path, tmp_path: Path) -> None:  # noqa:
 
 
 def test_workers_must_be_some(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="workers must be at least 1, not 0"):
-        run_benchmark("base", 1, 1, tmp_path / "out", workers=0)
+    with pytest.raises(InputError, match="workers must be at least 0, not -1"):
+        run_benchmark("base", 1, 1, tmp_path / "out", workers=-1)
 
 
 def test_a_second_sweep_in_one_folder_is_refused(pair: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 
 import pytest
 import torch
 
 from vlmteacher.errors import InputError, OutOfMemory, OutputError, TaskFailed
-from vlmteacher.evaluation.workers import ATTEMPTS, Workers
+from vlmteacher.evaluation.processes import Processes
+from vlmteacher.evaluation.workers import ATTEMPTS, Alone, Workers
+from vlmteacher.placement import visible_gpus
 
 
 def square(x: int) -> int:
@@ -63,6 +66,15 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
+def device() -> tuple[int, str, int]:
+    return os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"], torch.get_num_threads()
+
+
+def note_process(folder: str, name: str) -> int:
+    note(folder, name)
+    return os.getpid()
+
+
 def linger(folder: str) -> None:
     (Path(folder) / str(os.getpid())).touch()
     time.sleep(600)
@@ -70,16 +82,16 @@ def linger(folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[Workers]:
-    with Workers(2) as workers:
-        yield workers
+    with Processes(2) as executor:
+        yield Workers(executor)
 
 
 def test_results_are_those_of_this_process(workers: Workers) -> None:
     tasks = [workers.submit(square, x) for x in range(9)]
     assert {id(task) for task in workers.finish_all()} == {id(task) for task in tasks}
-    with Workers(0) as alone:
-        here = [alone.submit(square, x) for x in range(9)]
-        assert list(alone.finish_all()) == here  # in order
+    alone = Workers(Alone())
+    here = [alone.submit(square, x) for x in range(9)]
+    assert list(alone.finish_all()) == here  # in order
     assert [task.result() for task in tasks] == [task.result() for task in here] == [x * x for x in range(9)]
     assert workers.finish(workers.submit(threads)) == 1
     assert workers.wait() is None
@@ -103,7 +115,7 @@ def test_a_killed_process_is_replaced_and_its_task_tried_again(workers: Workers,
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_exceptions_are_failures_or_stop_all(count: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    workers = Workers(0) if count == 0 else request.getfixturevalue("workers")
+    workers = Workers(Alone()) if count == 0 else request.getfixturevalue("workers")
     assert workers.finish(workers.submit(fall_over, str(tmp_path), "twice", 2)) == "twice"
     with pytest.raises(TaskFailed, match="ZeroDivisionError: a number by nothing"):
         workers.finish(workers.submit(fall_over, str(tmp_path), "always", 99))
@@ -116,12 +128,82 @@ def test_exceptions_are_failures_or_stop_all(count: int, tmp_path: Path, request
     assert workers.finish(workers.submit(square, 3)) == 9
 
 
+def test_calls_are_drawn_as_workers_become_idle(workers: Workers) -> None:
+    drawn = []
+
+    def calls() -> Iterator[tuple[int]]:
+        for x in range(1000):
+            drawn.append(x)
+            yield (x,)
+
+    results = set()
+    for done, task in enumerate(workers.run(square, calls()), 1):
+        results.add(task.result())
+        assert len(drawn) <= done + 2 + 1  # what the two are at, and one in advance
+    assert results == {x * x for x in range(1000)} and workers.wait() is None
+
+
+def test_an_idle_worker_that_dies_is_replaced(workers: Workers, tmp_path: Path) -> None:
+    pids = [task.result() for task in workers.run(note_process, ((str(tmp_path), str(k)) for k in range(4)))]
+    for pid in set(pids):
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda pid=pid: not runs(pid), 10)
+    tasks = list(workers.run(square, ((x,) for x in range(4))))
+    assert sorted(task.result() for task in tasks) == [0, 1, 4, 9]
+
+
+def test_each_process_has_a_gpu() -> None:
+    with Processes(2, ["7", "GPU-5"]) as executor:
+        workers = Workers(executor)
+        gpus: dict[int, str] = {}  # by process
+        killed = 0
+        for task in workers.run(device, repeat(())):
+            pid, gpu, threads = task.result()
+            gpus[pid] = gpu
+            assert threads == max(1, (os.cpu_count() or 1) // 2)
+            if len(gpus) == 2 and not killed:
+                assert sorted(gpus.values()) == ["7", "GPU-5"]
+                killed = next(pid for pid, gpu in gpus.items() if gpu == "GPU-5")
+                os.kill(killed, signal.SIGKILL)
+            if len(gpus) == 3:
+                break
+        assert gpu == "GPU-5"  # of the one that took the place
+
+
+@pytest.mark.parametrize(("given", "count", "expected"), [(None, 2, ["0", "1"]), ("3,1", 2, ["3", "1"]), ("", 0, [])])
+def test_visible_gpus(given: str | None, count: int, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert visible_gpus() == expected
+
+
+def test_workers_that_never_start(tmp_path: Path) -> None:
+    """A script without the guard of its main module starts itself in every worker, which multiprocessing refuses."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from vlmteacher.evaluation.processes import Processes\n"
+        "from vlmteacher.evaluation.workers import Workers\n"
+        "with Processes(1) as executor:\n"
+        "    workers = Workers(executor)\n"
+        "    workers.finish(workers.submit(print))\n"
+    )
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root}
+    result = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "the workers end before they have a task (the process died, exit status 1)" in result.stderr
+
+
 DRIVER = """
 import sys
 from tests.evaluation.test_workers import linger
+from vlmteacher.evaluation.processes import Processes
 from vlmteacher.evaluation.workers import Workers
 if __name__ == "__main__":
-    with Workers(2) as workers:
+    with Processes(2) as executor:
+        workers = Workers(executor)
         for _ in range(2):
             workers.submit(linger, sys.argv[1])
         workers.wait()

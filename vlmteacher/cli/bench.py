@@ -61,7 +61,20 @@ def add(commands: Commands) -> None:
     sub.add_argument("--evalkit", metavar="DIR", help="folder of its evaluation kit, which the user has cloned")
     sub.add_argument("--evalkit-python", metavar="FILE", help="Python that runs the kit (default: this one)")
     sub.add_argument("--pro", action="store_true", help="vbvr: data and kit are VBVR-Pro-Bench's")
-    sub.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
+    sub.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes (default: 1; 0 and 1: this process itself), or actors of --ray (default: one per GPU,"
+        " or per processor without GPUs)",
+    )
+    sub.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="run on Ray: on the cluster at ADDRESS or RAY_ADDRESS, otherwise on this machine",
+    )
     sub.add_argument("--keep-videos", action="store_true", help="keep the videos, where the scorer needs no files")
     sub.add_argument("--out", required=True, metavar="DIR", help="folder for results.json")
     sub.add_argument("--resume", action="store_true", help="keep the instances that --out already has")
@@ -97,7 +110,7 @@ def _add_vlms(sub: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if find_spec(f"vlmteacher.evaluation.{_module(arguments)}") is None:
         raise InputError(f"the benchmark {arguments.benchmark} does not exist yet: choose microworld")
-    for name, least in (("limit", 1), ("workers", 1), ("seed", 0), ("seeds", 1)):
+    for name, least in (("limit", 1), ("workers", 0), ("seed", 0), ("seeds", 1)):
         if (value := getattr(arguments, name)) is not None and value < least:
             raise InputError(f"--{name} must be at least {least}, not {value}")
     from vlmteacher.quiet import quiet
@@ -123,6 +136,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.resume,
         arguments.rescore,
         arguments.keep_videos,
+        arguments.ray,
     )
     print(f"{results['benchmark']}, method {results['method']}")
     print("\n".join(benchmark.lines(results)))
@@ -149,6 +163,7 @@ def _run_table(arguments: argparse.Namespace) -> None:
         arguments.resume,
         arguments.other_teacher,
         arguments.other_reasoner,
+        arguments.ray,
     )
     print(format_table(content))
     print(f"Results: {out / 'table.json'}, .md, .csv and .tex, and a folder for each method")

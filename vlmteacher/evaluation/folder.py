@@ -8,32 +8,21 @@ instances.jsonl have no verdict, and scores.jsonl has one line per judged video.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from tqdm.auto import tqdm
+from typing import Any, NamedTuple, Protocol
 
 from vlmteacher.errors import InputError
 from vlmteacher.evaluation import methods
 from vlmteacher.evaluation.benchmark import Benchmark, FileBenchmark, Instance, key_of
+from vlmteacher.evaluation.journal import Journal
 from vlmteacher.evaluation.methods import Method, Row
+from vlmteacher.evaluation.progress import SweepProgress
 from vlmteacher.evaluation.workers import Task
-from vlmteacher.files import (
-    LOCK,
-    append_text,
-    claimed,
-    read_json,
-    read_text,
-    remove,
-    remove_leftovers,
-    write_json,
-    write_text,
-)
+from vlmteacher.files import LOCK, append_text, claimed, read_json, remove, remove_leftovers, write_json
 from vlmteacher.queries import QuerySet
 
-LOG_LIMIT = 2**33  # bytes of instances.jsonl
 Queries = tuple[QuerySet, float]  # and the seconds of writing them
 
 
@@ -46,8 +35,13 @@ class Job(NamedTuple):
     videos: Path | None
 
 
-Work = Callable[[Iterable[Job]], Iterator[Task]]
-"""Runs jobs; yields each as a task with the result of `_work(benchmark, job)`, in the order in which they finish."""
+class Work(Protocol):
+    """Runs jobs; yields each as a task with the rows of its instance, in the order in which they finish.
+
+    name, total, kept: what the progress shows, see `SweepProgress.method`.
+    """
+
+    def __call__(self, jobs: Iterable[Job], name: str, total: int, kept: int) -> Iterator[Task]: ...
 
 
 def queries_of(row: Row) -> Queries:
@@ -77,12 +71,12 @@ class Folder:
         keep_videos: bool = False,
     ) -> None:
         self.path, self.benchmark, self.method = path, benchmark, method
-        self.videos = path if keep_videos or isinstance(benchmark, FileBenchmark) else None
+        self.videos = path.absolute() if keep_videos or isinstance(benchmark, FileBenchmark) else None
         self.failed: dict[Instance, str] = {}
         what: dict[str, Any] = {"benchmark": benchmark.name, "methods": list(method.rows), "splits": list(splits)}
         what |= {**benchmark.described(), **scorer(benchmark)}
-        settings, self.log, self.poison = path / "settings.json", path / "instances.jsonl", path / "poison.jsonl"
-        self.verdicts = path / "scores.jsonl"
+        settings, self.poison = path / "settings.json", path / "poison.jsonl"
+        self.log, self.verdicts = Journal(path / "instances.jsonl"), Journal(path / "scores.jsonl")
         if rescore and not (isinstance(benchmark, FileBenchmark) and settings.exists()):
             raise InputError(f"--rescore judges the videos in {path} again, and there are none for its scorer")
         with ExitStack() as held:
@@ -93,14 +87,14 @@ class Folder:
                 check_same(path, read_json(settings, "settings"), what, rescore)
             elif any(entry.name != LOCK for entry in path.iterdir()):
                 raise InputError(f"{path} is not empty: give another --out")
-            lines = self._lines(self.log)
-            self.rows = {(row["method"], key_of(row)): row for row in map(self._row, lines)}
-            scores = [] if rescore else self._lines(self.verdicts)
-            self.scores = {row["video"]: row for row in map(self._score, scores)}
+            rows = self.log.read(_check_row, "remove that line, or give another --out")
+            self.rows = {(row["method"], key_of(row)): row for row in rows}
+            scores = () if rescore else self.verdicts.read(_check_score, "remove that line, or judge anew by --rescore")
+            self.scores = {row["video"]: row for row in scores}
             write_json(settings, what)
-            write_text(self.log, "".join(lines))
+            held.enter_context(self.log.appending())
             if isinstance(benchmark, FileBenchmark):
-                write_text(self.verdicts, "".join(scores))
+                held.enter_context(self.verdicts.appending())
             for folder in {(path / row["video"]).parent for row in self.rows.values() if "video" in row}:
                 if folder.is_dir():
                     remove_leftovers(folder)
@@ -112,34 +106,6 @@ class Folder:
 
     def __exit__(self, *_: object) -> None:
         self._held.close()
-
-    def _lines(self, log: Path) -> list[str]:
-        if not log.exists():
-            return []
-        lines = read_text(log, "results", LOG_LIMIT).splitlines(keepends=True)
-        return [line for line in lines if line.endswith("}\n")]  # the last one may be cut off
-
-    def _row(self, line: str) -> Row:
-        try:
-            row: Row = json.loads(line)
-            if not all(map(isinstance, (row["method"], *key_of(row)), (str, str, int, int))):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(
-                f"{self.log}: {line[:40]!r}... is not a result: remove that line, or give another --out"
-            ) from error
-        return row
-
-    def _score(self, line: str) -> Row:
-        try:
-            row: Row = json.loads(line)
-            if not (isinstance(row["video"], str) and isinstance(row["score"], float | int)):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(
-                f"{self.verdicts}: {line[:40]!r}... is not a verdict: remove that line, or judge anew by --rescore"
-            ) from error
-        return row
 
     def _set_aside(self, instance: Instance, reason: str) -> None:
         """Note an instance that failed at every attempt. Raises OutputError."""
@@ -158,13 +124,13 @@ class Folder:
         Raises OutputError when a row cannot be written; those before it are kept.
         """
         todo = [one for one in wanted if not all(self._is_made(name, one) for name in self.method.rows)]
-        jobs = [Job(self.method, one, queries.get((one.split, one.index)), self.videos) for one in todo]
-        for task in tqdm(work(jobs), total=len(wanted), initial=len(wanted) - len(jobs), desc=self.method.name):
+        jobs = (Job(self.method, one, queries.get((one.split, one.index)), self.videos) for one in todo)
+        for task in work(jobs, self.method.name, len(wanted), len(wanted) - len(todo)):
             if task.failure is not None:
                 self._set_aside(task.given[1].instance, task.failure)
                 continue
             rows = task.result()
-            append_text(self.log, "".join(json.dumps(row) + "\n" for row in rows))
+            self.log.append(rows)
             self.rows |= {(row["method"], key_of(row)): row for row in rows}
             for row in rows:  # of a video that was made again
                 for video in videos_of(row):
@@ -206,18 +172,20 @@ class Folder:
                     self._set_aside(one, f"its video {video} is gone: --resume makes it again")
                     continue
                 folders.setdefault(video.removesuffix(self.benchmark.path(one)), {})[one] = video
+        if not folders:
+            return
         total = sum(map(len, folders.values()))
-        with tqdm(total=total, desc=f"{self.method.name}, scores", disable=not total) as bar:
+        with SweepProgress() as progress, progress.method(f"{self.method.name}, scores", total, 0) as add:
             for videos in folders.values():
                 paths = {one: self.path / video for one, video in videos.items()}
                 for one, score in self.benchmark.score_files(paths):
                     video = videos.pop(one)
-                    bar.update()
+                    add(score.score is None)
                     if score.score is None:
                         self._set_aside(one, score.error or "it was not judged")
                         continue
                     self.scores[video] = {"video": video, **score.entries()}
-                    append_text(self.verdicts, json.dumps(self.scores[video]) + "\n")
+                    self.verdicts.append([self.scores[video]])
                 for one in videos:
                     if one not in self.failed:
                         self._set_aside(one, "the scorer gave no verdict")
@@ -228,6 +196,18 @@ class Folder:
             return {**row, **verdicts[0]}
         scores = {"sample_scores": [verdict["score"] for verdict in verdicts]}
         return {**row, **verdicts[row["picked"]], **methods.oracle(verdicts), **scores}
+
+
+def _check_row(row: Row) -> None:
+    """Raise KeyError or TypeError for a row that does not name its instance."""
+    if not all(map(isinstance, (row["method"], *key_of(row)), (str, str, int, int))):
+        raise TypeError
+
+
+def _check_score(row: Row) -> None:
+    """Raise KeyError or TypeError for a row that is no verdict on a video."""
+    if not (isinstance(row["video"], str) and isinstance(row["score"], float | int)):
+        raise TypeError
 
 
 def check_same(path: Path, existing: Any, what: Mapping[str, Any], rescore: bool) -> None:

@@ -101,7 +101,7 @@ def run_benchmark(
     limit: int,
     seed: int,
     out: Path,
-    workers: int = 1,
+    workers: int | None = None,
     resume: bool = False,
     pair: str | None = None,
     lora_blocks: str | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -14,14 +14,18 @@ from torch import Tensor
 
 from vlmteacher.errors import InputError, OutputError, TaskFailed
 from vlmteacher.evaluation import methods
+from vlmteacher.evaluation.actors import Actors
 from vlmteacher.evaluation.benchmark import Benchmark, FileBenchmark, Instance, cost_means, key_of
 from vlmteacher.evaluation.folder import Folder, Job, Queries, Work, scorer
 from vlmteacher.evaluation.methods import Method, Row, find_method
 from vlmteacher.evaluation.models import sized
-from vlmteacher.evaluation.workers import ATTEMPTS, Task, Workers
+from vlmteacher.evaluation.processes import Processes
+from vlmteacher.evaluation.progress import SweepProgress
+from vlmteacher.evaluation.workers import ATTEMPTS, Alone, Executor, Task, Workers
 from vlmteacher.files import make_folder, write_json
 from vlmteacher.media import resize, write_video
 from vlmteacher.output import TeacherPipelineOutput
+from vlmteacher.placement import visible_gpus
 from vlmteacher.queries import QuerySet
 
 if TYPE_CHECKING:
@@ -37,15 +41,16 @@ def run_method(
     limit: int,
     noises: int,
     out: Path,
-    workers: int = 1,
+    workers: int | None = None,
     resume: bool = False,
     rescore: bool = False,
     keep_videos: bool = False,
+    ray: str | None = None,
 ) -> dict[str, Any]:
     """Run `method` on the first `limit` scenes of each split, each with `noises` noises; write and return results.json.
 
     Finished instances are kept in ``instances.jsonl``; with `resume` they are not run again. rescore, keep_videos: see
-    `Folder`.
+    `Folder`; workers, ray: see `start_executor`.
 
     Raises:
         InputError: an unknown method or split; `out` not writable, or holding other results (or any, without `resume`).
@@ -55,12 +60,9 @@ def run_method(
     wanted = benchmark.instances(splits, limit, noises)
     chosen = find_method(method)
     benchmark.check(chosen)
-    with Folder(out, benchmark, chosen, splits, resume, rescore, keep_videos) as folder:
-        if rescore:
-            rows = folder.judged(wanted)
-        else:
-            with start_workers(workers, benchmark) as work:
-                rows = folder.complete(wanted, work, {})
+    started: AbstractContextManager[Work | None] = nullcontext() if rescore else start_workers(workers, benchmark, ray)
+    with started as work, Folder(out, benchmark, chosen, splits, resume, rescore, keep_videos) as folder:
+        rows = folder.judged(wanted) if work is None else folder.complete(wanted, work, {})
     results = write_results(out, benchmark, method, rows[chosen.rows[0]], wanted)
     check_complete(out, folder.failed)
     return results
@@ -105,21 +107,41 @@ def check_complete(out: Path, failed: Mapping[Instance, str]) -> None:
 
 
 @contextmanager
-def start_workers(count: int, benchmark: Benchmark) -> Iterator[Work]:
-    """Run jobs in this process, or in `count` processes of one thread each. Each process loads the models once.
+def start_workers(count: int | None, benchmark: Benchmark, ray: str | None = None) -> Iterator[Work]:
+    """Start the workers of a sweep (see `start_executor`), which load the models once each."""
+    with start_executor(count, ray) as executor, feeding(executor, benchmark) as work:
+        yield work
 
-    Raises InputError for a count below 1.
-    """
-    if count < 1:
-        raise InputError(f"workers must be at least 1, not {count}")
-    with Workers(0 if count == 1 else count) as workers:
 
-        def run(jobs: Iterable[Job]) -> Iterator[Task]:
-            for job in jobs:
-                workers.submit(_work, benchmark, job)
-            return workers.finish_all()
+@contextmanager
+def feeding(executor: Executor, benchmark: Benchmark) -> Iterator[Work]:
+    """Run the jobs of a benchmark on an executor and show the progress."""
+    workers = Workers(executor)
+    with SweepProgress() as progress:
+
+        def run(jobs: Iterable[Job], name: str, total: int, kept: int) -> Iterator[Task]:
+            with progress.method(name, total, kept) as add:
+                for task in workers.run(_work, ((benchmark, job) for job in jobs)):
+                    yield task
+                    add(task.failure is not None)
 
         yield run
+
+
+def start_executor(count: int | None, ray: str | None = None) -> Executor:
+    """Start `count` processes; 0, 1 and None: none, the tasks run in this process.
+
+    Processes take turns with the GPUs that this process sees. ray: address of a cluster, see `Actors`, which then has
+    `count` workers.
+
+    Raises InputError for a count that is negative, or 0 with `ray`, and as `Actors` does.
+    """
+    least = 0 if ray is None else 1
+    if count is not None and count < least:
+        raise InputError(f"workers must be at least {least}, not {count}")
+    if ray is not None:
+        return Actors(ray, count)
+    return Processes(count, visible_gpus()) if count is not None and count > 1 else Alone()
 
 
 def _work(benchmark: Benchmark, job: Job) -> list[Row]:

@@ -133,10 +133,11 @@ def run_table(
     limit: int,
     noises: int,
     out: Path,
-    workers: int = 1,
+    workers: int | None = None,
     resume: bool = False,
     teachers: Sequence[str] = (),
     reasoners: Sequence[str] = (),
+    ray: str | None = None,
 ) -> Row:
     """Run every method of `table` on the first `limit` scenes of each of its splits; write and return table.json.
 
@@ -153,10 +154,10 @@ def run_table(
     splits = splits_of(table, benchmark)
     run = _Run(table, splits, limit, noises, out, resume)
     with claimed(out):
-        with start_workers(workers, benchmark) as work:
+        with start_workers(workers, benchmark, ray) as work:
             run.methods(benchmark, table.main + table.others + (benchmark.controls if table.controls else ()), work)
         for suffix, (names, other) in other_models(table, benchmark, teachers, reasoners).items():
-            with start_workers(workers, other) as work:
+            with start_workers(workers, other, ray) as work:
                 run.methods(other, names, work, suffix)
     check_complete(out, run.failed)
     content = describe_table(table, benchmark, run.results, run.missing) | {"limit": limit, "noises": noises}

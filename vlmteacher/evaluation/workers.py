@@ -1,22 +1,31 @@
-"""Processes that run independent tasks; if one dies, its task is tried again and nothing else is lost."""
+"""Independent tasks on workers that may die: a lost or failed task is tried again, and nothing else is lost.
+
+`Workers` is the driver: it feeds tasks, counts attempts and replaces dead workers. An `Executor` runs them: in this
+process or in processes of their own (`evaluation/processes.py`), or as Ray actors (`evaluation/actors.py`).
+"""
 
 from __future__ import annotations
 
-import os
 import pickle
-import signal
-import threading
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing import connection, get_context, parent_process
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlmteacher.errors import InputError, MissingExtra, NonFiniteFrames, OutOfMemory, OutputError, TaskFailed
 
 ATTEMPTS = 3  # at a task, before it counts as failed
-_CONTEXT = get_context("spawn")  # a fork would share the parent's threads, locks and CUDA context
+
+
+class Reply(NamedTuple):
+    """The outcome of an attempt at a task.
+
+    error: a description of what failed in this attempt, or an exception that every other task would meet too.
+    """
+
+    value: Any = None
+    error: str | Exception | None = None
 
 
 @dataclass(eq=False)
@@ -36,49 +45,106 @@ class Task:
             raise TaskFailed(f"a task was tried {self.attempts} times and failed ({self.failure})")
         return self._value
 
-    def run(self) -> None:
-        """Make an attempt in this process. Raises errors that every task would meet."""
+    def settle(self, reply: Reply) -> None:
+        """Take the outcome of an attempt. Raises an error that every task would meet."""
         self.attempts += 1
-        try:
-            self.succeed(self.work(*self.given))
-        except Exception as error:
-            if _stops(error):
-                raise
-            self.fail(_describe(error))
-
-    def succeed(self, value: Any) -> None:
-        self._value, self.failure, self.done = value, None, True
-
-    def fail(self, reason: str) -> None:
-        self.failure, self.done = reason, self.attempts >= ATTEMPTS
+        if isinstance(reply.error, Exception):
+            raise reply.error
+        self._value, self.failure = reply.value, reply.error
+        self.done = reply.error is None or self.attempts >= ATTEMPTS
 
 
-class Workers:
-    """`count` processes, each with one thread and one task at a time; with 0 the tasks run in this process.
+class End(NamedTuple):
+    """The end of an attempt, the death of a worker, or both.
 
-    A process that dies (SIGKILL, out of memory) is replaced. Its task is tried again, as is one that raised an
-    exception; after `ATTEMPTS` failures a task is done without a result (`Task.failure`). Errors that every task would
-    meet stop all: `wait` raises the InputError, MissingExtra or OutputError of a task. The processes end with the
-    block, and within seconds of the end of this process, even if it was killed.
+    Attributes:
+        task, reply: of the attempt; None if the worker died without a task.
+        dead: the worker, for `Executor.replace`.
     """
 
-    def __init__(self, count: int) -> None:
-        self._alone = count == 0
-        self._waiting: deque[Task] = deque()
-        self._idle: list[_Worker] = []
-        self._busy: list[_Worker] = []
-        try:
-            for _ in range(count):
-                self._idle.append(_Worker())
-        except BaseException:
-            self.close()
-            raise
+    task: Task | None
+    reply: Reply
+    dead: Any = None
 
-    def __enter__(self) -> Workers:
+
+class Executor(ABC):
+    """Workers that run one task each at a time.
+
+    count: the number of workers.
+    """
+
+    count: int
+
+    @property
+    @abstractmethod
+    def idle(self) -> int:
+        """Number of workers that have started and have no task."""
+
+    @abstractmethod
+    def submit(self, task: Task) -> None:
+        """Give a task to an idle worker. If that worker is dead, `wait` reports it."""
+
+    @abstractmethod
+    def wait(self) -> End | None:
+        """Wait for a worker's next end of a task, or its death. None: another worker has started and is idle."""
+
+    @abstractmethod
+    def replace(self, dead: Any) -> None:
+        """Start another worker in the place of a dead one; it is idle once it has started."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End all workers and their tasks."""
+
+    def __enter__(self) -> Executor:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Alone(Executor):
+    """Runs the tasks in this process, in their order."""
+
+    count = 1
+
+    def __init__(self) -> None:
+        self._task: Task | None = None
+
+    @property
+    def idle(self) -> int:
+        return int(self._task is None)
+
+    def submit(self, task: Task) -> None:
+        self._task = task
+
+    def wait(self) -> End:
+        task, self._task = self._task, None
+        assert task is not None
+        return End(task, attempt(task.work, task.given))
+
+    def replace(self, dead: Any) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self._task = None
+
+
+class Workers:
+    """Runs tasks on the workers of an executor.
+
+    A worker that dies (SIGKILL, out of memory, a lost node) is replaced. Its task is tried again, as is one that raised
+    an exception; after `ATTEMPTS` failures a task is done without a result (`Task.failure`). Errors that every task
+    would meet stop all: `wait` raises the InputError, MissingExtra or OutputError of a task, and TaskFailed when the
+    workers die before they have started.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._waiting: deque[Task] = deque()
+        self._source: Iterator[Task] = iter(())
+        self._running = 0
+        self._failed_starts = 0  # since a worker has started
 
     def submit(self, work: Callable[..., Any], *given: Any) -> Task:
         """Queue a call of `work`, a module-level function, with arguments that can be pickled."""
@@ -87,15 +153,22 @@ class Workers:
         self._hand_out()
         return task
 
+    def run(self, work: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Task]:
+        """Yield a task `work(*call)` for each of `calls`, in the order in which they are done.
+
+        A call is drawn when a worker is idle, and one more in advance: the number of calls costs no memory.
+        """
+        self._source = (Task(work, given) for given in calls)
+        return self.finish_all()
+
     def wait(self) -> Task | None:
         """Wait for the next task to be done and return it; None when there are no more."""
-        while self._waiting or self._busy:
+        self._hand_out()
+        while self._running or self._waiting:
+            task = self._receive()
             self._hand_out()
-            task = self._run() if self._alone else self._receive()
-            if task.done:
-                self._hand_out()
+            if task is not None and task.done:
                 return task
-            self._waiting.append(task)
         return None
 
     def finish_all(self) -> Iterator[Task]:
@@ -109,112 +182,67 @@ class Workers:
             self.wait()
         return task.result()
 
-    def close(self) -> None:
-        """End the processes and their tasks."""
-        for worker in (*self._idle, *self._busy):
-            worker.end()
-        self._idle.clear()
-        self._busy.clear()
-        self._waiting.clear()
-
-    def _run(self) -> Task:
-        task = self._waiting.popleft()
-        task.run()
-        return task
-
     def _hand_out(self) -> None:
-        while self._idle and self._waiting:
-            worker, task = self._idle.pop(), self._waiting.popleft()
-            worker.begin(task)  # `_receive` notices one that died meanwhile
-            self._busy.append(worker)
+        """Give tasks to the idle workers."""
+        while self._waiting or self._draw():
+            if not self._executor.idle:
+                return
+            self._executor.submit(self._waiting.popleft())
+            self._running += 1
 
-    def _receive(self) -> Task:
-        """Wait for the first worker that answers, or that dies and is replaced; return its task."""
-        pipes = connection.wait([worker.pipe for worker in self._busy])
-        worker = next(worker for worker in self._busy if worker.pipe in pipes)
-        self._busy.remove(worker)
-        task = worker.task
-        assert task is not None
-        task.attempts += 1
-        try:
-            good, value = pickle.loads(worker.pipe.recv_bytes())
-        except (EOFError, OSError):
-            task.fail(f"the process died, {worker.death()}")
-            self._idle.append(_Worker())
-            return task
-        self._idle.append(worker)
-        if good:
-            task.succeed(value)
-        elif isinstance(value, Exception):
-            raise value
-        else:
-            task.fail(value)
+    def _draw(self) -> bool:
+        """Queue the next task of `run`, if there is one."""
+        task = next(self._source, None)
+        if task is not None:
+            self._waiting.append(task)
+        return task is not None
+
+    def _receive(self) -> Task | None:
+        """Wait for a worker; replace it if it died, and return its task."""
+        end = self._executor.wait()
+        if end is None:
+            self._failed_starts = 0
+            return None
+        if end.dead is not None:
+            if end.task is None:
+                self._failed_starts += 1
+                if self._failed_starts >= ATTEMPTS * self._executor.count:
+                    raise TaskFailed(f"the workers end before they have a task ({end.reply.error})")
+            self._executor.replace(end.dead)
+        task = end.task
+        if task is not None:
+            self._running -= 1
+            task.settle(end.reply)
+            if not task.done:
+                self._waiting.append(task)
         return task
 
 
-class _Worker:
-    """One process, the pipe to it and its latest task."""
-
-    def __init__(self) -> None:
-        self.task: Task | None = None
-        self.pipe, theirs = _CONTEXT.Pipe()
-        self._process = _CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
-        self._process.start()
-        theirs.close()  # so that the pipe closes when the process ends
-
-    def begin(self, task: Task) -> None:
-        self.task = task
-        data = pickle.dumps((task.work, task.given))
-        with suppress(OSError):  # it died: `_receive` meets the closed pipe
-            self.pipe.send_bytes(data)
-
-    def death(self) -> str:
-        """Describe how the process ended, after its pipe closed."""
-        self._process.join(5)
-        code = self._process.exitcode
-        self.end()
-        if code is None:
-            return "its pipe closed"
-        return f"exit status {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.join()
-        self._process.close()
-        self.pipe.close()
+def attempt(work: Callable[..., Any], given: tuple[Any, ...]) -> Reply:
+    """Make an attempt at a task in this process."""
+    try:
+        return Reply(work(*given))
+    except Exception as error:
+        return Reply(error=error if _stops(error) else describe(error))
 
 
-def _serve(pipe: connection.Connection) -> None:
-    """Run a worker: answer every (work, given) until the pipe closes.
-
-    They arrive through the pipe and not as arguments of the process: unpickling them imports much, and `_watch_parent`
-    must run before.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
-    threading.Thread(target=_watch_parent, daemon=True).start()
-    import torch
-
-    torch.set_num_threads(1)
-    with suppress(EOFError, OSError):  # the parent is gone
-        while True:
-            pipe.send_bytes(_answer(pipe.recv_bytes()))
+def question(task: Task) -> bytes:
+    """Return a task for `answer`, pickled."""
+    return pickle.dumps((task.work, task.given))
 
 
-def _watch_parent() -> None:
-    """End this process at once when its parent ends."""
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _answer(message: bytes) -> bytes:
-    """Run a task; return (True, result), (False, description) or (False, exception that stops all tasks), pickled."""
+def answer(message: bytes) -> bytes:
+    """Make an attempt at a pickled task in a worker; return its `Reply`, pickled."""
     try:
         work, given = pickle.loads(message)
-        return pickle.dumps((True, work(*given)))
+        return pickle.dumps(attempt(work, given))
     except Exception as error:
-        return pickle.dumps((False, error if _stops(error) else _describe(error)))
+        return pickle.dumps(Reply(error=error if _stops(error) else describe(error)))
+
+
+def describe(error: Exception) -> str:
+    """Return an error's type and message in a line of at most 300 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _stops(error: Exception) -> bool:
@@ -222,7 +250,3 @@ def _stops(error: Exception) -> bool:
     if isinstance(error, (OutOfMemory, NonFiniteFrames)):  # InputErrors that depend on the instance
         return False
     return isinstance(error, (InputError, MissingExtra, OutputError))
-
-
-def _describe(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -33,6 +33,7 @@ from recipes.microworld.teacher.model import build, save
 from recipes.microworld.teacher.pointing import Pointing, Scenes
 from recipes.microworld.training import Run, adopt, load_config, train
 from vlmteacher.checkpoints.pretrained import load_network
+from vlmteacher.evaluation.processes import Processes
 from vlmteacher.evaluation.workers import Task, Workers
 from vlmteacher.microworld import labeller
 from vlmteacher.microworld.questions import Question, ask, own_questions
@@ -242,7 +243,8 @@ def train_pointing(run: Run) -> None:
     reasoner.to(device)
     reasoner.vae.to(device)  # `parts` replaced the VAE that the Reasoner was loaded with
     decoder.to(device)
-    with Workers(config["workers"] or os.cpu_count() or 1) as workers:
+    with Processes(config["workers"] or os.cpu_count() or 1) as executor:
+        workers = Workers(executor)
         train(
             {"teacher": teacher},
             Course(lessons, reasoner, decoder, workers, config).step,
