@@ -14,6 +14,7 @@ from vlmteacher.files import claimed
 from vlmteacher.optimization.loop import Stopped
 from vlmteacher.queries import QuerySet
 from vlmteacher.runs.folder import RunFolder, checked
+from vlmteacher.runs.notebook import as_html
 from vlmteacher.runs.verdict import Verdict
 
 Frames: TypeAlias = list[Image.Image] | np.ndarray | Tensor
@@ -108,6 +109,11 @@ class TeacherPipelineOutput:
             f"{type(self).__name__}({self.verdict.outcome}: {frames} frames of {width}x{height}; {self.updates}"
             f" updates, {self.stopped}; loss {losses}; P(Yes) {before} -> {after})"
         )
+
+    def _repr_html_(self) -> str:
+        """Both videos and P(Yes) of the questions, for a notebook."""
+        before, after = self.uint8(self.frames_before), self.uint8(self.frames)
+        return as_html(self._content(), self.verdict.outcome, before, after, self.fps)
 
     def record(self) -> dict[str, Any]:
         """The content of run.json, without the version."""
