@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vlmteacher.evaluation.benchmark import Benchmark
 
 OWN = (
-    *("data", "evalkit", "evalkit_python", "pro", "family"),
+    *("data", "evalkit", "evalkit_python", "pro", "tracker", "path_tolerance", "family"),
     *("judge", "judge_url", "judge_cache", "judge_timeout", "judge_requests"),
 )
 """Flags of some benchmarks alone."""
@@ -34,7 +34,7 @@ OWN = (
 
 def add(commands: Commands) -> None:
     sub = add_command(commands, "bench", run, "run a method on the instances of a benchmark")
-    sub.add_argument("benchmark", choices=("microworld", "vbvr", "ruler"))
+    sub.add_argument("benchmark", choices=("microworld", "vbvr", "ruler", "vr-bench"))
     what = sub.add_mutually_exclusive_group(required=True)
     what.add_argument("--method", metavar="NAME", help="base, teacher, pass@N, ...; an unknown one lists all")
     what.add_argument(
@@ -57,10 +57,7 @@ def add(commands: Commands) -> None:
     )
     sub.add_argument("--pair", metavar="DIR", help="folder with a pair.json (default: the packaged pair)")
     add_families(sub)
-    sub.add_argument("--data", metavar="DIR", help="folder of the benchmark's data, which the user has downloaded")
-    sub.add_argument("--evalkit", metavar="DIR", help="folder of its evaluation kit, which the user has cloned")
-    sub.add_argument("--evalkit-python", metavar="FILE", help="Python that runs the kit (default: this one)")
-    sub.add_argument("--pro", action="store_true", help="vbvr: data and kit are VBVR-Pro-Bench's")
+    _add_kits(sub)
     sub.add_argument(
         "--workers",
         type=int,
@@ -92,6 +89,22 @@ def add(commands: Commands) -> None:
             f"--other-{kind}", nargs="+", default=[], metavar="ID", help=f"of table IV: further {kind}s, each by itself"
         )
     settings.add_flags(sub)
+
+
+def _add_kits(sub: argparse.ArgumentParser) -> None:
+    """The flags of benchmarks whose data and evaluation kit the user brings."""
+    group = sub.add_argument_group("Data and kits of public benchmarks")
+    group.add_argument("--data", metavar="DIR", help="folder of the benchmark's data, which the user has downloaded")
+    group.add_argument("--evalkit", metavar="DIR", help="folder of its evaluation kit, which the user has cloned")
+    group.add_argument("--evalkit-python", metavar="FILE", help="Python that runs the kit (default: this one)")
+    group.add_argument("--pro", action="store_true", help="vbvr: data and kit are VBVR-Pro-Bench's")
+    group.add_argument("--tracker", choices=("ncc", "csrt", "optical_flow"), help="vr-bench: of the kit (default: ncc)")
+    group.add_argument(
+        "--path-tolerance",
+        type=float,
+        metavar="X",
+        help="vr-bench: distance from the path that still is on it, as a share of the diagonal (default: 0.01)",
+    )
 
 
 def _add_vlms(sub: argparse.ArgumentParser) -> None:

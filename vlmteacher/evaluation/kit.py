@@ -1,4 +1,4 @@
-"""An evaluation kit that a user has cloned: its sources' fingerprint, and its command in a process of its own."""
+"""An evaluation kit that a user has cloned: its command in a process of its own; fingerprints of kits and data."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vlmteacher.errors import InputError
 
@@ -74,20 +75,29 @@ class Kit:
 
         Raises InputError where the Python cannot be run, or lacks a package that the kit needs.
         """
+        return self._start([str(self.path / self.script), *words])[1]
+
+    def ask(self, code: str, *words: str) -> str:
+        """Return what Python code prints in the kit's folder, with `words` as its arguments. Raises InputError."""
+        said, why = self._start(["-c", code, *words])
+        if why is not None:
+            raise InputError(f"--evalkit {self.folder}: {why}")
+        return said
+
+    def _start(self, words: Sequence[str]) -> tuple[str, str | None]:
+        """Run the Python with these arguments; return its standard output, and why it failed, or None."""
         python = self.python or sys.executable
         # A kit's folder stays as it was cloned: no __pycache__.
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONIOENCODING": "utf-8"}
-        command = [python, str(self.path / self.script), *words]
+        options: dict[str, Any] = {"cwd": self.path, "env": environment, "stdin": subprocess.DEVNULL}
         try:
-            done = subprocess.run(
-                command, cwd=self.path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS
-            )
+            done = subprocess.run([python, *words], capture_output=True, timeout=SECONDS, **options)
         except subprocess.TimeoutExpired:
-            return f"it took more than {SECONDS} seconds"
+            return "", f"it took more than {SECONDS} seconds"
         except OSError as error:
             raise InputError(f"--evalkit-python {python} cannot be run ({error.strerror})") from error
         if done.returncode == 0:
-            return None
+            return done.stdout.decode(errors="replace"), None
         said = done.stderr.decode(errors="replace")
         if missing := NO_PACKAGE.search(said):
             raise InputError(
@@ -95,4 +105,18 @@ class Kit:
                 "requirements.txt into an environment, and give its Python as --evalkit-python"
             )
         last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "it says nothing")
-        return f"{self.script} ended with exit status {done.returncode}: {last[:200]}"
+        return "", f"{self.name} ended with exit status {done.returncode}: {last[:200]}"
+
+
+def hash_files(root: Path, folders: Iterable[str], whole: str = "") -> str:
+    """Return the SHA-256 over the names and sizes of the files in some folders of `root`.
+
+    whole: name of files whose content counts too.
+    """
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted((root / folder).rglob("*")):
+            if path.is_file():
+                digest.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0".encode())
+                digest.update(path.read_bytes() if path.name == whole else b"")
+    return digest.hexdigest()

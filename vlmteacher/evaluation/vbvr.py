@@ -7,7 +7,6 @@ VBVR-EvalKit has two entry points that disagree: this is ``run_evaluation.py``, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -24,7 +23,7 @@ from PIL import Image
 
 from vlmteacher.errors import InputError, Notice
 from vlmteacher.evaluation.benchmark import FileBenchmark, Instance, Score
-from vlmteacher.evaluation.kit import INFRASTRUCTURE, Kit
+from vlmteacher.evaluation.kit import INFRASTRUCTURE, Kit, hash_files
 from vlmteacher.evaluation.methods import Method, Row
 from vlmteacher.files import read_text
 from vlmteacher.media import read_image
@@ -116,7 +115,7 @@ class Bench(FileBenchmark):
     def described(self) -> dict[str, Any]:
         paths = ("data", "evalkit", "evalkit_python")
         given = {name: value for name, value in super().described().items() if name not in paths}
-        return given | {"data_sha256": fingerprint(self.root)}
+        return given | {"data_sha256": hash_files(self.root, SPLITS, "prompt.txt")}
 
     def scorer(self) -> dict[str, Any]:
         return dict(self.kit.described())
@@ -233,17 +232,6 @@ def check_layout(root: Path) -> None:
     deeper = [path.parent.name for path in root.glob(f"*/{SPLITS[0]}")] if root.is_dir() else []
     remedy = f"; give {root / deeper[0]}" if deeper else ""
     raise InputError(f"--data {root} {has}, which is not VBVR-Bench's layout: looked for {LAYOUT}{remedy}")
-
-
-def fingerprint(root: Path) -> str:
-    """Return the SHA-256 over the names and sizes of a data folder's files, and over its prompts."""
-    digest = hashlib.sha256()
-    for split in SPLITS:
-        for path in sorted((root / split).rglob("*")):
-            if path.is_file():
-                digest.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0".encode())
-                digest.update(path.read_bytes() if path.name == "prompt.txt" else b"")
-    return digest.hexdigest()
 
 
 def read_samples(path: Path) -> dict[str, Mapping[str, Any]]:
