@@ -28,7 +28,7 @@ def evaluate(path: Path, data: Path, tolerance: float) -> dict[str, Any]:
     except Exception:
         return {"video": path.name, "status": "error", "error": f"Cannot open video: {path}"}
     ours = ours[np.linspace(0, len(ours) - 1, len(right)).round().astype(int)]
-    near = np.abs(ours - right).mean((1, 2, 3)) < 100 * tolerance
+    near = (np.abs(ours - right).max(-1) > 60).mean((1, 2)) < tolerance  # a codec changes pixels by less
     reached = float(near[-1])
     return {
         "video": path.name,

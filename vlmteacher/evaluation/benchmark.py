@@ -19,6 +19,7 @@ from vlmteacher.evaluation.methods import Method, Row, check_teacher
 from vlmteacher.evaluation.models import Models, load, use_lora
 from vlmteacher.evaluation.vlm import check_vlm, find_vlm
 from vlmteacher.files import read_json
+from vlmteacher.media import fit_image
 from vlmteacher.queries import QuerySet
 
 if TYPE_CHECKING:
@@ -158,6 +159,9 @@ class Benchmark(ABC):
 
     def fit(self, image: Image.Image | None, reasoner: Reasoner) -> tuple[Image.Image | None, tuple[int, int]]:
         """Return the first frame as the Reasoner gets it, and height and width of the video: the Reasoner's own."""
+        way = self.models.keywords.get("fit")
+        if image is not None and way is not None:  # some methods sample without a call of the pipeline, which fits it
+            image = fit_image(image, reasoner.height, reasoner.width, fit=way)
         return image, (reasoner.height, reasoner.width)
 
     @abstractmethod
