@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vlmteacher.evaluation import statistics
 from vlmteacher.evaluation.statistics import (
     average_noises,
     bootstrap,
@@ -88,3 +89,12 @@ def test_noises_are_averaged_first() -> None:
     first, second = average_noises(two)
     assert first["score"] == first["subscores"]["a"] == pytest.approx(0.45) and first["subscores"]["b"] == 0.5
     assert second["score"] == pytest.approx(0.2)
+
+
+def test_draws_in_parts_are_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large tables need no more memory, and get the intervals of one draw."""
+    values = list(np.random.default_rng(1).normal(0.02, 1, 37))
+    whole = bootstrap(values), permutation_test(values), bootstrap_within(values, [k % 3 for k in range(37)])
+    monkeypatch.setattr(statistics, "DRAWS", 1000)
+    assert (bootstrap(values), permutation_test(values)) == whole[:2]
+    assert bootstrap_within(values, [k % 3 for k in range(37)]) == whole[2]

@@ -6,7 +6,7 @@ Several noises of one scene are averaged first: intervals and tests are over sce
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from statistics import fmean
 
 import numpy as np
@@ -15,6 +15,7 @@ from vlmteacher.evaluation.benchmark import Benchmark, key_of, mean
 from vlmteacher.evaluation.methods import Row
 
 RESAMPLES = 10_000
+DRAWS = 2**22  # held in memory at a time
 Interval = tuple[float, float] | tuple[None, None]
 
 
@@ -45,10 +46,17 @@ def bootstrap(values: Sequence[float]) -> Interval:
     """Return the 95% percentile interval of the mean by resampling `values`; None without values."""
     if not values:
         return None, None
-    array = np.asarray(values)
-    drawn = np.random.default_rng(0).integers(len(array), size=(RESAMPLES, len(array)))
-    low, high = np.quantile(array[drawn].mean(1), (0.025, 0.975))
+    array, generator = np.asarray(values), np.random.default_rng(0)
+    means = [array[generator.integers(len(array), size=(rows, len(array)))].mean(1) for rows in _chunks(len(array))]
+    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
     return float(low), float(high)
+
+
+def _chunks(count: int) -> Iterator[int]:
+    """Yield numbers of resamples of `count` values, `RESAMPLES` in all, that fit in memory."""
+    most = max(1, DRAWS // count)
+    for start in range(0, RESAMPLES, most):
+        yield min(most, RESAMPLES - start)
 
 
 def bootstrap_within(terms: Sequence[float], groups: Sequence[Hashable]) -> Interval:
@@ -63,8 +71,9 @@ def bootstrap_within(terms: Sequence[float], groups: Sequence[Hashable]) -> Inte
         values.setdefault(group, []).append(term)
     generator, sums = np.random.default_rng(0), np.zeros(RESAMPLES)
     for members in values.values():
-        drawn = generator.integers(len(members), size=(RESAMPLES, len(members)))
-        sums += np.asarray(members)[drawn].sum(1)
+        array = np.asarray(members)
+        drawn = (array[generator.integers(len(array), size=(rows, len(array)))] for rows in _chunks(len(array)))
+        sums += np.concatenate([sample.sum(1) for sample in drawn])
     low, high = np.quantile(sums, (0.025, 0.975))
     return float(low), float(high)
 
@@ -98,9 +107,9 @@ def sign_test(wins: int, losses: int) -> float:
 
 def permutation_test(differences: Sequence[float]) -> float:
     """Return the two-sided p-value of the mean difference under random signs."""
-    array = np.asarray(differences)
-    signs = np.random.default_rng(0).choice((-1.0, 1.0), size=(RESAMPLES, len(array)))
-    extreme = np.abs(signs @ array) >= abs(array.sum()) - 1e-9
+    array, generator = np.asarray(differences), np.random.default_rng(0)
+    sums = [generator.choice((-1.0, 1.0), size=(rows, len(array))) @ array for rows in _chunks(len(array))]
+    extreme = np.abs(np.concatenate(sums)) >= abs(array.sum()) - 1e-9
     return float((extreme.sum() + 1) / (RESAMPLES + 1))
 
 
