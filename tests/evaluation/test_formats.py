@@ -21,7 +21,7 @@ from vlmteacher.errors import InputError
 from vlmteacher.evaluation import paper
 from vlmteacher.evaluation.benchmark import Benchmark, Instance, Score
 from vlmteacher.evaluation.formats import escape, format_csv, format_latex, format_table, grids
-from vlmteacher.evaluation.tables import TABLES, Table, describe_table, find_table, other_models, run_table, share
+from vlmteacher.evaluation.tables import TABLES, Table, _Run, describe_table, find_table, other_models, run_table, share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +179,18 @@ def test_other_models_and_shared_runs() -> None:
         other_models(table, bench, ["a/VLM"], ["b/VLM"])
     shared = share(("base", "pass@2", "pass@5", "steps@0", "steps@3"))
     assert shared.keys() == {"pass@2", "pass@5"} and shared["pass@2"].rows == ("pass@2", "pass@5")
+
+
+def test_scenes_with_a_failed_instance_are_left_out(content: dict[str, Any], tmp_path: Path) -> None:
+    run = _Run(TABLES["I"], Scores.splits, 1, 1, tmp_path, False)
+    run.results = {"base": rows(0.5), "teacher": rows(0.7), "teacher+VLM": rows(0.7)}
+    run.missing = {"pe": "no text"}
+    run._leave_out({(paper.IN, 0), (paper.OUT, 40)}, ["base", "pe", "teacher"], "")
+    run._leave_out({(row["split"], row["index"]) for row in rows(0)}, ["teacher+VLM"], "+VLM")
+    assert {name: len(group) for name, group in run.results.items()} == {"base": 28, "teacher": 28}
+    assert run.missing == {"pe": "no text", "teacher+VLM": "it has no scene that all methods have solved"}
+    text = format_table(content | {"left_out": run.left_out})
+    assert "Left out of the methods: 2 scenes, of which" in text and "methods with VLM: 30 scenes" in text
 
 
 def test_no_settings_are_chosen_on_a_test_set(tmp_path: Path) -> None:

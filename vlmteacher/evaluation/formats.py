@@ -232,7 +232,12 @@ def _source(content: Row) -> str:
 
 
 def _not_run(content: Row) -> list[str]:
-    return [f"Not run: {name}: {reason}" for name, reason in content["missing"].items()]
+    """Return what is not in the table, a line each."""
+    scenes = [
+        f"Left out of the methods{suffix and f' with {suffix[1:]}'}: {count} scenes, of which an instance failed."
+        for suffix, count in content.get("left_out", {}).items()
+    ]
+    return scenes + [f"Not run: {name}: {reason}" for name, reason in content["missing"].items()]
 
 
 def _number(value: float | None, scale: float = 1) -> str:

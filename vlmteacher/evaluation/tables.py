@@ -146,8 +146,8 @@ def run_table(
     noises: the number of noises per scene for the table's main methods. teachers, reasoners: ids of other models, with
     each of which the table's methods for it are run too, under the method's name, "+" and the last part of the id.
 
-    Raises as `run_method` does. If instances failed, the table is not written: it would compare methods on different
-    scenes.
+    Raises as `run_method` does, TaskFailed after the table is written: scenes of which an instance failed are left out
+    of all methods with the same models, so that they are compared on the same scenes.
     """
     if out.exists() and not resume and any(out.iterdir()):
         raise InputError(f"{out} is not empty: give another --out, or --resume to go on with its table")
@@ -159,9 +159,11 @@ def run_table(
         for suffix, (names, other) in other_models(table, benchmark, teachers, reasoners).items():
             with start_workers(workers, other, ray) as work:
                 run.methods(other, names, work, suffix)
+    content = describe_table(table, benchmark, run.results, run.missing)
+    content |= {"limit": limit, "noises": noises, "left_out": run.left_out}
+    if run.results:
+        write_table(content, out)
     check_complete(out, run.failed)
-    content = describe_table(table, benchmark, run.results, run.missing) | {"limit": limit, "noises": noises}
-    write_table(content, out)
     return content
 
 
@@ -209,6 +211,7 @@ class _Run:
         results: rows by method.
         missing: methods that cannot be run, with the reasons.
         failed: instances without a result.
+        left_out: numbers of scenes that are left out, by the suffix of the methods.
     """
 
     def __init__(self, table: Table, splits: Sequence[str], limit: int, noises: int, out: Path, resume: bool) -> None:
@@ -217,10 +220,11 @@ class _Run:
         self.results: dict[str, list[Row]] = {}
         self.missing: dict[str, str] = {}
         self.failed: dict[Instance, str] = {}
+        self.left_out: dict[str, int] = {}
 
     def methods(self, benchmark: Benchmark, names: Sequence[str], work: Work, suffix: str = "") -> None:
         """Run methods with the models of `benchmark`. Queries are written once for a scene."""
-        shared = share(names)
+        shared, failed = share(names), dict[Instance, str]()
         queries: dict[tuple[str, int], Queries] = {}
         for name in names:
             noises = self.noises if name in self.table.main else 1
@@ -239,10 +243,23 @@ class _Run:
                 with Folder(self.out / (method.name + suffix), benchmark, method, self.splits, self.resume) as folder:
                     rows = folder.complete(wanted, work, queries)
                 self.results |= {each + suffix: rows[each] for each in rows}
-                self.failed |= folder.failed
+                failed |= folder.failed
                 asked = [row for row in self.results[label] if "queries" in row]  # controls ask none
                 queries = queries or {(row["split"], row["index"]): queries_of(row) for row in asked}
             write_results(self.out / label, benchmark, name, self.results[label], wanted)
+        self.failed |= failed
+        self._leave_out({(one.split, one.index) for one in failed}, [name + suffix for name in names], suffix)
+
+    def _leave_out(self, scenes: set[tuple[str, int]], labels: Sequence[str], suffix: str) -> None:
+        """Leave scenes out of methods."""
+        if scenes:
+            self.left_out[suffix] = len(scenes)
+        for label in labels:
+            rows = [row for row in self.results.pop(label, []) if (row["split"], row["index"]) not in scenes]
+            if rows:
+                self.results[label] = rows
+            elif label not in self.missing:
+                self.missing[label] = "it has no scene that all methods have solved"
 
 
 def share(names: Sequence[str]) -> dict[str, Method]:
