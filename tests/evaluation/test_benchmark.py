@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import sys
-from collections.abc import Iterator
+import weakref
 from pathlib import Path
 
 import pytest
 
-import vlmteacher.evaluation
 from tests.conftest import Run
 from tests.evaluation.test_tables import pair, written  # noqa: F401 (fixtures)
 from vlmteacher.errors import InputError
 from vlmteacher.evaluation import microworld, sweep
 from vlmteacher.evaluation.benchmark import Benchmark, Instance, Score
 from vlmteacher.evaluation.formats import format_table
-from vlmteacher.evaluation.models import Models
+from vlmteacher.evaluation.models import Models, load
 from vlmteacher.evaluation.tables import Table, run_table
 from vlmteacher.microworld import world
 
@@ -56,15 +55,16 @@ class Bench(Benchmark):
 
 
 @pytest.fixture
-def bench(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Benchmark]:  # noqa: F811
-    """The benchmark of a file that is put among the others."""
-    folder = tmp_path / "evaluation"
-    folder.mkdir()
-    (folder / "vbvr.py").write_text(FILE.format(pair=str(pair)))
-    monkeypatch.setattr(vlmteacher.evaluation, "__path__", [*vlmteacher.evaluation.__path__, str(folder)])
-    importlib.invalidate_caches()
-    yield importlib.import_module("vlmteacher.evaluation.vbvr").Bench()
-    del sys.modules["vlmteacher.evaluation.vbvr"], vlmteacher.evaluation.vbvr
+def bench(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Benchmark:  # noqa: F811
+    """The benchmark of a file that takes the place of VBVR's."""
+    name, file = "vlmteacher.evaluation.vbvr", tmp_path / "vbvr.py"
+    file.write_text(FILE.format(pair=str(pair)))
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module.Bench()
 
 
 def test_the_command_line_runs_it(bench: Benchmark, run: Run, tmp_path: Path) -> None:
@@ -125,3 +125,13 @@ def test_the_microworld_names_its_scenes() -> None:
         assert bench.load(one)[0] == prompt
     with pytest.raises(InputError, match="unknown split 'none'"):
         bench.instances(("none",), 1, 1)
+
+
+def test_one_set_of_models_is_held_at_a_time(pair: Path) -> None:  # noqa: F811
+    """Two large ones do not fit on a GPU."""
+    first = load(Models(), str(pair))
+    assert load(Models(), str(pair)) is first
+    gone = weakref.ref(first)
+    del first
+    other = load(Models(settings=(("max_steps", 1),)), str(pair))
+    assert gone() is None and other.defaults.max_steps == 1

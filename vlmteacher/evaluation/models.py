@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,14 +122,29 @@ def _read(pipe: TeacherPipeline, file: str, partial: bool) -> LoRA | None:
     return pipe.lora
 
 
-@lru_cache(maxsize=2)
+_LOADED: dict[tuple[Models, str | None, str | None], TeacherPipeline] = {}
+"""The models that `load` has loaded last."""
+
+
 def load(models: Models, pair: str | None, many_step: str | None = None) -> TeacherPipeline:
-    """Load models once per process.
+    """Load models, or return those of the last call if they are the same.
+
+    Others are let go first: a device need not hold the models of two methods.
 
     pair: directory of the pair for what `models` leaves out; None: the packaged one. many_step: the Reasoner before its
     few-step distillation, which takes the place of `models.reasoner`; the directory of its transformer alone is put
     into the Reasoner and sampled in `MANY_STEPS` even steps.
     """
+    key = models, pair, many_step
+    if key not in _LOADED:
+        _LOADED.clear()
+        _read.cache_clear()
+        gc.collect()
+        _LOADED[key] = _load(*key)
+    return _LOADED[key]
+
+
+def _load(models: Models, pair: str | None, many_step: str | None) -> TeacherPipeline:
     from vlmteacher.pipeline import TeacherPipeline, read_pair
     from vlmteacher.quiet import quiet
 

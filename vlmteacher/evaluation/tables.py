@@ -231,7 +231,7 @@ class _Run:
             wanted = benchmark.instances(self.splits, self.limit, noises)
             label = name + suffix
             if name == "steps@0":  # no update: the base video
-                base = {key_of(row): row for row in self.results["base" + suffix]}
+                base = {key_of(row): row for row in self.results.get("base" + suffix, [])}
                 self.results[label] = [base[one.key] | {"method": name} for one in wanted if one.key in base]
             elif label not in self.results:
                 try:
