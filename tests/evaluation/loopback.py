@@ -42,15 +42,15 @@ class Endpoint:
 
     url: str
     requests: list[Any] = field(default_factory=list)
-    keys: list[str | None] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
     replies: list[Reply] | Callable[[Any], Reply] = field(default_factory=lambda: [Reply()])
     ended: threading.Event = field(default_factory=threading.Event)
     lock: Any = field(default_factory=threading.Lock)
 
-    def reply(self, request: Any, key: str | None) -> Reply:
+    def reply(self, request: Any, headers: dict[str, str]) -> Reply:
         with self.lock:
             self.requests.append(request)
-            self.keys.append(key)
+            self.headers.append(headers)
             if callable(self.replies):
                 return self.replies(request)
             return self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
@@ -62,7 +62,7 @@ def serve() -> Iterator[Endpoint]:
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             assert self.path == "/v1/chat/completions"
-            reply = endpoint.reply(request, self.headers["Authorization"])
+            reply = endpoint.reply(request, {name.lower(): value for name, value in self.headers.items()})
             if reply.wait:
                 endpoint.ended.wait()
                 return

@@ -213,14 +213,16 @@ def test_processes_share_a_cache_also_with_one_that_was_killed(endpoint: Endpoin
 def test_the_key_comes_from_the_environment_and_is_written_nowhere(
     endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-host")
+    for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "sk-of-another-host")
     endpoint.replies = [Reply(GOOD)]
     monkeypatch.delenv(KEY, raising=False)
     ask(judge(endpoint, tmp_path))
     monkeypatch.setenv(KEY, f" {SECRET}\n")
     asked = judge(endpoint, tmp_path, version="2")
     ask(asked)
-    assert endpoint.keys == ["Bearer none", f"Bearer {SECRET}"]
+    assert [headers["authorization"] for headers in endpoint.headers] == ["Bearer none", f"Bearer {SECRET}"]
+    assert "another-host" not in str(endpoint.headers)
     assert SECRET not in json.dumps(asked.vlm.described())
     assert all(SECRET not in file.read_text() for file in tmp_path.rglob("*.json"))
 

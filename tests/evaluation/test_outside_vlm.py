@@ -16,6 +16,7 @@ from vlmteacher.evaluation import microworld
 from vlmteacher.evaluation.microworld import Bench
 from vlmteacher.evaluation.tables import Table, run_table
 from vlmteacher.pipeline import TeacherPipeline
+from vlmteacher.teachers import load_teacher
 
 PROMPT = "move the red ball to the green square"
 
@@ -74,6 +75,13 @@ def test_videotpo_makes_2r_videos(
     assert (row["generator_calls"], row["vlm_calls"]) == (2 * rounds, 2 * rounds + 4 * (rounds - 1))
     prompts = [one["prompt"] for one in row["rounds"]]
     assert prompts == [row["prompt"], *(f"text {4 * k}" for k in range(1, rounds))]
+
+
+def test_a_local_vlm_writes_what_it_would_as_a_teacher(models: dict[str, str]) -> None:
+    rewriter = Bench(vlm=f"local:{models['teacher']}").rewriter()
+    assert rewriter is not None and rewriter("the red ball", (), 6) == load_teacher(models["teacher"]).answer(
+        "the red ball", (), 6
+    )
 
 
 def test_a_table_runs_what_the_teacher_cannot_write(pair: Path, endpoint: Endpoint, tmp_path: Path) -> None:  # noqa: F811

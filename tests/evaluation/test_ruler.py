@@ -137,7 +137,12 @@ def test_the_message_has_the_documented_order(data: Path, tmp_path: Path) -> Non
         ({"checklist": "[{"}, "the checklist is no list of dimensions and questions"),
         ({"checklist": [{"Beauty": "Is it?"}]}, "of the dimensions Instruction Following"),
         ({"checklist": [{VC: "Is it?", VF: "Is it?"}]}, "is no question"),
-        ({"input_image_path": "images/none.png"}, "images/none.png does not exist: download the data set whole"),
+        (
+            {"input_image_path": "images/none.png"},
+            "none.png' does not exist in .*: download the data set whole",
+        ),
+        ({"gt_image_path": "a" * 5000}, "does not exist in"),
+        ({"task_name": "a" * 5000}, "cannot be part of a file's name"),
         ({"input_image_path": "../data.jsonl"}, "is outside of"),
         ({"input_image_path": "/etc/hostname"}, "is outside of"),
     ],

@@ -442,6 +442,37 @@ def sweep(file: tuple[str, bytes], where: Path) -> Any:
         pass
 
 
+def ruler_data(data: bytes, where: Path) -> Any:
+    from vlmteacher.evaluation.ruler import read_tasks
+
+    written(data.replace(b"\n", b" "), where / "data/data.jsonl")
+    read_tasks.cache_clear()
+    return read_tasks(where / "data")
+
+
+def judge_reply(reply: str, where: Path) -> Any:
+    """What a judge answers, and what its cache holds of that."""
+    from vlmteacher.errors import InputError
+    from vlmteacher.evaluation.ruler import parse_ratings
+
+    try:
+        return parse_ratings(2)(reply)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def judge_cache(data: bytes, where: Path) -> Any:
+    from vlmteacher.evaluation.judge import Judge
+    from vlmteacher.evaluation.ruler import parse_ratings
+    from vlmteacher.evaluation.vlm import RemoteVLM
+
+    judge = Judge(RemoteVLM("o", "http://localhost/v1", "NO_KEY"), where, "1")
+    judge.vlm.ask = lambda *_: REPLY  # type: ignore[method-assign]
+    key = judge.key("", ["text"])
+    written(data, where / key[:2] / f"{key}.json")
+    assert judge.ask("", ["text"], parse_ratings(2))
+
+
 def prompt(text: str, where: Path) -> Any:
     """To the Reasoner's text encoder and the Teacher's chat."""
     reasoner, teacher = pipe().reasoner, pipe().teacher
@@ -657,7 +688,24 @@ REASONER = (
 HUB_NAMES = st.from_regex(r"[a-z./@~%-]{1,4}/[a-z./@-]{1,6}(/[a-z.]{1,4}\.pth)?(@[a-z/.]{1,4})?", fullmatch=True)
 PAIR = {"reasoner": "a", "teacher": "b", "decoder": "c.pth", "defaults": {"rank": 2, "threshold": 0.1}}
 STYLE = {"query_instruction": "Ask {prompt}", "own_wording": True}
+CHECKLIST = [{"Rule Coherence": "Does it roll?"}, {"Visual Fidelity": "Is it sharp?"}]
+RULER = {
+    "prompt": PROMPT, "index": 3, "task_name": "physics", "category": "science", "implicit_explanation": "It rolls.",
+    "checklist": CHECKLIST, "input_image_path": "", "gt_image_path": None,
+}  # fmt: skip
+REPLY = '<think>It rolls.</think><answer>["Good", "Poor"]</answer>'
 TARGETS = [
+    Target(
+        "data of RULER-Bench",
+        st.deferred(lambda: documents(RULER) | documents(RULER | {"checklist": str(CHECKLIST)})),
+        ruler_data,
+    ),
+    Target(
+        "reply of a judge",
+        TEXT | damaged_bytes(REPLY.encode()).map(lambda data: data.decode(errors="replace")),
+        judge_reply,
+    ),
+    Target("cache of a judge", st.deferred(lambda: documents({"reply": REPLY})), judge_cache, 2),
     Target("queries file", st.deferred(lambda: documents(QUERIES)), queries),
     Target("queries text", st.one_of(TEXT, damaged_values(QUERIES).map(json.dumps)), query_text),
     Target("run.json", st.deferred(lambda: documents(RECORD)), run_record),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import re
 import warnings
 from collections import Counter
@@ -21,6 +22,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
+from vlmteacher import arguments
 from vlmteacher.errors import InputError, Notice
 from vlmteacher.evaluation.benchmark import FileBenchmark, Instance, Score, means
 from vlmteacher.evaluation.judge import KEY, InvalidReply, Judge, at_a_time, user_cache
@@ -126,7 +128,7 @@ def _task(row: Any, number: int, data: Path) -> Task:
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError(f"{where}: the prompt is empty")
     if category not in CATEGORIES:
-        raise InputError(f"{where}: unknown category {category!r}: choose from {', '.join(CATEGORIES)}")
+        raise InputError(f"{where}: unknown category {arguments.show(category)}: choose from {', '.join(CATEGORIES)}")
     return Task(
         number,
         _file_name(row["task_name"], f"{where}: task_name"),
@@ -141,8 +143,8 @@ def _task(row: Any, number: int, data: Path) -> Task:
 
 def _file_name(value: Any, label: str) -> str:
     name = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w .-]*", name):
-        raise InputError(f"{label} {value!r} cannot be part of a file's name")
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w .-]{0,99}", name):
+        raise InputError(f"{label} {arguments.show(value)} cannot be part of a file's name")
     return name
 
 
@@ -161,7 +163,7 @@ def _checklist(value: Any, where: str) -> tuple[tuple[str, str], ...]:
         pair = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (None, None)
         if pair[0] not in DIMENSIONS or not isinstance(pair[1], str) or not pair[1].strip():
             raise InputError(
-                f"{where}: {str(entry)[:80]!r} is no question of a checklist: give {{dimension: question}}, of the"
+                f"{where}: {arguments.show(entry)} is no question of a checklist: give {{dimension: question}}, of the"
                 f" dimensions {', '.join(DIMENSIONS)}"
             )
         questions.append((str(pair[0]), check_text(pair[1], f"{where}: checklist")))
@@ -171,11 +173,11 @@ def _checklist(value: Any, where: str) -> tuple[tuple[str, str], ...]:
 def _media(value: Any, data: Path, where: str) -> Path | None:
     if not value:
         return None
-    path = data / str(value)
+    path, shown = data / str(value), arguments.show(value)
     if not path.resolve().is_relative_to(data.resolve()):
-        raise InputError(f"{where}: {value!r} is outside of {data}")
-    if not path.is_file():
-        raise InputError(f"{where}: {path} does not exist: download the data set whole")
+        raise InputError(f"{where}: {shown} is outside of {data}")
+    if not os.path.isfile(path):  # False for a name that is too long
+        raise InputError(f"{where}: {shown} does not exist in {data}: download the data set whole")
     return path
 
 

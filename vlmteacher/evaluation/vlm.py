@@ -270,4 +270,6 @@ def _import_client() -> type[OpenAI]:
 
 def _client(url: str, key: str, timeout: float) -> OpenAI:
     # A placeholder where there is no key: without one the client would take OPENAI_API_KEY, which is for another host.
-    return _import_client()(base_url=url, api_key=key or "none", timeout=timeout, max_retries=RETRIES)
+    client = _import_client()(base_url=url, api_key=key or "none", timeout=timeout, max_retries=RETRIES)
+    client.organization = client.project = None  # taken from the environment too
+    return client
