@@ -221,6 +221,7 @@ def test_python_types():
         (None, "a NoneType is no image"),
         (3, "a int is no image"),
         (b"bytes", "a bytes is no image"),
+        (io.BytesIO(b"bytes"), "a BytesIO is no image"),
         ([], "a list of 0 images"),
         ([np.zeros((6, 8, 3), np.uint8)] * 2, "a list of 2 images"),
         (np.zeros((3, 6, 8), np.uint8), r"its shape is \(3, 6, 8\), channels last"),
@@ -395,6 +396,16 @@ def test_the_frames_nearest_in_time_are_read(tmp_path, clip, source, fps):
     for k, frame in enumerate(found):
         at = next(i for i, each in enumerate(every) if (each == frame).all())
         assert abs(at - k * source / fps) < 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("kind", ["yuv420p10le", "gray10le", "gbrp12le", "yuva444p"])
+def test_clips_of_deep_or_other_pixels(tmp_path, kind):
+    """Phones write 10 bits; the frames are of 8."""
+    shades = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.full((1, 16, 24, 3), 40, np.uint8)
+    write_video(tmp_path / "plain.mp4", shades, 8)
+    ffmpeg("-i", tmp_path / "plain.mp4", "-c:v", "ffv1", "-pix_fmt", kind, tmp_path / "deep.mkv")
+    found = read_clip(tmp_path / "deep.mkv", 5, 8.0)
+    assert found.dtype == np.uint8 and np.abs(found.astype(int) - shades).max() <= 3
 
 
 def test_at_its_own_rate_a_clip_is_read_frame_by_frame(clip):

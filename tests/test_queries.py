@@ -45,6 +45,8 @@ def test_process_questions_may_be_missing():
         ("[1, 2]", "no goal"),
         ('{"process": ["p?"]}', "no goal"),
         ('{"goal": ""}', "non-empty"),
+        ('{"goal": "\\u200b"}', "non-empty"),
+        ('{"goal": "g?", "proces": ["p?"]}', "unknown entry 'proces': there are goal and process"),
         ('{"goal": null}', "non-empty"),
         ('{"goal": "g?", "process": ["p?", 3]}', "3"),
         ('{"goal": "g?", "process": ["  "]}', "non-empty"),

@@ -75,6 +75,11 @@ def single(name: str, value: object) -> object:
     return value[0]
 
 
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: it is empty, or has spaces and characters of no width only."""
+    return not any(character.isprintable() and not character.isspace() for character in text)
+
+
 def text(name: str, value: object) -> str:
     """A string."""
     if isinstance(value, str):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vlmteacher import arguments
 from vlmteacher.errors import InputError
-from vlmteacher.lora.adapter import frozen_blocks, lora_size
+from vlmteacher.lora.adapter import check_rank, frozen_blocks, lora_size
 from vlmteacher.lora.formats import LoRA, safetensors_bytes
 from vlmteacher.media import ImageInput, fit_image
 from vlmteacher.optimization.engines import check_engine
@@ -109,6 +109,8 @@ def check_inputs(
     reasoner.check_target(settings.target)
     reasoner.check_samples(settings.final_samples)
     frozen_blocks(reasoner.transformer, settings.lora_blocks)
+    if models.lora is None:
+        check_rank(reasoner.transformer, settings.rank, settings.lora_blocks)
     shape = {
         name: getattr(reasoner, name) if value is None else arguments.whole(name, value)
         for name, value in zip(SIZE, size, strict=True)

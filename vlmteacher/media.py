@@ -55,7 +55,7 @@ def read_image(image: ImageInput, name: str = "image") -> Image.Image:
         return _to_rgb(*_load(image, name), name)
     if isinstance(image, np.ndarray):
         return _from_array(image, name)
-    if hasattr(image, "detach"):  # a tensor; torch is not imported here, for the sake of the command line
+    if hasattr(image, "detach") and hasattr(image, "cpu"):  # a tensor; torch is not imported for the command line
         array = image.detach().cpu()
         array = array.float().numpy() if array.is_floating_point() else array.numpy()
         return _from_array(np.moveaxis(array, -3, -1) if array.ndim >= 3 else array, name)
@@ -237,7 +237,7 @@ def _decode(path: str | os.PathLike[str], chosen: Sequence[str], label: str) -> 
         *(imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-xerror"),
         # An absolute path is neither an option nor a URL, and a playlist in place of a clip reads no other files.
         *("-protocol_whitelist", "file", "-i", os.path.abspath(path), "-map", "0:V:0"),
-        *(*chosen, "-f", "image2pipe", "-c:v", "ppm", "-"),
+        *(*chosen, "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"),
     ]
     result = subprocess.run(command, capture_output=True)
     log = result.stderr.decode(errors="replace")

@@ -19,7 +19,7 @@ BRACKETS = {*"<>[]{}|"}  # in an added word they mark a control token; words of 
 
 def check_prompt(prompt: str) -> None:
     """Raise InputError for an empty prompt, one of more than `LONGEST_PROMPT` characters, or one that is not text."""
-    if not arguments.text("prompt", prompt).strip():
+    if arguments.is_blank(arguments.text("prompt", prompt)):
         raise InputError("the prompt is empty: say what the video must show")
     check_text(prompt, "the prompt", LONGEST_PROMPT)
 

@@ -55,7 +55,7 @@ class QuerySet:
             raise InputError(f'queries: "process" must be a list of questions, not {self.process!r}')
         object.__setattr__(self, "process", tuple(self.process))
         for question in self.questions:
-            if not isinstance(question, str) or not question.strip():
+            if not isinstance(question, str) or arguments.is_blank(question):
                 raise InputError(f"queries: every question must be a non-empty string, not {question!r}")
             check_text(question, f"queries: {_short(question, 60)!a}")
         if len(self.questions) > MAX_QUERIES:
@@ -79,6 +79,8 @@ class QuerySet:
     def from_dict(cls, value: object) -> QuerySet:
         if not isinstance(value, dict) or "goal" not in value:
             raise InputError('queries: no goal; expected {"goal": "...", "process": ["...", ...]}')
+        if unknown := sorted(value.keys() - {"goal", "process"}, key=str):
+            raise InputError(f"queries: unknown entry {unknown[0]!r:.60}: there are goal and process")
         return cls(goal=value["goal"], process=value.get("process", ()))
 
     @classmethod
@@ -194,7 +196,7 @@ def parse_queries(text: str, check: Callable[[QuerySet], None] | None = None) ->
             value, stop = decoder.raw_decode(text, start)
             if isinstance(value, dict) and "goal" in value:
                 end = stop
-                queries = QuerySet.from_dict(value)
+                queries = QuerySet.from_dict({key: value[key] for key in ("goal", "process") if key in value})
                 if check:
                     check(queries)
                 return queries

@@ -162,7 +162,7 @@ KEY = "transformer.blocks.0.attn1.to_q.lora_A.weight"
         (broken(lambda t: t[KEY].view(-1)[3:4].fill_(torch.nan)), "no finite numbers"),
         (broken(lambda t: t[KEY].view(-1)[3:4].fill_(-torch.inf)), f"{KEY} with values that are no finite numbers"),
         (broken(lambda t: t[KEY].view(-1)[3:4].fill_(-1e30)), f"{KEY} with values up to 1e\\+30"),
-        (broken(lambda t: [v.fill_(1e9) for k, v in t.items() if KEY[:-15] in k]), r"lora_A.*lora_B.*of norm \de\+20"),
+        (broken(lambda t: [v.fill_(1e9) for k, v in t.items() if KEY[:-13] in k]), r"lora_A.*lora_B.*of norm \de\+20"),
         (broken(lambda t: t.update({KEY: t[KEY].to(torch.int8)})), "int8: only"),
         (broken(lambda t: t.update({KEY.replace("lora_A.weight", "alpha"): torch.tensor(torch.inf)})), "no finite"),
         (broken(lambda t: t.update({KEY: torch.ones(3, 32)})), "of rank 3 and 4"),
@@ -188,6 +188,15 @@ def test_an_update_too_large_for_the_models_dtype_names_the_layer():
         add_lora(tiny_transformer("wan").half(), start=lora)
     with pytest.raises(InputError, match=r"blocks\.0\.attn1\.to_q.* is not finite in torch\.float16"):
         merge_lora(tiny_transformer("wan").half(), lora)
+
+
+def test_factors_that_are_zero():
+    """A alone may be 0: then B stays where it is until A has moved. With both, no gradient reaches either."""
+    zero_a = read_lora(broken(lambda t: t[KEY].zero_()))
+    add_lora(tiny_transformer("wan"), start=zero_a)
+    both = read_lora(broken(lambda t: [v.zero_() for k, v in t.items() if KEY[:-13] in k]))
+    with pytest.raises(InputError, match=rf"both factors of blocks\.0\.attn1\.to_q are 0 \({KEY}, .*lora_B"):
+        add_lora(tiny_transformer("wan"), start=both)
 
 
 def test_a_file_that_is_not_there(tmp_path):

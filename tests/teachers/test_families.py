@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import pytest
 import torch
@@ -228,6 +229,17 @@ def test_a_chat_template_without_video_is_refused(checkpoint, family, tmp_path):
     (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(InputError, match="no place for a video"):
         load_teacher(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("change", ["[:9]", ".upper()", ".split()[0]"])
+def test_a_chat_template_that_changes_the_question_is_refused(checkpoint, family, change, tmp_path):
+    path = shutil.copytree(checkpoint(family), tmp_path / "copy")
+    template = (path / "chat_template.jinja").read_text()
+    assert "part.text" in template
+    (path / "chat_template.jinja").write_text(template.replace("part.text", f"part.text{change}"))
+    with pytest.raises(InputError, match="leaves out or changes what it is asked"):
+        load_teacher(path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

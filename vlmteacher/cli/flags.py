@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from vlmteacher.arguments import is_blank
 from vlmteacher.errors import InputError
 from vlmteacher.placement import EXAMPLE
 
@@ -86,7 +87,7 @@ def read_instance(arguments: argparse.Namespace) -> Image.Image | None:
         from vlmteacher.media import read_image
 
         image = read_image(arguments.image)
-    if not arguments.prompt.strip():
+    if is_blank(arguments.prompt):
         raise InputError("--prompt is empty: say what the video must show")
     return image
 

@@ -118,7 +118,8 @@ class LoRALinear(PeftLinear):
                     f"{name}: PEFT's {what} is not finite in {weight.dtype}: its weight or its LoRA (lora_A, lora_B) is"
                     " too large for this dtype"
                 )
-            difference = float((mine - peft).float().square().mean().sqrt() / peft.float().square().mean().sqrt())
+            error, size = ((mine - peft).float().square().mean().sqrt(), peft.float().square().mean().sqrt())
+            difference = float(error / size) if size or error else 0.0  # A may be 0
             if not difference <= TOLERANCE[weight.dtype]:
                 raise InputError(
                     f"{name}: the fused LoRA's {what} differs from PEFT's by {difference:.1e} (allowed "

@@ -19,7 +19,7 @@ from torch import Tensor
 from vlmteacher.chat_templates import render
 from vlmteacher.errors import InputError
 from vlmteacher.ops.attention import Spans
-from vlmteacher.prompts import encode, quote
+from vlmteacher.prompts import CUT, encode, quote
 from vlmteacher.queries import ANSWER_INSTRUCTION, QuerySet
 from vlmteacher.torch_modes import keepable
 
@@ -300,6 +300,12 @@ class VideoPrompts(ABC):
         for turn, role in zip(later, cycle(("assistant", "user")), strict=False):
             messages.append({"role": role, "content": [{"type": "text", "text": quote(self.tokenizer, turn)}]})
         chat = render(self.tokenizer, messages, "the teacher's chat template")
+        for said in (text, *later):
+            if said.strip() not in chat.replace(CUT, ""):
+                raise InputError(
+                    f"the teacher's chat template leaves out or changes what it is asked ({said.strip()[:40]!r}): take"
+                    " the template of an instruction-tuned checkpoint"
+                )
         if thought := open_thought(chat.rpartition(messages[-1]["content"][-1]["text"].strip())[2]):
             raise InputError(
                 f"the teacher's chat template opens a thought ({thought}) where its answer is read: take the instruct "

@@ -150,6 +150,11 @@ class LoRA:
                 given = tuple(self.differences[name].shape)
                 if name in parameters and not trainable:
                     wanted = tuple(parameters[name].shape)
+            if trainable and layer and not (layer.a.any() or layer.b.any()):
+                raise InputError(
+                    f"{self.source} cannot be trained: both factors of {name} are 0"
+                    f" ({', '.join(self.keys.get(name, (name,)))}), so that neither gets a gradient"
+                )
             if wanted == given:
                 continue
             key = f" ({self.keys[name][0]})" if name in self.keys else ""

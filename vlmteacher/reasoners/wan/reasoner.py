@@ -110,6 +110,18 @@ class WanReasoner(Reasoner):
     def networks(self) -> dict[str, nn.Module]:
         return self._networks
 
+    def check(self, num_frames: int, height: int, width: int) -> None:
+        """See `Reasoner.check`; the transformer has a limited number of positions on each axis."""
+        super().check(num_frames, height, width)
+        config = self.transformer.config
+        tokens = zip(self.latent_shape(num_frames, height, width)[2:], config.patch_size, strict=True)
+        given = {"num_frames": num_frames, "height": height, "width": width}
+        for (name, value), (latents, patch) in zip(given.items(), tokens, strict=True):
+            if latents // patch > config.rope_max_seq_len:
+                stride = self.temporal_stride if name == "num_frames" else self.spatial_stride
+                most = (config.rope_max_seq_len * patch - (name == "num_frames")) * stride + (name == "num_frames")
+                raise InputError(f"{name} must be at most {most}, not {value}: the transformer has no more positions")
+
     def check_target(self, target: Target) -> None:
         if target == "last_step" and not self._high_noise(self.settings.sigmas[-1]):
             raise InputError('target "last_step" is made by the low-noise expert, which has no LoRA: take "first_step"')
