@@ -27,7 +27,7 @@ from vlmteacher.distillation.training import build_settings, read_settings
 from vlmteacher.errors import InputError, NonFiniteError
 from vlmteacher.files import make_folder, write_bytes, write_json
 from vlmteacher.lora.adapter import add_lora, export_lora, lora_parameters
-from vlmteacher.media import write_video
+from vlmteacher.media import fit_image, write_video
 from vlmteacher.optimization.objective import Objective
 from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.pipeline import TeacherPipeline
@@ -39,6 +39,7 @@ from vlmteacher.torch_modes import plain_torch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from PIL import Image
 
     from vlmteacher.queries import QuerySet
 
@@ -213,7 +214,7 @@ class SharedTraining(ABC):
     def find_queries(self, prompt: TrainingPrompt) -> QuerySet | None:
         """The Teacher's queries of a prompt, written once in a training; None where no answer of it can be used."""
         if prompt not in self.queries:
-            image = prompt.image()
+            image = self.first_frame(prompt)
             try:
                 self.queries[prompt] = self.pipe.write_queries(prompt.text, image)
             except InputError:
@@ -221,11 +222,17 @@ class SharedTraining(ABC):
             self.cost.add(queries_written=1)
         return self.queries[prompt]
 
+    def first_frame(self, prompt: TrainingPrompt) -> Image.Image | None:
+        """The first frame of a prompt in the size of the video, as a call gives it to Reasoner and Teacher."""
+        image = prompt.image()
+        return None if image is None else fit_image(image, self.reasoner.height, self.reasoner.width)
+
     def encode(self, prompt: TrainingPrompt) -> Condition:
         """Encode a prompt for a video of the Reasoner's own size. Raises InputError, which names it."""
         reasoner = self.reasoner
         try:
-            return reasoner.encode(prompt.text, prompt.image(), reasoner.num_frames, reasoner.height, reasoner.width)
+            image = self.first_frame(prompt)
+            return reasoner.encode(prompt.text, image, reasoner.num_frames, reasoner.height, reasoner.width)
         except InputError as error:
             raise InputError(f"{prompt.name}: {error}") from error
 
