@@ -175,6 +175,7 @@ def test_the_loss_falls_on_the_microworld(run: Run, tmp_path: Path) -> None:
         ("post", {"teacher_frames": 6}, "the Teacher cannot see 6 frames of a video of 5"),
         ("post", {"num_frames": 6}, "num_frames must be 4k + 1"),
         ("post", {"quantize": "16bit"}, "16bit"),
+        ("post", {"fit": "stretch"}, "fit"),
         ("grpo", {"group_size": 1}, "group_size must be at least 2, not 1"),
         ("grpo", {"updates": 0}, "updates must be at least 1, not 0"),
         ("grpo", {"clip": 0.0}, "clip must be greater than 0, not 0.0"),
@@ -188,6 +189,13 @@ def test_bad_settings_exit_with_2_and_one_line(
     status, _, err = run("train", kind, "--config", config(**changed))
     assert status == 2 and message in err.splitlines()[-1]
     assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["queries.jsonl"]
+
+
+def test_first_frames_of_another_shape(config: Callable[..., Path], run: Run, prompts: Path, tmp_path: Path) -> None:
+    path = config(height=48, steps=1)
+    status, _, err = run("train", "post", "--config", path)
+    assert status == 2 and "the first frame of " in err and str(prompts / "task") in err
+    assert run("train", "post", "--config", config(height=48, steps=1, fit="pad"))[0] == 0
 
 
 def test_a_training_on_a_test_is_refused(config: Callable[..., Path], run: Run, prompts: Path) -> None:

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class SharedSettings:
         tests: folders in VBVR's layout of the tests, none of whose prompts may be trained on, beside the microworld's.
         held_out: number of prompts to validate on, spread over the data.
         samples: number of them whose videos are written at each validation.
-        teacher_frames, goal_weight: as in a call; None: the pair's or the paper's.
+        teacher_frames, goal_weight, fit: as in a call; None: the pair's or the paper's.
         train: steps, prompts per update (`batch_size`), learning rate, rank, ...
     """
 
@@ -87,6 +87,7 @@ class SharedSettings:
     samples: int = 2
     teacher_frames: int | None = None
     goal_weight: float | None = None
+    fit: Literal["refuse", "crop", "pad"] | None = None
     train: TrainSettings = field(default_factory=TrainSettings)
 
     def __post_init__(self) -> None:
@@ -166,7 +167,9 @@ class SharedTraining(ABC):
     ) -> None:
         self.settings, self.pipe, self.accelerator, self.out = settings, pipe, accelerator, out
         self.train, self.reasoner = settings.train, pipe.reasoner
-        self.method = pipe.defaults.updated(teacher_frames=settings.teacher_frames, goal_weight=settings.goal_weight)
+        self.method = pipe.defaults.updated(
+            teacher_frames=settings.teacher_frames, goal_weight=settings.goal_weight, fit=settings.fit
+        )
         if settings.held_out >= len(prompts):
             raise InputError(
                 f"{settings.held_out} of {len(prompts)} prompts cannot be held out: leave some to train on"
@@ -225,7 +228,13 @@ class SharedTraining(ABC):
     def first_frame(self, prompt: TrainingPrompt) -> Image.Image | None:
         """The first frame of a prompt in the size of the video, as a call gives it to Reasoner and Teacher."""
         image = prompt.image()
-        return None if image is None else fit_image(image, self.reasoner.height, self.reasoner.width)
+        return (
+            None
+            if image is None
+            else fit_image(
+                image, self.reasoner.height, self.reasoner.width, f"first frame of {prompt.name}", self.method.fit
+            )
+        )
 
     def encode(self, prompt: TrainingPrompt) -> Condition:
         """Encode a prompt for a video of the Reasoner's own size. Raises InputError, which names it."""
