@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -324,7 +327,11 @@ def test_what_is_not_rated_is_excluded_and_counted(bench: Bench, endpoint: Endpo
     assert status == 2 and "refuses the request (status 401): set VLMTEACHER_JUDGE_KEY" in err.splitlines()[-1]
 
 
-def test_a_sweep_killed_while_it_is_rated_goes_on(endpoint: Endpoint, run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ending", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_a_sweep_that_ends_while_it_is_rated_goes_on(
+    endpoint: Endpoint, run: Run, tmp_path: Path, ending: signal.Signals, status: int
+) -> None:
+    """Neither ending waits for the requests that are under way."""
     rows = [ROWS[0] | {"index": index, "prompt": f"The ball rolls {index} times."} for index in range(5)]
     folder = write_data(tmp_path / "data", rows)
     flags = ["--data", folder, "--judge", "o", "--judge-url", endpoint.url, "--num-frames", 5]
@@ -335,16 +342,16 @@ def test_a_sweep_killed_while_it_is_rated_goes_on(endpoint: Endpoint, run: Run, 
         return Reply("<answer>[Good, Poor, Medium, Good]</answer>", wait=stuck)
 
     endpoint.replies = rate
-    child = multiprocessing.get_context("fork").Process(
-        target=main, args=([*map(str, command), str(tmp_path / "out")],)
-    )
+    arguments = [*map(str, command), str(tmp_path / "out")]
+    child = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(main(arguments)))
     child.start()
     scores = tmp_path / "out/scores.jsonl"
     while len(endpoint.requests) < 5 or scores.read_text().count("\n") < 3:
         assert child.is_alive()
         time.sleep(0.01)
-    child.kill()
+    os.kill(child.pid or 0, ending)
     child.join()
+    assert child.exitcode == status
     videos = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/videos").rglob("*.mp4")}
     endpoint.replies = [Reply("<answer>[Good, Poor, Medium, Good]</answer>")]
     endpoint.requests.clear()
