@@ -17,7 +17,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vlmteacher import __version__
-from vlmteacher.cli import bench, demo, distill, env, lora, microworld, plan, queries, solve, train, train_microworld
+from vlmteacher.cli import (
+    bench,
+    demo,
+    distill,
+    env,
+    lora,
+    microworld,
+    plan,
+    queries,
+    report,
+    solve,
+    train,
+    train_microworld,
+)
 from vlmteacher.cli.defaults import DefaultsFile
 from vlmteacher.errors import InputError, MissingExtra, OutputError, TaskFailed
 from vlmteacher.files import check_text
@@ -26,7 +39,7 @@ from vlmteacher.quiet import quiet_warnings
 from vlmteacher.runs.command import command_line
 
 # The commands import what is heavy inside their functions: `vlmteacher --help` must answer at once.
-COMMANDS = (demo, solve, queries, lora, bench, train_microworld, microworld, train, distill, plan, env)
+COMMANDS = (demo, solve, report, queries, lora, bench, train_microworld, microworld, train, distill, plan, env)
 """In the order of `--help`."""
 
 RESUMABLE = ("run.json", "settings.json", "base/settings.json", "state/state.pt")

@@ -25,6 +25,8 @@ class Player {
     video.controls = false;
     video.addEventListener("loadedmetadata", () => {
       if (!this.fps) this.fps = this.frames / video.duration; // of a run by an earlier version
+      this.root.style.setProperty("--aspect", `${video.videoWidth}/${video.videoHeight}`);
+      if (video.videoWidth <= 160) this.root.classList.add("pixels");
       this.seek(video);
     });
     video.addEventListener("seeked", () => this.difference());
@@ -129,9 +131,41 @@ class Player {
   }
 }
 
+/* A browser plays some hundred videos at most: only those near the screen have a source. */
+function load(videos) {
+  const observer = new IntersectionObserver((changes) => {
+    for (const { target, isIntersecting } of changes) {
+      if (isIntersecting) target.src = target.dataset.src;
+      else if (target.hasAttribute("src")) { target.removeAttribute("src"); target.load(); }
+    }
+  }, { rootMargin: "600px" });
+  for (const video of videos) observer.observe(video);
+}
+
+/* The instances of a gallery by family and outcome, in the chosen order. */
+function filters() {
+  const list = document.getElementById("entries");
+  if (!list) return;
+  const [family, outcome, order] = ["family", "outcome", "order"].map((id) => document.getElementById(id));
+  const entries = [...list.children];
+  const apply = () => {
+    const sign = Number(order.value);
+    list.append(...(sign ? [...entries].sort((a, b) => sign * (a.dataset.gain - b.dataset.gain)) : entries));
+    for (const entry of entries) {
+      entry.hidden = Boolean((family.value && entry.dataset.family !== family.value) || (outcome.value && entry.dataset.outcome !== outcome.value));
+    }
+    const shown = entries.filter((entry) => !entry.hidden).length;
+    document.getElementById("count").textContent = `${shown} of ${entries.length} shown`;
+  };
+  for (const select of [family, outcome, order]) select.addEventListener("change", apply);
+  apply();
+}
+
 for (const root of document.querySelectorAll("[data-player]")) {
   const player = new Player(root);
   root.player = player;
+  load(root.querySelectorAll("video[data-src]"));
+  filters();
   if (!matchMedia("(prefers-reduced-motion: reduce)").matches) player.play();
 }
 
