@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard build_backend/*.py csrc/*.* csrc/*/*)
 
-.PHONY: demo test test-all test-paths sanitize lint package fuzz fuzz-atheris soak clean
+.PHONY: demo chromium test test-all test-paths sanitize lint package fuzz fuzz-atheris soak clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -16,11 +16,18 @@ demo: .venv/installed
 # One process per core, one thread in each.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --benchmark-disable
 
-test: .venv/installed-dev
+# Debian's browser for tests/browser, where this is root; without one they are skipped.
+chromium:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	&& export DEBIAN_FRONTEND=noninteractive && timeout 120 apt-get update -qq \
+	&& timeout 400 apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core; } >/dev/null 2>&1 \
+	|| echo "chromium is not installed here: the tests of pages are skipped"
+
+test: chromium .venv/installed-dev
 	$(PYTEST) --cov=vlmteacher --cov-report=term --cov-fail-under=85
 
 # All slow tests too, of which `make test` runs a seventh, another one every day of the week.
-test-all: .venv/installed-dev
+test-all: chromium .venv/installed-dev
 	$(PYTEST) --slow=all
 
 # The numeric tests as on older processors: a table of path, passed and failed.

@@ -24,5 +24,7 @@ def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         for name in ("before.mp4", "after.mp4", "lora.safetensors", "queries.json", "run.json"):
             assert name in out and (tmp_path / folder / name).stat().st_size > 0
         assert record["models"]["reasoner"] == "packaged/reasoner"
+        assert record["predictions"][:2] == [0, 5] and record["command"] == "vlmteacher demo"
+        assert 50_000 < (tmp_path / folder / "report.html").stat().st_size < 5_000_000
         assert record["loss_after"] < record["loss_before"]
     assert run("demo", "--out", "runs/demo")[0] == 2
