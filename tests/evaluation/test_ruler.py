@@ -286,6 +286,7 @@ def test_a_table_has_the_judges_name_and_three_overall_scores(bench: Bench, endp
     assert list(sampled["overall"]) == ["overall", "task_mean", "category_mean"]
     # science: 75, 100, 0 and 100; the vision rule: 50, 100 and 100
     assert sampled["overall"]["overall"]["value"] == pytest.approx((75 + 75 + 50 + 100) / 4)
+    assert sampled["oracle"]["overall"]["overall"]["value"] == pytest.approx(75)
     assert sampled["parts"]["color"]["score"] == pytest.approx((0.5 + 1 + 1) / 3)
     text = (tmp_path / "table/table.md").read_text()
     assert text.startswith("RULER-Bench, rated by o.") and "| paper: base |" in text

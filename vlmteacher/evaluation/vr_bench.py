@@ -82,6 +82,9 @@ class Bench(FileBenchmark):
         script = "evaluation/videomodel_eval/batch_evaluate.py"
         return Kit("VR-Bench", self.evalkit or "", script, self.evalkit_python)
 
+    def caption(self) -> str:
+        return f"VR-Bench, scored by {Path(self.kit.script).name} of its kit, tracker {self.tracker}."
+
     def instances(self, splits: Sequence[str], limit: int, noises: int) -> list[Instance]:
         for split in splits:
             if split not in SPLITS:
