@@ -166,7 +166,8 @@ def test_the_sdist_has_what_a_build_needs(tmp_path, pytestconfig):
     subprocess.run(command, cwd=tmp_path / "source", check=True, capture_output=True)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {member.name.partition("/")[2] for member in archive if member.isfile()}
-    sources = {name for name in listed.stdout.splitlines() if name.startswith(("csrc/", "build_backend/"))}
+    folders = ("csrc/", "build_backend/", "vlmteacher/")
+    sources = {name for name in listed.stdout.splitlines() if name.startswith(folders) and (root / name).is_file()}
     assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", *sources} <= names
     assert {"vlmteacher/kernels/lora_linear.py", "vlmteacher/py.typed"} <= names
     assert {"vlmteacher/distillation/configs/sft.yaml", "vlmteacher/microworld/models/pair.json"} <= names
