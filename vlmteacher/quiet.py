@@ -16,7 +16,7 @@ def quiet_warnings() -> None:
 
 
 def quiet() -> None:
-    """Hide the libraries' warnings and progress bars; our own progress bar, notices and errors stay."""
+    """Hide the libraries' warnings and progress bars but for downloads; our own bars, notices and errors stay."""
     import logging
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -28,4 +28,7 @@ def quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # the hub's too
+    from huggingface_hub.utils import enable_progress_bars
+
+    enable_progress_bars()  # on a terminal: models are tens of gigabytes

@@ -82,3 +82,14 @@ def test_the_completion_of_a_shell_knows_commands_and_flags(run: Run) -> None:
     status, out, _ = run("--print-completion", "bash")
     assert status == 0 and "distill" in out and "--guidance-scale" in out
     subprocess.run(["bash", "-n"], input=out, text=True, check=True)
+
+
+def test_downloads_are_shown_and_loading_is_not() -> None:
+    code = (
+        "from vlmteacher.quiet import quiet; quiet();"
+        "from huggingface_hub.utils import are_progress_bars_disabled as hub;"
+        "from transformers.utils.logging import is_progress_bar_enabled as loading;"
+        "assert not hub() and not loading()"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=Path(__file__).parents[2])
