@@ -192,3 +192,11 @@ def test_the_metadata_names_what_is_imported(pytestconfig):
     assert "torch>=2.10" in project["dependencies"]
     constraints = (pytestconfig.rootpath / "constraints.txt").read_text()
     assert re.search(r"^torch==\d+\.\d+\.\d+$", constraints, re.MULTILINE)
+
+
+def test_dir_names_what_is_imported_on_first_use(pytestconfig):
+    code = (
+        "import sys, vlmteacher; assert {'TeacherPipeline', 'QuerySet', 'packaged_example'} <= set(dir(vlmteacher));"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=pytestconfig.rootpath)

@@ -250,3 +250,9 @@ def test_outputs_are_read_as_those_of_diffusers(pipe: TeacherPipeline, tmp_path:
     assert isinstance(out.frames[0], Image.Image) and np.asarray(out.frames[0]).shape == (32, 48, 3)
     (frames,) = call(pipe, return_dict=False)
     assert len(frames) == 5
+
+
+def test_a_notebook_shows_text_as_text(pipe: TeacherPipeline) -> None:
+    queries = {"goal": "Is <img src=x onerror=alert(1)> there?", "process": []}
+    html = call(pipe, prompt="<script>alert(1)</script>", queries=queries, max_steps=0)._repr_html_()
+    assert "<script" not in html and "<img" not in html and "&lt;script&gt;" in html and "&lt;img" in html

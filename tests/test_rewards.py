@@ -147,7 +147,8 @@ def test_clip_similarity(clip: Path) -> None:
 
 def test_the_command_line_s_rewards(run: Run, solve: Any, clip: Path, tmp_path: Path) -> None:
     flags = ["--reward", "temporal_smoothness=0.5", "--reward", f"clip_similarity@{clip}=0.1"]
-    assert run(*solve(out=tmp_path / "run", max_steps=1), *flags)[0] == 0
+    status, out, _ = run(*solve(out=tmp_path / "run", max_steps=1), *flags)
+    assert status == 0 and "0.5 x temporal_smoothness" in out and "0.1 x clip_similarity" in out
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert record["rewards"]["weights"] == {"temporal_smoothness": 0.5, "clip_similarity": 0.1}
     for text in ("smoothness=1", "temporal_smoothness", "temporal_smoothness@x=1", "temporal_smoothness=much"):

@@ -20,7 +20,7 @@ def check_run_folder(arguments: argparse.Namespace) -> None:
 
 
 def print_result(output: TeacherPipelineOutput) -> None:
-    """Print the number of updates, the seconds, and P(Yes) of each question before and after."""
+    """Print the number of updates, the seconds, P(Yes) of each question and each reward before and after."""
     reasons = {"threshold": "the threshold was reached", "max_steps": "no step was left", "diverged": "diverged"}
     reason = reasons[output.stopped]
     steps, total = output.seconds["steps"], output.seconds["total"]
@@ -28,6 +28,10 @@ def print_result(output: TeacherPipelineOutput) -> None:
     print("P(Yes) before -> after")
     for question, before, after in zip(output.queries.questions, output.p_yes_before, output.p_yes_after, strict=True):
         print(f"  {before:.2f} -> {after:.2f}  {question}")
+    if own := output.rewards:
+        print("rewards before -> after, times their weight")
+        for name, weight in own["weights"].items():
+            print(f"  {own['before'][name]:.4g} -> {own['after'][name]:.4g}  {weight:g} x {name}")
 
 
 def print_folder(path: Path, output: TeacherPipelineOutput) -> None:
