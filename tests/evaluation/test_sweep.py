@@ -59,7 +59,7 @@ def test_a_failing_instance_is_set_aside(pair: Path, tmp_path: Path, monkeypatch
     small = Table(main=("base",), others=("steps@0", "steps@1"), against=("base",))
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "_work", fail)
-        with pytest.raises(TaskFailed, match=r"1 of the instances failed 3 times, id 1 first \(FloatingPointError"):
+        with pytest.raises(TaskFailed, match=r"1 of the instances failed, id 1 first \(FloatingPointError"):
             run_benchmark("base", 3, 1, out, pair=str(pair))
         assert tried == ["base"] * 3
         kept = json.loads((out / "results.json").read_text())
@@ -91,7 +91,7 @@ def test_the_command_line_ends_with_status_1(
     monkeypatch.setattr(sweep, "_work", fail)
     command = ["bench", "microworld", "--method", "base", "--limit", "2", "--out", str(tmp_path / "out")]
     assert main(command) == 1
-    assert "error: 2 of the instances failed 3 times" in capsys.readouterr().err
+    assert "error: 2 of the instances failed, " in capsys.readouterr().err
     assert not (tmp_path / "out/results.json").exists()
 
 

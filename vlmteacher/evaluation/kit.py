@@ -87,6 +87,8 @@ class Kit:
     def _start(self, words: Sequence[str]) -> tuple[str, str | None]:
         """Run the Python with these arguments; return its standard output, and why it failed, or None."""
         python = self.python or sys.executable
+        if os.sep in python:  # the kit's folder is another one than this
+            python = os.path.abspath(python)
         # A kit's folder stays as it was cloned: no __pycache__.
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONIOENCODING": "utf-8"}
         options: dict[str, Any] = {"cwd": self.path, "env": environment, "stdin": subprocess.DEVNULL}

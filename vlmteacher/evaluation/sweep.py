@@ -21,7 +21,7 @@ from vlmteacher.evaluation.methods import Method, Row, find_method
 from vlmteacher.evaluation.models import sized
 from vlmteacher.evaluation.processes import Processes
 from vlmteacher.evaluation.progress import SweepProgress
-from vlmteacher.evaluation.workers import ATTEMPTS, Alone, Executor, Task, Workers
+from vlmteacher.evaluation.workers import Alone, Executor, Task, Workers
 from vlmteacher.files import make_folder, write_json
 from vlmteacher.media import resize, write_video
 from vlmteacher.output import TeacherPipelineOutput
@@ -101,7 +101,7 @@ def check_complete(out: Path, failed: Mapping[Instance, str]) -> None:
     if failed:
         first, reason = next(iter(failed.items()))
         raise TaskFailed(
-            f"{len(failed)} of the instances failed {ATTEMPTS} times, {first.split} {first.index} first"
+            f"{len(failed)} of the instances failed, {first.split} {first.index} first"
             f" ({reason}): the others are kept in {out}; the same with --resume tries again"
         )
 

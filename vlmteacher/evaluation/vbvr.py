@@ -163,7 +163,7 @@ class Bench(FileBenchmark):
         for one in videos:
             sample = samples.get(self.path(one))
             reason = why or f"{self.kit.name} skipped the video; has it an evaluator for the task {one.task}?"
-            yield one, Score(None, None, error=reason) if sample is None else verdict(sample)
+            yield one, Score(None, None, error=reason) if sample is None else verdict(sample, str(model.parent))
 
     # ------------------------------------------------------------ results
 
@@ -248,16 +248,20 @@ def read_samples(path: Path) -> dict[str, Mapping[str, Any]]:
     return samples
 
 
-def verdict(sample: Mapping[str, Any]) -> Score:
-    """Return a sample's score as the kit gives it; none where the kit itself was at fault."""
+def verdict(sample: Mapping[str, Any], scratch: str = "") -> Score:
+    """Return a sample's score as the kit gives it; none where the kit itself was at fault.
+
+    scratch: folder that the kit has worked in, which its texts name.
+    """
     error, score = sample.get("error"), sample["score"]
-    if error is not None and INFRASTRUCTURE.search(str(error)):
-        return Score(None, None, error=f"the kit could not judge: {error}")
+    said = str(error).replace(f"{scratch}/", "") if scratch else str(error)
+    text = None if error is None else " ".join(said.split())[:300]
+    if text is not None and INFRASTRUCTURE.search(text):
+        return Score(None, None, error=f"the kit could not judge: {text}")
     if not isinstance(score, int | float) or not math.isfinite(score):
         return Score(None, None, error=f"the kit's score is {score}")
     parts = sample.get("dimensions") or {}
     subscores = {name: float(value) for name, value in parts.items() if isinstance(value, int | float)}
-    text = None if error is None else " ".join(str(error).split())[:300]
     return Score(None, float(score), subscores, text, str(sample.get("category", "unknown")).lower())
 
 

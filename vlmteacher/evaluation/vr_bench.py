@@ -192,12 +192,12 @@ class Bench(FileBenchmark):
         lines = [
             f"{scorer['kit']}, {scorer['entry_point']}, tracker {scorer['tracker']}, tolerance"
             f" {scorer['path_tolerance']}, sources {scorer['sha256'][:16]}",
-            f"{'':28} {'n':>4} {'PR':>6} {'SR':>6} {'EM':>6} {'MF':>6} {'SD':>6}",
+            f"{'':33} {'n':>4} {'PR':>6} {'SR':>6} {'EM':>6} {'MF':>6} {'SD':>6}",
         ]
         for label, entry in (("as the kit", "as_the_kit"), ("missing = 0", "missing_is_0")):
             for name, cell in results[entry].items():
                 values = ("-" if cell[metric] is None else f"{cell[metric]:.3f}" for metric in (*METRICS, "sd"))
-                lines.append(f"{f'{label}, {name}':28} {cell['n']:4} " + " ".join(f"{value:>6}" for value in values))
+                lines.append(f"{f'{label}, {name}':33} {cell['n']:4} " + " ".join(f"{value:>6}" for value in values))
         lines.append("Compare with --method static and --method final-frame: a still maze is of high fidelity.")
         return lines
 
