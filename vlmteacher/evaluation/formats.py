@@ -228,7 +228,11 @@ def _failures(content: Row) -> Grid:
 
 
 def _source(content: Row) -> str:
-    return f'Columns marked "paper" are printed in {SOURCE}; they were not measured here.' if content["paper"] else ""
+    """Return what the paper's columns are; "" without any."""
+    note = (
+        f'Columns marked "paper" are printed in {SOURCE}, for its own models on all instances, and not measured here.'
+    )
+    return note if content["paper"] else ""
 
 
 def _not_run(content: Row) -> list[str]:
