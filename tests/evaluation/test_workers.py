@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -239,3 +240,11 @@ def runs(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"
+
+
+def command(process: psutil.Process) -> str:
+    """The process's command line; of one that has ended, nothing."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""

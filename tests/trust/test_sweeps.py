@@ -18,7 +18,7 @@ import pytest
 
 from tests.evaluation.test_sweep import without_seconds
 from tests.evaluation.test_tables import pair  # noqa: F401 (a fixture)
-from tests.evaluation.test_workers import runs, wait_for
+from tests.evaluation.test_workers import command, runs, wait_for
 from tests.trust.forking import ROOT, Forks, Result
 from tests.trust.report import count
 
@@ -90,8 +90,7 @@ class Started:
         self.driver = subprocess.Popen([sys.executable, "-m", "vlmteacher", *arguments], cwd=ROOT, env=environment)
 
     def workers(self) -> list[psutil.Process]:
-        tree = psutil.Process(self.driver.pid).children(recursive=True)
-        return [one for one in tree if self.worker in " ".join(one.cmdline())]
+        return [one for one in psutil.Process(self.driver.pid).children(recursive=True) if self.worker in command(one)]
 
     def wait_for_a_row(self) -> None:
         rows = self.rows()
