@@ -29,8 +29,8 @@ def endings_interrupt() -> Iterator[None]:
     """Make SIGTERM and SIGHUP raise `Interrupted` inside the block.
 
     Signals within `TOGETHER`, SIGINT included, raise once. A signal that is ignored (`nohup`) or has another handler
-    keeps it. Where a library turns the interruption into another error (safetensors reports a damaged file), the block
-    still ends with the interruption.
+    keeps it. Where a library turns the interruption into another error (safetensors reports a damaged file, Ray raises
+    its own KeyboardInterrupt), the block still ends with the interruption.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -57,8 +57,8 @@ def endings_interrupt() -> Iterator[None]:
     sys.unraisablehook = report_others
     try:
         yield
-    except Exception as error:
-        if _raised:
+    except (Exception, KeyboardInterrupt) as error:
+        if _raised and error not in _raised:
             raise _raised[0] from error
         raise
     finally:

@@ -28,6 +28,7 @@ from vlmteacher.evaluation.sweep import run_method
 from vlmteacher.evaluation.tables import Table, run_table
 from vlmteacher.evaluation.workers import ATTEMPTS, Workers
 from vlmteacher.files import claimed
+from vlmteacher.interruption import Interrupted, endings_interrupt
 
 pytest.importorskip("ray")
 
@@ -82,6 +83,15 @@ def test_exceptions_are_failures_or_stop_all(workers: Workers, tmp_path: Path) -
 def test_actors_without_room_hold_no_task(cluster: Any) -> None:
     with pytest.warns(Notice, match="room for 4 of 5 workers"), Actors("", 5) as executor:
         assert [task.result() for task in Workers(executor).run(square, ((x,) for x in range(3)))]
+
+
+def test_a_signal_is_named(cluster: Any) -> None:
+    with pytest.raises(Interrupted) as stop, endings_interrupt(), Actors("", 1) as executor:
+        workers = Workers(executor)
+        workers.submit(time.sleep, 600)
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        workers.wait()
+    assert stop.value.status == 143
 
 
 @pytest.mark.slow
