@@ -122,11 +122,13 @@ def test_a_page_without_a_video_opens(copy: Path, open_page: Open) -> None:
     assert page.locator("output").inner_text() == "frame 5 of 5"
 
 
-def test_a_guard_that_drifts_and_a_roll_back_are_shown(copy: Path, open_page: Open) -> None:
+def test_a_drifting_guard_a_roll_back_and_rewards_are_shown(copy: Path, open_page: Open) -> None:
     steps = json.loads((copy / "run.json").read_text())["steps"]
     steps[-1]["guards"]["brightness"] = steps[0]["guards"]["brightness"] + 0.2
     steps[5] |= {"rolled_back": "the loss <rose>", "learning_rate": 0.015}
-    page = open_page(rendered(copy, steps=steps))
+    rewards = {"weights": {"<smooth>": 0.5}, "before": {"<smooth>": 2.0}, "after": {"<smooth>": 1.25}}
+    page = open_page(rendered(copy, steps=steps, rewards=rewards | {"objective_after": 3.0}))
+    assert "<smooth> 0.5 2.000 1.250" in " ".join(page.locator("tr", has_text="<smooth>").inner_text().split())
     assert page.locator(".tripped").count() == 1 and "changed by more than 0.1" in page.locator(".tripped").inner_text()
     assert page.get_by_text("back to the best LoRA so far (the loss <rose>), learning rate 0.015").is_visible()
 

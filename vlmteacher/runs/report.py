@@ -50,6 +50,7 @@ def _content(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     verdict = Verdict.of(record) if finished else None
     questions = [queries["goal"], *queries["process"]]
     ends = record["p_yes_after"] if finished else []
+    rewards = record.get("rewards")
     return {
         "prompt": record["prompt"],
         "verdict": verdict,
@@ -68,6 +69,12 @@ def _content(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
             }
             for number, question in enumerate(questions)
         ],
+        "rewards": [
+            (name, weight, rewards["before"][name], rewards["after"][name])
+            for name, weight in rewards["weights"].items()
+        ]
+        if rewards
+        else [],
         "p_yes": line_chart(
             "P(Yes) of every question over the steps",
             {question: [row["p_yes"][number] for row in steps] for number, question in enumerate(questions)},
@@ -78,7 +85,7 @@ def _content(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
             "loss over the steps",
             {"loss": [row["loss"] for row in steps]},
             levels={f"threshold {config['threshold']:g}": config["threshold"]},
-            ends={"loss": record["loss_after"]} if finished else {},
+            ends={"loss": rewards["objective_after"] if rewards else record["loss_after"]} if finished else {},
         ),
         "strips": _strips(record),
         "columns": min(STRIP, config["teacher_frames"]),
