@@ -7,6 +7,7 @@ run code, or take all memory, in a reader that trusts them.
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -371,6 +372,19 @@ def training_settings(file: tuple[str, bytes], where: Path) -> Any:
     return module.load_settings(written(data, where / "settings.yaml"), {}).to_dict()
 
 
+def solve_flags(file: tuple[str, bytes], where: Path) -> Any:
+    """What `solve --config` makes of a file."""
+    from vlmteacher.cli import solve
+    from vlmteacher.cli.defaults import checked, read_config
+
+    commands = argparse.ArgumentParser().add_subparsers()
+    solve.add(commands)
+    actions = {action.dest: action for action in commands.choices["solve"]._actions}
+    suffix, data = file
+    path = str(written(data, where / f"flags{suffix}"))
+    return {name: checked(name, value, actions, path) for name, value in read_config(path).items()}
+
+
 def image(data: bytes, where: Path) -> Any:
     from vlmteacher.media import read_image
 
@@ -603,6 +617,22 @@ def yaml_files() -> st.SearchStrategy[tuple[str, bytes]]:
     return st.sampled_from(sorted(CONFIGS)).flatmap(of)
 
 
+def flag_files() -> st.SearchStrategy[tuple[str, bytes]]:
+    flags = {
+        "prompt": "x",
+        "seed": 3,
+        "lr": 1e-3,
+        "keep": "best",
+        "offload": True,
+        "queries": QUERIES,
+        "reward": ["a=1"],
+    }
+    return st.one_of(
+        documents(RECORD).map(lambda data: (".json", data)),
+        st.one_of(documents(flags), st.sampled_from([*YAML, bomb()])).map(lambda data: (".yaml", data)),
+    )
+
+
 def decoder_files() -> st.SearchStrategy[tuple[str, bytes]]:
     wide = {"decoder.1.weight": torch.zeros(1).expand(10**6, 8, 1000, 1000)}
     odd = [
@@ -721,6 +751,7 @@ TARGETS = [
     Target("LoRA folder", st.deferred(lambda: documents(ADAPTER)), lora_folder),
     Target("decoder file", st.deferred(decoder_files), decoder),
     Target("training settings", st.deferred(yaml_files), training_settings, 2),
+    Target("flags of solve", st.deferred(flag_files), solve_flags, 4),
     Target("image", st.deferred(images), image),
     Target("clip", st.deferred(lambda: damaged_bytes(clip_file())), clip, 10),
     Target("transformer file", st.deferred(lambda: safetensors_files(transformer_weights())), transformer_file, 20),
