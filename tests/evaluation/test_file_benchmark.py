@@ -115,6 +115,32 @@ def test_judging_is_resumed_apart_from_generating(
     assert made == [0, 1, 2, 2] and judged == ["00000.mp4", "00001.mp4", "00002.mp4"]
 
 
+def test_an_interruption_of_judging_keeps_the_verdicts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, judged: list[str]
+) -> None:
+    out, score_files = tmp_path / "out", Bench.score_files
+
+    def interrupted(bench: Bench, videos: Mapping[Instance, Path]) -> Iterator[tuple[Instance, Score]]:
+        scores = score_files(bench, videos)
+        yield next(scores)
+        yield next(scores)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bench, "score_files", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            static(out, Bench())
+    assert not (out / "results.json").exists() and (out / "scores.jsonl").read_text().count("\n") == 2
+    with monkeypatch.context() as patch:  # an interrupted --rescore does not go on from verdicts of the other scorer
+        patch.setattr(Bench, "score_files", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            static(out, Bench(version=2), rescore=True)
+    judged.clear()
+    with pytest.raises(InputError, match="another version of the scorer"):
+        static(out, Bench(), resume=True)
+    assert static(out, Bench(version=2), resume=True)["n"] == 3 and judged == ["00002.mp4"]
+
+
 def test_samples_have_the_pick_of_the_teacher_and_of_the_scorer(
     pair: Path,  # noqa: F811
     tmp_path: Path,
