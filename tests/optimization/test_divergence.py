@@ -23,6 +23,7 @@ from vlmteacher.optimization.divergence import DIVERGED_RISE, DIVERGED_STEPS, FL
 from vlmteacher.optimization.loop import Optimization
 from vlmteacher.optimization.objective import Metrics
 from vlmteacher.pipeline import TeacherPipeline
+from vlmteacher.runs.report import STOPPED
 
 ABSURD = 1e10  # a learning rate that saturates the tiny pair's frames, so that no gradient is left
 OVERFLOW = 1e18  # a learning rate that makes its latents NaN
@@ -203,7 +204,7 @@ def test_the_last_update_is_checked_by_its_video(pipe: TeacherPipeline, tmp_path
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["stopped"] == out.stopped and record["steps"] == out.history
     assert (tmp_path / "after.mp4").stat().st_size > 0
-    assert f"stopped: {out.stopped}" in (tmp_path / "report.html").read_text()
+    assert STOPPED[out.stopped] in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(("rate", "diverged"), [(6e-4, False), (1e3, True)])
