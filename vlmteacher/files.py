@@ -36,6 +36,8 @@ def replacing(path: Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     with output_errors(path):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise OSError(errno.EEXIST, "it is a device or a pipe, no file")  # which the renaming would replace
         try:
             yield temporary
             if temporary.is_dir():

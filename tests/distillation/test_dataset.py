@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests.distillation.conftest import write_clip, write_instance
 from vlmteacher.distillation.dataset import LatentDataset
@@ -51,6 +52,13 @@ def test_a_broken_cache_file_is_made_again(reasoner, data, tmp_path):
     whole = file.read_bytes()
     file.write_bytes(whole[:100])
     assert LatentDataset.prepare(data, tmp_path, reasoner, *SIZE).files[1].read_bytes() == whole
+
+
+def test_a_cache_file_of_another_program_is_made_again(reasoner, data, tmp_path):
+    encoded = LatentDataset.prepare(data, tmp_path, reasoner, *SIZE)
+    expected = encoded.files[0].read_bytes()
+    save_file({"latents": torch.zeros(1)}, encoded.files[0])
+    assert LatentDataset.prepare(data, tmp_path, reasoner, *SIZE).files[0].read_bytes() == expected
 
 
 def test_held_out_instances_are_not_trained_on(reasoner, data, tmp_path):

@@ -57,6 +57,7 @@ BOMB = "a: &a [x,x,x,x]\n" + "".join(
         ("a: " + "9" * 400, "64 bits"),
         ("a: " + "9" * 9000, "no YAML"),
         ("a: .nan", "no number"),
+        ("reasoner: a\ndata: b\nout: c\nbatch_size: 1000000000\n", "batch_size must be at most 65536"),
         ("a: 2001-01-01", "date"),
         ("a: 2001-99-99", "no YAML"),
         ('a: "\\uD800"', "position 0"),

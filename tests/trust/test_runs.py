@@ -24,7 +24,7 @@ from tests.trust.forking import Forks
 from tests.trust.report import count
 from tests.trust.test_kills import same
 from vlmteacher.errors import InputError, OutputError
-from vlmteacher.files import LOCK, claimed
+from vlmteacher.files import LOCK, claimed, write_text
 from vlmteacher.interruption import Interrupted, endings_interrupt, uninterrupted
 from vlmteacher.media import write_video
 from vlmteacher.pipeline import TeacherPipeline
@@ -83,6 +83,14 @@ def test_any_name_of_a_video(tmp_path: Path, name: bytes, monkeypatch: pytest.Mo
     (file,) = (Path(os.fsdecode(each)) for each in os.listdir(os.fsencode(tmp_path)))
     assert os.fsencode(file) == name
     assert iio.imread(file.read_bytes(), extension=".mp4", plugin="FFMPEG").shape == frames.shape
+
+
+def test_a_pipe_or_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    """Renaming a finished file over /dev/null would end it for every program."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="it is a device or a pipe, no file"):
+        write_text(tmp_path / "pipe", "text")
+    assert (tmp_path / "pipe").is_fifo() and os.listdir(tmp_path) == ["pipe"]
 
 
 def test_a_name_that_is_no_text(run: Run, solve: Solve, tmp_path: Path) -> None:

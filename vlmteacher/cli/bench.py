@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmteacher import settings
+from vlmteacher.arguments import LARGEST
 from vlmteacher.cli.flags import (
     Commands,
     add_command,
@@ -126,6 +127,8 @@ def run(arguments: argparse.Namespace) -> None:
     for name, least in (("limit", 1), ("workers", 0), ("seed", 0), ("seeds", 1)):
         if (value := getattr(arguments, name)) is not None and value < least:
             raise InputError(f"--{name} must be at least {least}, not {value}")
+        if value is not None and value > LARGEST:
+            raise InputError(f"--{name} must be below 2**63, not {value}")
     from vlmteacher.quiet import quiet
 
     quiet()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
-from vlmteacher.lora.adapter import remove_lora, target_modules
+from vlmteacher.lora.adapter import check_rank, remove_lora, target_modules
 
 Role = Literal["student", "fake", "real"]
 
@@ -81,6 +81,7 @@ class SharedBackbone(Networks):
         if rank < 1:
             raise InputError(f"the LoRA rank must be at least 1, not {rank}")
         remove_lora(transformer)
+        check_rank(transformer, rank)
         transformer.requires_grad_(False)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are intended

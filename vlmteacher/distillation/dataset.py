@@ -61,10 +61,9 @@ class LatentDataset:
             for name in FILES:
                 digest.update(hashlib.sha256((instance / name).read_bytes()).digest())
             path = cache / f"{digest.hexdigest()[:32]}.safetensors"
-            if not whole(path):
+            if not whole(path) or _own_size(path) is None:
                 save_whole(_encode(instance, reasoner, size), path)
-            with safe_open(path, "pt") as content:
-                sizes.setdefault(content.metadata()["size"], instance)
+            sizes.setdefault(str(_own_size(path)), instance)
             if len(sizes) > 1:
                 (a, first), (b, second) = sizes.items()
                 raise InputError(f"videos of mixed sizes: {a} in {first}, {b} in {second}: give videos of one size")
@@ -119,6 +118,12 @@ def read_sized(path: Path, size: Size, fps: float | None = None) -> tuple[np.nda
     own_height, own_width = video.shape[1:3]
     check_aspect(own_width, own_height, height, width, f"video {path}")
     return resize_clip(video, height, width), f"{own_width}x{own_height}"
+
+
+def _own_size(path: Path) -> str | None:
+    """The size of an encoded video itself; None in a file that was not written here."""
+    with safe_open(path, "pt") as content:
+        return (content.metadata() or {}).get("size")
 
 
 def _encode(instance: Path, reasoner: Reasoner, size: Size) -> tuple[dict[str, Tensor], dict[str, str]]:

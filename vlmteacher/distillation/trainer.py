@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 STATE = Path("state") / "state.pt"
 FORM = "vlmteacher training 1"  # of the state; another number when its content changes
+LARGEST_BATCH = 2**16  # a larger one fills the memory before it fails
 STATE_ROOM = 2**26  # bytes of a state file apart from its tensors
 AVERAGED = "student"  # the module that is trained for use, and averaged by default
 
@@ -72,6 +73,8 @@ class TrainSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise InputError(f"{name} must be a whole number of at least {low}, not {value}")
+        if self.batch_size > LARGEST_BATCH:
+            raise InputError(f"batch_size must be at most {LARGEST_BATCH}, not {self.batch_size}: accumulate gradients")
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and value > 0 and math.isfinite(value)):
