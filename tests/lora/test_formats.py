@@ -563,7 +563,7 @@ def test_a_merge_that_does_not_arrive_is_refused(tmp_path):
         merge_lora(computed, lora)
     large = {key: 300 * value for key, value in load_file(tmp_path / "lora.safetensors").items()}
     save_file({key: 300 * value for key, value in large.items()}, tmp_path / "large.safetensors")
-    with pytest.raises(InputError, match=r"changed by (inf|nan) instead of .*float16"):
+    with pytest.raises(InputError, match=r"with its update is not finite in torch.float16"):
         merge_lora(tiny_transformer("wan").half(), read_lora(tmp_path / "large.safetensors"))
     with pytest.raises(InputError, match=r"blocks\.0\.attn1\.to_q is quantised \(torch.float8_e4m3fn\)"):
         merge_lora(tiny_transformer("wan").to(torch.float8_e4m3fn), lora)

@@ -24,7 +24,8 @@ WORDS = {
 }
 MENTIONS = {  # of one family, where something that all share is named after it
     "moved.py",  # old import paths
-    "cli/solve.py",  # the help of a flag for models with two experts
+    "cli/flags.py",  # the help of a flag for models with two experts
+    "evaluation/paper.py",  # the paper's figures, by its models
     "ops/qk_norm_rope.py",  # a source in diffusers
 }
 

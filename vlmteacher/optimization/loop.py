@@ -164,10 +164,18 @@ class Optimization:
         return row
 
     def _keep_prediction(self) -> None:
-        """Keep the film strip of this step's prediction, and of `KEPT_STEPS`; nothing is read from the device."""
-        if self.objective.shown is not None:
-            self.predictions = {step: strip for step, strip in self.predictions.items() if step in KEPT_STEPS}
+        """Keep the film strip of this step's prediction, and of `KEPT_STEPS`; nothing is read from the device.
+
+        Where memory is full there is none: the update is made, and a picture is not worth a rung.
+        """
+        if self.objective.shown is None:
+            return
+        self.predictions = {step: strip for step, strip in self.predictions.items() if step in KEPT_STEPS}
+        try:
             self.predictions[len(self.history) - 1] = _strip(self.objective.shown)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
 
     def _evaluate(self) -> Evaluation:
         """The evaluation of the present LoRA, whose gradient stays on the parameters. Raises NonFiniteError."""
