@@ -14,6 +14,7 @@ from multiprocessing import connection, get_context, parent_process
 
 from vlmteacher.evaluation.workers import End, Executor, Reply, Task, answer, question
 
+ENDING = 5.0  # seconds that an idle process has to end by itself
 _CONTEXT = get_context("spawn")  # a fork would share the parent's threads, locks and CUDA context
 
 
@@ -64,9 +65,12 @@ class Processes(Executor):
         self._start(dead.gpu)
 
     def close(self) -> None:
-        for key in list(self._selector.get_map().values()):
-            key.data.end()
+        processes = [key.data for key in self._selector.get_map().values()]
         self._selector.close()
+        for process in processes:
+            process.pipe.close()  # all idle ones end at the same time
+        for process in processes:
+            process.end()
         self._idle.clear()
         self._answered.clear()
 
@@ -101,10 +105,13 @@ class _Process:
         return f"exit status {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
 
     def end(self) -> None:
+        """End an idle process by closing its pipe, so that it gives its semaphores back; kill a busy one."""
+        self.pipe.close()
+        if self.task is None:
+            self._process.join(ENDING)
         self._process.kill()
         self._process.join()
         self._process.close()
-        self.pipe.close()
 
 
 def _serve(pipe: connection.Connection, threads: int, gpu: str | None) -> None:
