@@ -32,6 +32,7 @@ from vlmteacher.cli import (
     train_microworld,
 )
 from vlmteacher.cli.defaults import DefaultsFile
+from vlmteacher.cli.flags import did_you_mean
 from vlmteacher.errors import InputError, MissingExtra, OutputError, TaskFailed
 from vlmteacher.files import check_text
 from vlmteacher.interruption import Interrupted, endings_interrupt
@@ -68,14 +69,6 @@ class Parser(argparse.ArgumentParser):
             guesses = (did_you_mean(each.partition("=")[0], flags) for each in unknown if each.startswith("-"))
             command.error(f"unrecognized arguments: {' '.join(unknown)}{next(filter(None, guesses), '')}")
         return known
-
-
-def did_you_mean(text: str, names: Sequence[str]) -> str:
-    """The end of a message that names what is most like `text`; empty where nothing is."""
-    import difflib
-
-    close = difflib.get_close_matches(text, names, 1)
-    return f": did you mean {close[0]}?" if close else ""
 
 
 class PrintCompletion(argparse.Action):

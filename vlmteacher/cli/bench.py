@@ -6,7 +6,6 @@ import argparse
 import os
 from dataclasses import fields
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,8 +121,6 @@ def _add_vlms(sub: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if find_spec(f"vlmteacher.evaluation.{_module(arguments)}") is None:
-        raise InputError(f"the benchmark {arguments.benchmark} does not exist yet: choose microworld")
     for name, least in (("limit", 1), ("workers", 0), ("seed", 0), ("seeds", 1)):
         if (value := getattr(arguments, name)) is not None and value < least:
             raise InputError(f"--{name} must be at least {least}, not {value}")

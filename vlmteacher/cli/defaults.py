@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmteacher.arguments import show
+from vlmteacher.cli.flags import did_you_mean
 from vlmteacher.errors import InputError
 from vlmteacher.files import read_json, read_yaml
 
@@ -50,10 +51,7 @@ def checked(name: str, value: Any, actions: Mapping[str, argparse.Action], path:
         return value
     action = actions.get(name)
     if action is None or isinstance(action, DefaultsFile) or name == "help":
-        import difflib
-
-        close = difflib.get_close_matches(name, actions, 1)
-        raise InputError(f"{path}: there is no flag {show(name)}{f': did you mean {close[0]}?' if close else ''}")
+        raise InputError(f"{path}: there is no flag {show(name)}{did_you_mean(name, actions)}")
     where = f"{path}: {name}"
     if action.nargs == 0:
         if not isinstance(value, bool):

@@ -85,7 +85,7 @@ METHODS = {
         Method("frames@half", frames=0.5),
         Method("frames@double", frames=2.0),
         Method("many-step", many_step=True),
-        Method("many-step-base", {"max_steps": 0, "final_samples": 1}, many_step=True),
+        Method("many-step-base", NO_UPDATE, many_step=True),
         Method("keep-best", {"keep": "best"}),
         Method("check-final", {"check_final": True}),
         Method("preserve", {"preserve": True}),

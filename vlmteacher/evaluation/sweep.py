@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from torch import Tensor
 
-from vlmteacher.errors import InputError, OutputError, TaskFailed
+from vlmteacher.errors import InputError, TaskFailed
 from vlmteacher.evaluation import methods
 from vlmteacher.evaluation.actors import Actors
 from vlmteacher.evaluation.benchmark import Benchmark, FileBenchmark, Instance, cost_means, key_of
@@ -77,10 +77,7 @@ def write_results(
     """
     if not rows:
         return {}
-    try:
-        out.mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputError(out, error) from error
+    make_folder(out)
     existing = {key_of(row) for row in rows}
     results = {
         "benchmark": benchmark.name,

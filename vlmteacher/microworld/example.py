@@ -8,7 +8,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from vlmteacher.files import read_json
-from vlmteacher.microworld.world import Scene, render
+from vlmteacher.microworld.world import Scene, first_frame
 
 PAIR = Path(__file__).parent / "models" / "pair.json"
 
@@ -26,5 +26,4 @@ def packaged_example() -> Example:
     """The example that pair.json of the packaged pair names; `vlmteacher demo` solves it."""
     example = read_json(PAIR, "file")["example"]
     scene = Scene.from_json(example["scene"])
-    frame = (render(scene)[0] * 255).round().clip(0, 255).astype("uint8")
-    return Example(example["prompt"], Image.fromarray(frame), example["seed"], scene)
+    return Example(example["prompt"], first_frame(scene), example["seed"], scene)

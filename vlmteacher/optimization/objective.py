@@ -163,7 +163,8 @@ class Objective:
         Raises InputError where a parameter has no gradient.
         """
         loss.backward()
-        check_gradients(self.reasoner.transformer)
+        if any(parameter.grad is None for parameter in self.parameters):
+            check_gradients(self.reasoner.transformer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP)
         return torch.cat([metrics, norm.to(metrics).view(1)])
 
