@@ -133,6 +133,8 @@ def test_other_layouts_and_kits_are_refused(bench: Any, root: Path, run: Run) ->
     assert status == 2 and "VR-Bench ended with exit status 1: FileNotFoundError" in err
     status, _, err = run("bench", "vr-bench", "--method", "static", "--out", root / "out")
     assert status == 2 and "needs --data DIR" in err
+    status, _, err = bench("static", "--vlm-url", "http://127.0.0.1:1/v1")
+    assert status == 2 and "--vlm-url http://127.0.0.1:1/v1 needs --vlm MODEL" in err
 
 
 def test_verdicts_of_the_kit() -> None:

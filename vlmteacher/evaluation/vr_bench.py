@@ -65,6 +65,7 @@ class Bench(FileBenchmark):
     path_tolerance: float = 0.01
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, value in (("data", self.data), ("evalkit", self.evalkit)):
             if value is None:
                 raise InputError(f"the benchmark vr-bench needs --{name} DIR")
