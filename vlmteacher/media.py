@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import os
 import re
@@ -336,6 +337,11 @@ def write_strips(path: Path, strips: Sequence[np.ndarray]) -> None:
     sheet = np.concatenate([np.asarray(resize(Image.fromarray(strip), *size)) for strip in strips])
     with replacing(path) as temporary:
         Image.fromarray(sheet).save(temporary, "WEBP", quality=90)
+
+
+def data_url(kind: str, data: bytes) -> str:
+    """Return the content of a file of a MIME type as a data URL."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def resize_clip(frames: np.ndarray, height: int, width: int) -> np.ndarray:

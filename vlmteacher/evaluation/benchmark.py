@@ -326,6 +326,12 @@ class FileBenchmark(Benchmark):
         super().check(method)
 
 
+def check_splits(splits: Sequence[str], known: Sequence[str]) -> None:
+    """Raise InputError for a split that is none of a benchmark's."""
+    if unknown := [name for name in splits if name not in known]:
+        raise InputError(f"unknown split {unknown[0]!r}: choose from {', '.join(known)}")
+
+
 def mean(rows: Sequence[Row], entry: str) -> float | None:
     """Return the mean of an entry; None without rows, or where a row has no value."""
     values: list[Any] = [row.get(entry) for row in rows]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from vlmteacher.evaluation.benchmark import key_of, mean
 from vlmteacher.evaluation.methods import Row
 from vlmteacher.evaluation.statistics import bootstrap, by_scene, compare
 from vlmteacher.files import read_json
-from vlmteacher.media import read_clip
+from vlmteacher.media import data_url, read_clip
 from vlmteacher.runs.pages import page, video_url
 from vlmteacher.runs.report import run_report
 from vlmteacher.runs.verdict import Verdict
@@ -181,7 +180,7 @@ def _first_frame(video: Path) -> str | None:
         return None
     image.thumbnail((VIDEO_WIDTH, VIDEO_WIDTH))
     image.save(file := io.BytesIO(), "WEBP", quality=90)
-    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return data_url("image/webp", file.getvalue())
 
 
 def _summary(results: Mapping[str, Sequence[Row]], methods: Sequence[str], benchmark: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from vlmteacher import arguments
 from vlmteacher.errors import InputError, Notice
-from vlmteacher.evaluation.benchmark import FileBenchmark, Instance, Score, means
+from vlmteacher.evaluation.benchmark import FileBenchmark, Instance, Score, check_splits, means
 from vlmteacher.evaluation.judge import KEY, InvalidReply, Judge, at_a_time, user_cache
 from vlmteacher.evaluation.methods import Row
 from vlmteacher.evaluation.models import cover
@@ -335,8 +335,7 @@ class Bench(FileBenchmark):
 
     def instances(self, splits: Sequence[str], limit: int, noises: int) -> list[Instance]:
         """See `Benchmark.instances`. The tasks of a split take turns, so that few instances are of many tasks."""
-        if unknown := [name for name in splits if name not in self.splits]:
-            raise InputError(f"unknown split {unknown[0]!r}: choose from {', '.join(self.splits)}")
+        check_splits(splits, self.splits)
         chosen = []
         for split in splits:
             turns: Counter[str] = Counter()

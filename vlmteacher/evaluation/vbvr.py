@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from vlmteacher.errors import InputError, Notice
-from vlmteacher.evaluation.benchmark import FileBenchmark, Instance, Score
+from vlmteacher.evaluation.benchmark import FileBenchmark, Instance, Score, check_splits
 from vlmteacher.evaluation.kit import INFRASTRUCTURE, Kit, hash_files
 from vlmteacher.evaluation.methods import Method, Row
 from vlmteacher.files import read_text
@@ -74,9 +74,7 @@ class Bench(FileBenchmark):
         return Kit("VBVR-EvalKit", self.evalkit or "", "run_evaluation.py", self.evalkit_python)
 
     def instances(self, splits: Sequence[str], limit: int, noises: int) -> list[Instance]:
-        for split in splits:
-            if split not in SPLITS:
-                raise InputError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
+        check_splits(splits, SPLITS)
         chosen = [self._of_split(split)[:limit] for split in splits]
         made = [
             Instance(f"{split}/{task}/{number}", split, index, k, task, meta={"number": number})

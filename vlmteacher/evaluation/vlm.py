@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import os
 from abc import ABC, abstractmethod
@@ -14,7 +13,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from vlmteacher.errors import InputError, MissingExtra, first_line
-from vlmteacher.media import ImageInput, read_image
+from vlmteacher.media import ImageInput, data_url, read_image
 from vlmteacher.placement import find_devices, find_dtype
 from vlmteacher.prompts import whole_sentences
 from vlmteacher.state import fingerprint
@@ -239,7 +238,7 @@ def jpeg_url(image: Image.Image) -> str:
     """Return an RGB image as a data URL."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_url("image/jpeg", buffer.getvalue())
 
 
 def _part(part: Part) -> dict[str, Any]:

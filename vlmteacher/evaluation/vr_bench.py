@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from vlmteacher.errors import InputError
-from vlmteacher.evaluation.benchmark import FileBenchmark, Instance, Score
+from vlmteacher.evaluation.benchmark import FileBenchmark, Instance, Score, check_splits
 from vlmteacher.evaluation.kit import Kit, hash_files
 from vlmteacher.evaluation.methods import Method, Row
 from vlmteacher.files import read_text
@@ -87,9 +87,7 @@ class Bench(FileBenchmark):
         return f"VR-Bench, scored by {Path(self.kit.script).name} of its kit, tracker {self.tracker}."
 
     def instances(self, splits: Sequence[str], limit: int, noises: int) -> list[Instance]:
-        for split in splits:
-            if split not in SPLITS:
-                raise InputError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
+        check_splits(splits, SPLITS)
         chosen = [self._of_split(split)[:limit] for split in splits]
         made = [
             Instance(f"{split}/{game}/{skin}/{stem}", split, index, k, game, difficulty, {"skin": skin, "stem": stem})

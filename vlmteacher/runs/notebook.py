@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import tempfile
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmteacher.media import write_video
+from vlmteacher.media import data_url, write_video
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,11 +20,11 @@ def video_tag(frames: np.ndarray, fps: float) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"
         write_video(path, frames, fps)
-        data = base64.b64encode(path.read_bytes()).decode()
+        source = data_url("video/mp4", path.read_bytes())
     width = max(LEAST_WIDTH, frames.shape[2])
     return (
         f'<video width="{width}" style="image-rendering: pixelated" controls autoplay loop muted playsinline '
-        f'src="data:video/mp4;base64,{data}"></video>'
+        f'src="{source}"></video>'
     )
 
 

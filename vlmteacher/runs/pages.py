@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmteacher.errors import OutputError
-from vlmteacher.media import shrink_video
+from vlmteacher.media import data_url, shrink_video
 from vlmteacher.version import __version__
 
 if TYPE_CHECKING:
@@ -50,16 +50,12 @@ def video_url(path: Path, limit: int, width: int | None = None) -> str | None:
             data = shrink_video(path, room, width)
     except (OSError, OutputError):
         return None
-    return _url("video/mp4", data) if data else None
+    return data_url("video/mp4", data) if data else None
 
 
 def image_url(path: Path) -> str | None:
     """A WebP file as a data URL; None where it cannot be read."""
     try:
-        return _url("image/webp", path.read_bytes())
+        return data_url("image/webp", path.read_bytes())
     except OSError:
         return None
-
-
-def _url(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
