@@ -117,7 +117,8 @@ def test_other_layouts_and_kits_are_refused(bench: Any, root: Path, run: Run) ->
 
     looked_for = "looked for eval or train, then GAME/SKIN/easy|medium|hard/"
     assert looked_for in refused("--data", root / "data/eval")
-    assert "has no mazes in train" in refused("--split", "train") and "unknown split 'id'" in refused("--split", "id")
+    assert "has no instances in train" in refused("--split", "train")
+    assert "unknown split 'id'" in refused("--split", "id")
     assert "is no folder of a kit" in refused("--evalkit", root / "none")
     assert "--path-tolerance must be" in refused("--path-tolerance", 1)
     easy = root / "data/eval/maze/1/easy"

@@ -1,4 +1,4 @@
-"""An evaluation kit that a user has cloned: its command in a process of its own; fingerprints of kits and data."""
+"""An evaluation kit that a user has cloned, run by its own command, and the benchmarks that are judged by one."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from vlmteacher.errors import InputError
+from vlmteacher.evaluation.benchmark import FileBenchmark, Instance, Score, check_splits
+from vlmteacher.evaluation.methods import Method
 
 SECONDS = 3600  # for one run of a kit, which judges a few videos
 NO_PACKAGE = re.compile(r"(?:ModuleNotFoundError|ImportError): (.*)")
@@ -122,3 +125,85 @@ def hash_files(root: Path, folders: Iterable[str], whole: str = "") -> str:
                 digest.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0".encode())
                 digest.update(path.read_bytes() if path.name == whole else b"")
     return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class KitBenchmark(FileBenchmark):
+    """A benchmark with a folder of data, whose videos its own kit judges.
+
+    A subclass says which kit (`kit`), which scenes the data have (`scenes`), and how the kit judges a few videos in one
+    run (`run_kit`).
+
+    Attributes:
+        layout: of the data, for messages.
+        prompt_file: name of the data's files whose content counts in the fingerprint.
+        data: folder of the data.
+        evalkit: folder of the kit.
+        evalkit_python: the Python that runs it; None: this one.
+    """
+
+    layout: ClassVar[str]
+    prompt_file: ClassVar[str] = ""
+    data: str | None = None
+    evalkit: str | None = None
+    evalkit_python: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("data", self.data), ("evalkit", self.evalkit)):
+            if value is None:
+                raise InputError(f"the benchmark {self.name} needs --{name} DIR")
+
+    @property
+    def root(self) -> Path:
+        return Path(self.data or "")
+
+    @property
+    @abstractmethod
+    def kit(self) -> Kit:
+        """Return the kit that judges."""
+
+    @abstractmethod
+    def scenes(self, split: str) -> Iterator[Instance]:
+        """Yield the scenes of a split in their order, with the first noise.
+
+        Raises InputError: a scene that lacks a file, or that the kit would not find.
+        """
+
+    @abstractmethod
+    def run_kit(self, videos: Mapping[Instance, Path]) -> tuple[str | None, dict[Instance, Score]]:
+        """Return why one run of the kit over videos broke down, or None, and the verdicts that it gave."""
+
+    def instances(self, splits: Sequence[str], limit: int, noises: int) -> list[Instance]:
+        check_splits(splits, self.splits)
+        chosen = [scene for split in splits for scene in list(self.scenes(split))[:limit]]
+        if not chosen:
+            raise InputError(f"--data {self.data} has no instances in {' and '.join(splits)}: looked for {self.layout}")
+        return [replace(scene, noise=noise) for noise in range(noises) for scene in chosen]
+
+    def described(self) -> dict[str, Any]:
+        paths = ("data", "evalkit", "evalkit_python")  # folders may be moved
+        given = {name: value for name, value in super().described().items() if name not in paths}
+        return given | {"data_sha256": hash_files(self.root, self.splits, self.prompt_file)}
+
+    def scorer(self) -> dict[str, Any]:
+        return dict(self.kit.described())
+
+    def check(self, method: Method) -> None:
+        super().check(method)
+        self.kit.check(self.kit_hint())
+
+    def kit_hint(self) -> str:
+        """Return what to say where the folder has another kit; "": nothing."""
+        return ""
+
+    def judge(self, videos: Mapping[Instance, Path]) -> Iterator[tuple[Instance, Score]]:
+        """Judge videos by one run of the kit; by a run for each of them where that breaks down."""
+        why, scores = self.run_kit(videos)
+        if why is not None and len(videos) > 1:
+            for one, path in videos.items():
+                yield from self.judge({one: path})
+            return
+        for one in videos:
+            reason = why or f"{self.kit.name} skipped the video; has it an evaluator for the task {one.task}?"
+            yield one, scores.get(one) or Score(None, None, error=reason)

@@ -22,8 +22,8 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from vlmteacher.errors import InputError, Notice
-from vlmteacher.evaluation.benchmark import FileBenchmark, Instance, Score, check_splits
-from vlmteacher.evaluation.kit import INFRASTRUCTURE, Kit, hash_files
+from vlmteacher.evaluation.benchmark import Instance, Score
+from vlmteacher.evaluation.kit import INFRASTRUCTURE, Kit, KitBenchmark
 from vlmteacher.evaluation.methods import Method, Row
 from vlmteacher.files import read_text
 from vlmteacher.media import read_image
@@ -36,13 +36,10 @@ RESULTS_LIMIT = 2**28  # bytes of a kit's results
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench(FileBenchmark):
+class Bench(KitBenchmark):
     """The tasks of a data folder, in the order of their instances: the first one of every task, then the second ones.
 
     Attributes:
-        data: folder of VBVR-Bench-Data, or of VBVR-Pro-Bench-Video.
-        evalkit: folder of the kit.
-        evalkit_python: the Python that runs it; None: this one.
         pro: VBVR-Pro-Bench.
 
     Raises InputError: another layout of the data, which names what was looked for.
@@ -51,21 +48,13 @@ class Bench(FileBenchmark):
     name: ClassVar[str] = "vbvr"
     splits: ClassVar[tuple[str, ...]] = SPLITS
     controls: ClassVar[tuple[str, ...]] = ("static", "final-frame")
-    data: str | None = None
-    evalkit: str | None = None
-    evalkit_python: str | None = None
+    layout: ClassVar[str] = LAYOUT
+    prompt_file: ClassVar[str] = "prompt.txt"
     pro: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in (("data", self.data), ("evalkit", self.evalkit)):
-            if value is None:
-                raise InputError(f"the benchmark vbvr needs --{name} DIR")
         check_layout(self.root)
-
-    @property
-    def root(self) -> Path:
-        return Path(self.data or "")
 
     @property
     def kit(self) -> Kit:
@@ -73,21 +62,7 @@ class Bench(FileBenchmark):
             return Kit("VBVR-Pro-Bench", self.evalkit or "", "run_evaluation_video.py", self.evalkit_python)
         return Kit("VBVR-EvalKit", self.evalkit or "", "run_evaluation.py", self.evalkit_python)
 
-    def instances(self, splits: Sequence[str], limit: int, noises: int) -> list[Instance]:
-        check_splits(splits, SPLITS)
-        chosen = [self._of_split(split)[:limit] for split in splits]
-        made = [
-            Instance(f"{split}/{task}/{number}", split, index, k, task, meta={"number": number})
-            for k in range(noises)
-            for split, folders in zip(splits, chosen, strict=True)
-            for index, (task, number) in enumerate(folders)
-        ]
-        if not made:
-            raise InputError(f"--data {self.data} has no instances in {' and '.join(splits)}: looked for {LAYOUT}")
-        return made
-
-    def _of_split(self, split: str) -> list[tuple[str, str]]:
-        """Task and number of each instance of a split."""
+    def scenes(self, split: str) -> Iterator[Instance]:
         folders = [path for path in (self.root / split).glob("*/*") if path.is_dir() and path.name[0] != "."]
         needed = FILES + (("metadata.json",) if self.pro else ())
         for folder in sorted(folders):
@@ -95,7 +70,8 @@ class Bench(FileBenchmark):
                 raise InputError(f"{folder}: an instance is named by five digits, as 00000; the kit ignores others")
             if missing := [name for name in needed if not (folder / name).is_file()]:
                 raise InputError(f"{folder} has no {' and no '.join(missing)}: looked for {LAYOUT}")
-        return [(task, number) for number, task in sorted((path.name, path.parent.name) for path in folders)]
+        for index, (number, task) in enumerate(sorted((path.name, path.parent.name) for path in folders)):
+            yield Instance(f"{split}/{task}/{number}", split, index, 0, task, meta={"number": number})
 
     def load(self, instance: Instance) -> tuple[str, Image.Image]:
         folder = self._folder(instance)
@@ -110,18 +86,8 @@ class Bench(FileBenchmark):
     def path(self, instance: Instance) -> str:
         return f"{instance.split}/{instance.task}/{instance.meta['number']}.mp4"
 
-    def described(self) -> dict[str, Any]:
-        paths = ("data", "evalkit", "evalkit_python")
-        given = {name: value for name, value in super().described().items() if name not in paths}
-        return given | {"data_sha256": hash_files(self.root, SPLITS, "prompt.txt")}
-
-    def scorer(self) -> dict[str, Any]:
-        return dict(self.kit.described())
-
     def check(self, method: Method) -> None:
         super().check(method)
-        other = not self.pro and (self.kit.path / "run_evaluation_video.py").exists()
-        self.kit.check("; it is VBVR-Pro-Bench's kit: give --pro" if other else "")
         sources = "".join(path.read_text(errors="replace") for path in self.kit.sources())
         tasks = {path.name for split in SPLITS for path in (self.root / split).glob("*") if path.is_dir()}
         if unknown := sorted(task for task in tasks if task not in sources):
@@ -132,16 +98,19 @@ class Bench(FileBenchmark):
                 stacklevel=2,
             )
 
+    def kit_hint(self) -> str:
+        other = not self.pro and (self.kit.path / "run_evaluation_video.py").exists()
+        return "; it is VBVR-Pro-Bench's kit: give --pro" if other else ""
+
     # ------------------------------------------------------------ scoring
 
     def score_files(self, videos: Mapping[Instance, Path]) -> Iterator[tuple[Instance, Score]]:
         """Judge `CHUNK` videos at a time, task by task: that many an interruption of the kit costs."""
         ordered = sorted(videos, key=self.path)
         for start in range(0, len(ordered), CHUNK):
-            yield from self._judge({one: videos[one] for one in ordered[start : start + CHUNK]})
+            yield from self.judge({one: videos[one] for one in ordered[start : start + CHUNK]})
 
-    def _judge(self, videos: Mapping[Instance, Path]) -> Iterator[tuple[Instance, Score]]:
-        """Run the kit on videos; on each of them alone where it breaks down."""
+    def run_kit(self, videos: Mapping[Instance, Path]) -> tuple[str | None, dict[Instance, Score]]:
         with tempfile.TemporaryDirectory(prefix="vlmteacher-vbvr-") as scratch:
             model = Path(scratch) / "videos"
             for one, path in videos.items():  # of the wanted ones alone
@@ -154,14 +123,8 @@ class Bench(FileBenchmark):
             )
             results = Path(scratch) / "videos_vbvr_results.json"  # none where the kit knows none of the tasks
             samples = read_samples(results) if why is None and results.exists() else {}
-        if why is not None and len(videos) > 1:
-            for one, path in videos.items():
-                yield from self._judge({one: path})
-            return
-        for one in videos:
-            sample = samples.get(self.path(one))
-            reason = why or f"{self.kit.name} skipped the video; has it an evaluator for the task {one.task}?"
-            yield one, Score(None, None, error=reason) if sample is None else verdict(sample, str(model.parent))
+        named = {one: samples.get(self.path(one)) for one in videos}
+        return why, {one: verdict(sample, scratch) for one, sample in named.items() if sample is not None}
 
     # ------------------------------------------------------------ results
 

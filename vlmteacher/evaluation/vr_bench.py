@@ -20,9 +20,9 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from vlmteacher.errors import InputError
-from vlmteacher.evaluation.benchmark import FileBenchmark, Instance, Score, check_splits
-from vlmteacher.evaluation.kit import Kit, hash_files
-from vlmteacher.evaluation.methods import Method, Row
+from vlmteacher.evaluation.benchmark import Instance, Score
+from vlmteacher.evaluation.kit import Kit, KitBenchmark, hash_files
+from vlmteacher.evaluation.methods import Row
 from vlmteacher.files import read_text
 from vlmteacher.media import read_clip, read_image
 
@@ -40,13 +40,10 @@ PROMPT = "import sys; from prompts import get_dynamic_prompt; print(get_dynamic_
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench(FileBenchmark):
+class Bench(KitBenchmark):
     """The mazes of a data folder: the first one of every game, skin and difficulty, then the second ones.
 
     Attributes:
-        data: folder of the data.
-        evalkit: folder of the kit.
-        evalkit_python: the Python that runs it; None: this one.
         tracker: of the kit: ncc, csrt or optical_flow.
         path_tolerance: see the flag.
 
@@ -58,25 +55,16 @@ class Bench(FileBenchmark):
     default_splits: ClassVar[tuple[str, ...]] = ("eval",)
     test_splits: ClassVar[tuple[str, ...]] = ("eval",)
     tuning_splits: ClassVar[tuple[str, ...]] = ("train",)
-    data: str | None = None
-    evalkit: str | None = None
-    evalkit_python: str | None = None
+    layout: ClassVar[str] = LAYOUT
     tracker: str = "ncc"
     path_tolerance: float = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in (("data", self.data), ("evalkit", self.evalkit)):
-            if value is None:
-                raise InputError(f"the benchmark vr-bench needs --{name} DIR")
         if not 0 < self.path_tolerance < 1:
             raise InputError(f"--path-tolerance must be greater than 0 and less than 1, not {self.path_tolerance}")
         if not any((self.root / split).is_dir() for split in SPLITS):
             raise InputError(f"--data {self.data} is not VR-Bench's layout: looked for {LAYOUT}")
-
-    @property
-    def root(self) -> Path:
-        return Path(self.data or "").absolute()
 
     @property
     def kit(self) -> Kit:
@@ -86,21 +74,7 @@ class Bench(FileBenchmark):
     def caption(self) -> str:
         return f"VR-Bench, scored by {Path(self.kit.script).name} of its kit, tracker {self.tracker}."
 
-    def instances(self, splits: Sequence[str], limit: int, noises: int) -> list[Instance]:
-        check_splits(splits, SPLITS)
-        chosen = [self._of_split(split)[:limit] for split in splits]
-        made = [
-            Instance(f"{split}/{game}/{skin}/{stem}", split, index, k, game, difficulty, {"skin": skin, "stem": stem})
-            for k in range(noises)
-            for split, mazes in zip(splits, chosen, strict=True)
-            for index, (game, skin, difficulty, stem) in enumerate(mazes)
-        ]
-        if not made:
-            raise InputError(f"--data {self.data} has no mazes in {' and '.join(splits)}: looked for {LAYOUT}")
-        return made
-
-    def _of_split(self, split: str) -> list[tuple[str, str, str, str]]:
-        """Game, skin, difficulty and name of each maze of a split."""
+    def scenes(self, split: str) -> Iterator[Instance]:
         mazes: list[tuple[int, tuple[str, str, str, str]]] = []
         for folder in sorted((self.root / split).glob("*/*/*/images")):
             game, skin, difficulty = folder.parts[-4:-1]
@@ -113,7 +87,9 @@ class Bench(FileBenchmark):
                 if not right_videos(parent, stem):
                     raise InputError(f"{parent} has no videos/{stem}.mp4 or {stem}_0.mp4: looked for {LAYOUT}")
                 mazes.append((rank, (game, skin, difficulty, stem)))
-        return [maze for _, maze in sorted(mazes)]
+        for index, (_, (game, skin, difficulty, stem)) in enumerate(sorted(mazes)):
+            meta = {"skin": skin, "stem": stem}
+            yield Instance(f"{split}/{game}/{skin}/{stem}", split, index, 0, game, difficulty, meta)
 
     def load(self, instance: Instance) -> tuple[str, Image.Image]:
         image = self._folder(instance) / "images" / f"{instance.meta['stem']}.png"
@@ -133,46 +109,35 @@ class Bench(FileBenchmark):
         return f"{instance.split}/{instance.task}/{instance.meta['skin']}/{instance.meta['stem']}.mp4"
 
     def described(self) -> dict[str, Any]:
-        scoring = ("data", "evalkit", "evalkit_python", "tracker", "path_tolerance")
+        scoring = ("tracker", "path_tolerance")
         given = {name: value for name, value in super().described().items() if name not in scoring}
-        prompts = hash_files(self.kit.path, ["prompts", "skins"], "description.json")
-        return given | {"data_sha256": hash_files(self.root, SPLITS), "prompts_sha256": prompts}
+        return given | {"prompts_sha256": hash_files(self.kit.path, ["prompts", "skins"], "description.json")}
 
     def scorer(self) -> dict[str, Any]:
-        return {**self.kit.described(), "tracker": self.tracker, "path_tolerance": self.path_tolerance}
-
-    def check(self, method: Method) -> None:
-        super().check(method)
-        self.kit.check()
+        return {**super().scorer(), "tracker": self.tracker, "path_tolerance": self.path_tolerance}
 
     # ------------------------------------------------------------ scoring
 
     def score_files(self, videos: Mapping[Instance, Path]) -> Iterator[tuple[Instance, Score]]:
         """Judge the videos of one game and skin at a time: that many an interruption of the kit costs."""
-        groups: dict[tuple[str, str, str], dict[Instance, Path]] = {}
+        groups: dict[Path, dict[Instance, Path]] = {}
         for one, path in videos.items():
-            groups.setdefault((one.split, one.task, one.meta["skin"]), {})[one] = path
-        for key, group in groups.items():
-            yield from self._judge("/".join(key), group)
+            groups.setdefault(self._folder(one).parent, {})[one] = path
+        for group in groups.values():
+            yield from self.judge(group)
 
-    def _judge(self, skin: str, videos: Mapping[Instance, Path]) -> Iterator[tuple[Instance, Score]]:
-        """Run the kit on videos of a game and skin; on each of them alone where it breaks down."""
+    def run_kit(self, videos: Mapping[Instance, Path]) -> tuple[str | None, dict[Instance, Score]]:
+        skin = self._folder(next(iter(videos))).parent.absolute()
         with tempfile.TemporaryDirectory(prefix="vlmteacher-vr-bench-") as scratch:
             made, results = Path(scratch) / "videos", Path(scratch) / "results"
             made.mkdir()
             for one, path in videos.items():
                 (made / f"{one.meta['stem']}.mp4").symlink_to(path.absolute())
             words = ["--threshold", str(self.path_tolerance), "--workers", "2", "--tracker-type", self.tracker]
-            why = self.kit.run([str(self.root / skin), str(made), str(results), *words])
+            why = self.kit.run([str(skin), str(made), str(results), *words])
             entries = {} if why is not None else read_results(results)
-        if why is not None and len(videos) > 1:
-            for one, path in videos.items():
-                yield from self._judge(skin, {one: path})
-            return
-        for one in videos:
-            entry = entries.get(f"{one.meta['stem']}.mp4")
-            reason = why or "the kit's results do not have the video"
-            yield one, Score(None, None, error=reason) if entry is None else verdict(entry)
+        named = {one: entries.get(f"{one.meta['stem']}.mp4") for one in videos}
+        return why, {one: verdict(entry) for one, entry in named.items() if entry is not None}
 
     # ------------------------------------------------------------ results
 
