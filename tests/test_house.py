@@ -9,12 +9,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ROOMS = [  # an arrow points down or stays in its row; docs/internals/architecture.md draws them
     ("cli", "app", "__main__"),
-    ("evaluation", "planning", "environment"),
+    ("evaluation", "environment"),
     ("baselines",),
     ("distillation",),
     ("pipeline",),
     ("session", "output", "call_forms"),
-    ("instance", "frozen_models", "runs"),
+    ("instance", "frozen_models", "runs", "planning"),
     ("optimization",),
     ("reasoners", "teachers", "decoders", "lora", "rewards"),
     ("microworld", "checkpoints"),

@@ -21,12 +21,13 @@ from vlmteacher.optimization.engines import check_engine
 from vlmteacher.optimization.objective import teacher_frame_indices
 from vlmteacher.placement import check_memory
 from vlmteacher.prompts import check_prompt
-from vlmteacher.queries import QuerySet
+from vlmteacher.queries import MAX_PROCESS, QuerySet
 from vlmteacher.rewards import Rewards
 from vlmteacher.settings import Keywords, Settings
 
 if TYPE_CHECKING:
     from vlmteacher.frozen_models import FrozenModels
+    from vlmteacher.planning.fit import Fit
     from vlmteacher.reasoners.base import Reasoner
 
 SIZE = ("num_frames", "height", "width")
@@ -45,6 +46,7 @@ class Instance:
         generator: draws the noise.
         lora: the LoRA that the optimisation starts from; None for a fresh one.
         rewards: beside the Teacher, or None.
+        fit: what the steps keep, where `settings.memory` limits them.
     """
 
     prompt: str
@@ -57,6 +59,7 @@ class Instance:
     generator: torch.Generator
     lora: LoRA | None
     rewards: Rewards | None
+    fit: Fit | None = None
 
     @property
     def seed(self) -> int:
@@ -123,7 +126,24 @@ def check_inputs(
     if source is None:
         source = torch.Generator()
         source.manual_seed(record["config"]["seed"] if record else source.seed())
-    return Instance(prompt, picture, shape, frame_indices, reasoner, settings, asked, source, models.lora, own)
+    fit = None if settings.memory is None else _fit(models, reasoner, settings, shape, frame_indices, asked)
+    return Instance(prompt, picture, shape, frame_indices, reasoner, settings, asked, source, models.lora, own, fit)
+
+
+def _fit(
+    models: FrozenModels,
+    reasoner: Reasoner,
+    settings: Settings,
+    shape: dict[str, int],
+    frame_indices: list[int],
+    queries: QuerySet | None,
+) -> Fit:
+    from vlmteacher.planning.fit import fit_memory
+
+    questions = settings.preserve + (len(queries.questions) if queries else 1 + MAX_PROCESS)
+    size = shape["num_frames"], shape["height"], shape["width"]
+    parts = reasoner, models.decoder, models.teacher
+    return fit_memory(*parts, size, frame_indices, questions, settings, models.offload)
 
 
 def _default(values: dict[str, Any], name: str, default: object) -> None:

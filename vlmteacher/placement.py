@@ -6,8 +6,9 @@ import os
 import platform
 import resource
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vlmteacher.arguments import show
 from vlmteacher.errors import InputError, first_line
@@ -128,12 +129,45 @@ def device_memory(device: torch.device) -> int | None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device.type == "cpu" else None
 
 
+class Allocator:
+    """The room in the memory of a GPU. cuda: the functions of `torch.cuda` that tell it; tests have their own."""
+
+    def __init__(self, device: torch.device, cuda: Any = None) -> None:
+        import torch
+
+        self.device, self.cuda = device, cuda or torch.cuda
+        self._earlier = 0  # the peak before the last `start`
+
+    def available(self) -> int:
+        """Bytes that new tensors can take: free ones, and those that the allocator holds though no tensor uses them."""
+        free, _ = self.cuda.mem_get_info(self.device)
+        return int(free + self.cuda.memory_reserved(self.device) - self.cuda.memory_allocated(self.device))
+
+    def start(self) -> None:
+        """Measure `unused` from now on."""
+        self._earlier = self.peak()
+        self.cuda.reset_peak_memory_stats(self.device)
+
+    def unused(self) -> int:
+        """Bytes that were available at the peak since `start`."""
+        grown = self.cuda.max_memory_allocated(self.device) - self.cuda.memory_allocated(self.device)
+        return self.available() - int(grown)
+
+    def peak(self) -> int:
+        """The most bytes of tensors so far."""
+        return max(self._earlier, int(self.cuda.max_memory_allocated(self.device)))
+
+
+@cache
+def allocator(device: torch.device) -> Allocator | None:
+    """The allocator of a GPU; None for another device."""
+    return Allocator(device) if device.type == "cuda" else None
+
+
 def peak_memory(*devices: torch.device) -> int:
     """Peak of the allocated bytes so far, of these GPUs together, or, where none is a GPU, of this process."""
-    import torch
-
-    if gpus := {device for device in devices if device.type == "cuda"}:
-        return sum(torch.cuda.max_memory_allocated(device) for device in gpus)
+    if gpus := {gpu for device in devices if (gpu := allocator(device))}:
+        return sum(gpu.peak() for gpu in gpus)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -31,6 +32,9 @@ from vlmteacher.settings import Keywords
 if TYPE_CHECKING:
     from vlmteacher.frozen_models import FrozenModels
     from vlmteacher.reasoners.condition import Condition, Noise
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,9 @@ class Session:
                 models.place()
 
         models.need(*self._at_work)
+        if self.instance.fit:
+            log.info("memory: %s", self.instance.fit)
+            self._undo.enter_context(self.instance.fit.on(self.reasoner, models.teacher))
         self.loop = models.loop = Optimization(
             self.reasoner,
             models.decoder,

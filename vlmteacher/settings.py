@@ -29,6 +29,19 @@ def parse_blocks(text: str) -> int:
     return int(count)
 
 
+def parse_memory(text: str) -> float | None:
+    """The GB of a number above 0; None for "auto". Raises InputError."""
+    if text == "auto":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= arguments.LARGEST_NUMBER:
+        raise InputError(f"memory must be auto, or a number of GB above 0, not {text!r}")
+    return value
+
+
 def setting(
     default: T,
     help: str,
@@ -93,6 +106,13 @@ class Execution:
         "eager", "run each step operator by operator, with compiled blocks of the Reasoner, or as a CUDA graph"
     )
     deterministic: bool = setting(False, "the same bytes for any number of threads: works on one thread, and is slower")
+    memory: str | None = setting(
+        None,
+        "memory for the steps, in GB (10^9 bytes), or auto for what the device has: keep the activations that"
+        " `vlmteacher plan` would choose (default: the Reasoner's all, the Teacher's as fit)",
+        metavar="auto|GB",
+        parse=parse_memory,
+    )
 
 
 @dataclass(frozen=True)
@@ -135,6 +155,7 @@ class Keywords(TypedDict, total=False):
     fused_lora: bool | None
     engine: Engine | None
     deterministic: bool | None
+    memory: str | None
     preserve: bool | None
     frame_jitter: int | None
     lora_decay: float | None
@@ -220,6 +241,7 @@ def _checked(entry: Field[Any], value: object) -> object:
     if choices(name):
         return arguments.one_of(name, value, choices(name))
     if value is not None:
+        value = f"{value:g}" if type(value) in (int, float) else value  # memory=48
         known["parse"](arguments.text(name, value))
     return value
 

@@ -15,13 +15,18 @@ from tests.tiny_pair import PROMPT, QUERIES
 from vlmteacher.errors import OutOfMemory
 from vlmteacher.lora.adapter import add_lora, lora_state_dict, remove_lora
 from vlmteacher.optimization.loop import Optimization
+from vlmteacher.optimization.memory_ladder import MemoryLadder
 from vlmteacher.optimization.objective import Objective
 from vlmteacher.pipeline import TeacherPipeline
+from vlmteacher.placement import Allocator
 from vlmteacher.planning.tracing import Trace
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners.checkpointing import Keep, keep_activations, kept_levels
 from vlmteacher.settings import Settings
+from vlmteacher.teachers.shared_prefix import Keep as Kept
+from vlmteacher.teachers.shared_prefix import kept_bytes
 
+CPU = torch.device("cpu")
 RUNGS = [f"activations={level}" for level in ("products", "long", "input")]
 RUNGS += ["teacher_activation_bytes=0", "smaller chunks"]
 
@@ -31,13 +36,31 @@ class CappedAllocator(Trace):
 
     def __init__(self, loop: Optimization, cap: float = float("inf")) -> None:
         super().__init__()
-        self.cap = cap
+        self.cap, self.reserved, self.high = cap, 0, 0
         self.weights(loop.reasoner.transformer, loop.decoder, loop.teacher.model)
 
     def _count(self, tensor: Tensor) -> None:
         super()._count(tensor)
         if self.live > self.cap:
             raise torch.OutOfMemoryError(f"tried to hold {self.live} bytes of {self.cap:.0f}")
+        self.high, self.reserved = max(self.high, self.live), max(self.reserved, self.live)
+
+    # What torch.cuda tells: freed memory stays with the allocator, so that the device has no more of it.
+
+    def mem_get_info(self, _: object) -> tuple[int, int]:
+        return int(self.cap) - self.reserved, int(self.cap)
+
+    def memory_reserved(self, _: object) -> int:
+        return self.reserved
+
+    def memory_allocated(self, _: object) -> int:
+        return self.live
+
+    def max_memory_allocated(self, _: object) -> int:
+        return self.high
+
+    def reset_peak_memory_stats(self, _: object) -> None:
+        self.high = self.live
 
 
 @pytest.fixture
@@ -94,6 +117,69 @@ def test_a_full_memory_costs_rungs_and_no_loss(make: Any, caplog: pytest.LogCapt
             if count <= 3:  # recomputation repeats the same operations; chunks change the shapes of products
                 assert torch.equal(result[name], value)
         loop.close()
+
+
+Outcome = tuple[list[Kept], list[str], list[float]]
+
+
+def steps_within(loop: Optimization, cap: float, budget: int | None = None) -> tuple[Outcome, int]:
+    """What the Teacher keeps in four steps on a device of `cap` bytes, the rungs, the losses; and the peak."""
+    teacher: Any = loop.teacher
+    teacher.activation_bytes = budget
+    loop.step()  # caches, the optimiser's state
+    tokens = teacher.layout(teacher.clip(loop.frame_indices, loop.reasoner.fps, 32, 48), loop.queries).tokens
+    levels = {size: level for level, size in kept_bytes(teacher.language.layers, tokens).items()}
+    with CappedAllocator(loop, cap) as device:
+        teacher.room = Allocator(CPU, device)
+        loop.ladder = MemoryLadder(loop.objective)
+        try:
+            kept = [(loop.step(), levels[teacher.kept_bytes])[1] for _ in range(4)]
+        finally:
+            teacher.room = None
+            loop.close()
+            assert teacher.activation_bytes == budget
+            teacher.activation_bytes = None
+    return (kept, loop.ladder.taken, [row["loss"] for row in loop.history]), device.reserved
+
+
+def test_the_teacher_keeps_what_a_step_leaves(make_loop: Any, pipe: TeacherPipeline) -> None:
+    """From the second step on an allocator holds all that it ever gave out: free memory alone would say that none is
+    left. The levels change no bit."""
+    language: Any = pipe.teacher.language  # type: ignore[attr-defined]
+    layers = language.layers
+    language.layers = torch.nn.ModuleList([*layers] * 8)  # so that what they keep is most of a step
+
+    def steps(cap: float, budget: int | None = None) -> tuple[Outcome, int]:
+        return steps_within(make_loop(max_steps=6), cap, budget)
+
+    try:
+        (_, _, losses), most = steps(2**40, 2**40)
+        _, least = steps(2**40, 0)
+        assert steps(4 * most)[0] == ([Kept.ALL] * 4, [], losses)
+        kept, rungs, same = steps(1.1 * most)[0]
+        assert kept[0] > kept[-1] == Kept.ALL and kept == sorted(kept, reverse=True) and not rungs and same == losses
+        assert steps(1.05 * least)[0] == ([Kept.INPUT] * 4, [], losses)
+    finally:
+        language.layers = layers
+
+
+def test_climbing_ends_at_the_first_rung(make_loop: Any, pipe: TeacherPipeline) -> None:
+    loop, teacher = make_loop(), pipe.teacher
+    with CappedAllocator(loop, 2**40) as device:
+        teacher.room = Allocator(CPU, device)
+        loop.ladder = MemoryLadder(loop.objective)
+        loop.step()
+        assert teacher.activation_bytes is not None and teacher.activation_bytes > teacher.kept_bytes > 0
+        assert loop.ladder.down() == "teacher_activation_bytes=start" and teacher.activation_bytes is None
+        loop.step()
+        assert teacher.activation_bytes is None and loop.ladder.down() == RUNGS[0]
+        teacher.activation_bytes = 7  # a user's choice stays
+        ladder = MemoryLadder(loop.objective)
+        ladder.start(), ladder.climb()
+        assert ladder.down() is not None and teacher.activation_bytes == 7
+        ladder.restore()
+    loop.close()
+    teacher.room = teacher.activation_bytes = None
 
 
 def test_without_a_rung_left_the_state_is_as_before(make: Any) -> None:

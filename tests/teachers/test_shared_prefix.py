@@ -9,9 +9,7 @@ from tests.tiny_teacher import tiny_qwen3_vl
 from vlmteacher.errors import InputError
 from vlmteacher.queries import QuerySet
 from vlmteacher.teachers import load_teacher
-from vlmteacher.teachers.shared_prefix import Keep, check_language, keep_level
-
-CPU = torch.device("cpu")
+from vlmteacher.teachers.shared_prefix import Keep, check_language, keep_level, kept_bytes
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +19,9 @@ def teacher(tmp_path_factory):
 
 def test_layers_keep_what_the_budget_allows(teacher):
     layers = teacher.language.layers
-    levels = [keep_level(layers, 100, budget, CPU) for budget in (0, 300_000, 10**9)]
+    levels = [keep_level(layers, 100, budget) for budget in (0, 300_000, 10**9)]
     assert levels == [Keep.INPUT, Keep.ATTENTION, Keep.ALL]
-    assert keep_level(layers, 100, None, CPU) == Keep.ALL
+    assert [keep_level(layers, 100, size) for size in kept_bytes(layers, 100).values()] == [*Keep]
 
 
 def test_less_is_saved_level_by_level(teacher):

@@ -84,9 +84,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output:
         from vlmteacher.files import write_json
         from vlmteacher.planning.cards import solve_flags
+        from vlmteacher.planning.plan import gigabytes_up
 
         if not result["fits"]:
-            raise InputError(f"{arguments.output} is not written: no settings fit in {arguments.memory:g} GB")
+            least = gigabytes_up(result["floor_bytes"])
+            raise InputError(
+                f"{arguments.output} is not written: --memory {arguments.memory:g} is below the floor, {least} GB"
+            )
         write_json(Path(arguments.output), {"solve": solve_flags(result, arguments.dtype), "plan": result})
         if not arguments.json:
             print(f"Settings for `vlmteacher solve --plan {arguments.output} ...`: {arguments.output}")

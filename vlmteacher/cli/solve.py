@@ -87,6 +87,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     keywords = settings.given(arguments)
     settings.Settings().updated(**keywords)  # raises for bad values before any model is loaded
+    if arguments.activations is not None and arguments.memory is not None:
+        raise InputError(
+            f"--activations {arguments.activations} and --memory {arguments.memory} exclude each other: --memory plans"
+            " the activations"
+        )
     _check_size(arguments, image if keywords.get("fit", "refuse") == "refuse" else None)
     from vlmteacher.rewards import parse_reward
 

@@ -75,6 +75,11 @@ class Eager:
     def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer) -> None:
         self.objective, self.optimizer = objective, optimizer
 
+    @property
+    def recorded(self) -> bool:
+        """Whether the steps are replayed as they were recorded, so that new settings have no effect on them."""
+        return False
+
     def evaluate(self, step: int = 0) -> Metrics:
         """Evaluate the objective and leave its gradient on the parameters; see `Objective.evaluate` for `step`.
 
@@ -130,8 +135,6 @@ class CudaGraph(Eager):
         self.device = objective.reasoner.device
         self.stream = torch.cuda.Stream(self.device)
         self._activation_bytes = objective.teacher.activation_bytes
-        if self._activation_bytes is None:  # fixed for the run: free memory is another number in every step
-            objective.teacher.activation_bytes = torch.cuda.mem_get_info(self.device)[0] // 2
         self.reset()
 
     def reset(self) -> None:
@@ -139,6 +142,10 @@ class CudaGraph(Eager):
         self.step: torch.cuda.CUDAGraph | None = None
         self.apply: torch.cuda.CUDAGraph | None = None
         self.packed: Tensor | None = None  # the metrics, in the graph's memory
+
+    @property
+    def recorded(self) -> bool:
+        return self.step is not None
 
     def evaluate(self, step: int = 0) -> Metrics:
         if self.objective.offload:  # a graph cannot hold copies to pinned memory
@@ -159,6 +166,9 @@ class CudaGraph(Eager):
 
     def _record_step(self) -> torch.cuda.CUDAGraph:
         self.optimizer.zero_grad(set_to_none=True)
+        teacher = self.objective.teacher
+        if teacher.activation_bytes is None:  # as in the step before, which found the Reasoner's activations in place
+            teacher.activation_bytes = teacher.kept_bytes
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self.stream):

@@ -128,6 +128,7 @@ class Optimization:
         Raises NonFiniteError and OutOfMemory; the state is then what it was before the step.
         """
         start, rungs = time.perf_counter(), len(self.ladder.taken)
+        self.ladder.start()
         with ExitStack() as undo:
             try:
                 evaluation = self._evaluate()
@@ -161,6 +162,8 @@ class Optimization:
                 elif len(self.history) >= self.settings.max_steps:
                     self.stopped = "max_steps"
                 self._keep_prediction()
+        if not self.engine.recorded:
+            self.ladder.climb()
         return row
 
     def _keep_prediction(self) -> None:

@@ -1,7 +1,9 @@
-"""Make the steps of an optimisation need less memory, one rung after the other, when memory runs out.
+"""Fit the steps of an optimisation into memory: use what they leave, and need less, rung by rung, when it runs out.
 
+On a GPU the Teacher's layers start with what surely fits, and keep more where a step has left memory unused (`climb`).
 Every rung costs time and changes no loss. The rungs, each on top of those before it:
 
+    teacher_activation_bytes=start          as before the first `climb`
     activations=products, =long, =input     the Reasoner's blocks recompute more in the backward
     teacher_activation_bytes=0              so do the Teacher's layers
     smaller chunks                          of the visual encoder and the surrogate decoder
@@ -18,7 +20,10 @@ from typing import Any
 import torch
 
 from vlmteacher.optimization.objective import Objective
+from vlmteacher.placement import allocator
 from vlmteacher.reasoners.checkpointing import Keep, keep_activations, kept_levels
+
+CLIMBED = 0.9  # of the unused memory: the rest is for what fragments
 
 
 class MemoryLadder:
@@ -31,15 +36,36 @@ class MemoryLadder:
         self.objective, self.make_room = objective, make_room
         self.taken: list[str] = []
         self._undo = ExitStack()
+        teacher = objective.teacher
+        by_room = teacher.activation_bytes is None  # else it is the user's choice
+        self._room = (teacher.room or allocator(teacher.device)) if by_room else None
         compiled = objective.settings.engine == "compile"  # such blocks keep all, or their input
         self._rungs: dict[str, Callable[[], bool]] = {
+            "teacher_activation_bytes=start": self._stop_climbing,
             "activations=products": lambda: not compiled and self._keep(Keep.PRODUCTS),
             "activations=long": lambda: not compiled and self._keep(Keep.LONG),
             "activations=input": lambda: self._keep(Keep.INPUT),
-            "teacher_activation_bytes=0": lambda: self._set(objective.teacher, "activation_bytes", 0),
+            "teacher_activation_bytes=0": lambda: self._set(teacher, "activation_bytes", 0),
             "smaller chunks": self._smaller_chunks,
             "offload": self._offload,
         }
+
+    def start(self) -> None:
+        """Measure the memory of a step from now on."""
+        if self._room:
+            self._room.start()
+
+    def climb(self) -> None:
+        """Let the Teacher's layers keep as much more as the step since `start` has left unused, on a GPU."""
+        teacher = self.objective.teacher
+        if self._room and not self.taken and not teacher.offload:
+            more = int(CLIMBED * self._room.unused())
+            if more > 0:
+                self._set(teacher, "activation_bytes", teacher.kept_bytes + more)
+
+    def _stop_climbing(self) -> bool:
+        climbs, self._room = self._room is not None, None
+        return climbs and self._set(self.objective.teacher, "activation_bytes", None)
 
     def down(self) -> str | None:
         """Take the next rung that makes a difference and return its name; None where no rung is left."""

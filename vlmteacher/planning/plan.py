@@ -23,7 +23,6 @@ from vlmteacher.planning.models import build_decoder, build_reasoner, build_teac
 from vlmteacher.planning.reasoner import ReasonerCosts
 from vlmteacher.planning.teacher import (
     Video,
-    activation_budget,
     language_costs,
     preprocessing_cost,
     query_set,
@@ -33,10 +32,11 @@ from vlmteacher.planning.teacher import (
 from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.checkpointing import Keep as Activations
 from vlmteacher.reasoners.checkpointing import format_levels
-from vlmteacher.teachers.shared_prefix import Keep
+from vlmteacher.teachers.shared_prefix import Keep, kept_bytes
 from vlmteacher.teachers.vlm import CHUNK_PATCHES, VLMTeacher
 
 GB = 10**9
+CUDA = torch.device("cuda")
 
 
 @dataclass(frozen=True)
@@ -139,11 +139,28 @@ class Choice:
     keep: Keep
     step: Step
 
+    def settings(self, models: Instance, questions: int) -> dict[str, Any]:
+        """The settings that `Step.settings` and a loaded pipeline take, by the names of the Teacher's attributes."""
+        teacher, clip = models.teacher, models.video.clip(models.teacher)
+        tokens = teacher.layout(clip, query_set(questions)).tokens
+        return {
+            "activations": format_levels(self.levels),
+            "teacher_activation_bytes": kept_bytes(teacher.language.layers, tokens)[self.keep],
+            "teacher_keeps": self.keep.name.lower(),
+            "teacher_chunk_patches": -(-self.chunk // teacher.frames_per_patch) * teacher.patches_per_frame(clip.size),
+        }
+
 
 def nbytes(*modules: nn.Module) -> int:
     """Bytes of the modules' parameters and buffers; a shared one counts once."""
     tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}
     return sum(t.nbytes for t in tensors.values())
+
+
+def gigabytes_up(size: int) -> str:
+    """A number of bytes in GB, rounded up to three digits, so that it is enough."""
+    unit = 10 ** max(len(str(size)) - 3, 0)
+    return f"{-(-size // unit) * unit / GB:.12g}"
 
 
 def mixes(blocks: int) -> Iterator[list[Activations]]:
@@ -186,8 +203,9 @@ def make_plan(
 
     Returns:
         {"ours", "stock": {"flops", "peak_bytes", "stages": {name: {"flops", "peak_bytes"}}, "weights", "settings"},
-        "ratio": FLOPs of ours over stock, "fits", "memory_bytes", "seconds": of a step by card (see `seconds_by_card`),
-        "advice": changes that help where it does not fit} and the sizes of the instance.
+        "ratio": FLOPs of ours over stock, "fits", "floor_bytes": the least memory in which a step fits, "memory_bytes",
+        "seconds": of a step by card (see `seconds_by_card`), "advice": changes that help where it does not fit} and the
+        sizes of the instance.
 
     Raises InputError: unknown models, sizes that the Reasoner cannot make, a memory, rank or number of questions that
     is not positive.
@@ -195,12 +213,12 @@ def make_plan(
     _check(teacher, questions, rank, memory)
     models = _build(reasoner, teacher, decoder, (num_frames, height, width), teacher_frames, dtype)
     budget = int(memory * GB)
-    weights = _add_lora_and_weigh(models, rank, text_encoder)
-    choices = _choices(models, weights, questions)
+    weights = add_lora_and_weigh(models, rank, text_encoder)
+    choices = our_steps(models, weights, questions)
     fitting = [choice for choice in choices if choice.step.peak_bytes <= budget]
-    best = _fewest_flops(fitting) if fitting else min(choices, key=lambda c: (c.step.peak_bytes, c.step.flops))
-    tokens = models.teacher.layout(models.video.clip(models.teacher), query_set(questions)).tokens
-    ours = replace(best.step, settings=_settings(best, models, tokens, text_encoder, rank))
+    best = fewest_flops(fitting) if fitting else min(choices, key=lambda c: (c.step.peak_bytes, c.step.flops))
+    other = {"text_encoder": text_encoder, "decoder": "fused", "rank": rank}
+    ours = replace(best.step, settings=best.settings(models, questions) | other)
     stock = _stock(models, weights, questions, rank)
     frames, height, width = models.shape
     return {
@@ -213,12 +231,13 @@ def make_plan(
         "teacher_frames": len(models.video.indices),
         "questions": questions,
         "reasoner_tokens": math.prod(models.latents[2:]) // math.prod(models.reasoner.patch),
-        "teacher_tokens": tokens,
+        "teacher_tokens": models.teacher.layout(models.video.clip(models.teacher), query_set(questions)).tokens,
         "ours": ours.to_dict(),
         "stock": stock.to_dict(),
         "ratio": ours.flops / stock.flops,
         "memory_bytes": budget,
         "fits": bool(fitting),
+        "floor_bytes": min(choice.step.peak_bytes for choice in choices),
         "seconds": seconds_by_card(ours.flops, ours.peak_bytes),
         "advice": [] if fitting else advice(ours, budget, text_encoder),
     }
@@ -260,10 +279,10 @@ def _build(
     )
 
 
-def _add_lora_and_weigh(models: Instance, rank: int, text_encoder: str) -> dict[str, int]:
+def add_lora_and_weigh(models: Instance, rank: int, text_encoder: str, fused: bool = True) -> dict[str, int]:
     """Add the LoRA to the Reasoner; returns the bytes of all weights and of the optimiser's tensors."""
     base = nbytes(models.network)
-    add_lora(models.network, rank)
+    add_lora(models.network, rank, fused=fused)
     lora = nbytes(models.network) - base
     networks = models.reasoner.networks
     idle = {name: part for name, part in networks.items() if name not in ("transformer", "vae")}
@@ -278,11 +297,11 @@ def _add_lora_and_weigh(models: Instance, rank: int, text_encoder: str) -> dict[
     }
 
 
-def _choices(models: Instance, weights: dict[str, int], questions: int) -> list[Choice]:
-    """Our step with every combination of the settings that decide between memory and FLOPs."""
+def our_steps(models: Instance, weights: dict[str, int], questions: int, device: torch.device = CUDA) -> list[Choice]:
+    """Our step with every combination of the settings that decide between memory and FLOPs, on a kind of device."""
     teacher, video = models.teacher, models.video
-    pair = teacher.frames_per_patch
-    default = max(1, CHUNK_PATCHES["cuda"] // teacher.patches_per_frame(video.clip(teacher).size)) * pair
+    pair, patches = teacher.frames_per_patch, teacher.patches_per_frame(video.clip(teacher).size)
+    default = max(1, CHUNK_PATCHES.get(device.type, CHUNK_PATCHES["cuda"]) // patches) * pair
     costs = ReasonerCosts.of(models.reasoner, models.shape)
     visions = vision_costs(teacher, video, sorted({pair, default, len(video.indices)}))
     languages = language_costs(teacher, video, questions)
@@ -301,23 +320,8 @@ def _choices(models: Instance, weights: dict[str, int], questions: int) -> list[
     ]
 
 
-def _fewest_flops(choices: Sequence[Choice]) -> Choice:
+def fewest_flops(choices: Sequence[Choice]) -> Choice:
     return min(choices, key=lambda c: (c.step.flops, sum(c.levels), c.keep, c.step.peak_bytes))
-
-
-def _settings(choice: Choice, models: Instance, tokens: int, text_encoder: str, rank: int) -> dict[str, Any]:
-    """The settings of our step, by the names of the pipeline's and the Teacher's attributes."""
-    teacher = models.teacher
-    patches = teacher.patches_per_frame(models.video.clip(teacher).size)
-    return {
-        "activations": format_levels(choice.levels),
-        "teacher_activation_bytes": activation_budget(teacher, tokens, choice.keep),
-        "teacher_keeps": choice.keep.name.lower(),
-        "teacher_chunk_patches": -(-choice.chunk // teacher.frames_per_patch) * patches,
-        "text_encoder": text_encoder,
-        "decoder": "fused",
-        "rank": rank,
-    }
 
 
 def _stock(models: Instance, weights: dict[str, int], questions: int, rank: int) -> Step:

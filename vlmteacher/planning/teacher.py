@@ -15,7 +15,7 @@ from vlmteacher.planning.costs import META, Cost, measure, per_layer, stack
 from vlmteacher.planning.tracing import tracing
 from vlmteacher.queries import QuerySet
 from vlmteacher.teachers.prompt import Clip
-from vlmteacher.teachers.shared_prefix import Keep, answer_losses, keep_level
+from vlmteacher.teachers.shared_prefix import Keep, answer_losses
 from vlmteacher.teachers.vlm import VLMTeacher
 
 GOAL = "Is the yellow ball inside the purple box at the end?"
@@ -104,9 +104,8 @@ def language_costs(teacher: VLMTeacher, video: Video, count: int) -> dict[Keep, 
 
     def at(keep: Keep, depth: int) -> Cost:
         with cut(teacher.language, depth):
-            budget = activation_budget(teacher, layout.tokens, keep)
             return measure(
-                lambda: [answer_losses(teacher.language, head, layout, features[0], features[1:], budget)],
+                lambda: [answer_losses(teacher.language, head, layout, features[0], features[1:], keep)],
                 [teacher.model],
                 features,
             )
@@ -116,16 +115,6 @@ def language_costs(teacher: VLMTeacher, video: Video, count: int) -> dict[Keep, 
     parts = {keep: per_layer(functools.partial(at, keep), depth) for keep in Keep}
     free = [parts[Keep.ALL]] * layers
     return {keep: stack([part] * layers, free) for keep, part in parts.items()}
-
-
-def activation_budget(teacher: VLMTeacher, tokens: int, keep: Keep) -> int:
-    """The smallest `activation_bytes` with which the Teacher's layers keep as much as `keep`."""
-    low, high = 0, 2**62
-    while low < high:
-        middle = (low + high) // 2
-        enough = keep_level(teacher.language.layers, tokens, middle, META) <= keep
-        low, high = (low, middle) if enough else (middle + 1, high)
-    return low
 
 
 def stock_reader(teacher: VLMTeacher, clip: Clip, question: str) -> Callable[[Sequence[Tensor]], Tensor]:

@@ -38,6 +38,7 @@ FILES = (
     "frames.webp",
     "report.html",
 )
+FREE = ("max_steps", "memory")  # settings that a resumed run may have others of
 FORM = "vlmteacher run 1"  # of the state; the number changes with its content
 STATE_ROOM = 2**26  # bytes of a state beside its tensors of the LoRA's size: the history, the latents of a pull
 WRITING_SHARE = 0.05  # of the time at most is spent on writing states: those of large LoRAs take long
@@ -111,12 +112,12 @@ class RunFolder:
     def take_up(self, record: dict[str, Any]) -> None:
         """Check that the run in the folder is the one of `record`, before `load_state` resumes it.
 
-        Only the number of steps (`config.max_steps`) may differ. Raises InputError, which names every other difference.
+        Only `FREE` settings may differ. Raises InputError, which names every other difference.
         """
         assert self.record is not None
         old, new = self.record, json.loads(json.dumps(record))
         different = {name: (before, now) for name, before, now in _differences(old, new)}
-        changed = {"max_steps": different.pop("max_steps", None)}
+        changed = {name: different.pop(name, None) for name in FREE}
         if "fingerprints" not in old:  # written by an earlier version
             changed["fingerprints"] = different.pop("fingerprints")
         if different:
@@ -160,7 +161,7 @@ class RunFolder:
         """A hash of the inputs of the run, without the number of steps; a state belongs to the run of the same hash."""
         assert self.record is not None
         parts = {name: self.record.get(name) for name in ("prompt", "config", "queries", "fingerprints")}
-        config = {name: value for name, value in (parts.pop("config") or {}).items() if name != "max_steps"}
+        config = {name: value for name, value in (parts.pop("config") or {}).items() if name not in FREE}
         return hashlib.sha256(json.dumps([parts, config], sort_keys=True).encode()).hexdigest()
 
     def save_state(self, loop: Optimization, force: bool = False) -> None:

@@ -17,6 +17,7 @@ from vlmteacher.checkpoints.hub import find_file, only_local, pinned
 from vlmteacher.checkpoints.pretrained import json_object
 from vlmteacher.errors import InputError, NonFiniteFrames
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
+from vlmteacher.placement import Allocator
 from vlmteacher.queries import QuerySet, QueryStyle
 from vlmteacher.teachers.quantization import Quantize, check_quantize
 from vlmteacher.torch_modes import plain_torch
@@ -65,8 +66,10 @@ class Teacher(ABC):
     """A frozen vision-language model. P(Yes) of a question is `exp(-loss)`.
 
     quantized: whether the weights are in 4 or 8 bits; such a Teacher stays on the device that it was loaded to.
-    activation_bytes: the limit of what the language model keeps for the backward; None: half of the GPU's free memory,
-        4 GiB on the CPU.
+    activation_bytes: the limit of what the language model keeps for the backward; None: half of what the GPU's
+        allocator can give at that moment, 4 GiB on the CPU.
+    kept_bytes: what it kept at the last evaluation.
+    room: the allocator that is asked; None: that of the GPU, where there is one.
     chunk_patches: the number of patches that the visual encoder works on at a time; None: chosen by device.
     attention_backend: of `ops.attention`; None: our own on the CPU, torch's elsewhere.
     offload: whether tensors saved for the backward wait in pinned host memory (GPUs only).
@@ -75,6 +78,8 @@ class Teacher(ABC):
 
     quantized: bool = False
     activation_bytes: int | None = None
+    kept_bytes: int = 0
+    room: Allocator | None = None
     chunk_patches: int | None = None
     attention_backend: str | None = None
     offload: bool = False

@@ -22,8 +22,6 @@ from vlmteacher.ops.attention import attention
 from vlmteacher.ops.elementwise import rotate
 from vlmteacher.teachers.prompt import Layout
 
-ACTIVATION_BYTES = 4 * 2**30  # the default on the CPU
-
 
 class Keep(enum.IntEnum):
     """What a decoder layer keeps for its backward."""
@@ -33,13 +31,8 @@ class Keep(enum.IntEnum):
     INPUT = 2  # the input only: the whole layer is repeated
 
 
-def keep_level(layers: nn.ModuleList, tokens: int, budget: int | None, device: torch.device) -> Keep:
-    """The level that keeps the most of `tokens` tokens within `budget` bytes.
-
-    budget: None is half of the GPU's free memory, `ACTIVATION_BYTES` on the CPU.
-    """
-    if budget is None:
-        budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else ACTIVATION_BYTES
+def kept_bytes(layers: nn.ModuleList, tokens: int) -> dict[Keep, int]:
+    """The bytes that decoder layers keep of `tokens` tokens, by level."""
     layer: Any = layers[0]
     attn, hidden = layer.self_attn, layer.input_layernorm.weight
     q, k = (proj.out_features for proj in (attn.q_proj, attn.k_proj))
@@ -47,7 +40,14 @@ def keep_level(layers: nn.ModuleList, tokens: int, budget: int | None, device: t
     mlp = 2 * layer.mlp.gate_proj.out_features
     before_norm = q + k if hasattr(attn, "q_norm") else 0
     size = len(layers) * tokens * hidden.element_size()
-    return Keep(sum(size * n > budget for n in (attention + mlp + before_norm, attention)))
+    each = {Keep.ALL: attention + mlp + before_norm, Keep.ATTENTION: attention, Keep.INPUT: len(hidden)}
+    return {level: size * n for level, n in each.items()}
+
+
+def keep_level(layers: nn.ModuleList, tokens: int, budget: int) -> Keep:
+    """The level that keeps the most of `tokens` tokens within `budget` bytes; `Keep.INPUT` where none does."""
+    sizes = kept_bytes(layers, tokens)
+    return next((level for level in Keep if sizes[level] <= budget), Keep.INPUT)
 
 
 def _inverse_rms(norm: Any, x: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def answer_losses(
     layout: Layout,
     video: Tensor,
     deepstack: Sequence[Tensor] = (),
-    activation_bytes: int | None = None,
+    keep: Keep = Keep.ALL,
     attention_backend: str | None = None,
 ) -> Tensor:
     """-log P(answer) of every question, natural logarithm, (1+M,) float32.
@@ -190,10 +190,9 @@ def answer_losses(
         language: a frozen Llama-like model of transformers (`embed_tokens`, `layers`, `norm`); head: its LM head.
         video: (visual tokens, C), the embeddings that replace the placeholders.
         deepstack: (visual tokens, C) each, added to the outputs of the first layers.
-        activation_bytes: the limit of what the layers keep for the backward, see `keep_level`.
+        keep: what the layers keep for the backward; changes no bit of the result.
         attention_backend: see `ops.attention`.
     """
-    keep = keep_level(language.layers, len(layout.ids), activation_bytes, video.device)
     embeds = language.embed_tokens(layout.ids)
     x = embeds.index_copy(0, layout.video, video.to(embeds.dtype))
     for index, layer in enumerate(language.layers):

@@ -18,6 +18,7 @@ from vlmteacher.checkpoints.pretrained import load_tokenizer
 from vlmteacher.errors import InputError, Notice
 from vlmteacher.media import ImageInput, read_image, shrink
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
+from vlmteacher.placement import allocator
 from vlmteacher.prompts import CUT, check_prompt, whole_sentences
 from vlmteacher.queries import QuerySet, QueryStyle, ask_for_queries, query_prompt
 from vlmteacher.teachers.base import (
@@ -31,12 +32,13 @@ from vlmteacher.teachers.base import (
 from vlmteacher.teachers.preprocessing import VisionSettings, processor_settings, resized_rows, settings_by_configs
 from vlmteacher.teachers.prompt import Clip, Layout, VideoPrompts
 from vlmteacher.teachers.quantization import Quantize, check_stays, is_quantized, load_model
-from vlmteacher.teachers.shared_prefix import answer_losses, check_language
+from vlmteacher.teachers.shared_prefix import Keep, answer_losses, check_language, keep_level, kept_bytes
 from vlmteacher.teachers.visual_checkpoint import stream
 from vlmteacher.teachers.writer import Writer
 
 MAX_NEW_TOKENS = 256
 IMAGE_PIXELS = 1280 * 720  # at most, of an image that queries are written from; frames of video models have fewer
+ACTIVATION_BYTES = 4 * 2**30  # kept for the backward, where no allocator tells its room
 CHUNK_PATCHES = {"cpu": 1024, "cuda": 16384}  # of the visual encoder: fits the caches of a CPU, fills a GPU
 LEAST_YES_OR_NO = 0.5  # probability of Yes and No together on a plain question
 
@@ -259,9 +261,18 @@ class VLMTeacher(VideoPrompts, Teacher):
                 features = stream(lambda chunk: self.encode(chunk, size), frames, at_a_time * self.frames_per_patch)
             video, *deepstack = features
             head = self.model.get_output_embeddings()
-            return answer_losses(
-                self.language, head, layout, video, deepstack, self.activation_bytes, self.attention_backend
-            )
+            keep = self._keep(len(layout.ids))
+            return answer_losses(self.language, head, layout, video, deepstack, keep, self.attention_backend)
+
+    def _keep(self, tokens: int) -> Keep:
+        """What the language model keeps of so many tokens, by the room that there is now (`activation_bytes`)."""
+        layers, budget = self.language.layers, self.activation_bytes
+        if budget is None:
+            room = self.room or allocator(self.device)
+            budget = room.available() // 2 if room else ACTIVATION_BYTES
+        level = keep_level(layers, tokens, budget)
+        self.kept_bytes = kept_bytes(layers, tokens)[level]
+        return level
 
     def write_queries(self, prompt: str, image: ImageInput | None = None) -> QuerySet:
         """See `Teacher.write_queries`. The first try is greedy, the second is sampled with a fixed seed."""
