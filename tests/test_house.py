@@ -31,6 +31,7 @@ ROOMS = [  # an arrow points down or stays in its row; docs/internals/architectu
             "torch_modes",
             "interruption",
             "exclusive",
+            "ranks",
         ),
         *("arguments", "files", "quiet", "errors", "moved", "version"),
     ),

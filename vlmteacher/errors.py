@@ -50,6 +50,13 @@ class TaskFailed(RuntimeError):
     """
 
 
+class RankLost(RuntimeError):
+    """Another process of this run has ended, so that no step can be made. The LoRA is as before that step.
+
+    The command line ends with exit status 1, and `--resume` continues.
+    """
+
+
 class Notice(UserWarning):
     """A warning about a result that is still computed. The command line prints it as one line."""
 

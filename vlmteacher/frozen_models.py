@@ -20,6 +20,8 @@ from vlmteacher.microworld.known_tasks import unknown_task
 from vlmteacher.optimization.out_of_memory import is_out_of_memory
 from vlmteacher.placement import DeviceMap, find_devices
 from vlmteacher.queries import QuerySet
+from vlmteacher.ranks import Ranks
+from vlmteacher.reasoners.context_parallel import check_ranks
 from vlmteacher.settings import Settings
 from vlmteacher.teachers.base import ANSWER_TOKENS
 from vlmteacher.torch_modes import deterministic, plain_torch
@@ -132,13 +134,22 @@ class FrozenModels:
         self.offload = True
         self.to(find_devices(device))
 
+    def share(self, ranks: Ranks) -> None:
+        """Work on every call together with the other processes of `ranks`, which make the same calls.
+
+        The transformers' tokens, and the frames that the Teacher encodes, are shared; the rest every rank does whole.
+        Raises InputError for a Reasoner that cannot be shared.
+        """
+        check_ranks(self.reasoner, ranks)
+        self.reasoner.ranks = self.teacher.ranks = ranks
+
     def set_progress_bar_config(self, **keywords: Any) -> None:
         """Set keywords of tqdm for the progress bars of calls, such as `disable=True`, as in diffusers."""
         self._progress_bar = keywords
 
     def progress_bar(self, shown: bool, **keywords: Any) -> tqdm[Any]:
         """A progress bar, by `set_progress_bar_config`. keywords: of tqdm."""
-        disabled = not shown or self._progress_bar.get("disable", False)
+        disabled = not shown or self.reasoner.ranks.rank > 0 or self._progress_bar.get("disable", False)
         return tqdm(**{**keywords, **self._progress_bar, "disable": disabled})
 
     def place(self) -> None:

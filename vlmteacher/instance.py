@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from vlmteacher.optimization.objective import teacher_frame_indices
 from vlmteacher.placement import check_memory
 from vlmteacher.prompts import check_prompt
 from vlmteacher.queries import MAX_PROCESS, QuerySet
+from vlmteacher.reasoners.context_parallel import check_tokens
 from vlmteacher.rewards import Rewards
 from vlmteacher.settings import Keywords, Settings
 
@@ -64,6 +66,12 @@ class Instance:
     @property
     def seed(self) -> int:
         return self.generator.initial_seed()
+
+    def hashes(self) -> dict[str, str]:
+        """A hash of each input, by its name: equal on all ranks of a call."""
+        queries = self.queries.to_dict() if self.queries else None
+        inputs = {"prompt": self.prompt, "queries": queries, **self.config()}
+        return {name: _hash(json.dumps(value, sort_keys=True).encode()) for name, value in inputs.items()}
 
     def config(self) -> dict[str, Any]:
         """The entry `config` of run.json, of the generator as it is now."""
@@ -121,6 +129,7 @@ def check_inputs(
     check_prompt(prompt)
     reasoner.check(**shape)
     check_size(reasoner, settings, **shape)
+    check_tokens(reasoner, reasoner.ranks, shape)
     frame_indices = teacher_frame_indices(shape["num_frames"], settings.teacher_frames)
     picture = None if image is None else fit_image(image, shape["height"], shape["width"], fit=settings.fit)
     if source is None:
@@ -202,8 +211,12 @@ def lora_fingerprint(lora: LoRA) -> str:
     """A hash of a LoRA's tensors."""
     data = replace(lora, differences={}).to_bytes("diffusers")
     differences = safetensors_bytes(lora.differences) if lora.differences else b""
-    return hashlib.sha256(data + differences).hexdigest()[:16]
+    return _hash(data + differences)
 
 
 def _digest(values: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()[:16]
+    return _hash(np.ascontiguousarray(values).tobytes())
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -25,6 +25,7 @@ from vlmteacher.optimization.reward import pick, vqa_objective
 from vlmteacher.output import TeacherPipelineOutput, convert
 from vlmteacher.placement import peak_memory
 from vlmteacher.queries import QuerySet
+from vlmteacher.reasoners.context_parallel import shared_tokens
 from vlmteacher.rewards import RewardContext, Rewards
 from vlmteacher.runs.folder import RunFolder
 from vlmteacher.settings import Keywords
@@ -69,6 +70,7 @@ class Session:
     def __init__(self, models: FrozenModels, instance: Instance) -> None:
         self.models, self.instance = models, instance
         self.settings, self.reasoner = instance.settings, instance.reasoner
+        self.ranks = instance.reasoner.ranks
         self.config = instance.config()
         self.seconds: dict[str, float] = {}
         self.memory: dict[str, int] = {}
@@ -95,7 +97,7 @@ class Session:
             self.models.check_task(self.instance.prompt)
         with self._timed("queries"):
             queries = self.instance.queries or self.models.write_queries(self.instance.prompt, self.instance.image)
-            self.queries = self._preserving(queries)
+            self.queries = self.ranks.first(self._preserving(queries))
 
     def _preserving(self, queries: QuerySet) -> QuerySet:
         return queries.plus(self.models.teacher.style.preservation_query) if self.settings.preserve else queries
@@ -116,6 +118,7 @@ class Session:
             fused=self.settings.fused_lora,
             blocks=self.settings.lora_blocks,
         )
+        self._undo.enter_context(shared_tokens(self.reasoner, self.ranks))
 
     def first_sample(self) -> Sample:
         """The few-step video before any update."""
@@ -132,18 +135,20 @@ class Session:
         return self.before
 
     def _sample(self, noise: Noise, index: int = 0) -> Sample:
-        video = self.models.sample(self.condition, noise, self.reasoner)
-        losses = self.models.judge(video, self.instance.frame_indices, self.queries)
+        video = self.ranks.same(self.models.sample(self.condition, noise, self.reasoner))
+        losses = self.ranks.same(self.models.judge(video, self.instance.frame_indices, self.queries))
         teacher = vqa_objective(losses, self.settings.goal_weight)
         if self.rewards is None:
             return Sample(video, losses, teacher, index=index)
         with torch.no_grad():
-            rewards = self.rewards.losses(video[self.instance.frame_indices])
+            rewards = self.ranks.same(self.rewards.losses(video[self.instance.frame_indices]))
             return Sample(video, losses, self.rewards.total(teacher, rewards), rewards, index)
 
     def steps(self, progress: bool) -> Iterator[dict[str, Any]]:
         """The rows of the optimisation's steps (see `Optimization`), with a progress bar."""
         self._begin_loop()
+        if self.ranks.size > 1:
+            self.loop.load_state_dict(self.ranks.first(self.loop.state_dict()))
         done = len(self.loop.history)
         with self.models.progress_bar(progress, total=self.settings.max_steps, initial=done) as bar:
             for row in self.loop:
@@ -336,7 +341,7 @@ class RecordedSession(Session):
         self._undo.push(self._interrupt)
 
     def _interrupt(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, (KeyboardInterrupt, NonFiniteError, OutOfMemory)):
+        if isinstance(error, (KeyboardInterrupt, NonFiniteError, OutOfMemory)) or self.ranks.has_lost(error):
             self.folder.interrupt(self.loop)
 
     def steps(self, progress: bool) -> Iterator[dict[str, Any]]:
@@ -367,8 +372,16 @@ def open_session(
     run_dir: str | os.PathLike[str] | None,
     resume: bool,
 ) -> Session:
-    """The session of a call with these inputs (see `check_inputs`), recorded where there is a run folder."""
-    folder = None if run_dir is None else RunFolder(run_dir, resume)
-    record = folder.record if folder else None
-    instance = check_inputs(models, prompt, image, size, sampling, generator, queries, rewards, keywords, record)
-    return RecordedSession(models, instance, folder) if folder else Session(models, instance)
+    """The session of a call with these inputs (see `check_inputs`), recorded where there is a run folder.
+
+    Of several ranks, the first one has the folder; inputs that another one has differently raise InputError.
+    """
+    ranks = models.reasoner.ranks
+    with ranks.together():
+        folder = None if run_dir is None else RunFolder(run_dir, resume)
+    record = ranks.first(folder.record if folder else None)
+    with ranks.together():
+        instance = check_inputs(models, prompt, image, size, sampling, generator, queries, rewards, keywords, record)
+    ranks.check_same(instance.hashes() if ranks.size > 1 else {})
+    with ranks.together():
+        return RecordedSession(models, instance, folder) if folder else Session(models, instance)

@@ -33,7 +33,7 @@ from vlmteacher.cli import (
 )
 from vlmteacher.cli.defaults import DefaultsFile
 from vlmteacher.cli.flags import did_you_mean
-from vlmteacher.errors import InputError, MissingExtra, OutputError, TaskFailed
+from vlmteacher.errors import InputError, MissingExtra, OutputError, RankLost, TaskFailed
 from vlmteacher.files import check_text
 from vlmteacher.interruption import Interrupted, endings_interrupt
 from vlmteacher.quiet import quiet_warnings
@@ -123,16 +123,17 @@ def run(parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | Non
             arguments.run(arguments)
             sys.stdout.flush()
     except (InputError, MissingExtra) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{_error(arguments)}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (ArithmeticError, TaskFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        print(f"interrupted{_how_to_continue(arguments)}", file=sys.stderr)
+        if _error(arguments) == "error":
+            print(f"interrupted{_how_to_continue(arguments)}", file=sys.stderr)
         return stop.status if isinstance(stop, Interrupted) else 130
-    except OutputError as error:
-        print(f"error: {' '.join(str(error).split())}{_how_to_continue(arguments)}", file=sys.stderr)
+    except (OutputError, RankLost) as error:
+        print(f"{_error(arguments)}: {' '.join(str(error).split())}{_how_to_continue(arguments)}", file=sys.stderr)
         return 1
     except OSError as error:  # of standard output, whose reader (`head`, say) may have closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -142,6 +143,12 @@ def run(parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | Non
     finally:
         command_line.reset(typed)
     return 0
+
+
+def _error(arguments: argparse.Namespace) -> str:
+    """The word before an error's message, with the rank of a process that torchrun has started beside the first."""
+    rank = os.environ.get("RANK", "0") if getattr(arguments, "context_parallel", None) else "0"
+    return "error" if rank == "0" else f"rank {rank}: error"
 
 
 def _how_to_continue(arguments: argparse.Namespace) -> str:

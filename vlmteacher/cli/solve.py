@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlmteacher import settings
 from vlmteacher.cli.defaults import DefaultsFile, read_config, read_plan
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from vlmteacher.pipeline import TeacherPipeline
+    from vlmteacher.ranks import Ranks
 
 
 def add(commands: Commands) -> None:
@@ -59,6 +61,12 @@ def add(commands: Commands) -> None:
     task.add_argument("--resume", action="store_true", help="continue the interrupted run in --out")
     add_reasoner(models, sampling, place)
     place.add_argument(
+        "--context-parallel",
+        type=int,
+        metavar="N",
+        help="share one instance among N GPUs: torchrun --nproc-per-node N -m vlmteacher solve ...",
+    )
+    place.add_argument(
         "--plan", metavar="FILE", action=DefaultsFile, read=read_plan, help="the flags that `vlmteacher plan -o` wrote"
     )
     lora.add_argument("--lora", metavar="FILE", help="train this LoRA further (default: a fresh one)")
@@ -67,6 +75,48 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from vlmteacher.ranks import ALONE, join, leave
+
+    ranks = ALONE
+    if arguments.context_parallel is not None:
+        if arguments.device_map:
+            raise InputError("--context-parallel and --device-map exclude each other: each rank has one GPU for all")
+        ranks = join(arguments.context_parallel, arguments.device)
+    with ranks.watched(), redirect_stdout(StringIO()) if ranks.rank else nullcontext():
+        _solve(arguments, ranks)
+    leave(ranks)
+
+
+def _solve(arguments: argparse.Namespace, ranks: Ranks) -> None:
+    """Solve the instance as one of `ranks`."""
+    import torch
+
+    with ranks.together():
+        image, queries, rewards, pipe = _inputs(arguments, ranks)
+    output = pipe(
+        arguments.prompt,
+        image,
+        num_frames=arguments.num_frames,
+        height=arguments.height,
+        width=arguments.width,
+        num_inference_steps=arguments.num_inference_steps,
+        guidance_scale=arguments.guidance_scale,
+        negative_prompt=arguments.negative_prompt,
+        generator=torch.Generator().manual_seed(arguments.seed),
+        queries=queries,
+        rewards=rewards,
+        run_dir=None if ranks.rank else arguments.out,
+        resume=arguments.resume,
+        **settings.given(arguments),
+    )
+    if ranks.rank == 0:
+        print_result(output)
+        print_folder(Path(arguments.out), output)
+        check_converged(output)
+
+
+def _inputs(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Any, Any, list[Any], TeacherPipeline]:
+    """First frame, queries, rewards and models. Raises InputError."""
     for name in getattr(arguments, "recorded_files", ()):
         if getattr(arguments, name) is None:
             raise InputError(f"the run in {arguments.config} had a file that it does not hold: give --{name}")
@@ -74,7 +124,8 @@ def run(arguments: argparse.Namespace) -> None:
     from vlmteacher.lora.formats import read_lora
     from vlmteacher.queries import QuerySet
 
-    check_run_folder(arguments)
+    if ranks.rank == 0:
+        check_run_folder(arguments)
     query_set = QuerySet.of(arguments.queries)
     if arguments.lora is not None:
         read_lora(arguments.lora, partial=arguments.lora_partial)  # raises before any model is loaded
@@ -83,8 +134,6 @@ def run(arguments: argparse.Namespace) -> None:
     quiet()
     if arguments.deterministic:  # cuBLAS reads it when it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    import torch
-
     keywords = settings.given(arguments)
     settings.Settings().updated(**keywords)  # raises for bad values before any model is loaded
     if arguments.activations is not None and arguments.memory is not None:
@@ -104,25 +153,8 @@ def run(arguments: argparse.Namespace) -> None:
 
         transformer = pipe.reasoner.transformer
         keep_activations(transformer, parse_levels(arguments.activations, len(block_list(transformer))))
-    output = pipe(
-        arguments.prompt,
-        image,
-        num_frames=arguments.num_frames,
-        height=arguments.height,
-        width=arguments.width,
-        num_inference_steps=arguments.num_inference_steps,
-        guidance_scale=arguments.guidance_scale,
-        negative_prompt=arguments.negative_prompt,
-        generator=torch.Generator().manual_seed(arguments.seed),
-        queries=query_set,
-        rewards=rewards,
-        run_dir=arguments.out,
-        resume=arguments.resume,
-        **keywords,
-    )
-    print_result(output)
-    print_folder(Path(arguments.out), output)
-    check_converged(output)
+    pipe.share(ranks)
+    return image, query_set, rewards, pipe
 
 
 def _check_size(arguments: argparse.Namespace, image: Image | None) -> None:

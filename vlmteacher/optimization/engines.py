@@ -35,7 +35,9 @@ def _numbered(device: torch.device) -> torch.device:
 
 
 def check_engine(engine: Engine, reasoner: Reasoner, teacher: Teacher) -> None:
-    """Raise InputError when devices or activation levels of these models exclude `engine`."""
+    """Raise InputError when devices, ranks or activation levels of these models exclude `engine`."""
+    if engine != "eager" and reasoner.ranks.size > 1:
+        raise InputError(f'engine "{engine}" runs in one process, not with --context-parallel: take "eager"')
     if engine == "cuda_graph":
         devices = {_numbered(reasoner.device), _numbered(teacher.device)}
         if len(devices) > 1 or next(iter(devices)).type != "cuda":

@@ -253,7 +253,7 @@ class Optimization:
                     raise
                 why = first_line(error)
             # Here the error is gone, and with its traceback the tensors of the step.
-            rung = self.ladder.down()
+            rung = self.ladder.down() if self.reasoner.ranks.size == 1 else None  # which the other ranks would not take
             if rung is None:
                 taken = ", ".join(self.ladder.taken) or "nothing that could be smaller"
                 raise OutOfMemory(

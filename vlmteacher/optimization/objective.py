@@ -165,11 +165,13 @@ class Objective:
         loss.backward()
         if any(parameter.grad is None for parameter in self.parameters):
             check_gradients(self.reasoner.transformer)
+        self.reasoner.ranks.sum([parameter.grad for parameter in self.parameters if parameter.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP)
         return torch.cat([metrics, norm.to(metrics).view(1)])
 
     def read(self, metrics: Tensor) -> Metrics:
-        """The metrics that `evaluate` or `backward` packed, read from the device."""
+        """The metrics that `evaluate` or `backward` packed, read from the device; on every rank those of rank 0."""
+        metrics = self.reasoner.ranks.same(metrics)
         return Metrics.unpack(metrics, len(self.queries.questions), len(self.rewards.names) if self.rewards else 0)
 
     def needs_gradient(self, metrics: Metrics) -> bool:
@@ -186,7 +188,8 @@ class Objective:
         latents = [self.reasoner.sample(self.condition, noise) for noise in self.noise.samples()]
         videos = [self.reasoner.decode(sample) for sample in latents]
         indices, fps = self.frame_indices, self.reasoner.fps
-        losses = [self.teacher.losses(video[indices], indices, fps, self.queries) for video in videos]
+        ranks = self.reasoner.ranks
+        losses = [ranks.same(self.teacher.losses(video[indices], indices, fps, self.queries)) for video in videos]
         best = pick([self.total(one, video[indices])[0] for one, video in zip(losses, videos, strict=True)])
         return videos[best], losses[best]
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput, fit_image
+from vlmteacher.ranks import ALONE, Ranks
 from vlmteacher.reasoners import sampling
 from vlmteacher.reasoners.condition import Condition, Noise, with_first_frame
 from vlmteacher.reasoners.sampling import SamplerSettings, even_timesteps
@@ -45,6 +46,7 @@ class Reasoner(ABC):
     latents_std: Tensor
     patch: tuple[int, int]  # latent cells per token, down and across
     image_conditioning: bool = False  # a given image becomes the video's first latent frame
+    ranks: Ranks = ALONE  # processes that share the tokens of the transformers
     notes: Mapping[str, str] = MappingProxyType({})  # assumptions made at loading, for run.json
 
     @property

@@ -99,6 +99,7 @@ class Family:
             InputError for a preset that contradicts the config.
         check_guidance: (preset's name, pipeline, local_files_only); raises InputError for a preset that contradicts the
             guidance in the pipeline's configs.
+        shares_tokens: several GPUs can share the tokens of a video (see `context_parallel.py`).
         fuse_blocks: run a transformer's blocks by our operators, in place; unfuse_blocks: the reverse.
     """
 
@@ -122,6 +123,7 @@ class Family:
     preset_misfit: Callable[[Sequence[str], Mapping[str, Any]], str | None] = _fits
     check_preset: Callable[[str, Mapping[str, Any], str, bool], None] = _agrees
     check_guidance: Callable[[str, str, bool], None] | None = None
+    shares_tokens: bool = False
     fuse_blocks: Callable[[Any], None] | None = None
     unfuse_blocks: Callable[[Any], None] | None = None
 

@@ -19,6 +19,7 @@ from vlmteacher.errors import InputError, NonFiniteFrames
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
 from vlmteacher.placement import Allocator
 from vlmteacher.queries import QuerySet, QueryStyle
+from vlmteacher.ranks import ALONE, Ranks
 from vlmteacher.teachers.quantization import Quantize, check_quantize
 from vlmteacher.torch_modes import plain_torch
 
@@ -74,6 +75,7 @@ class Teacher(ABC):
     attention_backend: of `ops.attention`; None: our own on the CPU, torch's elsewhere.
     offload: whether tensors saved for the backward wait in pinned host memory (GPUs only).
     style: the instructions for writing queries.
+    ranks: processes that share the visual encoder's work; each has the whole video.
     """
 
     quantized: bool = False
@@ -84,6 +86,7 @@ class Teacher(ABC):
     attention_backend: str | None = None
     offload: bool = False
     style: QueryStyle = QueryStyle()
+    ranks: Ranks = ALONE
 
     @abstractmethod
     def write_queries(self, prompt: str, image: ImageInput | None = None) -> QuerySet:

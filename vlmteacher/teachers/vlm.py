@@ -21,6 +21,7 @@ from vlmteacher.ops.patchify import PatchLayout, PatchRows
 from vlmteacher.placement import allocator
 from vlmteacher.prompts import CUT, check_prompt, whole_sentences
 from vlmteacher.queries import QuerySet, QueryStyle, ask_for_queries, query_prompt
+from vlmteacher.ranks import split_rows
 from vlmteacher.teachers.base import (
     ANSWER_TOKENS,
     Teacher,
@@ -256,10 +257,12 @@ class VLMTeacher(VideoPrompts, Teacher):
             offload = torch.autograd.graph.save_on_cpu(pin_memory=True)
         with offload:
             if isinstance(frames, PatchRows):
-                features = stream(lambda chunk: self.encode_rows(chunk, size), frames.rows, at_a_time * patches)
+                rows, unit, encode = frames.rows, patches, self.encode_rows
             else:
-                features = stream(lambda chunk: self.encode(chunk, size), frames, at_a_time * self.frames_per_patch)
-            video, *deepstack = features
+                rows, unit, encode = frames, self.frames_per_patch, self.encode  # type: ignore[assignment]
+            video, *deepstack = split_rows(
+                lambda own: stream(lambda chunk: encode(chunk, size), own, at_a_time * unit), rows, unit, self.ranks
+            )
             head = self.model.get_output_embeddings()
             keep = self._keep(len(layout.ids))
             return answer_losses(self.language, head, layout, video, deepstack, keep, self.attention_backend)

@@ -19,6 +19,7 @@ from vlmteacher.lora.fused_layer import TOLERANCE, linear_group
 from vlmteacher.ops.ada_norm import ada_norm, gated_residual, residual_ada_norm
 from vlmteacher.ops.qk_norm_rope import qk_norm_rope
 from vlmteacher.reasoners.attention import attend
+from vlmteacher.reasoners.own_tokens import own_count, own_tokens
 from vlmteacher.reasoners.wan.reasoner import by_token
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in float64, diffusers computes a part in float32
@@ -65,7 +66,7 @@ class WanTransformerBlock(stock.WanTransformerBlock):
             q, (k, v) = attn.to_q(x), linear_group([attn.to_k, attn.to_v], text)
         q, k = qk_norm_rope([q, k], [attn.norm_q.weight, attn.norm_k.weight], rope, attn.heads, attn.norm_q.eps)
         q, k, v = (t.unflatten(2, (attn.heads, -1)) for t in (q, k, v))
-        y = attend(attn.processor, q, k, v)
+        y = attend(attn.processor, q, k, v, to_self=text is None)
         return attn.to_out[1](attn.to_out[0](y.flatten(2, 3)))
 
 
@@ -73,7 +74,8 @@ class WanTransformer3DModel(diffusers.WanTransformer3DModel):
     """diffusers' model, which also takes timesteps (B, 2): of the first latent frame's tokens, and of the others.
 
     diffusers' own forward runs where the operators do not apply: a timestep per token, an image encoder,
-    attention_kwargs, autocast, context parallelism.
+    attention_kwargs, autocast. Where ranks share the tokens, hooks of diffusers split those before the first block and
+    put them together after the last.
     """
 
     takes_two_timesteps = True
@@ -96,15 +98,14 @@ class WanTransformer3DModel(diffusers.WanTransformer3DModel):
             (timestep.dim() == 2 and not by_frame)
             or encoder_hidden_states_image is not None
             or attention_kwargs
-            or self._parallel_config is not None
             or (not hidden_states.is_meta and torch.is_autocast_enabled(hidden_states.device.type))
         ):
             if by_frame:
-                timestep = by_token(timestep, height * width, tokens)
+                timestep = own_tokens(self, by_token(timestep, height * width, tokens), 1)
             given = encoder_hidden_states, encoder_hidden_states_image, return_dict
             return super().forward(hidden_states, timestep, *given, attention_kwargs=attention_kwargs)
 
-        first = height * width if by_frame else 0
+        first = own_count(self, height * width if by_frame else 0, tokens)
         cos, sin = self.rope(hidden_states)  # each value twice, for the two channels of a pair
         rope = cos[0, :, 0, ::2].contiguous(), sin[0, :, 0, ::2].contiguous()
         x = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()

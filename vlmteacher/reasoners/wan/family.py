@@ -132,6 +132,7 @@ WAN = Family(
     },
     decoder_files=(DecoderFile(r"lighttae(?!_?hy)", denormalised=True),),  # LightX2V's decoders
     preset_misfit=_preset_misfit,
+    shares_tokens=True,
     fuse_blocks=_fuse_blocks,
     unfuse_blocks=_unfuse_blocks,
 )

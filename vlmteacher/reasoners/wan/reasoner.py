@@ -28,8 +28,10 @@ from vlmteacher.checkpoints.pretrained import cast, load_network, load_processor
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput, fit_image, read_image
 from vlmteacher.prompts import check_cut, check_prompt, tokenize
+from vlmteacher.ranks import summed
 from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.condition import Condition, with_first_frame
+from vlmteacher.reasoners.own_tokens import own_tokens
 from vlmteacher.reasoners.parts import load_transformers
 from vlmteacher.reasoners.sampling import SamplerSettings
 from vlmteacher.settings import Target
@@ -209,13 +211,15 @@ class WanReasoner(Reasoner):
         # WanPipeline repeats the timestep for each token of a text-only video; one for all tokens gives the same.
         network: Any = self._expert(sigma) if transformer is None else transformer
         timestep = self.timestep(sigma, len(latents))
+        if network._parallel_config is not None:
+            latents = summed(latents, self.ranks)
         if condition.first_frame is not None:
             latents = with_first_frame(latents, condition.first_frame)
             frames, height, width = latents.shape[2:]
             per_frame = (height // self.patch[0]) * (width // self.patch[1])
             timestep = torch.stack([torch.zeros_like(timestep), timestep], 1)
             if not getattr(network, "takes_two_timesteps", False):
-                timestep = by_token(timestep, per_frame, frames * per_frame)
+                timestep = own_tokens(network, by_token(timestep, per_frame, frames * per_frame), 1)
         inputs = dict(condition.inputs)
         if "image_latents" in inputs:
             latents = torch.cat([latents, inputs.pop("image_latents")], 1)
