@@ -130,6 +130,8 @@ def check_inputs(
     reasoner.check(**shape)
     check_size(reasoner, settings, **shape)
     check_tokens(reasoner, reasoner.ranks, shape)
+    if settings.memory is not None and reasoner.ranks.size > 1:  # ranks with other levels would wait for each other
+        raise InputError(f"memory {settings.memory} plans for one GPU: with --context-parallel give --activations")
     frame_indices = teacher_frame_indices(shape["num_frames"], settings.teacher_frames)
     picture = None if image is None else fit_image(image, shape["height"], shape["width"], fit=settings.fit)
     if source is None:
