@@ -87,29 +87,30 @@ def add_lora(
 
 def lora_size(transformer: nn.Module, rank: int, blocks: str | None = None) -> int:
     """The number of parameters of a LoRA of this rank. Raises InputError for a transformer of no known family."""
-    return rank * sum(layer.in_features + layer.out_features for layer in _target_layers(transformer, blocks))
+    return rank * sum(layer.in_features + layer.out_features for layer in target_layers(transformer, blocks).values())
 
 
 def check_rank(transformer: nn.Module, rank: int, blocks: str | None = None) -> None:
     """Raise InputError for a rank above the full rank of every layer that gets a LoRA."""
-    most = max(min(layer.in_features, layer.out_features) for layer in _target_layers(transformer, blocks))
+    most = max(min(layer.in_features, layer.out_features) for layer in target_layers(transformer, blocks).values())
     if rank > most:
         raise InputError(f"rank {rank} is above {most}, the full rank of the largest layer: give at most {most}")
 
 
-def _target_layers(transformer: nn.Module, blocks: str | None) -> list[nn.Linear]:
+def target_layers(transformer: nn.Module, blocks: str | None = None) -> dict[str, nn.Linear]:
+    """The layers that get a LoRA, by name (see `add_lora`). Raises InputError."""
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
     config = LoraConfig(target_modules=target_modules(transformer))
     first = frozen_blocks(transformer, blocks)
-    return [
-        layer
+    return {
+        name: layer
         for name, layer in transformer.named_modules()
         if isinstance(layer, nn.Linear)
         and check_target_module_exists(config, name)
         and not (first and int(name.split(".")[1]) < first)
-    ]
+    }
 
 
 def frozen_blocks(transformer: Any, blocks: str | None) -> int:
