@@ -8,7 +8,7 @@ from vlmteacher.output import TeacherPipelineOutput
 from vlmteacher.runs.charts import HEIGHT, WIDTH, Chart, line_chart
 
 SCALE = 2  # pixels of a unit of a chart
-LEGEND = 16  # units of a line below the charts
+LINE = 16  # units of a line of text above and below the charts
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
 INK, FAINT = "#333333", "#cccccc"
 
@@ -30,13 +30,14 @@ def plot(output: TeacherPipelineOutput) -> Image.Image:
             ends=dict(zip(questions, output.p_yes_after, strict=True)),
         ),
     )
-    picture = Image.new("RGB", (2 * WIDTH * SCALE, (HEIGHT + LEGEND * (len(questions) + 1)) * SCALE), "white")
+    picture = Image.new("RGB", (2 * WIDTH * SCALE, (HEIGHT + LINE * (len(questions) + 2)) * SCALE), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11 * SCALE)
     for number, chart in enumerate(charts):
         _draw(draw, font, chart, number * WIDTH)
     for number, question in enumerate(questions):
-        place = (WIDTH * SCALE + 10, (HEIGHT + LEGEND * number) * SCALE)
-        draw.text(place, f"\N{BLACK SQUARE} {question}", COLOURS[number], font)
+        x, y = (WIDTH + 40) * SCALE, (HEIGHT + LINE * (number + 1.5)) * SCALE
+        draw.rectangle((x - 18, y - 6, x - 6, y + 6), COLOURS[number])
+        draw.text((x, y), question, INK, font, anchor="lm")
     return picture
 
 
@@ -44,7 +45,7 @@ def _draw(draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeT
     left, _, right, bottom = chart.box
 
     def at(x: float, y: float) -> tuple[float, float]:
-        return (x0 + x) * SCALE, y * SCALE
+        return (x0 + x) * SCALE, (LINE + y) * SCALE
 
     for y, text in chart.y_ticks:
         draw.line([at(left, y), at(right, y)], FAINT)
@@ -53,11 +54,11 @@ def _draw(draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeT
         draw.text(at(x, bottom + 5), text, INK, font, anchor="mt")
     for y, text in chart.levels:
         draw.line([at(left, y), at(right, y)], INK)
-        draw.text(at(right, y - 2), text, INK, font, anchor="rb")
+        draw.text(at(left + 4, y - 2), text, INK, font, anchor="lb")
     for number, line in enumerate(chart.lines):
         colour = COLOURS[number % len(COLOURS)]
         points = [at(x, y) for x, y, _ in line["dots"]]
         draw.line(points, colour, 2 * SCALE, joint="curve")
         for x, y in [*points, *([at(*line["end"][:2])] if line["end"] else [])]:
             draw.circle((x, y), 2.5 * SCALE, colour)
-    draw.text(at(left, 0), f"{chart.label} over the steps", INK, font)
+    draw.text(at(left, -LINE + 2), f"{chart.label} over the steps", INK, font)

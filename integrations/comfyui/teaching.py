@@ -271,5 +271,5 @@ def lora_layers(transformer: nn.Module, blocks: str | None = None) -> dict[str, 
     }
     tensors = safetensors.torch.load(LoRA(factors).to_bytes("comfyui"))
     ends = ".lora_A.weight", ".lora_B.weight"
-    names = [key.removesuffix(ends[0]) for key in tensors if key.endswith(ends[0])]
+    names = sorted(key.removesuffix(ends[0]) for key in tensors if key.endswith(ends[0]))
     return {name: (tensors[name + ends[1]].shape[0], tensors[name + ends[0]].shape[1]) for name in names}
