@@ -18,7 +18,7 @@ PAGES = [
     *ROOT.glob("*.md"),
     *(
         page
-        for folder in ("docs", "benchmarks", "examples", "recipes", "vlmteacher")
+        for folder in ("docs", "benchmarks", "examples", "integrations", "recipes", "vlmteacher")
         for page in ROOT.glob(f"{folder}/**/*.md")
     ),
 ]

@@ -37,7 +37,7 @@ ROOMS = [  # an arrow points down or stays in its row; docs/internals/architectu
     ),
 ]
 LEVELS = {room: len(ROOMS) - level for level, rooms in enumerate(ROOMS) for room in rooms}
-OUTSIDE = ("recipes", "tools", "benchmarks")
+OUTSIDE = ("recipes", "tools", "benchmarks", "integrations")
 UPWARD_ARROWS, FUNCTION_LINES, FILE_LINES, CALL_LINES = 3, 80, 450, 60
 
 

@@ -31,7 +31,7 @@ class Interrupted(KeyboardInterrupt):
     """The user's interruption, as the library takes one: the state of the last step is kept."""
 
 
-class LoadTeacherPipeline(io.ComfyNode):  # type: ignore[misc]
+class LoadTeacherPipeline(io.ComfyNode):
     """Load a Reasoner, a Teacher and a surrogate decoder in main memory."""
 
     @classmethod
@@ -122,7 +122,7 @@ class LoadTeacherPipeline(io.ComfyNode):  # type: ignore[misc]
         return io.NodeOutput(pipe)
 
 
-class WriteTeacherQueries(io.ComfyNode):  # type: ignore[misc]
+class WriteTeacherQueries(io.ComfyNode):
     """Let the Teacher write its queries, to read and edit them."""
 
     @classmethod
@@ -142,7 +142,7 @@ class WriteTeacherQueries(io.ComfyNode):  # type: ignore[misc]
 
     @classmethod
     def validate_inputs(cls, prompt: str | None = None) -> bool | str:
-        return _checked(lambda: prompt is None or teaching.check_prompt(prompt))
+        return True if prompt is None else _checked(lambda: teaching.check_prompt(prompt))
 
     @classmethod
     def execute(cls, pipeline: Any, prompt: str, image: Tensor | None = None) -> io.NodeOutput:
@@ -150,7 +150,7 @@ class WriteTeacherQueries(io.ComfyNode):  # type: ignore[misc]
             return io.NodeOutput(teaching.write_queries(pipeline, prompt, image))
 
 
-class OptimizeWithTeacher(io.ComfyNode):  # type: ignore[misc]
+class OptimizeWithTeacher(io.ComfyNode):
     """Optimise a LoRA for one prompt and picture, and put it on MODEL."""
 
     @classmethod
@@ -272,7 +272,7 @@ class OptimizeWithTeacher(io.ComfyNode):  # type: ignore[misc]
         )
 
 
-class TeacherExtension(ComfyExtension):  # type: ignore[misc]
+class TeacherExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [LoadTeacherPipeline, WriteTeacherQueries, OptimizeWithTeacher]
 
