@@ -125,6 +125,12 @@ class Remedies:
     pull: float = setting(
         0.0, "weight of the mean squared distance of the latents from those before the first update", least=0
     )
+    frame_statistics: float = setting(
+        0.0,
+        "weight of the mean squared relative change of the frames' low-level statistics (brightness, contrast, edges)"
+        " since before the first update: a light regulariser of the visual quality",
+        least=0,
+    )
     final_samples: int = setting(
         1,
         "few-step videos to sample at the end, with different noise after the first sampling step: the later steps may"
@@ -160,6 +166,7 @@ class Keywords(TypedDict, total=False):
     frame_jitter: int | None
     lora_decay: float | None
     pull: float | None
+    frame_statistics: float | None
     final_samples: int | None
 
 

@@ -78,6 +78,7 @@ def call(pipe: TeacherPipeline, image: Image.Image, seed: int = 0, **settings: A
         ("jitter@2", {"frame_jitter": 2}),
         ("decay@1.5", {"lora_decay": 1.5}),
         ("pull@0.5", {"pull": 0.5}),
+        ("statistics@2", {"frame_statistics": 2.0}),
         ("final@3", {"final_samples": 3}),
         ("keep-best", {"keep": "best"}),
         ("check-final", {"check_final": True}),
@@ -224,6 +225,7 @@ def test_every_name_finds_its_method() -> None:
         "jitter@2",
         "decay@10",
         "pull@0.1",
+        "statistics@1",
         "final@1",
     ):
         assert find_method(name).rows == (name,)

@@ -152,7 +152,7 @@ def test_the_state_keeps_its_entries(make: Any) -> None:
     loop = make(pull=1.0)
     loop.step()
     state = loop.state_dict()
-    entries = {"lora", "optimizer", "history", "best", "anchor", "first_contrast", "stopped", "rungs"}
+    entries = {"lora", "optimizer", "history", "best", "anchor", "statistics", "first_contrast", "stopped", "rungs"}
     assert state.keys() == entries | {"predictions"}  # which earlier versions did not have
     loop.load_state_dict({name: state[name] for name in entries})
     assert loop.predictions == {} and state["predictions"][0].ndim == 3

@@ -10,6 +10,7 @@ import torch
 from tests.tiny_pair import PROMPT, QUERIES
 from vlmteacher.errors import InputError
 from vlmteacher.lora.adapter import lora_parameters, remove_lora
+from vlmteacher.optimization.guards import frame_statistics, statistics_change
 from vlmteacher.optimization.loop import Optimization
 from vlmteacher.optimization.objective import teacher_frame_indices
 from vlmteacher.optimization.reward import vqa_objective
@@ -44,7 +45,37 @@ def test_pull_holds_the_latents_and_is_no_part_of_the_loss(make: Any, pipe: Teac
     assert distance(loop, pipe) < 0.2 * far
 
 
-@pytest.mark.parametrize("settings", [{"pull": 3.0}, {"frame_jitter": 3}, {"lora_decay": 2.0}])
+def test_statistics_of_frames_are_held_and_are_no_part_of_the_loss(make: Any) -> None:
+    def change(loop: Optimization) -> float:
+        with torch.no_grad():
+            latents = loop.reasoner.predict_clean(loop.condition, loop.noise)
+            now = frame_statistics(loop.decoder.decode(latents, loop.frame_indices))
+        return statistics_change(now, first).item()
+
+    loop = make(frame_statistics=300.0)
+    held = list(loop)
+    first = loop.objective.statistics
+    assert first.shape == (len(loop.frame_indices), 4, 3) and loop.state_dict()["statistics"] is first
+    kept = change(loop)
+    loop = make()
+    free = list(loop)
+    assert held[0]["loss"] == pytest.approx(free[0]["loss"], rel=1e-4) and held[-1]["loss"] > free[-1]["loss"]
+    assert kept < 0.5 * change(loop)
+
+
+def test_statistics_do_not_see_motion() -> None:
+    """A disc that moves changes none; fading does."""
+    frames = torch.full((2, 3, 32, 32), 0.9)
+    frames[0, :, 4:12, 4:12] = frames[1, :, 15:23, 11:19] = 0.2
+    one, two = frame_statistics(frames)
+    assert torch.allclose(one, two, atol=1e-6)
+    faded = frame_statistics(0.5 * frames + 0.45)
+    assert statistics_change(faded, frame_statistics(frames)) > 0.05
+
+
+@pytest.mark.parametrize(
+    "settings", [{"pull": 3.0}, {"frame_statistics": 3.0}, {"frame_jitter": 3}, {"lora_decay": 2.0}]
+)
 def test_resuming_changes_no_bit(make: Any, settings: dict[str, Any]) -> None:
     loop = make(**settings)
     for _ in range(3):

@@ -524,7 +524,8 @@ def command_line(arguments: list[str], where: Path) -> Any:
 FLAGS = (
     "--num-frames", "--height", "--width", "--max-steps", "--threshold", "--teacher-frames", "--rank", "--lr",
     "--goal-weight", "--fit",
-    "--engine", "--lora-blocks", "--keep", "--target", "--frame-jitter", "--lora-decay", "--pull", "--final-samples",
+    "--engine", "--lora-blocks", "--keep", "--target", "--frame-jitter", "--lora-decay", "--pull",
+    "--frame-statistics", "--final-samples",
     "--activations", "--seed", "--num-inference-steps", "--guidance-scale", "--negative-prompt", "--preset", "--dtype",
     "--device", "--device-map", "--quantize", "--image", "--queries", "--lora", "--decoder", "--teacher", "--prompt",
     "--few-step-lora", "--transformer",

@@ -100,6 +100,7 @@ AMOUNTS = {
     "jitter": "frame_jitter",
     "decay": "lora_decay",
     "pull": "pull",
+    "statistics": "frame_statistics",
     "final": "final_samples",
 }
 COUNTS = ("pass@N (1 to 64)", "videotpo@R (1 to 16)", "steps@N (0 to 1000)")

@@ -99,7 +99,8 @@ TABLES = {
             main=("base", "teacher"),
             others=(
                 *("keep-best", "threshold@0.1", "threshold@0.05", "check-final", "preserve"),
-                *("jitter@2", "decay@1", "decay@10", "pull@0.1", "pull@1", "final@1"),
+                *("jitter@2", "decay@1", "decay@10", "pull@0.1", "pull@1", "statistics@1", "statistics@10"),
+                "final@1",
             ),
             against=("base", "teacher"),
             tuning=True,

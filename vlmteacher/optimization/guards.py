@@ -35,6 +35,22 @@ def frame_contrast(frames: Tensor | PatchRows) -> Tensor:
     return small_frames(frames).std((0, 2, 3), correction=0).amax()
 
 
+def frame_statistics(frames: Tensor) -> Tensor:
+    """Measure low-level statistics that the motion of things leaves as they are; differentiable.
+
+    frames: (K, 3, H, W) in [0, 1]. Returns (K, 4, 3) float32, per frame and channel: the mean, the standard deviation,
+    and the mean absolute difference of neighbouring pixels in a column and in a row.
+    """
+    x = frames.float()
+    down, across = (x.diff(dim=dim).abs().mean((2, 3)) for dim in (2, 3))
+    return torch.stack([x.mean((2, 3)), x.std((2, 3), correction=0), down, across], 1)
+
+
+def statistics_change(now: Tensor, before: Tensor) -> Tensor:
+    """The mean squared relative change of `frame_statistics` (K, 4, 3), each relative to its mean over the frames."""
+    return ((now - before) / (before.mean(0) + 0.01)).square().mean()
+
+
 @torch.no_grad()
 def frame_guards(frames: Tensor | PatchRows) -> Tensor:
     """Measure cheap signs of reward hacking, to be compared over the steps (the detectors of UniRL#407).

@@ -296,6 +296,7 @@ class Optimization:
             "history": copy.deepcopy(self.history),
             "best": self.best,
             "anchor": self.objective.anchor,
+            "statistics": self.objective.statistics,
             "first_contrast": self.first_contrast,
             "stopped": self.stopped,
             "rungs": list(self.ladder.taken),
@@ -324,6 +325,11 @@ class Optimization:
             anchor = anchor.to(self.objective.noise.z1)  # a file's tensors are on the CPU
             check_like(anchor, self.objective.noise.z1, "its anchor")
         self.objective.anchor = anchor
+        statistics = state.get("statistics")  # earlier versions kept none
+        if statistics is not None:
+            statistics = statistics.to(self.objective.noise.z1.device)
+            check_like(statistics, torch.empty(len(self.objective.frame_indices), 4, 3), "its statistics of frames")
+        self.objective.statistics = statistics
         self.ladder.take(state["rungs"])
         self.predictions = dict(state.get("predictions", {}))  # earlier versions kept none
         if any(strip.dtype != torch.uint8 or strip.ndim != 3 for strip in self.predictions.values()):

@@ -17,7 +17,14 @@ from torch import Tensor
 from vlmteacher.errors import InputError
 from vlmteacher.lora.adapter import check_gradients, frozen_blocks, lora_parameters
 from vlmteacher.ops.patchify import PatchRows
-from vlmteacher.optimization.guards import GUARDS, frame_contrast, frame_guards, small_frames
+from vlmteacher.optimization.guards import (
+    GUARDS,
+    frame_contrast,
+    frame_guards,
+    frame_statistics,
+    small_frames,
+    statistics_change,
+)
 from vlmteacher.optimization.reward import pick, vqa_objective
 from vlmteacher.reasoners.frozen_front import FrozenFront
 
@@ -94,10 +101,11 @@ class Objective:
     """L_VQA of one instance as a function of the LoRA on `reasoner.transformer` (method, Algorithm 1, step 3).
 
     frame_indices: the frames that the Teacher sees. parameters: the LoRA's tensors. anchor: the latents before the
-    first update, where `settings.pull` draws to them. rewards: what is added to the Teacher's loss, if anything. shown:
-    the frames (K, 3, h, w) of the last evaluation, before any jitter and at about 128x128 pixels, for the report. The
-    `MemoryLadder` sets decoder_chunk, frames that the surrogate decoder computes at a time (None: it chooses), and
-    offload, whether the Reasoner's saved activations wait in pinned host memory.
+    first update, where `settings.pull` draws to them; statistics: `frame_statistics` then, likewise. rewards: what is
+    added to the Teacher's loss, if anything. shown: the frames (K, 3, h, w) of the last evaluation, before any jitter
+    and at about 128x128 pixels, for the report. The `MemoryLadder` sets decoder_chunk, frames that the surrogate
+    decoder computes at a time (None: it chooses), and offload, whether the Reasoner's saved activations wait in pinned
+    host memory.
     """
 
     def __init__(
@@ -116,6 +124,7 @@ class Objective:
         self.frame_indices = teacher_frame_indices(condition.num_frames, settings.teacher_frames)
         self.parameters = lora_parameters(reasoner.transformer)
         self.anchor: Tensor | None = None
+        self.statistics: Tensor | None = None
         self.shown: Tensor | None = None
         self.decoder_chunk: int | None = None
         self.offload = False
@@ -127,7 +136,7 @@ class Objective:
         )
 
     def evaluate(self, step: int = 0) -> tuple[Tensor, Tensor]:
-        """Return the loss to differentiate (L_VQA plus the pull, a scalar) and the packed `Metrics`, on the device.
+        """Return the loss to differentiate (L_VQA plus the pulls, a scalar) and the packed `Metrics`, on the device.
 
         step: number of the step, which decides how `frame_jitter` shifts the frames.
         """
@@ -146,6 +155,13 @@ class Objective:
             if self.anchor is None:
                 self.anchor = latents.detach()
             loss = loss + self.settings.pull * (latents - self.anchor).square().mean().to(loss)
+        if self.settings.frame_statistics:
+            assert isinstance(frames, Tensor)  # see `_decode`
+            statistics = frame_statistics(frames)
+            if self.statistics is None:
+                self.statistics = statistics.detach()
+            change = statistics_change(statistics, self.statistics)
+            loss = loss + self.settings.frame_statistics * change.to(loss)
         return loss, metrics
 
     def total(self, losses: Tensor, frames: Tensor | PatchRows) -> tuple[Tensor, Tensor | None]:
@@ -202,11 +218,11 @@ class Objective:
     def _decode(self, latents: Tensor) -> Tensor | PatchRows:
         """Decode the frames (K, 3, H, W) that the Teacher sees, or its patch rows where it would not resize frames.
 
-        Frames that are to be shifted, or shown to rewards, must stay frames.
+        Frames that are to be shifted, measured, or shown to rewards must stay frames.
         """
         height, width = (side * self.decoder.spatial_stride for side in latents.shape[-2:])
         layout = self.teacher.patch_layout(len(self.frame_indices), height, width)
-        if layout is None or self.settings.frame_jitter or self.rewards:
+        if layout is None or self.settings.frame_jitter or self.settings.frame_statistics or self.rewards:
             return self.decoder.decode(latents, self.frame_indices, self.decoder_chunk, check=False)
         return self.decoder.decode_rows(latents, layout, self.frame_indices, self.decoder_chunk, check=False)
 
