@@ -179,6 +179,8 @@ def _settings(defaults: Settings, values: dict[str, Any], lora: LoRA | None) -> 
     if values.get("rank") not in (None, lora.rank):
         raise InputError(f"{lora.source} is of rank {lora.rank}: it cannot go on with rank {values['rank']}")
     settings = defaults.updated(**{**values, "rank": lora.rank})
+    if settings.warm_start is not None:
+        raise InputError(f"the call starts from {lora.source}: leave out warm_start, or the LoRA")
     if settings.lora_blocks is not None:
         raise InputError(f"{lora.source} has its own layers: it cannot go on with lora_blocks")
     return settings

@@ -70,6 +70,8 @@ class TeacherPipelineOutput:
         cut_tokens: number of tokens of each text beyond the limit of the Reasoner's text encoder.
         rewards: of one's own: their "weights", their losses "before" and "after" by name, and the objective with them,
             "objective_before" and "objective_after"; None without rewards.
+        warm_start: the earlier instance that was compared with a fresh LoRA ("from", or "mean"), its "similarity", the
+            losses of both before the first update, and whether it was "taken"; None where there was none.
     """
 
     frames: Frames
@@ -93,6 +95,7 @@ class TeacherPipelineOutput:
     rewards: dict[str, Any] | None = None
     predictions: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
     memory: dict[str, int] = field(default_factory=dict)
+    warm_start: dict[str, Any] | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -139,6 +142,7 @@ class TeacherPipelineOutput:
             "fps": self.fps,
             "memory": self.memory,
             "predictions": [*self.predictions],
+            **({} if self.warm_start is None else {"warm_start": self.warm_start}),
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:

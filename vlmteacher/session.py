@@ -16,7 +16,7 @@ from torch import Tensor
 from vlmteacher import state
 from vlmteacher.errors import NonFiniteError, NonFiniteFrames, OutOfMemory
 from vlmteacher.instance import Instance, check_inputs
-from vlmteacher.lora.adapter import add_lora, export_lora, remove_lora
+from vlmteacher.lora.adapter import add_lora, export_lora, load_lora_state, lora_state_dict, remove_lora
 from vlmteacher.media import ImageInput
 from vlmteacher.optimization.divergence import DIVERGED_RISE, SUSPICIOUS_RISE
 from vlmteacher.optimization.guards import frame_contrast
@@ -29,6 +29,7 @@ from vlmteacher.reasoners.context_parallel import shared_tokens
 from vlmteacher.rewards import RewardContext, Rewards
 from vlmteacher.runs.folder import RunFolder
 from vlmteacher.settings import Keywords
+from vlmteacher.warm_starts import WarmStarts, embed, key_of
 
 if TYPE_CHECKING:
     from vlmteacher.frozen_models import FrozenModels
@@ -175,6 +176,7 @@ class Session:
                 models.offload = False
                 models.place()
 
+        warm = self.settings.warm_start and self.settings.max_steps and self._embed()
         models.need(*self._at_work)
         if self.instance.fit:
             log.info("memory: %s", self.instance.fit)
@@ -191,6 +193,48 @@ class Session:
             self.rewards,
         )
         self._undo.callback(end)
+        if warm:
+            self._warm_start()
+
+    def _embed(self) -> bool:
+        """Embed the texts by the Reasoner's text encoder, for warm starts."""
+        self.models.need(*(name for name in self.reasoner.networks if not name.startswith("transformer")))
+        self.embedding = embed(self.reasoner, self.instance.prompt, self.queries)
+        return True
+
+    def _warm_start(self) -> None:
+        """Take an earlier instance's LoRA where its first loss is lower than that of the fresh LoRA."""
+        loop, transformer = self.loop, self.reasoner.transformer
+        assert self.settings.warm_start is not None
+        self._store = WarmStarts(self.settings.warm_start, self.models.models["reasoner"])
+        self._key = key_of(self.instance.prompt, self.queries, self.config)
+        fresh = lora_state_dict(transformer)
+        start = self._store.find(self.embedding, self._key, fresh, self.settings.warm_start_from == "mean")
+        if start is None:
+            return
+        loss_fresh = loop.look()
+        load_lora_state(transformer, start.state)
+        loss_start = loop.look()
+        taken = loss_start < loss_fresh
+        if not taken:
+            load_lora_state(transformer, fresh)
+        losses = {"loss_fresh": loss_fresh, "loss_start": loss_start}
+        loop.warm_start = {"from": start.name, "similarity": start.similarity, "taken": taken, **losses}
+
+    def _remember(self, after: Sample) -> None:
+        """Add the instance to the warm starts if it reached the threshold by updates."""
+        if not self.settings.warm_start or self.loop.stopped != "threshold" or not self.loop.updates:
+            return
+        entry = {
+            "prompt": self.instance.prompt,
+            "queries": self.queries.to_dict(),
+            "embedding": self.embedding,
+            "updates": self.loop.updates,
+            "loss_first": self.loop.history[0]["loss"],
+            "loss_after": self._loss(after),
+            "warm_start": self.loop.warm_start,
+        }
+        self._store.add(self._key, self.lora, self.instance.image, entry)
 
     def _export_lora(self) -> None:
         self.lora = export_lora(self.reasoner.transformer)
@@ -225,8 +269,9 @@ class Session:
 
     def _best_sample(self) -> Sample:
         noises = self.noise.samples()
-        samples = [self._sample(noise, index) for index, noise in enumerate(noises) if index or self.loop.updates]
-        if not self.loop.updates:  # the first one is the video from before
+        changed = self.loop.updates or self.loop.starts_warm
+        samples = [self._sample(noise, index) for index, noise in enumerate(noises) if index or changed]
+        if not changed:  # the first one is the video from before
             samples.insert(0, self.before)
         return samples[pick([sample.objective for sample in samples])]
 
@@ -261,6 +306,7 @@ class Session:
         """The result of the instance."""
         loop, before = self.loop, self.before
         assert loop.stopped is not None  # `steps` ends in no other way
+        self._remember(after)
         self.seconds["steps"] = sum(row["seconds"] for row in loop.history)
         self.seconds["total"] = time.perf_counter() - self._start
         return TeacherPipelineOutput(
@@ -285,6 +331,7 @@ class Session:
             rewards=self._rewards(after),
             predictions={step: strip.cpu().numpy() for step, strip in loop.predictions.items()},
             memory=self.memory,
+            warm_start=loop.warm_start,
         )
 
     @contextmanager

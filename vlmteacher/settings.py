@@ -11,10 +11,12 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast, get_args, get_origin, get_type_hints
 
 from vlmteacher import arguments
 from vlmteacher.errors import InputError, Notice
+from vlmteacher.files import check_text
 
 Engine = Literal["eager", "compile", "cuda_graph"]
 Target = Literal["first_step", "last_step", "full"]
@@ -40,6 +42,12 @@ def parse_memory(text: str) -> float | None:
     if not 0 < value <= arguments.LARGEST_NUMBER:
         raise InputError(f"memory must be auto, or a number of GB above 0, not {text!r}")
     return value
+
+
+def check_folder(text: str) -> None:
+    """Raise InputError for a path that is a file or no path at all; the folder may be new."""
+    if not text or Path(check_text(text, "warm_start")).is_file():
+        raise InputError(f"warm_start {arguments.show(text)} is no folder: give one, which may be new")
 
 
 def setting(
@@ -89,6 +97,16 @@ class MethodSettings:
         "first_step",
         "video that the Teacher judges at each step: the one-step prediction (the paper's), or the few-step video with"
         " a gradient through its last step or through all of them",
+    )
+    warm_start: str | None = setting(
+        None,
+        "folder of earlier instances' LoRAs: start from the one whose prompt and queries are the most similar, where"
+        " its first loss is below that of a fresh LoRA; an instance that reaches the threshold adds its own",
+        metavar="DIR",
+        parse=check_folder,
+    )
+    warm_start_from: Literal["nearest", "mean"] = setting(
+        "nearest", "LoRA to start from: that of the most similar instance, or the mean of all"
     )
     fit: Literal["refuse", "crop", "pad"] = setting(
         "refuse", "a first frame whose shape is not the video's: refuse it, crop its middle, or pad it with black"
@@ -157,6 +175,8 @@ class Keywords(TypedDict, total=False):
     check_final: bool | None
     lora_blocks: str | None
     target: Target | None
+    warm_start: str | None
+    warm_start_from: Literal["nearest", "mean"] | None
     fit: Literal["refuse", "crop", "pad"] | None
     fused_lora: bool | None
     engine: Engine | None

@@ -153,7 +153,7 @@ def test_the_state_keeps_its_entries(make: Any) -> None:
     loop.step()
     state = loop.state_dict()
     entries = {"lora", "optimizer", "history", "best", "anchor", "statistics", "first_contrast", "stopped", "rungs"}
-    assert state.keys() == entries | {"predictions"}  # which earlier versions did not have
+    assert state.keys() == entries | {"predictions", "warm_start"}  # which earlier versions did not have
     loop.load_state_dict({name: state[name] for name in entries})
     assert loop.predictions == {} and state["predictions"][0].ndim == 3
     assert state["anchor"].shape == loop.noise.z1.shape

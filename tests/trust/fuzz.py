@@ -525,7 +525,7 @@ FLAGS = (
     "--num-frames", "--height", "--width", "--max-steps", "--threshold", "--teacher-frames", "--rank", "--lr",
     "--goal-weight", "--fit",
     "--engine", "--lora-blocks", "--keep", "--target", "--frame-jitter", "--lora-decay", "--pull",
-    "--frame-statistics", "--final-samples",
+    "--frame-statistics", "--warm-start", "--warm-start-from", "--final-samples",
     "--activations", "--seed", "--num-inference-steps", "--guidance-scale", "--negative-prompt", "--preset", "--dtype",
     "--device", "--device-map", "--quantize", "--image", "--queries", "--lora", "--decoder", "--teacher", "--prompt",
     "--few-step-lora", "--transformer",

@@ -208,19 +208,21 @@ def run(
     began, skipped = time.perf_counter(), 0.0
     settings = pipe.defaults.updated(**method.settings)
     shots: dict[int, Row] = {}
+    warm_start: Row | None = None
     verdicts: list[Row] = []
 
     def row(
         name: str, seconds: float, video: Tensor, asked: QuerySet, history: list[Row], p_yes: list[float], loss: float
     ) -> Row:
-        cost = Cost(seconds, *_calls(settings, history))
+        cost = Cost(seconds, *_calls(settings, history, warm_start))
         entries = _entries(judge(video, name), answers(video, asked), loss, history)
         return {**asdict(cost), **entries, "p_yes": p_yes}
 
     def after_step(_: TeacherPipeline, step: int, __: Row) -> None:
-        nonlocal skipped
+        nonlocal skipped, warm_start
         start, loop = time.perf_counter(), pipe.loop
         assert loop is not None
+        warm_start = loop.warm_start
         if step + 1 in method.snapshots and loop.stopped is None:
             video, losses = loop.final_video()
             loss = vqa_objective(losses, loop.settings.goal_weight).item()
@@ -252,7 +254,8 @@ def run(
             step | {name: verdict[name] for name in ("success", "score")}
             for step, verdict in zip(history, [judge(output.frames_before), *verdicts], strict=False)
         ]
-    end = {"stopped": output.stopped, "steps": history}
+    end: Row = {"stopped": output.stopped, "steps": history}
+    end |= {} if output.warm_start is None else {"warm_start": output.warm_start}
     rows = {
         name: shots[n] if n in shots else row(name, seconds, *after) | end
         for name, n in zip(method.rows, method.snapshots or (-1,), strict=True)
@@ -260,16 +263,17 @@ def run(
     return {name: result | {"queries": output.queries.to_dict()} for name, result in rows.items()}
 
 
-def _calls(settings: Settings, history: Sequence[Row]) -> tuple[int, int]:
+def _calls(settings: Settings, history: Sequence[Row], warm_start: Row | None) -> tuple[int, int]:
     """Return the generator calls and the VLM calls of a run of the pipeline with these steps.
 
+    warm_start: the output's; the looks at two first losses count as judged predictions.
     Final samples that a divergence of the last update makes necessary are not among them.
     """
-    updates = any(step["grad_norm"] is not None for step in history)
-    samples = 1 + settings.final_samples - (not updates)  # without an update the first final one is that of before
+    changed = any(step["grad_norm"] is not None for step in history) or (warm_start or {}).get("taken", False)
+    samples = 1 + settings.final_samples - (not changed)  # without an update the first final one is that of before
     samples += settings.final_samples * sum("final_loss" in step for step in history)  # for `check_final`
     whole = 0 if settings.target == "first_step" else len(history)  # steps that run the whole sampler
-    return samples + whole, samples + len(history)
+    return samples + whole, samples + len(history) + 2 * (warm_start is not None)
 
 
 def control(method: Method, picture: Image.Image, frames: int, judge: Judge) -> Row:

@@ -69,8 +69,9 @@ class Optimization:
 
     predictions: film strips (h, w, 3) uint8 of the one-step predictions at `KEPT_STEPS` and the latest step, by step.
     best: the lowest loss at a step without signs of divergence, and its LoRA. first_contrast: the frames' contrast
-    before the first update. make_room: moves to main memory the networks that no step needs; called when memory runs
-    out. Call `close()` at the end.
+    before the first update. warm_start: the earlier instance's LoRA that a `Session` compared with the fresh one, both
+    losses, and whether it was "taken"; None without one. make_room: moves to main memory the networks that no step
+    needs; called when memory runs out. Call `close()` at the end.
     """
 
     # Parts of the objective that callbacks read (`TeacherPipeline.loop`).
@@ -108,6 +109,7 @@ class Optimization:
         self.best: tuple[float, dict[str, Tensor]] | None = None
         self.first_contrast: float | None = None
         self.predictions: dict[int, Tensor] = {}
+        self.warm_start: dict[str, Any] | None = None
         self.stopped: Stopped | None = None if settings.max_steps else "max_steps"
         self.engine = make_engine(settings.engine, self.objective, self.optimizer)
         self.ladder = MemoryLadder(self.objective, make_room)
@@ -116,6 +118,20 @@ class Optimization:
     def updates(self) -> int:
         """How often the LoRA was updated."""
         return sum(row["grad_norm"] is not None for row in self.history)
+
+    @property
+    def starts_warm(self) -> bool:
+        """Whether the first LoRA already changes the Reasoner."""
+        return self.warm_start is not None and bool(self.warm_start["taken"])
+
+    def look(self) -> float:
+        """The loss of the present LoRA, without a step. Raises OutOfMemory."""
+
+        def evaluate() -> float:
+            with torch.no_grad():
+                return self.objective.read(self.objective.evaluate()[1]).loss
+
+        return self._within_memory(evaluate)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while self.stopped is None:
@@ -300,6 +316,7 @@ class Optimization:
             "first_contrast": self.first_contrast,
             "stopped": self.stopped,
             "rungs": list(self.ladder.taken),
+            "warm_start": self.warm_start,
             "predictions": {step: strip.cpu() for step, strip in self.predictions.items()},
         }
 
@@ -331,6 +348,7 @@ class Optimization:
             check_like(statistics, torch.empty(len(self.objective.frame_indices), 4, 3), "its statistics of frames")
         self.objective.statistics = statistics
         self.ladder.take(state["rungs"])
+        self.warm_start = state.get("warm_start")  # earlier versions kept none
         self.predictions = dict(state.get("predictions", {}))  # earlier versions kept none
         if any(strip.dtype != torch.uint8 or strip.ndim != 3 for strip in self.predictions.values()):
             raise InputError("its predictions are no pictures")
