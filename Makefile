@@ -1,4 +1,4 @@
-# make demo | test | test-all | test-paths | sanitize | lint | package | fuzz | soak | clean. Everything is installed in
+# make demo | test | test-all | test-paths | docs | sanitize | lint | package | fuzz | soak | clean. Everything is installed in
 # .venv; the tested torch is pinned in constraints.txt.
 PYTHON ?= python3
 TORCH := $(shell grep '^torch==' constraints.txt)
@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard build_backend/*.py csrc/*.* csrc/*/*)
 
-.PHONY: demo chromium test test-all test-paths sanitize lint package fuzz fuzz-atheris soak clean
+.PHONY: demo chromium test test-all test-paths docs sanitize lint package fuzz fuzz-atheris soak clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -33,6 +33,10 @@ test-all: chromium .venv/installed-dev
 # The numeric tests as on older processors: a table of path, passed and failed.
 test-paths: .venv/installed-dev
 	$(BIN)/python -m tests.vendor_paths --write docs/results/vendor_paths.md
+
+# The documentation's site in build/site: no broken link, and nothing that its pages would load from outside.
+docs: .venv/installed-dev
+	$(BIN)/python -m tools.docs_site
 
 # The C++ operators on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer, built into build/sanitize.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -g1

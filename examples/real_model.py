@@ -1,4 +1,4 @@
-"""A published few-step video model, taught by a published VLM, on one GPU. The first call downloads about 45 GB.
+"""A published few-step video model, taught by a published VLM, on one GPU. The first call downloads 33 GB or more.
 
 python examples/real_model.py --image first.png --prompt "The red ball rolls into the box." --out runs/real
 

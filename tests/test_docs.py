@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import shlex
 import subprocess
@@ -10,8 +11,12 @@ from pathlib import Path
 
 import pytest
 
+import vlmteacher
+from tests.test_house import ROOMS
+from tools import diagrams, docs_site
 from vlmteacher.cli import parser
 from vlmteacher.cli.defaults import DefaultsFile
+from vlmteacher.settings import GROUPS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -112,3 +117,61 @@ def test_the_index_names_every_page() -> None:
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_tool_says_how_it_is_called(tool: str) -> None:
     assert f"python -m tools.{tool}" in (ROOT / f"tools/{tool}.py").read_text()
+
+
+def api_names() -> list[str]:
+    return [
+        name for page in (ROOT / "docs/api").glob("*.md") for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)
+    ]
+
+
+def test_the_reference_has_the_public_face() -> None:
+    named = {name.rpartition(".")[2]: name for name in api_names()}
+    public = {
+        *vlmteacher.__all__,
+        "Reasoner",
+        "Teacher",
+        "SurrogateDecoder",
+        "Benchmark",
+        *(g.__name__ for g in GROUPS),
+    }
+    assert public - named.keys() == {"__version__"}
+    for name in named.values():
+        module, _, attribute = name.rpartition(".")
+        assert getattr(importlib.import_module(module), attribute).__doc__, name
+
+
+def test_the_navigation_is_made_of_the_index() -> None:
+    index = "# A\n\n## Guides: how\n\n| page | x |\n|---|---|\n| [One](guides/one.md) | a |\n| [Two](../TWO.md) | b |\n"
+    pages = [{"One": "guides/one.md"}, {"Two": "repository/TWO.md"}]
+    assert docs_site.navigation(index) == [{"Home": "index.md"}, {"Guides": pages}]
+
+
+def test_links_out_of_docs_lead_to_copies_in_the_site() -> None:
+    kept = "[b](two.md) [![c](c.png)](../index.md) [d](https://e.f)\n```\n[g](../../g)\n```\n"
+    text = f"[a](../../README.md#x) [h](../../tests) {kept}"
+    site = f"[a](../repository/README.md#x) h {kept}"
+    assert docs_site.relinked(text, "docs/guides/one.md") == site
+    assert docs_site.relinked("[a](docs/index.md)", "README.md") == "[a](../index.md)"
+
+
+def test_what_a_page_loads_from_outside_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(
+        '<link rel="stylesheet" href="//cdn/x.css"><a href="https://fine"></a><script src="a.js"></script>'
+        '<img src="https://cdn/x.png"><pre class="mermaid">'
+    )
+    (tmp_path / "a.css").write_text("@import 'b.css'; a { background: url(data:x); src: url(\"https://fonts/x\") }")
+    loads = [
+        "a.css: https://fonts/x",
+        "a.html: //cdn/x.css",
+        "a.html: https://cdn/x.png",
+        "a.html: https://unpkg.com/mermaid",
+    ]
+    assert docs_site.outside(tmp_path) == loads
+
+
+def test_the_drawn_rooms_are_those_of_the_house() -> None:
+    drawn = ["/".join(title for title, _ in row) for row in diagrams.ROOMS]
+    assert len(drawn) == len(ROOMS)
+    for row, rooms in zip(drawn, ROOMS, strict=True):
+        assert any(re.search(rf"\b{room}\b", row) for room in rooms), row

@@ -9,9 +9,12 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
+import torch
 from nbclient import NotebookClient
 
 from vlmteacher.media import read_clip
@@ -31,6 +34,21 @@ def test_the_readme_s_quickstart_runs(
     assert read_clip(tmp_path / "after.mp4", 13).shape == (13, 64, 64, 3)
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("TeacherPipelineOutput(")]
     assert len(shown) == 1 and "13 frames of 64x64" in shown[0] and len(shown[0]) < 300
+
+
+def test_the_guide_s_family_makes_the_pair_s_video() -> None:
+    """The Reasoner that docs/guides/write_a_family.md writes out is the packaged one, without its fused blocks."""
+    block = re.search(r"^```python\n(.*?)^```", (ROOT / "docs/guides/write_a_family.md").read_text(), re.M | re.S)
+    assert block
+    names: dict[str, Any] = {}
+    exec(block[1], names)
+    generator = torch.Generator().manual_seed(names["seed"])
+    options = {**names["keywords"], "fused_lora": False, "final_samples": 1}
+    out = names["packaged"](names["prompt"], names["image"], generator=generator, **options)
+    losses = [[row["loss"] for row in each.history] for each in (out, names["out"])]
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+    video, own = (np.stack([np.asarray(frame, float) for frame in each.frames]) for each in (out, names["out"]))
+    assert abs(video - own).max() <= 2
 
 
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

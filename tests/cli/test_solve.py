@@ -151,8 +151,9 @@ def test_placement(run: Run, solve: Any, tmp_path: Path) -> None:
 
 
 def test_the_documented_commands_for_placement() -> None:
-    docs = (Path(__file__).parents[2] / "docs" / "guides" / "placement.md").read_text()
-    commands = [shlex.split(line)[1:] for line in docs.splitlines() if line.startswith("    vlmteacher ")]
+    guides = Path(__file__).parents[2] / "docs/guides"
+    docs = (guides / "several_gpus.md").read_text() + (guides / "low_memory.md").read_text()
+    commands = [shlex.split(line)[1:] for line in docs.splitlines() if line.startswith("    vlmteacher solve")]
     one, two, small = (parser().parse_args(command) for command in commands)
     assert (one.device, one.device_map, one.offload, one.quantize) == ("cuda", None, False, None)
     assert parse_device_map(two.device_map) == {"reasoner": "cuda:0", "teacher": "cuda:1"} and two.device is None

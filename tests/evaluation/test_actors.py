@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -129,6 +130,17 @@ def test_a_table_is_that_of_this_process(pair: Path, tmp_path: Path) -> None:  #
     for path in (tmp_path / "alone").glob("*/results.json"):
         other = tmp_path / "ray" / path.relative_to(tmp_path / "alone")
         assert without_seconds(json.loads(path.read_text())) == without_seconds(json.loads(other.read_text()))
+
+
+def test_the_example_sweeps_in_actors(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--lr", "3e-4", "--limit", "1", "--steps", "0", "--workers", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["sweep_on_ray.py", *flags])
+    runpy.run_path(str(Path(__file__).parents[2] / "examples/sweep_on_ray.py"), run_name="__main__")
+    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "0.0003"
+    results = json.loads((tmp_path / "lr-0.0003/results.json").read_text())
+    assert results["n"] == 1 and results["splits"]["validation"]["n"] == 1 and results["learning_rate"] == 3e-4
 
 
 def test_no_telemetry_no_dashboard(cluster: Any) -> None:
