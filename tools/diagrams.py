@@ -135,10 +135,7 @@ def method() -> None:
 
 ROOMS = [  # in the order of tests/test_house.py
     [("cli/", "one file per command"), ("recipes/", "how the packaged models were\ntrained (outside the package)")],
-    [
-        ("evaluation/", "benchmarks, sweeps,\nmethods, tables"),
-        ("planning/", "FLOPs and memory of a\nstep, without a GPU"),
-    ],
+    [("evaluation/", "benchmarks, sweeps, methods, tables")],
     [("baselines/", "methods to compare with, trained ones among them")],
     [("distillation/", "train and distil a Reasoner, train a surrogate decoder")],
     [("pipeline.py", "TeacherPipeline, whose __call__ is Algorithm 1")],

@@ -38,7 +38,7 @@ def table() -> str:
                 values = "`true`, `false`"
             else:
                 names = settings.choices(each.name) or (each.metadata["metavar"],)
-                values = ", ".join(f"`{name}`" for name in names)
+                values = ", ".join(f"`{name}`" for name in names).replace("|", "\\|")
             default = "" if each.default is None else json.dumps(each.default).strip('"')
             text += f"| `{each.name}` | `{settings.flag(each)}` | {default} | {values} | {each.metadata['help']} |\n"
     return text + "\n"
