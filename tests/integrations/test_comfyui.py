@@ -226,3 +226,12 @@ def test_the_loras_of_all_families_in_comfyui() -> None:
     result = subprocess.run([PYTHON, str(script), str(COMFYUI)], capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-2000:]
     assert all(f"{name}: " in result.stdout for name in ("wan", "ltx", "hunyuan", "VLMTeacherOptimize"))
+
+
+@pytest.mark.skipif(COMFYUI is None, reason="VLMTEACHER_COMFYUI does not name a folder of ComfyUI")
+def test_workflows_in_comfyui(tmp_path: Path) -> None:
+    script = ROOT / "tests/integrations/comfyui_server.py"
+    command = [PYTHON, str(script), str(COMFYUI), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "previews" in result.stdout and "the interrupted run went on" in result.stdout
