@@ -134,7 +134,11 @@ def method() -> None:
 # ---------------------------------------------------------------- the rooms of the code
 
 ROOMS = [  # in the order of tests/test_house.py
-    [("cli/", "one file per command"), ("recipes/", "how the packaged models were\ntrained (outside the package)")],
+    [
+        ("cli/", "one file per command"),
+        ("app/", "the page of vlmteacher ui:\nline of runs, folders, server"),
+        ("recipes/", "how the packaged models were\ntrained (outside the package)"),
+    ],
     [("evaluation/", "benchmarks, sweeps, methods, tables")],
     [("baselines/", "methods to compare with, trained ones among them")],
     [("distillation/", "train and distil a Reasoner, train a surrogate decoder")],

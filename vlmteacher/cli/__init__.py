@@ -30,6 +30,7 @@ from vlmteacher.cli import (
     solve,
     train,
     train_microworld,
+    ui,
 )
 from vlmteacher.cli.defaults import DefaultsFile
 from vlmteacher.cli.flags import did_you_mean
@@ -40,7 +41,7 @@ from vlmteacher.quiet import quiet_warnings
 from vlmteacher.runs.command import command_line
 
 # The commands import what is heavy inside their functions: `vlmteacher --help` must answer at once.
-COMMANDS = (demo, solve, report, queries, lora, bench, train_microworld, microworld, train, distill, plan, env)
+COMMANDS = (demo, solve, ui, report, queries, lora, bench, train_microworld, microworld, train, distill, plan, env)
 """In the order of `--help`."""
 
 RESUMABLE = ("run.json", "settings.json", "base/settings.json", "state/state.pt")

@@ -136,23 +136,14 @@ def _inputs(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Any, Any, list
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     keywords = settings.given(arguments)
     settings.Settings().updated(**keywords)  # raises for bad values before any model is loaded
-    if arguments.activations is not None and arguments.memory is not None:
-        raise InputError(
-            f"--activations {arguments.activations} and --memory {arguments.memory} exclude each other: --memory plans"
-            " the activations"
-        )
     _check_size(arguments, image if keywords.get("fit", "refuse") == "refuse" else None)
     from vlmteacher.rewards import parse_reward
 
     rewards = [parse_reward(text) for text in arguments.reward]
-    pipe = _pipeline(arguments)
+    pipe = load_pipeline(arguments)
     if arguments.lora is not None:
         pipe.load_lora(arguments.lora, arguments.lora_partial)
-    if arguments.activations is not None:
-        from vlmteacher.reasoners.checkpointing import block_list, keep_activations, parse_levels
-
-        transformer = pipe.reasoner.transformer
-        keep_activations(transformer, parse_levels(arguments.activations, len(block_list(transformer))))
+    keep_activations(arguments, pipe)
     pipe.share(ranks)
     return image, query_set, rewards, pipe
 
@@ -178,7 +169,22 @@ def _check_size(arguments: argparse.Namespace, image: Image | None) -> None:
         fit_image(image, size["height"], size["width"])
 
 
-def _pipeline(arguments: argparse.Namespace) -> TeacherPipeline:
+def keep_activations(arguments: argparse.Namespace, pipe: TeacherPipeline) -> None:
+    """Apply --activations to the Reasoner. Raises InputError."""
+    if arguments.activations is not None:
+        from vlmteacher.reasoners.checkpointing import block_list, keep_activations, parse_levels
+
+        transformer = pipe.reasoner.transformer
+        keep_activations(transformer, parse_levels(arguments.activations, len(block_list(transformer))))
+
+
+def load_pipeline(arguments: argparse.Namespace) -> TeacherPipeline:
+    """Load the models that the flags name, on their devices. Raises InputError and MissingExtra."""
+    if arguments.activations is not None and arguments.memory is not None:
+        raise InputError(
+            f"--activations {arguments.activations} and --memory {arguments.memory} exclude each other: --memory plans"
+            " the activations"
+        )
     import torch
 
     from vlmteacher.pipeline import TeacherPipeline

@@ -17,12 +17,22 @@ if TYPE_CHECKING:
 
 
 @cache
-def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+def environment(*packages: str) -> Environment:
+    """The templates of this package, and before it of others.
 
-    # Everything is escaped, also in .css and .js, which hold no values.
-    loader = PackageLoader("vlmteacher.runs")
+    Everything is escaped, also in .css and .js, which hold no values.
+    """
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
+    loader = ChoiceLoader([PackageLoader(package) for package in (*packages, "vlmteacher.runs")])
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def source(name: str) -> str:
+    """The text of a template file."""
+    templates = environment()
+    assert templates.loader is not None
+    return templates.loader.get_source(templates, name)[0]
 
 
 def page(template: str, **values: Any) -> str:
@@ -30,10 +40,9 @@ def page(template: str, **values: Any) -> str:
 
     The page may load nothing, and runs the one script of `templates/page.js`, whose hash is in its security policy.
     """
-    environment = _environment()
-    style, script = (environment.loader.get_source(environment, name)[0] for name in ("page.css", "page.js"))  # type: ignore[union-attr]
+    templates, style, script = environment(), source("shared.css") + source("page.css"), source("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template(template).render(
+    return templates.get_template(template).render(
         **values, style=style, script=script, script_hash=digest, version=__version__
     )
 
