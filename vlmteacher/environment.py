@@ -34,17 +34,21 @@ def report() -> dict[str, Any]:
             kernels. `why` is empty for an available backend, else one line that names what is missing.
         versions: package -> version, None when not installed.
         devices: torch devices, [{"name", "kind", "memory_bytes"}].
+        attention: device -> the attentions that torch tries there by default, in their order (GPUs), and "fa3": what
+            FlashAttention 3 lacks; empty without torch.
         cpu_features: instruction set -> bool; empty without the C++ library.
     """
     backends: dict[str, dict[str, Any]] = {}
     features: dict[str, bool] = {}
     devices: list[dict[str, Any]] = []
+    attention: dict[str, str] = {}
     if importlib.util.find_spec("torch") is None:
         missing = "torch is not installed: pip install torch"
         backends = {name: {"available": False, "why": missing} for name in ("cpu", "triton", "cuda")}
     else:
         import torch
 
+        from vlmteacher.ops import sdpa
         from vlmteacher.ops.backends import build_record, cpp_status, cuda_status, triton_status
 
         for name, status in {"cpu": cpp_status, "triton": triton_status, "cuda": cuda_status}.items():
@@ -59,6 +63,9 @@ def report() -> dict[str, Any]:
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)
             devices.append({"name": f"cuda:{index}", "kind": card.name, "memory_bytes": card.total_memory})
+            attention[f"cuda:{index}"] = ", ".join(sdpa.order("auto", torch.device("cuda", index)))
+        hopper = any(torch.cuda.get_device_capability(i) == sdpa.HOPPER for i in range(torch.cuda.device_count()))
+        attention["fa3"] = sdpa.fa3_missing(hopper) or "available: --attention fa3"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     devices.insert(0, {"name": "cpu", "kind": f"{platform.machine()}, {cores} cores", "memory_bytes": memory})
@@ -66,6 +73,7 @@ def report() -> dict[str, Any]:
         "backends": backends,
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         "devices": devices,
+        "attention": attention,
         "cpu_features": features,
         "platform": f"{platform.system()} {platform.release()}",
         "prefix": sys.prefix,
@@ -86,6 +94,8 @@ def format_report(environment: dict[str, Any]) -> str:
         lines.append(
             f"  {name:<14} {'available' if status['available'] else 'missing'}: {status['why'] or made}".rstrip(": ")
         )
+    lines.append("attention on GPUs (--attention)")
+    lines += [f"  {name:<14} {what}" for name, what in environment["attention"].items()]
     lines.append("versions")
     for name, number in environment["versions"].items():
         lines.append(f"  {name:<14} {number or 'not installed'}")

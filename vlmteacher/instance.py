@@ -18,6 +18,7 @@ from vlmteacher.errors import InputError
 from vlmteacher.lora.adapter import check_rank, frozen_blocks, lora_size
 from vlmteacher.lora.formats import LoRA, safetensors_bytes
 from vlmteacher.media import ImageInput, fit_image
+from vlmteacher.ops import sdpa
 from vlmteacher.optimization.engines import check_engine
 from vlmteacher.optimization.objective import teacher_frame_indices
 from vlmteacher.placement import check_memory
@@ -117,6 +118,7 @@ def check_inputs(
     settings = _settings(models.defaults, values, models.lora)
     own = Rewards.of(rewards, settings.teacher_weight)
     check_engine(settings.engine, reasoner, models.teacher)
+    sdpa.order(settings.attention, reasoner.device)
     reasoner.check_target(settings.target)
     reasoner.check_samples(settings.final_samples)
     frozen_blocks(reasoner.transformer, settings.lora_blocks)

@@ -66,6 +66,7 @@ class TeacherPipelineOutput:
         predictions: by step, for some steps and the last one, up to 8 frames of the one-step prediction that the
             Teacher saw, side by side: (h, w, 3) uint8.
         memory: bytes of the peak so far at the end of each part (see `placement.peak_memory`).
+        attention: the Reasoner's: "native", or those of torch in the order in which it tries them.
         verdict: "solved", "improved", "unchanged" or "worse" by the final video, what got worse and what to try.
         cut_tokens: number of tokens of each text beyond the limit of the Reasoner's text encoder.
         rewards: of one's own: their "weights", their losses "before" and "after" by name, and the objective with them,
@@ -96,6 +97,7 @@ class TeacherPipelineOutput:
     predictions: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
     memory: dict[str, int] = field(default_factory=dict)
     warm_start: dict[str, Any] | None = None
+    attention: str = ""
 
     @property
     def verdict(self) -> Verdict:
@@ -141,6 +143,7 @@ class TeacherPipelineOutput:
             **({} if self.rewards is None else {"rewards": self.rewards}),
             "fps": self.fps,
             "memory": self.memory,
+            "attention": self.attention,
             "predictions": [*self.predictions],
             **({} if self.warm_start is None else {"warm_start": self.warm_start}),
         }

@@ -18,6 +18,7 @@ from vlmteacher.errors import NonFiniteError, NonFiniteFrames, OutOfMemory
 from vlmteacher.instance import Instance, check_inputs
 from vlmteacher.lora.adapter import add_lora, export_lora, load_lora_state, lora_state_dict, remove_lora
 from vlmteacher.media import ImageInput
+from vlmteacher.ops import sdpa
 from vlmteacher.optimization.divergence import DIVERGED_RISE, SUSPICIOUS_RISE
 from vlmteacher.optimization.guards import frame_contrast
 from vlmteacher.optimization.loop import Optimization
@@ -25,6 +26,7 @@ from vlmteacher.optimization.reward import pick, vqa_objective
 from vlmteacher.output import TeacherPipelineOutput, convert
 from vlmteacher.placement import peak_memory
 from vlmteacher.queries import QuerySet
+from vlmteacher.reasoners.attention import check_backward, describe
 from vlmteacher.reasoners.context_parallel import shared_tokens
 from vlmteacher.rewards import RewardContext, Rewards
 from vlmteacher.runs.folder import RunFolder
@@ -82,6 +84,7 @@ class Session:
         self._at_work = ["transformer", "teacher", *(["transformer_2", "vae"] if later else [])]
 
     def __enter__(self) -> Self:
+        self._undo.enter_context(sdpa.chosen(self.settings.attention, self.reasoner.device))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -119,6 +122,7 @@ class Session:
             fused=self.settings.fused_lora,
             blocks=self.settings.lora_blocks,
         )
+        check_backward(self.reasoner.transformer)
         self._undo.enter_context(shared_tokens(self.reasoner, self.ranks))
 
     def first_sample(self) -> Sample:
@@ -332,6 +336,7 @@ class Session:
             predictions={step: strip.cpu().numpy() for step, strip in loop.predictions.items()},
             memory=self.memory,
             warm_start=loop.warm_start,
+            attention=describe(self.settings.attention, self.reasoner.device, self.reasoner.dtype),
         )
 
     @contextmanager

@@ -19,6 +19,7 @@ from vlmteacher.errors import InputError, Notice
 from vlmteacher.files import check_text
 
 Engine = Literal["eager", "compile", "cuda_graph"]
+Attention = Literal["auto", "cudnn", "flash", "fa3", "efficient"]
 Target = Literal["first_step", "last_step", "full"]
 T = TypeVar("T")
 
@@ -123,6 +124,9 @@ class Execution:
     engine: Engine = setting(
         "eager", "run each step operator by operator, with compiled blocks of the Reasoner, or as a CUDA graph"
     )
+    attention: Attention = setting(
+        "auto", "attention of torch to take first on a GPU; fa3 needs FlashAttention 3's package and a Hopper GPU"
+    )
     deterministic: bool = setting(False, "the same bytes for any number of threads: works on one thread, and is slower")
     memory: str | None = setting(
         None,
@@ -180,6 +184,7 @@ class Keywords(TypedDict, total=False):
     fit: Literal["refuse", "crop", "pad"] | None
     fused_lora: bool | None
     engine: Engine | None
+    attention: Attention | None
     deterministic: bool | None
     memory: str | None
     preserve: bool | None

@@ -215,7 +215,7 @@ def test_attention_without_a_backward_is_refused(make: Any, monkeypatch: Any) ->
     from vlmteacher.reasoners.wan import blocks
 
     loop, attend = make(), blocks.attend
-    monkeypatch.setattr(blocks, "attend", lambda *args: attend(*args).detach())
+    monkeypatch.setattr(blocks, "attend", lambda *args, **how: attend(*args, **how).detach())
     before = lora_state_dict(loop.transformer)
     with pytest.raises(InputError, match=r"of the LoRA's \d+ tensors, blocks\.0\.\S+ first, have no gradient"):
         loop.step()

@@ -8,6 +8,7 @@ another library's: see `BACKENDS`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Sequence
@@ -18,12 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from vlmteacher.errors import InputError, MissingExtra
 from vlmteacher.ops.backends import has_avx512_bf16, plain
+from vlmteacher.ops.sdpa import MASKED
 from vlmteacher.torch_modes import keepable
 
 _AVX512_BF16 = has_avx512_bf16()  # outside of functions, for torch.compile cannot trace it
+MOST_RUNS = 16  # of queries that are computed one by one
+Run = tuple[int, int, int, int, int]
 BACKENDS = ("native", "sdpa", "flex", "xformers", "flash")
 
 
@@ -85,6 +91,21 @@ class Spans:
     def rest(self) -> Tensor:
         """The mask of the queries after the causal ones."""
         return self.mask(self.causal)
+
+    @functools.cached_property
+    def runs(self) -> list[Run]:
+        """The queries after the causal ones in runs (first, last, a, b, c): the queries from `first` to before `last`
+        are the last of the keys [0, a) and [b, c), and each attends to those up to itself."""
+        runs: list[Run] = []
+        for place, (a, b, c) in enumerate(self.table[self.causal :].tolist(), self.causal):
+            if b >= c:  # [0, a) alone
+                b = c = a
+            last = runs[-1] if runs else None
+            if last and last[2:4] == (a, b) and c == last[4] + 1 and last[4] > b:
+                runs[-1] = (last[0], place + 1, a, b, c)
+            else:
+                runs.append((place, place + 1, a, b, c))
+        return runs
 
     @functools.cached_property
     @keepable()
@@ -175,8 +196,21 @@ def is_native(q: Tensor) -> bool:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-    output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, **grouped)
+    masked = mask is not None and q.device.type == "cuda"
+    with sdpa_kernel(MASKED) if masked else contextlib.nullcontext():
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, **grouped)
     return output.transpose(1, 2)
+
+
+def _sdpa_run(q: Tensor, k: Tensor, v: Tensor, run: Run) -> Tensor:
+    """Attention of the queries of a run, without a tensor for its mask."""
+    first, last, a, b, c = run
+    k, v = (torch.cat([x[:, :a], x[:, b:c]], 1) for x in (k, v))
+    queries = last - first
+    mask = causal_lower_right(queries, k.shape[1]) if queries > 1 else None
+    grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
+    q, k, v = (x.transpose(1, 2) for x in (q[:, first:last], k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **grouped).transpose(1, 2)
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: Sequence[int] = ()) -> Tensor:
@@ -224,7 +258,11 @@ def _library(name: str, q: Tensor, k: Tensor, v: Tensor, spans: Spans | None) ->
     if n:
         parts.append(run(q[:, :n], k[:, :n], v[:, :n], True))
     if n < q.shape[1] or not n:
-        parts.append(_sdpa(q[:, n:], k, v, False, spans.rest))
+        # On a CPU torch makes the mask of every run again; the one of all is faster (benchmarks/NEGATIVE.md).
+        if q.device.type == "cuda" and len(spans.runs) <= MOST_RUNS:
+            parts += [_sdpa_run(q, k, v, run) for run in spans.runs]
+        else:
+            parts.append(_sdpa(q[:, n:], k, v, False, spans.rest))
     return torch.cat(parts, 1)
 
 

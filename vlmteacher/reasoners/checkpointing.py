@@ -35,6 +35,8 @@ _ATTENTION = {  # operator -> the axis of the tokens in q and k
     "aten::_scaled_dot_product_cudnn_attention": -2,
     "aten::_scaled_dot_product_flash_attention_for_cpu": -2,
     "aten::_scaled_dot_product_fused_attention_overrideable": -2,
+    "flash_attn_3::fwd": 1,
+    "_diffusers_flash_attn_3::_flash_attn_forward": 1,
     "vlmteacher::attention": 1,
 }
 _PRODUCTS = {

@@ -38,7 +38,7 @@ FILES = (
     "frames.webp",
     "report.html",
 )
-FREE = ("max_steps", "memory")  # settings that a resumed run may have others of
+FREE = ("max_steps", "memory", "attention")  # settings that a resumed run may have others of
 FORM = "vlmteacher run 1"  # of the state; the number changes with its content
 STATE_ROOM = 2**26  # bytes of a state beside its tensors of the LoRA's size: the history, the latents of a pull
 WRITING_SHARE = 0.05  # of the time at most is spent on writing states: those of large LoRAs take long
