@@ -14,7 +14,7 @@ ROOMS = [  # an arrow points down or stays in its row; docs/internals/architectu
     ("distillation",),
     ("pipeline",),
     ("session", "output", "call_forms"),
-    ("instance", "frozen_models", "runs", "planning"),
+    ("instance", "frozen_models", "runs", "planning", "warm_starts"),
     ("optimization",),
     ("reasoners", "teachers", "decoders", "lora", "rewards"),
     ("microworld", "checkpoints"),

@@ -132,6 +132,8 @@ def check_inputs(
     reasoner.check(**shape)
     check_size(reasoner, settings, **shape)
     check_tokens(reasoner, reasoner.ranks, shape)
+    if settings.warm_start is not None and reasoner.ranks.size > 1:
+        raise InputError("warm_start works in one process, not with --context-parallel: leave it out")
     if settings.memory is not None and reasoner.ranks.size > 1:  # ranks with other levels would wait for each other
         raise InputError(f"memory {settings.memory} plans for one GPU: with --context-parallel give --activations")
     frame_indices = teacher_frame_indices(shape["num_frames"], settings.teacher_frames)
