@@ -15,6 +15,7 @@ os.environ["VLMTEACHER_CHECK_DECODER"] = "0"
 import pytest
 import torch
 
+from tests.progress_output import without_loading
 from tests.reasoners import tiny_checkpoints
 from tests.slow import (  # noqa: F401
     pytest_addoption,
@@ -80,12 +81,13 @@ def solve(models: dict[str, str], queries_file: Path) -> Solve:
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line in this process: exit status, stdout, stderr."""
+    """Run the command line in this process: exit status, stdout, stderr without the loading of models."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
         status = main([str(argument) for argument in arguments])
-        return status, *capfd.readouterr()
+        out, err = capfd.readouterr()
+        return status, out, without_loading(err)
 
     return run
 

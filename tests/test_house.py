@@ -32,6 +32,8 @@ ROOMS = [  # an arrow points down or stays in its row; docs/internals/architectu
             "interruption",
             "exclusive",
             "ranks",
+            "progress",
+            "trackers",
         ),
         *("arguments", "files", "quiet", "errors", "moved", "version"),
     ),

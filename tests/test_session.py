@@ -32,7 +32,7 @@ def test_parts_of_the_algorithm_one_after_the_other(pipe: TeacherPipeline, tmp_p
         assert pipe.reasoner.transformer.state_dict().keys() != before.keys() and not (tmp_path / "run").exists()
         first = session.first_sample()
         assert json.loads((tmp_path / "run" / "run.json").read_text())["stopped"] == "interrupted"
-        rows = list(session.steps(progress=False))
+        rows = list(session.steps())
         assert pipe.loop is session.loop and len(rows) == 2
         last = session.final_sample()
     assert pipe.loop is None and not torch.equal(first.video, last.video)

@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 from vlmteacher import arguments
 from vlmteacher.errors import InputError
 from vlmteacher.output import TeacherPipelineOutputs
+from vlmteacher.progress import listening, track
 from vlmteacher.queries import QuerySet
 from vlmteacher.torch_modes import plain_torch
+from vlmteacher.trackers import LOGS, Trackers, tracking
 
 F = TypeVar("F", bound=Callable[..., Any])
 LISTS = ("image", "generator", "negative_prompt", "queries", "num_frames", "height", "width")
@@ -32,17 +34,24 @@ def any_form(call: F) -> F:
         keywords = {"image": image, **keywords}
         if (callback := keywords.get("callback_on_step_end")) is not None:
             keywords["callback_on_step_end"] = three_arguments(callback)
-        keywords["progress"] = arguments.flag("progress", keywords.get("progress", True))
-        if not isinstance(prompt, list | tuple) or len(prompt) == 1:
-            return call(self, prompt, **keywords)
-        calls, run_dir = instances(list(prompt), keywords), keywords.pop("run_dir", None)
-        outputs = TeacherPipelineOutputs()
-        bar = self.progress_bar(keywords["progress"], iterable=prompt, desc="instances")
-        for index, (one, its) in enumerate(zip(bar, calls, strict=True)):
-            if run_dir is not None:
-                its["run_dir"] = Path(arguments.path("run_dir", run_dir), str(index))
-            outputs.append(call(self, one, **{**its, "progress": False, "return_dict": True}))
-        return outputs if keywords.get("return_dict", True) else (outputs.frames,)
+        tracker = keywords.pop("tracker", None)
+        with self.showing(arguments.flag("progress", keywords.pop("progress", True))):
+            if not isinstance(prompt, list | tuple) or len(prompt) == 1:
+                return one_call(self, prompt, keywords, tracker)
+            calls = instances(list(prompt), keywords)
+            run_dir, outputs = keywords.pop("run_dir", None), TeacherPipelineOutputs()
+            for index, (one, its) in enumerate(zip(track(prompt, "instances", "instance"), calls, strict=True)):
+                if run_dir is not None:
+                    its["run_dir"] = Path(arguments.path("run_dir", run_dir), str(index))
+                with listening():
+                    outputs.append(one_call(self, one, {**its, "return_dict": True}, tracker))
+            return outputs if keywords.get("return_dict", True) else (outputs.frames,)
+
+    def one_call(pipe: Any, prompt: object, keywords: dict[str, Any], tracker: Trackers) -> Any:
+        run_dir = keywords.get("run_dir")
+        folder = None if run_dir is None or tracker is None else Path(arguments.path("run_dir", run_dir), LOGS)
+        with tracking(tracker, folder):
+            return call(pipe, prompt, **keywords)
 
     return run  # type: ignore[return-value]
 

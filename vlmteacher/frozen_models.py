@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from vlmteacher import arguments
 from vlmteacher.errors import InputError, Notice, OutOfMemory, first_line
@@ -19,6 +18,7 @@ from vlmteacher.media import ImageInput
 from vlmteacher.microworld.known_tasks import unknown_task
 from vlmteacher.optimization.out_of_memory import is_out_of_memory
 from vlmteacher.placement import DeviceMap, find_devices
+from vlmteacher.progress import bar, listeners, listening
 from vlmteacher.queries import QuerySet
 from vlmteacher.ranks import Ranks
 from vlmteacher.reasoners.context_parallel import check_ranks
@@ -147,10 +147,12 @@ class FrozenModels:
         """Set keywords of tqdm for the progress bars of calls, such as `disable=True`, as in diffusers."""
         self._progress_bar = keywords
 
-    def progress_bar(self, shown: bool, **keywords: Any) -> tqdm[Any]:
-        """A progress bar, by `set_progress_bar_config`. keywords: of tqdm."""
-        disabled = not shown or self.reasoner.ranks.rank > 0 or self._progress_bar.get("disable", False)
-        return tqdm(**{**keywords, **self._progress_bar, "disable": disabled})
+    def showing(self, progress: bool) -> AbstractContextManager[None]:
+        """The context in which the progress of a call is shown, by `set_progress_bar_config` if no one listens yet."""
+        if not progress or self.reasoner.ranks.rank > 0:
+            return listening()
+        takers = listeners()
+        return listening(*([bar(self._progress_bar)] if takers is None else takers))
 
     def place(self) -> None:
         """Move all networks to their devices; with `offload` all but the decoder to main memory."""

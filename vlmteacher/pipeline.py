@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
-from tqdm.auto import tqdm
 
 from vlmteacher import arguments
 from vlmteacher.call_forms import any_form
@@ -23,6 +21,7 @@ from vlmteacher.media import ImageInput
 from vlmteacher.output import Frames as Frames
 from vlmteacher.output import TeacherPipelineOutput as TeacherPipelineOutput
 from vlmteacher.placement import DeviceMap, find_devices, find_dtype, parse_dtype
+from vlmteacher.progress import reporting
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners.few_step_lora import noise_in_name
 from vlmteacher.rewards import Reward
@@ -30,6 +29,7 @@ from vlmteacher.runs.folder import in_its_folder
 from vlmteacher.session import open_session
 from vlmteacher.settings import Keywords, Settings
 from vlmteacher.torch_modes import leave_inference_mode, plain_torch
+from vlmteacher.trackers import Trackers
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -101,7 +101,7 @@ class TeacherPipeline(FrozenModels):
             for file in [files] if isinstance(files, str) else files or ():
                 path = os.path.abspath(file) if os.path.exists(file) else file
                 models[name] = f"{models[name]}, {path}" if name in models else path
-        with loading("Reasoner", paths["reasoner"]):
+        with reporting(f"loading the Reasoner {models['reasoner']}"):
             the_reasoner = load_reasoner(
                 paths["reasoner"],
                 dtype=chosen,
@@ -115,10 +115,10 @@ class TeacherPipeline(FrozenModels):
             models["decoder"] = paths["decoder"] = known_decoder(the_reasoner)
         # A misfit shows before the Teacher loads.
         the_reasoner.to(devices["reasoner"], networks=False).vae.to(devices["reasoner"])
-        with loading("surrogate decoder", paths["decoder"]):
+        with reporting(f"loading the surrogate decoder {models['decoder']}"):
             the_decoder = load_decoder(paths["decoder"], the_reasoner, dtype=chosen)
             check_agreement(the_decoder, the_reasoner, models["decoder"])
-        with loading("Teacher", paths["teacher"]):
+        with reporting(f"loading the Teacher {models['teacher']}"):
             the_teacher = load_teacher(paths["teacher"], dtype=chosen, quantize=quantize, device=devices["teacher"])
         return cls(the_reasoner, the_teacher, the_decoder, defaults, models, offload).to(devices)
 
@@ -181,6 +181,7 @@ class TeacherPipeline(FrozenModels):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | None = None,
         progress: bool = True,
+        tracker: Trackers = None,
         run_dir: str | os.PathLike[str] | None = None,
         resume: bool = False,
         **keywords: Unpack[Keywords],
@@ -194,13 +195,13 @@ class TeacherPipeline(FrozenModels):
             queries: a QuerySet, its dictionary, a list with the goal first, or a file; None: the Teacher writes them.
             rewards: (function, weight) beside the Teacher: see `vlmteacher.rewards`.
             output_type, return_dict: the form of the videos (`Frames`); False returns `(frames,)`.
-            callback_on_step_end: called as `callback(pipe, step, row)` after each step (see `three_arguments`).
+            callback_on_step_end, progress, tracker: call, show, log each step (`three_arguments`, `trackers.tracking`).
             run_dir, resume: a folder to record the run in; go on with the interrupted run there, to the same result.
             keywords: see `Settings`; None is the default of the pair, or else of the paper.
 
         Raises InputError, OutputError, OutOfMemory; NonFiniteError when the first step is not finite.
         """
-        check_options(output_type, callback_on_step_end, return_dict=return_dict, progress=progress, resume=resume)
+        check_options(output_type, callback_on_step_end, return_dict=return_dict, resume=resume)
         leave_inference_mode(self.reasoner, self.teacher, self.decoder)
         size, sampling = (num_frames, height, width), (num_inference_steps, guidance_scale, negative_prompt)
         with open_session(
@@ -215,7 +216,7 @@ class TeacherPipeline(FrozenModels):
             session.first_sample()
             # 3. At most N times: predict the video in one step, decode K of its frames, let the Teacher answer the
             # queries; stop where the loss is not above the threshold, else update the LoRA by the gradient.
-            for row in session.steps(progress):
+            for row in session.steps():
                 if callback_on_step_end:
                     callback_on_step_end(self, row["step"], row)
             # 4. The few-step video of the adapted Reasoner from the same noise.
@@ -268,14 +269,6 @@ class TeacherPipeline(FrozenModels):
         read = read_lora(source, name, partial).fitted(self.reasoner.transformer, partial, trainable)
         read.tell()
         return read
-
-
-@contextmanager
-def loading(part: str, name: str) -> Iterator[None]:
-    """Say on a terminal that a part is being loaded, with the seconds; downloads have bars of the hub's own."""
-    with tqdm(desc=f"loading the {part} {name}", bar_format="{desc} [{elapsed}]", disable=None, leave=False) as bar:
-        bar.refresh()
-        yield
 
 
 def one_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | None:

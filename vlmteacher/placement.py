@@ -6,9 +6,12 @@ import os
 import platform
 import resource
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+import psutil
 
 from vlmteacher.arguments import show
 from vlmteacher.errors import InputError, first_line
@@ -169,6 +172,22 @@ def peak_memory(*devices: torch.device) -> int:
     if gpus := {gpu for device in devices if (gpu := allocator(device))}:
         return sum(gpu.peak() for gpu in gpus)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def used_memory(*devices: torch.device, children: bool = False) -> int:
+    """The bytes that are allocated now on these GPUs together, or, where none is a GPU, that this process holds.
+
+    children: with the processes that it has started.
+    """
+    import torch
+
+    if gpus := {device for device in devices if device.type == "cuda"}:
+        return sum(torch.cuda.memory_allocated(device) for device in gpus)
+    total, process = 0, psutil.Process()
+    for each in (process, *(process.children(recursive=True) if children else ())):
+        with suppress(psutil.Error):  # it has ended
+            total += each.memory_info().rss
+    return total
 
 
 def check_memory(device: torch.device, needed: int, what: str, remedy: str) -> None:

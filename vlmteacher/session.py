@@ -24,7 +24,8 @@ from vlmteacher.optimization.guards import frame_contrast
 from vlmteacher.optimization.loop import Optimization
 from vlmteacher.optimization.reward import pick, vqa_objective
 from vlmteacher.output import TeacherPipelineOutput, convert
-from vlmteacher.placement import peak_memory
+from vlmteacher.placement import peak_memory, used_memory
+from vlmteacher.progress import reporting
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners.attention import check_backward, describe
 from vlmteacher.reasoners.context_parallel import shared_tokens
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+PARTS = {"queries": "writing queries", "before": "sampling the video before", "after": "sampling the final video"}
 
 
 @dataclass(frozen=True)
@@ -149,17 +151,17 @@ class Session:
             rewards = self.ranks.same(self.rewards.losses(video[self.instance.frame_indices]))
             return Sample(video, losses, self.rewards.total(teacher, rewards), rewards, index)
 
-    def steps(self, progress: bool) -> Iterator[dict[str, Any]]:
-        """The rows of the optimisation's steps (see `Optimization`), with a progress bar."""
+    def steps(self) -> Iterator[dict[str, Any]]:
+        """The rows of the optimisation's steps (see `Optimization`), which are the events of the work "solve"."""
         self._begin_loop()
         if self.ranks.size > 1:
             self.loop.load_state_dict(self.ranks.first(self.loop.state_dict()))
-        done = len(self.loop.history)
-        with self.models.progress_bar(progress, total=self.settings.max_steps, initial=done) as bar:
+        devices = self.models.devices.values()
+        about = {"prompt": self.instance.prompt, "queries": self.queries.to_dict(), "models": self.models.models}
+        total, done = self.settings.max_steps, len(self.loop.history)
+        with reporting("solve", total, done=done, settings={**about, **self.config}) as advance:
             for row in self.loop:
-                p_yes = " ".join(f"{p:.2f}" for p in row["p_yes"])
-                bar.set_postfix_str(f"loss {row['loss']:.3f}, P(Yes) {p_yes}", refresh=False)
-                bar.update()
+                advance({**row, "memory": used_memory(*devices)})
                 yield row
                 self.models.need(*self._at_work)  # a callback may have sampled a video
         self.memory["steps"] = peak_memory(*self.models.devices.values())
@@ -342,7 +344,8 @@ class Session:
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with reporting(PARTS[name]):
+            yield
         self.seconds[name] = time.perf_counter() - start
         self.memory[name] = peak_memory(*self.models.devices.values())
 
@@ -396,8 +399,8 @@ class RecordedSession(Session):
         if isinstance(error, (KeyboardInterrupt, NonFiniteError, OutOfMemory)) or self.ranks.has_lost(error):
             self.folder.interrupt(self.loop)
 
-    def steps(self, progress: bool) -> Iterator[dict[str, Any]]:
-        for row in super().steps(progress):
+    def steps(self) -> Iterator[dict[str, Any]]:
+        for row in super().steps():
             self.folder.save_state(self.loop, force=self.loop.stopped is not None)
             yield row
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from tests.baselines.conftest import SMALL
 from tests.conftest import Run
+from tests.progress_output import check_events, curves, tracked_settings
 from tests.tiny_pair import QUERIES
 from vlmteacher.baselines.post_training import PostTraining, PostTrainingSettings
 from vlmteacher.baselines.shared_lora import SharedTraining
@@ -72,7 +73,13 @@ def test_it_writes_a_lora_its_cost_and_a_validation_curve(
 def test_interrupted_and_resumed_it_ends_the_same(
     kind: str, config: Callable[..., Path], run: Run, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    assert run("train", kind, "--config", config("whole", ema=0.5, save_every=10, **EXTRA[kind]))[0] == 0
+    path = config("whole", ema=0.5, save_every=10, **EXTRA[kind])
+    status, printed, _ = run("train", kind, "--config", path, "--json", "--tracker", "tensorboard")
+    assert status == 0
+    names = ("loss", "p_yes_goal") if kind == "post" else ("reward",)
+    assert check_events(printed, "train", "train", 3, *names, "memory", "learning_rate")[-1]["what"] == kind
+    assert [step for step, _ in curves(tmp_path / "whole" / "logs")[names[0]]] == [1, 2, 3]
+    assert tracked_settings(tmp_path / "whole" / "logs")["rank"] == 2
     path = config("cut", ema=0.5, save_every=10, **EXTRA[kind])
     with monkeypatch.context() as patched:
         step = SharedTraining.step

@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.progress_output import check_events, curves
 from vlmteacher.cli import main
 from vlmteacher.decoders import load_decoder
 from vlmteacher.reasoners.loading import load_reasoner
@@ -52,8 +53,10 @@ def test_it_learns_and_fits_the_reasoner(config: Any, teacher: Path, tmp_path: P
     assert frames.shape == (2, 3, 2 * reasoner.spatial_stride, 3 * reasoner.spatial_stride)
 
 
-def test_taken_up_again_it_ends_the_same(config: Any, tmp_path: Path) -> None:
-    assert distil(config("whole", ema=0.5, crop=1, target="video")) == 0
+def test_taken_up_again_it_ends_the_same(config: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert distil(config("whole", ema=0.5, crop=1, target="video"), "--json", "--tracker", "tensorboard") == 0
+    check_events(capfd.readouterr().out, "distill", "train", 3, "loss", "memory")
+    assert len(curves(tmp_path / "whole" / "logs")["loss"]) == 3
     assert distil(config("cut", ema=0.5, crop=1, target="video"), "--steps", 2) == 0
     assert distil(config("cut", ema=0.5, crop=1, target="video"), "--resume") == 0
     whole, cut = (load_file(tmp_path / name / "decoder.safetensors") for name in ("whole", "cut"))

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from recipes.microworld.training import load_config
+from tests.progress_output import check_events, curves
 from vlmteacher.cli import main
 from vlmteacher.distillation.distill import DistillSettings, load_settings, run
 from vlmteacher.errors import InputError
@@ -52,8 +53,12 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("method", ["dmd2", "consistency", "few-timesteps"])
-def test_each_method_writes_a_reasoner_of_few_steps(config, teacher, tmp_path, method, full):
-    assert distil(config(method=method, full=full, steps=2, timesteps=[1000, 500], shift=2.0, validate_every=2)) == 0
+def test_each_method_writes_a_reasoner_of_few_steps(config, teacher, tmp_path, method, full, capfd):
+    path = config(method=method, full=full, steps=2, timesteps=[1000, 500], shift=2.0, validate_every=2)
+    assert distil(path, "--json", "--tracker", "tensorboard") == 0
+    end = check_events(capfd.readouterr().out, "distill", "train", 3, "work")[-1]  # two steps and a validation
+    assert end["path"] == str(tmp_path / "run" / "pipeline")
+    assert len(curves(tmp_path / "run" / "logs")["student_grad_norm"]) == 2
     reasoner = load_reasoner(tmp_path / "run" / "pipeline")
     assert reasoner.settings.timesteps == (1000, 500) and reasoner.settings.shift == 2.0
     assert reasoner.settings.num_frames == 5

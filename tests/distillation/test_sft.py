@@ -16,6 +16,7 @@ import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from tests.progress_output import curves, json_lines
 from vlmteacher.cli import main
 from vlmteacher.distillation.sft import FineTuning, FineTuningSettings, load_settings
 from vlmteacher.distillation.training import begin
@@ -65,12 +66,20 @@ def test_the_loss_on_the_training_videos_falls(config, tmp_path):
     assert rows[-1]["flow"] < 0.8 * rows[0]["flow"]
 
 
-def test_taken_up_again_it_ends_the_same(config, tmp_path):
+def test_taken_up_again_it_ends_the_same(config, tmp_path, capfd):
     cache = str(tmp_path / "cache")
-    assert tune(config("whole", cache=cache)) == 0
+    assert tune(config("whole", cache=cache, validate_every=2), "--json", "--tracker", "tensorboard") == 0
+    lines = json_lines(capfd.readouterr().out)
+    assert [line["event"] for line in lines if line.get("work") == "encode"] == ["begin", *["step"] * 3, "end"]
+    assert lines[-1] == {
+        **{"event": "result", "command": "train", "what": "sft", "out": str(tmp_path / "whole")},
+        "path": str(tmp_path / "whole" / "pipeline"),
+    }
+    read = curves(tmp_path / "whole" / "logs")
+    assert [step for step, _ in read["flow"]] == [1, 2, 3] and [step for step, _ in read["validation_flow"]] == [2]
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
-    assert tune(config("cut", cache=cache), "--steps", 2) == 0
-    assert tune(config("cut", cache=cache), "--resume") == 0
+    assert tune(config("cut", cache=cache, validate_every=2), "--steps", 2) == 0
+    assert tune(config("cut", cache=cache, validate_every=2), "--resume", "--quiet") == 0
     assert len(times) == 3 and all(path.stat().st_mtime_ns == at for path, at in times.items())
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Run
+from tests.progress_output import check_events, curves, tracked_settings
 from tests.tiny_pair import QUERIES
 from vlmteacher.errors import InputError
 from vlmteacher.evaluation import microworld, sweep, tables
@@ -125,8 +126,13 @@ def test_methods_that_rewrite_prompts_are_kept_and_taken_up(
     pair: Path, tmp_path: Path, run: Run, name: str, videos: int, calls: int
 ) -> None:
     """Texts of random weights are nonsense, and the sweep goes on."""
-    status, _, err = run("bench", "microworld", "--method", name, "--pair", pair, "--limit", 1, "--out", tmp_path / "a")
+    command = ["bench", "microworld", "--method", name, "--pair", pair, "--limit", 1, "--out", tmp_path / "a"]
+    status, printed, err = run(*command, "--json", "--tracker", "tensorboard")
     assert status == 0, err
+    lines = check_events(printed, "bench", name, 1, "id", "success", "score", "loss_final", "seconds", "memory")
+    assert lines[-1]["n"] == 1 and (tmp_path / "a" / "results.json") == Path(lines[-1]["results"])
+    assert curves(tmp_path / "a" / "logs")[f"{name}/score"][0][0] == 1
+    assert tracked_settings(tmp_path / "a" / "logs")["method"] == name
     first = json.loads((tmp_path / "a" / "results.json").read_text())
     both = microworld.run_benchmark(name, 2, 1, tmp_path / "a", pair=str(pair), resume=True)
     assert both["method"] == name and both["instances"][0] == first["instances"][0] and both["n"] == 2

@@ -83,7 +83,7 @@ def test_the_controls_and_the_kit_s_metrics(bench: Any, root: Path) -> None:
     assert cells["easy"]["n"] == 2 and cells["hard"]["n"] == 1 and cells == results["missing_is_0"]
     pr = [cells[name]["pr"] for name in ("easy", "hard")]
     assert cells["mean of difficulties"]["pr"] == pytest.approx(sum(pr) / 2)
-    assert bench("static", "--tracker", "csrt", "--path-tolerance", 0.0001)[0] == 0
+    assert bench("static", "--path-tracker", "csrt", "--path-tolerance", 0.0001)[0] == 0
     still = read(root / "static")
     assert still["success_rate"] == 0 and still["as_the_kit"]["all"]["sd"] is None
     assert still["scorer"]["tracker"] == "csrt" and still["scorer"]["path_tolerance"] == 0.0001

@@ -25,6 +25,7 @@ from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.condition import Condition, Noise
+from vlmteacher.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,6 @@ def load_settings(path: Path, overrides: dict[str, Any]) -> FlowGRPOSettings:
     return FlowGRPOSettings.load(path, overrides)
 
 
-def run(settings: FlowGRPOSettings, resume: bool = False) -> Path:
+def run(settings: FlowGRPOSettings, resume: bool = False, tracker: Trackers = None) -> Path:
     """Train the LoRA (see `run_training`); returns its file."""
-    return run_training(settings, FlowGRPO, resume)
+    return run_training(settings, FlowGRPO, resume, tracker)

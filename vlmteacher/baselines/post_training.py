@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vlmteacher.baselines.shared_lora import SharedSettings, SharedTraining, run_training
+from vlmteacher.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,6 @@ def load_settings(path: Path, overrides: dict[str, Any]) -> PostTrainingSettings
     return PostTrainingSettings.load(path, overrides)
 
 
-def run(settings: PostTrainingSettings, resume: bool = False) -> Path:
+def run(settings: PostTrainingSettings, resume: bool = False, tracker: Trackers = None) -> Path:
     """Train the LoRA (see `run_training`); returns its file."""
-    return run_training(settings, PostTraining, resume)
+    return run_training(settings, PostTraining, resume, tracker)

@@ -36,6 +36,7 @@ from vlmteacher.reasoners.condition import Condition, Noise
 from vlmteacher.state import fingerprint
 from vlmteacher.teachers.quantization import Quantize
 from vlmteacher.torch_modes import plain_torch
+from vlmteacher.trackers import LOGS, Trackers, tracking
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -298,10 +299,11 @@ def run_training(
     settings: SharedSettings,
     training: Callable[[Any, TeacherPipeline, Sequence[TrainingPrompt], Accelerator, Path], SharedTraining],
     resume: bool,
+    tracker: Trackers = None,
 ) -> Path:
     """Train the LoRA; returns its file, ``lora.safetensors`` in `settings.out`.
 
-    training: the class of the training.
+    training: the class of the training. tracker: see `trackers.tracking`.
 
     Raises:
         InputError: a setting, a prompt or a model cannot be used; a training prompt is an instance of a test.
@@ -311,7 +313,7 @@ def run_training(
 
     out, train = Path(settings.out), settings.train
     accelerator = Accelerator()
-    with training_folder(out, resume, accelerator):
+    with tracking(tracker, out / LOGS), training_folder(out, resume, accelerator):
         prompts = load_prompts(settings.data, settings.count, train.seed)
         check_disjoint(prompts, settings.tests)
         pipe = _load(settings, accelerator.device)

@@ -32,6 +32,7 @@ from vlmteacher.cli import (
     train_microworld,
     ui,
 )
+from vlmteacher.cli.console import Console, console
 from vlmteacher.cli.defaults import DefaultsFile
 from vlmteacher.cli.flags import did_you_mean
 from vlmteacher.errors import InputError, MissingExtra, OutputError, RankLost, TaskFailed
@@ -119,30 +120,34 @@ def run(parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | Non
         return 2
     typed = command_line.set(shlex.join([top.prog, *(sys.argv[1:] if argv is None else argv)]))
     try:
+        with console(arguments) as out:
+            return _status(arguments, out)
+    finally:
+        command_line.reset(typed)
+
+
+def _status(arguments: argparse.Namespace, out: Console) -> int:
+    """Run the command; returns its exit status, and says an error."""
+    try:
         with endings_interrupt():
             _check_texts(arguments)
             arguments.run(arguments)
             sys.stdout.flush()
     except (InputError, MissingExtra) as error:
-        print(f"{_error(arguments)}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return out.error(f"{_error(arguments)}: {' '.join(str(error).split())}", 2)
     except (ArithmeticError, TaskFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return out.error(f"error: {error}", 1)
     except KeyboardInterrupt as stop:
-        if _error(arguments) == "error":
-            print(f"interrupted{_how_to_continue(arguments)}", file=sys.stderr)
-        return stop.status if isinstance(stop, Interrupted) else 130
+        status = stop.status if isinstance(stop, Interrupted) else 130
+        return (
+            out.error(f"interrupted{_how_to_continue(arguments)}", status) if _error(arguments) == "error" else status
+        )
     except (OutputError, RankLost) as error:
-        print(f"{_error(arguments)}: {' '.join(str(error).split())}{_how_to_continue(arguments)}", file=sys.stderr)
-        return 1
+        return out.error(f"{_error(arguments)}: {' '.join(str(error).split())}{_how_to_continue(arguments)}", 1)
     except OSError as error:  # of standard output, whose reader (`head`, say) may have closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-    finally:
-        command_line.reset(typed)
+            return out.error(f"error: {error}", 1)
     return 0
 
 

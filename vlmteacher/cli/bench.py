@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmteacher import settings
 from vlmteacher.arguments import LARGEST
+from vlmteacher.cli.console import add_tracker, tracked
 from vlmteacher.cli.flags import (
     Commands,
     add_command,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from vlmteacher.evaluation.benchmark import Benchmark
 
 OWN = (
-    *("data", "evalkit", "evalkit_python", "pro", "tracker", "path_tolerance", "family"),
+    *("data", "evalkit", "evalkit_python", "pro", "path_tracker", "path_tolerance", "family"),
     *("judge", "judge_url", "judge_cache", "judge_timeout", "judge_requests"),
 )
 """Flags of some benchmarks alone."""
@@ -89,6 +90,7 @@ def add(commands: Commands) -> None:
             f"--other-{kind}", nargs="+", default=[], metavar="ID", help=f"of table IV: further {kind}s, each by itself"
         )
     settings.add_flags(sub)
+    add_tracker(sub)
 
 
 def _add_kits(sub: argparse.ArgumentParser) -> None:
@@ -98,7 +100,9 @@ def _add_kits(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--evalkit", metavar="DIR", help="folder of its evaluation kit, which the user has cloned")
     group.add_argument("--evalkit-python", metavar="FILE", help="Python that runs the kit (default: this one)")
     group.add_argument("--pro", action="store_true", help="vbvr: data and kit are VBVR-Pro-Bench's")
-    group.add_argument("--tracker", choices=("ncc", "csrt", "optical_flow"), help="vr-bench: of the kit (default: ncc)")
+    group.add_argument(
+        "--path-tracker", choices=("ncc", "csrt", "optical_flow"), help="vr-bench: of the kit (default: ncc)"
+    )
     group.add_argument(
         "--path-tolerance",
         type=float,
@@ -128,16 +132,19 @@ def run(arguments: argparse.Namespace) -> None:
             raise InputError(f"--{name} must be below 2**63, not {value}")
     from vlmteacher.quiet import quiet
 
-    quiet()
+    quiet(notices=not arguments.quiet)
     if (arguments.other_teacher or arguments.other_reasoner) and arguments.table != "IV":
         raise InputError("--other-teacher and --other-reasoner go with --table IV, which compares models")
     if arguments.deterministic:  # cuBLAS reads it when it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if arguments.table is not None:
-        return _run_table(arguments)
+    with tracked(arguments, Path(arguments.out)):
+        (_run_method if arguments.table is None else _run_table)(arguments)
+
+
+def _run_method(arguments: argparse.Namespace) -> None:
     from vlmteacher.evaluation.sweep import run_method
 
-    benchmark = _benchmark(arguments)
+    benchmark, console = _benchmark(arguments), arguments.console
     results = run_method(
         arguments.method,
         benchmark,
@@ -154,7 +161,9 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{results['benchmark']}, method {results['method']}")
     print("\n".join(benchmark.lines(results)))
     print(f"{results['updates_mean']:.1f} updates and {results['seconds_mean']:.1f} s per instance")
-    print(f"Results: {Path(arguments.out) / 'results.json'}")
+    file = Path(arguments.out) / "results.json"
+    console.last(f"Results: {file}")
+    console.result("bench", results=str(file), **{name: v for name, v in results.items() if name != "instances"})
 
 
 def _run_table(arguments: argparse.Namespace) -> None:
@@ -179,7 +188,8 @@ def _run_table(arguments: argparse.Namespace) -> None:
         arguments.ray,
     )
     print(format_table(content))
-    print(f"Results: {out / 'table.json'}, .md, .csv and .tex, and a folder for each method")
+    arguments.console.last(f"Results: {out / 'table.json'}, .md, .csv and .tex, and a folder for each method")
+    arguments.console.result("bench", results=str(out / "table.json"), **content)
 
 
 def _benchmark(arguments: argparse.Namespace) -> Benchmark:

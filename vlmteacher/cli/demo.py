@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from vlmteacher import settings
+from vlmteacher.cli.console import add_tracker, tracked
 from vlmteacher.cli.flags import Commands, add_command
 from vlmteacher.cli.run_folder import check_converged, check_run_folder, print_folder, print_result
 
@@ -15,6 +16,7 @@ def add(commands: Commands) -> None:
     sub.add_argument("--out", metavar="DIR", help="run folder to write (default: runs/demo, runs/demo-2, ...)")
     sub.add_argument("--resume", action="store_true", help="continue the interrupted run in --out (default: runs/demo)")
     settings.add_flags(sub, "fused_lora")
+    add_tracker(sub)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -24,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_run_folder(arguments)
     from vlmteacher.quiet import quiet
 
-    quiet()
+    quiet(notices=not arguments.quiet)
     import numpy as np
     import torch
 
@@ -36,23 +38,26 @@ def run(arguments: argparse.Namespace) -> None:
     example = packaged_example()
     devices = find_devices(None)
     print(describe(devices, find_dtype(devices)))
-    pipe = TeacherPipeline.from_pretrained()
-    print(f"Task: {example.prompt}", flush=True)
-    output = pipe(
-        example.prompt,
-        example.image,
-        generator=torch.Generator().manual_seed(example.seed),
-        output_type="np",
-        fused_lora=arguments.fused_lora,
-        run_dir=out,
-        resume=arguments.resume,
-    )
+    with tracked(arguments, out):
+        pipe = TeacherPipeline.from_pretrained()
+        print(f"Task: {example.prompt}", flush=True)
+        output = pipe(
+            example.prompt,
+            example.image,
+            generator=torch.Generator().manual_seed(example.seed),
+            output_type="np",
+            fused_lora=arguments.fused_lora,
+            run_dir=out,
+            resume=arguments.resume,
+        )
     print_result(output)
+    scores = {}
     for name, frames in (("before", output.frames_before), ("after", output.frames)):
         verdict = score(np.asarray(frames), example.scene)
+        scores[name] = {"success": verdict.success, "score": verdict.score, "subscores": verdict.subscores}
         parts = ", ".join(f"{part} {value:.2f}" for part, value in verdict.subscores.items())
         print(f"Rule scorer {name}: {'success' if verdict.success else 'failure'}, score {verdict.score:.2f} ({parts})")
-    print_folder(out, output)
+    print_folder(arguments, output, scores=scores)
     check_converged(output)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from vlmteacher.cli.console import add_output
 from vlmteacher.cli.flags import Commands, add_command, add_families, families, seed
 from vlmteacher.errors import InputError
 from vlmteacher.settings import Renamed
@@ -28,6 +29,7 @@ def add(commands: Commands) -> None:
     sub.add_argument("--split", metavar="NAME", help="train (default), id, ood or validation")
     add_families(sub)
     sub.add_argument("--flawed", action="store_true", help="videos with the Reasoner's documented flaw")
+    add_output(sub)
 
     sub = kinds.add_parser("measure", help="rule score, distance and one-step agreement on held-out instances")
     sub.set_defaults(run=measure, command=sub)
@@ -41,12 +43,13 @@ def add(commands: Commands) -> None:
     )
     sub.add_argument("--guidance", dest="guidance_scale", type=float, action=Renamed, new="--guidance-scale")
     sub.add_argument("--out", required=True, metavar="DIR", help="folder for results.json and frames.png")
+    add_output(sub)
 
 
 def export(arguments: argparse.Namespace) -> None:
     from vlmteacher.quiet import quiet
 
-    quiet()
+    quiet(notices=not arguments.quiet)
     from vlmteacher.microworld.export import export, export_bench
 
     out, chosen = Path(arguments.out), families(arguments)
@@ -54,16 +57,18 @@ def export(arguments: argparse.Namespace) -> None:
         if arguments.split is not None or arguments.flawed:
             raise InputError("--layout bench has both test splits and right videos: it goes without --split, --flawed")
         export_bench(out, arguments.limit, arguments.seed, chosen)
-        print(f"{arguments.limit} instances of each test split in VBVR-Bench's layout: {out}")
-        return
-    export(out, arguments.limit, arguments.seed, arguments.split or "train", arguments.flawed, chosen=chosen)
-    print(f"{arguments.limit} instances in VBVR's layout: {out}")
+        text = f"{arguments.limit} instances of each test split in VBVR-Bench's layout: {out}"
+    else:
+        export(out, arguments.limit, arguments.seed, arguments.split or "train", arguments.flawed, chosen=chosen)
+        text = f"{arguments.limit} instances in VBVR's layout: {out}"
+    arguments.console.last(text)
+    arguments.console.result("export", out=str(out), layout=arguments.layout, limit=arguments.limit)
 
 
 def measure(arguments: argparse.Namespace) -> None:
     from vlmteacher.quiet import quiet
 
-    quiet()
+    quiet(notices=not arguments.quiet)
     from vlmteacher.evaluation.few_step import report
     from vlmteacher.pipeline import PACKAGED_PAIR
 
@@ -80,4 +85,6 @@ def measure(arguments: argparse.Namespace) -> None:
     for name, value in metrics.items():
         if isinstance(value, float):
             print(f"{name:16} {value:.3f}")
-    print(f"Results: {out / 'results.json'}, {out / 'frames.png'}")
+    arguments.console.last(f"Results: {out / 'results.json'}, {out / 'frames.png'}")
+    means = {name: value for name, value in metrics.items() if isinstance(value, float)}
+    arguments.console.result("measure", results=str(out / "results.json"), **means)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlmteacher.pipeline import TeacherPipelineOutput
@@ -34,11 +34,17 @@ def print_result(output: TeacherPipelineOutput) -> None:
             print(f"  {own['before'][name]:.4g} -> {own['after'][name]:.4g}  {weight:g} x {name}")
 
 
-def print_folder(path: Path, output: TeacherPipelineOutput) -> None:
-    """Print the names of the files in the run folder, and the verdict."""
-    files = " ".join(sorted(file.name for file in path.iterdir() if file.suffix != ".pt"))
-    print(f"Run folder {path}: {files}")
-    print(output.verdict)
+def print_folder(arguments: argparse.Namespace, output: TeacherPipelineOutput, **more: Any) -> None:
+    """Print the names of the files in the run folder, and the verdict: the result. more: entries of its JSON."""
+    path, console = Path(arguments.out), arguments.console
+    files = sorted(file.name for file in path.iterdir() if file.suffix != ".pt")
+    console.last(f"Run folder {path}: {' '.join(files)}")
+    console.last(str(output.verdict))
+    record = output.record()
+    names = ("stopped", "updates", "loss_before", "loss_after", "p_yes_before", "p_yes_after", "rewards", "seconds")
+    entries = {name: record.get(name) for name in names}
+    command = arguments.command.prog.split()[-1]
+    console.result(command, out=str(path), files=files, verdict=record["verdict"], **entries, **more)
 
 
 def check_converged(output: TeacherPipelineOutput) -> None:

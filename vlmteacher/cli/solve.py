@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmteacher import settings
+from vlmteacher.cli.console import add_tracker, check_trackers, tracked
 from vlmteacher.cli.defaults import DefaultsFile, read_config, read_plan
 from vlmteacher.cli.flags import (
     Commands,
@@ -72,6 +73,7 @@ def add(commands: Commands) -> None:
     lora.add_argument("--lora", metavar="FILE", help="train this LoRA further (default: a fresh one)")
     add_lora_partial(lora)
     settings.add_flags(sub)
+    add_tracker(sub)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -93,25 +95,26 @@ def _solve(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
     with ranks.together():
         image, queries, rewards, pipe = _inputs(arguments, ranks)
-    output = pipe(
-        arguments.prompt,
-        image,
-        num_frames=arguments.num_frames,
-        height=arguments.height,
-        width=arguments.width,
-        num_inference_steps=arguments.num_inference_steps,
-        guidance_scale=arguments.guidance_scale,
-        negative_prompt=arguments.negative_prompt,
-        generator=torch.Generator().manual_seed(arguments.seed),
-        queries=queries,
-        rewards=rewards,
-        run_dir=None if ranks.rank else arguments.out,
-        resume=arguments.resume,
-        **settings.given(arguments),
-    )
+    with nullcontext() if ranks.rank else tracked(arguments, Path(arguments.out)):
+        output = pipe(
+            arguments.prompt,
+            image,
+            num_frames=arguments.num_frames,
+            height=arguments.height,
+            width=arguments.width,
+            num_inference_steps=arguments.num_inference_steps,
+            guidance_scale=arguments.guidance_scale,
+            negative_prompt=arguments.negative_prompt,
+            generator=torch.Generator().manual_seed(arguments.seed),
+            queries=queries,
+            rewards=rewards,
+            run_dir=None if ranks.rank else arguments.out,
+            resume=arguments.resume,
+            **settings.given(arguments),
+        )
     if ranks.rank == 0:
         print_result(output)
-        print_folder(Path(arguments.out), output)
+        print_folder(arguments, output)
         check_converged(output)
 
 
@@ -126,12 +129,13 @@ def _inputs(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Any, Any, list
 
     if ranks.rank == 0:
         check_run_folder(arguments)
+    check_trackers(arguments)
     query_set = QuerySet.of(arguments.queries)
     if arguments.lora is not None:
         read_lora(arguments.lora, partial=arguments.lora_partial)  # raises before any model is loaded
     from vlmteacher.quiet import quiet
 
-    quiet()
+    quiet(notices=not arguments.quiet)
     if arguments.deterministic:  # cuBLAS reads it when it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     keywords = settings.given(arguments)

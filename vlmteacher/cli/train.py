@@ -6,6 +6,7 @@ import argparse
 from importlib import import_module
 from pathlib import Path
 
+from vlmteacher.cli.console import add_tracker, tracked
 from vlmteacher.cli.flags import TRAINING, Commands, add_command, add_training, given
 
 KINDS = {
@@ -23,14 +24,18 @@ def add(commands: Commands) -> None:
     )
     sub.add_argument("what", choices=tuple(KINDS), help=help)
     add_training(sub, "video model to start from: hub id or directory")
+    add_tracker(sub)
 
 
 def run(arguments: argparse.Namespace) -> None:
     from vlmteacher.quiet import quiet
 
-    quiet()
+    quiet(notices=not arguments.quiet)
     module, result = KINDS[arguments.what]
     training = import_module(f"vlmteacher.{module}")
     settings = training.load_settings(Path(arguments.config), given(arguments, TRAINING))
     arguments.out = settings.out  # the config may name it; `main` says whether an interrupted run can be resumed
-    print(f"{result}: {training.run(settings, arguments.resume)}")
+    with tracked(arguments, Path(settings.out)):
+        path = training.run(settings, arguments.resume)
+    arguments.console.last(f"{result}: {path}")
+    arguments.console.result("train", what=arguments.what, out=settings.out, path=str(path))

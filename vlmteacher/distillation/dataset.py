@@ -12,11 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from vlmteacher.errors import InputError
 from vlmteacher.files import make_folder, read_text, replacing
 from vlmteacher.media import check_aspect, check_first_frame, read_clip, read_image, resize_clip
+from vlmteacher.progress import track
 from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.condition import Condition, collate
 
@@ -56,7 +56,7 @@ class LatentDataset:
         make_folder(cache)
         encoders, files = _fingerprint(reasoner), []
         sizes: dict[str, Path] = {}
-        for instance in tqdm(instances, desc="encode"):
+        for instance in track(instances, "encode", "video"):
             digest = hashlib.sha256(f"{encoders} {size} {reasoner.fps}".encode())
             for name in FILES:
                 digest.update(hashlib.sha256((instance / name).read_bytes()).digest())

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from vlmteacher.checkpoints.hub import find_file, only_local
 from vlmteacher.checkpoints.pretrained import json_object, load_network
@@ -24,8 +23,10 @@ from vlmteacher.distillation.trainer import AVERAGED, Trainer, TrainSettings, tr
 from vlmteacher.distillation.training import read_settings
 from vlmteacher.errors import InputError, NonFiniteError
 from vlmteacher.files import make_folder
+from vlmteacher.progress import track
 from vlmteacher.reasoners.vae import decode_latents
 from vlmteacher.torch_modes import plain_torch
+from vlmteacher.trackers import LOGS, Trackers, tracking
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -152,7 +153,7 @@ class Clips:
         for name, value in vae.model.state_dict().items():
             weights.update(f"{name} {tuple(value.shape)} {value.double().sum().item()!r}".encode())
         files = []
-        for instance in tqdm(find_instances(Path(settings.data)), desc="encode"):
+        for instance in track(find_instances(Path(settings.data)), "encode", "video"):
             video = instance / "ground_truth.mp4"
             path = cache / f"{hashlib.sha256(weights.digest() + video.read_bytes()).hexdigest()[:32]}.safetensors"
             if not whole(path):
@@ -277,8 +278,10 @@ class DecoderTraining:
 
 
 @plain_torch()
-def run(settings: DecoderSettings, resume: bool = False) -> Path:
+def run(settings: DecoderSettings, resume: bool = False, tracker: Trackers = None) -> Path:
     """Train a surrogate decoder; returns its checkpoint, ``decoder.safetensors`` in `settings.out`.
+
+    tracker: see `trackers.tracking`.
 
     Raises:
         InputError: a setting, a video or the VAE cannot be used.
@@ -287,7 +290,7 @@ def run(settings: DecoderSettings, resume: bool = False) -> Path:
     from accelerate import Accelerator
 
     out, accelerator = Path(settings.out), Accelerator()
-    with training_folder(out, resume, accelerator):
+    with tracking(tracker, out / LOGS), training_folder(out, resume, accelerator):
         clips = Clips.prepare(settings, VideoVAE(settings.vae, accelerator.device))
         training = DecoderTraining(settings, clips, accelerator)
         modules: dict[str, nn.Module] = {AVERAGED: training.decoder}

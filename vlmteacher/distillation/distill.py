@@ -27,6 +27,7 @@ from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.condition import Condition
 from vlmteacher.reasoners.sampling import relative_rms
 from vlmteacher.torch_modes import plain_torch
+from vlmteacher.trackers import LOGS, Trackers, tracking
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -155,8 +156,10 @@ class Distillation(Training):
 
 
 @plain_torch()
-def run(settings: DistillSettings, resume: bool = False) -> Path:
+def run(settings: DistillSettings, resume: bool = False, tracker: Trackers = None) -> Path:
     """Distil a Reasoner; returns its pipeline directory, ``pipeline`` in `settings.out`.
+
+    tracker: see `trackers.tracking`.
 
     Raises:
         InputError: a setting, an instance or the Reasoner cannot be used.
@@ -166,7 +169,7 @@ def run(settings: DistillSettings, resume: bool = False) -> Path:
 
     out = Path(settings.out)
     accelerator = Accelerator()
-    with training_folder(out, resume, accelerator):
+    with tracking(tracker, out / LOGS), training_folder(out, resume, accelerator):
         source, train = settings.reasoner, settings.train
         reasoner, data, given = begin(source, settings.data, settings.cache, out, train, accelerator)
         reasoner.settings = replace(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -15,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from vlmteacher.distillation.kinds import check_kinds
 from vlmteacher.errors import InputError, NonFiniteError
 from vlmteacher.files import append_text, claimed, make_folder, remove_leftovers, write_text
 from vlmteacher.interruption import raise_lost, uninterrupted
+from vlmteacher.placement import peak_memory, used_memory
+from vlmteacher.progress import Reporter, listening, reporting
 from vlmteacher.state import check_like, load_optimizer, read_state, unusable, write_state
 
 if TYPE_CHECKING:
@@ -222,30 +221,30 @@ class Trainer:
             KeyboardInterrupt: interrupted; the current step was finished and saved.
             NonFiniteError: raised by `step`; the last state stays.
         """
-        main, settings = self.accelerator.is_main_process, self.settings
+        settings = self.settings
         self._timed, self._since = 0.0, self.step
         with (
-            tqdm(total=steps, initial=self.step, disable=not main, desc="train") as bar,
+            nullcontext() if self.accelerator.is_main_process else listening(),
+            reporting("train", steps, done=self.step, settings=settings) as advance,
             self._saved_when_interrupted() if save_interrupted else nullcontext(),
         ):
-            self._validate(validate)  # where it was interrupted
+            self._validate(validate, advance)  # where it was interrupted
             while self.step < steps:
                 raise_lost()
                 with uninterrupted():
-                    self._make(step)
+                    values = self._make(step)
                     if self.step % settings["log_every"] == 0 or self.step == steps:
-                        row = self._log()
-                        bar.set_postfix({name: f"{value:.3g}" for name, value in list(row.items())[:3]})
-                bar.update()
-                self._validate(validate)
+                        self._log()
+                advance({**values, **self._now()})
+                self._validate(validate, advance)
                 if self.step % settings["save_every"] == 0 or self.step == steps:
                     self.save()
         with torch.no_grad():
             for mean, p in zip(self.average, self.averaged_parameters, strict=True):
                 p.copy_(mean)
 
-    def _make(self, step: Callable[[int, torch.Generator], dict[str, float]]) -> None:
-        """Make the next step; update the average, and the sums of the metrics and of the time."""
+    def _make(self, step: Callable[[int, torch.Generator], dict[str, float]]) -> dict[str, float]:
+        """Make the next step; update the average, and the sums of the metrics and of the time. Returns its metrics."""
         settings = self.settings
         for group, rate in zip(self._groups(), self.rates, strict=True):
             group["lr"] = rate * self.schedule(self.step)
@@ -263,21 +262,23 @@ class Trainer:
         decay = min(settings["ema"], self.step / (self.step + self.average_warmup))
         for mean, p in zip(self.average, self.averaged_parameters, strict=True):
             mean.lerp_(p.detach(), 1 - decay)
+        return values
 
-    def _log(self) -> dict[str, float]:
+    def _log(self) -> None:
         """Write a row of log.jsonl, and begin the next one."""
         row = {name: total / count for name, (total, count) in self.sums.items()}
         row |= self._speed(self._timed / (self.step - self._since))
         self._write("log.jsonl", row)
         self.sums, self._timed, self._since = {}, 0.0, self.step
-        return row
 
-    def _validate(self, validate: Callable[[int], dict[str, float]] | None) -> None:
+    def _validate(self, validate: Callable[[int], dict[str, float]] | None, report: Reporter) -> None:
         """Write a row of validation.jsonl where one is due and not yet there."""
         every = self.settings["validate_every"]
         if validate and every and self.step % every == 0 and self.validated < self.step:
             with self.averaged():
-                self._write("validation.jsonl", validate(self.step))
+                row = validate(self.step)
+            self._write("validation.jsonl", row)
+            report({f"validation_{name}": value for name, value in row.items()}, count=0)
             self.validated = self.step
 
     @contextmanager
@@ -321,16 +322,15 @@ class Trainer:
 
     def _speed(self, seconds: float) -> dict[str, float]:
         batch = self.settings["batch_size"] * self.settings["gradient_accumulation"] * self.accelerator.num_processes
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return {
             "seconds_per_step": seconds,
             "samples_per_second": batch / seconds,
-            "peak_gigabytes": peak / 1e9,
+            "peak_gigabytes": peak_memory(self.accelerator.device) / 1e9,
             "learning_rate": self._groups()[0]["lr"],
         }
+
+    def _now(self) -> dict[str, float]:
+        return {"learning_rate": self._groups()[0]["lr"], "memory": used_memory(self.accelerator.device)}
 
     def _write(self, name: str, row: dict[str, float]) -> None:
         if self.accelerator.is_main_process:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from vlmteacher.errors import InputError
 from vlmteacher.evaluation.microworld import first_frame, judge, noise_seed
@@ -26,6 +25,7 @@ from vlmteacher.microworld import world
 from vlmteacher.microworld.questions import right_queries
 from vlmteacher.optimization.objective import teacher_frame_indices
 from vlmteacher.optimization.reward import vqa_objective
+from vlmteacher.progress import track
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.condition import Condition, Noise
@@ -103,7 +103,7 @@ def measure(
     if limit < 2:
         raise InputError(f"few-step quality is measured on at least 2 instances, not {limit}")
     rows, videos, real = [], [], []
-    for index in tqdm(range(limit), desc="measure"):
+    for index in track(range(limit), "measure", "instance"):
         scene, prompt = world.instance(index, seed)
         condition = reasoner.encode(
             prompt, first_frame(scene), num_frames=world.NUM_FRAMES, height=world.SIZE, width=world.SIZE
@@ -118,7 +118,7 @@ def measure(
         one = reasoner.predict_clean(condition, noise)
         video, early = reasoner.decode(latents), reasoner.decode(one)
         verdict = judge(video, scene)
-        row = {
+        row: dict[str, Any] = {
             "index": index,
             "task": scene.family,
             "success": verdict.success,

@@ -18,9 +18,9 @@ from vlmteacher.evaluation import methods
 from vlmteacher.evaluation.benchmark import Benchmark, FileBenchmark, Instance, key_of
 from vlmteacher.evaluation.journal import Journal
 from vlmteacher.evaluation.methods import Method, Row
-from vlmteacher.evaluation.progress import SweepProgress
 from vlmteacher.evaluation.workers import Task
 from vlmteacher.files import LOCK, append_text, claimed, read_json, remove, remove_leftovers, write_json
+from vlmteacher.progress import reporting
 from vlmteacher.queries import QuerySet
 
 Queries = tuple[QuerySet, float]  # and the seconds of writing them
@@ -38,7 +38,7 @@ class Job(NamedTuple):
 class Work(Protocol):
     """Runs jobs; yields each as a task with the rows of its instance, in the order in which they finish.
 
-    name, total, kept: what the progress shows, see `SweepProgress.method`.
+    name, total, kept: of the work that the progress shows, see `progress.reporting`.
     """
 
     def __call__(self, jobs: Iterable[Job], name: str, total: int, kept: int) -> Iterator[Task]: ...
@@ -175,12 +175,12 @@ class Folder:
         if not folders:
             return
         total = sum(map(len, folders.values()))
-        with SweepProgress() as progress, progress.method(f"{self.method.name}, scores", total, 0) as add:
+        with reporting(f"{self.method.name}, scores", total, unit="video") as advance:
             for videos in folders.values():
                 paths = {one: self.path / video for one, video in videos.items()}
                 for one, score in self.benchmark.score_files(paths):
                     video = videos.pop(one)
-                    add(score.score is None)
+                    advance(failed=score.score is None)
                     if score.score is None:
                         self._set_aside(one, score.error or "it was not judged")
                         continue

@@ -20,12 +20,12 @@ from vlmteacher.evaluation.folder import Folder, Job, Queries, Work, scorer
 from vlmteacher.evaluation.methods import Method, Row, find_method
 from vlmteacher.evaluation.models import sized
 from vlmteacher.evaluation.processes import Processes
-from vlmteacher.evaluation.progress import SweepProgress
 from vlmteacher.evaluation.workers import Alone, Executor, Task, Workers
 from vlmteacher.files import make_folder, write_json
 from vlmteacher.media import resize, write_video
 from vlmteacher.output import TeacherPipelineOutput
-from vlmteacher.placement import visible_gpus
+from vlmteacher.placement import used_memory, visible_gpus
+from vlmteacher.progress import reporting
 from vlmteacher.queries import QuerySet
 
 if TYPE_CHECKING:
@@ -112,17 +112,27 @@ def start_workers(count: int | None, benchmark: Benchmark, ray: str | None = Non
 
 @contextmanager
 def feeding(executor: Executor, benchmark: Benchmark) -> Iterator[Work]:
-    """Run the jobs of a benchmark on an executor and show the progress."""
-    workers = Workers(executor)
-    with SweepProgress() as progress:
+    """Run the jobs of a benchmark on an executor; each instance is a step of its method's work (see `progress`)."""
+    workers, settings = Workers(executor), {"benchmark": benchmark.name, **benchmark.described()}
 
-        def run(jobs: Iterable[Job], name: str, total: int, kept: int) -> Iterator[Task]:
-            with progress.method(name, total, kept) as add:
-                for task in workers.run(_work, ((benchmark, job) for job in jobs)):
-                    yield task
-                    add(task.failure is not None)
+    def run(jobs: Iterable[Job], name: str, total: int, kept: int) -> Iterator[Task]:
+        about = {**settings, "method": name}
+        with reporting(name, total, done=kept, unit="instance", settings=about) as advance:
+            for task in workers.run(_work, ((benchmark, job) for job in jobs)):
+                yield task
+                failed = task.failure is not None
+                advance({} if failed else measured(task.result()[-1]), failed=failed)
 
-        yield run
+    yield run
+
+
+def measured(row: Row) -> dict[str, Any]:
+    """What the progress of a sweep says of an instance: its row, the guards of its last step, the memory in use."""
+    names = ("id", "split", "index", "noise", "success", "score", "loss_first", "loss_final", "p_yes", "updates")
+    values = {name: row[name] for name in (*names, "seconds") if row.get(name) is not None}
+    if row.get("steps"):
+        values["guards"] = row["steps"][-1]["guards"]
+    return values | {"memory": used_memory(children=True)}
 
 
 def start_executor(count: int | None, ray: str | None = None) -> Executor:

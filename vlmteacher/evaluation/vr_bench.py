@@ -44,7 +44,7 @@ class Bench(KitBenchmark):
     """The mazes of a data folder: the first one of every game, skin and difficulty, then the second ones.
 
     Attributes:
-        tracker: of the kit: ncc, csrt or optical_flow.
+        path_tracker: of the kit: ncc, csrt or optical_flow.
         path_tolerance: see the flag.
 
     Raises InputError: another layout of the data, which names what was looked for.
@@ -56,7 +56,7 @@ class Bench(KitBenchmark):
     test_splits: ClassVar[tuple[str, ...]] = ("eval",)
     tuning_splits: ClassVar[tuple[str, ...]] = ("train",)
     layout: ClassVar[str] = LAYOUT
-    tracker: str = "ncc"
+    path_tracker: str = "ncc"
     path_tolerance: float = 0.01
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class Bench(KitBenchmark):
         return Kit("VR-Bench", self.evalkit or "", script, self.evalkit_python)
 
     def caption(self) -> str:
-        return f"VR-Bench, scored by {Path(self.kit.script).name} of its kit, tracker {self.tracker}."
+        return f"VR-Bench, scored by {Path(self.kit.script).name} of its kit, tracker {self.path_tracker}."
 
     def scenes(self, split: str) -> Iterator[Instance]:
         mazes: list[tuple[int, tuple[str, str, str, str]]] = []
@@ -109,12 +109,12 @@ class Bench(KitBenchmark):
         return f"{instance.split}/{instance.task}/{instance.meta['skin']}/{instance.meta['stem']}.mp4"
 
     def described(self) -> dict[str, Any]:
-        scoring = ("tracker", "path_tolerance")
+        scoring = ("path_tracker", "path_tolerance")
         given = {name: value for name, value in super().described().items() if name not in scoring}
         return given | {"prompts_sha256": hash_files(self.kit.path, ["prompts", "skins"], "description.json")}
 
     def scorer(self) -> dict[str, Any]:
-        return {**super().scorer(), "tracker": self.tracker, "path_tolerance": self.path_tolerance}
+        return {**super().scorer(), "tracker": self.path_tracker, "path_tolerance": self.path_tolerance}
 
     # ------------------------------------------------------------ scoring
 
@@ -133,7 +133,7 @@ class Bench(KitBenchmark):
             made.mkdir()
             for one, path in videos.items():
                 (made / f"{one.meta['stem']}.mp4").symlink_to(path.absolute())
-            words = ["--threshold", str(self.path_tolerance), "--workers", "2", "--tracker-type", self.tracker]
+            words = ["--threshold", str(self.path_tolerance), "--workers", "2", "--tracker-type", self.path_tracker]
             why = self.kit.run([str(skin), str(made), str(results), *words])
             entries = {} if why is not None else read_results(results)
         named = {one: entries.get(f"{one.meta['stem']}.mp4") for one in videos}

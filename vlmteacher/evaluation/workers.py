@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from vlmteacher.errors import InputError, MissingExtra, NonFiniteFrames, OutOfMemory, OutputError, TaskFailed
+from vlmteacher.progress import listening
 
 ATTEMPTS = 3  # at a task, before it counts as failed
 
@@ -232,10 +233,11 @@ def question(task: Task) -> bytes:
 
 
 def answer(message: bytes) -> bytes:
-    """Make an attempt at a pickled task in a worker; return its `Reply`, pickled."""
+    """Make an attempt at a pickled task in a worker; return its `Reply`, pickled. The worker shows no progress."""
     try:
         work, given = pickle.loads(message)
-        return pickle.dumps(attempt(work, given))
+        with listening():
+            return pickle.dumps(attempt(work, given))
     except Exception as error:
         return pickle.dumps(Reply(error=error if _stops(error) else describe(error)))
 

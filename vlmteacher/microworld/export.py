@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
 
 from vlmteacher.errors import InputError
 from vlmteacher.files import claimed, make_folder, remove_leftovers, replacing, write_json, write_text
 from vlmteacher.media import write_video
 from vlmteacher.microworld import world
+from vlmteacher.progress import track
 
 BENCH_SPLITS = {"id": "In-Domain_50", "ood": "Out-of-Domain_50"}
 
@@ -46,7 +46,7 @@ def export(
     with claimed(out):
         for folder in out.glob("*_task"):
             remove_leftovers(folder)
-        for index in tqdm(range(count), desc="export"):
+        for index in track(range(count), "export", "instance"):
             scene, prompt = world.instance(index, seed, split, chosen)
             instance = out / f"{scene.family}_task" / f"{index:06d}"
             description = {"index": index, "seed": seed, "split": split, "flawed": flawed, "scene": scene.to_json()}
@@ -68,7 +68,7 @@ def export_bench(out: Path, count: int, seed: int, chosen: Sequence[str] = world
         for folder in out.glob("*/*_data-generator"):
             remove_leftovers(folder)
         for split, name in BENCH_SPLITS.items():
-            for index in tqdm(range(count), desc=f"export {split}"):
+            for index in track(range(count), f"export {split}", "instance"):
                 scene, prompt = world.instance(index, seed, split, chosen)
                 instance = out / name / f"{scene.family}_data-generator" / f"{index // len(chosen):05d}"
                 description = {"index": index, "seed": seed, "split": split, "scene": scene.to_json()}
