@@ -55,12 +55,13 @@ class OurLoop:
         )
         self.modules: tuple[nn.Module, ...] = (reasoner.transformer, decoder, teacher.model)
         self.watch = Watch()
-        for owner, name, part, gradient in (
+        self._watching: tuple[tuple[Any, str, str, str | None], ...] = (
             (reasoner, "predict_clean", "reasoner_forward", "decode_backward"),
             (decoder, "decode", "decode_forward", "teacher_backward"),
             (decoder, "decode_rows", "decode_forward", "teacher_backward"),
             (teacher, "losses", "teacher_forward", None),
-        ):
+        )
+        for owner, name, part, gradient in self._watching:
             setattr(owner, name, self._watched(getattr(owner, name), part, gradient))
         self.loop.optimizer.register_step_pre_hook(lambda *_: self.watch.mark("reasoner_backward"))
 
@@ -73,6 +74,12 @@ class OurLoop:
             return result
 
         return watched
+
+    def close(self) -> None:
+        """Leave the models as they were, but for the LoRA."""
+        self.loop.close()
+        for owner, name, *_ in self._watching:
+            delattr(owner, name)
 
     def step(self, watch: Watch | None = None) -> float:
         self.watch = watch or Watch()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.presets import PRESETS, Instance, build
 from benchmarks.timing import argument_parser, parsed
-from vlmteacher.lora.adapter import target_modules
+from vlmteacher.lora.adapter import remove_lora, target_modules
 from vlmteacher.optimization.objective import GRADIENT_CLIP
 from vlmteacher.teachers.prompt import Clip
 from vlmteacher.teachers.visual_checkpoint import LinearPatchEmbed
@@ -74,7 +74,9 @@ class Watch:
 
 
 class StockLoop:
-    """Test-time optimisation of one instance, on copies of its models.
+    """Test-time optimisation of one instance, on copies of its models, or on the models themselves (`copies`).
+
+    `close()` leaves its models as they were.
 
     variant: "checkpointed", with gradient checkpointing of transformer and VLM (the decoder's code offers none);
     "plain", without; "compiled", without and under `torch.compile`, block by block as diffusers advises
@@ -82,16 +84,16 @@ class StockLoop:
     decoder stays eager: torch 2.13's inductor gives a wrong gradient of it on the CPU (docs/results/performance.md).
     """
 
-    def __init__(self, instance: Instance, variant: Variant = "checkpointed") -> None:
+    def __init__(self, instance: Instance, variant: Variant = "checkpointed", copies: bool = True) -> None:
         from diffusers.training_utils import cast_training_params
         from peft import LoraConfig
 
         self.instance, self.variant = instance, variant
         settings = instance.settings
-        self.transformer: Any = copy.deepcopy(instance.reasoner.transformer)
-        self.decoder = copy.deepcopy(instance.decoder)
-        self.vlm: Any = copy.deepcopy(instance.teacher.model)
+        models: Any = instance.reasoner.transformer, instance.decoder, instance.teacher.model
+        self.transformer, self.decoder, self.vlm = copy.deepcopy(models) if copies else models
         visual = self.vlm.model.visual
+        self._patch_embed = visual.patch_embed
         if not isinstance(visual.patch_embed, LinearPatchEmbed):
             visual.patch_embed = LinearPatchEmbed(visual.patch_embed)
         self.modules: tuple[nn.Module, ...] = (self.transformer, self.decoder, self.vlm)
@@ -99,6 +101,7 @@ class StockLoop:
             model.requires_grad_(False)
 
         targets = target_modules(self.transformer)
+        remove_lora(self.transformer)
         self.transformer.add_adapter(
             LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=targets), adapter_name="default"
         )
@@ -119,6 +122,14 @@ class StockLoop:
         self.indices = torch.linspace(0, instance.condition.num_frames - 1, settings.teacher_frames).round().tolist()
         self.indices = [int(index) for index in self.indices]
         self.questions: list[dict[str, Any]] | None = None
+
+    def close(self) -> None:
+        """Take the LoRA and the checkpoints off the models."""
+        remove_lora(self.transformer)
+        self.transformer.disable_gradient_checkpointing()
+        self.vlm.model.visual.patch_embed = self._patch_embed
+        self.vlm.gradient_checkpointing_disable()
+        self.vlm.eval()
 
     def loss(self, watch: Watch | None = None) -> Tensor:
         """The Teacher's loss on the one-step prediction."""

@@ -5,6 +5,7 @@ Numbers are compared with the definition in float64, within what tests/rounding.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +17,19 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks.timing import parsed
 from tests.rounding import excess, expected
 from vlmteacher.ops.backends import cuda_status, triton_status
+
+
+def parsed_on_gpu(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
+    """Parse the command line of `benchmarks.gpu.NAME`, with `--check`; ends the program where there is no GPU."""
+    parser.add_argument("--check", action="store_true", help="check the numbers only")
+    settings = parsed(parser)
+    if not torch.cuda.is_available():
+        print(f"benchmarks.gpu.{name}: torch sees no GPU: run it on a machine with one", file=sys.stderr)
+        raise SystemExit(2)
+    return settings
 
 
 def backends(operator: str) -> dict[str, Any]:

@@ -8,15 +8,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.glue import SIZES, both, cases
-from benchmarks.gpu import backends, forced, gate, share
-from benchmarks.timing import argument_parser, compare, parsed
+from benchmarks.gpu import backends, forced, gate, parsed_on_gpu, share
+from benchmarks.timing import argument_parser, compare
 from vlmteacher.ops import ada_norm, qk_norm_rope
 
 GPU_SIZES = [*SIZES, ("Wan 5B, 20240 tokens", (23, 22, 40), 24, 128, 14336, 512)]
@@ -60,10 +59,7 @@ def check(dtype: torch.dtype, width: int, device: str = "cuda") -> float:
 
 
 def main() -> None:
-    settings = parsed(argument_parser(__doc__ or "", "bfloat16"))
-    if not torch.cuda.is_available():
-        print("benchmarks.gpu.glue: torch sees no GPU: run it on a machine with one", file=sys.stderr)
-        raise SystemExit(2)
+    settings = parsed_on_gpu(argument_parser(__doc__ or "", "bfloat16"), "glue")
     dtype, rows = getattr(torch, settings.dtype), []
     namespaces = {"torch": (None, None)} | {
         name: (namespace, backends("qk_norm_rope")[name]) for name, namespace in backends("ada_norm").items()
@@ -72,7 +68,7 @@ def main() -> None:
         with forced(ada_norm, norm), forced(qk_norm_rope, rope):
             for width in (5120, 3072, 332):
                 gate(f"width {width}", name, check(dtype, width))
-    for size in GPU_SIZES:
+    for size in () if settings.check else GPU_SIZES:
         for part, case in cases(size, dtype, "cuda").items():
             row: dict[str, Any] = {"case": f"{size[0]}: {part}", "backends": {}}
             for name, (norm, rope) in namespaces.items():
@@ -83,7 +79,7 @@ def main() -> None:
                 print(f"{row['case']:<44} {name:<7} {facts['ours_ms']:8.3f} ms  x{facts['speedup']:.2f}")
             row["fastest"] = min(row["backends"], key=lambda name: row["backends"][name]["ours_ms"])
             rows.append(row | row["backends"][row["fastest"]])
-    if settings.json:
+    if settings.json and rows:
         speedups = torch.tensor([row["speedup"] for row in rows]).log().mean().exp()
         facts = {"benchmark": "gpu.glue", "device": torch.cuda.get_device_name(), "dtype": settings.dtype}
         print(json.dumps(facts | {"rows": rows, "summary": {"speedup": float(speedups)}}))

@@ -8,16 +8,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import backends, forced, gate, share
+from benchmarks.gpu import backends, forced, gate, parsed_on_gpu, share
 from benchmarks.lora_linear import Augmented, layers
-from benchmarks.timing import argument_parser, compare, parsed
+from benchmarks.timing import argument_parser, compare
 from vlmteacher.ops import lora_linear as operator
 
 # (case, tokens, K, N of each layer that shares x, rank); the last is there for its odd sizes
@@ -65,10 +64,7 @@ def check(namespace: Any, dtype: torch.dtype, tensors: Sequence[Any], grads: Seq
 
 
 def main() -> None:
-    settings = parsed(argument_parser(__doc__ or "", "bfloat16"))
-    if not torch.cuda.is_available():
-        print("benchmarks.gpu.lora_linear: torch sees no GPU: run it on a machine with one", file=sys.stderr)
-        raise SystemExit(2)
+    settings = parsed_on_gpu(argument_parser(__doc__ or "", "bfloat16"), "lora_linear")
     dtype, rows, device = getattr(torch, settings.dtype), [], "cuda"
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -85,6 +81,8 @@ def main() -> None:
         for name, namespace in ({"torch": None} | backends("lora_linear")).items():
             error = check(namespace, dtype, *some)
             gate(case, name, error)
+            if settings.check:
+                continue
 
             def step(
                 w: Any = weights, c: Any = biases, a: Any = a, b: Any = b, x: Tensor = x, g: Any = grads
@@ -109,9 +107,11 @@ def main() -> None:
                 f"{facts['vs_frozen_linear']:.2f} of the frozen layers' time"
                 + (f"  {facts['vs_augmented']:.2f} of K-augmentation's" if "vs_augmented" in facts else "")
             )
+        if settings.check:
+            continue
         row["fastest"] = min(row["backends"], key=lambda name: row["backends"][name]["ours_ms"])
         rows.append(row | row["backends"][row["fastest"]])
-    if settings.json:
+    if settings.json and rows:
         speedups = torch.tensor([row["speedup"] for row in rows]).log().mean().exp()
         facts = {"benchmark": "gpu.lora_linear", "device": torch.cuda.get_device_name(), "dtype": settings.dtype}
         print(json.dumps(facts | {"rows": rows, "summary": {"speedup": float(speedups)}}))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -19,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu import backends, forced, gate, share
+from benchmarks.gpu import backends, forced, gate, parsed_on_gpu, share
 from benchmarks.patchify import MEAN, SIZES, STD
-from benchmarks.timing import argument_parser, compare, parsed
+from benchmarks.timing import argument_parser, compare
 from tests.rounding import resized_exactly
 from vlmteacher.ops import patchify as operator
 from vlmteacher.ops.patchify import patchify, patchify_reference
@@ -45,10 +44,7 @@ def check(frames: Tensor, grad: Tensor, args: tuple[Any, ...]) -> float:
 
 
 def main() -> None:
-    settings = parsed(argument_parser(__doc__ or ""))
-    if not torch.cuda.is_available():
-        print("benchmarks.gpu.patchify: torch sees no GPU: run it on a machine with one", file=sys.stderr)
-        raise SystemExit(2)
+    settings = parsed_on_gpu(argument_parser(__doc__ or ""), "patchify")
     dtype, rows, device = getattr(torch, settings.dtype), [], "cuda"
     for t, height, width, patch, size in CASES:
         temporal, merge = (1, 1) if patch == 448 else (2, 2)  # the patch is the frame: InternVL's layout
@@ -61,6 +57,8 @@ def main() -> None:
             with forced(operator, namespace):
                 error = check(frames[:4], grad[: len(grad) // -(-t // temporal) * (-(-4 // temporal))], args)
                 gate(case, name, error)
+                if settings.check:
+                    continue
 
                 def ours(frames: Tensor = frames, grad: Tensor = grad, args: tuple[Any, ...] = args) -> object:
                     return both(patchify, frames, grad, args)
@@ -76,9 +74,11 @@ def main() -> None:
                 f"{case:<28} {name:<7} {facts['ours_ms']:8.3f} ms  {facts['gb_per_s']:7.1f} GB/s  "
                 f"x{facts['speedup']:.2f} of the plain expression's speed"
             )
+        if settings.check:
+            continue
         row["fastest"] = min(row["backends"], key=lambda name: row["backends"][name]["ours_ms"])
         rows.append(row | row["backends"][row["fastest"]])
-    if settings.json:
+    if settings.json and rows:
         summary = {"speedup": statistics.geometric_mean(row["speedup"] for row in rows)}
         facts = {"benchmark": "gpu.patchify", "device": torch.cuda.get_device_name(), "dtype": settings.dtype}
         print(json.dumps(facts | {"rows": rows, "summary": summary}))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.gpu import backends, forced, gate, share
-from benchmarks.timing import argument_parser, compare, parsed
+from benchmarks.gpu import backends, forced, gate, parsed_on_gpu, share
+from benchmarks.timing import argument_parser, compare
 from vlmteacher.decoders import SurrogateDecoder
 from vlmteacher.ops import surrogate_decoder as operator
 from vlmteacher.ops.bits import unpack_bits
@@ -239,10 +238,7 @@ def main() -> None:
     parser = argument_parser(__doc__ or "", "bfloat16")
     parser.add_argument("--preset", choices=PRESETS, action="append", help="default: all of them")
     parser.add_argument("--chunk", type=int, help="frames at a time (default: the decoder's own)")
-    settings = parsed(parser)
-    if not torch.cuda.is_available():
-        print("benchmarks.gpu.surrogate_decoder: torch sees no GPU: run it on a machine with one", file=sys.stderr)
-        raise SystemExit(2)
+    settings = parsed_on_gpu(parser, "surrogate_decoder")
     dtype = getattr(torch, settings.dtype)
     torch.backends.cudnn.allow_tf32 = False
     for name, namespace in ({"vendor": Vendor} | backends("surrogate_decoder")).items():
@@ -250,6 +246,8 @@ def main() -> None:
             error = check(namespace, dtype, "cuda")
             gate(check.__name__, name, error)
             print(f"{check.__name__}: {name} has {error:.2f} of the error that is allowed")
+    if settings.check:
+        return
     torch.backends.cudnn.benchmark = True  # the plain decoder's best
     rows = [measure(preset, dtype, settings.pairs, settings.chunk) for preset in settings.preset or PRESETS]
     if settings.json:

@@ -1,4 +1,7 @@
-"""Build the models of a plan on the meta device: known models by their shipped configs, others from a directory."""
+"""Build models from their configs: known models by their shipped ones, others from a directory.
+
+Plans build them on the meta device; on another one they have the classes' own random weights, for benchmarks.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +51,10 @@ def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def build_reasoner(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Reasoner, str | None]:
-    """Build a Reasoner; returns it and the name of its known surrogate decoder, or None. Raises InputError."""
+def build_reasoner(
+    name: str, dtype: torch.dtype = torch.bfloat16, device: torch.device = META
+) -> tuple[Reasoner, str | None]:
+    """Build a Reasoner without a tokenizer; returns it and the name of its known surrogate decoder, or None. Raises InputError."""
     directory = PACKAGED / "reasoner" if name == "packaged" else Path(name)
     if directory.is_dir():
         index = read_index(directory / "model_index.json")
@@ -68,7 +73,7 @@ def build_reasoner(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Reas
         own = directory / "reasoner.json"
         settings = SamplerSettings.load(own) if own.is_file() else settings
     try:
-        with META:
+        with device:
             return family.build(entry, settings, dtype), entry.get("decoder")
     except Exception as error:  # of a wrong config, the libraries raise anything
         if isinstance(error, InputError):
@@ -76,7 +81,7 @@ def build_reasoner(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Reas
         raise InputError(f"--reasoner {name!r}: its configs make no model ({_short(error)})") from error
 
 
-def build_teacher(name: str, dtype: torch.dtype = torch.bfloat16) -> VLMTeacher:
+def build_teacher(name: str, dtype: torch.dtype = torch.bfloat16, device: torch.device = META) -> VLMTeacher:
     """Build a Teacher with the packaged tokenizer, since only numbers of tokens matter. Raises InputError."""
     import transformers
 
@@ -93,7 +98,7 @@ def build_teacher(name: str, dtype: torch.dtype = torch.bfloat16) -> VLMTeacher:
         full.text_config.pad_token_id = None
         # A dynamic one compares positions with a limit, which the meta device cannot; the cost is the same.
         full.text_config.rope_parameters["rope_type"] = "default"
-        with META:
+        with device:
             model = model_class(full).to(dtype)
         defaults = family.processor_defaults(full).updated(entry.get("processor", {}), f"{name}: processor")
     except Exception as error:  # of a wrong config, the libraries raise anything
@@ -103,13 +108,13 @@ def build_teacher(name: str, dtype: torch.dtype = torch.bfloat16) -> VLMTeacher:
     return family(model, tokenizer, defaults)
 
 
-def build_decoder(name: str, dtype: torch.dtype = torch.bfloat16) -> SurrogateDecoder:
+def build_decoder(name: str, dtype: torch.dtype = torch.bfloat16, device: torch.device = META) -> SurrogateDecoder:
     """Build a surrogate decoder: a known one, "packaged", or that of a checkpoint file. Raises InputError."""
     if name == "packaged":
         name = str(PACKAGED / "decoder.safetensors")
     if Path(name).is_file():
-        return SurrogateDecoder.from_checkpoint(name, dtype).to(META)
+        return SurrogateDecoder.from_checkpoint(name, dtype).to(device)
     entry = read_known(name, "decoder")
-    with META:
+    with device:
         decoder = SurrogateDecoder(**{key: value for key, value in entry.items() if key not in ("kind", "source")})
         return decoder.to(dtype).eval().requires_grad_(False)
