@@ -13,7 +13,7 @@ ROOMS = [  # an arrow points down or stays in its row; docs/internals/architectu
     ("baselines",),
     ("distillation",),
     ("pipeline",),
-    ("session", "output", "call_forms"),
+    ("session", "first_video", "output", "call_forms"),
     ("instance", "frozen_models", "runs", "planning", "warm_starts"),
     ("optimization",),
     ("reasoners", "teachers", "decoders", "lora", "rewards"),
@@ -93,8 +93,10 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 def room(module: str) -> str:
     """The room of a module of the package: its folder, or its file at the top."""
-    package, _, rest = module.partition(".")
-    return rest.split(".")[0] if package == "vlmteacher" else ""
+    package, *rest = module.split(".")
+    if package != "vlmteacher" or not rest:
+        return ""
+    return rest[-1] if rest[-1] == "__main__" else rest[0]
 
 
 def upward_arrows() -> list[str]:

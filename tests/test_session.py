@@ -30,13 +30,13 @@ def test_parts_of_the_algorithm_one_after_the_other(pipe: TeacherPipeline, tmp_p
         session.draw_noise()
         session.add_lora()
         assert pipe.reasoner.transformer.state_dict().keys() != before.keys() and not (tmp_path / "run").exists()
-        first = session.first_sample()
+        session.begin()
         assert json.loads((tmp_path / "run" / "run.json").read_text())["stopped"] == "interrupted"
         rows = list(session.steps())
         assert pipe.loop is session.loop and len(rows) == 2
         last = session.final_sample()
-    assert pipe.loop is None and not torch.equal(first.video, last.video)
     output = session.output(last, "pt")
+    assert pipe.loop is None and output.before_made and not torch.equal(output.frames_before, last.video)
     assert output.lora == (tmp_path / "run" / "lora.safetensors").read_bytes() and output.history == rows
     after = pipe.reasoner.transformer.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
@@ -44,7 +44,7 @@ def test_parts_of_the_algorithm_one_after_the_other(pipe: TeacherPipeline, tmp_p
 
 def test_an_error_at_any_part_takes_the_lora_off(pipe: TeacherPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     names = pipe.reasoner.transformer.state_dict().keys()
-    for part in ("first_sample", "_begin_loop", "final_sample"):
+    for part in ("begin", "_begin_loop", "final_sample"):
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="enough"):
             patch.setattr(Session, part, _fail)
             pipe(PROMPT, generator=seed(), queries=QUERIES, **FAST)

@@ -207,6 +207,11 @@ class FrozenModels:
         return self.reasoner.decode(latents)
 
     @alone(nested=True)
+    def at_work(self, work: Callable[[], R], *, deterministic: bool) -> R:
+        """The result of `work` on the models, in the modes of a call with this setting."""
+        return work()
+
+    @alone(nested=True)
     @torch.no_grad()
     def judge(self, video: Tensor, frame_indices: Sequence[int], queries: QuerySet) -> Tensor:
         """-log P(Yes) (1+M,) of each query on a decoded video (F, 3, H, W)."""

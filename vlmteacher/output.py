@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -46,13 +48,23 @@ class FirstFrame(Image.Image):
         return len(self.video)
 
 
+@dataclass(frozen=True)
+class Before:
+    """The video with the LoRA as it was at first, and the Teacher's P(Yes) of each query and loss L_VQA on it."""
+
+    frames: Frames
+    p_yes: list[float]
+    loss: float
+
+
 @dataclass(repr=False)
 class TeacherPipelineOutput:
     """The result of a call. `out[0]` is `out.frames`, as in diffusers' outputs.
 
     Attributes:
         frames, frames_before: the final video with the trained LoRA, and the video with the LoRA as it was at first,
-            from the same noise.
+            from the same noise. The latter, and the Teacher's answers about it, are made when they are asked for, if
+            the call has not made them, by the pipeline's models as they are then.
         history: one row per step (see `Optimization`). updates: of the LoRA.
         stopped: "threshold", "max_steps" or "diverged" (the LoRA is then the best one before the divergence).
         p_yes_before, p_yes_after: the Teacher's P(Yes) of each query, goal first, on the two videos.
@@ -73,18 +85,16 @@ class TeacherPipelineOutput:
             "objective_before" and "objective_after"; None without rewards.
         warm_start: the earlier instance that was compared with a fresh LoRA ("from", or "mean"), its "similarity", the
             losses of both before the first update, and whether it was "taken"; None where there was none.
+        make_before: gives the video from before. before_made: whether it has been made.
     """
 
     frames: Frames
-    frames_before: Frames
     prompt: str
     queries: QuerySet
     history: list[dict[str, Any]]
     stopped: Stopped
     updates: int
-    p_yes_before: list[float]
     p_yes_after: list[float]
-    loss_before: float
     loss_after: float
     sample: int
     seconds: dict[str, float]
@@ -92,12 +102,33 @@ class TeacherPipelineOutput:
     models: dict[str, str]
     fps: float
     lora: bytes
+    make_before: Callable[[], Before] = field(repr=False)
     cut_tokens: dict[str, int] = field(default_factory=dict)
     rewards: dict[str, Any] | None = None
     predictions: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
     memory: dict[str, int] = field(default_factory=dict)
     warm_start: dict[str, Any] | None = None
     attention: str = ""
+
+    @cached_property
+    def _before(self) -> Before:
+        return self.make_before()
+
+    @property
+    def before_made(self) -> bool:
+        return "_before" in vars(self)
+
+    @property
+    def frames_before(self) -> Frames:
+        return self._before.frames
+
+    @property
+    def p_yes_before(self) -> list[float]:
+        return self._before.p_yes
+
+    @property
+    def loss_before(self) -> float:
+        return self._before.loss
 
     @property
     def verdict(self) -> Verdict:
@@ -108,23 +139,29 @@ class TeacherPipelineOutput:
 
     def __repr__(self) -> str:
         frames, height, width, _ = self.uint8(self.frames).shape
-        losses = f"{self.loss_before:.3f} -> {self.loss_after:.3f}"
-        before, after = (" ".join(f"{p:.2f}" for p in row) for row in (self.p_yes_before, self.p_yes_after))
+        first, losses = "", f"{self.loss_after:.3f}"
+        if self.before_made:
+            losses = f"{self.loss_before:.3f} -> {losses}"
+            first = " ".join(f"{p:.2f}" for p in self.p_yes_before) + " -> "
+        after = " ".join(f"{p:.2f}" for p in self.p_yes_after)
+        outcome = Verdict.of(self._content(self.before_made)).outcome
         return (
-            f"{type(self).__name__}({self.verdict.outcome}: {frames} frames of {width}x{height}; {self.updates}"
-            f" updates, {self.stopped}; loss {losses}; P(Yes) {before} -> {after})"
+            f"{type(self).__name__}({outcome}: {frames} frames of {width}x{height}; {self.updates} updates,"
+            f" {self.stopped}; loss {losses}; P(Yes) {first}{after})"
         )
 
     def _repr_html_(self) -> str:
         """Both videos and P(Yes) of the questions, for a notebook."""
         before, after = self.uint8(self.frames_before), self.uint8(self.frames)
-        return as_html(self._content(), self.verdict.outcome, before, after, self.fps)
+        return as_html(self._content(True), self.verdict.outcome, before, after, self.fps)
 
     def record(self) -> dict[str, Any]:
         """The content of run.json, without the version."""
         return {**self._content(), "verdict": self.verdict.to_dict()}
 
-    def _content(self) -> dict[str, Any]:
+    def _content(self, with_before: bool | None = None) -> dict[str, Any]:
+        """The entries of run.json; with_before: with those of the video from before, by default as `config` says."""
+        first = self._before if (self.config["before"] if with_before is None else with_before) else None
         return {
             "prompt": self.prompt,
             "config": self.config,
@@ -132,9 +169,9 @@ class TeacherPipelineOutput:
             "steps": self.history,
             "stopped": self.stopped,
             "updates": self.updates,
-            "p_yes_before": self.p_yes_before,
+            "p_yes_before": first and first.p_yes,
             "p_yes_after": self.p_yes_after,
-            "loss_before": self.loss_before,
+            "loss_before": first and first.loss,
             "loss_after": self.loss_after,
             "sample": self.sample,
             "seconds": self.seconds,
@@ -161,8 +198,8 @@ class TeacherPipelineOutput:
 
     def finish(self, folder: RunFolder) -> None:
         """Write the results to the folder of a run that has begun (see `RunFolder.finish`)."""
-        before, after = self.uint8(self.frames_before), self.uint8(self.frames)
-        folder.finish(self.record(), before, after, self.fps, self.lora, self.predictions)
+        before = self.uint8(self.frames_before) if self.config["before"] else None
+        folder.finish(self.record(), before, self.uint8(self.frames), self.fps, self.lora, self.predictions)
 
     @staticmethod
     def uint8(frames: Frames) -> np.ndarray:

@@ -213,7 +213,7 @@ class TeacherPipeline(FrozenModels):
             # 2. One noise for the whole instance, and a LoRA that changes nothing yet.
             session.draw_noise()
             session.add_lora()
-            session.first_sample()
+            session.begin()
             # 3. At most N times: predict the video in one step, decode K of its frames, let the Teacher answer the
             # queries; stop where the loss is not above the threshold, else update the LoRA by the gradient.
             for row in session.steps():

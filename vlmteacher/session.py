@@ -6,17 +6,15 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
-
-import torch
-from torch import Tensor
 
 from vlmteacher import state
 from vlmteacher.errors import NonFiniteError, NonFiniteFrames, OutOfMemory
+from vlmteacher.first_video import FirstVideo, Sample, timed
 from vlmteacher.instance import Instance, check_inputs
-from vlmteacher.lora.adapter import add_lora, export_lora, load_lora_state, lora_state_dict, remove_lora
+from vlmteacher.lora.adapter import export_lora, load_lora_state, lora_state_dict, remove_lora
 from vlmteacher.media import ImageInput
 from vlmteacher.ops import sdpa
 from vlmteacher.optimization.divergence import DIVERGED_RISE, SUSPICIOUS_RISE
@@ -40,21 +38,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-PARTS = {"queries": "writing queries", "before": "sampling the video before", "after": "sampling the final video"}
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A few-step video (F, 3, H, W) in [0, 1], -log P(Yes) (1+M,) of the queries on it, its index among the samples.
-
-    objective: what the optimisation minimises, (). rewards: the losses (R,) of the rewards.
-    """
-
-    video: Tensor
-    losses: Tensor
-    objective: Tensor
-    rewards: Tensor | None = None
-    index: int = 0
 
 
 class Session:
@@ -114,42 +97,30 @@ class Session:
 
     def add_lora(self) -> None:
         """Put a LoRA on the Reasoner: a fresh one, which changes nothing yet, or the one to start from."""
+        usage = self.seconds, self.memory
+        self.before = FirstVideo(self.models, self.instance, self.condition, self.noise, self.queries, usage)
         self._undo.callback(self.models.need)
-        self._undo.callback(remove_lora, self.reasoner.transformer)
-        add_lora(
-            self.reasoner.transformer,
-            self.settings.rank,
-            seed=self.instance.seed,
-            start=self.instance.lora,
-            fused=self.settings.fused_lora,
-            blocks=self.settings.lora_blocks,
-        )
+        self._undo.callback(self._remove_lora)
+        self.before.add_lora()
+        self.before.start = lora_state_dict(self.reasoner.transformer)
         check_backward(self.reasoner.transformer)
         self._undo.enter_context(shared_tokens(self.reasoner, self.ranks))
 
-    def first_sample(self) -> Sample:
-        """The few-step video before any update."""
+    def _remove_lora(self) -> None:
+        remove_lora(self.reasoner.transformer)
+        self.before.start = None
+
+    def begin(self) -> None:
+        """Check the rewards on the video before any update, where there are any; several ranks make it together now."""
         instance = self.instance
         if instance.rewards:
             context = RewardContext(
                 instance.prompt, instance.image, instance.frame_indices, self.reasoner.fps, self.queries
             )
-            self.rewards = instance.rewards.within(context)
-        with self._timed("before"):
-            self.before = self._sample(self.noise)
-        if self.rewards:
-            self.rewards.check(self.before.video[instance.frame_indices])
-        return self.before
-
-    def _sample(self, noise: Noise, index: int = 0) -> Sample:
-        video = self.ranks.same(self.models.sample(self.condition, noise, self.reasoner))
-        losses = self.ranks.same(self.models.judge(video, self.instance.frame_indices, self.queries))
-        teacher = vqa_objective(losses, self.settings.goal_weight)
-        if self.rewards is None:
-            return Sample(video, losses, teacher, index=index)
-        with torch.no_grad():
-            rewards = self.ranks.same(self.rewards.losses(video[self.instance.frame_indices]))
-            return Sample(video, losses, self.rewards.total(teacher, rewards), rewards, index)
+            self.rewards = self.before.rewards = instance.rewards.within(context)
+            self.rewards.check(self.before().video[instance.frame_indices])
+        if self.ranks.size > 1:
+            self.before()
 
     def steps(self) -> Iterator[dict[str, Any]]:
         """The rows of the optimisation's steps (see `Optimization`), which are the events of the work "solve"."""
@@ -276,14 +247,15 @@ class Session:
     def _best_sample(self) -> Sample:
         noises = self.noise.samples()
         changed = self.loop.updates or self.loop.starts_warm
-        samples = [self._sample(noise, index) for index, noise in enumerate(noises) if index or changed]
+        some = [(index, noise) for index, noise in enumerate(noises) if index or changed]
+        samples = [self.before.sample(noise, index) for index, noise in some]
         if not changed:  # the first one is the video from before
-            samples.insert(0, self.before)
+            samples.insert(0, self.before())
         return samples[pick([sample.objective for sample in samples])]
 
     def _divergence(self, after: Sample) -> str | None:
         """Why the last update diverged, by the video after it; None if it did not."""
-        rise = (after.objective - self.before.objective).item()
+        rise = (after.objective - self.before().objective).item()
         flat = self.loop.flatness(frame_contrast(after.video).item())
         if rise > DIVERGED_RISE:
             return f"the few-step video's loss has risen by {rise:.2f}"
@@ -299,33 +271,31 @@ class Session:
         """The entry `rewards` of run.json."""
         if self.rewards is None:
             return None
-        assert self.before.rewards is not None and after.rewards is not None
+        before = self.before()
+        assert before.rewards is not None and after.rewards is not None
         return {
             "weights": self.rewards.to_dict(),
-            "before": self.rewards.named(self.before.rewards),
+            "before": self.rewards.named(before.rewards),
             "after": self.rewards.named(after.rewards),
-            "objective_before": self.before.objective.item(),
+            "objective_before": before.objective.item(),
             "objective_after": after.objective.item(),
         }
 
     def output(self, after: Sample, output_type: Literal["pil", "np", "pt"]) -> TeacherPipelineOutput:
         """The result of the instance."""
-        loop, before = self.loop, self.before
+        loop = self.loop
         assert loop.stopped is not None  # `steps` ends in no other way
         self._remember(after)
         self.seconds["steps"] = sum(row["seconds"] for row in loop.history)
         self.seconds["total"] = time.perf_counter() - self._start
         return TeacherPipelineOutput(
             frames=convert(after.video, output_type),
-            frames_before=convert(before.video, output_type),
             prompt=self.instance.prompt,
             queries=self.queries,
             history=loop.history,
             stopped=loop.stopped,
             updates=loop.updates,
-            p_yes_before=before.losses.neg().exp().tolist(),
             p_yes_after=after.losses.neg().exp().tolist(),
-            loss_before=self._loss(before),
             loss_after=self._loss(after),
             sample=after.index,
             seconds=self.seconds,
@@ -333,6 +303,7 @@ class Session:
             models=self.models.models,
             fps=self.reasoner.fps,
             lora=self.lora,
+            make_before=partial(self.before.shown, output_type),
             cut_tokens=self.condition.all_cut,
             rewards=self._rewards(after),
             predictions={step: strip.cpu().numpy() for step, strip in loop.predictions.items()},
@@ -341,13 +312,8 @@ class Session:
             attention=describe(self.settings.attention, self.reasoner.device, self.reasoner.dtype),
         )
 
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        with reporting(PARTS[name]):
-            yield
-        self.seconds[name] = time.perf_counter() - start
-        self.memory[name] = peak_memory(*self.models.devices.values())
+    def _timed(self, name: str) -> AbstractContextManager[None]:
+        return timed(name, self.seconds, self.memory, self.models)
 
 
 class RecordedSession(Session):
@@ -384,11 +350,10 @@ class RecordedSession(Session):
             self._record = self._identity(self.queries)
         super().add_lora()
 
-    def first_sample(self) -> Sample:
-        sample = super().first_sample()
+    def begin(self) -> None:
+        super().begin()
         if not self.folder.record:
             self.folder.begin({**self._record, "cut_tokens": self.condition.all_cut})
-        return sample
 
     def _begin_loop(self) -> None:
         super()._begin_loop()
@@ -409,6 +374,8 @@ class RecordedSession(Session):
         self.folder.write_lora(self.lora)
 
     def output(self, after: Sample, output_type: Literal["pil", "np", "pt"]) -> TeacherPipelineOutput:
+        if self.settings.before:
+            self.before()
         output = super().output(after, output_type)
         output.finish(self.folder)
         return output

@@ -128,6 +128,10 @@ class Execution:
         "auto", "attention of torch to take first on a GPU; fa3 needs FlashAttention 3's package and a Hopper GPU"
     )
     deterministic: bool = setting(False, "the same bytes for any number of threads: works on one thread, and is slower")
+    before: bool = setting(
+        True,
+        "put the video before the first update into the run folder; without a folder it is made when it is asked for",
+    )
     memory: str | None = setting(
         None,
         "memory for the steps, in GB (10^9 bytes), or auto for what the device has: keep the activations that"
@@ -186,6 +190,7 @@ class Keywords(TypedDict, total=False):
     engine: Engine | None
     attention: Attention | None
     deterministic: bool | None
+    before: bool | None
     memory: str | None
     preserve: bool | None
     frame_jitter: int | None

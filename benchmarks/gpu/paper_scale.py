@@ -14,6 +14,7 @@ import json
 import math
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +140,9 @@ def stage_environment(run: Run) -> None:
     stage.piece("environment", lambda: paper_parts.environment(run.device))
     stage.piece("copy", lambda: paper_parts.copy_rate(run.scale.copied, run.device))
     for kind in ("bfloat16", "fp8"):
-        stage.piece(f"product_{kind}", lambda kind=kind: paper_parts.product_rate(run.scale.product, kind, run.device))
+        stage.piece(f"product_{kind}", partial(paper_parts.product_rate, run.scale.product, kind, run.device))
     for shape in paper_parts.attention_shapes(run.scale.shrink):
-        stage.piece(
-            f"attention: {shape.name}", lambda shape=shape: paper_parts.attention(shape, run.scale.dtype, run.device)
-        )
+        stage.piece(f"attention: {shape.name}", partial(paper_parts.attention, shape, run.scale.dtype, run.device))
 
 
 def stage_ours(run: Run) -> None:
@@ -220,9 +219,9 @@ def stage_parts(run: Run) -> None:
     stage, models = run.stage("6_parts"), run.models
     remove_lora(models.reasoner.transformer)
     for name in paper_parts.decoder_backends():
-        stage.piece(f"decoder: {name}", lambda name=name: paper_parts.decoder(models, name), 5)
+        stage.piece(f"decoder: {name}", partial(paper_parts.decoder, models, name), 5)
     for case, layer in paper_parts.lora_layers(models).items():
-        stage.piece(f"products: {case}", lambda layer=layer: paper_parts.lora_products(models, *layer), 5)
+        stage.piece(f"products: {case}", partial(paper_parts.lora_products, models, *layer), 5)
     stage.piece("teacher vision", lambda: paper_parts.vision(models), 15)
     stage.piece("teacher language", lambda: paper_parts.language(models), 15)
 

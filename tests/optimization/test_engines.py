@@ -23,6 +23,7 @@ from vlmteacher.planning.costs import META
 from vlmteacher.planning.models import build_decoder, build_reasoner, build_teacher
 from vlmteacher.planning.reasoner import blank_instance
 from vlmteacher.queries import QuerySet
+from vlmteacher.ranks import Ranks
 from vlmteacher.reasoners.checkpointing import Keep, block_list, blocks_name, keep_activations
 from vlmteacher.reasoners.condition import Condition, Noise
 from vlmteacher.reasoners.wan.reasoner import WanReasoner
@@ -177,6 +178,23 @@ def test_one_read_of_the_device_per_step(make: Any, monkeypatch: pytest.MonkeyPa
     assert set(reads) == {"tolist"}
 
 
+def test_a_good_enough_step_saves_its_backward_where_steps_are_long(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, first = torch.device("cuda"), make().engine
+    assert first.reads_first(gpu)
+    first.seconds = engines.LONG / 2
+    assert not first.reads_first(gpu) and first.reads_first(torch.device("cpu"))
+    rows = []
+    for reads in (True, False):
+        monkeypatch.setattr(engines.Eager, "reads_first", lambda *_, reads=reads: reads)
+        loop = make(threshold=100.0)
+        made: list[int] = []
+        backward = loop.objective.backward
+        loop.objective.backward = lambda *a, made=made, backward=backward: (made.append(1), backward(*a))[1]
+        rows.append([without_time(row) for row in loop])
+        assert made == ([] if reads else [1])
+    assert rows[0] == rows[1] and len(rows[0]) == 1
+
+
 def test_compiled_blocks_take_the_same_steps(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager"))
@@ -216,11 +234,11 @@ def test_a_cuda_graph_needs_a_gpu(
     assert 'engine "cuda_graph" needs Reasoner and Teacher on one NVIDIA GPU, they are on cpu: take "eager"' in err
     with pytest.raises(InputError, match="engine must be eager or compile or cuda_graph, not 'fast'"):
         Settings(engine="fast")  # type: ignore[arg-type]
-    apart = [type("Part", (), {"device": torch.device("cuda", n)})() for n in (0, 1)]
+    apart = [type("Part", (), {"device": torch.device("cuda", n), "ranks": Ranks()})() for n in (0, 1)]
     with pytest.raises(InputError, match="they are on cuda:0 and cuda:1"):
         engines.check_engine("cuda_graph", *apart)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    unnumbered = type("Part", (), {"device": torch.device("cuda")})()
+    unnumbered = type("Part", (), {"device": torch.device("cuda"), "ranks": Ranks()})()
     engines.check_engine("cuda_graph", apart[1], unnumbered)
     with pytest.raises(InputError, match="they are on cuda:0 and cuda:1"):
         engines.check_engine("cuda_graph", apart[0], unnumbered)

@@ -25,9 +25,10 @@ def print_result(output: TeacherPipelineOutput) -> None:
     reason = reasons[output.stopped]
     steps, total = output.seconds["steps"], output.seconds["total"]
     print(f"{output.updates} updates in {steps:.1f} s ({reason}), {total:.1f} s in all")
-    print("P(Yes) before -> after")
-    for question, before, after in zip(output.queries.questions, output.p_yes_before, output.p_yes_after, strict=True):
-        print(f"  {before:.2f} -> {after:.2f}  {question}")
+    first = output.p_yes_before if output.config["before"] else None
+    print("P(Yes) before -> after" if first else "P(Yes)")
+    for number, (question, after) in enumerate(zip(output.queries.questions, output.p_yes_after, strict=True)):
+        print(f"  {f'{first[number]:.2f} -> ' if first else ''}{after:.2f}  {question}")
     if own := output.rewards:
         print("rewards before -> after, times their weight")
         for name, weight in own["weights"].items():

@@ -123,9 +123,11 @@ def _runs(records: Mapping[Path, dict[str, Any]]) -> Iterator[Entry]:
         if "p_yes_after" not in record:
             continue
         verdict = Verdict.of(record)
-        entry = Entry(path.name, "runs", record["prompt"], verdict.outcome, verdict.mean_after - verdict.mean_before)
+        gain = 0.0 if verdict.mean_before is None else verdict.mean_after - verdict.mean_before
+        entry = Entry(path.name, "runs", record["prompt"], verdict.outcome, gain)
         for name, score in (("before", verdict.mean_before), ("after", verdict.mean_after)):
-            entry.cells[name] = Cell(path / f"{name}.mp4", None, score)
+            if score is not None:
+                entry.cells[name] = Cell(path / f"{name}.mp4", None, score)
         yield entry
 
 

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -174,6 +174,7 @@ class Judge(Protocol):
     def __call__(self, video: Tensor, name: str | None = None, sample: int | None = None) -> Row: ...
 
 
+KEPT = ("loss", "p_yes", "grad_norm", "guards", "rolled_back", "learning_rate")  # of a step's row
 Answers = Callable[[Tensor, QuerySet], list[Any] | None]
 """Gives the true answer to each query about a video (F, 3, H, W) in [0, 1]; None where they are not known."""
 
@@ -193,7 +194,7 @@ def run(
     """Solve one instance with a method; return the results by the names of `method.rows`.
 
     Seconds and calls (see `Cost`) are those of the method alone, without the benchmark's judging, writing queries and
-    other snapshots. A run of the pipeline also samples and judges the video before the first update.
+    other snapshots. The video before the first update is among them where the pipeline has made it.
 
     Args:
         seed: of the noise; N samples use the seeds from `seed` to `seed + N - 1`.
@@ -208,26 +209,24 @@ def run(
     began, skipped = time.perf_counter(), 0.0
     settings = pipe.defaults.updated(**method.settings)
     shots: dict[int, Row] = {}
-    warm_start: Row | None = None
     verdicts: list[Row] = []
 
     def row(
-        name: str, seconds: float, video: Tensor, asked: QuerySet, history: list[Row], p_yes: list[float], loss: float
+        name: str, cost: Cost, video: Tensor, asked: QuerySet, history: list[Row], p_yes: list[float], loss: float
     ) -> Row:
-        cost = Cost(seconds, *_calls(settings, history, warm_start))
         entries = _entries(judge(video, name), answers(video, asked), loss, history)
         return {**asdict(cost), **entries, "p_yes": p_yes}
 
     def after_step(_: TeacherPipeline, step: int, __: Row) -> None:
-        nonlocal skipped, warm_start
+        nonlocal skipped
         start, loop = time.perf_counter(), pipe.loop
         assert loop is not None
-        warm_start = loop.warm_start
         if step + 1 in method.snapshots and loop.stopped is None:
             video, losses = loop.final_video()
             loss = vqa_objective(losses, loop.settings.goal_weight).item()
-            seconds, p_yes = time.perf_counter() - began - skipped, losses.neg().exp().tolist()
-            shots[step + 1] = row(f"steps@{step + 1}", seconds, video, loop.queries, loop.history, p_yes, loss)
+            p_yes, made = losses.neg().exp().tolist(), settings.keep == "last"  # as a run that ends there makes it
+            cost = Cost(time.perf_counter() - began - skipped, *_calls(settings, loop.history, loop.warm_start, made))
+            shots[step + 1] = row(f"steps@{step + 1}", cost, video, loop.queries, loop.history, p_yes, loss)
         if trace:
             verdicts.append(judge(loop.final_video()[0]))
         skipped += time.perf_counter() - start
@@ -244,33 +243,32 @@ def run(
         callback_on_step_end=after_step,
         **method.settings,
     )
-    assert isinstance(output.frames, Tensor) and isinstance(output.frames_before, Tensor)
-    seconds = time.perf_counter() - began - skipped
-    after = (output.frames, output.queries, output.history, output.p_yes_after, output.loss_after)
-    kept = ("loss", "p_yes", "grad_norm", "guards", "rolled_back", "learning_rate")
-    history = [{name: step[name] for name in kept if name in step} for step in output.history]
+    seconds, made = time.perf_counter() - began - skipped, "before" in output.seconds
+    cost = Cost(seconds, *_calls(settings, output.history, output.warm_start, made))
+    after = (cost, cast(Tensor, output.frames), output.queries, output.history, output.p_yes_after, output.loss_after)
+    history = [{name: step[name] for name in KEPT if name in step} for step in output.history]
     if trace:  # a step evaluates the result of the updates before it
         history = [
             step | {name: verdict[name] for name in ("success", "score")}
-            for step, verdict in zip(history, [judge(output.frames_before), *verdicts], strict=False)
+            for step, verdict in zip(history, [judge(cast(Tensor, output.frames_before)), *verdicts], strict=False)
         ]
     end: Row = {"stopped": output.stopped, "steps": history}
     end |= {} if output.warm_start is None else {"warm_start": output.warm_start}
     rows = {
-        name: shots[n] if n in shots else row(name, seconds, *after) | end
+        name: shots[n] if n in shots else row(name, *after) | end
         for name, n in zip(method.rows, method.snapshots or (-1,), strict=True)
     }
     return {name: result | {"queries": output.queries.to_dict()} for name, result in rows.items()}
 
 
-def _calls(settings: Settings, history: Sequence[Row], warm_start: Row | None) -> tuple[int, int]:
+def _calls(settings: Settings, history: Sequence[Row], warm_start: Row | None, before: bool) -> tuple[int, int]:
     """Return the generator calls and the VLM calls of a run of the pipeline with these steps.
 
-    warm_start: the output's; the looks at two first losses count as judged predictions.
-    Final samples that a divergence of the last update makes necessary are not among them.
+    warm_start: the output's; the looks at two first losses count as judged predictions. before: whether the video from
+    before was made. Final samples that a divergence of the last update makes necessary are not among them.
     """
     changed = any(step["grad_norm"] is not None for step in history) or (warm_start or {}).get("taken", False)
-    samples = 1 + settings.final_samples - (not changed)  # without an update the first final one is that of before
+    samples = (before and changed) + settings.final_samples  # without an update it is the first final one
     samples += settings.final_samples * sum("final_loss" in step for step in history)  # for `check_final`
     whole = 0 if settings.target == "first_step" else len(history)  # steps that run the whole sampler
     return samples + whole, samples + len(history) + 2 * (warm_start is not None)

@@ -1,11 +1,13 @@
 """Run the steps of an optimisation operator by operator, with compiled blocks, or as a CUDA graph.
 
 Every step has the same shapes and the same inputs, only the LoRA's weights differ, so that a recorded step can be
-replayed. What a step computes is in `Objective`. Every engine reads the device once a step.
+replayed. What a step computes is in `Objective`. An engine reads the device once a step, or twice where it is long.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, get_args
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from vlmteacher.teachers.base import Teacher
 
 ENGINES: tuple[Engine, ...] = get_args(Engine)
+LONG = 0.3  # seconds of an evaluation from which a GPU's wait of milliseconds between forward and backward is nothing
 WARM_UP_STEPS = 2  # real steps, which fill the caches that a graph must not fill, and create the optimiser's state
 
 
@@ -76,6 +79,7 @@ class Eager:
 
     def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer) -> None:
         self.objective, self.optimizer = objective, optimizer
+        self.seconds = math.inf  # of the last evaluation; the first may be the only one
 
     @property
     def recorded(self) -> bool:
@@ -85,13 +89,22 @@ class Eager:
     def evaluate(self, step: int = 0) -> Metrics:
         """Evaluate the objective and leave its gradient on the parameters; see `Objective.evaluate` for `step`.
 
-        On the CPU, where reading the metrics costs nothing, the backward is left out when no update can follow.
+        Where reading the metrics costs little, the backward is left out when no update can follow.
         """
+        start = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         loss, packed = self.objective.evaluate(step)
-        if packed.device.type == "cpu" and not self.objective.needs_gradient(metrics := self.objective.read(packed)):
+        if self.reads_first(packed.device) and not self.objective.needs_gradient(
+            metrics := self.objective.read(packed)
+        ):
             return metrics
-        return self.objective.read(self.objective.backward(loss, packed))
+        metrics = self.objective.read(self.objective.backward(loss, packed))
+        self.seconds = time.perf_counter() - start
+        return metrics
+
+    def reads_first(self, device: torch.device) -> bool:
+        """Whether to read the metrics before the backward, which a GPU then waits for: only where a step is long."""
+        return device.type == "cpu" or self.seconds > LONG
 
     def update(self) -> None:
         """Apply the gradients that `evaluate` left: to all parameters, or, where memory is full, to none."""

@@ -54,7 +54,10 @@ def _short(error: Exception) -> str:
 def build_reasoner(
     name: str, dtype: torch.dtype = torch.bfloat16, device: torch.device = META
 ) -> tuple[Reasoner, str | None]:
-    """Build a Reasoner without a tokenizer; returns it and the name of its known surrogate decoder, or None. Raises InputError."""
+    """Build a Reasoner without a tokenizer; returns it and the name of its surrogate decoder, or None.
+
+    Raises InputError.
+    """
     directory = PACKAGED / "reasoner" if name == "packaged" else Path(name)
     if directory.is_dir():
         index = read_index(directory / "model_index.json")

@@ -38,7 +38,7 @@ FILES = (
     "frames.webp",
     "report.html",
 )
-FREE = ("max_steps", "memory", "attention")  # settings that a resumed run may have others of
+FREE = ("max_steps", "before", "memory", "attention")  # settings that a resumed run may have others of
 FORM = "vlmteacher run 1"  # of the state; the number changes with its content
 STATE_ROOM = 2**26  # bytes of a state beside its tensors of the LoRA's size: the history, the latents of a pull
 WRITING_SHARE = 0.05  # of the time at most is spent on writing states: those of large LoRAs take long
@@ -203,7 +203,7 @@ class RunFolder:
     def finish(
         self,
         results: dict[str, Any],
-        before: np.ndarray,
+        before: np.ndarray | None,
         after: np.ndarray,
         fps: float,
         lora: bytes,
@@ -211,24 +211,27 @@ class RunFolder:
     ) -> None:
         """Write the results of the run, the LoRA first. Files that the same run has written already stay.
 
-        results: entries of run.json. before, after: the videos (F, H, W, 3) uint8. predictions: film strips by step.
+        results: entries of run.json. before, after: the videos (F, H, W, 3) uint8; None is a video that was not made.
+        predictions: film strips by step.
         Raises OutputError for the first file that cannot be written, after all others are written.
         """
         from vlmteacher.runs.model_card import model_card
 
         assert self.record is not None
         columns = min(STRIP, results["config"]["teacher_frames"])
-        strips = [film_strip(before, columns), *predictions.values(), film_strip(after, columns)]
+        first = [] if before is None else [film_strip(before, columns)]
+        strips = [*first, *predictions.values(), film_strip(after, columns)]
         same = self.record["stopped"] == results["stopped"] and self.record["steps"] == results["steps"]
         record = {**self.record, **results}
         writers: dict[str, Callable[[Path], object]] = {
             "queries.json": lambda path: write_json(path, results["queries"]),
-            "before.mp4": lambda path: write_video(path, before, fps),
             "after.mp4": lambda path: write_video(path, after, fps),
             "README.md": lambda path: write_text(path, model_card(results, lora)),
             "frames.webp": lambda path: write_strips(path, strips),
             "report.html": lambda path: write_text(path, run_report(self.path, record)),
         }
+        if before is not None:
+            writers = {"before.mp4": lambda path: write_video(path, before, fps), **writers}
         self.write_lora(lora)
         if not same:
             for name in writers:  # those of a run with fewer steps

@@ -42,11 +42,14 @@ def model_card(record: dict[str, Any], data: bytes) -> str:
     rows = zip(
         ["goal", *["process"] * len(queries["process"])],
         [queries["goal"], *queries["process"]],
-        record["p_yes_before"],
+        record["p_yes_before"] or [None] * len(record["p_yes_after"]),
         record["p_yes_after"],
         strict=True,
     )
-    questions = "\n".join(f"| {kind} | {_text(q)} | {p:.2f} | {after:.2f} |" for kind, q, p, after in rows)
+    questions = "\n".join(
+        f"| {kind} | {_text(q)} | {'-' if p is None else f'{p:.2f}'} | {after:.2f} |" for kind, q, p, after in rows
+    )
+    start = "" if record["loss_before"] is None else f"from {record['loss_before']:.3f} "
     settings = "\n".join(f"| {name} | {_text(str(value))} |" for name, value in record["config"].items())
     return f"""---
 {yaml.safe_dump(front, allow_unicode=True, sort_keys=False).strip()}
@@ -65,7 +68,7 @@ answered the questions below about the video, and the gradient of its answers tr
 |---|---|---|---|
 {questions}
 
-The objective went from {record["loss_before"]:.3f} to {record["loss_after"]:.3f} in {record["updates"]} updates \
+The objective went {start}to {record["loss_after"]:.3f} in {record["updates"]} updates \
 (stopped: {record["stopped"]}). The final video: {_outcome(record)}. P(Yes) is the opinion of the Teacher
 that trained it, no independent measure.
 

@@ -29,7 +29,8 @@ def video_tag(frames: np.ndarray, fps: float) -> str:
 
 
 def as_html(record: dict[str, Any], outcome: str, before: np.ndarray, after: np.ndarray, fps: float) -> str:
-    """HTML without anything from outside. record: the content of run.json; outcome: of the verdict."""
+    """HTML without anything from outside. record: the content of run.json, with the video from before; outcome: of the
+    verdict."""
     questions = [record["queries"]["goal"], *record["queries"]["process"]]
     rows = "".join(
         f"<tr><td>{escape(question)}</td><td>{p:.2f}</td><td>{q:.2f}</td></tr>"

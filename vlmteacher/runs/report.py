@@ -50,6 +50,7 @@ def _content(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     verdict = Verdict.of(record) if finished else None
     questions = [queries["goal"], *queries["process"]]
     ends = record["p_yes_after"] if finished else []
+    first = record.get("p_yes_before")  # None where no video from before was made
     rewards = record.get("rewards")
     return {
         "prompt": record["prompt"],
@@ -59,12 +60,16 @@ def _content(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
         "config": config,
         "models": record["models"],
         "fps": record.get("fps", 0),
-        "videos": {name: video_url(folder / f"{name}.mp4", VIDEO_LIMIT) for name in ("before", "after")},
+        "videos": {
+            name: video_url(folder / f"{name}.mp4", VIDEO_LIMIT)
+            for name in ("before", "after")
+            if name == "after" or first or not finished
+        },
         "questions": [
             {
                 "kind": "process" if number else "goal",
                 "text": question,
-                "before": record["p_yes_before"][number] if finished else None,
+                "before": first[number] if first else None,
                 "after": record["p_yes_after"][number] if finished else None,
             }
             for number, question in enumerate(questions)
@@ -108,7 +113,8 @@ def _strips(record: dict[str, Any]) -> list[str]:
         f"one-step prediction, step {step}{', the last' if step == last else ''}"
         for step in record.get("predictions", ())
     ]
-    return ["first video, in few steps", *predictions, "final video, in few steps"]
+    first = [] if "p_yes_after" in record and not record["p_yes_before"] else ["first video, in few steps"]
+    return [*first, *predictions, "final video, in few steps"]
 
 
 def _guards(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:

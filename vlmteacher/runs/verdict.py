@@ -13,6 +13,9 @@ FALL = 0.1  # of P(Yes), from which on a question has got worse
 CHANGE = 0.05  # of the mean P(Yes), from which on the video has changed
 
 
+Outcome = Literal["solved", "improved", "unchanged", "worse", "unsolved"]
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The Teacher's opinion of the final video, compared with the video before the first update.
@@ -24,13 +27,15 @@ class Verdict:
             "worse": the mean P(Yes) fell by more than `CHANGE`, or an answer went to No and the goal's is No.
             "improved": the mean P(Yes) rose by more than `CHANGE`, or more answers went to Yes than to No.
             "unchanged": none of these.
-        mean_before, mean_after: exp(-loss), the weighted geometric mean of P(Yes).
+            "unsolved": not solved, where no video from before was made.
+        mean_before, mean_after: exp(-loss), the weighted geometric mean of P(Yes); mean_before is None without a video
+            from before.
         worse: the questions whose P(Yes) has fallen by more than `FALL`, with P(Yes) "before" and "after".
         remedies: what to try, as flags of the command line; empty for a solved task.
     """
 
-    outcome: Literal["solved", "improved", "unchanged", "worse"]
-    mean_before: float
+    outcome: Outcome
+    mean_before: float | None
     mean_after: float
     worse: list[dict[str, Any]]
     remedies: list[str]
@@ -40,13 +45,17 @@ class Verdict:
         """The verdict on a finished run. record: the content of run.json."""
         queries = record["queries"]
         before, after = record["p_yes_before"], record["p_yes_after"]
+        solved = record["loss_after"] <= record["config"]["threshold"] and min(after) > YES
+        if before is None:
+            outcome: Outcome = "solved" if solved else "unsolved"
+            return cls(outcome, None, math.exp(-record["loss_after"]), [], _remedies(record, solved))
         rows = list(zip([queries["goal"], *queries["process"]], before, after, strict=True))
         lost = sum(a > YES >= b and a - b > FALL for _, a, b in rows)
         gained = sum(b > YES >= a for _, a, b in rows)
         means = math.exp(-record["loss_before"]), math.exp(-record["loss_after"])
         rise = means[1] - means[0]
-        outcome: Literal["solved", "improved", "unchanged", "worse"] = "unchanged"
-        if record["loss_after"] <= record["config"]["threshold"] and min(after) > YES:
+        outcome = "unchanged"
+        if solved:
             outcome = "solved"
         elif rise < -CHANGE or (lost and after[0] <= YES):
             outcome = "worse"
@@ -61,9 +70,8 @@ class Verdict:
 
     def __str__(self) -> str:
         """The verdict in lines, as `solve` prints it."""
-        lines = [
-            f"Verdict on the final video: {self.outcome} (mean P(Yes) {self.mean_before:.2f} -> {self.mean_after:.2f})"
-        ]
+        rise = "" if self.mean_before is None else f"{self.mean_before:.2f} -> "
+        lines = [f"Verdict on the final video: {self.outcome} (mean P(Yes) {rise}{self.mean_after:.2f})"]
         lines += [f"  worse: {row['before']:.2f} -> {row['after']:.2f}  {row['question']}" for row in self.worse]
         return "\n".join([*lines, *(f"  try: {remedy}" for remedy in self.remedies)])
 
