@@ -13,7 +13,17 @@ from vlmteacher.ops.manifest import OPERATORS, Operator, benchmark_modules
 
 ROOT = Path(__file__).parents[2]
 SHARED = {  # what operators share
-    "vlmteacher/ops/*.py": {"__init__", "backends", "bits", "checks", "decoder_plan", "manifest", "resize"},
+    "vlmteacher/ops/*.py": {
+        "__init__",
+        "backends",
+        "bits",
+        "checks",
+        "decoder_plan",
+        "gpus",
+        "manifest",
+        "resize",
+        "sdpa",
+    },
     "kernels/*.py": {"__init__", "products"},
     "tests/kernels/simt/*.cpp": {"examples", "simt"},
 }

@@ -134,4 +134,4 @@ def test_the_cpp_backend_is_used():
     """On processors with AVX-512 BF16; on others the tests above compare the definition with itself."""
     if not has_avx512_bf16():
         pytest.skip("no AVX-512 with bfloat16 here")
-    assert surrogate_decoder._fast(torch.empty(0)) is surrogate_decoder._Cpp
+    assert surrogate_decoder._fast(torch.empty(0), torch.empty(0), 0) is surrogate_decoder._Cpp

@@ -17,13 +17,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.function import once_differentiable
 
+from vlmteacher.ops import gpus
 from vlmteacher.ops.manifest import OPERATORS
 
 _CPP_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Multiply-adds of a product with frozen weights, by bytes per element, from which torch's own products are faster on a
-# GPU. Smaller products are bound by launches, of which CUDA C++ needs the fewest (H200, benchmarks/NEGATIVE.md).
-_TORCH_FROM = {2: 2**33, 4: 2**31}
 
 
 def build_record() -> dict[str, Any]:
@@ -88,26 +86,30 @@ def without_data(x: Tensor) -> bool:
     return x.is_meta or is_fake(x)
 
 
-def backend(x: Tensor, operator: str, weights: Sequence[Tensor] = ()) -> Any:
+def backend(x: Tensor, operator: str, weights: Sequence[Tensor] = (), rows: float | None = None) -> Any:
     """The backend of an operator for x: a namespace with the operator's functions, or None for the reference.
 
     Every backend takes the reference's arguments in the same order.
 
     Args:
         operator: a name of `vlmteacher.ops.manifest.OPERATORS`.
-        weights: the frozen weights that x (M, K) is multiplied by, of an operator that is mostly matrix products: large
-            ones are torch's, and never Triton's, which did not win at any size.
+        weights: the frozen weights that x is multiplied by, of an operator whose backend depends on its products.
+        rows: the number of rows that they are multiplied by; None: those of x (M, K).
     """
     available = OPERATORS[operator].backends
     if x.device.type == "cpu" and x.dtype in _CPP_DTYPES and "cpp" in available and cpp_status()[0]:
         return torch.ops.vlmteacher_cpp
     if x.device.type == "cuda" and x.dtype in _GPU_DTYPES:
-        if weights and len(x) * sum(weight.numel() for weight in weights) >= _TORCH_FROM[x.itemsize]:
-            return None
-        if "cuda" in available and cuda_status()[0]:
-            return torch.ops.vlmteacher_cuda
-        if "triton" in available and not weights and triton_status()[0]:
-            return importlib.import_module(f"vlmteacher.kernels.{operator}")
+        products = 0.0
+        if weights:
+            products = (len(x) if rows is None else rows) * sum(weight.numel() for weight in weights)
+        for name in gpus.order(operator, x.dtype, products, torch.cuda.is_current_stream_capturing()):
+            if name == gpus.TORCH:
+                return None
+            if name == gpus.CUDA and name in available and cuda_status()[0]:
+                return torch.ops.vlmteacher_cuda
+            if name == gpus.TRITON and name in available and triton_status()[0]:
+                return importlib.import_module(f"vlmteacher.kernels.{operator}")
     return None
 
 

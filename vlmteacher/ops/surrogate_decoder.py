@@ -137,14 +137,19 @@ def _packed(weight: Tensor, *options: Any) -> Tensor:
     return cache[key]
 
 
-def _fast(x: Tensor) -> Any:
+def _fast(x: Tensor, weight: Tensor, rows: float) -> Any:
     """The backend for x: a namespace with `conv3x3` and `conv3x3_backward`, or None for torch's convolutions.
 
     C++ needs AVX-512 BF16, and float32 or bfloat16.
     """
     if x.device.type == "cpu":
         return _Cpp if x.dtype in (torch.float32, torch.bfloat16) and has_avx512_bf16() else None
-    return backend(x, "surrogate_decoder")
+    return backend(x, "surrogate_decoder", [weight], rows)
+
+
+def _rows(pixels: int, upscale: int) -> float:
+    """The rows (N, 3, 3, C) that a weight is multiplied by: four of nine taps where the image is upsampled."""
+    return pixels * (4 / 9 if upscale == 2 else 1)
 
 
 def conv3x3(
@@ -165,7 +170,8 @@ def conv3x3(
     if residual is not None and rows is not None:
         expect("residual", residual, (None, height * upscale, width * upscale, n), *like)
         expect("rows", rows, (len(taps),), torch.int32, x.device)
-    run = _forward_operator if without_data(x) else (_fast(x) or _Reference).conv3x3
+    work = weight, _rows(len(taps) * height * width * upscale**2, upscale)
+    run = _forward_operator if without_data(x) else (_fast(x, *work) or _Reference).conv3x3
     return run(x, taps, weight, bias, residual, rows, slope, upscale)
 
 
@@ -193,7 +199,8 @@ def conv3x3_backward(
             if residual_signs is None:
                 raise InputError("a residual behind an activation comes with its signs")
             expect("residual_signs", residual_signs, (g, height, width, (channels + 7) // 8), torch.uint8, grad.device)
-    run = _backward_operator if without_data(grad) else (_fast(grad) or _Reference).conv3x3_backward
+    work = weight, _rows(g * height * width, upscale)
+    run = _backward_operator if without_data(grad) else (_fast(grad, *work) or _Reference).conv3x3_backward
     return run(grad, signs, taps, frames, weight, residual, residual_signs, slope, upscale)
 
 
