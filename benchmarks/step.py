@@ -9,7 +9,8 @@ two losses differ by more, up to ten times the tolerance, the stock code compute
 float32, and these must agree.
 `speedup` and `memory_ratio` compare with the first variant (by default "checkpointed"), `vs_best_stock` with the
 fastest one. docs/results/performance.md describes the parts. After a long preset the shorter one of the same models
-is measured: `exponent` is x in seconds ~ tokens^x, for the step and its parts.
+is measured: `exponent` is x in seconds ~ tokens^x, for the step and its parts. `instance` holds the seconds of a whole
+instance (`benchmarks.instance`), against the first variant.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import instance as whole
 from benchmarks.presets import PRESETS, SHORTER, Instance, build
 from benchmarks.stock import PARTS, VARIANTS, StockLoop, Variant, Watch
 from benchmarks.timing import argument_parser, compare, parsed, publish
@@ -291,6 +293,9 @@ def measure(
     memory = None
     if ours.peak_bytes is not None and reference.peak_bytes:
         memory = ours.peak_bytes / reference.peak_bytes
+    steps = [side.cpu_seconds if device == "cpu" else side.seconds for side in (ours, reference)]
+    medians = statistics.median(steps[0]), statistics.median(steps[1])
+    per_instance = whole.measure_instance(instance, loops[variants[0]], medians, device)
     return {
         "case": f"{preset}, {reference.name}",
         "ours_ms": ours.milliseconds,
@@ -304,6 +309,7 @@ def measure(
         "best_stock": best.name,
         "cpu_speedup": statistics.median(ratios(ours.cpu_seconds, reference.cpu_seconds)),
         "sides": {side.name: side.report() for side in sides},
+        "instance": per_instance,
         "preprocessing_ms": {"ours": preprocessing["ours_ms"], "stock": preprocessing["stock_ms"]},
         "compared_steps": min(COMPARED_STEPS, rounds + 1),
         "loss_change": ours.losses[min(COMPARED_STEPS, rounds + 1) - 1] / ours.losses[0] - 1,
@@ -376,6 +382,7 @@ def show(row: dict[str, Any]) -> None:
     ours, stock = row["preprocessing_ms"]["ours"], row["preprocessing_ms"]["stock"]
     print(f"  preprocessing by itself, both ways: ours {ours:.1f} ms, stock {stock:.1f} ms")
     print(f"  x{row['vs_best_stock']:.2f} against the fastest stock variant, {row['best_stock']}")
+    whole.show(row["instance"])
 
 
 def main() -> None:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import step
+from benchmarks.instance import measure_instance
 from benchmarks.presets import Instance, build
 from benchmarks.step import OurLoop, PeakMemory, SavedBytes, Side, loss_differences
 from benchmarks.stock import PARTS, StockLoop, Watch
-from vlmteacher.lora.adapter import load_lora_state, lora_state_dict
+from vlmteacher.lora.adapter import add_lora, load_lora_state, lora_state_dict
 from vlmteacher.queries import QuerySet
 
 MIB = 2**20
@@ -148,12 +149,30 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert result["summary"]["vs_best_stock"] == pytest.approx(row["speedup"])
     assert row["compared_steps"] == 2 and row["same_losses"]
     assert [len(side["losses"]) for side in row["sides"].values()] == [2, 2]
+    whole = row["instance"]
+    for side, own in (("ours", "ours"), ("stock", "plain")):
+        assert whole["parts_s"][side]["steps"] == pytest.approx(16e-3 * row["sides"][own]["cpu_ms"])
+        assert whole["total_s"][side] == pytest.approx(sum(whole["parts_s"][side].values()))
+    assert whole["parts_s"]["ours"]["text"] == 0 < whole["parts_s"]["ours"]["after"], "random weights have no tokenizer"
 
     original = StockLoop.predict_clean
     monkeypatch.setattr(StockLoop, "predict_clean", lambda loop: 1.01 * original(loop))
     with pytest.raises(SystemExit, match="the losses differ by"):
         step.main()
     assert not json.loads(capsys.readouterr().out.splitlines()[-1])["rows"][0]["same_losses"]
+
+
+@pytest.mark.slow
+def test_the_seconds_of_a_whole_instance() -> None:
+    instance = build("tiny")
+    loop = StockLoop(instance)
+    add_lora(instance.reasoner.transformer, 2)
+    row = measure_instance(instance, loop, (0.25, 0.75), "cpu", updates=4)
+    ours, stock, plain = (row["parts_s"][side] for side in ("ours", "stock", "plain"))
+    assert (ours["steps"], stock["steps"]) == (1.0, 3.0)
+    assert ours["text"] == stock["text"] == plain["text"] > 0 and ours["queries"] == stock["queries"] > 0
+    assert all(parts[name] > 0 for parts in (ours, stock, plain) for name in ("after", "writing"))
+    assert row["above_sampling_s"]["ours"] == pytest.approx(sum(ours.values()) - sum(plain.values()))
 
 
 def test_the_exponent_of_a_long_preset(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
