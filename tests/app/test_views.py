@@ -47,3 +47,10 @@ def test_a_waiting_run_says_its_place() -> None:
 def test_weights_add_up_to_one(count: int) -> None:
     shares = views.shares(count, 0.5)
     assert len(shares) == count and sum(shares) == pytest.approx(1) and shares[0] == (1 if count == 1 else 0.5)
+
+
+def test_remedies_name_what_the_page_has() -> None:
+    config = {**RECORD["config"], **Settings().to_dict(), "sampling": {"sampler": "renoise", "timesteps": [1, 2]}}
+    for stopped in ("threshold", "max_steps", "diverged"):
+        results = {**RESULTS, "loss_after": 1.0, "p_yes_after": [0.4], "stopped": stopped, "updates": 1, "seconds": {}}
+        assert " --" not in views.ended("run", {**RECORD, **results, "config": config}, []), stopped

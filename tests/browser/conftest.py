@@ -32,16 +32,17 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Open]:
-    """Open a file: `open_page(path, width=..., dark=...)`. The test fails where the page writes to the console, raises,
-    or asks for anything but itself."""
+    """Open a file, or the address of a server: `open_page(path, width=..., dark=...)`. The test fails where the page
+    writes to the console, raises, or asks for anything but itself or, of a server, but the server's."""
     contexts: list[Any] = []
     complaints: list[str] = []
 
-    def request(asked: Any, path: Path) -> None:
-        if not asked.url.startswith("data:") and asked.url != path.as_uri():
+    def request(asked: Any, address: str, server: bool) -> None:
+        known = asked.url.startswith(address) if server else asked.url == address
+        if not known and not asked.url.startswith(("data:", "blob:")):
             complaints.append(f"asks for {asked.url[:80]}")
 
-    def open_page(path: Path, width: int = 1280, dark: bool = False, moving: bool = False, **options: Any) -> Any:
+    def open_page(path: Path | str, width: int = 1280, dark: bool = False, moving: bool = False, **options: Any) -> Any:
         context = browser.new_context(
             viewport={"width": width, "height": 844},
             color_scheme="dark" if dark else "light",
@@ -52,8 +53,10 @@ def open_page(browser: Any) -> Iterator[Open]:
         page = context.new_page()
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda asked: request(asked, path))
-        page.goto(path.as_uri())
+        address = path if isinstance(path, str) else path.as_uri()
+        page.on("request", lambda asked: request(asked, address, isinstance(path, str)))
+        page.set_default_timeout(120_000)  # on a busy machine
+        page.goto(address)
         return page
 
     yield open_page

@@ -178,7 +178,7 @@ def _application(app: Service, local: bool) -> Any:
         build(app),
         path="/",
         theme=gr.themes.Base(
-            primary_hue="indigo", neutral_hue="slate", font=font, font_mono=["ui-monospace", "Consolas", "monospace"]
+            primary_hue="indigo", neutral_hue="zinc", font=font, font_mono=["ui-monospace", "Consolas", "monospace"]
         ),
         head=f"<style>{source('shared.css')}{style()}</style>",  # Gradio's own `css` loses the rules of media
         footer_links=[],

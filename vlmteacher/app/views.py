@@ -21,6 +21,15 @@ from vlmteacher.runs.pages import environment
 from vlmteacher.runs.report import STOPPED
 from vlmteacher.runs.verdict import Verdict
 
+IN_THE_PAGE = {
+    "the same command with --resume and a higher --max-steps": "set “Steps at most” and press Go on",
+    "--check-final": "“Stop only when the final video is good too” in the settings",
+    "--final-samples 5": "5 “Final videos to choose from” in the settings",
+    "a lower --lr": "a lower learning rate",
+    "another --seed": "another seed",
+}
+"""What the flags in the remedies of a verdict are called here."""
+
 STRIP_HEIGHT = 160  # pixels of the frames of a prediction at most
 
 
@@ -86,11 +95,13 @@ def ended(name: str, record: Mapping[str, Any], files: Sequence[str], message: s
     """A run that is not at work. record: the content of its run.json; files: those that can be downloaded."""
     questions = [record["queries"]["goal"], *record["queries"]["process"]]
     done = "p_yes_after" in record
+    verdict = Verdict.of(dict(record)) if done else None
     values = _steps(record["prompt"], questions, record["steps"], record["config"], record if done else None)
     address = partial(_address, name)
     return render(
         "ended.html",
-        verdict=Verdict.of(dict(record)) if done else None,
+        verdict=verdict,
+        remedies=[in_the_page(remedy) for remedy in verdict.remedies] if verdict else [],
         stopped=STOPPED.get(record["stopped"], record["stopped"]),
         seconds=record["seconds"].get("total"),
         updates=record["updates"],
@@ -100,6 +111,13 @@ def ended(name: str, record: Mapping[str, Any], files: Sequence[str], message: s
         small=record["config"].get("width", 0) <= 160,
         **values,
     )
+
+
+def in_the_page(remedy: str) -> str:
+    """A remedy in the words of the page."""
+    for flag, words in IN_THE_PAGE.items():
+        remedy = remedy.replace(flag, words)
+    return remedy
 
 
 def _address(name: str, file: str) -> str:
