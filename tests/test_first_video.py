@@ -60,3 +60,16 @@ def test_a_run_without_it(solve: Solve, run: Run, tmp_path: Path) -> None:
     status, _, err = run(*solve(out, *flags, "--resume"))  # which asks for it
     assert status == 0 and json.loads((out / "run.json").read_text())["p_yes_before"] == other["p_yes_before"], err
     assert (out / "before.mp4").read_bytes() == (whole / "before.mp4").read_bytes()
+
+
+def test_the_vae_in_bfloat16(models: dict[str, str]) -> None:
+    half = TeacherPipeline.from_pretrained(**models, vae_dtype="bfloat16")
+    assert (half.reasoner.vae.dtype, half.dtype) == (torch.bfloat16, torch.float32)
+    how = {**FAST, "max_steps": 0, "output_type": "pt"}
+    video = half(PROMPT, generator=seed(), queries=QUERIES, **how).frames
+    assert isinstance(video, torch.Tensor) and video.dtype == torch.float32
+    half.reasoner.vae.float()
+    error = (video - half(PROMPT, generator=seed(), queries=QUERIES, **how).frames).square().mean()
+    assert 0 < error < 1e-3
+    with pytest.raises(InputError, match="vae_dtype must be one of float32"):
+        TeacherPipeline.from_pretrained(**models, vae_dtype="half precision")

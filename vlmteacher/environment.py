@@ -37,9 +37,11 @@ def report() -> dict[str, Any]:
         attention: device -> the attentions that torch tries there by default, in their order (GPUs), and "fa3": what
             FlashAttention 3 lacks; empty without torch.
         cpu_features: instruction set -> bool; empty without the C++ library.
+        gpu_policy: which backend serves which operator on a GPU, with the measurement that decided (`ops/gpus.py`).
     """
     backends: dict[str, dict[str, Any]] = {}
     features: dict[str, bool] = {}
+    gpu_policy: list[dict[str, str]] = []
     devices: list[dict[str, Any]] = []
     attention: dict[str, str] = {}
     if importlib.util.find_spec("torch") is None:
@@ -48,7 +50,7 @@ def report() -> dict[str, Any]:
     else:
         import torch
 
-        from vlmteacher.ops import sdpa
+        from vlmteacher.ops import gpus, sdpa
         from vlmteacher.ops.backends import build_record, cpp_status, cuda_status, triton_status
 
         for name, status in {"cpu": cpp_status, "triton": triton_status, "cuda": cuda_status}.items():
@@ -60,6 +62,7 @@ def report() -> dict[str, Any]:
 
             backends["cpu"]["build"] = _C.build_info()
             features = _C.cpu_features()
+        gpu_policy = gpus.table()
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)
             devices.append({"name": f"cuda:{index}", "kind": card.name, "memory_bytes": card.total_memory})
@@ -75,6 +78,7 @@ def report() -> dict[str, Any]:
         "devices": devices,
         "attention": attention,
         "cpu_features": features,
+        "gpu_policy": gpu_policy,
         "platform": f"{platform.system()} {platform.release()}",
         "prefix": sys.prefix,
     }
@@ -96,6 +100,11 @@ def format_report(environment: dict[str, Any]) -> str:
         )
     lines.append("attention on GPUs (--attention)")
     lines += [f"  {name:<14} {what}" for name, what in environment["attention"].items()]
+    if environment["gpu_policy"]:
+        lines.append("operators on a GPU, of these backends the first that is there")
+    for rule in environment["gpu_policy"]:
+        lines.append(f"  {rule['operator']}, {rule['dtypes']}, {rule['shapes']}: {rule['backend']}")
+        lines.append(f"    {rule['decided']}")
     lines.append("versions")
     for name, number in environment["versions"].items():
         lines.append(f"  {name:<14} {number or 'not installed'}")

@@ -60,6 +60,7 @@ class TeacherPipeline(FrozenModels):
         pair: str | os.PathLike[str] | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
+        vae_dtype: torch.dtype | str | None = None,
         device_map: str | torch.device | DeviceMap | None = None,
         offload: bool = False,
         quantize: Quantize | None = None,
@@ -75,8 +76,9 @@ class TeacherPipeline(FrozenModels):
         decoder of its family, from the hub (`known_decoder`).
         device_map: one device, or {"reasoner": "cuda:0", "teacher": "cuda:1"} (see `to`); None is the GPU where there
         is one. dtype: torch's or its name; None is bfloat16 on GPUs, float32 elsewhere; torch_dtype: diffusers' other
-        name for it. offload: see `need`. quantize: keep the Teacher's language model in "8bit" or "4bit" (the extra
-        `quantized`); it stays on its device. transformer, few_step_lora, preset, lora_partial: see `load_reasoner`.
+        name for it. vae_dtype: of the VAE; None is float32, as diffusers' examples have it. offload: see `need`.
+        quantize: keep the Teacher's language model in "8bit" or "4bit" (the extra `quantized`); it stays on its device.
+        transformer, few_step_lora, preset, lora_partial: see `load_reasoner`.
         Raises InputError for an unknown model or family, models that do not fit together and a device that cannot be
         used; MissingExtra.
         """
@@ -113,6 +115,8 @@ class TeacherPipeline(FrozenModels):
         models |= the_reasoner.notes
         if reasoner is not None and decoder is None and not fits_decoder(paths["decoder"], the_reasoner):
             models["decoder"] = paths["decoder"] = known_decoder(the_reasoner)
+        if vae_dtype is not None:
+            the_reasoner.vae.to(parse_dtype(vae_dtype, "vae_dtype"))
         # A misfit shows before the Teacher loads.
         the_reasoner.to(devices["reasoner"], networks=False).vae.to(devices["reasoner"])
         with reporting(f"loading the surrogate decoder {models['decoder']}"):

@@ -118,3 +118,17 @@ def test_the_packaged_teacher_writes_queries_alone():
         InputError, match="this teacher writes queries and no other text: take an instruction-tuned VLM"
     ):
         load_teacher(PACKAGED_PAIR / "teacher").answer(TEXT)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_of_fixed_size_writes_the_same(tmp_path, family, monkeypatch):
+    """As on a GPU, where the cache would grow by a copy for every token."""
+    teacher = load_teacher(FAMILIES[family][0](tmp_path))
+    assert not teacher.static_cache()
+    answer, made = teacher.answer(TEXT, IMAGES, 12), []
+    monkeypatch.setattr(VLMTeacher, "static_cache", lambda self: True)
+    generate = teacher.model.generate
+    monkeypatch.setattr(
+        teacher.model, "generate", lambda **k: (made.append(k["cache_implementation"]), generate(**k))[1]
+    )
+    assert teacher.answer(TEXT, IMAGES, 12) == answer and answer and made == ["static"]

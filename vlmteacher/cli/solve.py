@@ -70,6 +70,9 @@ def add(commands: Commands) -> None:
     place.add_argument(
         "--plan", metavar="FILE", action=DefaultsFile, read=read_plan, help="the flags that `vlmteacher plan -o` wrote"
     )
+    place.add_argument(
+        "--vae-dtype", choices=("float32", "bfloat16"), help="of the standard VAE (default: the model's, float32)"
+    )
     lora.add_argument("--lora", metavar="FILE", help="train this LoRA further (default: a fresh one)")
     add_lora_partial(lora)
     settings.add_flags(sub)
@@ -209,6 +212,7 @@ def load_pipeline(arguments: argparse.Namespace) -> TeacherPipeline:
             arguments.teacher,
             arguments.decoder,
             dtype=dtype,
+            vae_dtype=getattr(arguments, "vae_dtype", None),  # a flag of `solve` alone
             device_map=devices,
             offload=arguments.offload,
             quantize=arguments.quantize,

@@ -88,7 +88,7 @@ def table() -> list[dict[str, str]]:
             "operator": ", ".join(rule.operators),
             "dtypes": ", ".join(str(dtype).removeprefix("torch.") for dtype in rule.dtypes),
             "shapes": rule.shapes,
-            "backend": rule.backends[0],
+            "backend": ", ".join(rule.backends),
             "decided": rule.decided,
         }
         for rule in RULES

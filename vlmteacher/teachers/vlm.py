@@ -40,6 +40,7 @@ from vlmteacher.teachers.writer import Writer
 MAX_NEW_TOKENS = 256
 IMAGE_PIXELS = 1280 * 720  # at most, of an image that queries are written from; frames of video models have fewer
 ACTIVATION_BYTES = 4 * 2**30  # kept for the backward, where no allocator tells its room
+STATIC_CACHE = {"cache_implementation": "static", "disable_compile": True}  # compiling takes longer than it saves
 CHUNK_PATCHES = {"cpu": 1024, "cuda": 16384}  # of the visual encoder: fits the caches of a CPU, fills a GPU
 LEAST_YES_OR_NO = 0.5  # probability of Yes and No together on a plain question
 
@@ -355,8 +356,13 @@ class VLMTeacher(VideoPrompts, Teacher):
                 max_new_tokens=max_tokens,
                 eos_token_id=self.tokenizer.eos_token_id,
                 pad_token_id=self._pad_token_id,
+                **(STATIC_CACHE if self.static_cache() else {}),
             )
         return output[0, inputs["input_ids"].shape[1] :]
+
+    def static_cache(self) -> bool:
+        """Whether to write with a cache of fixed size: on a GPU, which a growing one makes copy it at every token."""
+        return self.device.type == "cuda" and getattr(self.model, "_can_compile_fullgraph", False)
 
     @property
     def _pad_token_id(self) -> int:
