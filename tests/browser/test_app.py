@@ -186,6 +186,8 @@ def test_it_fits_a_dark_phone_and_text_stays_text(open_app: Open) -> None:
     page.get_by_alt_text("the one-step prediction").or_(page.locator("#view .facts")).first.wait_for()
     assert page.locator("#view h2").inner_text() == EVIL and page.locator("img[onerror]").count() == 0
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    form, view = (page.locator(name).bounding_box() for name in ("#run", "#view"))
+    assert view["width"] > 0.9 * width and view["y"] > form["y"]  # below the form, not beside it
     colour = page.evaluate("getComputedStyle(document.querySelector('.gradio-container')).backgroundColor")
     assert sum(json.loads(colour.replace("rgb(", "[").replace(")", "]"))) < 128
     page.locator("#view .facts").wait_for()
