@@ -75,6 +75,8 @@ def test_values_out_of_range_are_named_in_one_line(bad: dict[str, Any], message:
 
 def test_settings_updated_by_keywords() -> None:
     assert Settings(rank=4).updated(rank=None, pull=0.5) == Settings(rank=4, pull=0.5)
+    with pytest.raises(TypeError, match=r"'learning_rat': did you mean learning_rate\?"):
+        Settings().updated(learning_rat=1.0)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="unexpected keyword argument 'steps'"):
         Settings().updated(steps=3)  # type: ignore[call-arg]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import reprlib
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -85,3 +86,11 @@ def text(name: str, value: object) -> str:
     if isinstance(value, str):
         return value
     raise InputError(f"{name} must be a string, not {show(value)}")
+
+
+def did_you_mean(text: str, names: Iterable[str]) -> str:
+    """The end of a message that names what is most like `text`; empty where nothing is."""
+    import difflib
+
+    close = difflib.get_close_matches(text, list(names), 1)
+    return f": did you mean {close[0]}?" if close else ""

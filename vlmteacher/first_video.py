@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -132,10 +132,12 @@ class FirstVideo:
 
 
 @contextmanager
-def timed(name: str, seconds: dict[str, float], memory: dict[str, int], models: FrozenModels) -> Iterator[None]:
+def timed(
+    name: str, seconds: dict[str, float], memory: dict[str, int], models: FrozenModels, shown: bool = True
+) -> Iterator[None]:
     """Add the seconds of a part of a call, and the peak of the memory at its end, to those of the other parts."""
     start = time.perf_counter()
-    with reporting(PARTS[name]):
+    with reporting(PARTS[name]) if shown else nullcontext():
         yield
     seconds[name] = time.perf_counter() - start
     memory[name] = peak_memory(*models.devices.values())

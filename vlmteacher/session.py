@@ -84,7 +84,7 @@ class Session:
         """Take the queries of the call, or let the Teacher write them."""
         if self.instance.queries:
             self.models.check_task(self.instance.prompt)
-        with self._timed("queries"):
+        with self._timed("queries", shown=not self.instance.queries):
             queries = self.instance.queries or self.models.write_queries(self.instance.prompt, self.instance.image)
             self.queries = self.ranks.first(self._preserving(queries))
 
@@ -312,8 +312,8 @@ class Session:
             attention=describe(self.settings.attention, self.reasoner.device, self.reasoner.dtype),
         )
 
-    def _timed(self, name: str) -> AbstractContextManager[None]:
-        return timed(name, self.seconds, self.memory, self.models)
+    def _timed(self, name: str, shown: bool = True) -> AbstractContextManager[None]:
+        return timed(name, self.seconds, self.memory, self.models, shown)
 
 
 class RecordedSession(Session):

@@ -225,7 +225,8 @@ class Settings(Remedies, Execution, MethodSettings):
         """These settings with the values that are not None. Raises TypeError for an unknown name."""
         for name in values:
             if name not in types():
-                raise TypeError(f"got an unexpected keyword argument {name!r}")
+                guess = arguments.did_you_mean(name, types())
+                raise TypeError(f"got an unexpected keyword argument {name!r}{guess}")
         changes: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
         return replace(self, **changes)
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vlmteacher import InputError, TeacherPipeline, arguments, settings
-from vlmteacher.cli.flags import did_you_mean
+from vlmteacher.arguments import did_you_mean
 from vlmteacher.lora.adapter import target_layers
 from vlmteacher.lora.formats import Factors, LoRA, read_lora
 from vlmteacher.media import ImageInput, read_image

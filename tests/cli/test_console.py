@@ -45,6 +45,8 @@ def test_solve_for_programs(run: Run, solve: Any, tmp_path: Path) -> None:
     record = json.loads((out / "run.json").read_text())
     steps = [line for line in lines if line["event"] == "step"]
     assert [step["loss"] for step in steps] == [row["loss"] for row in record["steps"]]
+    works = {line["work"] for line in lines if line["event"] == "begin"}
+    assert "sampling the final video" in works and "writing queries" not in works  # they were given
     assert lines[-1]["out"] == str(out) and lines[-1]["verdict"] == record["verdict"]
     assert lines[-1]["p_yes_after"] == record["p_yes_after"] and "lora.safetensors" in lines[-1]["files"]
     assert "Run folder" in err and "solve: 3/3" in err and "\r" not in err

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vlmteacher import __version__
+from vlmteacher.arguments import did_you_mean
 from vlmteacher.cli import (
     bench,
     demo,
@@ -34,7 +35,6 @@ from vlmteacher.cli import (
 )
 from vlmteacher.cli.console import Console, console
 from vlmteacher.cli.defaults import DefaultsFile
-from vlmteacher.cli.flags import did_you_mean
 from vlmteacher.errors import InputError, MissingExtra, OutputError, RankLost, TaskFailed
 from vlmteacher.files import check_text
 from vlmteacher.interruption import Interrupted, endings_interrupt

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmteacher.arguments import show
-from vlmteacher.cli.flags import did_you_mean
+from vlmteacher.arguments import did_you_mean, show
 from vlmteacher.errors import InputError
 from vlmteacher.files import read_json, read_yaml
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vlmteacher.arguments import is_blank
@@ -142,14 +142,6 @@ def add_training(sub: argparse.ArgumentParser, reasoner: str) -> None:
 def given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     """The values of those flags of `names` that were given."""
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
-
-
-def did_you_mean(text: str, names: Iterable[str]) -> str:
-    """The end of a message that names what is most like `text`; empty where nothing is."""
-    import difflib
-
-    close = difflib.get_close_matches(text, list(names), 1)
-    return f": did you mean {close[0]}?" if close else ""
 
 
 def seed(text: str) -> int:
