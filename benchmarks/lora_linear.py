@@ -1,6 +1,6 @@
 """Frozen linear layers with a LoRA, forward and backward, against PEFT's layers and against the frozen layers alone.
 
-python -m benchmarks.lora_linear [--json] [--dtype float32] [--augmented]
+python -m benchmarks.lora_linear [--json] [--dtype float32] [--only microworld] [--augmented]
 
 `ceiling` is PEFT's time over the frozen layers': the speed-up of an operator whose low-rank part costs nothing.
 """
@@ -99,10 +99,13 @@ def main() -> None:
     parser.add_argument(
         "--augmented", action="store_true", help="time the K-augmentation route too, single layers only"
     )
+    parser.add_argument("--only", default="", help="the shapes whose name begins so: microworld, mid or Wan 5B")
     settings = parsed(parser)
     dtype = getattr(torch, settings.dtype)
     rows = []
     for case, m, k, sizes in SHAPES:
+        if not case.startswith(settings.only):
+            continue
         stock = layers(k, sizes, dtype, settings.device)
         x = torch.randn(m, k, dtype=dtype, device=settings.device, requires_grad=True)
         grads = [torch.randn(m, n, dtype=dtype, device=settings.device) for n in sizes]

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.memory import saved_bytes
 from benchmarks.presets import QUERIES, qwen3_vl
+from benchmarks.timing import machine
 from vlmteacher.planning.teacher import stock_reader
 from vlmteacher.queries import QuerySet
 from vlmteacher.teachers.preprocessing import VisionSettings, preprocess_video
@@ -306,7 +307,7 @@ def main() -> None:
             + ", ".join(f"{k} {v:.3f}" for k, v in summary["flops_4b"].items())
         )
     if settings.json:
-        header = {"benchmark": "teacher", "device": "cpu", "dtype": settings.dtype}
+        header = {"benchmark": "teacher", "device": "cpu", "dtype": settings.dtype} | machine()
         print(json.dumps(header | {"rows": rows, "summary": summary}))
 
 

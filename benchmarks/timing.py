@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_CBWR", "OPENBLAS_CORETYPE", "VLMTEACHER_CPU")
+
 
 def _seconds(function: Callable[[], object], synchronize: Callable[[], object]) -> float:
     start = time.perf_counter()
@@ -69,6 +71,20 @@ def arguments(description: str, dtype: str = "float32") -> argparse.Namespace:
     return parsed(argument_parser(description, dtype))
 
 
+def machine() -> dict[str, Any]:
+    """What a result depends on beside the code: the processor, the class that our operators use (`path`), the variables
+    that tell libraries to compute as on an older one, threads, and the load of the machine now."""
+    from vlmteacher.ops.backends import cpp_status
+    from vlmteacher.ops.processors import in_use, processor_name
+
+    cpp_status()
+    told = {name: os.environ[name] for name in ISA_VARIABLES if name in os.environ}
+    threads = torch.get_num_threads()
+    return {
+        "processor": processor_name(), "path": in_use(), "isa": told, "threads": threads, "load": os.getloadavg()[0],
+    }  # fmt: skip
+
+
 def publish(name: str, settings: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
     """Print the table of `rows` and, with --json, one JSON object as the last line."""
     summary = {"speedup": math.exp(statistics.fmean(math.log(row["speedup"]) for row in rows))}
@@ -85,5 +101,5 @@ def publish(name: str, settings: argparse.Namespace, rows: Sequence[dict[str, An
         )
     print("  mean: " + ", ".join(f"{name} {value:.2f}" for name, value in summary.items()))
     if settings.json:
-        result = {"benchmark": name, "device": settings.device, "dtype": settings.dtype}
+        result = {"benchmark": name, "device": settings.device, "dtype": settings.dtype} | machine()
         print(json.dumps(result | {"rows": list(rows), "summary": summary}))

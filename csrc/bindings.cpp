@@ -4,6 +4,8 @@
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
 
+#include "processor.h"
+
 static PyObject* build_info(PyObject*, PyObject*) {
   return Py_BuildValue("{s:s,s:s,s:s}", "torch", BUILD_TORCH_VERSION, "compiler", BUILD_COMPILER, "flags", BUILD_FLAGS);
 }
@@ -28,9 +30,30 @@ static PyObject* cpu_features(PyObject*, PyObject*) {
   return features;
 }
 
+static PyObject* name_of(vlmteacher::Processor processor) {
+  return PyUnicode_FromString(vlmteacher::kProcessors[static_cast<int>(processor)]);
+}
+
+static PyObject* widest(PyObject*, PyObject*) { return name_of(vlmteacher::widest()); }
+static PyObject* processor(PyObject*, PyObject*) { return name_of(vlmteacher::processor()); }
+
+static PyObject* limit(PyObject*, PyObject* name) {
+  const int count = sizeof(vlmteacher::kProcessors) / sizeof(*vlmteacher::kProcessors);
+  for (int i = 0; i < count; ++i) {
+    if (PyUnicode_CompareWithASCIIString(name, vlmteacher::kProcessors[i])) continue;
+    vlmteacher::limit(static_cast<vlmteacher::Processor>(i));
+    Py_RETURN_NONE;
+  }
+  PyErr_SetString(PyExc_ValueError, "unknown processor class");
+  return nullptr;
+}
+
 static PyMethodDef functions[] = {
     {"build_info", build_info, METH_NOARGS, "Torch version, compiler and flags that this library was built with."},
     {"cpu_features", cpu_features, METH_NOARGS, "Instruction sets of this processor that the operators may use."},
+    {"widest", widest, METH_NOARGS, "The class of this processor (csrc/processor.h) that this build can use."},
+    {"processor", processor, METH_NOARGS, "The class that the operators use."},
+    {"limit", limit, METH_O, "Let the operators use another class, by its name; unchecked, see ops/processors.py."},
     {nullptr, nullptr, 0, nullptr},
 };
 

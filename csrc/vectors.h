@@ -32,21 +32,6 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-// Whether this processor can run the variants for AVX2 or AVX-512, and this build has them.
-inline bool supported() {
-#if defined(__AVX512F__) || defined(__AVX2__)
-  __builtin_cpu_init();
-#endif
-#if defined(__AVX512F__)
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-#elif defined(__AVX2__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return false;
-#endif
-}
-
 template <class A>
 struct Vectors {
   typedef A Vector __attribute__((vector_size(kVectorBytes)));

@@ -4,8 +4,7 @@
 
 A processor can be told to compute as an older one. What each switch is for: ONEDNN_MAX_CPU_ISA oneDNN (convolutions,
 products of bfloat16), ATEN_CPU_CAPABILITY torch's own loops, MKL_CBWR MKL (products of float32 and float64),
-OPENBLAS_CORETYPE numpy's, OMP_NUM_THREADS how sums are split. The project's own operators have no such switch: they
-take the processor's widest vectors (tests/ops/test_rows.py and test_resize.py compile theirs for every width).
+OPENBLAS_CORETYPE numpy's, VLMTEACHER_CPU the project's own operators, OMP_NUM_THREADS how sums are split.
 """
 
 from __future__ import annotations
@@ -20,18 +19,14 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.processors import SETS, variables
+from vlmteacher.ops.processors import processor_name
+
 ROOT = Path(__file__).parents[1]
-SETS = {  # what each of the vendors is told
-    "SSE 4.1": ("SSE41", "default", "COMPATIBLE", "Nehalem"),
-    "AVX2": ("AVX2", "avx2", "AVX2", "Haswell"),
-    "AVX-512": ("AVX512_CORE", "avx512", "AVX512", "SkylakeX"),
-    "AMX": ("AVX512_CORE_AMX", "avx512", "AUTO", ""),
-}
-SWITCHES = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_CBWR", "OPENBLAS_CORETYPE")
 PATHS = {
-    f"{name}, {threads} thread{'s' * (threads > 1)}": dict(zip(SWITCHES, values, strict=True))
-    | {"OMP_NUM_THREADS": str(threads)}
-    for name, values in SETS.items()
+    f"{name}, {threads} thread{'s' * (threads > 1)}": variables(name) | {"OMP_NUM_THREADS": str(threads)}
+    for name in SETS
+    if "tiles" not in name  # tests/ops/test_tiles.py has an emulation of them
     for threads in (1, 2)
 }
 NUMERIC = [
@@ -75,7 +70,7 @@ ELSEWHERE = "not cuda and not triton and not compiles and not warps"  # what no 
 
 def run(path: str, arguments: list[str]) -> tuple[int, int, list[str], float]:
     """(passed, skipped, the names of what failed, seconds)."""
-    environment = {**os.environ, **{name: value for name, value in PATHS[path].items() if value}}
+    environment = {**os.environ, **PATHS[path]}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", ELSEWHERE, *arguments]
     start = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -88,11 +83,10 @@ def run(path: str, arguments: list[str]) -> tuple[int, int, list[str], float]:
 
 
 def processor() -> str:
-    """Its name, family and number of cores, by /proc/cpuinfo."""
-    facts = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
-    cores = len(os.sched_getaffinity(0))
-    amx = "with" if "amx_bf16" in facts["flags"] else "without"
-    return f"{facts['model name']} (family {facts['cpu family']}), {cores} cores, {amx} AMX"
+    """Its name and number of cores, and whether it has AMX."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    amx = "with" if "amx_bf16" in flags else "without"
+    return f"{processor_name()}, {len(os.sched_getaffinity(0))} cores, {amx} AMX"
 
 
 def main() -> None:

@@ -38,12 +38,16 @@ def report() -> dict[str, Any]:
             FlashAttention 3 lacks; empty without torch.
         cpu_features: instruction set -> bool; empty without the C++ library.
         gpu_policy: which backend serves which operator on a GPU, with the measurement that decided (`ops/gpus.py`).
+        processor: its "name", the class that it and the build reach ("widest"), the one "in_use", the value of
+            VLMTEACHER_CPU ("limited_by"), and for the class in use which backend serves which operator, with the
+            measurement that decided ("policy", see `ops/processors.py`); empty without the C++ library.
     """
     backends: dict[str, dict[str, Any]] = {}
     features: dict[str, bool] = {}
     gpu_policy: list[dict[str, str]] = []
     devices: list[dict[str, Any]] = []
     attention: dict[str, str] = {}
+    processor: dict[str, Any] = {}
     if importlib.util.find_spec("torch") is None:
         missing = "torch is not installed: pip install torch"
         backends = {name: {"available": False, "why": missing} for name in ("cpu", "triton", "cuda")}
@@ -59,9 +63,17 @@ def report() -> dict[str, Any]:
             backends["cuda"]["build"] = {"compiler": build["compiler"], "torch": build["torch"]}
         if backends["cpu"]["available"]:
             from vlmteacher import _C
+            from vlmteacher.ops import processors
 
             backends["cpu"]["build"] = _C.build_info()
             features = _C.cpu_features()
+            processor = {
+                "name": processors.processor_name(),
+                "widest": _C.widest(),
+                "in_use": processors.in_use(),
+                "limited_by": os.environ.get(processors.VARIABLE) or None,
+                "policy": processors.table(processors.in_use()),
+            }
         gpu_policy = gpus.table()
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)
@@ -79,6 +91,7 @@ def report() -> dict[str, Any]:
         "attention": attention,
         "cpu_features": features,
         "gpu_policy": gpu_policy,
+        "processor": processor,
         "platform": f"{platform.system()} {platform.release()}",
         "prefix": sys.prefix,
     }
@@ -105,6 +118,13 @@ def format_report(environment: dict[str, Any]) -> str:
     for rule in environment["gpu_policy"]:
         lines.append(f"  {rule['operator']}, {rule['dtypes']}, {rule['shapes']}: {rule['backend']}")
         lines.append(f"    {rule['decided']}")
+    if processor := environment["processor"]:
+        limited = f", by VLMTEACHER_CPU={processor['limited_by']}" if processor["limited_by"] else ""
+        reach = "" if processor["widest"] == processor["in_use"] else f", reaches {processor['widest']}"
+        lines.append(f"processor: {processor['name']}, used as {processor['in_use']}{limited}{reach}")
+        for rule in processor["policy"]:
+            lines.append(f"  {rule['operator']}, {rule['dtypes']}, {rule['shapes']}: {rule['backend']}")
+            lines.append(f"    {rule['decided']}")
     lines.append("versions")
     for name, number in environment["versions"].items():
         lines.append(f"  {name:<14} {number or 'not installed'}")

@@ -1,6 +1,7 @@
 // Residual, LayerNorm and modulation on the CPU. The definition is vlmteacher/ops/ada_norm.py; arithmetic is in float
 // (double for double), rounded once.
 #include "../cpu_rows.h"
+#include "../processor.h"
 #include "check.h"
 #include "rows.h"
 
@@ -11,14 +12,10 @@ using namespace vlmteacher;
 template <class T>
 ada_norm::Rows<T> best_rows() {
   if constexpr (std::is_same_v<T, float> || std::is_same_v<T, BFloat16>) {
-    static const auto best = [] {
-      const auto avx512 = ada_norm::rows_avx512<T>(), avx2 = ada_norm::rows_avx2<T>();
-      return avx512.forward ? avx512 : avx2.forward ? avx2 : ada_norm::Rows<T>{ada_norm::forward, ada_norm::backward};
-    }();
-    return best;
-  } else {
-    return {ada_norm::forward, ada_norm::backward};
+    if (uses(Processor::kAvx512)) return ada_norm::rows_avx512<T>();
+    if (uses(Processor::kAvx2)) return ada_norm::rows_avx2<T>();
   }
+  return {ada_norm::forward, ada_norm::backward};
 }
 
 ada_norm::Sizes sizes_of(const Tensor& x, const Maybe& gate, const Maybe& weight, int64_t first) {

@@ -43,7 +43,7 @@ struct Rows {
   void (*backward)(const Backward<T>&, int64_t begin, int64_t end);
 };
 
-// The function for this processor, or null if it, or this build, lacks the instructions.
+// For processors with these instructions (processor.h).
 template <class T>
 Rows<T> rows_avx2();
 template <class T>

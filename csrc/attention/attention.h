@@ -1,7 +1,9 @@
-// Attention on processors with AVX-512 BF16: sums and softmax in float32; of each query only its output and two numbers
+// Attention on processors with AVX-512: sums and softmax in float32; of each query only its output and two numbers
 // are kept. The definition is vlmteacher/ops/attention.py.
 #pragma once
 #include <cstdint>
+
+#include "../processor.h"
 
 namespace vlmteacher::attention {
 
@@ -24,18 +26,20 @@ struct Problem {
   Heads grad, dq, dk, dv;
 };
 
-constexpr int64_t kBlock = 96;  // queries of one piece of the forward's work
+// By element type, and for bfloat16 by instruction set.
+struct Kernels {
+  int64_t block;  // queries of one piece of the forward's work
+  // Bytes of the keys and values of one key head, packed for `forward`; a multiple of 64.
+  int64_t (*packed_bytes)(const Problem& p);
+  void (*pack)(const Problem& p, int64_t batch, int64_t key_head, char* to);
+  // Outputs of the queries [begin, begin + block) of one head.
+  void (*forward)(const Problem& p, int64_t batch, int64_t head, int64_t begin, const char* packed);
+  // All gradients of one key head and the heads that share it.
+  void (*backward)(const Problem& p, int64_t batch, int64_t key_head);
+};
 
-bool available();
-
-// Bytes of the keys and values of one key head, packed for `forward`; a multiple of 64.
-int64_t packed_bytes(const Problem& p);
-void pack(const Problem& p, int64_t batch, int64_t key_head, char* to);
-
-// Outputs of the queries [begin, begin + kBlock) of one head.
-void forward(const Problem& p, int64_t batch, int64_t head, int64_t begin, const char* packed);
-
-// All gradients of one key head and the heads that share it.
-void backward(const Problem& p, int64_t batch, int64_t key_head);
+FOR_SOME_PROCESSORS Kernels float32_avx512();
+FOR_SOME_PROCESSORS Kernels bfloat16_avx512();
+FOR_SOME_PROCESSORS Kernels bfloat16_amx();
 
 }  // namespace vlmteacher::attention

@@ -1,4 +1,4 @@
-// Attention on the CPU where the processor has AVX-512 BF16 (elsewhere it is torch's). The definition is
+// Attention on the CPU where the processor has AVX-512 (elsewhere it is torch's). The definition is
 // vlmteacher/ops/attention.py.
 #include <limits>
 
@@ -17,11 +17,12 @@ Tensor rows(const Tensor& t) {
 }
 
 void check(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& spans) {
-  STD_TORCH_CHECK(attention::available(), "attention needs a processor, and a build, with AVX-512 BF16");
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "attention takes (batch, tokens, heads, channels)");
   const ScalarType dtype = q.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || (dtype == ScalarType::BFloat16 && q.size(3) % 2 == 0),
                   "attention takes float32, and bfloat16 with an even number of channels");
+  STD_TORCH_CHECK(uses(dtype == ScalarType::Float ? Processor::kAvx512 : Processor::kAvx512Bf16),
+                  "attention needs a processor, and a build, with AVX-512 (bfloat16: AVX-512 BF16)");
   expect("k", k, {q.size(0), kAny, kAny, q.size(3)}, dtype, q);
   expect_like("v", v, k);
   STD_TORCH_CHECK(k.size(1) > 0 && k.size(2) > 0 && q.size(2) % k.size(2) == 0, k.size(1), " keys, or ", k.size(2),
@@ -56,6 +57,11 @@ attention::Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, co
   return p;
 }
 
+attention::Kernels kernels_for(const Tensor& q) {
+  if (q.scalar_type() == ScalarType::Float) return attention::float32_avx512();
+  return uses(Processor::kAmxTiles) ? attention::bfloat16_amx() : attention::bfloat16_avx512();
+}
+
 void read(attention::Problem& p, const Tensor& softmax) {
   p.top = static_cast<float*>(softmax.mutable_data_ptr());
   p.inverse = p.top + p.batch * p.heads * p.queries;
@@ -69,17 +75,18 @@ Tensors forward(const Tensor& any_q, const Tensor& any_k, const Tensor& any_v, c
   const Tensor softmax = torch::stable::new_empty(q, {2, p.batch, p.heads, p.queries}, ScalarType::Float);
   p.out = heads(out);
   read(p, softmax);
-  const int64_t bytes = attention::packed_bytes(p), blocks = (p.queries + attention::kBlock - 1) / attention::kBlock;
+  const attention::Kernels kernels = kernels_for(q);
+  const int64_t bytes = kernels.packed_bytes(p), blocks = (p.queries + kernels.block - 1) / kernels.block;
   const int64_t group = p.heads / p.key_heads;
   const Scratch packed(bytes * p.batch * p.key_heads);
   torch::stable::parallel_for(0, p.batch * p.key_heads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) attention::pack(p, i / p.key_heads, i % p.key_heads, packed.data + i * bytes);
+    for (int64_t i = begin; i < end; ++i) kernels.pack(p, i / p.key_heads, i % p.key_heads, packed.data + i * bytes);
   });
   torch::stable::parallel_for(0, p.batch * p.heads * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t batch = i / blocks / p.heads, head = i / blocks % p.heads;
-      attention::forward(p, batch, head, i % blocks * attention::kBlock,
-                         packed.data + (batch * p.key_heads + head / group) * bytes);
+      kernels.forward(p, batch, head, i % blocks * kernels.block,
+                      packed.data + (batch * p.key_heads + head / group) * bytes);
     }
   });
   return {out, softmax};
@@ -103,18 +110,19 @@ Tensors backward(const Tensor& any_grad, const Tensor& any_q, const Tensor& any_
   p.dq = heads(dq);
   p.dk = heads(dk);
   p.dv = heads(dv);
+  const attention::Kernels kernels = kernels_for(q);
   torch::stable::parallel_for(0, p.batch * p.key_heads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) attention::backward(p, i / p.key_heads, i % p.key_heads);
+    for (int64_t i = begin; i < end; ++i) kernels.backward(p, i / p.key_heads, i % p.key_heads);
   });
   return {dq, dk, dv};
 }
 
-bool available() { return attention::available(); }
+bool available() { return uses(Processor::kAvx512Bf16); }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vlmteacher_cpp, m) {
-  m.def("avx512_bf16() -> bool");  // of this processor and this build
+  m.def("avx512_bf16() -> bool");  // whether they are in use
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? spans, float scale) -> Tensor[]");
   m.def(
       "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax, Tensor? spans, "

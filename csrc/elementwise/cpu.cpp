@@ -1,4 +1,4 @@
-// Element-wise operators on the CPU where the processor has AVX-512 BF16 (elsewhere they are torch's). The definitions
+// Element-wise operators on the CPU where the processor has AVX-512 (elsewhere they are torch's). The definitions
 // are in vlmteacher/ops/elementwise.py.
 #include "../operator.h"
 #include "elementwise.h"
@@ -13,8 +13,9 @@ bool half(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; }
 char* bytes(const Tensor& t) { return static_cast<char*>(t.mutable_data_ptr()); }
 
 void check(const Tensor& x) {
-  STD_TORCH_CHECK(elementwise::available(), "this operator needs a processor, and a build, with AVX-512 BF16");
   STD_TORCH_CHECK(half(x) || x.scalar_type() == ScalarType::Float, "this operator takes float32 and bfloat16");
+  STD_TORCH_CHECK(uses(half(x) ? Processor::kAvx512Bf16 : Processor::kAvx512),
+                  "this operator needs a processor, and a build, with AVX-512 (bfloat16: AVX-512 BF16)");
 }
 
 // x (B, N, H, d), rows of any strides but contiguous elements; cos, sin (N, 1, d / 2).
@@ -32,11 +33,12 @@ Tensor rotate(const Tensor& any_x, const Tensor& any_cos, const Tensor& any_sin,
   const char* from = bytes(x);
   char* to = bytes(out);
   const int64_t row = heads * 2 * width;
+  const auto rotated = half(x) ? elementwise::rotate_bfloat16 : elementwise::rotate_float32;
   torch::stable::parallel_for(0, x.size(0) * tokens, kGrain / (row + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t token = i % tokens;
-      elementwise::rotate(half(x), back, heads, width, from + (i / tokens * x.stride(0) + token * x.stride(1)) * size,
-                          x.stride(2) * size, c + token * width, s + token * width, to + i * row * size);
+      rotated(back, heads, width, from + (i / tokens * x.stride(0) + token * x.stride(1)) * size, x.stride(2) * size,
+              c + token * width, s + token * width, to + i * row * size);
     }
   });
   return out;
@@ -51,9 +53,10 @@ Tensor gelu(const Tensor& any_x, const Maybe& any_grad) {
   const char *from = bytes(x), *slope = grad ? bytes(*grad) : nullptr;
   char* to = bytes(out);
   const int64_t size = x.element_size();
+  const auto computed = half(x) ? elementwise::gelu_bfloat16 : elementwise::gelu_float32;
   torch::stable::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
     const int64_t at = begin * size;
-    elementwise::gelu(half(x), end - begin, from + at, slope ? slope + at : nullptr, to + at);
+    computed(end - begin, from + at, slope ? slope + at : nullptr, to + at);
   });
   return out;
 }

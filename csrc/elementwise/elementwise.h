@@ -1,18 +1,20 @@
-// Element-wise work of transformers for processors with AVX-512 BF16; arithmetic in float32. The definitions are in
-// vlmteacher/ops/elementwise.py. `half` means bfloat16, else float32.
+// Element-wise work of transformers, float32 for processors with AVX-512, bfloat16 with AVX-512 BF16; arithmetic in
+// float32. The definitions are in vlmteacher/ops/elementwise.py.
 #pragma once
 #include <cstdint>
 
-namespace vlmteacher::elementwise {
+#include "../processor.h"
 
-bool available();
+namespace vlmteacher::elementwise {
 
 // Of one token: x (heads, 2 * width), its rows `stride` bytes apart, -> out, contiguous. cos, sin: (width,); `back`
 // rotates the other way.
-void rotate(bool half, bool back, int64_t heads, int64_t width, const char* x, int64_t stride, const float* cos,
-            const float* sin, char* out);
+using Rotate = void(bool back, int64_t heads, int64_t width, const char* x, int64_t stride, const float* cos,
+                    const float* sin, char* out);
+FOR_SOME_PROCESSORS Rotate rotate_float32, rotate_bfloat16;
 
 // out = gelu(x), the approximation by tanh; where `grad` is not null, out = grad * gelu'(x).
-void gelu(bool half, int64_t count, const char* x, const char* grad, char* out);
+using Gelu = void(int64_t count, const char* x, const char* grad, char* out);
+FOR_SOME_PROCESSORS Gelu gelu_float32, gelu_bfloat16;
 
 }  // namespace vlmteacher::elementwise

@@ -75,14 +75,14 @@ class WithRank {
  public:
   WithRank(const Operand& out, const Operand& left, const Operand& right, double alpha, bool accumulate)
       : out_(out), left_(left), right_(right), alpha_(alpha), accumulate_(accumulate) {
-    static const bool available = skinny::available();
     const ScalarType dtype = left.of.scalar_type();
     half_ = dtype == ScalarType::BFloat16, wide_ = out.of.scalar_type() == ScalarType::Float;
     m_ = out.rows(), n_ = out.columns(), k_ = left.columns();
     l_ = {left.data(), left.of.stride(0), left.turned}, r_ = {right.data(), right.of.stride(0), right.turned};
     to_ = out.data(), stride_ = out.of.stride(0);
     // A handful of float32 sums (one row of x) is no work to save: theirs then round as the plain expression's do.
-    own_ = available && (half_ ? skinny::takes_bfloat16(l_, r_, k_) : dtype == ScalarType::Float && m_ * n_ >= 256);
+    own_ = half_ ? uses(Processor::kAvx512Bf16) && skinny::takes_bfloat16(l_, r_, k_)
+                 : uses(Processor::kAvx512) && dtype == ScalarType::Float && m_ * n_ >= 256;
   }
 
   bool own() const { return own_; }
@@ -95,8 +95,9 @@ class WithRank {
     skinny::Matrix& some = by_rows ? l : r;
     const bool strided = by_rows != some.transposed;  // elements of that side stand a row apart
     some.data = static_cast<const char*>(some.data) + begin * (half_ ? 2 : 4) * (strided ? some.stride : 1);
-    skinny::product(half_, by_rows ? end - begin : m_, by_rows ? n_ : end - begin, k_, static_cast<float>(alpha_), l, r,
-                    accumulate_, to_ + begin * (wide_ ? 4 : 2) * (by_rows ? stride_ : 1), stride_, wide_);
+    const auto product = half_ ? skinny::product_bfloat16 : skinny::product_float32;
+    product(by_rows ? end - begin : m_, by_rows ? n_ : end - begin, k_, static_cast<float>(alpha_), l, r, accumulate_,
+            to_ + begin * (wide_ ? 4 : 2) * (by_rows ? stride_ : 1), stride_, wide_);
   }
 
   void by_vendor() const {
@@ -156,9 +157,9 @@ void in_turn(int64_t rows, const std::vector<WithRank>& products) {
 // Whether a big product of `rows` rows is ours, whose operands have as many columns. Few rows do not repay the
 // packing of the weight.
 bool takes(ScalarType dtype, int64_t rows, const std::vector<int64_t>& columns) {
-  static const bool available = wide::available();
   const bool even = std::all_of(columns.begin(), columns.end(), [](int64_t count) { return count % 2 == 0; });
-  return available && even && dtype == ScalarType::BFloat16 && rows >= 4;
+  const bool own = uses(Processor::kAvx512Bf16) && processor() != Processor::kAmx;
+  return own && even && dtype == ScalarType::BFloat16 && rows >= 4;
 }
 
 // out = the sum of all left right, plus the bias where there is one. All have contiguous rows.
@@ -198,10 +199,11 @@ void in_panels(std::vector<Wide>& products) {
     for (int64_t row = 0; row < m; row += rows)
       for (int64_t panel = 0; panel < each.panels(); panel += group)
         tasks.push_back({&each.product, row, std::min(rows, m - row), panel});
+  const auto part = uses(Processor::kAmxTiles) ? wide::part_amx : wide::part_avx512;
   std::atomic<size_t> next = 0;
   torch::stable::parallel_for(0, std::min<int64_t>(threads, tasks.size()), 1, [&](int64_t, int64_t) {
     for (size_t i = next++; i < tasks.size(); i = next++)
-      wide::part(*tasks[i].product, tasks[i].row, tasks[i].rows, tasks[i].panel, group);
+      part(*tasks[i].product, tasks[i].row, tasks[i].rows, tasks[i].panel, group);
   });
 }
 
@@ -210,14 +212,14 @@ void in_panels(std::vector<Wide>& products) {
 Tensor stack(const Tensor& x, const Tensors& tensors, double factor = 1) {
   const ScalarType dtype = x.scalar_type();
   if (tensors.size() == 1 && tensors[0].scalar_type() == dtype && factor == 1) return dense(tensors[0]);
-  static const bool available = skinny::available();
   int64_t rows = 0;
   for (const Tensor& t : tensors) rows += t.size(0);
   Tensor all = empty(x, rows, tensors[0].size(1));
   char* to = static_cast<char*>(all.mutable_data_ptr());
   for (const Tensor& t : tensors) {
     const int64_t count = t.numel();
-    if (available && dtype == ScalarType::BFloat16 && (factor != 1 || t.scalar_type() == ScalarType::Float))
+    if (uses(Processor::kAvx512Bf16) && dtype == ScalarType::BFloat16 &&
+        (factor != 1 || t.scalar_type() == ScalarType::Float))
       skinny::round(static_cast<const float*>(as(ScalarType::Float, t).const_data_ptr()), count, float(factor), to);
     else
       std::memcpy(to, as(dtype, t).const_data_ptr(), count * all.element_size());

@@ -1,9 +1,11 @@
-// Matrix products of bfloat16 with no short side, for processors with AVX-512 BF16 and without AMX. A sum goes over
+// Matrix products of bfloat16 with no short side, for processors with AVX-512 BF16 or AMX. A sum goes over
 // several pairs of operands, so that the low-rank part and the layers that share x cost what their arithmetic does; the
 // vendor's library takes one pair a call, and is slower here, at small sizes most.
 #pragma once
 
 #include <cstdint>
+
+#include "../processor.h"
 
 namespace vlmteacher::wide {
 
@@ -28,11 +30,9 @@ struct Product {
 
 constexpr int64_t kColumns = 32;  // of a panel of packed words
 
-// Whether this processor, and this build, has the instructions and nothing better.
-bool available();
-
 // Rows [row, row + rows) and panels [panel, panel + panels) of the result: sums in float32, rounded once. One thread;
 // the scratch memory stays in its second-level cache.
-void part(const Product& product, int64_t row, int64_t rows, int64_t panel, int64_t panels);
+using Part = void(const Product& product, int64_t row, int64_t rows, int64_t panel, int64_t panels);
+FOR_SOME_PROCESSORS Part part_avx512, part_amx;
 
 }  // namespace vlmteacher::wide

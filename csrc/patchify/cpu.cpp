@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "../processor.h"
 #include "check.h"
 #include "resize.h"
 
@@ -107,14 +108,10 @@ int64_t slots_of(int64_t frame, int64_t num_frames, const Grid& g) {
 template <class A>
 resize::Resample<A>* best_resample() {
   if constexpr (std::is_same_v<A, float>) {
-    static const auto best = [] {
-      const auto avx512 = resize::resample_avx512(), avx2 = resize::resample_avx2();
-      return avx512 ? avx512 : avx2 ? avx2 : resize::resample<float>;
-    }();
-    return best;
-  } else {
-    return resize::resample<A>;
+    if (uses(Processor::kAvx512)) return resize::resample_avx512();
+    if (uses(Processor::kAvx2)) return resize::resample_avx2();
   }
+  return resize::resample<A>;
 }
 
 // Both directions of a resize, plane by plane in parts of some rows. read(frame, channel, row, buffer) gives a pointer

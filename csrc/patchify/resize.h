@@ -28,7 +28,7 @@ struct Part {  // output rows [begin, end) of a plane, and what a value v of the
 template <class A>
 using Resample = void(const A* const* from, const Band<A>& y, const Band<A>& x, const Part<A>& part, A* scratch, A* to);
 
-// The function for this processor, or null if it, or this build, lacks the instructions.
+// For processors with these instructions (processor.h).
 Resample<float>* resample_avx2();
 Resample<float>* resample_avx512();
 

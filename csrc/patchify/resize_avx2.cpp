@@ -3,6 +3,6 @@
 
 namespace vlmteacher::resize {
 
-Resample<float>* resample_avx2() { return supported() ? resample<float> : nullptr; }
+Resample<float>* resample_avx2() { return resample<float>; }
 
 }  // namespace vlmteacher::resize

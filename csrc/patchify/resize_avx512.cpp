@@ -3,6 +3,6 @@
 
 namespace vlmteacher::resize {
 
-Resample<float>* resample_avx512() { return supported() ? resample<float> : nullptr; }
+Resample<float>* resample_avx512() { return resample<float>; }
 
 }  // namespace vlmteacher::resize

@@ -1,6 +1,7 @@
 // RMSNorm and rotary position embedding on the CPU. The definition is vlmteacher/ops/qk_norm_rope.py; arithmetic is in
 // float (double for double), rounded once.
 #include "../cpu_rows.h"
+#include "../processor.h"
 #include "check.h"
 #include "rows.h"
 
@@ -11,14 +12,10 @@ using namespace vlmteacher;
 template <class T>
 qk_norm_rope::Rows<T>* best_rows() {
   if constexpr (std::is_same_v<T, float> || std::is_same_v<T, BFloat16>) {
-    static const auto best = [] {
-      const auto avx512 = qk_norm_rope::rows_avx512<T>(), avx2 = qk_norm_rope::rows_avx2<T>();
-      return avx512 ? avx512 : avx2 ? avx2 : qk_norm_rope::rows<T>;
-    }();
-    return best;
-  } else {
-    return qk_norm_rope::rows<T>;
+    if (uses(Processor::kAvx512)) return qk_norm_rope::rows_avx512<T>();
+    if (uses(Processor::kAvx2)) return qk_norm_rope::rows_avx2<T>();
   }
+  return qk_norm_rope::rows<T>;
 }
 
 // Forward if `grads` is empty.

@@ -23,7 +23,7 @@ using Rows = void(const Work<T>&, int64_t begin, int64_t end, Accumulate<T>* scr
 
 inline int64_t scratch_size(int64_t width, int64_t channels) { return width + 2 * channels; }
 
-// The function for this processor, or null if it, or this build, lacks the instructions.
+// For processors with these instructions (processor.h).
 template <class T>
 Rows<T>* rows_avx2();
 template <class T>

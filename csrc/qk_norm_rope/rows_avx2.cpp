@@ -5,7 +5,7 @@ namespace vlmteacher::qk_norm_rope {
 
 template <class T>
 Rows<T>* rows_avx2() {
-  return supported() ? rows<T> : nullptr;
+  return rows<T>;
 }
 
 template Rows<float>* rows_avx2();

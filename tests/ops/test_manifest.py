@@ -21,6 +21,7 @@ SHARED = {  # what operators share
         "decoder_plan",
         "gpus",
         "manifest",
+        "processors",
         "resize",
         "sdpa",
     },

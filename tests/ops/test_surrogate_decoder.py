@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.processors import reachable, used_as
 from tests.rounding import check, expected, rms
-from vlmteacher.ops import surrogate_decoder
-from vlmteacher.ops.backends import has_avx512_bf16
 from vlmteacher.ops.bits import pack_bits, unpack_bits
 from vlmteacher.ops.surrogate_decoder import (
     conv3x3,
@@ -77,15 +76,17 @@ def test_forward(case, dtype):
 
     exact, exact_signs = run(conv3x3_reference, given, torch.float64)
     (wanted,) = expected(lambda *args: [run(conv3x3_reference, *args)[0]], given, dtype)
-    ours, signs = run(conv3x3, given, dtype)
-    assert ours.is_contiguous() and ours.dtype == dtype
-    check([ours], [wanted])
-    assert signs.shape == exact_signs.shape
-    if slope is not None:  # a sign may differ only where rounding takes the value over zero
-        n = ours.shape[-1]
-        differ = unpack_bits(signs, n) != unpack_bits(exact_signs, n)
-        assert (exact.abs()[differ] <= 8 * rms(wanted.spread)).all()
-        assert torch.equal(pack_bits(unpack_bits(signs, n)), signs)  # no stray bit behind the last channel
+    for processor in reachable():
+        with used_as(processor):
+            ours, signs = run(conv3x3, given, dtype)
+        assert ours.is_contiguous() and ours.dtype == dtype
+        check([ours], [wanted])
+        assert signs.shape == exact_signs.shape
+        if slope is not None:  # a sign may differ only where rounding takes the value over zero
+            n = ours.shape[-1]
+            differ = unpack_bits(signs, n) != unpack_bits(exact_signs, n)
+            assert (exact.abs()[differ] <= 8 * rms(wanted.spread)).all()
+            assert torch.equal(pack_bits(unpack_bits(signs, n)), signs)  # no stray bit behind the last channel
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -104,9 +105,12 @@ def test_backward(case, through, dtype):
         poisoned(given["x"].numel())
         return function(grad, signs, given["taps"], frames, weight, *more, slope, upscale)
 
-    ours = run(conv3x3_backward, given, dtype)
-    assert ours.dtype == dtype
-    check([ours], expected(lambda *args: [run(conv3x3_backward_reference, *args)], given, dtype))
+    wanted = expected(lambda *args: [run(conv3x3_backward_reference, *args)], given, dtype)
+    for processor in reachable():
+        with used_as(processor):
+            ours = run(conv3x3_backward, given, dtype)
+        assert ours.dtype == dtype
+        check([ours], wanted)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -128,10 +132,3 @@ def test_bits():
         signs = pack_signs(x)
         assert signs.shape == (3, 5, -(-n // 8)) and torch.equal(unpack_bits(signs, n), x > 0)
     assert pack_signs(torch.tensor([1.0, -1, 0, 2, *[-1] * 4, 3])).tolist() == [0b1001, 1]
-
-
-def test_the_cpp_backend_is_used():
-    """On processors with AVX-512 BF16; on others the tests above compare the definition with itself."""
-    if not has_avx512_bf16():
-        pytest.skip("no AVX-512 with bfloat16 here")
-    assert surrogate_decoder._fast(torch.empty(0), torch.empty(0), 0) is surrogate_decoder._Cpp

@@ -42,7 +42,7 @@ def test_products_and_kept_bytes_are_those_of_the_real_decoder(
 @pytest.mark.skipif(not has_avx512_bf16(), reason="the C++ operator is for AVX-512")
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_operator_has_four_products_behind_an_upsampling(backward: bool) -> None:
-    weight = torch.randn(64, 3, 3, 64)
+    weight = torch.randn(64, 3, 3, 64, dtype=torch.bfloat16)
     nine, sixteen = (torch.ops.vlmteacher_cpp.conv3x3_pack(weight, 1, up, backward).numel() for up in (1, 2))
     assert sixteen * 9 == nine * 16  # four for each of the 2x2 pixels that one becomes
 

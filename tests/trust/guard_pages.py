@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.processors import reachable, used_as
 from vlmteacher.ops import ada_norm, attention, elementwise, lora_linear, patchify, qk_norm_rope, surrogate_decoder
 from vlmteacher.ops.attention import Spans
 from vlmteacher.ops.backends import cpp_status, has_avx512_bf16
@@ -300,7 +301,15 @@ def fuzz_patchify(draw: Draw) -> None:
 
 
 def fuzz_conv3x3(draw: Draw) -> None:
-    dtype = draw.random.choice(HALVES)
+    """As any processor, every second time as one whose vendor convolves (csrc/surrogate_decoder/vendor.h)."""
+    processor = draw.random.choice(reachable())
+    if "amx" in reachable() and draw.random.random() < 0.5:
+        processor = "amx"
+    with used_as(processor):
+        convolutions(draw, torch.bfloat16 if processor == "amx" else draw.random.choice(HALVES))
+
+
+def convolutions(draw: Draw, dtype: torch.dtype) -> None:
     seen, upscale = draw.random.choice((1, 2)), draw.random.choice((1, 1, 2))
     frames, height, width = (draw.random.randint(1, most) for most in (4, 7, 19))  # torch convolves no empty ones
     channels, n = draw.size(40, 2), draw.size(40, 2)

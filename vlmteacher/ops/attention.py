@@ -1,7 +1,7 @@
 """Softmax attention under a mask of two intervals: every query attends to the keys [0, a) and [b, c).
 
 Three numbers per query express full attention, causal attention, segments of a row, sliding windows and questions that
-share a prefix; masked blocks are not computed. On CPUs with AVX-512 BF16 the operator is our own: sums and softmax in
+share a prefix; masked blocks are not computed. On CPUs with AVX-512 the operator is our own: sums and softmax in
 float32, and for the backward it keeps the output and two numbers per query. Elsewhere, and on request, it is torch's or
 another library's: see `BACKENDS`.
 """
@@ -23,11 +23,12 @@ from torch.nn.attention import sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from vlmteacher.errors import InputError, MissingExtra
-from vlmteacher.ops.backends import has_avx512_bf16, plain
+from vlmteacher.ops.backends import cpp_status, plain
+from vlmteacher.ops.processors import is_own
 from vlmteacher.ops.sdpa import MASKED
 from vlmteacher.torch_modes import keepable
 
-_AVX512_BF16 = has_avx512_bf16()  # outside of functions, for torch.compile cannot trace it
+cpp_status()  # loads the operators here, for torch.compile cannot trace it
 MOST_RUNS = 16  # of queries that are computed one by one
 Run = tuple[int, int, int, int, int]
 BACKENDS = ("native", "sdpa", "flex", "xformers", "flash")
@@ -189,8 +190,8 @@ def _native(q: Tensor, k: Tensor, v: Tensor, spans: Spans | None) -> Tensor:
 
 def is_native(q: Tensor) -> bool:
     """Whether our own operator runs on tensors like q."""
-    takes = q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and q.shape[-1] % 2 == 0)
-    return takes and q.device.type == "cpu" and q.numel() > 0 and _AVX512_BF16
+    takes = q.dtype == torch.float32 or q.shape[-1] % 2 == 0
+    return takes and q.device.type == "cpu" and q.numel() > 0 and is_own("attention", q.dtype)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
@@ -289,7 +290,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans | None = None, backe
         q: (B, N, H, d) and k, v: (B, M, G, d), where each of the G key heads serves H / G consecutive query heads.
             Floating point, of one dtype; copied if the last dimension is not contiguous.
         spans: which keys each query attends to, the same for all batch entries and heads; None: all keys.
-        backend: "native" (CPUs with AVX-512 BF16; float32 and bfloat16), "sdpa" (torch's), "flex" (torch's
+        backend: "native" (CPUs with AVX-512 for float32, AVX-512 BF16 for bfloat16), "sdpa" (torch's), "flex" (torch's
             FlexAttention), "xformers" and "flash" (the package flash-attn), both for GPUs, with "sdpa" for the masks
             that they do not support. None: "native" where it runs, else "sdpa".
 
@@ -309,7 +310,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans | None = None, backe
         if not is_native(q):
             raise InputError(
                 f"native attention cannot run on {q.dtype} with {q.shape[-1]} channels on {q.device} here: "
-                "it needs a CPU with AVX-512 BF16, and float32 or bfloat16 (see `vlmteacher env`)"
+                "it needs a CPU with AVX-512 for float32, AVX-512 BF16 for bfloat16 (see `vlmteacher env`)"
             )
         return _native(q, k, v, spans)
     return _flex(q, k, v, spans) if backend == "flex" else _library(backend, q, k, v, spans)

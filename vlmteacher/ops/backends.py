@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.function import once_differentiable
 
-from vlmteacher.ops import gpus
+from vlmteacher.ops import gpus, processors
 from vlmteacher.ops.manifest import OPERATORS
 
 _CPP_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -34,17 +34,19 @@ def build_record() -> dict[str, Any]:
 
 @functools.cache
 def cpp_status() -> tuple[bool, str]:
-    """Load the C++ operators; returns (loaded, the reason if not)."""
+    """Load the C++ operators; returns (loaded, the reason if not). Raises InputError: a wrong VLMTEACHER_CPU."""
     try:
-        importlib.import_module("vlmteacher._C")
+        library = importlib.import_module("vlmteacher._C")
     except ImportError as error:
         return False, build_record()["why"] or f"the library does not load: {error}"
+    if not hasattr(library, "limit"):
+        return False, "the library is of an older version: build it again (pip install -e .)"
+    processors.start(library)
     return True, ""
 
 
-@functools.cache
 def has_avx512_bf16() -> bool:
-    """Whether C++ operators that need AVX-512 BF16 can run: the processor has it, and so had the compiler."""
+    """Whether C++ operators that need AVX-512 BF16 can run: the processor has it, and it is in use."""
     return cpp_status()[0] and torch.ops.vlmteacher_cpp.avx512_bf16()
 
 

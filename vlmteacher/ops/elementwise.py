@@ -1,6 +1,6 @@
 """Element-wise operators of a transformer, each one pass forward and backward, computed in float32.
 
-C++ on CPUs with AVX-512 BF16, torch's own operators elsewhere.
+C++ on CPUs with AVX-512 (bfloat16: AVX-512 BF16), torch's own operators elsewhere.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlmteacher.errors import InputError
-from vlmteacher.ops.backends import has_avx512_bf16, plain
+from vlmteacher.ops.backends import cpp_status, plain
 from vlmteacher.ops.checks import expect
+from vlmteacher.ops.processors import is_own
 
-_AVX512_BF16 = has_avx512_bf16()  # outside of functions, for torch.compile cannot trace it
+cpp_status()  # loads the operators here, for torch.compile cannot trace it
 
 
 def _is_fast(x: Tensor) -> bool:
-    own = x.dtype in (torch.bfloat16, torch.float32) and x.device.type == "cpu"
-    return own and x.numel() > 0 and _AVX512_BF16
+    return x.device.type == "cpu" and x.numel() > 0 and is_own("elementwise", x.dtype)
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ OPERATORS: dict[str, Operator] = {
             "surrogate_decoder",
             ("conv3x3",),
             avx512=True,
-            cpp_helpers=("conv3x3_pack",),
+            cpp_helpers=("conv3x3_pack", "conv3x3_readers", "conv3x3_gather", "conv3x3_finish"),
             compiled={"cuda": 17, "triton": 17},
         ),
     )

@@ -1,5 +1,6 @@
-// Vectors of 16 float32 numbers, loaded from bfloat16 or float32. Only for files compiled with AVX-512 BF16 flags: it
-// has internal linkage, so that the linker cannot share it with code that runs on any processor.
+// Vectors of 16 float32 numbers, loaded from bfloat16 or float32. Only for files compiled with AVX-512 flags (bfloat16:
+// AVX-512 BF16 flags): it has internal linkage, so that the linker cannot share it with code that runs on any
+// processor.
 #pragma once
 #include <immintrin.h>
 
@@ -20,6 +21,7 @@ inline __mmask16 lanes(int64_t count) {
 }
 
 // A word is a lane of an operand: two bfloat16 that are adjacent along the sum, or one float32.
+#if defined(__AVX512BF16__)
 struct BFloat16 {
   static constexpr int64_t kDepth = 2, kBytes = 2;
   static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
@@ -41,6 +43,7 @@ struct BFloat16 {
     return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, second)), 16));
   }
 };
+#endif
 
 struct Float32 {
   static constexpr int64_t kDepth = 1, kBytes = 4;
@@ -51,6 +54,33 @@ struct Float32 {
   static void store(char* to, __mmask16 mask, __m512 value) { _mm512_mask_storeu_ps(to, mask, value); }
   static __m512i words(const char* first, const char*, __mmask16 mask) { return _mm512_maskz_loadu_epi32(mask, first); }
 };
+
+// Rows of 16 words become columns.
+inline void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+  UNROLL for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  UNROLL for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  UNROLL for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  UNROLL for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
 
 // 2^x for x far below the float's largest exponent; -inf is not among them.
 template <class T>

@@ -3,68 +3,14 @@
 #include "wide.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#include <cpuid.h>
-
-#include "../bf16_avx512.h"
+#include "../avx512.h"
 #include "../scratch.h"
+#include "wide_pack.h"
 
 namespace vlmteacher::wide {
 namespace {
 
-constexpr int64_t kVectors = kColumns / kLanes;
 constexpr int64_t kWords = 2048;  // of a panel at a time: with what is read beside it, it stays in the cache
-
-// Rows of 16 words become columns.
-inline void transpose(__m512i (&r)[16]) {
-  __m512i t[16];
-  UNROLL for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  UNROLL for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  UNROLL for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  UNROLL for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
-
-// Words [first, first + words) of `columns` columns from an operand that is stored (n, k): to[word][vector][lane].
-void pack_columns(const char* from, int64_t stride, int64_t words, int64_t columns, char* to) {
-  for (int64_t v = 0; v < kVectors; ++v)
-    for (int64_t word = 0; word < words; word += kLanes) {
-      const __mmask16 some = lanes(words - word);
-      __m512i rows[16];
-      UNROLL for (int i = 0; i < 16; ++i) {
-        const bool there = v * kLanes + i < columns;
-        rows[i] = there ? _mm512_maskz_loadu_epi32(some, from + (v * kLanes + i) * stride + 4 * word)
-                        : _mm512_setzero_si512();
-      }
-      transpose(rows);
-      UNROLL for (int i = 0; i < 16; ++i) {
-        if (word + i < words) _mm512_storeu_si512(to + ((word + i) * kVectors + v) * 64, rows[i]);
-      }
-    }
-}
-
-// The same from an operand that is stored (k, n).
-void pack_rows(const char* from, int64_t stride, int64_t words, int64_t columns, char* to) {
-  for (; words > 0; --words, from += 2 * stride)
-    for (int64_t v = 0; v < kVectors; ++v, to += 64)
-      _mm512_storeu_si512(to, BFloat16::words(from + 32 * v, from + stride + 32 * v, lanes(columns - v * kLanes)));
-}
 
 // What a tile sums over: one segment, or what of it is in the packed panel.
 struct Stretch {
@@ -130,15 +76,7 @@ constexpr int64_t kRows = sizeof(kRun) / sizeof(Run);
 
 }  // namespace
 
-bool available() {
-  __builtin_cpu_init();
-  unsigned a, b, c, d;
-  const bool amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);  // a name that not all compilers know
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && !amx;
-}
-
-void part(const Product& p, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
+void part_avx512(const Product& p, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
   int64_t all = 0;
   for (int64_t s = 0; s < p.count; ++s) all += p.segments[s].k / 2;
   const int64_t passes = (all + kWords - 1) / kWords, most = (all + passes - 1) / passes;
@@ -168,11 +106,7 @@ void part(const Product& p, int64_t row, int64_t rows, int64_t panel, int64_t pa
       while (room > 0 && segment < p.count) {
         const Segment& s = p.segments[segment];
         const int64_t left = s.k / 2 - done, words = left < room ? left : room;
-        const char* right = static_cast<const char*>(s.right);
-        if (s.transposed)
-          pack_columns(right + 2 * (column * s.right_stride + 2 * done), s.right_stride * 2, words, columns, to);
-        else
-          pack_rows(right + 2 * (2 * done * s.right_stride + column), s.right_stride * 2, words, columns, to);
+        pack(s, done, words, column, columns, to);
         stretches[t.count++] = {static_cast<const char*>(s.left) + 4 * done, s.left_stride * 2, words};
         to += words * kVectors * 64, room -= words, done += words;
         if (done == s.k / 2) ++segment, done = 0;
@@ -187,13 +121,6 @@ void part(const Product& p, int64_t row, int64_t rows, int64_t panel, int64_t pa
   }
 }
 
-}  // namespace vlmteacher::wide
-
-#else
-
-namespace vlmteacher::wide {
-bool available() { return false; }
-void part(const Product&, int64_t, int64_t, int64_t, int64_t) {}
 }  // namespace vlmteacher::wide
 
 #endif

@@ -1,0 +1,61 @@
+// Attention in bfloat16 by AMX; called only on processors that have it. The products are on tiles, the softmax is
+// AVX-512's.
+#if defined(__AMX_BF16__)
+#include "../amx.h"
+#include "attention_avx512.h"
+
+namespace vlmteacher::attention {
+namespace {
+
+struct TiledBFloat16 : BFloat16 {};
+
+template <>
+struct Unit<TiledBFloat16> {
+  static constexpr int64_t kRows = kTileRows, kWholeWords = kTileWords, kKeys = 2 * kTileWords;
+  static constexpr bool kTurns = true;
+  using Session = Tiles;
+
+  // See Unit; the left operand's words stand together, and `words` is whole tiles of them.
+  template <int V>
+  static void multiply(bool add, float* out, int64_t stride, const char* left, int64_t row_step, int64_t,
+                       const char* panel, int64_t words) {
+    written();
+    if (add) {
+      _tile_loadd(0, out, stride * 4);
+      if constexpr (V == 2) _tile_loadd(1, out + kLanes, stride * 4);
+    } else {
+      _tile_zero(0);
+      if constexpr (V == 2) _tile_zero(1);
+    }
+    for (; words > 0; words -= kTileWords, left += 64, panel += 64 * V * kTileWords) {
+      _tile_loadd(4, left, row_step);
+      _tile_loadd(6, panel, 64 * V);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (V == 2) {
+        _tile_loadd(7, panel + 64, 64 * V);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+    }
+    _tile_stored(0, out, stride * 4);
+    if constexpr (V == 2) _tile_stored(1, out + kLanes, stride * 4);
+  }
+
+  // Words (rows, columns), `step` bytes from row to row, to (columns, rows).
+  static void turn(const char* from, int64_t step, int64_t rows, int64_t columns, char* to, int64_t to_step) {
+    for (int64_t row = 0; row < rows; row += 16)
+      for (int64_t column = 0; column < columns; column += 16) {
+        __m512i square[16];
+        UNROLL for (int i = 0; i < 16; ++i) square[i] = _mm512_load_si512(from + (row + i) * step + column * 4);
+        transpose(square);
+        UNROLL for (int i = 0; i < 16; ++i) _mm512_store_si512(to + (column + i) * to_step + row * 4, square[i]);
+      }
+  }
+};
+
+}  // namespace
+
+Kernels bfloat16_amx() { return kernels<TiledBFloat16>(); }
+
+}  // namespace vlmteacher::attention
+
+#endif

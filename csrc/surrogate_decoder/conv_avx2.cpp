@@ -1,0 +1,9 @@
+// The convolutions for AVX2; called only on processors that have it.
+#include "conv_float32.h"
+
+namespace vlmteacher::surrogate_decoder {
+
+Kernels float32_avx2() { return kernels<float>(); }
+Kernels bfloat16_avx2() { return kernels<BFloat16>(); }
+
+}  // namespace vlmteacher::surrogate_decoder

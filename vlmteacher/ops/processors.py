@@ -1,0 +1,178 @@
+"""Which backend serves which operator on which processor: one table, with the measurements that decided.
+
+A processor belongs to the highest class that it, and the build of the C++ operators, has all of. The environment
+variable VLMTEACHER_CPU, or `limit`, takes a lower class: our operators then compute as that processor's would, and
+dispatch follows. `amx` is allowed wherever AVX-512 BF16 is, for it uses no more of ours; `amx_tiles` is never taken
+unasked, because these kernels have run only in an emulation of the instructions (tests/ops/tiles.h).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmteacher.errors import InputError
+
+VARIABLE = "VLMTEACHER_CPU"
+PROCESSORS = {
+    "baseline": "none of the instructions below",
+    "avx2": "AVX2 and FMA",
+    "avx512": "AVX-512 F, BW and VL",
+    "avx512_bf16": "AVX-512 BF16",
+    "amx": "AMX for bfloat16, through oneDNN",
+    "amx_tiles": "AMX for bfloat16, our own kernels too",
+}
+"""The classes, from the lowest, as csrc/processor.h has them."""
+OWN, VENDOR, TORCH = "own", "vendor", "torch"
+"""Backends: our kernels; our autograd function over products and convolutions of oneDNN and MKL; torch's operators."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The backends of one operator for some dtypes and shapes, one for each class of `PROCESSORS`.
+
+    Attributes:
+        decided: the measurement, with its processor.
+    """
+
+    operator: str
+    dtypes: tuple[torch.dtype, ...]
+    shapes: str
+    backends: tuple[str, ...]
+    decided: str
+
+    def backend(self, processor: str) -> str:
+        return self.backends[list(PROCESSORS).index(processor)]
+
+
+def _rule(operator: str, dtypes: str, shapes: str, backends: str, decided: str) -> Rule:
+    return Rule(operator, tuple(getattr(torch, t) for t in dtypes.split()), shapes, tuple(backends.split()), decided)
+
+
+_ZEN5 = "AMD EPYC of family 26 (Zen 5)"
+_XEON = "Intel Xeon with AMX (Sapphire Rapids class)"
+RULES = (
+    _rule(
+        "surrogate_decoder", "float32", "all", "vendor own own own own own",
+        f"{_ZEN5}, tiny, one thread, of stock's speed: Winograd's method x1.92 by AVX2, x2.29 by AVX-512; direct sums"
+        " by AVX-512 x1.6; the vendor's convolutions under our function x0.7 to x0.85",
+    ),
+    _rule(
+        "surrogate_decoder", "bfloat16", "all", "vendor own own own vendor own",
+        f"{_ZEN5}: AVX-512 BF16 x1.57 to x1.66 of stock at tiny, 400 to 460 GFLOP/s a core for the vendor's 210;"
+        f" {_XEON}: the vendor's, channels last, 1,300 GFLOP/s a core, our AVX-512 BF16 some 200 (x0.92 of stock at"
+        " mid, x0.71 at tiny)",
+    ),
+    _rule(
+        "lora_linear (wide products)", "float32", "all", "vendor vendor vendor vendor vendor vendor",
+        f"{_ZEN5}: MKL is at its limit (benchmarks/NEGATIVE.md)",
+    ),
+    _rule(
+        "lora_linear (wide products)", "bfloat16", "4 rows up, even depths", "vendor vendor vendor own vendor own",
+        f"{_ZEN5}: ours takes 1.05 of the frozen layers' time, the vendor's 1.17;"
+        f" {_XEON}: the vendor's 850 GFLOP/s a core, our AVX-512 BF16 some 200",
+    ),
+    _rule(
+        "lora_linear (products with the rank)", "float32", "256 results and more", "vendor vendor own own own own",
+        f"{_ZEN5}: the vendor's run at a third of the wide products' speed",
+    ),
+    _rule(
+        "lora_linear (products with the rank)", "bfloat16", "all", "vendor vendor vendor own own own",
+        f"{_ZEN5}: as in float32; {_XEON}: the vendor's 102 to 248 GFLOP/s a core",
+    ),
+    _rule(
+        "attention", "float32", "all", "torch torch own own own own",
+        f"{_ZEN5}: four times torch's flash attention in bfloat16, faster in float32 (benchmarks/attention.py)",
+    ),
+    _rule(
+        "attention", "bfloat16", "even channels", "torch torch torch own own own",
+        f"{_ZEN5}: four times torch's; {_XEON}: the Teacher with it x2.97 of stock at mid",
+    ),
+    _rule(
+        "elementwise", "float32", "all", "torch torch own own own own",
+        f"{_ZEN5}: one pass for torch's five (benchmarks/elementwise.py)",
+    ),
+    _rule("elementwise", "bfloat16", "all", "torch torch torch own own own", f"{_ZEN5}: as in float32"),
+    _rule(
+        "ada_norm, qk_norm_rope, patchify", "float64 float32 float16 bfloat16", "all", "own own own own own own",
+        f"{_ZEN5}, and every vector width (benchmarks/glue.py, benchmarks/patchify.py, benchmarks/NEGATIVE.md)",
+    ),
+)  # fmt: skip
+
+_library: Any = None  # vlmteacher._C, once it is loaded
+_served: dict[str, dict[torch.dtype, str]] = {}  # operator: dtype: backend, on the class in use
+
+
+@functools.cache
+def processor_name() -> str:
+    """This machine's processor as its maker calls it, with its family."""
+    facts: dict[str, str] = {}
+    if Path("/proc/cpuinfo").exists():
+        facts = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    return f"{name} (family {facts['cpu family']})" if "cpu family" in facts else name
+
+
+def start(library: Any) -> None:
+    """Take the loaded C++ library's class, or the one that VLMTEACHER_CPU names. Raises InputError."""
+    global _library
+    _library = library
+    if name := os.environ.get(VARIABLE):
+        limit(name, f"{VARIABLE}={name}")
+    else:
+        _serve(library.processor())
+
+
+def limit(name: str, shown: str = "") -> None:
+    """Let all operators of this process compute as on a processor of the class `name`.
+
+    Raises InputError: an unknown class, or one that this processor or this build does not reach.
+    """
+    shown = shown or f"limit({name!r})"
+    if name not in PROCESSORS:
+        raise InputError(f"unknown processor in {shown}: choose from {', '.join(PROCESSORS)}")
+    if _library is None:
+        raise InputError(f"{shown} needs the C++ operators: see `vlmteacher env`")
+    order, widest = list(PROCESSORS), _library.widest()
+    if order.index(name) > order.index(widest) and not (name == "amx" and widest == "avx512_bf16"):
+        raise InputError(f"{shown}: this processor and build reach {widest}, choose up to that")
+    _library.limit(name)
+    _serve(name)
+
+
+def _serve(processor: str) -> None:
+    for rule in RULES:
+        for operator in rule.operator.split(", "):
+            for dtype in rule.dtypes:
+                _served.setdefault(operator, {})[dtype] = rule.backend(processor)
+
+
+def in_use() -> str:
+    """The class that the operators use: `baseline` without the C++ library."""
+    return "baseline" if _library is None else str(_library.processor())
+
+
+def is_own(operator: str, dtype: torch.dtype) -> bool:
+    """Whether our own kernels serve an operator of `RULES` on CPU tensors of this dtype."""
+    return _served.get(operator, {}).get(dtype) == OWN
+
+
+def table(processor: str) -> list[dict[str, str]]:
+    """The rules for a class: [{"operator", "dtypes", "shapes", "backend", "decided"}], JSON-ready."""
+    return [
+        {
+            "operator": rule.operator,
+            "dtypes": ", ".join(str(dtype).removeprefix("torch.") for dtype in rule.dtypes),
+            "shapes": rule.shapes,
+            "backend": rule.backend(processor),
+            "decided": rule.decided,
+        }
+        for rule in RULES
+    ]
