@@ -18,6 +18,7 @@ SHARED = {  # what operators share
         "backends",
         "bits",
         "checks",
+        "decoder_cpu",
         "decoder_plan",
         "gpus",
         "manifest",

@@ -12,7 +12,7 @@ import torch
 
 from tests.processors import reachable, used_as
 from vlmteacher.errors import InputError
-from vlmteacher.ops import processors, surrogate_decoder
+from vlmteacher.ops import decoder_cpu, processors, surrogate_decoder
 from vlmteacher.ops.attention import is_native
 from vlmteacher.ops.backends import cpp_status
 from vlmteacher.ops.processors import OWN, PROCESSORS, RULES, TORCH, VENDOR, limit
@@ -48,9 +48,7 @@ def test_dispatch_follows_the_table(name: str) -> None:
             x = torch.zeros(1, 1, 1, 2, dtype=dtype)
             served = {rule.operator: rule.backend(name) for rule in RULES if dtype in rule.dtypes}
             assert is_native(x) == (served.get("attention") == OWN)
-            assert (surrogate_decoder._fast(x, x, 0) is surrogate_decoder._Cpp) == (
-                served.get("surrogate_decoder") == OWN
-            )
+            assert (surrogate_decoder._fast(x, x, 0) is decoder_cpu.Cpp) == (served.get("surrogate_decoder") == OWN)
             if not is_native(x) and dtype != torch.float16:
                 with pytest.raises(RuntimeError, match="AVX-512"):
                     torch.ops.vlmteacher_cpp.attention(x, x, x, None, 1.0)

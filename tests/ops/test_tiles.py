@@ -18,7 +18,7 @@ from torch import Tensor
 from tests.ops import test_attention, test_surrogate_decoder
 from tests.processors import reachable
 from tests.rounding import check, expected
-from vlmteacher.ops import attention, processors, surrogate_decoder
+from vlmteacher.ops import attention, decoder_cpu, processors
 from vlmteacher.ops.lora_linear import lora_linear_group_backward_reference, lora_linear_group_reference
 
 pytestmark = pytest.mark.slow  # half a minute of compiling and emulating
@@ -68,7 +68,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> None:
 def tiles(library: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the operators call and how they pack, on a processor whose class is amx_tiles."""
     monkeypatch.setattr(torch.ops, "vlmteacher_cpp", torch.ops.vlmteacher_tiles)
-    monkeypatch.setattr(surrogate_decoder, "in_use", lambda: "amx_tiles")
+    monkeypatch.setattr(decoder_cpu, "in_use", lambda: "amx_tiles")
     monkeypatch.setattr(processors, "_served", {})
     processors._serve("amx_tiles")
 
