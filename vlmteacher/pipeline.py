@@ -16,6 +16,7 @@ from vlmteacher.errors import InputError
 from vlmteacher.files import read_json
 from vlmteacher.frozen_models import FrozenModels, alone
 from vlmteacher.instance import lora_fingerprint
+from vlmteacher.lora.float8 import check_float8, is_float8, quantize_blocks
 from vlmteacher.lora.formats import LoRA, merge_lora, read_lora
 from vlmteacher.media import ImageInput
 from vlmteacher.output import Frames as Frames
@@ -68,6 +69,7 @@ class TeacherPipeline(FrozenModels):
         few_step_lora: str | Sequence[str] | None = None,
         preset: str | None = None,
         lora_partial: bool = False,
+        fp8: bool = False,
     ) -> TeacherPipeline:
         """Load the models: hub ids or local directories for `reasoner` and `teacher`, a file or hub name for `decoder`.
 
@@ -79,6 +81,7 @@ class TeacherPipeline(FrozenModels):
         name for it. vae_dtype: of the VAE; None is float32, as diffusers' examples have it. offload: see `need`.
         quantize: keep the Teacher's language model in "8bit" or "4bit" (the extra `quantized`); it stays on its device.
         transformer, few_step_lora, preset, lora_partial: see `load_reasoner`.
+        fp8: the frozen weights of the Reasoner's blocks in 8-bit floating point (see `lora.float8`), with its errors.
         Raises InputError for an unknown model or family, models that do not fit together and a device that cannot be
         used; MissingExtra.
         """
@@ -89,6 +92,7 @@ class TeacherPipeline(FrozenModels):
         from vlmteacher.teachers import load_teacher
 
         arguments.flag("offload", offload)
+        arguments.flag("fp8", fp8)
         for name, value in (("quantize", quantize), ("preset", preset)):
             if value is not None:
                 arguments.text(name, value)
@@ -98,6 +102,8 @@ class TeacherPipeline(FrozenModels):
             few_step_lora = arguments.paths("few_step_lora", few_step_lora)
         devices = find_devices(device_map)
         chosen = one_dtype(dtype, torch_dtype) or find_dtype(devices)
+        if fp8:
+            check_float8(devices["reasoner"], chosen)
         paths, models, defaults = find_parts({"reasoner": reasoner, "teacher": teacher, "decoder": decoder}, pair)
         for name, files in (("transformer", transformer), ("few_step_lora", few_step_lora)):
             for file in [files] if isinstance(files, str) else files or ():
@@ -113,6 +119,11 @@ class TeacherPipeline(FrozenModels):
                 lora_partial=lora_partial,
             )
         models |= the_reasoner.notes
+        if fp8:
+            for name, network in the_reasoner.networks.items():
+                if name.startswith("transformer"):
+                    quantize_blocks(network)
+            models["fp8"] = "the Reasoner's blocks, e4m3"
         if reasoner is not None and decoder is None and not fits_decoder(paths["decoder"], the_reasoner):
             models["decoder"] = paths["decoder"] = known_decoder(the_reasoner)
         if vae_dtype is not None:
@@ -247,6 +258,8 @@ class TeacherPipeline(FrozenModels):
         smaller dtype lose part of the update, with a warning where it is more than 1%, and `load_lora` loses nothing.
         Raises InputError as `load_lora` does, and leaves the weights as they were.
         """
+        if is_float8(self.reasoner.transformer):
+            raise InputError("fuse adds to the Reasoner's weights, which fp8 keeps in 8 bits: fuse without fp8")
         read = self._read_lora(lora, partial)
         lost = merge_lora(self.reasoner.transformer, read)
         if lost > 0.01:

@@ -62,6 +62,11 @@ def add(commands: Commands) -> None:
     task.add_argument("--resume", action="store_true", help="continue the interrupted run in --out")
     add_reasoner(models, sampling, place)
     place.add_argument(
+        "--fp8",
+        action="store_true",
+        help="the Reasoner's frozen weights in 8-bit floating point: approximate, and only on GPUs that have it",
+    )
+    place.add_argument(
         "--context-parallel",
         type=int,
         metavar="N",
@@ -216,6 +221,7 @@ def load_pipeline(arguments: argparse.Namespace) -> TeacherPipeline:
             device_map=devices,
             offload=arguments.offload,
             quantize=arguments.quantize,
+            fp8=arguments.fp8,
             transformer=arguments.transformer,
             few_step_lora=arguments.few_step_lora,
             preset=arguments.preset,

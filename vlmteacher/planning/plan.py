@@ -15,6 +15,7 @@ from torch import nn
 from vlmteacher.decoders.taehv import SurrogateDecoder, check_decoder
 from vlmteacher.errors import InputError
 from vlmteacher.lora.adapter import add_lora
+from vlmteacher.lora.float8 import saved_bytes
 from vlmteacher.optimization.objective import teacher_frame_indices
 from vlmteacher.planning.cards import seconds_by_card
 from vlmteacher.planning.costs import Cost
@@ -203,9 +204,9 @@ def make_plan(
 
     Returns:
         {"ours", "stock": {"flops", "peak_bytes", "stages": {name: {"flops", "peak_bytes"}}, "weights", "settings"},
-        "ratio": FLOPs of ours over stock, "fits", "floor_bytes": the least memory in which a step fits, "memory_bytes",
-        "seconds": of a step by card (see `seconds_by_card`), "advice": changes that help where it does not fit} and the
-        sizes of the instance.
+        "ratio": FLOPs of ours over stock, "fp8_saves_bytes": of weights by `solve --fp8`, "fits", "floor_bytes": the
+        least memory in which a step fits, "memory_bytes", "seconds": of a step by card (see `seconds_by_card`),
+        "advice": changes that help where it does not fit} and the sizes of the instance.
 
     Raises InputError: unknown models, sizes that the Reasoner cannot make, a memory, rank or number of questions that
     is not positive.
@@ -213,6 +214,7 @@ def make_plan(
     _check(teacher, questions, rank, memory)
     models = _build(reasoner, teacher, decoder, (num_frames, height, width), teacher_frames, dtype)
     budget = int(memory * GB)
+    saved = saved_bytes(models.reasoner.transformer)
     weights = add_lora_and_weigh(models, rank, text_encoder)
     choices = our_steps(models, weights, questions)
     fitting = [choice for choice in choices if choice.step.peak_bytes <= budget]
@@ -235,6 +237,7 @@ def make_plan(
         "ours": ours.to_dict(),
         "stock": stock.to_dict(),
         "ratio": ours.flops / stock.flops,
+        "fp8_saves_bytes": saved,
         "memory_bytes": budget,
         "fits": bool(fitting),
         "floor_bytes": min(choice.step.peak_bytes for choice in choices),

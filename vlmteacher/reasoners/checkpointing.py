@@ -42,6 +42,7 @@ _ATTENTION = {  # operator -> the axis of the tokens in q and k
 _PRODUCTS = {
     "aten::mm": 0,
     "aten::addmm": 1,
+    "aten::_scaled_mm": 0,
     "vlmteacher::lora_linear": 0,
 }  # operator -> which argument is the left factor
 MIN_INNER = 128  # a product with fewer terms (a LoRA's second) costs no more than reading its result
