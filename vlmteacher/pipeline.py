@@ -16,7 +16,7 @@ from vlmteacher.errors import InputError
 from vlmteacher.files import read_json
 from vlmteacher.frozen_models import FrozenModels, alone
 from vlmteacher.instance import lora_fingerprint
-from vlmteacher.lora.float8 import check_float8, is_float8, quantize_blocks
+from vlmteacher.lora.float8 import check_float8, is_float8, quantize_reasoner
 from vlmteacher.lora.formats import LoRA, merge_lora, read_lora
 from vlmteacher.media import ImageInput
 from vlmteacher.output import Frames as Frames
@@ -120,16 +120,12 @@ class TeacherPipeline(FrozenModels):
             )
         models |= the_reasoner.notes
         if fp8:
-            for name, network in the_reasoner.networks.items():
-                if name.startswith("transformer"):
-                    quantize_blocks(network)
-            models["fp8"] = "the Reasoner's blocks, e4m3"
+            models |= quantize_reasoner(the_reasoner.networks)
         if reasoner is not None and decoder is None and not fits_decoder(paths["decoder"], the_reasoner):
             models["decoder"] = paths["decoder"] = known_decoder(the_reasoner)
         if vae_dtype is not None:
             the_reasoner.vae.to(parse_dtype(vae_dtype, "vae_dtype"))
-        # A misfit shows before the Teacher loads.
-        the_reasoner.to(devices["reasoner"], networks=False).vae.to(devices["reasoner"])
+        the_reasoner.to(devices["reasoner"], networks=False).vae.to(devices["reasoner"])  # a misfit shows early
         with reporting(f"loading the surrogate decoder {models['decoder']}"):
             the_decoder = load_decoder(paths["decoder"], the_reasoner, dtype=chosen)
             check_agreement(the_decoder, the_reasoner, models["decoder"])

@@ -40,4 +40,6 @@ def test_the_documented_commands_for_loras() -> None:
     text = (Path(__file__).parents[2] / "docs" / "guides" / "lora_files.md").read_text()
     commands = re.findall(r"^    (vlmteacher .+)$", text, re.MULTILINE)
     parsed = [parser().parse_args(shlex.split(command)[1:]) for command in commands]
-    assert [arguments.run for arguments in parsed] == [cli.lora.run, cli.lora.run, cli.solve.run, cli.lora.push]
+    convert, solve = cli.lora.run, cli.solve.run
+    expected = [convert, convert, solve, solve, cli.bench.run, cli.lora.push]
+    assert [arguments.run for arguments in parsed] == expected

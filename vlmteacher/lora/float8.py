@@ -6,6 +6,7 @@ token. Only the LoRA is trained, so the backward has one product a layer, dx = d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -99,6 +100,14 @@ def quantize_blocks(transformer: Any) -> None:
     """Quantise the linear layers of a diffusers transformer's blocks, in place."""
     for layer in _layers(transformer):
         Float8Linear.of(layer)
+
+
+def quantize_reasoner(networks: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Quantise the blocks of a Reasoner's transformers, in place; return the entry of run.json."""
+    for name, network in networks.items():
+        if name.startswith("transformer"):
+            quantize_blocks(network)
+    return {"fp8": "the Reasoner's blocks, e4m3"}
 
 
 def is_float8(transformer: nn.Module) -> bool:
