@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from vlmteacher.frozen_models import FrozenModels
     from vlmteacher.reasoners.condition import Condition, Noise
 
-
 PARTS = {"queries": "writing queries", "before": "sampling the video before", "after": "sampling the final video"}
 
 
@@ -61,13 +60,8 @@ class FirstVideo:
         queries: QuerySet,
         usage: tuple[dict[str, float], dict[str, int]],
     ) -> None:
-        self.models, self.instance, self.condition, self.noise, self.queries = (
-            models,
-            instance,
-            condition,
-            noise,
-            queries,
-        )
+        self.models, self.instance, self.queries = models, instance, queries
+        self.condition, self.noise = condition, noise
         self.seconds, self.memory = usage
         self.fused = models.models.get("fused")
         self.start: dict[str, Tensor] | None = None  # the LoRA, while it is on the transformer

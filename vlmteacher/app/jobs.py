@@ -90,7 +90,8 @@ class Run(Job):
 
     def work(self, pipe: TeacherPipeline) -> None:
         self._check_stop()
-        self.phase = "the questions and the first video" if self.queries is None else "the first video"
+        if self.queries is None:
+            self.phase = "the questions"
         self._keep_first_frame()
         try:
             pipe(
@@ -123,7 +124,7 @@ class Run(Job):
             self.strip = strip.cpu().numpy()
         self.queries = pipe.loop.objective.queries
         self.rows.append(row)
-        self.phase = "the final video" if pipe.loop.stopped else "the steps"
+        self.phase = "the videos" if pipe.loop.stopped else "the steps"
         self._check_stop()
 
     def _check_stop(self) -> None:
