@@ -133,14 +133,13 @@ def test_a_deeply_nested_answer_is_refused():
 
 def tables() -> dict[str, list[tuple[str, str]]]:
     """The rows of the tables in docs/guides/queries.md, by the first heading."""
+    rows = re.findall(r"^\| (.+) \| (.+) \|$(\n\|---)?", DOCS, re.MULTILINE)
     found: dict[str, list[tuple[str, str]]] = {}
-    name = ""
-    for line in DOCS.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
-        if len(cells) == 2 and cells[0] in ("good", "refused"):
-            name = cells[0]
-        elif len(cells) == 2 and not cells[0].startswith("---"):
-            found.setdefault(name, []).append((cells[0], cells[1]))
+    for first, second, is_heading in rows:
+        if is_heading:
+            table = found[first] = []
+        else:
+            table.append((first, second))
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,9 +34,17 @@ def endpoint() -> Iterator[Endpoint]:
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses of the client before its retries, none of which is waited for."""
+    """The pauses of the client before its retries, none of which is waited for.
+
+    Threads of other tests may pause too: `time.sleep` is one for all.
+    """
     waited: list[float] = []
-    monkeypatch.setattr("openai._base_client.time.sleep", waited.append)
+    own, sleep = threading.get_ident(), time.sleep
+
+    def pause(seconds: float) -> None:
+        waited.append(seconds) if threading.get_ident() == own else sleep(seconds)
+
+    monkeypatch.setattr("openai._base_client.time.sleep", pause)
     return waited
 
 

@@ -19,7 +19,7 @@ SHAPE = (1, 8, 3, 4, 6)
 def test_products_and_kept_bytes_are_those_of_the_real_decoder(
     decoder: SurrogateDecoder, frames: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operator, "_fast", lambda x: None)  # torch's convolutions, whose products torch can count
+    monkeypatch.setattr(operator, "_fast", lambda *work: None)  # torch's convolutions, whose products torch can count
     latents = torch.randn(SHAPE, requires_grad=True)
     layers, steps = decoder.layers(), decoder.plan(SHAPE[-2:], frames).steps
     height, width = SHAPE[-2:]

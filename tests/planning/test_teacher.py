@@ -24,6 +24,7 @@ from vlmteacher.planning.teacher import (
 )
 from vlmteacher.teachers import load_teacher, shared_prefix
 from vlmteacher.teachers.prompt import Clip
+from vlmteacher.teachers.shared_prefix import Keep
 from vlmteacher.teachers.visual_checkpoint import stream
 
 FAMILIES = {"qwen3_vl": tiny_qwen3_vl, "qwen2_5_vl": tiny_qwen25_vl, "internvl": tiny_internvl}
@@ -65,16 +66,16 @@ def test_teacher_costs_are_those_of_the_real_teacher(family: str, tmp_path: Path
 
     def losses() -> Tensor:
         head = real.model.get_output_embeddings()
-        return shared_prefix.answer_losses(real.language, head, layout, features[0], features[1:], 2**62, "sdpa")
+        return shared_prefix.answer_losses(real.language, head, layout, features[0], features[1:], Keep.ALL, "sdpa")
 
-    everything = costs[shared_prefix.Keep.ALL]
+    everything = costs[Keep.ALL]
     assert everything.forward == stock_count(losses)
     saved, _ = saved_bytes(losses, real.model)
     # the CPU's attention keeps its masks, and keys and values repeated to the queries' heads: much in tiny models
     assert everything.kept == pytest.approx(saved, rel=0.1 if family == "packaged" else 0.4)
-    assert costs[shared_prefix.Keep.INPUT].kept < costs[shared_prefix.Keep.ATTENTION].kept < everything.kept
-    assert 0 == everything.repeated < costs[shared_prefix.Keep.ATTENTION].repeated
-    assert costs[shared_prefix.Keep.ATTENTION].repeated < costs[shared_prefix.Keep.INPUT].repeated <= everything.forward
+    assert costs[Keep.INPUT].kept < costs[Keep.ATTENTION].kept < everything.kept
+    assert 0 == everything.repeated < costs[Keep.ATTENTION].repeated
+    assert costs[Keep.ATTENTION].repeated < costs[Keep.INPUT].repeated <= everything.forward
 
 
 @pytest.mark.parametrize("family", ["packaged", *FAMILIES])

@@ -221,7 +221,7 @@ def load_pipeline(arguments: argparse.Namespace) -> TeacherPipeline:
             device_map=devices,
             offload=arguments.offload,
             quantize=arguments.quantize,
-            fp8=arguments.fp8,
+            fp8=getattr(arguments, "fp8", False),
             transformer=arguments.transformer,
             few_step_lora=arguments.few_step_lora,
             preset=arguments.preset,

@@ -130,8 +130,8 @@ def measured(row: Row) -> dict[str, Any]:
     """What the progress of a sweep says of an instance: its row, the guards of its last step, the memory in use."""
     names = ("id", "split", "index", "noise", "success", "score", "loss_first", "loss_final", "p_yes", "updates")
     values = {name: row[name] for name in (*names, "seconds") if row.get(name) is not None}
-    if row.get("steps"):
-        values["guards"] = row["steps"][-1]["guards"]
+    if row.get("steps") and (guards := row["steps"][-1].get("guards")):
+        values["guards"] = guards
     return values | {"memory": used_memory(children=True)}
 
 
