@@ -48,7 +48,7 @@ def order(choice: Attention, device: torch.device) -> tuple[str, ...]:
 
 def fa3_missing(hopper: bool) -> str:
     """What FlashAttention 3 lacks here; empty where it can run."""
-    if not hasattr(torch_attention, "activate_flash_attention_impl"):
+    if not hasattr(torch_attention, "restore_flash_attention_impl"):
         return f"torch {torch.__version__} cannot take it up"
     if importlib.util.find_spec("flash_attn_interface") is None:
         return "the package flash_attn_interface is not installed"
