@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -114,6 +115,7 @@ def start_workers(count: int | None, benchmark: Benchmark, ray: str | None = Non
 def feeding(executor: Executor, benchmark: Benchmark) -> Iterator[Work]:
     """Run the jobs of a benchmark on an executor; each instance is a step of its method's work (see `progress`)."""
     workers, settings = Workers(executor), {"benchmark": benchmark.name, **benchmark.described()}
+    memory = lru_cache(1)(lambda second: used_memory(children=True))  # it takes a millisecond: once in a second
 
     def run(jobs: Iterable[Job], name: str, total: int, kept: int) -> Iterator[Task]:
         about = {**settings, "method": name}
@@ -121,18 +123,19 @@ def feeding(executor: Executor, benchmark: Benchmark) -> Iterator[Work]:
             for task in workers.run(_work, ((benchmark, job) for job in jobs)):
                 yield task
                 failed = task.failure is not None
-                advance({} if failed else measured(task.result()[-1]), failed=failed)
+                row = {} if failed else measured(task.result()[-1], memory(int(time.monotonic())))
+                advance(row, failed=failed)
 
     yield run
 
 
-def measured(row: Row) -> dict[str, Any]:
+def measured(row: Row, memory: int) -> dict[str, Any]:
     """What the progress of a sweep says of an instance: its row, the guards of its last step, the memory in use."""
     names = ("id", "split", "index", "noise", "success", "score", "loss_first", "loss_final", "p_yes", "updates")
     values = {name: row[name] for name in (*names, "seconds") if row.get(name) is not None}
     if row.get("steps") and (guards := row["steps"][-1].get("guards")):
         values["guards"] = guards
-    return values | {"memory": used_memory(children=True)}
+    return values | {"memory": memory}
 
 
 def start_executor(count: int | None, ray: str | None = None) -> Executor:
