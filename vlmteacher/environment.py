@@ -115,17 +115,25 @@ def format_report(environment: dict[str, Any]) -> str:
     lines += [f"  {name:<14} {what}" for name, what in environment["attention"].items()]
     if environment["gpu_policy"]:
         lines.append("operators on a GPU, of these backends the first that is there")
-    for rule in environment["gpu_policy"]:
-        lines.append(f"  {rule['operator']}, {rule['dtypes']}, {rule['shapes']}: {rule['backend']}")
-        lines.append(f"    {rule['decided']}")
+    lines += _format_policy(environment["gpu_policy"])
     if processor := environment["processor"]:
         limited = f", by VLMTEACHER_CPU={processor['limited_by']}" if processor["limited_by"] else ""
         reach = "" if processor["widest"] == processor["in_use"] else f", reaches {processor['widest']}"
         lines.append(f"processor: {processor['name']}, used as {processor['in_use']}{limited}{reach}")
-        for rule in processor["policy"]:
-            lines.append(f"  {rule['operator']}, {rule['dtypes']}, {rule['shapes']}: {rule['backend']}")
-            lines.append(f"    {rule['decided']}")
+        lines += _format_policy(processor["policy"])
     lines.append("versions")
     for name, number in environment["versions"].items():
         lines.append(f"  {name:<14} {number or 'not installed'}")
     return "\n".join(lines)
+
+
+def _format_policy(rules: list[dict[str, str]]) -> list[str]:
+    """The lines of a table of backends, the measurement below each rule."""
+    return [
+        line
+        for rule in rules
+        for line in (
+            f"  {rule['operator']}, {rule['dtypes']}, {rule['shapes']}: {rule['backend']}",
+            f"    {rule['decided']}",
+        )
+    ]

@@ -217,11 +217,11 @@ def load_pipeline(arguments: argparse.Namespace) -> TeacherPipeline:
             arguments.teacher,
             arguments.decoder,
             dtype=dtype,
-            vae_dtype=getattr(arguments, "vae_dtype", None),  # a flag of `solve` alone
+            vae_dtype=arguments.vae_dtype,
             device_map=devices,
             offload=arguments.offload,
             quantize=arguments.quantize,
-            fp8=getattr(arguments, "fp8", False),
+            fp8=arguments.fp8,
             transformer=arguments.transformer,
             few_step_lora=arguments.few_step_lora,
             preset=arguments.preset,
