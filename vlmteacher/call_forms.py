@@ -18,7 +18,7 @@ from vlmteacher.torch_modes import plain_torch
 from vlmteacher.trackers import LOGS, Trackers, tracking
 
 F = TypeVar("F", bound=Callable[..., Any])
-LISTS = ("image", "generator", "negative_prompt", "queries", "num_frames", "height", "width")
+LISTS = ("image", "last_image", "generator", "negative_prompt", "queries", "num_frames", "height", "width")
 """Arguments that may be a list with an entry for each prompt."""
 
 

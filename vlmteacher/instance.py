@@ -41,7 +41,7 @@ class Instance:
     """The inputs of one call, checked.
 
     Attributes:
-        image: the first frame in the size of the video, or None.
+        image, last_image: the first and the last frame in the size of the video, or None.
         size: number of frames, height and width of the video, by the names of `SIZE`.
         frame_indices: the frames that the Teacher sees.
         reasoner: the pipeline's Reasoner with the sampling of this call.
@@ -54,6 +54,7 @@ class Instance:
 
     prompt: str
     image: Image.Image | None
+    last_image: Image.Image | None
     size: dict[str, int]
     frame_indices: list[int]
     reasoner: Reasoner
@@ -83,6 +84,7 @@ class Instance:
             "seed": self.seed,
             "generator": _digest(self.generator.get_state().numpy()),  # a used one has the same seed
             "image": None if self.image is None else _digest(np.asarray(self.image)),
+            "last_image": None if self.last_image is None else _digest(np.asarray(self.last_image)),
             "dtype": str(self.reasoner.dtype).removeprefix("torch."),
             "lora": self.lora and lora_fingerprint(self.lora),
             **({"lora_scale": self.lora.scale_source} if self.lora else {}),
@@ -93,7 +95,7 @@ class Instance:
 def check_inputs(
     models: FrozenModels,
     prompt: object,
-    image: ImageInput | None,
+    images: tuple[ImageInput | None, ...],
     size: tuple[object, ...],
     sampling: tuple[object, ...],
     generator: object,
@@ -104,8 +106,9 @@ def check_inputs(
 ) -> Instance:
     """The inputs of a call, or InputError for the first that cannot be used.
 
-    size: num_frames, height, width. sampling: num_inference_steps, guidance_scale, negative_prompt. None is the
-    Reasoner's own in both. record: run.json of the run to resume, which has what the call leaves out.
+    images: the first and the last frame. size: num_frames, height, width. sampling: num_inference_steps,
+    guidance_scale, negative_prompt. None is the Reasoner's own in the last two. record: run.json of the run to resume,
+    which has what the call leaves out.
     """
     prompt = arguments.text("prompt", arguments.single("prompt", prompt))
     source, asked, values = _generator(generator), QuerySet.of(queries), dict(keywords)
@@ -137,12 +140,16 @@ def check_inputs(
     if settings.memory is not None and reasoner.ranks.size > 1:  # ranks with other levels would wait for each other
         raise InputError(f"memory {settings.memory} plans for one GPU: with --context-parallel give --activations")
     frame_indices = teacher_frame_indices(shape["num_frames"], settings.teacher_frames)
-    picture = None if image is None else fit_image(image, shape["height"], shape["width"], fit=settings.fit)
+    first, last = (
+        None if given is None else fit_image(given, shape["height"], shape["width"], name, settings.fit)
+        for name, given in zip(("image", "last_image"), images, strict=True)
+    )
+    reasoner.check_last_image(last)
     if source is None:
         source = torch.Generator()
         source.manual_seed(record["config"]["seed"] if record else source.seed())
     fit = None if settings.memory is None else _fit(models, reasoner, settings, shape, frame_indices, asked)
-    return Instance(prompt, picture, shape, frame_indices, reasoner, settings, asked, source, models.lora, own, fit)
+    return Instance(prompt, first, last, shape, frame_indices, reasoner, settings, asked, source, models.lora, own, fit)
 
 
 def _fit(

@@ -29,7 +29,7 @@ from vlmteacher.rewards import Reward
 from vlmteacher.runs.folder import in_its_folder
 from vlmteacher.session import open_session
 from vlmteacher.settings import Keywords, Settings
-from vlmteacher.torch_modes import leave_inference_mode, plain_torch
+from vlmteacher.torch_modes import plain_torch
 from vlmteacher.trackers import Trackers
 
 if TYPE_CHECKING:
@@ -179,6 +179,7 @@ class TeacherPipeline(FrozenModels):
         prompt: str | Sequence[str],
         image: ImageInput | None = None,
         *,
+        last_image: ImageInput | None = None,
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -200,7 +201,7 @@ class TeacherPipeline(FrozenModels):
         """Answer one instance, or each of a list, by test-time optimisation: Algorithm 1 of arXiv 2606.02564.
 
         Args:
-            prompt, image: the task, and the first frame or None. The image is resized to the video's size.
+            prompt, image, last_image: the task, first frame and, where the Reasoner takes one, last frame, resized.
             num_frames, height, width, num_inference_steps, guidance_scale, negative_prompt: None is the Reasoner's own.
             generator: draws the noise and the first weights of the LoRA; None draws a new seed.
             queries: a QuerySet, its dictionary, a list with the goal first, or a file; None: the Teacher writes them.
@@ -213,10 +214,9 @@ class TeacherPipeline(FrozenModels):
         Raises InputError, OutputError, OutOfMemory; NonFiniteError when the first step is not finite.
         """
         check_options(output_type, callback_on_step_end, return_dict=return_dict, resume=resume)
-        leave_inference_mode(self.reasoner, self.teacher, self.decoder)
         size, sampling = (num_frames, height, width), (num_inference_steps, guidance_scale, negative_prompt)
         with open_session(
-            self, prompt, image, size, sampling, generator, queries, rewards, keywords, run_dir, resume
+            self, prompt, (image, last_image), size, sampling, generator, queries, rewards, keywords, run_dir, resume
         ) as session:
             # 1. The Teacher writes one goal query and M process queries.
             session.encode()

@@ -30,6 +30,7 @@ from vlmteacher.reasoners.context_parallel import shared_tokens
 from vlmteacher.rewards import RewardContext, Rewards
 from vlmteacher.runs.folder import RunFolder
 from vlmteacher.settings import Keywords
+from vlmteacher.torch_modes import leave_inference_mode
 from vlmteacher.warm_starts import WarmStarts, embed, key_of
 
 if TYPE_CHECKING:
@@ -76,9 +77,12 @@ class Session:
         self._undo.__exit__(*error)
 
     def encode(self) -> None:
-        """Encode prompt and first frame."""
+        """Encode prompt, first and last frame."""
         self.models.need(*(name for name in self.reasoner.networks if not name.startswith("transformer")))
-        self.condition = self.reasoner.encode(self.instance.prompt, self.instance.image, **self.instance.size)
+        instance = self.instance
+        self.condition = self.reasoner.encode(
+            instance.prompt, instance.image, **instance.size, last_image=instance.last_image
+        )
 
     def write_queries(self) -> None:
         """Take the queries of the call, or let the Teacher write them."""
@@ -384,7 +388,7 @@ class RecordedSession(Session):
 def open_session(
     models: FrozenModels,
     prompt: object,
-    image: ImageInput | None,
+    images: tuple[ImageInput | None, ...],
     size: tuple[object, ...],
     sampling: tuple[object, ...],
     generator: object,
@@ -398,12 +402,13 @@ def open_session(
 
     Of several ranks, the first one has the folder; inputs that another one has differently raise InputError.
     """
+    leave_inference_mode(models.reasoner, models.teacher, models.decoder)
     ranks = models.reasoner.ranks
     with ranks.together():
         folder = None if run_dir is None else RunFolder(run_dir, resume)
     record = ranks.first(folder.record if folder else None)
     with ranks.together():
-        instance = check_inputs(models, prompt, image, size, sampling, generator, queries, rewards, keywords, record)
+        instance = check_inputs(models, prompt, images, size, sampling, generator, queries, rewards, keywords, record)
     ranks.check_same(instance.hashes() if ranks.size > 1 else {})
     with ranks.together():
         return RecordedSession(models, instance, folder) if folder else Session(models, instance)

@@ -123,7 +123,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
 def test_sizes_are_refused_before_anything_is_loaded(run: Run, solve: Any, tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "square.png")
-    for changed in ({"height": 40}, {"num_frames": 6}, {"image": tmp_path / "square.png"}):
+    square = tmp_path / "square.png"
+    for changed in ({"height": 40}, {"num_frames": 6}, {"image": square}, {"last_image": square}):
         status, out, err = run(*solve(**{"out": tmp_path / "run", **changed}))
         assert (status, out) == (2, "") and err.count("\n") == 1  # without the line about the device
     flags = {"image": tmp_path / "square.png", "fit": "pad", "max_steps": 0}

@@ -1,5 +1,6 @@
 """The LTX-Video Reasoner against diffusers' own pipelines and scheduler."""
 
+import json
 import shutil
 
 import numpy as np
@@ -12,6 +13,7 @@ from diffusers import (
     LTXImageToVideoPipeline,
     LTXPipeline,
 )
+from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -116,6 +118,54 @@ def test_same_latents_as_the_condition_pipeline(directory, reasoner, image, with
 
     reasoner.condition_pipeline = False
     assert not torch.allclose(reasoner.sample(condition, noise), theirs, atol=1e-3)
+
+
+@pytest.mark.parametrize("with_image", [False, True], ids=["last", "both"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_same_latents_with_a_last_frame(directory, reasoner, image, with_image, guidance_scale):
+    last = image.rotate(180)
+    frames = [(image, 0)] * with_image + [(last, SIZE[0] - 1)]
+    guided = reasoner.with_sampling(guidance_scale=guidance_scale, negative_prompt="red")
+    condition = guided.encode(PROMPT, image if with_image else None, *SIZE, last_image=last)
+    noise = guided.noise(condition, torch.Generator().manual_seed(7))
+    theirs = stock(
+        LTXConditionPipeline.from_pretrained(directory),
+        conditions=[LTXVideoCondition(image=frame, frame_index=index) for frame, index in frames],
+        guidance_scale=guidance_scale,
+        negative_prompt="red",
+        image_cond_noise_scale=0.0,
+        timesteps=[1000, 750, 500, 250],
+        generator=torch.Generator().manual_seed(7),
+        output_type="latent",
+    )
+    ours = guided.sample(condition, noise)
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+    without = guided.sample(instance(guided, image if with_image else None, seed=7)[0], noise)
+    assert not torch.allclose(ours, without, atol=1e-3)
+
+
+def test_a_last_frame_is_part_of_the_run(directory, tmp_path, image):
+    models = directory, tiny_qwen3_vl(tmp_path / "teacher"), ltx_decoder(tmp_path / "decoder.safetensors")
+    pipe = TeacherPipeline.from_pretrained(*models)
+    with_settings(pipe.reasoner)
+
+    def call(last, **keywords):
+        size = dict(zip(("num_frames", "height", "width"), SIZE, strict=True))
+        same = {"queries": QUERIES, "rank": 2, "teacher_frames": 4, "before": False, "progress": False}
+        generator = torch.Generator().manual_seed(0)
+        return pipe(PROMPT, image, last_image=last, generator=generator, max_steps=1, **same, **size, **keywords)
+
+    run = tmp_path / "run"
+    with_last, without = call(image.rotate(180), run_dir=run), call(None)
+    assert with_last.history[0]["grad_norm"] > 0 and with_last.history[0]["loss"] != without.history[0]["loss"]
+    recorded = json.loads((run / "run.json").read_text())["config"]
+    assert recorded["last_image"] not in (None, recorded["image"]) and without.config["last_image"] is None
+    for other in (image, None):
+        with pytest.raises(InputError, match="holds a run with another last_image"):
+            call(other, run_dir=run, resume=True)
+    assert call(image.rotate(180), run_dir=run, resume=True).history == with_last.history
+    with pytest.raises(InputError, match="the last_image is 64x64 pixels, the video 96x64"):
+        call(image.crop((0, 0, 64, 64)))
 
 
 def test_one_step_prediction_is_one_euler_step_to_zero(reasoner, image):
@@ -255,7 +305,10 @@ def test_sizes_it_cannot_take(reasoner, size, said):
         reasoner.encode(PROMPT, None, *size)
 
 
-def test_bad_input(reasoner, directory, tmp_path):
+def test_bad_input(reasoner, directory, tmp_path, image):
+    older = load_reasoner(tiny_ltx_pipeline(tmp_path / "older", "LTXImageToVideoPipeline"))
+    with pytest.raises(InputError, match="takes no last frame: leave out last_image, or give a model"):
+        older.encode(PROMPT, image, *SIZE, last_image=image)
     with pytest.raises(InputError, match="prompt is empty"):
         reasoner.encode(" ", None, *SIZE)
     copy = shutil.copytree(directory, tmp_path / "copy")

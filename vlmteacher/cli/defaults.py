@@ -117,7 +117,7 @@ def recorded(record: dict[str, Any], path: str) -> dict[str, Any]:
         if foreign := [name for name in own if name not in READY_REWARDS]:
             raise InputError(f"{path}: the run had a reward of its own, {foreign[0]}: repeat it in Python")
         values["reward"] = [f"{name}={weight}" for name, weight in own.items()]
-    needed = [name for name in ("image", "lora") if config.get(name) is not None]
+    needed = [name for name in ("image", "last_image", "lora") if config.get(name) is not None]
     return values | {"recorded_files": needed}
 
 

@@ -82,14 +82,20 @@ def add_reasoner(models: Flags, sampling: Flags, place: Flags) -> None:
 
 def read_instance(arguments: argparse.Namespace) -> Image.Image | None:
     """The first frame, if there is one. Raises InputError for an image that cannot be read and an empty prompt."""
-    image = None
-    if arguments.image is not None:
-        from vlmteacher.media import read_image
-
-        image = read_image(arguments.image)
+    image = read_image_flag(arguments, "image")
     if is_blank(arguments.prompt):
         raise InputError("--prompt is empty: say what the video must show")
     return image
+
+
+def read_image_flag(arguments: argparse.Namespace, name: str) -> Image.Image | None:
+    """The image of a flag, if it was given. Raises InputError for one that cannot be read."""
+    path = getattr(arguments, name)
+    if path is None:
+        return None
+    from vlmteacher.media import read_image
+
+    return read_image(path, name)
 
 
 def add_lora_partial(sub: Flags) -> None:

@@ -18,6 +18,7 @@ from vlmteacher.cli.flags import (
     add_instance,
     add_lora_partial,
     add_reasoner,
+    read_image_flag,
     read_instance,
     seed,
 )
@@ -42,6 +43,7 @@ def add(commands: Commands) -> None:
         for title in ("The task", "Models", "Sampling and size", "LoRA", "Devices and memory")
     )
     add_instance(task, models)
+    task.add_argument("--last-image", metavar="FILE", help="the last frame, for Reasoners that take one")
     task.add_argument(
         "--config",
         metavar="FILE",
@@ -102,11 +104,12 @@ def _solve(arguments: argparse.Namespace, ranks: Ranks) -> None:
     import torch
 
     with ranks.together():
-        image, queries, rewards, pipe = _inputs(arguments, ranks)
+        (image, last_image), queries, rewards, pipe = _inputs(arguments, ranks)
     with nullcontext() if ranks.rank else tracked(arguments, Path(arguments.out)):
         output = pipe(
             arguments.prompt,
             image,
+            last_image=last_image,
             num_frames=arguments.num_frames,
             height=arguments.height,
             width=arguments.width,
@@ -127,11 +130,12 @@ def _solve(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
 
 def _inputs(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Any, Any, list[Any], TeacherPipeline]:
-    """First frame, queries, rewards and models. Raises InputError."""
+    """First and last frame, queries, rewards and models. Raises InputError."""
     for name in getattr(arguments, "recorded_files", ()):
         if getattr(arguments, name) is None:
-            raise InputError(f"the run in {arguments.config} had a file that it does not hold: give --{name}")
-    image = read_instance(arguments)
+            flag = name.replace("_", "-")
+            raise InputError(f"the run in {arguments.config} had a file that it does not hold: give --{flag}")
+    images = read_instance(arguments), read_image_flag(arguments, "last_image")
     from vlmteacher.lora.formats import read_lora
     from vlmteacher.queries import QuerySet
 
@@ -148,7 +152,7 @@ def _inputs(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Any, Any, list
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     keywords = settings.given(arguments)
     settings.Settings().updated(**keywords)  # raises for bad values before any model is loaded
-    _check_size(arguments, image if keywords.get("fit", "refuse") == "refuse" else None)
+    _check_video(arguments, *images, refuse=keywords.get("fit", "refuse") == "refuse")
     from vlmteacher.rewards import parse_reward
 
     rewards = [parse_reward(text) for text in arguments.reward]
@@ -157,16 +161,16 @@ def _inputs(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Any, Any, list
         pipe.load_lora(arguments.lora, arguments.lora_partial)
     keep_activations(arguments, pipe)
     pipe.share(ranks)
-    return image, query_set, rewards, pipe
+    return images, query_set, rewards, pipe
 
 
-def _check_size(arguments: argparse.Namespace, image: Image | None) -> None:
-    """Raise InputError for a size that the Reasoner cannot make, and for an image of another shape.
+def _check_video(arguments: argparse.Namespace, image: Image | None, last_image: Image | None, refuse: bool) -> None:
+    """Raise InputError for a size or a last frame that the Reasoner does not take.
 
-    Its configs say so before it is loaded.
+    Its configs say so before it is loaded. refuse: whether images of another shape raise too.
     """
     size = {name: getattr(arguments, name) for name in SIZE}
-    if image is None and not any(size.values()):
+    if last_image is None and not (refuse and image is not None) and not any(size.values()):
         return
     from vlmteacher.media import fit_image
     from vlmteacher.planning.models import build_reasoner
@@ -177,8 +181,10 @@ def _check_size(arguments: argparse.Namespace, image: Image | None) -> None:
         return
     size = {name: getattr(reasoner, name) if value is None else value for name, value in size.items()}
     reasoner.check(**size)
-    if image is not None:
-        fit_image(image, size["height"], size["width"])
+    reasoner.check_last_image(last_image)
+    for name, given in (("image", image), ("last_image", last_image)):
+        if refuse and given is not None:
+            fit_image(given, size["height"], size["width"], name)
 
 
 def keep_activations(arguments: argparse.Namespace, pipe: TeacherPipeline) -> None:

@@ -17,7 +17,7 @@ from vlmteacher.reasoners.condition import Condition, Noise
 
 
 def blank_instance(reasoner: Reasoner, size: tuple[int, int, int]) -> tuple[Condition, Noise]:
-    """A condition and a noise on the meta device, with an image where the model takes one."""
+    """A condition and a noise on the meta device, with the images that the model takes."""
     with META:
         condition = reasoner.blank_condition(*size)
         if reasoner.settings.guided:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput, fit_image
+from vlmteacher.prompts import check_prompt
 from vlmteacher.ranks import ALONE, Ranks
 from vlmteacher.reasoners import sampling
 from vlmteacher.reasoners.condition import Condition, Noise, with_first_frame
@@ -46,6 +47,7 @@ class Reasoner(ABC):
     latents_std: Tensor
     patch: tuple[int, int]  # latent cells per token, down and across
     image_conditioning: bool = False  # a given image becomes the video's first latent frame
+    takes_last_image: bool = False  # a last frame can be given beside the first, or alone
     ranks: Ranks = ALONE  # processes that share the tokens of the transformers
     notes: Mapping[str, str] = MappingProxyType({})  # assumptions made at loading, for run.json
 
@@ -137,18 +139,55 @@ class Reasoner(ABC):
         (z1,) = draw(1)
         return Noise(z1, draw(later), tuple(draw(later) for _ in range(samples - 1)))
 
-    @abstractmethod
-    def encode(self, prompt: str, image: ImageInput | None, num_frames: int, height: int, width: int) -> Condition:
-        """Encode prompt and image without gradient, once for an instance.
+    def check_last_image(self, last_image: ImageInput | None) -> None:
+        """Raise InputError for a last frame that the model does not take."""
+        if last_image is not None and not self.takes_last_image:
+            raise InputError(
+                "this Reasoner takes no last frame: leave out last_image, or give a model of first and last frames"
+            )
 
-        Raises InputError: a size that the model cannot make, a missing or an unwanted image, an invalid prompt.
+    @torch.no_grad()
+    def encode(
+        self,
+        prompt: str,
+        image: ImageInput | None,
+        num_frames: int,
+        height: int,
+        width: int,
+        *,
+        last_image: ImageInput | None = None,
+    ) -> Condition:
+        """Encode prompt and images without gradient, once for an instance; images are fitted to the video's size.
+
+        image, last_image: the first and the last frame, or None. Raises InputError: a size that the model cannot make,
+        a missing or an unwanted image, an invalid prompt.
+        """
+        self.check(num_frames, height, width)
+        check_prompt(prompt)
+        self.check_last_image(last_image)
+        return self.encode_inputs(prompt, image, last_image, num_frames, height, width)
+
+    @abstractmethod
+    def encode_inputs(
+        self,
+        prompt: str,
+        image: ImageInput | None,
+        last_image: ImageInput | None,
+        num_frames: int,
+        height: int,
+        width: int,
+    ) -> Condition:
+        """The family's part of `encode`: prompt and size are valid, and last_image is None unless the model takes it.
+
+        Raises InputError for a missing or an unwanted image.
         """
 
     @abstractmethod
     def blank_condition(self, num_frames: int, height: int, width: int) -> Condition:
         """Return a `Condition` of uninitialised tensors in the shapes that `encode` gives, on torch's default device.
 
-        It has an image where the model takes one, the longest text that the model reads, and no negative prompt.
+        It has an image where the model takes one, a last frame where it needs one, the longest text that the model
+        reads, and no negative prompt.
         """
 
     def encode_prompt(self, prompt: str) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vlmteacher.checkpoints.pretrained import cast, load_network, load_tokenizer
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput
-from vlmteacher.prompts import check_cut, check_prompt, tokenize
+from vlmteacher.prompts import check_cut, tokenize
 from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.condition import Condition, with_first_frame
 from vlmteacher.reasoners.family import TABLE, DecoderFile, Family, LayerNames
@@ -42,8 +42,8 @@ class LTXReasoner(Reasoner):
     Args:
         transformer, vae, text_encoder, tokenizer: the parts of a diffusers LTX pipeline; they are frozen here.
         condition_pipeline: as in `LTXConditionPipeline` (0.9.5 and later), T5 does not attend to the prompt's padding,
-            and a latent frame has the time of its first frame. The older pipelines attend to the padding and place
-            latent frame k at frame 8 k, as if the first latent frame held 8 frames too.
+            a latent frame has the time of its first frame, and a last frame can be given. The older pipelines attend to
+            the padding and place latent frame k at frame 8 k, as if the first latent frame held 8 frames too.
         settings: sampler and default sizes; `fps` also enters the positions.
     """
 
@@ -62,7 +62,7 @@ class LTXReasoner(Reasoner):
             part.eval().requires_grad_(False) for part in (transformer, vae, text_encoder)
         )
         self.tokenizer = tokenizer
-        self.condition_pipeline = condition_pipeline
+        self.condition_pipeline = self.takes_last_image = condition_pipeline
         self.settings = settings or SamplerSettings()
         self.dtype = transformer.dtype
         self.latent_channels = vae.config.latent_channels
@@ -80,17 +80,24 @@ class LTXReasoner(Reasoner):
         inputs = {"encoder_attention_mask": torch.ones(1, length, dtype=torch.bool)}
         return Condition(embeds, torch.empty(1, channels, 1, *size), num_frames, height, width, inputs)
 
-    @torch.no_grad()
-    def encode(self, prompt: str, image: ImageInput | None, num_frames: int, height: int, width: int) -> Condition:
-        """See `Reasoner.encode`. The image is fitted to the video's size."""
-        self.check(num_frames, height, width)
-        check_prompt(prompt)
+    def encode_inputs(
+        self,
+        prompt: str,
+        image: ImageInput | None,
+        last_image: ImageInput | None,
+        num_frames: int,
+        height: int,
+        width: int,
+    ) -> Condition:
+        """See `Reasoner.encode_inputs`."""
         first_frame = None if image is None else self.encode_image(image, height, width)
+        last_frame = {} if last_image is None else {"last_frame": self.encode_image(last_image, height, width)}
 
         def condition(text: str, what: str) -> Condition:
             embeds, mask = self._encode_text(text)
             cut = check_cut(self.tokenizer, text, self.settings.max_sequence_length, what)
-            return Condition(embeds, first_frame, num_frames, height, width, {"encoder_attention_mask": mask}, cut=cut)
+            inputs = {"encoder_attention_mask": mask, **last_frame}
+            return Condition(embeds, first_frame, num_frames, height, width, inputs, cut=cut)
 
         positive = condition(prompt, "prompt")
         if not self.settings.guided:
@@ -108,30 +115,45 @@ class LTXReasoner(Reasoner):
     def velocity(
         self, condition: Condition, latents: Tensor, sigma: float | Tensor, *, transformer: nn.Module | None = None
     ) -> Tensor:
-        """See `Reasoner.velocity`; the tokens of a first frame are clean and have timestep 0."""
+        """See `Reasoner.velocity`; the tokens of a first frame are clean and have timestep 0.
+
+        A last frame is no part of the latents: its tokens, clean too, stand before theirs, at the video's last time.
+        """
         batch, _, frames, height, width = latents.shape
-        timestep = self.timestep(sigma, batch)
+        size, per_frame = (frames, height, width), height * width
+        timestep, positions = self.timestep(sigma, batch), self._positions(*size)
+        inputs = dict(condition.inputs)
+        last = inputs.pop("last_frame", None)
+        if condition.first_frame is not None or last is not None:
+            timestep = timestep[:, None].repeat(1, frames * per_frame)
         if condition.first_frame is not None:
             latents = with_first_frame(latents, condition.first_frame)
-            timestep = timestep[:, None].repeat(1, frames * height * width)
-            timestep[:, : height * width] = 0
+            timestep[:, :per_frame] = 0
+        if last is not None:
+            latents = torch.cat([last, latents], 2)
+            timestep = torch.cat([timestep.new_zeros(batch, per_frame), timestep], 1)
+            at_end = self._positions(1, height, width, start=condition.num_frames - 1)
+            positions = torch.cat([at_end, positions], 2)
         network: Any = self.transformer if transformer is None else transformer
         tokens = network(
             hidden_states=latents.flatten(2).transpose(1, 2).to(self.dtype),
             encoder_hidden_states=condition.prompt_embeds,
             timestep=timestep,
-            video_coords=self._positions(frames, height, width).expand(batch, -1, -1),
+            video_coords=positions.expand(batch, -1, -1),
             return_dict=False,
-            **condition.inputs,
+            **inputs,
         )[0]
-        return tokens.float().transpose(1, 2).unflatten(2, (frames, height, width))
+        return tokens[:, -frames * per_frame :].float().transpose(1, 2).unflatten(2, size)
 
-    def _positions(self, frames: int, height: int, width: int) -> Tensor:
-        """The positions (1, 3, tokens) float32 of the tokens: time in seconds, row and column in pixels."""
+    def _positions(self, frames: int, height: int, width: int, start: int = 0) -> Tensor:
+        """The positions (1, 3, tokens) float32 of the tokens: time in seconds, row and column in pixels.
+
+        start: the place of the first frame in the video.
+        """
         time, down, across = (torch.arange(n, dtype=torch.float32, device=self.device) for n in (frames, height, width))
         time = time * self.temporal_stride
         if self.condition_pipeline:
-            time = (time + 1 - self.temporal_stride).clamp(min=0)
+            time = (time + 1 - self.temporal_stride).clamp(min=0) + start
         axes = (time / self.fps, down * self.spatial_stride, across * self.spatial_stride)
         return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)[None]
 

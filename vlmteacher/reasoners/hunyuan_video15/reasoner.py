@@ -18,7 +18,7 @@ from vlmteacher.chat_templates import render
 from vlmteacher.checkpoints.pretrained import cast, load_network, load_processor, load_tokenizer
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput, fit_image
-from vlmteacher.prompts import check_cut, check_prompt, encode, quote
+from vlmteacher.prompts import check_cut, encode, quote
 from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.condition import Condition
 from vlmteacher.reasoners.hunyuan_video15.presets import find_settings, guidance_scale, settings_by_configs
@@ -98,11 +98,16 @@ class HunyuanVideo15Reasoner(Reasoner):
         }
         return Condition(embeds, None, num_frames, height, width, inputs)
 
-    @torch.no_grad()
-    def encode(self, prompt: str, image: ImageInput | None, num_frames: int, height: int, width: int) -> Condition:
-        """See `Reasoner.encode`. The image is fitted to the video's size."""
-        self.check(num_frames, height, width)
-        check_prompt(prompt)
+    def encode_inputs(
+        self,
+        prompt: str,
+        image: ImageInput | None,
+        last_image: ImageInput | None,
+        num_frames: int,
+        height: int,
+        width: int,
+    ) -> Condition:
+        """See `Reasoner.encode_inputs`."""
         if image is None and self.needs_image:
             raise InputError(
                 "this Reasoner makes videos of an image (it is HunyuanVideo-1.5 I2V): give the first frame"

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from vlmteacher.checkpoints.pretrained import cast, load_network, load_processor, load_tokenizer
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput, fit_image, read_image
-from vlmteacher.prompts import check_cut, check_prompt, tokenize
+from vlmteacher.prompts import check_cut, tokenize
 from vlmteacher.ranks import summed
 from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.condition import Condition, with_first_frame
@@ -128,11 +128,16 @@ class WanReasoner(Reasoner):
         if target == "last_step" and not self._high_noise(self.settings.sigmas[-1]):
             raise InputError('target "last_step" is made by the low-noise expert, which has no LoRA: take "first_step"')
 
-    @torch.no_grad()
-    def encode(self, prompt: str, image: ImageInput | None, num_frames: int, height: int, width: int) -> Condition:
-        """See `Reasoner.encode`. The image is fitted to the video's size."""
-        self.check(num_frames, height, width)
-        check_prompt(prompt)
+    def encode_inputs(
+        self,
+        prompt: str,
+        image: ImageInput | None,
+        last_image: ImageInput | None,
+        num_frames: int,
+        height: int,
+        width: int,
+    ) -> Condition:
+        """See `Reasoner.encode_inputs`."""
         if image is not None and not (self.image_conditioning or self.image_channels):
             raise InputError("this Reasoner takes no image (it is a text-to-video model): give only a prompt")
         if image is None and self.image_channels:
