@@ -49,6 +49,23 @@ def test_runs_need_no_mask(mask: str) -> None:
         torch.testing.assert_close(a, b, atol=1e-13, rtol=1e-13)
 
 
+def test_runs_keep_no_copies_of_the_prefix() -> None:
+    """For the backward: the three inputs, whose storage all runs share."""
+    spans = spans_of("prefix", 45, 45)
+    assert spans is not None and len(spans.runs) > 1
+    qkv = [torch.randn(1, 45, heads, 16, requires_grad=True) for heads in (4, 2, 2)]
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        outputs = [_sdpa_run(*qkv, run) for run in spans.runs]
+    torch.cat(outputs, 1).sum().backward()
+    assert sum(kept.values()) <= sum(x.nbytes for x in qkv) and all(x.grad is not None for x in qkv)
+
+
 def test_orders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert sdpa.order("auto", GPU) == ("cudnn", "flash", "efficient", "math")

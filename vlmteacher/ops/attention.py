@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
 
 from vlmteacher.errors import InputError, MissingExtra
 from vlmteacher.ops.backends import cpp_status, plain
@@ -204,7 +205,15 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = N
 
 
 def _sdpa_run(q: Tensor, k: Tensor, v: Tensor, run: Run) -> Tensor:
-    """Attention of the queries of a run, without a tensor for its mask."""
+    """Attention of the queries of a run, without a tensor for its mask.
+
+    Computed again in the backward: the keys and values of a run are copies, which are larger than all else of it.
+    """
+    result: Tensor = checkpoint(_one_run, q, k, v, run, use_reentrant=False, preserve_rng_state=False)
+    return result
+
+
+def _one_run(q: Tensor, k: Tensor, v: Tensor, run: Run) -> Tensor:
     first, last, a, b, c = run
     k, v = (torch.cat([x[:, :a], x[:, b:c]], 1) for x in (k, v))
     queries = last - first
