@@ -126,7 +126,8 @@ def test_patch_rows_are_made_without_the_frames():
         rows = decoder.decode_rows(z, layout, [0, 4, 8], chunk=1).rows
         torch.autograd.grad(rows, z, torch.ones_like(rows))
     calls = {event.key for event in profile.key_averages()}
-    assert not calls & {"aten::pixel_shuffle", "aten::pixel_unshuffle", "aten::clamp", "vlmteacher::patchify"}
+    assert not calls & {"aten::pixel_shuffle", "aten::pixel_unshuffle", "vlmteacher::patchify"}
+    assert any(name.endswith("::shuffle_to_rows") for name in calls)
 
 
 def test_patch_rows_of_a_decoder_in_training():

@@ -121,13 +121,14 @@ def test_a_backend_without_a_backward_is_refused_at_once(
         output = run(query, **given)
         return output.detach() if broken == "detached" else output * (query * 0 - 1).sqrt()
 
-    monkeypatch.setitem(_AttentionBackendRegistry._backends, name, attend)
     transformer.set_attention_backend("native")
     try:
-        with pytest.raises(InputError, match="the attention backend native has no backward"):
-            check_backward(transformer)
-        with pytest.raises(InputError, match=r"choose another one .--attention|use diffusers' blocks"):
-            pipe("a red ball", queries=["Is it red?"], max_steps=1, teacher_frames=2, progress=False)
+        with monkeypatch.context() as patch:
+            patch.setitem(_AttentionBackendRegistry._backends, name, attend)
+            with pytest.raises(InputError, match="the attention backend native has no backward"):
+                check_backward(transformer)
+            with pytest.raises(InputError, match=r"choose another one .--attention|use diffusers' blocks"):
+                pipe("a red ball", queries=["Is it red?"], max_steps=1, teacher_frames=2, progress=False)
     finally:
         transformer.reset_attention_backend()
     assert not getattr(transformer, "peft_config", None)
