@@ -36,13 +36,18 @@ def rotation(cos: Tensor, sin: Tensor, x: Tensor, grad: Tensor, dtype: torch.dty
     return run(lambda t: plain_rotation(t, cos.to(dtype), sin.to(dtype)), x, grad, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(5, 3, 8), (2, 7, 4, 72), (1, 3, 1, 66)], ids=str)
-def test_rotate(shape, dtype):
+def drawn_rotation(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x and its result's gradient, numbers of `dtype` in float64, and the angles' cos and sin."""
     g = torch.Generator().manual_seed(len(shape))
     x, grad = (torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).double() for _ in range(2))
     angle = torch.randn(shape[-3], 1, shape[-1] // 2, generator=g).mul(9)
-    cos, sin = angle.cos(), angle.sin()
+    return x, grad, angle.cos(), angle.sin()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(5, 3, 8), (2, 7, 4, 72), (1, 3, 1, 66)], ids=str)
+def test_rotate(shape, dtype):
+    x, grad, cos, sin = drawn_rotation(shape, dtype)
     ours = run(lambda t: rotate(t, cos, sin), x, grad, dtype)
     check(ours, expected(rotation, cos, sin, x, grad, dtype))
 

@@ -22,7 +22,17 @@ import torch
 from torch import Tensor
 
 from tests.processors import reachable, used_as
-from vlmteacher.ops import ada_norm, attention, elementwise, lora_linear, patchify, qk_norm_rope, surrogate_decoder
+from vlmteacher.ops import (
+    ada_norm,
+    attention,
+    elementwise,
+    lora_linear,
+    patchify,
+    qk_norm_rope,
+    rms_norm,
+    surrogate_decoder,
+    swiglu,
+)
 from vlmteacher.ops.attention import Spans
 from vlmteacher.ops.backends import cpp_status, has_avx512_bf16
 from vlmteacher.ops.manifest import OPERATORS
@@ -280,6 +290,25 @@ def fuzz_gelu(draw: Draw) -> None:
     shape = [draw.size(9) for _ in range(draw.random.randint(0, 3))] + [draw.size(70)]
     x = draw.views(shape, dtype=draw.random.choice(HALVES))
     differentiate(draw, elementwise.gelu, lambda x: torch.nn.functional.gelu(x, approximate="tanh"), x)
+
+
+def fuzz_rms_norm(draw: Draw) -> None:
+    dtype = draw.random.choice(ALL[1:])
+    width = draw.size(70)
+    shape = [draw.size(9) for _ in range(draw.random.randint(0, 3))] + [width]
+    (x,), (weight,) = draw.views(shape, dtype=dtype), draw.views((width,), dtype=dtype)
+    (weight64,) = copies([weight], torch.float64)
+
+    def define(x: Tensor) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight64
+
+    differentiate(draw, lambda x: rms_norm.rms_norm(x, weight), define, [x])
+
+
+def fuzz_swiglu(draw: Draw) -> None:
+    shape = [draw.size(9) for _ in range(draw.random.randint(0, 3))] + [draw.size(70)]
+    inputs = draw.views(shape, shape, dtype=draw.random.choice(ALL))
+    differentiate(draw, swiglu.swiglu, lambda gate, up: torch.nn.functional.silu(gate) * up, inputs)
 
 
 def fuzz_patchify(draw: Draw) -> None:

@@ -115,6 +115,14 @@ def backend(x: Tensor, operator: str, weights: Sequence[Tensor] = (), rows: floa
     return None
 
 
+_TRITON = triton_status()[0]  # here, for torch.compile cannot trace it
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether an operator that only Triton has for GPUs runs on tensors like x; torch.compile traces the others."""
+    return _TRITON and x.device.type == "cuda" and x.dtype in _GPU_DTYPES
+
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 

@@ -1,6 +1,6 @@
 """Element-wise operators of a transformer, each one pass forward and backward, computed in float32.
 
-C++ on CPUs with AVX-512 (bfloat16: AVX-512 BF16), torch's own operators elsewhere.
+C++ on CPUs with AVX-512 (bfloat16: AVX-512 BF16), Triton for the rotation on GPUs, torch's own operators elsewhere.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlmteacher.errors import InputError
-from vlmteacher.ops.backends import cpp_status, plain
+from vlmteacher.ops.backends import backend, cpp_status, plain, runs_triton
 from vlmteacher.ops.checks import expect
 from vlmteacher.ops.processors import is_own
 
@@ -36,7 +36,8 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     batch = x if x.dim() == 4 else x[None]
-    out: Tensor = torch.ops.vlmteacher_cpp.rotate(batch, cos, sin, back)
+    fast = torch.ops.vlmteacher_cpp if x.device.type == "cpu" else backend(x, "elementwise")
+    out: Tensor = fast.rotate(batch, cos, sin, back)
     return out.view(x.shape)
 
 
@@ -68,7 +69,7 @@ def _(x: Tensor, grad: Tensor | None) -> Tensor:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
-    if not _is_fast(x) or cos.dtype != torch.float32:
+    if not (_is_fast(x) or runs_triton(x)) or cos.dtype != torch.float32:
         return rotate_reference(x, cos, -sin if back else sin)
     return (_rotate if plain(x) else _rotate_operator)(x, cos, sin, back)
 

@@ -69,6 +69,10 @@ RULES = (
         ("ada_norm", "qk_norm_rope", "patchify"), _ALL, (CUDA, TRITON),
         f"{_H200}: CUDA C++ is ahead of Triton nearly everywhere (benchmarks/NEGATIVE.md)",
     ),
+    Rule(
+        ("elementwise", "rms_norm", "swiglu"), _ALL, (TRITON,),
+        f"not timed; {_H200}: at 20,240 tokens qk_norm_rope's Triton kernel, of the same form, has x7.4 of plain torch",
+    ),
 )  # fmt: skip
 
 

@@ -60,11 +60,16 @@ OPERATORS: dict[str, Operator] = {
     for operator in (
         Operator("ada_norm", ("ada_norm",), benchmark="glue", compiled={"cuda": 12, "triton": 6}, occupancy=0.25),
         Operator("attention", ("attention",), ("cpp",), avx512=True),
-        Operator("elementwise", ("rotate", "gelu"), ("cpp",), avx512=True),
+        Operator(
+            "elementwise", ("rotate", "gelu"), ("cpp", "triton"), avx512=True, compiled={"triton": 4}, occupancy=0.5
+        ),
         Operator("lora_linear", ("lora_linear",), compiled={"cuda": 16, "triton": 16}),
         Operator("patchify", ("patchify", "shuffle_to_rows"), compiled={"cuda": 54, "triton": 7}, occupancy=0.5),
         Operator(
             "qk_norm_rope", ("qk_norm_rope",), benchmark="glue", compiled={"cuda": 12, "triton": 5}, occupancy=0.4
+        ),
+        Operator(
+            "rms_norm", ("rms_norm",), ("triton",), benchmark="elementwise", compiled={"triton": 8}, occupancy=0.5
         ),
         Operator(
             "surrogate_decoder",
@@ -73,6 +78,7 @@ OPERATORS: dict[str, Operator] = {
             cpp_helpers=("conv3x3_pack", "conv3x3_readers", "conv3x3_gather", "conv3x3_finish"),
             compiled={"cuda": 17, "triton": 17},
         ),
+        Operator("swiglu", ("swiglu",), ("triton",), benchmark="elementwise", compiled={"triton": 4}, occupancy=0.5),
     )
 }
 """Every operator, by its name."""

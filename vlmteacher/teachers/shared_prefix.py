@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from vlmteacher.errors import InputError
 from vlmteacher.ops.attention import attention
 from vlmteacher.ops.elementwise import rotate
+from vlmteacher.ops.rms_norm import rms_norm_backward, rms_norm_forward
+from vlmteacher.ops.swiglu import swiglu, swiglu_backward
 from vlmteacher.teachers.prompt import Layout
 
 
@@ -50,21 +52,28 @@ def keep_level(layers: nn.ModuleList, tokens: int, budget: int) -> Keep:
     return next((level for level in Keep if sizes[level] <= budget), Keep.INPUT)
 
 
-def _inverse_rms(norm: Any, x: Tensor) -> Tensor:
-    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
-    return square.div_(x.shape[-1]).add_(norm.variance_epsilon).rsqrt_()
+def _normalized(norm: Any, x: Tensor) -> Tensor:
+    return rms_norm_forward(x, norm.weight, norm.variance_epsilon)
 
 
-def _normalized(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """RMSNorm of x, and 1 / RMS of x."""
-    inverse = _inverse_rms(norm, x)
-    return (x * inverse).to(x.dtype) * norm.weight, inverse
+def _norm_backward(norm: Any, x: Tensor, grad: Tensor, added: Tensor | None = None) -> Tensor:
+    return rms_norm_backward(grad, x, norm.weight, norm.variance_epsilon, added)
 
 
-def _norm_backward(norm: Any, x: Tensor, inverse: Tensor, grad: Tensor) -> Tensor:
-    unit = x * inverse
-    grad = (grad * norm.weight).float()
-    return (grad - unit * (grad * unit).mean(-1, keepdim=True)).mul_(inverse).to(x.dtype)
+def _is_silu(act: nn.Module) -> bool:
+    return isinstance(act, nn.SiLU) or type(act).__name__ == "SiLUActivation"
+
+
+def _gated(mlp: Any, gate: Tensor, up: Tensor) -> Tensor:
+    return swiglu(gate, up) if _is_silu(mlp.act_fn) else mlp.act_fn(gate) * up
+
+
+def _gated_backward(mlp: Any, gate: Tensor, up: Tensor, grad: Tensor) -> Sequence[Tensor]:
+    if _is_silu(mlp.act_fn):
+        return swiglu_backward(grad, gate, up)
+    with torch.enable_grad():
+        gate, up = (t.detach().requires_grad_() for t in (gate, up))
+        return torch.autograd.grad(mlp.act_fn(gate) * up, (gate, up), grad)
 
 
 def _through(linear: nn.Module, grad: Tensor) -> Tensor:
@@ -84,7 +93,7 @@ class _Project(torch.autograd.Function):
         ctx: Any, x: Tensor, layer: Any, cos: Tensor, sin: Tensor, rows: Tensor | None, keep: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         attn = layer.self_attn
-        h, inverse = _normalized(layer.input_layernorm, x)
+        h = _normalized(layer.input_layernorm, x)
         asking = h if rows is None else h[rows]  # the tokens that need queries
         q, k, v = (
             proj(t).unflatten(-1, (-1, attn.head_dim))
@@ -92,30 +101,29 @@ class _Project(torch.autograd.Function):
         )
         ctx.layer, ctx.angles, ctx.rows = layer, (cos, sin), rows
         ctx.has_norm = hasattr(attn, "q_norm")
-        ctx.save_for_backward(x, inverse, *((q, k) if ctx.has_norm and keep else ()))
+        ctx.save_for_backward(x, *((q, k) if ctx.has_norm and keep else ()))
         if ctx.has_norm:
-            q, k = _normalized(attn.q_norm, q)[0], _normalized(attn.k_norm, k)[0]
+            q, k = _normalized(attn.q_norm, q), _normalized(attn.k_norm, k)
         return rotate(q, *_at(rows, cos, sin)), rotate(k, cos, sin), v
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        x, inverse, *before = ctx.saved_tensors
+        x, *before = ctx.saved_tensors
         attn, (cos, sin), rows = ctx.layer.self_attn, ctx.angles, ctx.rows
         q_cos, q_sin = _at(rows, cos, sin)
         dq, dk = rotate(dq, q_cos, -q_sin), rotate(dk, cos, -sin)
         if ctx.has_norm:
             if not before:
-                h = _normalized(ctx.layer.input_layernorm, x)[0]
+                h = _normalized(ctx.layer.input_layernorm, x)
                 before = [attn.q_proj(h if rows is None else h[rows]), attn.k_proj(h)]
                 before = [t.unflatten(-1, (-1, attn.head_dim)) for t in before]
             q, k = before
-            dq = _norm_backward(attn.q_norm, q, _inverse_rms(attn.q_norm, q), dq)
-            dk = _norm_backward(attn.k_norm, k, _inverse_rms(attn.k_norm, k), dk)
+            dq, dk = _norm_backward(attn.q_norm, q, dq), _norm_backward(attn.k_norm, k, dk)
         asked = _through(attn.q_proj, dq.flatten(1))
         grad = _through(attn.k_proj, dk.flatten(1)) + _through(attn.v_proj, dv.flatten(1))
         grad = grad.add_(asked) if rows is None else grad.index_add_(0, rows, asked)
-        return _norm_backward(ctx.layer.input_layernorm, x, inverse, grad), None, None, None, None, None
+        return _norm_backward(ctx.layer.input_layernorm, x, grad), None, None, None, None, None
 
 
 def _at(rows: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,26 +136,24 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, heads: Tensor, layer: Any, keep: bool) -> Tensor:
         x = x + layer.self_attn.o_proj(heads)
-        h, inverse = _normalized(layer.post_attention_layernorm, x)
+        h = _normalized(layer.post_attention_layernorm, x)
         gate, up = layer.mlp.gate_proj(h), layer.mlp.up_proj(h)
         ctx.layer = layer
-        ctx.save_for_backward(x, inverse, *((gate, up) if keep else ()))
-        return x + layer.mlp.down_proj(layer.mlp.act_fn(gate) * up)
+        ctx.save_for_backward(x, *((gate, up) if keep else ()))
+        return x + layer.mlp.down_proj(_gated(layer.mlp, gate, up))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, inverse, *before = ctx.saved_tensors
+        x, *before = ctx.saved_tensors
         layer, mlp = ctx.layer, ctx.layer.mlp
         if not before:
-            h = _normalized(layer.post_attention_layernorm, x)[0]
+            h = _normalized(layer.post_attention_layernorm, x)
             before = [mlp.gate_proj(h), mlp.up_proj(h)]
-        inner = _through(mlp.down_proj, grad)
-        with torch.enable_grad():
-            gate, up = (t.detach().requires_grad_() for t in before)
-            d_gate, d_up = torch.autograd.grad(mlp.act_fn(gate) * up, (gate, up), inner)
+        gate, up = before
+        d_gate, d_up = _gated_backward(mlp, gate, up, _through(mlp.down_proj, grad))
         dh = _through(mlp.gate_proj, d_gate) + _through(mlp.up_proj, d_up)
-        dx = grad + _norm_backward(layer.post_attention_layernorm, x, inverse, dh)
+        dx = _norm_backward(layer.post_attention_layernorm, x, dh, grad)
         return dx, _through(layer.self_attn.o_proj, dx), None, None
 
 
