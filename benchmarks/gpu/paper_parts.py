@@ -245,7 +245,9 @@ def language(models: Instance) -> dict[str, float]:
     for keep in Keep:
 
         def ours(keep: Keep = keep) -> object:
-            losses = answer_losses(teacher.language, head, layout, features[0], features[1:], keep)
+            losses = answer_losses(
+                teacher.language, head, layout, features[0], features[1:], keep, decoder=teacher.decoder
+            )
             return gradients(losses, features)
 
         result[f"ours_{keep.name.lower()}_ms"] = milliseconds(ours, frames.device, 2)

@@ -9,7 +9,7 @@ from tests.tiny_teacher import tiny_qwen3_vl
 from vlmteacher.errors import InputError
 from vlmteacher.queries import QuerySet
 from vlmteacher.teachers import load_teacher
-from vlmteacher.teachers.shared_prefix import Keep, check_language, keep_level, kept_bytes
+from vlmteacher.teachers.shared_prefix import LLAMA, Keep, keep_level, kept_bytes
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_rotary_frequencies_stay_in_float32(tmp_path):
 def test_other_language_models_are_refused(teacher):
     part = types.SimpleNamespace
     with pytest.raises(InputError, match=r"'other': its language model has no input_layernorm\.variance_epsilon"):
-        check_language(part(layers=[nn.Identity()], config=part()), "other")
+        LLAMA.check(part(layers=[nn.Identity()], config=part()), "other")
     sliding = part(layers=teacher.language.layers, config=part(layer_types=["full_attention", "sliding_attention"]))
     with pytest.raises(InputError, match="sliding windows"):
-        check_language(sliding, "other")
+        LLAMA.check(sliding, "other")

@@ -146,7 +146,7 @@ class Choice:
         tokens = teacher.layout(clip, query_set(questions)).tokens
         return {
             "activations": format_levels(self.levels),
-            "teacher_activation_bytes": kept_bytes(teacher.language.layers, tokens)[self.keep],
+            "teacher_activation_bytes": kept_bytes(teacher.language.layers, tokens, teacher.decoder)[self.keep],
             "teacher_keeps": self.keep.name.lower(),
             "teacher_chunk_patches": -(-self.chunk // teacher.frames_per_patch) * teacher.patches_per_frame(clip.size),
         }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmteacher.planning.costs import META, Cost, measure, per_layer, stack
 from vlmteacher.planning.tracing import tracing
@@ -85,36 +85,53 @@ def visual_features(teacher: VLMTeacher, video: Video) -> list[Tensor]:
 
 
 @contextmanager
-def cut(language: Any, depth: int) -> Iterator[None]:
-    """Cut a language model to its first `depth` layers inside the context."""
-    layers, config = language.layers, language.config
-    language.layers, config.num_hidden_layers = layers[:depth], depth
+def cut(language: Any, layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Replace the layers of a language model inside the context."""
+    own, config = language.layers, language.config
+    language.layers, config.num_hidden_layers = nn.ModuleList(layers), len(layers)
     try:
         yield
     finally:
-        language.layers, config.num_hidden_layers = layers, len(layers)
+        language.layers, config.num_hidden_layers = own, len(own)
+
+
+def per_kind(language: Any, depth: int, run: Callable[[], Cost]) -> list[tuple[Cost, Cost]]:
+    """The costs (base, layer) of every layer of a language model, the last one first, as `stack` takes them.
+
+    Layers with weights of equal shapes are alike; each kind is traced in stacks of `depth` and `depth + 1`.
+    run: traces the language model as it is cut.
+    """
+
+    def at(layer: nn.Module, depth: int) -> Cost:
+        with cut(language, [layer] * depth):
+            return run()
+
+    costs: dict[Any, tuple[Cost, Cost]] = {}
+    parts = []
+    for layer in reversed(language.layers):
+        kind = tuple((name, weight.shape) for name, weight in layer.named_parameters())
+        if kind not in costs:
+            costs[kind] = per_layer(functools.partial(at, layer), depth)
+        parts.append(costs[kind])
+    return parts
 
 
 def language_costs(teacher: VLMTeacher, video: Video, count: int) -> dict[Keep, Cost]:
     """The cost of the language model on `count` questions behind one prefix, by what its layers keep."""
     layout = teacher.layout(video.clip(teacher), query_set(count))
     features = visual_features(teacher, video)
-    head = teacher.model.get_output_embeddings()
-    layers = len(teacher.language.layers)
+    language, head = teacher.language, teacher.model.get_output_embeddings()
 
-    def at(keep: Keep, depth: int) -> Cost:
-        with cut(teacher.language, depth):
-            return measure(
-                lambda: [answer_losses(teacher.language, head, layout, features[0], features[1:], keep)],
-                [teacher.model],
-                features,
-            )
+    def run(keep: Keep) -> Cost:
+        def losses() -> list[Tensor]:
+            return [answer_losses(language, head, layout, features[0], features[1:], keep, decoder=teacher.decoder)]
+
+        return measure(losses, [teacher.model], features)
 
     # the layers that are alike: behind those that DeepStack adds to, before the last, which computes the answers only
-    depth = min(len(features) + 1, layers - 1)
-    parts = {keep: per_layer(functools.partial(at, keep), depth) for keep in Keep}
-    free = [parts[Keep.ALL]] * layers
-    return {keep: stack([part] * layers, free) for keep, part in parts.items()}
+    depth = min(len(features) + 1, len(language.layers) - 1)
+    parts = {keep: per_kind(language, depth, functools.partial(run, keep)) for keep in Keep}
+    return {keep: stack(part, parts[Keep.ALL]) for keep, part in parts.items()}
 
 
 def stock_reader(teacher: VLMTeacher, clip: Clip, question: str) -> Callable[[Sequence[Tensor]], Tensor]:
@@ -129,7 +146,7 @@ def stock_reader(teacher: VLMTeacher, clip: Clip, question: str) -> Callable[[Se
     places = (ids[0] == visual).nonzero().flatten().to(teacher.device)
     positions = teacher.positions(ids, clip).to(teacher.device)
     # From position ids (1, n) transformers would make a mask by their values; without one attention is causal.
-    mask = {"full_attention": None} if positions.dim() == 2 else None
+    mask = dict.fromkeys(teacher.decoder.kinds) if positions.dim() == 2 else None
 
     def read(features: Sequence[Tensor]) -> Tensor:
         embeds = teacher.language.embed_tokens(ids.to(teacher.device))[0].index_copy(0, places, features[0])
@@ -149,9 +166,5 @@ def stock_teacher_cost(teacher: VLMTeacher, video: Video) -> tuple[Cost, Cost]:
     features = visual_features(teacher, video)
     encode, read = teacher.stock_encoder(clip), stock_reader(teacher, clip, GOAL)
 
-    def at(depth: int) -> Cost:
-        with cut(teacher.language, depth):
-            return measure(lambda: [read(features)], [teacher.model], features)
-
-    parts = [per_layer(at, 1)] * len(teacher.language.layers)
+    parts = per_kind(teacher.language, 1, lambda: measure(lambda: [read(features)], [teacher.model], features))
     return measure(lambda: encode(frames), [teacher.model], [frames]), stack(parts, parts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,25 +31,6 @@ class Keep(enum.IntEnum):
     ALL = 0  # no product is repeated
     ATTENTION = 1  # all but the MLP's part: its first two products are repeated
     INPUT = 2  # the input only: the whole layer is repeated
-
-
-def kept_bytes(layers: nn.ModuleList, tokens: int) -> dict[Keep, int]:
-    """The bytes that decoder layers keep of `tokens` tokens, by level."""
-    layer: Any = layers[0]
-    attn, hidden = layer.self_attn, layer.input_layernorm.weight
-    q, k = (proj.out_features for proj in (attn.q_proj, attn.k_proj))
-    attention = 2 * len(hidden) + 2 * q + 2 * k  # x, x + attention; q, output; k, v
-    mlp = 2 * layer.mlp.gate_proj.out_features
-    before_norm = q + k if hasattr(attn, "q_norm") else 0
-    size = len(layers) * tokens * hidden.element_size()
-    each = {Keep.ALL: attention + mlp + before_norm, Keep.ATTENTION: attention, Keep.INPUT: len(hidden)}
-    return {level: size * n for level, n in each.items()}
-
-
-def keep_level(layers: nn.ModuleList, tokens: int, budget: int) -> Keep:
-    """The level that keeps the most of `tokens` tokens within `budget` bytes; `Keep.INPUT` where none does."""
-    sizes = kept_bytes(layers, tokens)
-    return next((level for level in Keep if sizes[level] <= budget), Keep.INPUT)
 
 
 def _normalized(norm: Any, x: Tensor) -> Tensor:
@@ -157,28 +138,71 @@ class _Finish(torch.autograd.Function):
         return dx, _through(layer.self_attn.o_proj, dx), None, None
 
 
-def _layer(x: Tensor, layer: Any, layout: Layout, last: bool, keep: Keep, backend: str | None) -> Tensor:
-    rows = layout.answers if last else None  # the other outputs of the last layer are not used
-    q, k, v = _Project.apply(x, layer, layout.cos, layout.sin, rows, keep == Keep.ALL)
-    heads = attention(q[None], k[None], v[None], layout.answers_see if last else layout.sees, backend)
-    return _Finish.apply(x if rows is None else x[rows], heads[0].flatten(1), layer, keep == Keep.ALL)
+class Decoder:
+    """Runs the decoder layers of a frozen language model on packed chats; this one those that are like Llama's.
+
+    A family with others overrides the methods. parts: what every layer must have.
+    """
+
+    parts: ClassVar[Sequence[str]] = (
+        *(f"{norm}.variance_epsilon" for norm in ("input_layernorm", "post_attention_layernorm")),
+        *(f"self_attn.{name}_proj" for name in "qkvo"),
+        *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+    )
+    kinds: ClassVar[Sequence[str]] = ("full_attention",)  # of the config's layer_types
+
+    def check(self, language: Any, name: str) -> None:
+        """Raise InputError for a language model with other layers. name: of the model."""
+        for part in self.parts:
+            value: Any = language.layers[0]
+            for step in part.split("."):
+                value = getattr(value, step, None)
+            if value is None:
+                raise InputError(
+                    f"teacher {name!r}: its language model has no {part}; only Llama-like decoder layers are supported"
+                )
+        if set(getattr(language.config, "layer_types", None) or ()) - set(self.kinds):
+            raise InputError(f"teacher {name!r}: its language model attends in sliding windows, which is not supported")
+
+    def kept(self, layer: Any) -> dict[Keep, int]:
+        """The number of values that a layer keeps of one token, by level."""
+        attn, hidden = layer.self_attn, len(layer.input_layernorm.weight)
+        q, k = (proj.out_features for proj in (attn.q_proj, attn.k_proj))
+        attention = 2 * hidden + 2 * q + 2 * k  # x, x + attention; q, output; k, v
+        mlp = 2 * layer.mlp.gate_proj.out_features
+        before_norm = q + k if hasattr(attn, "q_norm") else 0
+        return {Keep.ALL: attention + mlp + before_norm, Keep.ATTENTION: attention, Keep.INPUT: hidden}
+
+    def run(self, x: Tensor, layer: Any, layout: Layout, last: bool, keep: Keep, backend: str | None) -> Tensor:
+        """The output of a layer for x (N, C), differentiable; of the last layer for the A places of answers only.
+
+        keep: ALL or ATTENTION; what depends on it is the backward's memory and no bit of a result.
+        """
+        rows = layout.answers if last else None  # the other outputs of the last layer are not used
+        q, k, v = _Project.apply(x, layer, layout.cos, layout.sin, rows, keep == Keep.ALL)
+        heads = attention(q[None], k[None], v[None], layout.answers_see if last else layout.sees, backend)
+        return self.finish(x if rows is None else x[rows], heads[0].flatten(1), layer, keep)
+
+    def finish(self, x: Tensor, heads: Tensor, layer: Any, keep: Keep) -> Tensor:
+        """The rest of a layer after attention: output projection, residual, MLP."""
+        return _Finish.apply(x, heads, layer, keep == Keep.ALL)
 
 
-def check_language(language: Any, name: str) -> None:
-    """Raise InputError unless the decoder layers have the form of Llama's."""
-    norms = ("input_layernorm", "post_attention_layernorm")
-    parts = [f"{norm}.variance_epsilon" for norm in norms]
-    parts += [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-    for part in parts:
-        value: Any = language.layers[0]
-        for step in part.split("."):
-            value = getattr(value, step, None)
-        if value is None:
-            raise InputError(
-                f"teacher {name!r}: its language model has no {part}; only Llama-like decoder layers are supported"
-            )
-    if any(kind != "full_attention" for kind in getattr(language.config, "layer_types", None) or ()):
-        raise InputError(f"teacher {name!r}: its language model attends in sliding windows, which is not supported")
+LLAMA = Decoder()
+
+
+def kept_bytes(layers: nn.ModuleList, tokens: int, decoder: Decoder = LLAMA) -> dict[Keep, int]:
+    """The bytes that decoder layers keep of `tokens` tokens, by level."""
+    first: Any = layers[0]
+    each = [decoder.kept(layer) for layer in layers]
+    size = tokens * first.input_layernorm.weight.element_size()
+    return {level: size * sum(values[level] for values in each) for level in Keep}
+
+
+def keep_level(layers: nn.ModuleList, tokens: int, budget: int, decoder: Decoder = LLAMA) -> Keep:
+    """The level that keeps the most of `tokens` tokens within `budget` bytes; `Keep.INPUT` where none does."""
+    sizes = kept_bytes(layers, tokens, decoder)
+    return next((level for level in Keep if sizes[level] <= budget), Keep.INPUT)
 
 
 def answer_losses(
@@ -189,15 +213,17 @@ def answer_losses(
     deepstack: Sequence[Tensor] = (),
     keep: Keep = Keep.ALL,
     attention_backend: str | None = None,
+    decoder: Decoder = LLAMA,
 ) -> Tensor:
     """-log P(answer) of every question, natural logarithm, (1+M,) float32.
 
     Args:
-        language: a frozen Llama-like model of transformers (`embed_tokens`, `layers`, `norm`); head: its LM head.
+        language: a frozen decoder of transformers (`embed_tokens`, `layers`, `norm`); head: its LM head.
         video: (visual tokens, C), the embeddings that replace the placeholders.
         deepstack: (visual tokens, C) each, added to the outputs of the first layers.
         keep: what the layers keep for the backward; changes no bit of the result.
         attention_backend: see `ops.attention`.
+        decoder: runs the layers.
     """
     embeds = language.embed_tokens(layout.ids)
     x = embeds.index_copy(0, layout.video, video.to(embeds.dtype))
@@ -205,9 +231,9 @@ def answer_losses(
         last = index + 1 == len(language.layers)
         if keep == Keep.INPUT and x.requires_grad:
             rest = (layer, layout, last, Keep.ALL, attention_backend)
-            x = checkpoint(_layer, x, *rest, use_reentrant=False, preserve_rng_state=False)
+            x = checkpoint(decoder.run, x, *rest, use_reentrant=False, preserve_rng_state=False)
         else:
-            x = _layer(x, layer, layout, last, keep, attention_backend)
+            x = decoder.run(x, layer, layout, last, keep, attention_backend)
         if index < len(deepstack) and not last:
             x = x.index_add(0, layout.video, deepstack[index].to(x.dtype))
     logits = head(language.norm(x)).float()

@@ -33,7 +33,7 @@ from vlmteacher.teachers.base import (
 from vlmteacher.teachers.preprocessing import VisionSettings, processor_settings, resized_rows, settings_by_configs
 from vlmteacher.teachers.prompt import Clip, Layout, VideoPrompts
 from vlmteacher.teachers.quantization import Quantize, check_stays, is_quantized, load_model
-from vlmteacher.teachers.shared_prefix import Keep, answer_losses, check_language, keep_level, kept_bytes
+from vlmteacher.teachers.shared_prefix import LLAMA, Decoder, Keep, answer_losses, keep_level, kept_bytes
 from vlmteacher.teachers.visual_checkpoint import stream
 from vlmteacher.teachers.writer import Writer
 
@@ -59,6 +59,7 @@ class VLMTeacher(VideoPrompts, Teacher):
         architecture: the class of transformers.
         token_ids: the entries of the model's config that are ids of tokens, and the tokens.
         frames_per_patch: frames of one temporal patch.
+        decoder: runs the layers of the language model.
 
     Raises InputError when the tokenizer has no chat template, or the chat template no place for a video.
     """
@@ -66,6 +67,7 @@ class VLMTeacher(VideoPrompts, Teacher):
     architecture: ClassVar[str]
     token_ids: ClassVar[dict[str, str]]
     frames_per_patch: int
+    decoder: ClassVar[Decoder] = LLAMA
 
     def __init__(self, model: Any, tokenizer: Any, video: VisionSettings, image: VisionSettings | None = None) -> None:
         if not getattr(tokenizer, "chat_template", None):
@@ -77,7 +79,7 @@ class VLMTeacher(VideoPrompts, Teacher):
         self.video, self.image = video, image or video
         self.style = QueryStyle()
         self.writer: Writer | None = None
-        check_language(self.language, model.config.model_type)
+        self.decoder.check(self.language, model.config.model_type)
         self.chat_ids("Is it?", "video", "")  # raises where the template has no place for a video
 
     @classmethod
@@ -266,7 +268,8 @@ class VLMTeacher(VideoPrompts, Teacher):
             )
             head = self.model.get_output_embeddings()
             keep = self._keep(len(layout.ids))
-            return answer_losses(self.language, head, layout, video, deepstack, keep, self.attention_backend)
+            backend, decoder = self.attention_backend, self.decoder
+            return answer_losses(self.language, head, layout, video, deepstack, keep, backend, decoder)
 
     def _keep(self, tokens: int) -> Keep:
         """What the language model keeps of so many tokens, by the room that there is now (`activation_bytes`)."""
@@ -274,8 +277,8 @@ class VLMTeacher(VideoPrompts, Teacher):
         if budget is None:
             room = self.room or allocator(self.device)
             budget = room.available() // 2 if room else ACTIVATION_BYTES
-        level = keep_level(layers, tokens, budget)
-        self.kept_bytes = kept_bytes(layers, tokens)[level]
+        level = keep_level(layers, tokens, budget, self.decoder)
+        self.kept_bytes = kept_bytes(layers, tokens, self.decoder)[level]
         return level
 
     def write_queries(self, prompt: str, image: ImageInput | None = None) -> QuerySet:
