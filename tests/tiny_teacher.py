@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedTokenizerFast, Qwen3VLConfig
+from transformers import PreTrainedTokenizerFast
 
 from vlmteacher.microworld.questions import STYLE
 from vlmteacher.microworld.tokenizer import build_tokenizer
@@ -37,9 +37,10 @@ def _write(path: Path, config: Any, tokenizer: PreTrainedTokenizerFast, processo
         torch.manual_seed(seed)
         model = getattr(transformers, config.architectures[0])(config)
         # The stock initialisation (0.02) is all but constant at this size: losses and gradients would say nothing.
-        for weight in model.parameters():
+        for name, weight in model.named_parameters():
             if weight.dim() > 1:
-                torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+                fan_in = weight.shape[-1] if ".experts." in name else weight[0].numel()
+                torch.nn.init.normal_(weight, std=fan_in**-0.5)
             else:
                 weight.data.add_(0.1 * torch.randn_like(weight))
     model.save_pretrained(path)
@@ -54,21 +55,22 @@ def _qwen_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     return {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in zip(names, tokens, strict=True)}
 
 
-def tiny_qwen3_vl(
+def _tiny_qwen3(
     path: str | os.PathLike[str],
-    corpus: Iterable[str] = CORPUS,
-    seed: int = 0,
-    text: dict[str, Any] | None = None,
-    vision: dict[str, Any] | None = None,
+    kind: str,
+    corpus: Iterable[str],
+    seed: int,
+    text: dict[str, Any],
+    vision: dict[str, Any],
+    template: Callable[[str], str] = str,
 ) -> Path:
-    """Write the checkpoint (config, weights, tokenizer with chat template, video processor) to `path`; returns it.
+    """A checkpoint of the class `kind`, whose config is of a Qwen3-VL but for the entries `text` and `vision`.
 
-    A corpus without the word "Yes" gives a tokenizer that spells it in several tokens. text, vision: entries of the
-    config to be changed.
+    template: changes the chat template.
     """
-    path = Path(path)
     tokenizer = build_tokenizer(list(corpus) * 2, vocab_size=420)
-    config = Qwen3VLConfig(
+    tokenizer.chat_template = template(str(tokenizer.chat_template))
+    config = getattr(transformers, f"{kind}Config")(
         text_config={
             "vocab_size": len(tokenizer),
             "hidden_size": 32,
@@ -86,7 +88,7 @@ def tiny_qwen3_vl(
             },
             "pad_token_id": tokenizer.pad_token_id,
         }
-        | (text or {}),
+        | text,
         vision_config={
             "depth": 2,
             "hidden_size": 32,
@@ -97,14 +99,93 @@ def tiny_qwen3_vl(
             "spatial_merge_size": 2,
             "out_hidden_size": 32,
             "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0, 1],
         }
-        | (vision or {}),
+        | vision,
         tie_word_embeddings=True,
-        architectures=["Qwen3VLForConditionalGeneration"],
+        architectures=[f"{kind}ForConditionalGeneration"],
         **_qwen_ids(tokenizer),
     )
-    return _write(path, config, tokenizer, VIDEO_PROCESSOR, seed)
+    return _write(Path(path), config, tokenizer, VIDEO_PROCESSOR, seed)
+
+
+def tiny_qwen3_vl(
+    path: str | os.PathLike[str],
+    corpus: Iterable[str] = CORPUS,
+    seed: int = 0,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+) -> Path:
+    """Write the checkpoint (config, weights, tokenizer with chat template, video processor) to `path`; returns it.
+
+    A corpus without the word "Yes" gives a tokenizer that spells it in several tokens. text, vision: entries of the
+    config to be changed.
+    """
+    return _tiny_qwen3(path, "Qwen3VL", corpus, seed, text or {}, {"deepstack_visual_indexes": [0, 1]} | (vision or {}))
+
+
+EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+
+
+def tiny_qwen3_vl_moe(
+    path: str | os.PathLike[str],
+    corpus: Iterable[str] = CORPUS,
+    seed: int = 0,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+) -> Path:
+    """The same for Qwen3-VL with experts: two of four for every token."""
+    deep = {"deepstack_visual_indexes": [0, 1]}
+    return _tiny_qwen3(path, "Qwen3VLMoe", corpus, seed, EXPERTS | (text or {}), deep | (vision or {}))
+
+
+# The norms of so few channels would amplify roundings with the published epsilon of 1e-6.
+HYBRID = {
+    "rms_norm_eps": 0.1,
+    "num_hidden_layers": 4,
+    "full_attention_interval": 2,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+
+
+def _thinking(template: str) -> str:
+    """A template that opens a thought unless `enable_thinking` is false, as that of Qwen3.5."""
+    begin = "'<|im_start|>assistant\\n'"
+    assert begin in template
+    closed = "(enable_thinking is defined and enable_thinking is false)"
+    return template.replace(begin, f"{begin} + ('<think>\\n\\n</think>\\n\\n' if {closed} else '<think>\\n')")
+
+
+def tiny_qwen3_5(
+    path: str | os.PathLike[str],
+    corpus: Iterable[str] = CORPUS,
+    seed: int = 0,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+) -> Path:
+    """The same for Qwen3.5: layers with the gated delta rule and with attention take turns; its template thinks."""
+    return _tiny_qwen3(path, "Qwen3_5", corpus, seed, HYBRID | (text or {}), vision or {}, _thinking)
+
+
+def tiny_qwen3_5_moe(
+    path: str | os.PathLike[str],
+    corpus: Iterable[str] = CORPUS,
+    seed: int = 0,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+) -> Path:
+    """The same for Qwen3.5 with experts, one of which every token passes."""
+    experts = HYBRID | EXPERTS | {"shared_expert_intermediate_size": 20}
+    return _tiny_qwen3(path, "Qwen3_5Moe", corpus, seed, experts | (text or {}), vision or {}, _thinking)
 
 
 def tiny_qwen25_vl(

@@ -10,7 +10,15 @@ import torch.nn.functional as F
 import transformers
 from transformers import AutoTokenizer
 
-from tests.tiny_teacher import CORPUS, tiny_internvl, tiny_qwen3_vl, tiny_qwen25_vl
+from tests.tiny_teacher import (
+    CORPUS,
+    tiny_internvl,
+    tiny_qwen3_5,
+    tiny_qwen3_5_moe,
+    tiny_qwen3_vl,
+    tiny_qwen3_vl_moe,
+    tiny_qwen25_vl,
+)
 from vlmteacher.errors import InputError, NonFiniteFrames
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
 from vlmteacher.planning.models import KNOWN
@@ -66,6 +74,9 @@ def internvl_inputs(settings, frames, indices):
 
 FAMILIES = {
     "qwen3_vl": (tiny_qwen3_vl, qwen3_inputs),
+    "qwen3_vl_moe": (tiny_qwen3_vl_moe, qwen3_inputs),
+    "qwen3_5": (tiny_qwen3_5, qwen3_inputs),
+    "qwen3_5_moe": (tiny_qwen3_5_moe, qwen3_inputs),
     "qwen2_5_vl": (tiny_qwen25_vl, qwen25_inputs),
     "internvl": (tiny_internvl, internvl_inputs),
 }
@@ -74,6 +85,26 @@ OTHERS = {
     "qwen3_vl": (
         {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": False},
         {"depth": 3, "num_heads": 4, "intermediate_size": 80, "deepstack_visual_indexes": [1]},
+    ),
+    "qwen3_vl_moe": (
+        {"num_experts": 7, "num_experts_per_tok": 3, "mlp_only_layers": [1], "num_key_value_heads": 2},
+        {"depth": 3, "num_heads": 4, "deepstack_visual_indexes": [1]},
+    ),
+    "qwen3_5": (  # its last layer recurs, its convolution is short, keys are wider than values
+        {
+            "layer_types": ["full_attention", *3 * ["linear_attention"], "full_attention", "linear_attention"],
+            "num_hidden_layers": 6,
+            "num_key_value_heads": 2,
+            "linear_conv_kernel_dim": 2,
+            "linear_key_head_dim": 16,
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 3,
+        },
+        {"depth": 3, "num_heads": 4, "intermediate_size": 80},
+    ),
+    "qwen3_5_moe": (
+        {"num_hidden_layers": 3, "full_attention_interval": 3, "num_experts": 5, "num_experts_per_tok": 1},
+        {"depth": 1},
     ),
     "qwen2_5_vl": (
         {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -115,6 +146,7 @@ def stock_losses(path, family, frames, indices, questions, settings, dtype=torch
     losses = []
     for question in questions:
         text = f"<|im_start|>user\n{video}{question} Answer Yes or No.<|im_end|>\n<|im_start|>assistant\n"
+        text += "<think>\n\n</think>\n\n" if "qwen3_5" in family else ""  # a thought of nothing
         prompt, ids = tokenizer(text)["input_ids"], tokenizer(text + "Yes")["input_ids"]
         input_ids = torch.tensor([ids])
         more = {} if family == "internvl" else {"mm_token_type_ids": (input_ids == config.video_token_id).int() * 2}

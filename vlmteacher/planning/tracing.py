@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 
 def attention_flops(query: Sequence[int], key: Sequence[int], causal: bool) -> int:
@@ -24,6 +24,13 @@ def attention_flops(query: Sequence[int], key: Sequence[int], causal: bool) -> i
     """
     batch, heads, n, d = query
     return 4 * batch * heads * n * key[-2] * d // (2 if causal else 1)
+
+
+if torch.ops.aten._grouped_mm not in flop_registry:  # of experts: each row passes one matrix
+
+    @register_flop_formula(torch.ops.aten._grouped_mm)
+    def _(rows: Sequence[int], matrices: Sequence[int], *_: Any, **__: Any) -> int:
+        return 2 * rows[0] * matrices[-2] * matrices[-1]
 
 
 class Trace(TorchDispatchMode):

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 # transformers' model_type -> the module of the family and its class
 FAMILIES = {
     "qwen3_vl": ("qwen_vl", "QwenVLTeacher"),
+    "qwen3_vl_moe": ("qwen_vl_moe", "QwenVLMoeTeacher"),
+    "qwen3_5": ("qwen35", "Qwen35Teacher"),
+    "qwen3_5_moe": ("qwen35", "Qwen35MoeTeacher"),
     "qwen2_5_vl": ("qwen25_vl", "Qwen25VLTeacher"),
     "internvl": ("internvl", "InternVLTeacher"),
 }

@@ -129,6 +129,7 @@ class QwenVLTeacher(QwenTokens):
         from transformers.activations import GELUTanh
 
         visual = self.visual
+        deep = getattr(visual, "deepstack_visual_indexes", ())  # Qwen3.5 has no DeepStack
         places, cos, sin = self._table(size)
         x = visual.patch_embed(rows).unflatten(0, (-1, len(places)))
         x = x + places.to(x.dtype)
@@ -139,8 +140,8 @@ class QwenVLTeacher(QwenTokens):
             q, k, v = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(2)
             x = x + block.attn.proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v, self.attention_backend))
             x = x + block.mlp.linear_fc2(activation(block.mlp.linear_fc1(block.norm2(x))))
-            if index in visual.deepstack_visual_indexes:
-                merger = visual.deepstack_merger_list[visual.deepstack_visual_indexes.index(index)]
+            if index in deep:
+                merger = visual.deepstack_merger_list[deep.index(index)]
                 deepstack.append(merger(x.flatten(0, 1)))
         return visual.merger(x.flatten(0, 1)), *deepstack
 

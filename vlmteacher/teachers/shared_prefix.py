@@ -8,7 +8,7 @@ run by functions that rely on frozen weights and save little for the backward.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -138,6 +138,11 @@ class _Finish(torch.autograd.Function):
         return dx, _through(layer.self_attn.o_proj, dx), None, None
 
 
+def repeated(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The value of a function that keeps its arguments alone for the backward, which computes it again."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
 class Decoder:
     """Runs the decoder layers of a frozen language model on packed chats; this one those that are like Llama's.
 
@@ -166,12 +171,16 @@ class Decoder:
 
     def kept(self, layer: Any) -> dict[Keep, int]:
         """The number of values that a layer keeps of one token, by level."""
+        values = self.kept_without_mlp(layer)
+        return values | {Keep.ALL: values[Keep.ALL] + 2 * layer.mlp.gate_proj.out_features}
+
+    def kept_without_mlp(self, layer: Any) -> dict[Keep, int]:
+        """The same of all but the MLP."""
         attn, hidden = layer.self_attn, len(layer.input_layernorm.weight)
         q, k = (proj.out_features for proj in (attn.q_proj, attn.k_proj))
         attention = 2 * hidden + 2 * q + 2 * k  # x, x + attention; q, output; k, v
-        mlp = 2 * layer.mlp.gate_proj.out_features
         before_norm = q + k if hasattr(attn, "q_norm") else 0
-        return {Keep.ALL: attention + mlp + before_norm, Keep.ATTENTION: attention, Keep.INPUT: hidden}
+        return {Keep.ALL: attention + before_norm, Keep.ATTENTION: attention, Keep.INPUT: hidden}
 
     def run(self, x: Tensor, layer: Any, layout: Layout, last: bool, keep: Keep, backend: str | None) -> Tensor:
         """The output of a layer for x (N, C), differentiable; of the last layer for the A places of answers only.
@@ -230,8 +239,7 @@ def answer_losses(
     for index, layer in enumerate(language.layers):
         last = index + 1 == len(language.layers)
         if keep == Keep.INPUT and x.requires_grad:
-            rest = (layer, layout, last, Keep.ALL, attention_backend)
-            x = checkpoint(decoder.run, x, *rest, use_reentrant=False, preserve_rng_state=False)
+            x = repeated(decoder.run, x, layer, layout, last, Keep.ALL, attention_backend)
         else:
             x = decoder.run(x, layer, layout, last, keep, attention_backend)
         if index < len(deepstack) and not last:
