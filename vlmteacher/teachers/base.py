@@ -187,7 +187,10 @@ def find_family(model_type: Any, label: str) -> Any:
     label: of the checkpoint. Raises InputError, which lists `FAMILIES`, for another type.
     """
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise InputError(f"{label} is of the model type {model_type!r}; known types: {', '.join(FAMILIES)}")
+        known = ", ".join(FAMILIES)
+        raise InputError(
+            f"{label} is of the model type {model_type!r}; known types: {known}: take a VLM that sees videos"
+        )
     module, name = FAMILIES[model_type]
     return getattr(importlib.import_module(f"vlmteacher.teachers.{module}"), name)
 

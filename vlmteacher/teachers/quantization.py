@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmteacher.checkpoints.pretrained import load_network, quantization, read_config
+from vlmteacher.checkpoints.pretrained import entries, load_network, quantization, read_config
 from vlmteacher.errors import InputError, MissingExtra
 
 Quantize = Literal["8bit", "4bit"]
 CHOICES = ("8bit", "4bit")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # entries of a config: a number of experts
 # The vision tower stays as it is: a tenth of the weights, and every gradient to the pixels goes through it last.
 UNTOUCHED = [".*visual", ".*vision_tower", ".*multi_modal_projector", "lm_head"]
 
@@ -44,6 +45,11 @@ def load_model(
         _, stored = read_config(path_or_id, "", "config.json", hub.get("local_files_only", True))
         if method := quantization(stored, path_or_id):
             raise InputError(f"teacher {path_or_id} is quantised by {method} already: leave quantize ({quantize}) out")
+        if any(value for key, value in entries(stored) if key in EXPERTS):
+            raise InputError(
+                f"teacher {path_or_id} has experts, most of its weights, which bitsandbytes leaves in {dtype}: leave"
+                f" quantize ({quantize}) out, or give a Teacher without experts"
+            )
         from transformers import BitsAndBytesConfig
 
         four = {
@@ -52,8 +58,8 @@ def load_model(
             "bnb_4bit_use_double_quant": True,
             "bnb_4bit_compute_dtype": dtype,
         }
-        entries = four if quantize == "4bit" else {"load_in_8bit": True}
-        config = BitsAndBytesConfig(**entries, llm_int8_skip_modules=UNTOUCHED)
+        bits = four if quantize == "4bit" else {"load_in_8bit": True}
+        config = BitsAndBytesConfig(**bits, llm_int8_skip_modules=UNTOUCHED)
         options = {"quantization_config": config, "device_map": {"": device or torch.device("cpu")}}
     model = load_network(model_class, path_or_id, dtype=dtype, keep_quantized="bitsandbytes", **hub, **options)
     if is_quantized(model):

@@ -53,9 +53,7 @@ def _recur(h: Tensor, net: Any, layout: Layout, rows: Tensor | None) -> Tensor:
     return net.out_proj(repeated(_delta_rule, *parts, net, layout, rows))
 
 
-def _delta_rule(
-    qkv: Tensor, z: Tensor, b: Tensor, a: Tensor, net: Any, layout: Layout, rows: Tensor | None
-) -> Tensor:
+def _delta_rule(qkv: Tensor, z: Tensor, b: Tensor, a: Tensor, net: Any, layout: Layout, rows: Tensor | None) -> Tensor:
     """Convolution, delta rule and gated norm of projected tokens (N, values): (N, value heads * d), or of `rows`.
 
     The rule is transformers' own, with the kernels of the package fla where that is installed.
@@ -68,7 +66,9 @@ def _delta_rule(
         kernel = net.conv1d.weight.squeeze(1), net.conv1d.bias
         mixed = stock.causal_conv1d_fn(tokens.transpose(1, 2), *kernel, activation=net.activation).transpose(1, 2)
         heads = mixed[:, before:].split([net.key_dim, net.key_dim, net.value_dim], -1)
-        q, k, v = (x.unflatten(-1, (-1, d)) for x, d in zip(heads, 2 * [net.head_k_dim] + [net.head_v_dim], strict=True))
+        q, k, v = (
+            x.unflatten(-1, (-1, d)) for x, d in zip(heads, 2 * [net.head_k_dim] + [net.head_v_dim], strict=True)
+        )
         return stock.torch_chunk_gated_delta_rule(
             q, k, v, decay, beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
         )
