@@ -20,7 +20,7 @@ from vlmteacher.ops.elementwise import rotate
 from vlmteacher.teachers.prompt import Layout
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher
 from vlmteacher.teachers.qwen_vl_moe import is_sparse, sparse_mlp, sparse_values
-from vlmteacher.teachers.shared_prefix import Decoder, Keep, repeated
+from vlmteacher.teachers.shared_prefix import Decoder, Keep, gated, repeated
 
 
 def _rotated(x: Tensor, norm: Any, cos: Tensor, sin: Tensor) -> Tensor:
@@ -89,16 +89,12 @@ def _delta_rule(qkv: Tensor, z: Tensor, b: Tensor, a: Tensor, net: Any, layout: 
     return net.norm(mixed.flatten(0, 1), z.flatten(0, 1)).view(len(mixed), -1)
 
 
-def _swiglu(gate: Tensor, up: Tensor, act: Any) -> Tensor:
-    return act(gate) * up
-
-
 def _mlp(x: Tensor, layer: Any) -> Tensor:
     """The residual and the MLP, x (N, C) -> (N, C)."""
     if is_sparse(layer.mlp):
         return sparse_mlp(x, layer)
     h, mlp = repeated(layer.post_attention_layernorm, x), layer.mlp
-    return x + mlp.down_proj(repeated(_swiglu, mlp.gate_proj(h), mlp.up_proj(h), mlp.act_fn))
+    return x + mlp.down_proj(repeated(gated, mlp, mlp.gate_proj(h), mlp.up_proj(h)))
 
 
 class HybridDecoder(Decoder):

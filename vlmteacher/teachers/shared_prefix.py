@@ -45,7 +45,8 @@ def _is_silu(act: nn.Module) -> bool:
     return isinstance(act, nn.SiLU) or type(act).__name__ == "SiLUActivation"
 
 
-def _gated(mlp: Any, gate: Tensor, up: Tensor) -> Tensor:
+def gated(mlp: Any, gate: Tensor, up: Tensor) -> Tensor:
+    """act(gate) * up."""
     return swiglu(gate, up) if _is_silu(mlp.act_fn) else mlp.act_fn(gate) * up
 
 
@@ -121,7 +122,7 @@ class _Finish(torch.autograd.Function):
         gate, up = layer.mlp.gate_proj(h), layer.mlp.up_proj(h)
         ctx.layer = layer
         ctx.save_for_backward(x, *((gate, up) if keep else ()))
-        return x + layer.mlp.down_proj(_gated(layer.mlp, gate, up))
+        return x + layer.mlp.down_proj(gated(layer.mlp, gate, up))
 
     @staticmethod
     @once_differentiable
