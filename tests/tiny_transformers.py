@@ -6,12 +6,20 @@ from typing import Any
 
 import torch
 
-FAMILIES = ("wan", "wan_i2v", "ltx", "hunyuan_video15")
+FAMILIES = ("wan", "wan_i2v", "ltx", "hunyuan_video15", "hunyuan_video")
 
 
 def tiny_transformer(family: str) -> Any:
-    """Two blocks of width 32. wan_i2v: Wan 2.1's, with keys and values of image features."""
-    from diffusers import HunyuanVideo15Transformer3DModel, LTXVideoTransformer3DModel, WanTransformer3DModel
+    """Two blocks of width 32, of each kind that the family has.
+
+    wan_i2v: Wan 2.1's, with keys and values of image features.
+    """
+    from diffusers import (
+        HunyuanVideo15Transformer3DModel,
+        HunyuanVideoTransformer3DModel,
+        LTXVideoTransformer3DModel,
+        WanTransformer3DModel,
+    )
 
     heads = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
     with torch.random.fork_rng(devices=[]):
@@ -23,6 +31,11 @@ def tiny_transformer(family: str) -> Any:
         elif family == "ltx":
             model = LTXVideoTransformer3DModel(
                 in_channels=8, out_channels=8, cross_attention_dim=32, caption_channels=24, **heads
+            )
+        elif family == "hunyuan_video":
+            sizes = {"in_channels": 8, "out_channels": 8, "text_embed_dim": 24, "pooled_projection_dim": 20}
+            model = HunyuanVideoTransformer3DModel(
+                num_single_layers=2, num_refiner_layers=1, rope_axes_dim=(4, 6, 6), **sizes, **heads
             )
         else:
             model = HunyuanVideo15Transformer3DModel(
@@ -56,6 +69,10 @@ def call(model: Any) -> torch.Tensor:
     elif name == "LTXVideoTransformer3DModel":
         inputs |= {"hidden_states": draw(1, 12, 8), "encoder_hidden_states": draw(1, 6, 24)}
         inputs |= {"encoder_attention_mask": torch.ones(1, 6), "num_frames": 2, "height": 2, "width": 3}
+    elif name == "HunyuanVideoTransformer3DModel":
+        inputs |= {"hidden_states": draw(1, 8, 2, 4, 6), "encoder_hidden_states": draw(1, 6, 24)}
+        inputs |= {"encoder_attention_mask": torch.ones(1, 6), "pooled_projections": draw(1, 20)}
+        inputs["guidance"] = torch.tensor([6000.0])
     else:
         inputs |= {"hidden_states": draw(1, 17, 2, 4, 6), "encoder_hidden_states": draw(1, 6, 24)}
         inputs |= {"encoder_hidden_states_2": draw(1, 4, 20), "image_embeds": draw(1, 5, 12)}

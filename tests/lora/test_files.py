@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, LTXPipeline, WanPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, LTXPipeline, WanPipeline
 from safetensors.torch import load, save
 
 from tests.tiny_transformers import FAMILIES, call, tiny_transformer
@@ -12,6 +12,7 @@ from vlmteacher.errors import InputError
 from vlmteacher.lora.adapter import add_lora, export_lora, lora_parameters, lora_state_dict
 from vlmteacher.lora.formats import STYLES, Factors, LoRA, merge_lora, read_lora
 from vlmteacher.lora.fused_layer import LoRALinear
+from vlmteacher.reasoners.checkpointing import block_list
 
 
 def trained(family, rank=4, alpha=6.0, fused=True):
@@ -33,8 +34,9 @@ def loaded_by_diffusers(family, path):
         # By the path alone diffusers would not look at the metadata, and take alpha for the rank.
         transformer.load_lora_adapter(path.parent, weight_name=path.name, prefix="transformer")
     else:
-        kind = LTXPipeline if family == "ltx" else WanPipeline
-        pipe = kind(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer)
+        kind = {"ltx": LTXPipeline, "hunyuan_video": HunyuanVideoPipeline}.get(family, WanPipeline)
+        others = {"text_encoder_2": None, "tokenizer_2": None} if kind is HunyuanVideoPipeline else {}
+        pipe = kind(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer, **others)
         pipe.load_lora_weights(path.parent, weight_name=path.name)
     return transformer
 
@@ -42,7 +44,7 @@ def loaded_by_diffusers(family, path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_of_the_blocks_is_adapted_by_our_operator(family):
     transformer = trained(family)
-    blocks = transformer.blocks if family.startswith("wan") else transformer.transformer_blocks
+    blocks = block_list(transformer)
     wanted = {f"{type(blocks)}{name}" for name, each in blocks.named_modules() if isinstance(each, LoRALinear)}
     linear = {
         f"{type(blocks)}{name}"
@@ -99,6 +101,15 @@ def test_the_names_are_those_that_the_tools_use():
     fused = [comfyui[f"diffusion_model.double_blocks.0.img_attn.qkv.lora_{part}.weight"] for part in "BA"]
     parts = [hunyuan.layers[f"transformer_blocks.0.attn.to_{part}"].update() for part in "qkv"]
     torch.testing.assert_close(fused[0] @ fused[1], torch.cat(parts), atol=1e-6, rtol=1e-6)
+    older = read_lora(export_lora(trained("hunyuan_video")))
+    musubi, comfyui = (load(older.to_bytes(style)) for style in ("musubi", "comfyui"))
+    assert "lora_unet_double_blocks_0_img_attn_qkv.alpha" in musubi
+    assert "diffusion_model.double_blocks.1.txt_mlp.2.lora_A.weight" in comfyui
+    names = [f"single_transformer_blocks.1.{part}" for part in (*(f"attn.to_{each}" for each in "qkv"), "proj_mlp")]
+    up, down = (musubi[f"lora_unet_single_blocks_1_linear1.lora_{end}.weight"] for end in ("up", "down"))
+    joint = torch.cat([older.layers[name].update() for name in names])  # 3 of 32 rows and one of 128
+    assert joint.shape == (7 * 32, 32)
+    torch.testing.assert_close(1.5 * up @ down, joint, atol=1e-6, rtol=1e-6)
 
 
 def test_layers_of_several_ranks_and_alphas_reach_diffusers(tmp_path):

@@ -24,7 +24,7 @@ from vlmteacher.planning.models import build_decoder, build_reasoner, build_teac
 from vlmteacher.planning.reasoner import blank_instance
 from vlmteacher.queries import QuerySet
 from vlmteacher.ranks import Ranks
-from vlmteacher.reasoners.checkpointing import Keep, block_list, blocks_name, keep_activations
+from vlmteacher.reasoners.checkpointing import Keep, block_lists, keep_activations, set_blocks
 from vlmteacher.reasoners.condition import Condition, Noise
 from vlmteacher.reasoners.wan.reasoner import WanReasoner
 from vlmteacher.settings import Settings
@@ -111,11 +111,13 @@ def test_a_step_never_waits_for_the_host(image: bool, level: Keep, settings: dic
         metrics.tolist()
 
 
-@pytest.mark.parametrize("name", ["wan2.1-i2v-14b-480p", "ltx-0.9.8-2b-distilled", "hunyuan-video-1.5-480p-i2v"])
+@pytest.mark.parametrize(
+    "name", ["wan2.1-i2v-14b-480p", "ltx-0.9.8-2b-distilled", "hunyuan-video-1.5-480p-i2v", "hunyuan-video-i2v"]
+)
 def test_the_prediction_of_another_family_never_waits_for_the_host(name: str) -> None:
     reasoner: Any = build_reasoner(name)[0]
     network = reasoner.transformer
-    setattr(network, blocks_name(network), block_list(network)[:2])
+    set_blocks(network, {name: blocks[:2] for name, blocks in block_lists(network).items()})
     add_lora(network, 4)
     rows, columns = (4 * reasoner.spatial_stride * patch for patch in reasoner.patch)
     condition, noise = blank_instance(reasoner, (2 * reasoner.temporal_stride + 1, rows, columns))

@@ -13,7 +13,7 @@ from torch import nn
 
 from tests.conftest import Run
 from tests.planning.counting import saved_bytes, stock_count
-from tests.reasoners import tiny_checkpoints, tiny_hunyuan, tiny_ltx
+from tests.reasoners import tiny_checkpoints, tiny_hunyuan, tiny_hunyuan_video, tiny_ltx
 from tests.tiny_pair import PROMPT, QUERIES
 from vlmteacher.checkpoints.pretrained import cast
 from vlmteacher.errors import InputError
@@ -57,6 +57,11 @@ FAMILIES = {
     "Wan 2.2 A14B": (tiny_checkpoints.wan22_t2v_a14b, tiny_checkpoints.SIZE),
     "LTX-Video": (tiny_ltx.tiny_ltx_pipeline, tiny_ltx.SIZE),
     "HunyuanVideo-1.5": (tiny_hunyuan.tiny_hunyuan_pipeline, tiny_hunyuan.SIZE),
+    "HunyuanVideo": (tiny_hunyuan_video.tiny_hunyuan_video_pipeline, tiny_hunyuan_video.SIZE),
+    "HunyuanVideo-I2V": (
+        lambda path: tiny_hunyuan_video.tiny_hunyuan_video_pipeline(path, "token_replace"),
+        tiny_hunyuan_video.SIZE,
+    ),
 }
 
 
@@ -92,7 +97,8 @@ def test_every_family_is_counted_as_on_real_tensors_and_keeps_what_it_is_told(
     for reasoner in (real, meta):
         add_lora(reasoner.transformer, 4, seed=0, fused=False)
     condition, noise = real_instance(meta, size)
-    planned = ReasonerCosts.of(meta, size, ()).total([Keep.ALL] * 2)
+    costs = ReasonerCosts.of(meta, size, ())
+    planned = costs.total([Keep.ALL] * costs.blocks)
     forward = stock_count(lambda: real.predict_clean(condition, noise))
     both = stock_count(lambda: real.predict_clean(condition, noise).sum().backward())
     assert (planned.forward, planned.forward + planned.backward) == (forward, both)
@@ -152,7 +158,7 @@ def test_levels_trade_memory_for_flops_and_mix_as_the_plan_adds_them_up(models: 
     assert [c.repeated for c in alone] == sorted(c.repeated for c in alone)
     assert [c.kept for c in alone] == sorted((c.kept for c in alone), reverse=True)
     assert alone[Keep.ALL].repeated == alone[Keep.PRODUCTS].repeated == 0 < alone[Keep.LONG].repeated
-    outside = costs.levels[Keep.INPUT][0].forward
+    outside = costs.levels[0][Keep.INPUT][0].forward
     assert alone[Keep.INPUT].repeated == alone[Keep.ALL].forward - outside
 
     mixed = [Keep.INPUT, Keep.LONG]

@@ -1,12 +1,14 @@
 """A LoRA that was trained here, loaded by diffusers' own pipelines: the same video from the same latents."""
 
+from dataclasses import replace
+
 import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests.reasoners import tiny_checkpoints, tiny_hunyuan, tiny_ltx
+from tests.reasoners import tiny_checkpoints, tiny_hunyuan, tiny_hunyuan_video, tiny_ltx
 from vlmteacher.lora.adapter import add_lora, export_lora, lora_parameters
 from vlmteacher.lora.formats import read_lora
 from vlmteacher.reasoners.loading import load_reasoner
@@ -30,6 +32,10 @@ CASES = {
         *(tiny_hunyuan.tiny_hunyuan_pipeline, "HunyuanVideo15ImageToVideoPipeline", tiny_hunyuan.SIZE, True),
         ("diffusers",),
     ),
+    "HunyuanVideo": (
+        *(tiny_hunyuan_video.tiny_hunyuan_video_pipeline, "HunyuanVideoPipeline", tiny_hunyuan_video.SIZE, False),
+        ("diffusers",),  # its loader splits joint layers for the published width only
+    ),
 }
 
 
@@ -40,13 +46,15 @@ def test_stock_pipeline_makes_the_same_video(family, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     image = Image.fromarray(pixels) if with_image else None
     reasoner = load_reasoner(directory)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0 if family == "HunyuanVideo-1.5" else 1.0)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0 if family.startswith("Hunyuan") else 1.0)
     scheduler.set_timesteps(4)
     timesteps = scheduler.timesteps.tolist() if family.startswith("Wan") else (1000, 750, 500, 250)
     text = 512 if family.startswith("Wan") else 1000  # Wan 2.1 I2V counts on its own
     reasoner.settings = SamplerSettings(
         tuple(timesteps), shift=scheduler.config.shift, sampler="euler", fps=24.0, max_sequence_length=text
     )
+    if family == "HunyuanVideo":
+        reasoner.settings = replace(reasoner.settings, embedded_guidance=1.0)
     condition = reasoner.encode(PROMPT, image, frames, height, width)
     noise = reasoner.noise(condition, torch.Generator().manual_seed(7))
     base = reasoner.sample(condition, noise)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
 from vlmteacher.lora.formats import LoRA, diffusers_bytes
-from vlmteacher.reasoners.checkpointing import block_list
+from vlmteacher.reasoners.checkpointing import block_names
 from vlmteacher.reasoners.registry import family_of
 from vlmteacher.settings import parse_blocks
 from vlmteacher.state import check_like
@@ -65,7 +65,7 @@ def add_lora(
         config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=target_modules(transformer))
         if first:
             names = [name for name, _ in transformer.named_modules() if check_target_module_exists(config, name)]
-            config.target_modules = {name for name in names if int(name.split(".")[1]) >= first}  # "blocks.5.attn1..."
+            config.target_modules = {name for name in names if not name.startswith(_first_blocks(transformer, first))}
     transformer.add_adapter(config, adapter_name=ADAPTER)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     for name, parameter in transformer.named_parameters():
@@ -109,7 +109,7 @@ def target_layers(transformer: nn.Module, blocks: str | None = None) -> dict[str
         for name, layer in transformer.named_modules()
         if isinstance(layer, nn.Linear)
         and check_target_module_exists(config, name)
-        and not (first and int(name.split(".")[1]) < first)
+        and not name.startswith(_first_blocks(transformer, first))
     }
 
 
@@ -117,10 +117,15 @@ def frozen_blocks(transformer: Any, blocks: str | None) -> int:
     """The number of blocks without a LoRA, for `blocks` of "last:n" or None (0). Raises InputError."""
     if blocks is None:
         return 0
-    total = len(block_list(transformer))
+    total = len(block_names(transformer))
     if (count := parse_blocks(blocks)) > total:
         raise InputError(f"lora_blocks {blocks}: the transformer has {total} blocks")
     return total - count
+
+
+def _first_blocks(transformer: Any, count: int) -> tuple[str, ...]:
+    """What the names of all layers in the first `count` blocks begin with."""
+    return tuple(f"{name}." for name in block_names(transformer)[:count])
 
 
 def remove_lora(transformer: Any) -> None:
@@ -144,7 +149,7 @@ def check_gradients(transformer: Any) -> None:
     parameters = [(name, value) for name, value in transformer.named_parameters() if ".lora_" in name]
     lost = [name for name, value in parameters if value.grad is None]
     if lost and (unread := family_of(transformer).unread):
-        last = f"{family_of(transformer).blocks}.{len(block_list(transformer)) - 1}."
+        last = f"{block_names(transformer)[-1]}."
         lost = [name for name in lost if not (name.startswith(last) and re.match(unread, name.removeprefix(last)))]
     if lost:
         raise InputError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vlmteacher.planning.tracing import tracing
 
 META = torch.device("meta")
+_PEAKS = ("forward_bytes", "backward_bytes")
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,24 @@ def measure(run: Callable[[], Sequence[Tensor]], weights: Sequence[nn.Module], l
 
 
 def per_layer(at_depth: Callable[[int], Cost], depth: int) -> tuple[Cost, Cost]:
-    """The costs (base, layer) of a stack, base + n layer for n equal layers, from traces of `depth` and `depth + 1`.
+    """The costs (base, layer) of a stack, base + n layer for n equal layers, from traces of `depth` and `depth + 1`."""
+    base, (layer,) = per_layers(at_depth, 1, depth)
+    return base, layer
 
-    Peak bytes beyond those kept do not grow with the depth: they are in the base.
+
+def per_layers(at_depths: Callable[..., Cost], kinds: int, depth: int) -> tuple[Cost, list[Cost]]:
+    """The costs of a stack of several kinds of layers: base, and the layer of each kind.
+
+    at_depths: (number of layers of each kind) -> the cost of such a stack. Peak bytes beyond those kept do not grow
+    with the depth: they are in the base.
     """
-    less, more = at_depth(depth), at_depth(depth + 1)
+    less = at_depths(*[depth] * kinds)
+    traces = [at_depths(*(depth + (kind == k) for kind in range(kinds))) for k in range(kinds)]
     names = ("forward", "backward", "kept")
-    layer = {name: getattr(more, name) - getattr(less, name) for name in names}
-    base = {name: getattr(less, name) - depth * layer[name] for name in names}
-    transient = more.forward_bytes - more.kept, more.backward_bytes - more.kept
-    return Cost(**base, forward_bytes=transient[0], backward_bytes=transient[1]), Cost(**layer)
+    layers = [{name: getattr(more, name) - getattr(less, name) for name in names} for more in traces]
+    base = {name: getattr(less, name) - depth * sum(layer[name] for layer in layers) for name in names}
+    forward, backward = (max(getattr(more, name) - more.kept for more in traces) for name in _PEAKS)
+    return Cost(**base, forward_bytes=forward, backward_bytes=backward), [Cost(**layer) for layer in layers]
 
 
 def stack(parts: Sequence[tuple[Cost, Cost]], free: Sequence[tuple[Cost, Cost]]) -> Cost:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -48,14 +48,27 @@ _PRODUCTS = {
 MIN_INNER = 128  # a product with fewer terms (a LoRA's second) costs no more than reading its result
 
 
-def blocks_name(transformer: nn.Module) -> str:
-    """The attribute that holds the list of a transformer's blocks."""
-    return next(family.blocks for family in FAMILIES if hasattr(transformer, family.blocks))
+def block_lists(transformer: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of a diffusers transformer's blocks, by name, in the order in which they run."""
+    known = (family.block_lists for family in FAMILIES)
+    names = max((each for each in known if all(hasattr(transformer, name) for name in each)), key=len)
+    return {name: getattr(transformer, name) for name in names}
+
+
+def set_blocks(transformer: nn.Module, lists: Mapping[str, nn.ModuleList]) -> None:
+    """Let a transformer run the blocks of `lists` in place of its own; lists that are left out are emptied."""
+    for name in block_lists(transformer):
+        setattr(transformer, name, lists.get(name, nn.ModuleList()))
+
+
+def block_names(transformer: nn.Module) -> list[str]:
+    """The names of a diffusers transformer's blocks, in the order in which they run."""
+    return [f"{name}.{k}" for name, blocks in block_lists(transformer).items() for k in range(len(blocks))]
 
 
 def block_list(transformer: nn.Module) -> nn.ModuleList:
-    """The blocks of a diffusers transformer."""
-    return getattr(transformer, blocks_name(transformer))
+    """The blocks of a diffusers transformer, in the order in which they run."""
+    return nn.ModuleList(block for blocks in block_lists(transformer).values() for block in blocks)
 
 
 def _policy(level: Keep, context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -21,7 +21,8 @@ class LayerNames:
         inner: diffusers' name within a block -> the other name, of linear layers.
         outer: the same for linear layers and convolutions outside the blocks.
         inner_others, outer_others: the same for norms and modulations, which only weight differences change.
-        fused: layer in `inner` -> the diffusers layers that it holds, in the order of their rows.
+        fused: layer in `inner` or `outer` -> the diffusers layers that it holds, in the order of their rows.
+        shares: layer of `fused` -> its rows as a multiple of those of its fellows, where that is not 1.
     """
 
     blocks: str
@@ -30,6 +31,12 @@ class LayerNames:
     inner_others: Mapping[str, str] = field(default_factory=dict)
     outer_others: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    shares: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def own_inner(self) -> set[str]:
+        """diffusers' names within a block of the layers of `inner`."""
+        return {own for name in self.inner for own in self.fused.get(name, (name,))}
 
     @property
     def all_inner(self) -> dict[str, str]:
@@ -75,7 +82,8 @@ class Family:
         name: of the family, for messages.
         pipelines: diffusers' pipeline classes, as ``model_index.json`` names them.
         transformer: diffusers' class of the network that is taught.
-        blocks: the attribute of `transformer` that holds the list of its blocks.
+        blocks: the attribute of `transformer` that holds the list of its blocks, or several, in the order in which they
+            run; blocks of all lists are called alike.
         load: (directory or hub id, ``model_index.json``, settings or None, dtype, local_files_only, **parts) ->
             Reasoner; parts: see `load_transformers`.
         build: (configs by part, settings, dtype) -> the same Reasoner without weights, on torch's default device.
@@ -86,7 +94,8 @@ class Family:
             of names, or an expression for whole names where layers outside the blocks have the same ends.
         unread: a regular expression of the layers in the last block whose outputs nothing reads, so that their LoRA has
             no gradient.
-        layers: how the authors name the layers.
+        layers: how the authors name the layers, for each list of blocks where there are several (those outside the
+            blocks stand with the first).
         comfyui: how ComfyUI names them, where that differs.
         musubi: the network module of musubi-tuner, where that trains the family.
         load_lora: the line of Python that loads a run's LoRA into diffusers' pipeline `pipe`, for model cards.
@@ -106,16 +115,16 @@ class Family:
     name: str
     pipelines: tuple[str, ...]
     transformer: str
-    blocks: str
+    blocks: str | tuple[str, ...]
     load: Callable[..., Reasoner]
     build: Callable[..., Reasoner]
     adopt: Callable[[Any, SamplerSettings | None], Reasoner]
     presets: Mapping[str, SamplerSettings]
     hub_ids: Mapping[str, str]
     lora_targets: list[str] | str
-    layers: LayerNames
+    layers: LayerNames | tuple[LayerNames, ...]
     unread: str | None = None
-    comfyui: LayerNames | None = None
+    comfyui: LayerNames | tuple[LayerNames, ...] | None = None
     musubi: str | None = None
     load_lora: str = 'pipe.load_lora_weights(".", weight_name="lora.safetensors")'
     decoders: Mapping[tuple[int, int, int], str] = field(default_factory=dict)
@@ -128,5 +137,16 @@ class Family:
     unfuse_blocks: Callable[[Any], None] | None = None
 
     @property
-    def all_layers(self) -> tuple[LayerNames, ...]:
-        return (self.layers,) if self.comfyui is None else (self.layers, self.comfyui)
+    def block_lists(self) -> tuple[str, ...]:
+        """The attributes of `transformer` that hold its blocks."""
+        return (self.blocks,) if isinstance(self.blocks, str) else self.blocks
+
+    def names(self, comfyui: bool = False) -> dict[str, LayerNames]:
+        """The authors' or ComfyUI's names of the layers, by the list of blocks; those outside are with the first."""
+        names = (self.comfyui if comfyui else None) or self.layers
+        return dict(zip(self.block_lists, (names,) if isinstance(names, LayerNames) else names, strict=True))
+
+    @property
+    def all_names(self) -> tuple[tuple[str, LayerNames], ...]:
+        """`names` of the authors and of ComfyUI."""
+        return *self.names().items(), *(self.names(comfyui=True).items() if self.comfyui else ())

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmteacher.reasoners.checkpointing import block_list, blocks_name
+from vlmteacher.reasoners.checkpointing import block_list, block_lists, set_blocks
 
 
 class _Remembered(nn.Module):
@@ -43,14 +43,14 @@ class FrozenFront:
     """
 
     def __init__(self, transformer: Any, count: int) -> None:
-        self.transformer, self.name = transformer, blocks_name(transformer)
-        self.blocks = block_list(transformer)
-        self.front = _Remembered(self.blocks[:count])
-        self._some = nn.ModuleList([self.front, *self.blocks[count:]])
+        self.transformer, self.own = transformer, block_lists(transformer)
+        blocks = block_list(transformer)
+        self.front = _Remembered(blocks[:count])
+        self._some = {next(iter(self.own)): nn.ModuleList([self.front, *blocks[count:]])}
 
     def __enter__(self) -> None:
         self.front.forwards = 0
-        setattr(self.transformer, self.name, self._some)
+        set_blocks(self.transformer, self._some)
 
     def __exit__(self, *_: object) -> None:
-        setattr(self.transformer, self.name, self.blocks)
+        set_blocks(self.transformer, self.own)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError, Notice
-from vlmteacher.lora.formats.names import BLOCK, FUSED, theirs
+from vlmteacher.lora.formats.names import BLOCK, FUSED, split_rows, theirs
 from vlmteacher.lora.formats.scale import ASSUMED, MULTIPLIED
 from vlmteacher.lora.formats.writing import diffusers_bytes, safetensors_bytes
-from vlmteacher.reasoners.family import TABLE, Family
+from vlmteacher.reasoners.family import TABLE, Family, LayerNames
 from vlmteacher.reasoners.registry import FAMILIES
 
 if TYPE_CHECKING:
@@ -92,9 +92,11 @@ class LoRA:
     @property
     def family(self) -> Family:
         """The family of the LoRA's model, by the names of the layers. Raises InputError for an unknown one."""
-        inner = {match[2] for name in self.layers if (match := BLOCK.fullmatch(name))}
+        inner = {(name.partition(".")[0], match[2]) for name in self.layers if (match := BLOCK.fullmatch(name))}
         for family in FAMILIES:
-            if inner and inner <= family.layers.inner.keys():
+            if inner and inner <= {
+                (blocks, own) for blocks, names in family.names().items() for own in names.own_inner
+            }:
                 return family
         known = ", ".join(family.name for family in FAMILIES)
         raise InputError(f"{self.source} is for a model of no known family: the known ones are {known}")
@@ -226,57 +228,68 @@ class LoRA:
         if style == "diffusers":
             return diffusers_bytes(self.state_dict(), self.config().to_dict())
         family = self.family
-        names, layers = family.layers, self.layers
+        lists = family.names(comfyui=style == "comfyui")
+        layers = _fuse(self, lists)
+
+        def named(name: str) -> str:
+            return theirs(name, _names(name, lists), self.source)
+
+        tensors = {}
         if style == "comfyui":
-            names = family.comfyui or names
-            if names.fused:
-                layers = _fuse_qkv(self)
-            tensors = {}
             for name, layer in layers.items():
-                key = f"diffusion_model.{theirs(name, names, self.source)}"
+                key = f"diffusion_model.{named(name)}"
                 tensors[f"{key}.lora_A.weight"] = layer.a
                 tensors[f"{key}.lora_B.weight"] = layer.b if layer.scale == 1 else layer.b * layer.scale
             for parameter, value in self.differences.items():
                 name, _, kind = parameter.rpartition(".")
                 name, end = (parameter, "diff") if kind == TABLE else (name, "diff_b" if kind == "bias" else "diff")
-                tensors[f"diffusion_model.{theirs(name, names, self.source)}.{end}"] = value
+                tensors[f"diffusion_model.{named(name)}.{end}"] = value
             return safetensors_bytes(tensors)
         if family.musubi is None:
             raise InputError(f"{self.source}: musubi-tuner has no {family.name}: convert it to comfyui")
-        tensors = {}
         for name, layer in layers.items():
-            key = f"lora_unet_{theirs(name, names, self.source).replace('.', '_')}"
+            key = f"lora_unet_{named(name).replace('.', '_')}"
             tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = layer.a, layer.b
             tensors[f"{key}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
         network = {"module": family.musubi, "dim": str(self.rank), "alpha": str(self.alpha)}
         return safetensors_bytes(tensors, {f"ss_network_{name}": value for name, value in network.items()})
 
 
-def _fuse_qkv(lora: LoRA) -> dict[str, Factors]:
-    """The layers with those of `FUSED` joined: A stacked, B as a block diagonal matrix times the scales."""
+def _names(name: str, lists: Mapping[str, LayerNames]) -> LayerNames:
+    """The names for the layer `name` of diffusers, from those of each list of blocks."""
+    return lists.get(name.partition(".")[0]) or next(iter(lists.values()))
+
+
+def _fuse(lora: LoRA, lists: Mapping[str, LayerNames]) -> dict[str, Factors]:
+    """The layers with those joined that are one layer by the names in `lists`.
+
+    A is stacked, B a block diagonal matrix, times the scales where they differ.
+    """
     layers = dict(lora.layers)
     for name in lora.layers:
-        for fused, held in FUSED.items():
+        for fused, held in _names(name, lists).fused.items():
             if not name.endswith(f".{held[0]}"):
                 continue
             block = name.removesuffix(held[0])
             if missing := [each for each in held if block + each not in layers]:
-                raise InputError(f"{lora.source} has {name} but no {block + missing[0]}: ComfyUI has them in one layer")
+                raise InputError(f"{lora.source} has {name} but no {block + missing[0]}: there they are one layer")
             parts = [layers.pop(block + each) for each in held]
-            b = torch.block_diag(*(part.b * part.scale for part in parts))
-            layers[block + fused] = Factors(torch.cat([part.a for part in parts]), b, b.shape[1])
+            scale = parts[0].scale if len({part.scale for part in parts}) == 1 else 1.0
+            b = torch.block_diag(*(part.b * (part.scale / scale) for part in parts))
+            layers[block + fused] = Factors(torch.cat([part.a for part in parts]), b, scale * b.shape[1])
     return layers
 
 
-def split_qkv(name: str, layer: Factors) -> dict[str, Factors]:
-    """Split a layer of `FUSED` into its three, each of a third of the rank where B is block diagonal (`_fuse_qkv`)."""
+def split_fused(name: str, layer: Factors) -> dict[str, Factors]:
+    """Split a layer of `FUSED` into its parts, each with its share of the rank where B is block diagonal (`_fuse`)."""
     for fused, held in FUSED.items():
         if name.endswith(f".{fused}"):
             block, scale = name.removesuffix(fused), layer.scale
-            a, b = [layer.a.clone() for _ in held], list(layer.b.tensor_split(3))
-            own = [rows.tensor_split(3, dim=1)[i] for i, rows in enumerate(b)]
-            if layer.rank % 3 == 0 and torch.equal(torch.block_diag(*own), layer.b):
-                a, b = list(layer.a.chunk(3)), own
+            a, b = [layer.a.clone() for _ in held], split_rows(layer.b, held)
+            if layer.rank % len(held) == 0:
+                own = [rows.tensor_split(len(held), dim=1)[i] for i, rows in enumerate(b)]
+                if torch.equal(torch.block_diag(*own), layer.b):
+                    a, b = list(layer.a.chunk(len(held))), own
             return {
                 block + each: Factors(part_a, part_b, scale * len(part_a))
                 for each, part_a, part_b in zip(held, a, b, strict=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vlmteacher.errors import InputError
 from vlmteacher.lora.formats.keys import TEXT_ENCODERS, Expert, Key, parse_key
-from vlmteacher.lora.formats.lora import HOW_TO_GO_ON, Factors, LoRA, split_qkv
-from vlmteacher.lora.formats.names import BLOCK, FUSED
+from vlmteacher.lora.formats.lora import HOW_TO_GO_ON, Factors, LoRA, split_fused
+from vlmteacher.lora.formats.names import BLOCK, FUSED, split_rows
 from vlmteacher.lora.formats.scale import CONFIG_FILE, TENSORS, Scales, find_scales
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -187,7 +187,7 @@ def _build(tensors: Mapping[str, tuple[Key, Tensor]], scales: Scales, name: str,
                 f"{name}: the update of {layer} ({', '.join(keys[layer])}) is of norm {factors.norm():.1g}, with which"
                 " products are not finite: its training broke down"
             )
-        whole = split_qkv(layer, factors)
+        whole = split_fused(layer, factors)
         layers |= whole
         keys |= dict.fromkeys(whole, keys[layer])
     for parameter in list(diffs):
@@ -205,9 +205,8 @@ def _split_diff(parameter: str, value: Tensor) -> dict[str, Tensor]:
     for fused, held in FUSED.items():
         if layer.endswith(f".{fused}"):
             block = layer.removesuffix(fused)
-            return {
-                f"{block}{each}.{kind}": part.clone() for each, part in zip(held, value.tensor_split(3), strict=True)
-            }
+            parts = split_rows(value, held)
+            return {f"{block}{each}.{kind}": part.clone() for each, part in zip(held, parts, strict=True)}
     return {parameter: value}
 
 
