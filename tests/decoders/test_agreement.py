@@ -135,16 +135,21 @@ def test_the_pipeline_checks_and_can_be_told_not_to(
 # ------------------------------------------------------------------ where it comes from
 
 
-def latents(channels: int, time: int, space: int) -> Any:
-    return SimpleNamespace(latent_channels=channels, temporal_stride=time, spatial_stride=space)
+def latents(channels: int, time: int, space: int, transformer: str) -> Any:
+    network = type(transformer, (torch.nn.Module,), {})()
+    strides = {"temporal_stride": time, "spatial_stride": space}
+    return SimpleNamespace(latent_channels=channels, transformer=network, **strides)
 
 
 def test_known_decoders() -> None:
-    assert known_decoder(latents(16, 4, 8)) == "lightx2v/Autoencoders/taew2_1.pth"
-    assert known_decoder(latents(48, 4, 16)) == "lightx2v/Autoencoders/taew2_2.safetensors"
-    assert known_decoder(latents(32, 4, 16)) == "lightx2v/Autoencoders/lighttaehy1_5.pth"
+    assert known_decoder(latents(16, 4, 8, "WanTransformer3DModel")) == "lightx2v/Autoencoders/taew2_1.pth"
+    assert known_decoder(latents(48, 4, 16, "WanTransformer3DModel")) == "lightx2v/Autoencoders/taew2_2.safetensors"
+    assert (
+        known_decoder(latents(32, 4, 16, "HunyuanVideo15Transformer3DModel"))
+        == "lightx2v/Autoencoders/lighttaehy1_5.pth"
+    )
     with pytest.raises(InputError, match=r"128 channels.*distill decoder"):
-        known_decoder(latents(128, 8, 32))
+        known_decoder(latents(128, 8, 32, "LTXVideoTransformer3DModel"))
 
 
 def in_the_cache(folder: Path, repo: str, files: dict[str, Path], commit: str, ref: str = "main") -> None:
@@ -209,7 +214,9 @@ def test_a_reasoner_brings_its_familys_decoder(
     monkeypatch.setattr("vlmteacher.decoders.find.KNOWN", {})
     with pytest.raises(InputError, match="no decoder is known for latents of 8 channels"):
         TeacherPipeline.from_pretrained(**foreign)
-    monkeypatch.setattr("vlmteacher.decoders.find.KNOWN", {(8, 4, 8): "me/one/tiny.safetensors"})
+    monkeypatch.setattr(
+        "vlmteacher.decoders.find.KNOWN", {("WanTransformer3DModel", (8, 4, 8)): "me/one/tiny.safetensors"}
+    )
     with pytest.raises(InputError, match=r"download huggingface\.co/me/one/blob/main/tiny\.safetensors"):
         TeacherPipeline.from_pretrained(**foreign)
     in_the_cache(hub, "me/one", {"tiny.safetensors": tiny_decoder(tmp_path / "tiny.safetensors")}, "1" * 40)

@@ -62,7 +62,7 @@ def agreement(decoder: SurrogateDecoder, reasoner: Any) -> float:
     theirs = reasoner.decode(latents).float()
     if not latents.isfinite().all():
         return -99.0
-    ours = decoder.decode(latents).float()
+    ours = decoder.decode(latents).float()[reasoner.lead_frames :]
     share = 1 - (ours - theirs).square().mean() / theirs.var().clamp(min=1e-4)
     return share.nan_to_num(-99.0).clamp(min=-99.0).item()
 

@@ -12,8 +12,9 @@ from vlmteacher.errors import InputError
 from vlmteacher.files import check_text
 from vlmteacher.reasoners.registry import FAMILIES
 
-# (channels, frames per latent frame, pixels per latent cell): the file on the hub
-KNOWN = {latents: file for family in FAMILIES for latents, file in family.decoders.items()}
+# (transformer, (channels, frames per latent frame, pixels per latent cell)): the file on the hub. VAEs of several
+# families have latents of one shape.
+KNOWN = {(family.transformer, latents): file for family in FAMILIES for latents, file in family.decoders.items()}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+)?(@[\w./-]+)?")
 
 
@@ -34,12 +35,13 @@ def find_decoder(name: str | os.PathLike[str]) -> Path:
 def known_decoder(reasoner: Any) -> str:
     """The hub name of the decoder for a Reasoner's latents. Raises InputError where none is known."""
     latents = (reasoner.latent_channels, reasoner.temporal_stride, reasoner.spatial_stride)
-    if latents not in KNOWN:
+    file = KNOWN.get((type(reasoner.transformer).__name__, latents))
+    if file is None:
         raise InputError(
             f"no decoder is known for latents of {latents[0]} channels, {latents[1]}x in time and {latents[2]}x in"
             " space: give --decoder FILE, or train one with `vlmteacher distill decoder`"
         )
-    return KNOWN[latents]
+    return file
 
 
 def _is_local(text: str) -> bool:
