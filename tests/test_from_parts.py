@@ -16,6 +16,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from tests.reasoners import tiny_checkpoints
 from tests.reasoners.tiny_hunyuan import tiny_hunyuan_pipeline
+from tests.reasoners.tiny_hunyuan_video import tiny_hunyuan_video_pipeline
 from tests.reasoners.tiny_ltx import tiny_ltx_pipeline
 from vlmteacher import InputError, TeacherPipeline, packaged_example
 from vlmteacher.pipeline import PACKAGED_PAIR
@@ -62,13 +63,14 @@ def test_the_same_steps_and_no_copied_weight(parts: dict[str, Any]) -> None:
     assert out.models["reasoner"].endswith("reasoner") and out.models["teacher"].endswith("teacher")
 
 
-@pytest.mark.parametrize("family", ["wan 2.1", "wan 2.2 a14b", "ltx", "hunyuan"])
+@pytest.mark.parametrize("family", ["wan 2.1", "wan 2.2 a14b", "ltx", "hunyuan", "hunyuan video"])
 def test_every_family_is_adopted(family: str, tmp_path: Path) -> None:
     make: Any = {
         "wan 2.1": tiny_checkpoints.wan21_t2v,
         "wan 2.2 a14b": tiny_checkpoints.wan22_t2v_a14b,
         "ltx": tiny_ltx_pipeline,
         "hunyuan": tiny_hunyuan_pipeline,
+        "hunyuan video": lambda path: tiny_hunyuan_video_pipeline(path, "latent_concat"),
     }[family]
     path = make(tmp_path / "model")
     pipeline = DiffusionPipeline.from_pretrained(path)

@@ -212,8 +212,9 @@ def test_every_known_model_takes_its_own_preset():
     """With the class, experts and expand_timesteps of its model_index.json on the hub."""
     for hub_id, preset in HUB_IDS.items():
         image = "i2v" in hub_id.lower() and "ti2v" not in hub_id.lower()
-        if "hunyuan" in hub_id:
-            kind = "HunyuanVideo15ImageToVideoPipeline" if image else "HunyuanVideo15Pipeline"
+        if "hunyuan" in hub_id.lower():
+            family = "HunyuanVideo15" if "1.5" in hub_id else "HunyuanVideo"
+            kind = f"{family}ImageToVideoPipeline" if image else f"{family}Pipeline"
         elif "LTX" in hub_id:
             kind = "LTXConditionPipeline"
         else:

@@ -16,11 +16,17 @@ from vlmteacher.errors import InputError
 from vlmteacher.reasoners.registry import FAMILIES, family_of, family_of_pipeline
 
 LIBRARY = Path(__file__).parents[2] / "vlmteacher"
-HOMES = {"Wan": "wan/", "LTX-Video": "ltx.py", "HunyuanVideo-1.5": "hunyuan_video15/"}  # in reasoners/
+HOMES = {  # in reasoners/; HunyuanVideo shares an attention with 1.5
+    "Wan": "wan/",
+    "LTX-Video": "ltx.py",
+    "HunyuanVideo-1.5": "hunyuan_video",
+    "HunyuanVideo": "hunyuan_video",
+}
 WORDS = {
     "Wan": r"\bWan\b|Wan(?=[A-Z])|(?i:\bwan(?=[\d_.])|fastwan)",
     "LTX-Video": "(?i:ltx)",
     "HunyuanVideo-1.5": "(?i:hunyuan)",
+    "HunyuanVideo": "(?i:hunyuan)",
 }
 MENTIONS = {  # of one family, where something that all share is named after it
     "moved.py",  # old import paths
@@ -62,7 +68,7 @@ def test_what_a_family_declares(family) -> None:
 
 
 def test_no_two_families_declare_the_same() -> None:
-    for name in ("pipelines", "presets", "hub_ids", "decoders"):
+    for name in ("pipelines", "presets", "hub_ids"):
         declared = [entry for family in FAMILIES for entry in getattr(family, name)]
         assert len(declared) == len(set(declared)), name
 
@@ -127,7 +133,7 @@ for style in ("diffusers", "comfyui", "musubi"):
     assert style == "diffusers" or b"stack" in data
     assert set(read_lora(data).fitted(reasoner.transformer).layers) == {{"layers.1.query"}}
 assert build_reasoner({str(tmp_path)!r})[0] == ({{"z": 1}}, SamplerSettings())
-latents = SimpleNamespace(latent_channels=3, temporal_stride=2, spatial_stride=2)
+latents = SimpleNamespace(latent_channels=3, temporal_stride=2, spatial_stride=2, transformer=reasoner.transformer)
 assert known_decoder(latents) == "me/decoders/new.pth"
 assert registry.decoder_file("new_2.pth").options == {{"slope": 0.5}}
 """

@@ -180,7 +180,7 @@ class FlowGRPO(SharedTraining):
         """-L of a video from its latents (1, C, T, h, w), seen through the surrogate decoder as the method sees it."""
         reasoner, frames = self.reasoner, self.method.teacher_frames
         indices = teacher_frame_indices(reasoner.num_frames, frames)
-        pixels = self.pipe.decoder.decode(latents, indices, None, check=False)
+        pixels = self.pipe.decoder.decode(latents, reasoner.decoded_indices(indices), None, check=False)
         losses = self.pipe.teacher.losses(pixels, indices, reasoner.fps, queries, check=False)
         return -vqa_objective(losses, self.method.goal_weight).double().cpu()
 

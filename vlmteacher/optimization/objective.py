@@ -222,9 +222,10 @@ class Objective:
         """
         height, width = (side * self.decoder.spatial_stride for side in latents.shape[-2:])
         layout = self.teacher.patch_layout(len(self.frame_indices), height, width)
+        indices = self.reasoner.decoded_indices(self.frame_indices)
         if layout is None or self.settings.frame_jitter or self.settings.frame_statistics or self.rewards:
-            return self.decoder.decode(latents, self.frame_indices, self.decoder_chunk, check=False)
-        return self.decoder.decode_rows(latents, layout, self.frame_indices, self.decoder_chunk, check=False)
+            return self.decoder.decode(latents, indices, self.decoder_chunk, check=False)
+        return self.decoder.decode_rows(latents, layout, indices, self.decoder_chunk, check=False)
 
     def _jittered(self, frames: Tensor | PatchRows, step: int) -> Tensor:
         """Shift all frames (K, 3, H, W) alike by at most `frame_jitter` pixels, with edges repeated."""

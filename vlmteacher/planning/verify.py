@@ -52,7 +52,7 @@ def verify_step(name: str, teacher: Any) -> dict[str, Any]:
         trace.weights(network, decoder, teacher.model)
         trace.inputs(condition.prompt_embeds, noise.z1, *condition.inputs.values())
         latents = reasoner.predict_clean(condition, noise)
-        frames = decoder.decode(latents, indices)
+        frames = decoder.decode(latents, reasoner.decoded_indices(indices))
         losses = teacher.packed_losses(frames, layout, clip.size)
         vqa_objective(losses, 0.5).backward()
     assert frames.shape == (len(indices), 3, *size[1:]) and losses.shape == (QUESTIONS,)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -43,6 +43,7 @@ class Reasoner(ABC):
     latent_channels: int
     temporal_stride: int  # frames per latent frame: F = temporal_stride * (T - 1) + 1
     spatial_stride: int  # pixels per latent cell
+    lead_frames: int = 0  # decoded frames before the video's first, which are cut
     latents_mean: Tensor  # (1, C, 1, 1, 1) float32: latents = (vae latents - mean) / std
     latents_std: Tensor
     patch: tuple[int, int]  # latent cells per token, down and across
@@ -100,8 +101,12 @@ class Reasoner(ABC):
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
         """The shape (1, C, T, h, w) of the latents of a video of this size."""
-        stride = self.spatial_stride
-        return 1, self.latent_channels, (num_frames - 1) // self.temporal_stride + 1, height // stride, width // stride
+        stride, last = self.spatial_stride, num_frames + self.lead_frames - 1
+        return 1, self.latent_channels, last // self.temporal_stride + 1, height // stride, width // stride
+
+    def decoded_indices(self, frame_indices: Sequence[int]) -> list[int]:
+        """The places of the video's frames among all that its latents decode to."""
+        return [self.lead_frames + index for index in frame_indices]
 
     def timestep(self, sigma: float | Tensor, batch: int) -> Tensor:
         """1000 sigma as (batch,) float32, from a number or a tensor (batch,)."""
@@ -285,7 +290,7 @@ class Reasoner(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (1, C, T, h, w) to frames (F, 3, H, W) float32 in [0, 1] by the VAE, without gradient."""
         video = decode_latents(self.vae, (latents * self.latents_std + self.latents_mean).to(self.vae.dtype))
-        return ((video[0].float() + 1) / 2).clamp(0, 1).transpose(0, 1)
+        return ((video[0].float() + 1) / 2).clamp(0, 1).transpose(0, 1)[self.lead_frames :]
 
     @property
     def networks(self) -> dict[str, nn.Module]:

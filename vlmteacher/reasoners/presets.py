@@ -82,4 +82,6 @@ def check_distilled(name: str, known: str, pipeline: str) -> None:
 def describe(settings: SamplerSettings) -> str:
     """The settings of the sampler in a few words."""
     guidance = f"guidance {settings.guidance_scale:g}" if settings.guided else "no guidance"
+    if settings.embedded_guidance is not None:
+        guidance += f", embedded guidance {settings.embedded_guidance:g}"
     return f"{len(settings.timesteps)} steps, {settings.sampler}, shift {settings.shift:g}, {guidance}"

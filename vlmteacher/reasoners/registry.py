@@ -8,11 +8,12 @@ from torch import nn
 
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners.family import DecoderFile, Family
+from vlmteacher.reasoners.hunyuan_video.family import HUNYUAN_VIDEO
 from vlmteacher.reasoners.hunyuan_video15.family import HUNYUAN_VIDEO_15
 from vlmteacher.reasoners.ltx import LTX
 from vlmteacher.reasoners.wan.family import WAN
 
-FAMILIES: tuple[Family, ...] = (WAN, LTX, HUNYUAN_VIDEO_15)
+FAMILIES: tuple[Family, ...] = (WAN, LTX, HUNYUAN_VIDEO_15, HUNYUAN_VIDEO)
 
 
 def family_of_pipeline(kind: str, name: str) -> Family:

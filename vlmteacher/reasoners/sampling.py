@@ -43,6 +43,8 @@ class SamplerSettings:
         guidance_scale: g in v_negative + g (v - v_negative), in sampling and in the one-step prediction; 1, for
             distilled models, is no guidance.
         guidance_scale_2: g of the low-noise expert of a model with two; None is `guidance_scale`.
+        embedded_guidance: the guidance scale that a guidance-distilled transformer takes as an input, at no further
+            cost; None is the family's own, and for transformers without.
         negative_prompt: the prompt of v_negative.
         num_frames, height, width, fps: the default size of the video, in frames, pixels and frames per second.
         max_sequence_length: the number of prompt tokens, to which prompts are padded or cut.
@@ -53,6 +55,7 @@ class SamplerSettings:
     sampler: Sampler = "renoise"
     guidance_scale: float = 1.0
     guidance_scale_2: float | None = None
+    embedded_guidance: float | None = None
     negative_prompt: str = ""
     num_frames: int = 89
     height: int = 704
@@ -69,8 +72,10 @@ class SamplerSettings:
     @property
     def sampling(self) -> dict[str, Any]:
         """The entries that determine the video of given noise: all but sizes, frame rate and text length."""
-        sizes = {"num_frames", "height", "width", "fps", "max_sequence_length"}
-        return {name: value for name, value in asdict(self).items() if name not in sizes}
+        without = {"num_frames", "height", "width", "fps", "max_sequence_length"}
+        if self.embedded_guidance is None:  # runs of earlier releases do not have it
+            without.add("embedded_guidance")
+        return {name: value for name, value in asdict(self).items() if name not in without}
 
     @property
     def guided(self) -> bool:
@@ -88,14 +93,15 @@ class SamplerSettings:
         for name in ("num_frames", "height", "width", "max_sequence_length"):
             check_number(getattr(self, name), name, whole=True, least=1)
         check_number(self.guidance_scale, "guidance_scale")
-        if self.guidance_scale_2 is not None:
-            check_number(self.guidance_scale_2, "guidance_scale_2")
+        for name in ("guidance_scale_2", "embedded_guidance"):
+            if (scale := getattr(self, name)) is not None:
+                check_number(scale, name)
         ts = self.timesteps
         if not ts or ts[0] != 1000 or ts[-1] <= 0 or any(a <= b for a, b in pairwise(ts)):
             raise InputError(f"timesteps must fall from 1000 and stay above 0, not {list(ts)}")
         if self.sampler not in get_args(Sampler):
             raise InputError(f"sampler must be {' or '.join(get_args(Sampler))}, not {self.sampler!r}")
-        for name in ("guidance_scale", "guidance_scale_2"):
+        for name in ("guidance_scale", "guidance_scale_2", "embedded_guidance"):
             scale = getattr(self, name)
             if scale is not None and not 1 <= scale <= arguments.LARGEST_NUMBER:
                 most = f"{arguments.LARGEST_NUMBER:g}"
