@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.image_processing_base import ImageProcessingMixin
 
 from tests.reasoners import tiny_checkpoints
+from tests.reasoners.tiny_cogvideox import tiny_cogvideox_pipeline
 from tests.reasoners.tiny_hunyuan import tiny_hunyuan_pipeline
 from tests.reasoners.tiny_hunyuan_video import tiny_hunyuan_video_pipeline
 from tests.reasoners.tiny_ltx import tiny_ltx_pipeline
@@ -63,7 +64,7 @@ def test_the_same_steps_and_no_copied_weight(parts: dict[str, Any]) -> None:
     assert out.models["reasoner"].endswith("reasoner") and out.models["teacher"].endswith("teacher")
 
 
-@pytest.mark.parametrize("family", ["wan 2.1", "wan 2.2 a14b", "ltx", "hunyuan", "hunyuan video"])
+@pytest.mark.parametrize("family", ["wan 2.1", "wan 2.2 a14b", "ltx", "hunyuan", "hunyuan video", "cogvideox"])
 def test_every_family_is_adopted(family: str, tmp_path: Path) -> None:
     make: Any = {
         "wan 2.1": tiny_checkpoints.wan21_t2v,
@@ -71,6 +72,7 @@ def test_every_family_is_adopted(family: str, tmp_path: Path) -> None:
         "ltx": tiny_ltx_pipeline,
         "hunyuan": tiny_hunyuan_pipeline,
         "hunyuan video": lambda path: tiny_hunyuan_video_pipeline(path, "latent_concat"),
+        "cogvideox": tiny_cogvideox_pipeline,
     }[family]
     path = make(tmp_path / "model")
     pipeline = DiffusionPipeline.from_pretrained(path)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-FAMILIES = ("wan", "wan_i2v", "ltx", "hunyuan_video15", "hunyuan_video")
+FAMILIES = ("wan", "wan_i2v", "ltx", "hunyuan_video15", "hunyuan_video", "cogvideox")
 
 
 def tiny_transformer(family: str) -> Any:
@@ -15,6 +15,7 @@ def tiny_transformer(family: str) -> Any:
     wan_i2v: Wan 2.1's, with keys and values of image features.
     """
     from diffusers import (
+        CogVideoXTransformer3DModel,
         HunyuanVideo15Transformer3DModel,
         HunyuanVideoTransformer3DModel,
         LTXVideoTransformer3DModel,
@@ -37,6 +38,9 @@ def tiny_transformer(family: str) -> Any:
             model = HunyuanVideoTransformer3DModel(
                 num_single_layers=2, num_refiner_layers=1, rope_axes_dim=(4, 6, 6), **sizes, **heads
             )
+        elif family == "cogvideox":
+            sizes = {"in_channels": 8, "out_channels": 8, "text_embed_dim": 24, "time_embed_dim": 32}
+            model = CogVideoXTransformer3DModel(**heads, **sizes, max_text_seq_length=6)
         else:
             model = HunyuanVideo15Transformer3DModel(
                 in_channels=17,
@@ -73,6 +77,8 @@ def call(model: Any) -> torch.Tensor:
         inputs |= {"hidden_states": draw(1, 8, 2, 4, 6), "encoder_hidden_states": draw(1, 6, 24)}
         inputs |= {"encoder_attention_mask": torch.ones(1, 6), "pooled_projections": draw(1, 20)}
         inputs["guidance"] = torch.tensor([6000.0])
+    elif name == "CogVideoXTransformer3DModel":
+        inputs |= {"hidden_states": draw(1, 2, 8, 4, 6), "encoder_hidden_states": draw(1, 6, 24)}
     else:
         inputs |= {"hidden_states": draw(1, 17, 2, 4, 6), "encoder_hidden_states": draw(1, 6, 24)}
         inputs |= {"encoder_hidden_states_2": draw(1, 4, 20), "image_embeds": draw(1, 5, 12)}

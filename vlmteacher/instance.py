@@ -211,7 +211,7 @@ def check_size(reasoner: Reasoner, settings: Settings, num_frames: int, height: 
     """Raise InputError where noise and pixels alone, or the LoRA alone, are larger than the Reasoner's device."""
     if settings.frame_jitter >= min(height, width):
         raise InputError(f"frame_jitter {settings.frame_jitter} shifts frames of {width}x{height} out of themselves")
-    latents = math.prod(reasoner.latent_shape(num_frames, height, width))
+    latents = math.prod(reasoner.noise_shape(num_frames, height, width))
     later = len(reasoner.settings.timesteps) - 1 if reasoner.settings.sampler == "renoise" else 0
     pixels = 3 * num_frames * height * width
     numbers = latents * (2 + later * settings.final_samples) + pixels * (1 + settings.final_samples)

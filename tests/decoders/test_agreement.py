@@ -148,8 +148,9 @@ def test_known_decoders() -> None:
         known_decoder(latents(32, 4, 16, "HunyuanVideo15Transformer3DModel"))
         == "lightx2v/Autoencoders/lighttaehy1_5.pth"
     )
-    with pytest.raises(InputError, match=r"128 channels.*distill decoder"):
-        known_decoder(latents(128, 8, 32, "LTXVideoTransformer3DModel"))
+    for layout in ((128, 8, 32, "LTXVideoTransformer3DModel"), (16, 4, 8, "CogVideoXTransformer3DModel")):
+        with pytest.raises(InputError, match=rf"{layout[0]} channels.*distill decoder"):
+            known_decoder(latents(*layout))
 
 
 def in_the_cache(folder: Path, repo: str, files: dict[str, Path], commit: str, ref: str = "main") -> None:

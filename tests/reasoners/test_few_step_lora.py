@@ -215,6 +215,8 @@ def test_every_known_model_takes_its_own_preset():
         if "hunyuan" in hub_id.lower():
             family = "HunyuanVideo15" if "1.5" in hub_id else "HunyuanVideo"
             kind = f"{family}ImageToVideoPipeline" if image else f"{family}Pipeline"
+        elif "CogVideoX" in hub_id:
+            kind = "CogVideoXImageToVideoPipeline" if image else "CogVideoXPipeline"
         elif "LTX" in hub_id:
             kind = "LTXConditionPipeline"
         else:

@@ -21,12 +21,14 @@ HOMES = {  # in reasoners/; HunyuanVideo shares an attention with 1.5
     "LTX-Video": "ltx.py",
     "HunyuanVideo-1.5": "hunyuan_video",
     "HunyuanVideo": "hunyuan_video",
+    "CogVideoX": "cogvideox.py",
 }
 WORDS = {
     "Wan": r"\bWan\b|Wan(?=[A-Z])|(?i:\bwan(?=[\d_.])|fastwan)",
     "LTX-Video": "(?i:ltx)",
     "HunyuanVideo-1.5": "(?i:hunyuan)",
     "HunyuanVideo": "(?i:hunyuan)",
+    "CogVideoX": "(?i:cogvideo)",
 }
 MENTIONS = {  # of one family, where something that all share is named after it
     "moved.py",  # old import paths

@@ -58,7 +58,7 @@ def agreement(decoder: SurrogateDecoder, reasoner: Any) -> float:
 
     -99 also stands for values that are not finite.
     """
-    latents = reasoner.encode_video(clip(reasoner.temporal_stride + 1, CELLS * reasoner.spatial_stride))
+    latents = reasoner.encode_video(clip(reasoner.frame_step + 1, CELLS * reasoner.spatial_stride))
     theirs = reasoner.decode(latents).float()
     if not latents.isfinite().all():
         return -99.0

@@ -6,6 +6,7 @@ One layer table describes every published checkpoint; the differences follow fro
 checkpoint            channels  patch  time        space
 ====================  ========  =====  ==========  =========
 taew2_1, taehv        16        1      (1, 2, 2)   x8
+taecvx                16        1      (1, 2, 2)   x8
 taew2_2               48        2      (1, 2, 2)   x16
 taehv1_5              32        2      (1, 2, 2)   x16
 lighttaew2_1, _2_2    16, 48    1, 2   (1, 2, 2)   x8, x16 (takes de-normalised latents)

@@ -22,7 +22,7 @@ def blank_instance(reasoner: Reasoner, size: tuple[int, int, int]) -> tuple[Cond
         condition = reasoner.blank_condition(*size)
         if reasoner.settings.guided:
             condition = replace(condition, negative=condition)
-        return condition, Noise(torch.empty(reasoner.latent_shape(*size)), ())
+        return condition, Noise(torch.empty(reasoner.noise_shape(*size)), ())
 
 
 def reasoner_cost(reasoner: Any, size: tuple[int, int, int], level: Keep, *depths: int) -> Cost:

@@ -63,7 +63,7 @@ def verify_step(name: str, teacher: Any) -> dict[str, Any]:
         "parameters": parameters,
         "size": list(size),
         "latents": list(latents.shape),
-        "tokens": math.prod(latents.shape[2:]) // math.prod(reasoner.patch),
+        "tokens": math.prod(noise.z1.shape[2:]) // (math.prod(reasoner.patch) * reasoner.temporal_patch),
         "guided": condition.negative is not None,
         "frames": list(frames.shape),
         "losses": list(losses.shape),

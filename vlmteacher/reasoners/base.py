@@ -47,10 +47,16 @@ class Reasoner(ABC):
     latents_mean: Tensor  # (1, C, 1, 1, 1) float32: latents = (vae latents - mean) / std
     latents_std: Tensor
     patch: tuple[int, int]  # latent cells per token, down and across
+    temporal_patch: int = 1  # latent frames per token
     image_conditioning: bool = False  # a given image becomes the video's first latent frame
     takes_last_image: bool = False  # a last frame can be given beside the first, or alone
     ranks: Ranks = ALONE  # processes that share the tokens of the transformers
     notes: Mapping[str, str] = MappingProxyType({})  # assumptions made at loading, for run.json
+
+    @property
+    def frame_step(self) -> int:
+        """A video has ``frame_step * k + 1`` frames."""
+        return self.temporal_stride
 
     @property
     def num_frames(self) -> int:
@@ -88,7 +94,7 @@ class Reasoner(ABC):
     def check(self, num_frames: int, height: int, width: int) -> None:
         """Raise InputError, with the two nearest valid values, for a size that the model cannot make."""
         rows, columns = (self.spatial_stride * side for side in self.patch)
-        step = self.temporal_stride
+        step = self.frame_step
         for name, value, multiple, offset, rule in (
             ("num_frames", num_frames, step, 1, f"{step}k + 1, k at least 1"),
             ("height", height, rows, 0, f"a multiple of {rows}"),
@@ -107,6 +113,10 @@ class Reasoner(ABC):
     def decoded_indices(self, frame_indices: Sequence[int]) -> list[int]:
         """The places of the video's frames among all that its latents decode to."""
         return [self.lead_frames + index for index in frame_indices]
+
+    def noise_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
+        """The shape of `Noise.z1`: that of the latents, for models that predict no further ones."""
+        return self.latent_shape(num_frames, height, width)
 
     def timestep(self, sigma: float | Tensor, batch: int) -> Tensor:
         """1000 sigma as (batch,) float32, from a number or a tensor (batch,)."""
@@ -133,7 +143,7 @@ class Reasoner(ABC):
 
         samples: the number of videos that start from z1 (see `check_samples`).
         """
-        one = self.latent_shape(condition.num_frames, condition.height, condition.width)
+        one = self.noise_shape(*condition.size)
         shape = (len(condition.prompt_embeds), *one[1:])
         where = generator.device if generator is not None else torch.device("cpu")
         later = len(self.settings.timesteps) - 1 if self.settings.sampler == "renoise" else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ class _Remembered(nn.Module):
         """Take the arguments of a block; the outputs of each block replace the first arguments of the next."""
         self.forwards += 1
         if len(self.outputs) < self.forwards:
-            first = [kwargs.pop("hidden_states")] if not args else []
-            args = (*first, *args)
+            bound = inspect.signature(self.blocks[0].forward).bind(*args, **kwargs)
+            args, kwargs = bound.args, bound.kwargs
             output = args[0]
             with torch.no_grad():
                 for block in self.blocks:
