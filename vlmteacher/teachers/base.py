@@ -189,10 +189,26 @@ def find_family(model_type: Any, label: str) -> Any:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise InputError(
-            f"{label} is of the model type {model_type!r}; known types: {known}: take a VLM that sees videos"
+            f"{label} {_blindness(model_type)}is of the model type {model_type!r}; known types: {known}: "
+            "take a VLM that sees videos"
         )
     module, name = FAMILIES[model_type]
     return getattr(importlib.import_module(f"vlmteacher.teachers.{module}"), name)
+
+
+def _blindness(model_type: Any) -> str:
+    """What a model of a type that transformers knows cannot see: a clause, or nothing."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+    from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
+
+    if not isinstance(model_type, str) or model_type in VIDEO_PROCESSOR_MAPPING_NAMES:
+        return ""
+    if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return "sees pictures but no videos: it "
+    return "sees no pictures: it " if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else ""
 
 
 def read_style(path_or_id: str, local_files_only: bool = False) -> QueryStyle:
