@@ -292,3 +292,157 @@ def tiny_internvl(
     )
     processor = {"size": {"height": 32, "width": 32}, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25]}
     return _write(Path(path), config, tokenizer, processor, seed)
+
+
+SMOLVLM_TEMPLATE = (  # writes what transformers' own template for videos does
+    "<|im_start|>{% for message in messages %}{{ message.role | capitalize }}:"
+    "{% if message.content[0].type != 'image' %}{{ ' ' }}{% endif %}"
+    "{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}"
+    "{% elif part.type == 'image' %}<image>{% elif part.type == 'video' %}<video>{% endif %}{% endfor %}"
+    "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+def with_tokens(corpus: Iterable[str], tokens: Iterable[str], eos: str, template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with further control tokens and a template of its own."""
+    base = build_tokenizer(list(corpus) * 2, vocab_size=420)
+    base.add_special_tokens({"additional_special_tokens": list(tokens)})
+    return PreTrainedTokenizerFast(
+        tokenizer_object=base.backend_tokenizer,
+        pad_token=base.pad_token,
+        eos_token=eos,
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_smolvlm(
+    path: str | os.PathLike[str],
+    corpus: Iterable[str] = CORPUS,
+    seed: int = 0,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+) -> Path:
+    """The same for SmolVLM2, on a Llama: frames of 32x32 pixels, 16 patches, 4 visual tokens each."""
+    tokens = ("<fake_token_around_image>", "<global-img>", "<image>", "<end_of_utterance>")
+    tokenizer = with_tokens(corpus, tokens, "<end_of_utterance>", SMOLVLM_TEMPLATE)
+    config = transformers.SmolVLMConfig(
+        text_config={
+            "model_type": "llama",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 2048,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        | (text or {}),
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+        }
+        | (vision or {}),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        tie_word_embeddings=True,
+        architectures=["SmolVLMForConditionalGeneration"],
+    )
+    edges = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 32}}
+    processor = edges | {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25]}
+    return _write(Path(path), config, tokenizer, processor, seed)
+
+
+GLM_TOKENS = (
+    *("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+    *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>", "<|image|>", "<|video|>"),
+    *("<think>", "</think>", "<answer>", "</answer>", "<|begin_of_box|>", "<|end_of_box|>"),
+)
+GLM_TEMPLATE = (  # writes what that of GLM-4.1V does: no word of thoughts
+    "[gMASK]<sop>{% for message in messages %}<|{{ message.role }}|>\n{% for part in message.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}"
+    "{% elif part.type == 'image' %}<|begin_of_image|><|image|><|end_of_image|>"
+    "{% elif part.type == 'video' %}<|begin_of_video|><|video|><|end_of_video|>{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+GLM_SWITCH = (  # what that of GLM-4.5V has in the place of the last line
+    "{% if add_generation_prompt %}<|assistant|>\n"
+    "{{ '<think></think>\\n' if enable_thinking is defined and not enable_thinking else '' }}{% endif %}"
+)
+
+
+def tiny_glm4v(
+    path: str | os.PathLike[str],
+    corpus: Iterable[str] = CORPUS,
+    seed: int = 0,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    moe: bool = False,
+) -> Path:
+    """The same for GLM-4.1V, whose heads of 16 channels are rotated by half; moe: for GLM-4.5V."""
+    tokenizer = with_tokens(corpus, GLM_TOKENS, "<|endoftext|>", GLM_TEMPLATE)
+    if moe:
+        tokenizer.chat_template = GLM_TEMPLATE.rpartition("{% if add")[0] + GLM_SWITCH
+    names = [
+        f"{kind}_{token}" for kind in ("image", "video") for token in ("token_id", "start_token_id", "end_token_id")
+    ]
+    tokens = ("image", "begin_of_image", "end_of_image", "video", "begin_of_video", "end_of_video")
+    kind = transformers.Glm4vMoeConfig if moe else transformers.Glm4vConfig
+    experts = {"moe_intermediate_size": 24, "n_routed_experts": EXPERTS["num_experts"], "num_experts_per_tok": 2}
+    experts["head_dim"] = 16
+    config = kind(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 2048,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [1, 1, 2],
+                "partial_rotary_factor": 0.5,
+            },
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>"]),
+        }
+        | (experts if moe else {})
+        | (text or {}),
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "patch_size": 8,
+            "image_size": 64,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "out_hidden_size": 32,
+        }
+        | (vision or {}),
+        tie_word_embeddings=False,
+        architectures=["Glm4vMoeForConditionalGeneration" if moe else "Glm4vForConditionalGeneration"],
+        **dict(zip(names, (tokenizer.convert_tokens_to_ids(f"<|{token}|>") for token in tokens), strict=True)),
+    )
+    processor = VIDEO_PROCESSOR | {"image_mean": [0.4, 0.5, 0.6]}
+    return _write(Path(path), config, tokenizer, processor, seed)
+
+
+def tiny_glm4v_moe(
+    path: str | os.PathLike[str],
+    corpus: Iterable[str] = CORPUS,
+    seed: int = 0,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+) -> Path:
+    """The same for GLM-4.5V: one dense layer, then layers with experts; its template closes the thought."""
+    return tiny_glm4v(path, corpus, seed, text, vision, moe=True)

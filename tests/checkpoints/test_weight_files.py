@@ -294,7 +294,7 @@ PROCESSOR = [
 ]
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen25_vl", "internvl"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen25_vl", "internvl", "smolvlm", "glm4v"])
 @pytest.mark.parametrize("entries", PROCESSOR, ids=str)
 def test_processors_of_teachers(families, family, entries, tmp_path):
     file = "preprocessor_config.json"

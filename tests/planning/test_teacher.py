@@ -10,12 +10,15 @@ from torch import Tensor
 
 from tests.planning.counting import saved_bytes, stock_count
 from tests.tiny_teacher import (
+    tiny_glm4v,
+    tiny_glm4v_moe,
     tiny_internvl,
     tiny_qwen3_5,
     tiny_qwen3_5_moe,
     tiny_qwen3_vl,
     tiny_qwen3_vl_moe,
     tiny_qwen25_vl,
+    tiny_smolvlm,
 )
 from vlmteacher.planning.costs import measure
 from vlmteacher.planning.models import PACKAGED, build_teacher, known_models
@@ -41,6 +44,9 @@ FAMILIES = {
     "qwen3_5_moe": tiny_qwen3_5_moe,
     "qwen2_5_vl": tiny_qwen25_vl,
     "internvl": tiny_internvl,
+    "glm4v": tiny_glm4v,
+    "glm4v_moe": tiny_glm4v_moe,
+    "smolvlm": tiny_smolvlm,
 }
 
 
@@ -152,10 +158,20 @@ PUBLISHED = {
     "qwen2.5-vl-3b": 3.75,
     "qwen2.5-vl-7b": 8.29,
     "qwen2.5-vl-32b": 33.45,
+    "glm-4.1v-9b": 10.29,
+    "glm-4.5v": 107.71,
     "internvl3-1b": 0.94,
     "internvl3-2b": 2.09,
     "internvl3-8b": 7.94,
     "internvl3-14b": 15.12,
+    "internvl3.5-1b": 1.06,
+    "internvl3.5-2b": 2.35,
+    "internvl3.5-4b": 4.73,
+    "internvl3.5-8b": 8.53,
+    "internvl3.5-14b": 15.12,
+    "smolvlm2-256m": 0.26,
+    "smolvlm2-500m": 0.51,
+    "smolvlm2-2.2b": 2.25,
 }
 
 
@@ -164,4 +180,5 @@ def test_known_teachers_have_the_published_sizes() -> None:
     for name, billions in PUBLISHED.items():
         teacher = build_teacher(name)
         assert sum(p.numel() for p in teacher.model.parameters()) / 1e9 == pytest.approx(billions, abs=0.006)
-        assert teacher.clip(range(24), 8.0, 704, 1280).size in ((704, 1280), (700, 1288), (448, 448))
+        sizes = ((704, 1280), (700, 1288), (448, 448), (512, 512), (378, 378))
+        assert teacher.clip(range(24), 8.0, 704, 1280).size in sizes

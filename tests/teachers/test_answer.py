@@ -8,7 +8,7 @@ import torch
 import transformers
 from PIL import Image
 
-from tests.tiny_teacher import tiny_internvl, tiny_qwen3_vl, tiny_qwen25_vl
+from tests.tiny_teacher import tiny_glm4v, tiny_internvl, tiny_qwen3_vl, tiny_qwen25_vl, tiny_smolvlm
 from vlmteacher.errors import InputError
 from vlmteacher.pipeline import PACKAGED_PAIR
 from vlmteacher.prompts import CUT, whole_sentences
@@ -18,10 +18,15 @@ from vlmteacher.teachers.vlm import VLMTeacher
 TEXT = "Is the red ball on the square?"
 IMAGES = [Image.new("RGB", (32, 32), "red"), Image.new("RGB", (48, 32), (20, 90, 200))]
 QWEN = "<|vision_start|>{}<|vision_end|>"
-FAMILIES = {
-    "qwen3": (tiny_qwen3_vl, "".join(QWEN.format("<|image_pad|>" * n) for n in (4, 6))),
-    "qwen25": (tiny_qwen25_vl, "".join(QWEN.format("<|image_pad|>" * n) for n in (4, 6))),
-    "internvl": (tiny_internvl, ("<img>" + "<IMG_CONTEXT>" * 4 + "</img>\n") * 2),
+SMOL = "<fake_token_around_image><global-img>" + "<image>" * 4 + "<fake_token_around_image>"
+CHAT = f"<|im_start|>user\n{{}}{TEXT}<|im_end|>\n<|im_start|>assistant\n"
+GLM = "".join("<|begin_of_image|>" + "<|image|>" * n + "<|end_of_image|>" for n in (4, 6))
+FAMILIES = {  # with the whole prompt by hand
+    "qwen3": (tiny_qwen3_vl, CHAT.format("".join(QWEN.format("<|image_pad|>" * n) for n in (4, 6)))),
+    "qwen25": (tiny_qwen25_vl, CHAT.format("".join(QWEN.format("<|image_pad|>" * n) for n in (4, 6)))),
+    "internvl": (tiny_internvl, CHAT.format(("<img>" + "<IMG_CONTEXT>" * 4 + "</img>\n") * 2)),
+    "glm4v": (tiny_glm4v, f"[gMASK]<sop><|user|>\n{GLM}{TEXT}<|assistant|>\n<think></think><answer>"),
+    "smolvlm": (tiny_smolvlm, f"<|im_start|>User:{SMOL * 2}{TEXT}<end_of_utterance>\nAssistant:"),
 }
 
 
@@ -32,14 +37,13 @@ def qwen(tmp_path_factory):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_answer_about_two_images_is_a_stepwise_stock_greedy_search(tmp_path, family):
-    write, placeholder = FAMILIES[family]
+    write, chat = FAMILIES[family]
     teacher = load_teacher(write(tmp_path))
     state = torch.get_rng_state()
     answer = teacher.answer(TEXT, IMAGES, 6)
     assert torch.equal(torch.get_rng_state(), state)
 
     model = getattr(transformers, teacher.architecture).from_pretrained(tmp_path).eval()
-    chat = f"<|im_start|>user\n{placeholder}{TEXT}<|im_end|>\n<|im_start|>assistant\n"
     ids = torch.tensor([teacher.tokenizer(chat, add_special_tokens=False)["input_ids"]])
     pixels = [torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255 for image in IMAGES]
     visions = [teacher.image_inputs(each)[1] for each in pixels]
@@ -49,7 +53,7 @@ def test_an_answer_about_two_images_is_a_stepwise_stock_greedy_search(tmp_path, 
         for _ in range(6):
             logits = model(input_ids=ids, **vision, **teacher.token_inputs(ids)).logits
             ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
-            if ids[0, -1] == teacher.tokenizer.eos_token_id:
+            if ids[0, -1] in teacher.end_ids:
                 break
     stock = teacher.tokenizer.decode(ids[0, start:], skip_special_tokens=True).replace("\0", "")
     assert answer == whole_sentences(stock.strip())

@@ -13,12 +13,15 @@ from transformers import AutoTokenizer
 from tests.tiny_teacher import (
     CORPUS,
     EXPERTS,
+    tiny_glm4v,
+    tiny_glm4v_moe,
     tiny_internvl,
     tiny_qwen3_5,
     tiny_qwen3_5_moe,
     tiny_qwen3_vl,
     tiny_qwen3_vl_moe,
     tiny_qwen25_vl,
+    tiny_smolvlm,
 )
 from vlmteacher.errors import InputError, NonFiniteFrames
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
@@ -26,6 +29,7 @@ from vlmteacher.planning.models import KNOWN
 from vlmteacher.queries import QuerySet
 from vlmteacher.teachers import base, load_teacher, vlm
 from vlmteacher.teachers.preprocessing import preprocess_video
+from vlmteacher.teachers.prompt import shared_length
 
 QUESTIONS = (
     "Is the red ball on the square?",
@@ -73,6 +77,28 @@ def internvl_inputs(settings, frames, indices):
     return text, {"pixel_values": (frames - mean) / std}
 
 
+def smolvlm_inputs(settings, frames, indices):
+    height, width = frames.shape[-2:]
+    short = min(height, width) * 32 // max(height, width)
+    first = tuple(32 if side == max(height, width) else short + short % 2 for side in (height, width))
+    for size in (first, (32, 32)):
+        frames = F.interpolate(frames, size, mode="lanczos", align_corners=False, antialias=True)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)))
+    image = "<fake_token_around_image><global-img>" + "<image>" * 4 + "<fake_token_around_image>"
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
+    text = f"You are provided the following series of {words[len(frames)]} frames from a "
+    text += f"0:00:{indices[-1] // FPS:02.0f} [H:MM:SS] video.\n"
+    text += "".join(f"\nFrame from 00:{i // FPS:02.0f}:{image}" for i in indices)
+    return text + "\n\n", {"pixel_values": ((frames - mean) / std)[None]}
+
+
+def glm_inputs(settings, frames, indices):
+    pixels, grid = patch_rows(frames, (0.4, 0.5, 0.6), (0.5, 0.5, 0.5), 8)
+    image = "<|begin_of_image|>" + "<|image|>" * int(grid[0, 1:].prod() // 4) + "<|end_of_image|>"
+    text = "".join(f"{image}{i // FPS:.0f}" for i in indices[::2])
+    return text, {"pixel_values_videos": pixels, "video_grid_thw": grid}
+
+
 FAMILIES = {
     "qwen3_vl": (tiny_qwen3_vl, qwen3_inputs),
     "qwen3_vl_moe": (tiny_qwen3_vl_moe, qwen3_inputs),
@@ -80,6 +106,19 @@ FAMILIES = {
     "qwen3_5_moe": (tiny_qwen3_5_moe, qwen3_inputs),
     "qwen2_5_vl": (tiny_qwen25_vl, qwen25_inputs),
     "internvl": (tiny_internvl, internvl_inputs),
+    "glm4v": (tiny_glm4v, glm_inputs),
+    "glm4v_moe": (tiny_glm4v_moe, glm_inputs),
+    "smolvlm": (tiny_smolvlm, smolvlm_inputs),
+}
+# the chat of one question by hand
+CHAT = "<|im_start|>user\n{video}{question} Answer Yes or No.<|im_end|>\n<|im_start|>assistant\n"
+GLM = "[gMASK]<sop><|user|>\n<|begin_of_video|>{video}<|end_of_video|>{question} Answer Yes or No.<|assistant|>\n"
+CHATS = {
+    "qwen3_5": CHAT + "<think>\n\n</think>\n\n",  # a thought of nothing
+    "qwen3_5_moe": CHAT + "<think>\n\n</think>\n\n",
+    "glm4v": GLM + "<think></think><answer><|begin_of_box|>",
+    "glm4v_moe": GLM + "<think></think>\n<|begin_of_box|>",
+    "smolvlm": "<|im_start|>User: {video}{question} Answer Yes or No.<end_of_utterance>\nAssistant: ",
 }
 # another shape for each, so that no test passes by coincidence: (text config, vision config)
 OTHERS = {
@@ -115,6 +154,18 @@ OTHERS = {
         {"model_type": "qwen3", "head_dim": 16, "num_hidden_layers": 4, "hidden_size": 48},
         {"use_qk_norm": True, "norm_type": "rms_norm", "attention_bias": True, "use_mean_pooling": False},
     ),
+    "glm4v": (
+        {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3},
+        {"depth": 3, "hidden_size": 48, "num_heads": 3, "out_hidden_size": 48, "image_size": 40},
+    ),
+    "glm4v_moe": (
+        {"num_hidden_layers": 4, "hidden_size": 48, "first_k_dense_replace": 2, "n_shared_experts": 2, "n_group": 2},
+        {"depth": 3, "num_heads": 4, "out_hidden_size": 48, "image_size": 80},
+    ),
+    "smolvlm": (  # 4x4 patches of 7 pixels: 4 pixels at the right and lower edge are not seen
+        {"num_hidden_layers": 4, "hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3},
+        {"num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 4, "patch_size": 7},
+    ),
 }
 
 
@@ -148,11 +199,12 @@ def stock_losses(path, family, frames, indices, questions, settings, dtype=torch
     video, inputs = FAMILIES[family][1](settings, frames, indices)
     losses = []
     for question in questions:
-        text = f"<|im_start|>user\n{video}{question} Answer Yes or No.<|im_end|>\n<|im_start|>assistant\n"
-        text += "<think>\n\n</think>\n\n" if "qwen3_5" in family else ""  # a thought of nothing
+        text = CHATS.get(family, CHAT).format(video=video, question=question)
         prompt, ids = tokenizer(text)["input_ids"], tokenizer(text + "Yes")["input_ids"]
+        prompt = prompt[: shared_length([prompt, ids])]  # a space may be part of the answer's first token
         input_ids = torch.tensor([ids])
-        more = {} if family == "internvl" else {"mm_token_type_ids": (input_ids == config.video_token_id).int() * 2}
+        visual = config.image_token_id if "glm" in family else getattr(config, "video_token_id", None)
+        more = {} if visual is None else {"mm_token_type_ids": (input_ids == visual).int() * 2}
         logits = model(input_ids=input_ids, **inputs, **more).logits
         log_p = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
         losses.append(-log_p.gather(1, input_ids[0, len(prompt) :, None]).sum())
@@ -193,6 +245,20 @@ def test_losses_and_pixel_gradients_equal_a_stock_pass_per_question(
 ):
     path = checkpoint(family, variant)
     assert_equal(*both(load_teacher(path), path, family, count, QUESTIONS[: 1 + processes], size))
+
+
+def test_internvl35_is_internvl3_with_another_language_model(tmp_path):
+    """The published configs differ in nothing else, and prompts, losses and gradients are made in the same way."""
+    facts = {file.stem: json.loads(file.read_text())["config"] for file in KNOWN.glob("internvl3*.json")}
+    rest = [{key: value for key, value in config.items() if key != "text_config"} for config in facts.values()]
+    assert len(facts) == 9 and all(config == rest[0] for config in rest)
+    old = load_teacher(tiny_internvl(tmp_path / "old", seed=3))
+    path = tiny_internvl(tmp_path / "new", seed=3, text={"model_type": "qwen3", "head_dim": 16, "num_hidden_layers": 2})
+    new = load_teacher(path)
+    clip = old.clip([0, 4, 8], FPS, 48, 32)
+    assert clip == new.clip([0, 4, 8], FPS, 48, 32) and old.chats(clip, QUESTIONS) == new.chats(clip, QUESTIONS)
+    assert hasattr(new.language.layers[0].self_attn, "q_norm") > hasattr(old.language.layers[0].self_attn, "q_norm")
+    assert_equal(*both(new, path, "internvl", 3, QUESTIONS[:3]))
 
 
 @pytest.mark.parametrize("processes", range(8))

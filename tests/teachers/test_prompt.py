@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.tiny_teacher import tiny_internvl, tiny_qwen3_vl, tiny_qwen25_vl
+from tests.tiny_teacher import tiny_glm4v, tiny_glm4v_moe, tiny_internvl, tiny_qwen3_vl, tiny_qwen25_vl, tiny_smolvlm
 from vlmteacher.queries import QuerySet
 from vlmteacher.teachers import load_teacher
 from vlmteacher.teachers.prompt import LAYOUTS_KEPT, Clip, lay_out, pack, shared_length
@@ -67,7 +67,10 @@ def test_rows_of_a_batch_are_padded_to_one_length():
     assert pack(rows, 2).ids == [9, 7, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("family", [tiny_qwen3_vl, tiny_qwen25_vl, tiny_internvl])
+TINY = [tiny_qwen3_vl, tiny_qwen25_vl, tiny_internvl, tiny_smolvlm, tiny_glm4v, tiny_glm4v_moe]
+
+
+@pytest.mark.parametrize("family", TINY)
 def test_a_layout_holds_what_each_chat_holds_by_itself(family, tmp_path):
     teacher = load_teacher(family(tmp_path))
     clip = teacher.clip([0, 2, 5], 8.0, 32, 48)
@@ -83,7 +86,7 @@ def test_a_layout_holds_what_each_chat_holds_by_itself(family, tmp_path):
         assert torch.equal(layout.ids[places], ids)
         positions = teacher.positions(ids[None], clip)
         assert torch.equal(layout.positions[..., places], positions)
-        cos, sin = (x[0, :, None] for x in teacher.language.rotary_emb(torch.empty(0), positions))
+        cos, sin = (x[:, None] for x in teacher.rotary(positions))
         half = cos.shape[-1] // 2
         assert torch.equal(layout.cos[places], cos[..., :half]) and torch.equal(layout.sin[places], sin[..., :half])
         mine = layout.owners == question

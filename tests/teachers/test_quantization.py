@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
 from tests.tiny_models import tiny_wan_pipeline
-from tests.tiny_teacher import tiny_qwen3_vl
+from tests.tiny_teacher import tiny_glm4v, tiny_internvl, tiny_qwen3_vl, tiny_qwen25_vl, tiny_smolvlm
 from vlmteacher import TeacherPipeline
 from vlmteacher.errors import InputError, MissingExtra
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners.loading import load_reasoner
 from vlmteacher.teachers import load_teacher
-from vlmteacher.teachers.quantization import dequantize
+from vlmteacher.teachers.quantization import UNTOUCHED, dequantize
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher
 
 QUERIES = QuerySet("Is the red ball on the square?", ("Is it?", "Does the ball go around all of the blocked cells?"))
@@ -165,3 +165,13 @@ def test_bad_values(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         MissingExtra, match=r"a Teacher in 4bit needs bitsandbytes: pip install 'vlmteacher\[quantized\]'"
     ):
         load_teacher(path, quantize="4bit")
+
+
+@pytest.mark.parametrize("make", [tiny_qwen3_vl, tiny_qwen25_vl, tiny_internvl, tiny_smolvlm, tiny_glm4v])
+def test_every_vision_tower_is_left_out(make: Any, tmp_path: Path) -> None:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    teacher: Any = load_teacher(make(tmp_path))
+    linear = {module: name for name, module in teacher.model.named_modules() if isinstance(module, torch.nn.Linear)}
+    quantised = {name for name in linear.values() if should_convert_module(name, UNTOUCHED)}
+    assert quantised == {linear[module] for module in teacher.language.modules() if module in linear}

@@ -146,7 +146,10 @@ def stock_reader(teacher: VLMTeacher, clip: Clip, question: str) -> Callable[[Se
     places = (ids[0] == visual).nonzero().flatten().to(teacher.device)
     positions = teacher.positions(ids, clip).to(teacher.device)
     # From position ids (1, n) transformers would make a mask by their values; without one attention is causal.
-    mask = dict.fromkeys(teacher.decoder.kinds) if positions.dim() == 2 else None
+    mask: Any = None
+    if positions.dim() == 2:
+        kinds = getattr(teacher.language.config, "layer_types", None)
+        mask = dict.fromkeys(kinds) if kinds else torch.ones_like(positions[..., None] * positions).bool().tril()[None]
 
     def read(features: Sequence[Tensor]) -> Tensor:
         embeds = teacher.language.embed_tokens(ids.to(teacher.device))[0].index_copy(0, places, features[0])

@@ -34,6 +34,9 @@ FAMILIES = {
     "qwen3_5_moe": ("qwen35", "Qwen35MoeTeacher"),
     "qwen2_5_vl": ("qwen25_vl", "Qwen25VLTeacher"),
     "internvl": ("internvl", "InternVLTeacher"),
+    "glm4v": ("glm4v", "GlmTeacher"),
+    "glm4v_moe": ("glm4v", "GlmMoeTeacher"),
+    "smolvlm": ("smolvlm", "SmolVLMTeacher"),
 }
 
 ANSWER_TOKENS = 512  # the default limit of an answer in free text

@@ -203,12 +203,16 @@ class VideoPrompts(ABC):
         tokenizer: of transformers, with a chat template.
         video_mark, image_mark: what the chat template writes for a video, and for an image.
         visual_pads: the tokens that visual features replace; the last one is that of videos.
+        opening: what the model writes before every answer, where its template does not: an empty thought.
+        before_answer: what it writes before Yes or No, beside that: a space, the mark of a short answer.
     """
 
     tokenizer: Any
     video_mark: str
     image_mark: str
     visual_pads: tuple[str, ...]
+    opening: str = ""
+    before_answer: str = ""
 
     def __init__(self) -> None:
         self._layouts: dict[tuple[Any, ...], Layout] = {}
@@ -271,13 +275,13 @@ class VideoPrompts(ABC):
 
     def pack(self, clip: Clip, chats: Sequence[Chat]) -> Layout:
         """The layout of chats about a video."""
-
-        def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
-            cos, sin = self.language.rotary_emb(torch.empty(0, device=self.device), positions)
-            return cos[0], sin[0]
-
         visual = self.tokenizer.convert_tokens_to_ids(self.visual_pads[-1])
-        return lay_out(chats, visual, lambda ids: self.positions(ids, clip), rotary, self.device)
+        return lay_out(chats, visual, lambda ids: self.positions(ids, clip), self.rotary, self.device)
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The rotary (cos, sin) of position ids (..., 1, n), (n, d) each, whose halves are equal."""
+        cos, sin = self.language.rotary_emb(torch.empty(0, device=self.device), positions)
+        return cos[0], sin[0]
 
     def chat_ids(
         self, text: str, modality: str, placeholder: str | Sequence[str] | None, later: Sequence[str] = ()
@@ -317,7 +321,7 @@ class VideoPrompts(ABC):
             raise InputError(
                 f"the teacher's chat template has no place for a {modality} ({mark}): take one that sees videos"
             )
-        return start + "".join(vision + part for vision, part in zip(placeholders, rest, strict=True))
+        return start + "".join(vision + part for vision, part in zip(placeholders, rest, strict=True)) + self.opening
 
     def _encode(self, text: str, placeholder: str) -> list[int]:
         ids = encode(self.tokenizer, text)
@@ -328,7 +332,7 @@ class VideoPrompts(ABC):
 
     def _question_chat(self, question: str, placeholder: str, answer: str = ANSWER) -> Chat:
         """The chat of one question; the tokenizer decides which tokens the answer is made of."""
-        prompt = self._chat(question_text(question), "video", placeholder)
+        prompt = self._chat(question_text(question), "video", placeholder) + self.before_answer
         before, ids = self._encode(prompt, placeholder), self._encode(prompt + answer, placeholder)
         shared = next((i for i, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]), len(before))
         return Chat(ids[:shared], ids[shared:])

@@ -22,7 +22,7 @@ Quantize = Literal["8bit", "4bit"]
 CHOICES = ("8bit", "4bit")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # entries of a config: a number of experts
 # The vision tower stays as it is: a tenth of the weights, and every gradient to the pixels goes through it last.
-UNTOUCHED = [".*visual", ".*vision_tower", ".*multi_modal_projector", "lm_head"]
+UNTOUCHED = [".*visual", ".*vision_(tower|model)", ".*multi_modal_projector", ".*connector", "lm_head"]
 
 
 def load_model(

@@ -305,9 +305,10 @@ class VLMTeacher(VideoPrompts, Teacher):
                 f"teacher's context holds {context}: give a shorter text, or fewer or smaller images"
             )
         ids = self._generate_ids(inputs, False, max_tokens)
+        text_ids = ids[:-1] if int(ids[-1]) in self.end_ids else ids
         # The mark and NUL are refused in texts, which this one may be put into.
-        answer = self.tokenizer.decode(ids, skip_special_tokens=True).translate({ord(CUT): None, 0: None}).strip()
-        is_cut = len(ids) == max_tokens and ids[-1] != self.tokenizer.eos_token_id
+        answer = self.tokenizer.decode(text_ids, skip_special_tokens=True).translate({ord(CUT): None, 0: None}).strip()
+        is_cut = len(ids) == max_tokens and int(ids[-1]) not in self.end_ids
         return whole_sentences(answer) if is_cut else answer
 
     def _query_inputs(self, prompt: str, image: ImageInput | None, later: Sequence[str] = ()) -> dict[str, Tensor]:
@@ -357,7 +358,7 @@ class VLMTeacher(VideoPrompts, Teacher):
                 do_sample=sample,
                 **sampling,
                 max_new_tokens=max_tokens,
-                eos_token_id=self.tokenizer.eos_token_id,
+                eos_token_id=self.end_ids,
                 pad_token_id=self._pad_token_id,
                 **(STATIC_CACHE if self.static_cache() else {}),
             )
@@ -366,6 +367,11 @@ class VLMTeacher(VideoPrompts, Teacher):
     def static_cache(self) -> bool:
         """Whether to write with a cache of fixed size: on a GPU, which a growing one makes copy it at every token."""
         return self.device.type == "cuda" and getattr(self.model, "_can_compile_fullgraph", False)
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The ids of the tokens that end an answer."""
+        return [self.tokenizer.eos_token_id]
 
     @property
     def _pad_token_id(self) -> int:
