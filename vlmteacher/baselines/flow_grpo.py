@@ -101,7 +101,7 @@ def roll_out(reasoner: Reasoner, condition: Condition, noise: Noise) -> tuple[Te
         log_prob = gaussian_log_prob(counted(after, known), counted(mean, known), following)
         steps.append(Transition(latents, after, level, following, log_prob))
         latents = after
-    return reasoner.predict_clean_at(condition, latents, sigmas[-1]), steps
+    return reasoner.video(reasoner.predict_clean_at(condition, latents, sigmas[-1]), condition), steps
 
 
 # ---------------------------------------------------------------- objective

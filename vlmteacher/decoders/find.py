@@ -34,6 +34,8 @@ def find_decoder(name: str | os.PathLike[str]) -> Path:
 
 def known_decoder(reasoner: Any) -> str:
     """The hub name of the decoder for a Reasoner's latents. Raises InputError where none is known."""
+    if own := getattr(reasoner, "surrogate_decoder", None):
+        return own
     latents = (reasoner.latent_channels, reasoner.temporal_stride, reasoner.spatial_stride)
     file = KNOWN.get((type(reasoner.transformer).__name__, latents))
     if file is None:

@@ -44,7 +44,7 @@ from vlmteacher.ops import surrogate_decoder
 from vlmteacher.ops.backends import without_data
 from vlmteacher.ops.decoder_plan import Layer, Plan
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
-from vlmteacher.reasoners.registry import decoder_file
+from vlmteacher.reasoners.registry import decoder_file, family_of
 from vlmteacher.torch_modes import keepable, plain_torch
 
 # Bytes of one activation at full resolution, of which a few are alive at a time. A GPU needs more frames to be busy. On
@@ -406,7 +406,7 @@ def load_decoder(path: str | os.PathLike[str], reasoner: Any, dtype: torch.dtype
     known = decoder_file(path.name)
     decoder = SurrogateDecoder.from_checkpoint(path, dtype)
     check_decoder(decoder, reasoner, name=str(path))
-    if known.refusal:
+    if known.refusal and known in family_of(reasoner.transformer).decoder_files:
         raise InputError(f"{path} {known.refusal}")
     if known.denormalised:
         decoder.latents_mean, decoder.latents_std = reasoner.latents_mean.clone(), reasoner.latents_std.clone()

@@ -339,8 +339,9 @@ class Optimization:
         if self.stopped in (None, "max_steps"):
             self.stopped = None if len(self.history) < self.settings.max_steps else "max_steps"
         if anchor is not None:
-            anchor = anchor.to(self.objective.noise.z1)  # a file's tensors are on the CPU
-            check_like(anchor, self.objective.noise.z1, "its anchor")
+            latents = self.objective.reasoner.video(self.objective.noise.z1, self.objective.condition)
+            anchor = anchor.to(latents)  # a file's tensors are on the CPU
+            check_like(anchor, latents, "its anchor")
         self.objective.anchor = anchor
         statistics = state.get("statistics")  # earlier versions kept none
         if statistics is not None:

@@ -25,6 +25,7 @@ from vlmteacher.teachers.vlm import VLMTeacher
 
 KNOWN = Path(__file__).parent.parent / "known_models"
 PARTS = ("transformer", "vae", "text_encoder")
+OPTIONAL = ("text_encoder_2", "image_encoder", "connectors", "audio_vae")
 PACKAGED = Path(__file__).parent.parent / "microworld" / "models"
 
 
@@ -71,7 +72,7 @@ def build_reasoner(
     else:  # that of `solve` for the same hub id
         settings = known_preset(name, entry.get("source", name)) or SamplerSettings()
     if directory.is_dir():
-        optional = [part for part in ("text_encoder_2", "image_encoder") if (index.get(part) or [None])[0]]
+        optional = [part for part in OPTIONAL if (index.get(part) or [None])[0]]
         entry |= {part: json_object(directory / part / "config.json") for part in (*PARTS, *optional)}
         own = directory / "reasoner.json"
         settings = SamplerSettings.load(own) if own.is_file() else settings

@@ -50,6 +50,7 @@ class Reasoner(ABC):
     temporal_patch: int = 1  # latent frames per token
     image_conditioning: bool = False  # a given image becomes the video's first latent frame
     takes_last_image: bool = False  # a last frame can be given beside the first, or alone
+    surrogate_decoder: str | None = None  # its file on the hub, where channels and strides do not tell which it is
     ranks: Ranks = ALONE  # processes that share the tokens of the transformers
     notes: Mapping[str, str] = MappingProxyType({})  # assumptions made at loading, for run.json
 
@@ -143,16 +144,19 @@ class Reasoner(ABC):
 
         samples: the number of videos that start from z1 (see `check_samples`).
         """
-        one = self.noise_shape(*condition.size)
-        shape = (len(condition.prompt_embeds), *one[1:])
-        where = generator.device if generator is not None else torch.device("cpu")
         later = len(self.settings.timesteps) - 1 if self.settings.sampler == "renoise" else 0
 
-        def draw(count: int) -> tuple[Tensor, ...]:
-            return tuple(torch.randn(shape, generator=generator, device=where).to(self.device) for _ in range(count))
+        def draws(count: int) -> tuple[Tensor, ...]:
+            return tuple(self.draw(condition, generator) for _ in range(count))
 
-        (z1,) = draw(1)
-        return Noise(z1, draw(later), tuple(draw(later) for _ in range(samples - 1)))
+        (z1,) = draws(1)
+        return Noise(z1, draws(later), tuple(draws(later) for _ in range(samples - 1)))
+
+    def draw(self, condition: Condition, generator: torch.Generator | None) -> Tensor:
+        """Draw noise of the shape of `Noise.z1` in float32 on the generator's device."""
+        shape = (len(condition.prompt_embeds), *self.noise_shape(*condition.size)[1:])
+        where = generator.device if generator is not None else torch.device("cpu")
+        return torch.randn(shape, generator=generator, device=where).to(self.device)
 
     def check_last_image(self, last_image: ImageInput | None) -> None:
         """Raise InputError for a last frame that the model does not take."""
@@ -246,7 +250,14 @@ class Reasoner(ABC):
 
     def predict_clean(self, condition: Condition, noise: Noise) -> Tensor:
         """Predict clean latents in one step, z0 = z1 - u(z1, t = 1, c): differentiable (Algorithm 1, step 3)."""
-        return self.predict_clean_at(condition, noise.z1, 1.0)
+        return self.video(self.predict_clean_at(condition, noise.z1, 1.0), condition)
+
+    def video(self, latents: Tensor, condition: Condition) -> Tensor:
+        """The video's latents (B, C, T, h, w) of those of the sampler.
+
+        The sampler's have further frames after the video's where a model denoises more than the video.
+        """
+        return latents[:, :, : self.latent_shape(*condition.size)[2]]
 
     def mean_velocity(self, condition: Condition, latents: Tensor, sigma: float, until: float) -> Tensor:
         """Predict the guided v of one step from `sigma` to `until`: that at `sigma`.
@@ -292,9 +303,11 @@ class Reasoner(ABC):
         """`sample` with gradients, each prediction made by `through(predict)`."""
         sigmas = self.settings.sigmas
         if self.settings.sampler == "renoise":
-            return sampling.sample(through(partial(self.predict_clean_at, condition)), sigmas, noise)
-        latents = sampling.euler(through(partial(self.mean_velocity, condition)), sigmas, noise.z1)
-        return with_first_frame(latents, condition.first_frame)
+            latents = sampling.sample(through(partial(self.predict_clean_at, condition)), sigmas, noise)
+        else:
+            latents = sampling.euler(through(partial(self.mean_velocity, condition)), sigmas, noise.z1)
+            latents = with_first_frame(latents, condition.first_frame)
+        return self.video(latents, condition)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from vlmteacher.files import check_number
 from vlmteacher.media import ImageInput
 from vlmteacher.prompts import check_cut, tokenize
 from vlmteacher.reasoners.base import Reasoner
-from vlmteacher.reasoners.condition import Condition, Noise
+from vlmteacher.reasoners.condition import Condition
 from vlmteacher.reasoners.family import Family, LayerNames
 from vlmteacher.reasoners.parts import load_transformers
 from vlmteacher.reasoners.sampling import SamplerSettings, even_timesteps
@@ -255,14 +255,8 @@ class CogVideoXReasoner(Reasoner):
         size = {"grid_size": (down, across), "temporal_size": frames // self.temporal_patch}
         return get_3d_rotary_pos_embed(config.attention_head_dim, device=self.device, **size, **kind)
 
-    def predict_clean(self, condition: Condition, noise: Noise) -> Tensor:
-        return self._without_padding(super().predict_clean(condition, noise), condition)
-
-    def _sample(self, condition: Condition, noise: Noise, *through: Any) -> Tensor:
-        return self._without_padding(super()._sample(condition, noise, *through), condition)
-
-    def _without_padding(self, latents: Tensor, condition: Condition) -> Tensor:
-        return latents[:, :, -self.latent_shape(*condition.size)[2] :]
+    def video(self, latents: Tensor, condition: Condition) -> Tensor:
+        return latents[:, :, -self.latent_shape(*condition.size)[2] :]  # the frames before are padding
 
 
 def settings_by_configs(config: Any, snr_shift: float) -> SamplerSettings:
