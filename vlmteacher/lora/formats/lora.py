@@ -18,7 +18,7 @@ from vlmteacher.lora.formats.names import BLOCK, FUSED, split_rows, theirs
 from vlmteacher.lora.formats.scale import ASSUMED, MULTIPLIED
 from vlmteacher.lora.formats.writing import diffusers_bytes, safetensors_bytes
 from vlmteacher.reasoners.family import TABLE, Family, LayerNames
-from vlmteacher.reasoners.registry import FAMILIES
+from vlmteacher.reasoners.registry import FAMILIES, family_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -138,6 +138,8 @@ class LoRA:
         Raises InputError, which names the first part that does not fit.
         """
         kind = type(transformer).__name__
+        if trainable:
+            self._check_trained(transformer)
         modules, parameters = dict(transformer.named_modules()), dict(transformer.named_parameters())
         unused: list[str] = []
         for name in (*self.layers, *self.differences):
@@ -182,6 +184,19 @@ class LoRA:
             raise InputError(f"{self.source} is a LoRA for another model: this {kind} has none of its layers")
         keys = tuple(key for name in unused for key in self.keys.get(name, (name,)))
         return replace(self, layers=layers, differences=differences, unused=self.unused + keys)
+
+    def _check_trained(self, transformer: nn.Module) -> None:
+        """Raise InputError where no layer of the transformer's blocks is one that the optimisation adapts."""
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        targets = LoraConfig(target_modules=family_of(transformer).lora_targets)
+        names = [name for name, _ in transformer.named_modules() if name in self.layers]
+        if names and not any(check_target_module_exists(targets, name) for name in names):
+            raise InputError(
+                f"{self.source} has no layer that is optimised here ({names[0]} is none): it can be merged"
+                " (--few-step-lora, pipe.fuse), and not continued"
+            )
 
     def tell(self) -> None:
         """Warn (Notice) of an assumed scale, and of tensors that stay unused."""
