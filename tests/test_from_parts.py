@@ -19,6 +19,7 @@ from tests.reasoners.tiny_cogvideox import tiny_cogvideox_pipeline
 from tests.reasoners.tiny_hunyuan import tiny_hunyuan_pipeline
 from tests.reasoners.tiny_hunyuan_video import tiny_hunyuan_video_pipeline
 from tests.reasoners.tiny_ltx import tiny_ltx_pipeline
+from tests.reasoners.tiny_ltx2 import tiny_ltx2_pipeline
 from vlmteacher import InputError, TeacherPipeline, packaged_example
 from vlmteacher.pipeline import PACKAGED_PAIR
 from vlmteacher.reasoners.loading import adopt_reasoner, load_reasoner
@@ -64,12 +65,13 @@ def test_the_same_steps_and_no_copied_weight(parts: dict[str, Any]) -> None:
     assert out.models["reasoner"].endswith("reasoner") and out.models["teacher"].endswith("teacher")
 
 
-@pytest.mark.parametrize("family", ["wan 2.1", "wan 2.2 a14b", "ltx", "hunyuan", "hunyuan video", "cogvideox"])
+@pytest.mark.parametrize("family", ["wan 2.1", "wan 2.2 a14b", "ltx", "ltx2", "hunyuan", "hunyuan video", "cogvideox"])
 def test_every_family_is_adopted(family: str, tmp_path: Path) -> None:
     make: Any = {
         "wan 2.1": tiny_checkpoints.wan21_t2v,
         "wan 2.2 a14b": tiny_checkpoints.wan22_t2v_a14b,
         "ltx": tiny_ltx_pipeline,
+        "ltx2": tiny_ltx2_pipeline,
         "hunyuan": tiny_hunyuan_pipeline,
         "hunyuan video": lambda path: tiny_hunyuan_video_pipeline(path, "latent_concat"),
         "cogvideox": tiny_cogvideox_pipeline,

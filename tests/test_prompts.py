@@ -14,6 +14,7 @@ from tests.reasoners.tiny_hunyuan import tiny_hunyuan_pipeline
 from tests.reasoners.tiny_hunyuan_video import CONTROL, tiny_hunyuan_video_pipeline
 from tests.reasoners.tiny_ltx import SIZE as LTX_SIZE
 from tests.reasoners.tiny_ltx import tiny_ltx_pipeline
+from tests.reasoners.tiny_ltx2 import tiny_ltx2_pipeline
 from tests.tiny_models import tiny_wan_pipeline
 from vlmteacher.errors import InputError, Notice
 from vlmteacher.pipeline import TeacherPipeline
@@ -25,6 +26,7 @@ LONG = "move the red ball to the green square box move the red ball to the green
 FAMILIES = {
     "wan": (tiny_wan_pipeline, (5, 32, 48)),
     "ltx": (tiny_ltx_pipeline, LTX_SIZE),
+    "ltx2": (tiny_ltx2_pipeline, LTX_SIZE),
     "hunyuan": (lambda path: tiny_hunyuan_pipeline(path, "HunyuanVideo15Pipeline"), HUNYUAN_SIZE),
     "hunyuan video": (tiny_hunyuan_video_pipeline, HUNYUAN_SIZE),
 }

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-FAMILIES = ("wan", "wan_i2v", "ltx", "hunyuan_video15", "hunyuan_video", "cogvideox")
+from tests.reasoners.tiny_ltx2 import tiny_ltx2_transformer
+
+FAMILIES = ("wan", "wan_i2v", "ltx", "ltx2", "hunyuan_video15", "hunyuan_video", "cogvideox")
 
 
 def tiny_transformer(family: str) -> Any:
@@ -29,6 +31,8 @@ def tiny_transformer(family: str) -> Any:
             image = {"image_dim": 12, "added_kv_proj_dim": 32} if family == "wan_i2v" else {}
             sizes = {"in_channels": 8, "out_channels": 8, "text_dim": 32, "freq_dim": 32, "ffn_dim": 64}
             model: Any = WanTransformer3DModel(**heads, **sizes, **image)
+        elif family == "ltx2":
+            model = tiny_ltx2_transformer("2.3")
         elif family == "ltx":
             model = LTXVideoTransformer3DModel(
                 in_channels=8, out_channels=8, cross_attention_dim=32, caption_channels=24, **heads
@@ -77,6 +81,10 @@ def call(model: Any) -> torch.Tensor:
         inputs |= {"hidden_states": draw(1, 8, 2, 4, 6), "encoder_hidden_states": draw(1, 6, 24)}
         inputs |= {"encoder_attention_mask": torch.ones(1, 6), "pooled_projections": draw(1, 20)}
         inputs["guidance"] = torch.tensor([6000.0])
+    elif name == "LTX2VideoTransformer3DModel":
+        inputs |= {"hidden_states": draw(1, 12, 8), "encoder_hidden_states": draw(1, 6, 32)}
+        inputs |= {"audio_hidden_states": draw(1, 5, 8), "audio_encoder_hidden_states": draw(1, 6, 16)}
+        inputs |= {"sigma": inputs["timestep"], "num_frames": 2, "height": 2, "width": 3, "audio_num_frames": 5}
     elif name == "CogVideoXTransformer3DModel":
         inputs |= {"hidden_states": draw(1, 2, 8, 4, 6), "encoder_hidden_states": draw(1, 6, 24)}
     else:

@@ -4,7 +4,14 @@ import json
 
 import pytest
 import torch
-from diffusers import CogVideoXPipeline, FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, LTXPipeline, WanPipeline
+from diffusers import (
+    CogVideoXPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    LTX2Pipeline,
+    LTXPipeline,
+    WanPipeline,
+)
 from safetensors.torch import load, save
 
 from tests.tiny_transformers import FAMILIES, call, tiny_transformer
@@ -34,11 +41,14 @@ def loaded_by_diffusers(family, path):
         # By the path alone diffusers would not look at the metadata, and take alpha for the rank.
         transformer.load_lora_adapter(path.parent, weight_name=path.name, prefix="transformer")
     else:
-        kind = {"ltx": LTXPipeline, "cogvideox": CogVideoXPipeline, "hunyuan_video": HunyuanVideoPipeline}.get(
-            family, WanPipeline
-        )
-        others = {"text_encoder_2": None, "tokenizer_2": None} if kind is HunyuanVideoPipeline else {}
-        pipe = kind(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer, **others)
+        kind, *others = {
+            "ltx": (LTXPipeline,),
+            "ltx2": (LTX2Pipeline, "connectors", "audio_vae", "vocoder"),
+            "cogvideox": (CogVideoXPipeline,),
+            "hunyuan_video": (HunyuanVideoPipeline, "text_encoder_2", "tokenizer_2"),
+        }.get(family, (WanPipeline,))
+        none = dict.fromkeys(("tokenizer", "text_encoder", "vae", *others))
+        pipe = kind(scheduler=scheduler, transformer=transformer, **none)
         pipe.load_lora_weights(path.parent, weight_name=path.name)
     return transformer
 
@@ -52,6 +62,7 @@ def test_every_layer_of_the_blocks_is_adapted_by_our_operator(family):
         f"{type(blocks)}{name}"
         for name, each in blocks.named_modules()
         if hasattr(each, "in_features") and ".norm" not in name and "lora_" not in name and "base_layer" not in name
+        if family != "ltx2" or not any(other in name for other in ("audio", "to_gate_logits"))
     }
     assert wanted == linear
     assert sum(isinstance(each, LoRALinear) for each in transformer.modules()) == len(linear)
@@ -60,7 +71,14 @@ def test_every_layer_of_the_blocks_is_adapted_by_our_operator(family):
 @pytest.mark.parametrize(
     ("family", "style"),  # diffusers has loaders for these
     [(family, "diffusers") for family in FAMILIES]
-    + [("wan", "comfyui"), ("wan_i2v", "comfyui"), ("ltx", "comfyui"), ("wan", "musubi"), ("wan_i2v", "musubi")],
+    + [
+        ("wan", "comfyui"),
+        ("wan_i2v", "comfyui"),
+        ("ltx", "comfyui"),
+        ("ltx2", "comfyui"),
+        ("wan", "musubi"),
+        ("wan_i2v", "musubi"),
+    ],
 )
 def test_diffusers_loads_every_style_as_the_same_lora(family, style, tmp_path):
     transformer, path = trained(family), tmp_path / "lora.safetensors"
@@ -76,7 +94,7 @@ def test_diffusers_loads_every_style_as_the_same_lora(family, style, tmp_path):
 def test_what_is_written_is_read_again(family, style):
     lora = read_lora(export_lora(trained(family)))
     assert (lora.rank, lora.alpha) == (4, 6.0)
-    if style == "musubi" and family in ("ltx", "cogvideox"):
+    if style == "musubi" and family in ("ltx", "ltx2", "cogvideox"):
         with pytest.raises(InputError, match=r"musubi-tuner has no (LTX-Video|CogVideoX)"):
             lora.to_bytes(style)
         return

@@ -13,7 +13,7 @@ from torch import nn
 
 from tests.conftest import Run
 from tests.planning.counting import saved_bytes, stock_count
-from tests.reasoners import tiny_checkpoints, tiny_cogvideox, tiny_hunyuan, tiny_hunyuan_video, tiny_ltx
+from tests.reasoners import tiny_checkpoints, tiny_cogvideox, tiny_hunyuan, tiny_hunyuan_video, tiny_ltx, tiny_ltx2
 from tests.tiny_pair import PROMPT, QUERIES
 from vlmteacher.checkpoints.pretrained import cast
 from vlmteacher.errors import InputError
@@ -56,6 +56,7 @@ FAMILIES = {
     "Wan 2.1 I2V": (tiny_checkpoints.wan21_i2v, tiny_checkpoints.SIZE),
     "Wan 2.2 A14B": (tiny_checkpoints.wan22_t2v_a14b, tiny_checkpoints.SIZE),
     "LTX-Video": (tiny_ltx.tiny_ltx_pipeline, tiny_ltx.SIZE),
+    "LTX-2": (tiny_ltx2.tiny_ltx2_pipeline, tiny_ltx2.SIZE),
     "HunyuanVideo-1.5": (tiny_hunyuan.tiny_hunyuan_pipeline, tiny_hunyuan.SIZE),
     "HunyuanVideo": (tiny_hunyuan_video.tiny_hunyuan_video_pipeline, tiny_hunyuan_video.SIZE),
     "HunyuanVideo-I2V": (

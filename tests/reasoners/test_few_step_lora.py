@@ -218,7 +218,7 @@ def test_every_known_model_takes_its_own_preset():
         elif "CogVideoX" in hub_id:
             kind = "CogVideoXImageToVideoPipeline" if image else "CogVideoXPipeline"
         elif "LTX" in hub_id:
-            kind = "LTXConditionPipeline"
+            kind = "LTX2Pipeline" if "LTX-2" in hub_id else "LTXConditionPipeline"
         else:
             kind = "WanImageToVideoPipeline" if image else "WanPipeline"
         index = {"_class_name": kind, "expand_timesteps": "TI2V-5B" in hub_id}

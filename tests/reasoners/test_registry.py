@@ -19,13 +19,15 @@ LIBRARY = Path(__file__).parents[2] / "vlmteacher"
 HOMES = {  # in reasoners/; HunyuanVideo shares an attention with 1.5
     "Wan": "wan/",
     "LTX-Video": "ltx.py",
+    "LTX-2": "ltx2.py",
     "HunyuanVideo-1.5": "hunyuan_video",
     "HunyuanVideo": "hunyuan_video",
     "CogVideoX": "cogvideox.py",
 }
 WORDS = {
     "Wan": r"\bWan\b|Wan(?=[A-Z])|(?i:\bwan(?=[\d_.])|fastwan)",
-    "LTX-Video": "(?i:ltx)",
+    "LTX-Video": "(?i:ltx(?!v?2|[-_]2|_pipelines))",
+    "LTX-2": "(?i:ltx-?v?2)",
     "HunyuanVideo-1.5": "(?i:hunyuan)",
     "HunyuanVideo": "(?i:hunyuan)",
     "CogVideoX": "(?i:cogvideo)",
@@ -35,6 +37,7 @@ MENTIONS = {  # of one family, where something that all share is named after it
     "cli/flags.py",  # the help of a flag for models with two experts
     "evaluation/paper.py",  # the paper's figures, by its models
     "ops/qk_norm_rope.py",  # a source in diffusers
+    "reasoners/ltx.py",  # the decoder of LTX-2
 }
 
 

@@ -12,9 +12,10 @@ from vlmteacher.reasoners.family import DecoderFile, Family
 from vlmteacher.reasoners.hunyuan_video.family import HUNYUAN_VIDEO
 from vlmteacher.reasoners.hunyuan_video15.family import HUNYUAN_VIDEO_15
 from vlmteacher.reasoners.ltx import LTX
+from vlmteacher.reasoners.ltx2 import LTX2
 from vlmteacher.reasoners.wan.family import WAN
 
-FAMILIES: tuple[Family, ...] = (WAN, LTX, HUNYUAN_VIDEO_15, HUNYUAN_VIDEO, COGVIDEOX)
+FAMILIES: tuple[Family, ...] = (WAN, LTX, LTX2, HUNYUAN_VIDEO_15, HUNYUAN_VIDEO, COGVIDEOX)
 
 
 def family_of_pipeline(kind: str, name: str) -> Family:
