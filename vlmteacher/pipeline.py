@@ -16,7 +16,7 @@ from vlmteacher.errors import InputError
 from vlmteacher.files import read_json
 from vlmteacher.frozen_models import FrozenModels, alone
 from vlmteacher.instance import lora_fingerprint
-from vlmteacher.lora.float8 import check_float8, is_float8, quantize_reasoner
+from vlmteacher.lora.float8 import is_float8
 from vlmteacher.lora.formats import LoRA, merge_lora, read_lora
 from vlmteacher.media import ImageInput
 from vlmteacher.output import Frames as Frames
@@ -25,6 +25,13 @@ from vlmteacher.placement import DeviceMap, find_devices, find_dtype, parse_dtyp
 from vlmteacher.progress import reporting
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners.few_step_lora import noise_in_name
+from vlmteacher.reasoners.quantization import (
+    QuantizationConfig,
+    check_precision,
+    is_reduced,
+    kept_methods,
+    reduce_precision,
+)
 from vlmteacher.rewards import Reward
 from vlmteacher.runs.folder import in_its_folder
 from vlmteacher.session import open_session
@@ -70,6 +77,7 @@ class TeacherPipeline(FrozenModels):
         preset: str | None = None,
         lora_partial: bool = False,
         fp8: bool = False,
+        quantization_config: QuantizationConfig | None = None,
     ) -> TeacherPipeline:
         """Load the models: hub ids or local directories for `reasoner` and `teacher`, a file or hub name for `decoder`.
 
@@ -82,8 +90,8 @@ class TeacherPipeline(FrozenModels):
         quantize: keep the Teacher's language model in "8bit" or "4bit" (the extra `quantized`); it stays on its device.
         transformer, few_step_lora, preset, lora_partial: see `load_reasoner`.
         fp8: the frozen weights of the Reasoner's blocks in 8-bit floating point (see `lora.float8`), with its errors.
-        Raises InputError for an unknown model or family, models that do not fit together and a device that cannot be
-        used; MissingExtra.
+        quantization_config: of the Reasoner (extra `quantized`): one of `QUANTIZATIONS` or diffusers', or a dictionary.
+        Raises InputError for an unknown model, models that do not fit together, an unusable device; MissingExtra.
         """
         from vlmteacher.decoders.agreement import check_agreement
         from vlmteacher.decoders.find import known_decoder
@@ -102,8 +110,7 @@ class TeacherPipeline(FrozenModels):
             few_step_lora = arguments.paths("few_step_lora", few_step_lora)
         devices = find_devices(device_map)
         chosen = one_dtype(dtype, torch_dtype) or find_dtype(devices)
-        if fp8:
-            check_float8(devices["reasoner"], chosen)
+        check_precision(fp8, quantization_config, devices["reasoner"], chosen)
         paths, models, defaults = find_parts({"reasoner": reasoner, "teacher": teacher, "decoder": decoder}, pair)
         for name, files in (("transformer", transformer), ("few_step_lora", few_step_lora)):
             for file in [files] if isinstance(files, str) else files or ():
@@ -117,10 +124,10 @@ class TeacherPipeline(FrozenModels):
                 few_step_lora=few_step_lora,
                 preset=preset,
                 lora_partial=lora_partial,
+                keep_quantized=kept_methods(quantization_config),
             )
-        models |= the_reasoner.notes
-        if fp8:
-            models |= quantize_reasoner(the_reasoner.networks)
+        reduced = reduce_precision(the_reasoner.networks, fp8, quantization_config, devices["reasoner"])
+        models |= {**the_reasoner.notes, **reduced}
         if reasoner is not None and decoder is None and not fits_decoder(paths["decoder"], the_reasoner):
             models["decoder"] = paths["decoder"] = known_decoder(the_reasoner)
         if vae_dtype is not None:
@@ -256,6 +263,11 @@ class TeacherPipeline(FrozenModels):
         """
         if is_float8(self.reasoner.transformer):
             raise InputError("fuse adds to the Reasoner's weights, which fp8 keeps in 8 bits: fuse without fp8")
+        if is_reduced(self.reasoner.transformer):
+            raise InputError(
+                "fuse adds to the Reasoner's weights, which are quantised: load them without quantization_config, or"
+                " give the LoRA as few_step_lora, which is merged before"
+            )
         read = self._read_lora(lora, partial)
         lost = merge_lora(self.reasoner.transformer, read)
         if lost > 0.01:

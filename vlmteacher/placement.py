@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 PARTS = ("reasoner", "teacher")  # the surrogate decoder, small as it is, goes with the Reasoner
 EXAMPLE = "reasoner=cuda:0,teacher=cuda:1"
 
+QUANTIZATIONS = ("4bit", "8bit", "int8", "fp8", "keep")  # of a Reasoner: see `reasoners/quantization.py`
+
 DeviceMap: TypeAlias = "Mapping[str, str | torch.device]"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,13 +99,25 @@ def fingerprint(networks: Mapping[str, nn.Module], *settings: object) -> str:
     for name, network in sorted(networks.items()):
         kind = type(network).__name__
         digest.update(f"{name} {FORMER_NAMES.get(kind, kind)} {_configuration(network)}".encode())
-        for key, tensor in sorted(network.state_dict().items()):
+        stored = [entry for key, tensor in network.state_dict().items() for entry in _plain(key, tensor)]
+        for key, tensor in sorted(stored, key=lambda entry: entry[0]):
             flat = tensor.detach().reshape(-1)
             stride = max(1, len(flat) // SAMPLE) | 1  # odd: an even one would stay in a few columns of a matrix
             sample = flat[::stride][:SAMPLE].cpu().contiguous()
             digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _plain(key: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors that one of a state holds: itself, or the parts of one that a library keeps quantised."""
+    import torch
+
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield key, tensor.as_subclass(torch.Tensor)
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _plain(f"{key}.{name}", getattr(tensor, name))
 
 
 def _configuration(network: Any) -> str:

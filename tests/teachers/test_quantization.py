@@ -20,11 +20,12 @@ from transformers import Qwen3VLForConditionalGeneration
 from tests.tiny_models import tiny_wan_pipeline
 from tests.tiny_teacher import tiny_glm4v, tiny_internvl, tiny_qwen3_vl, tiny_qwen25_vl, tiny_smolvlm
 from vlmteacher import TeacherPipeline
+from vlmteacher.checkpoints.quantized import dequantize
 from vlmteacher.errors import InputError, MissingExtra
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners.loading import load_reasoner
 from vlmteacher.teachers import load_teacher
-from vlmteacher.teachers.quantization import UNTOUCHED, dequantize
+from vlmteacher.teachers.quantization import UNTOUCHED
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher
 
 QUERIES = QuerySet("Is the red ball on the square?", ("Is it?", "Does the ball go around all of the blocked cells?"))

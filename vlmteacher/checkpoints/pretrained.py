@@ -14,7 +14,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from vlmteacher.checkpoints.hub import fetch, find_file
+from vlmteacher.checkpoints.quantized import dequantize_gguf, fill
 from vlmteacher.checkpoints.weight_files import FLOATS, Stored, check_floats, network_weights, read_single_file
 from vlmteacher.errors import InputError, MissingExtra, Notice
 from vlmteacher.files import check_number, read_json
@@ -69,13 +70,13 @@ def load_network(
     *,
     dtype: torch.dtype,
     local_files_only: bool = True,
-    keep_quantized: str | None = None,
+    keep_quantized: Sequence[str] = (),
     **options: Any,
 ) -> Any:
     """Load a network of a class of transformers or diffusers, in `dtype` except what its class keeps in float32.
 
     Files of a variant (``model.fp16.safetensors``) are used where there are no others. A quantised network is
-    dequantised, unless its method is `keep_quantized`. options: for its `from_pretrained`.
+    dequantised, unless its method is one of `keep_quantized`. options: for its `from_pretrained`.
 
     Raises InputError: no such network; a missing, unexpected or mismatched tensor; values that are not finite or of
     another dtype; a config that would run code or needs a package that is not installed.
@@ -109,18 +110,26 @@ def load_network(
             **options,
         )
         check_keys(info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"], label)
-        if method not in (None, keep_quantized):
+        if method is not None and method not in keep_quantized:
             network = _plain(network, method, dtype, label, weights.tensors)
         check_finite(network, label)
     return network
 
 
 def load_single_file(
-    kind: Any, path: Path, name: str, subfolder: str, *, dtype: torch.dtype, local_files_only: bool = True
+    kind: Any,
+    path: Path,
+    name: str,
+    subfolder: str,
+    *,
+    dtype: torch.dtype,
+    local_files_only: bool = True,
+    keep_quantized: Sequence[str] = (),
 ) -> Any:
     """Load a transformer of the diffusers class `kind` from one file, with the config in `subfolder` of `name`.
 
-    The file has diffusers' names or the authors' (see `read_single_file`). Raises InputError, MissingExtra.
+    The file has diffusers' names or the authors' (see `read_single_file`). keep_quantized: with "gguf", linear layers
+    whose weights are quantised in a GGUF file keep them so. Raises InputError, MissingExtra.
     """
     from accelerate import init_empty_weights
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
@@ -130,7 +139,7 @@ def load_single_file(
     if convert is None:
         raise InputError(f"{label}: diffusers reads no single file of a {kind.__name__}: give a directory")
     with refusing(label):
-        state = read_single_file(path, "transformer", dtype)
+        state = read_single_file(path, "transformer", dtype, keep="gguf" in keep_quantized)
         _, config = read_config(name, subfolder, "config.json", local_files_only)
         config.pop("quantization_config", None)  # it describes the files that are replaced
         tensors = {key: Stored("F32", tuple(value.shape)) for key, value in state.items()}
@@ -141,19 +150,47 @@ def load_single_file(
         if set(state) != set(wanted):  # take the names that fit better
             converted = convert(checkpoint=dict(state), config=config)
             state = min(state, converted, key=lambda names: len(set(names) ^ set(wanted)))
+        kept = _kept_gguf(network, state, label)
+        shapes = {key: getattr(value, "quant_shape", value.shape) for key, value in state.items()}
         mismatched = [
-            (key, value.shape, wanted[key].shape)
-            for key, value in state.items()
-            if key in wanted and value.shape != wanted[key].shape
+            (key, shape, wanted[key].shape)
+            for key, shape in shapes.items()
+            if key in wanted and shape != wanted[key].shape
         ]
         check_keys(set(wanted) - set(state), set(state) - set(wanted), mismatched, f"{label} as {kind.__name__}")
         keep = kind._keep_in_fp32_modules or ()
-        for key in state:
-            kept = any(part in keep for part in key.split("."))
-            state[key] = state[key].to(torch.float32 if kept else dtype).contiguous()
-        network.load_state_dict(state, assign=True)
+        for key in state.keys() - kept:
+            full = any(part in keep for part in key.split("."))
+            state[key] = state[key].to(torch.float32 if full else dtype).contiguous()
+        if kept:
+            from diffusers import GGUFQuantizationConfig
+
+            fill(network, state, GGUFQuantizationConfig(compute_dtype=dtype), torch.device("cpu"))
+        else:
+            network.load_state_dict(state, assign=True)
         check_finite(network, label)
     return network.eval()
+
+
+def _kept_gguf(network: nn.Module, state: dict[str, Any], label: str) -> set[str]:
+    """The names of weights that are to stay as a GGUF file has them, those of linear layers; others are dequantised.
+
+    Raises InputError for NaN or infinity.
+    """
+    from diffusers.utils import get_module_from_name
+
+    kept = set()
+    for key, value in state.items():
+        if not hasattr(value, "quant_type"):
+            continue
+        plain = dequantize_gguf(value)
+        if not plain.isfinite().all():
+            raise InputError(f"{label}: {key} holds NaN or infinity: the file is damaged, fetch it again")
+        if key.endswith(".weight") and isinstance(get_module_from_name(network, key)[0], nn.Linear):
+            kept.add(key)
+        else:
+            state[key] = plain
+    return kept
 
 
 def cast(network: Any, dtype: torch.dtype) -> Any:

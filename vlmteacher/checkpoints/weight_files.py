@@ -118,12 +118,12 @@ def check_floats(tensors: Mapping[str, Stored], label: str) -> None:
             )
 
 
-def read_single_file(path: Path, option: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def read_single_file(path: Path, option: str, dtype: torch.dtype, keep: bool = False) -> dict[str, Tensor]:
     """Read the weights of a transformer from a single file, without the prefix that other tools write.
 
     Of a file with other networks too, only the weights with the prefix are returned. Float8 weights are multiplied by
     their scales and quantised weights of a GGUF file dequantised, in float32, and returned in `dtype`; others keep
-    theirs.
+    theirs. keep: leave the quantised weights of a GGUF file as they are, as diffusers' `GGUFParameter`.
 
     Raises InputError for a file of another format or with values that cannot be read, MissingExtra for a GGUF file
     without the package gguf.
@@ -132,7 +132,7 @@ def read_single_file(path: Path, option: str, dtype: torch.dtype) -> dict[str, T
         raise InputError(f"{option} {path} is no file")
     if path.suffix not in (".safetensors", ".gguf"):
         raise InputError(f"{option} {path} is no .safetensors or .gguf file: other formats can run code, convert it")
-    state = dict((_gguf if path.suffix == ".gguf" else _safetensors)(path, option, dtype))
+    state = dict(_gguf(path, option, dtype, keep) if path.suffix == ".gguf" else _safetensors(path, option, dtype))
     prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in state)), "")
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
@@ -173,7 +173,7 @@ def scaled(weight: Tensor, scale: Tensor, name: str) -> Tensor:
     return weight.float() * scale.float().view(-1, *[1] * (weight.dim() - 1))
 
 
-def _gguf(path: Path, option: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _gguf(path: Path, option: str, dtype: torch.dtype, keep: bool) -> Iterator[tuple[str, Tensor]]:
     try:
         import gguf
     except ImportError as error:
@@ -181,6 +181,11 @@ def _gguf(path: Path, option: str, dtype: torch.dtype) -> Iterator[tuple[str, Te
     try:
         reader = gguf.GGUFReader(path)
         for stored in reader.tensors:
+            if keep and _stays(stored.tensor_type):
+                from diffusers.quantizers.gguf.utils import GGUFParameter
+
+                yield stored.name, GGUFParameter(torch.from_numpy(np.array(stored.data)), quant_type=stored.tensor_type)
+                continue
             value = torch.from_numpy(np.array(gguf.dequantize(stored.data, stored.tensor_type)))
             if field := reader.get_field(f"comfy.gguf.orig_shape.{stored.name}"):  # of more axes than GGML allows
                 value = value.view([int(field.parts[i][0]) for i in field.data])
@@ -189,3 +194,10 @@ def _gguf(path: Path, option: str, dtype: torch.dtype) -> Iterator[tuple[str, Te
     except Exception as error:  # the reader of a damaged file can raise anything
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{option} {path} cannot be loaded ({reason}): is the copy complete?") from error
+
+
+def _stays(kind: Any) -> bool:
+    """Whether diffusers can keep a tensor of this GGML type quantised."""
+    from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES, UNQUANTIZED_TYPES
+
+    return kind in SUPPORTED_GGUF_QUANT_TYPES and kind not in UNQUANTIZED_TYPES

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vlmteacher.cli.flags import Commands, add_command
 from vlmteacher.errors import InputError
+from vlmteacher.placement import QUANTIZATIONS
 
 
 def add(commands: Commands) -> None:
@@ -37,6 +38,11 @@ def add(commands: Commands) -> None:
         help="place of text encoder, image encoder and low-noise expert during the steps (default: device)",
     )
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    sub.add_argument(
+        "--quantize-reasoner",
+        choices=[choice for choice in QUANTIZATIONS if choice != "keep"],
+        help="the Reasoner's weights in fewer bits, as `vlmteacher solve` keeps them",
+    )
     sub.add_argument("--json", action="store_true", help="machine-readable")
     sub.add_argument(
         "-o", "--output", metavar="FILE.json", help="file to write the settings to, for `vlmteacher solve --plan FILE`"
@@ -79,6 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
         memory=arguments.memory,
         text_encoder=arguments.text_encoder,
         dtype=getattr(torch, arguments.dtype),
+        quantize_reasoner=arguments.quantize_reasoner,
     )
     print(json.dumps(result) if arguments.json else format_plan(result))
     if arguments.output:

@@ -24,7 +24,7 @@ from vlmteacher.cli.flags import (
 )
 from vlmteacher.cli.run_folder import check_converged, check_run_folder, print_folder, print_result
 from vlmteacher.errors import InputError
-from vlmteacher.placement import parse_device_map
+from vlmteacher.placement import QUANTIZATIONS, parse_device_map
 
 SIZE = ("num_frames", "height", "width")
 
@@ -67,6 +67,12 @@ def add(commands: Commands) -> None:
         "--fp8",
         action="store_true",
         help="the Reasoner's frozen weights in 8-bit floating point: approximate, and only on GPUs that have it",
+    )
+    place.add_argument(
+        "--quantize-reasoner",
+        choices=QUANTIZATIONS,
+        help="the Reasoner's weights in fewer bits: by bitsandbytes, by torchao, or as its files have them"
+        " (extra: quantized)",
     )
     place.add_argument(
         "--context-parallel",
@@ -228,6 +234,7 @@ def load_pipeline(arguments: argparse.Namespace) -> TeacherPipeline:
             offload=arguments.offload,
             quantize=arguments.quantize,
             fp8=arguments.fp8,
+            quantization_config=arguments.quantize_reasoner,
             transformer=arguments.transformer,
             few_step_lora=arguments.few_step_lora,
             preset=arguments.preset,

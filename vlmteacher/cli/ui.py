@@ -24,7 +24,7 @@ def add(commands: Commands) -> None:
     add_teacher(models)
     add_reasoner(models, sampling, place)
     settings.add_flags(sub)
-    sub.set_defaults(lora_partial=False, vae_dtype=None, fp8=False)  # flags of `solve` alone
+    sub.set_defaults(lora_partial=False, vae_dtype=None, fp8=False, quantize_reasoner=None)  # flags of `solve` alone
 
 
 def run(arguments: argparse.Namespace) -> None:

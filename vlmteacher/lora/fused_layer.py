@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from vlmteacher.checkpoints.quantized import dequantize, is_quantized
 from vlmteacher.errors import InputError
-from vlmteacher.ops.lora_linear import lora_linear, lora_linear_group
+from vlmteacher.ops.lora_linear import Weight, lora_linear, lora_linear_group
 
 # The largest allowed RMS of the difference from PEFT's layer, which rounds elsewhere, relative to PEFT's result.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -22,7 +25,8 @@ class LoRALinear(PeftLinear):
 
     Parameters, their names, adapters, scaling, merging, saving and unloading are those of `peft.tuners.lora.Linear`.
     Its own forward runs where `vlmteacher.ops.lora_linear` does not apply: merged or disabled adapters, dropout in
-    training, variants such as DoRA, mixed batches, a base layer that is not a plain frozen linear layer.
+    training, variants such as DoRA, mixed batches, a base layer that is not a frozen linear layer with a plain or a
+    quantised weight.
     """
 
     @classmethod
@@ -52,7 +56,7 @@ class LoRALinear(PeftLinear):
         factors = None if args or kwargs else self._factors(x)
         if factors is None:
             return super().forward(x, *args, **kwargs)
-        return lora_linear(x, self.base_layer.weight, self.base_layer.bias, *factors)
+        return lora_linear(x, _weight(self.base_layer), _bias(self.base_layer, x), *factors)
 
     def _factors(self, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
         """A, B and the scaling of the active adapters together, or None where PEFT's own forward runs."""
@@ -69,7 +73,7 @@ class LoRALinear(PeftLinear):
     def _applies(self, x: Tensor, adapters: list[str]) -> bool:
         base = self.base_layer
         return (
-            type(base) is nn.Linear
+            (type(base) is nn.Linear or is_quantized(base))
             and not base._forward_hooks
             and not base._forward_pre_hooks
             and not base.weight.requires_grad
@@ -89,18 +93,18 @@ class LoRALinear(PeftLinear):
     def prove(self, name: str = "the layer") -> None:
         """Compare a forward and backward of three random rows, with a random B, with PEFT's. Raises InputError."""
         generator = torch.Generator().manual_seed(0)
-        weight = self.base_layer.weight
+        base, dtype = self.base_layer, _dtype(self.base_layer)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(weight.device)
+            return torch.randn(shape, generator=generator).to(base.weight.device)
 
         adapters = [name for name in self.active_adapters if name in self.lora_A]
         if not self._applies(draw(1), adapters):
             return  # PEFT's own forward runs
         trained = [part[adapter].weight for part in (self.lora_A, self.lora_B) for adapter in adapters]
         before = [b.data for b in trained[len(adapters) :]]
-        x = draw(3, weight.shape[1]).to(weight.dtype).requires_grad_()
-        grad = draw(3, weight.shape[0]).to(weight.dtype)
+        x = draw(3, base.in_features).to(dtype).requires_grad_()
+        grad = draw(3, base.out_features).to(dtype)
         try:
             for b in trained[len(adapters) :]:
                 b.data = draw(*b.shape).to(b.dtype)
@@ -115,15 +119,15 @@ class LoRALinear(PeftLinear):
         for what, mine, peft in zip(("output", "dx", *["LoRA gradient"] * len(trained)), ours, theirs, strict=False):
             if not peft.isfinite().all():
                 raise InputError(
-                    f"{name}: PEFT's {what} is not finite in {weight.dtype}: its weight or its LoRA (lora_A, lora_B) is"
+                    f"{name}: PEFT's {what} is not finite in {dtype}: its weight or its LoRA (lora_A, lora_B) is"
                     " too large for this dtype"
                 )
             error, size = ((mine - peft).float().square().mean().sqrt(), peft.float().square().mean().sqrt())
             difference = float(error / size) if size or error else 0.0  # A may be 0
-            if not difference <= TOLERANCE[weight.dtype]:
+            if not difference <= TOLERANCE[dtype]:
                 raise InputError(
                     f"{name}: the fused LoRA's {what} differs from PEFT's by {difference:.1e} (allowed "
-                    f"{TOLERANCE[weight.dtype]:.0e}, {weight.dtype}): use PEFT's layers (fused_lora=False)"
+                    f"{TOLERANCE[dtype]:.0e}, {dtype}): use PEFT's layers (fused_lora=False)"
                 )
 
 
@@ -135,12 +139,36 @@ def linear_group(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
     # Two comprehensions: torch.compile cannot trace a := inside of one.
     factors = [layer._factors(x) for layer in layers] if plain else []
     factors = [values for values in factors if values is not None]
-    biases = [layer.base_layer.bias for layer in layers] if factors else []
-    if len(factors) < len(layers) or len({bias is None for bias in biases}) > 1:
+    biases = [_bias(layer.base_layer, x) for layer in layers] if factors else []
+    weights = [_weight(layer.base_layer) for layer in layers] if factors else []
+    mixed = any(len({type(value) for value in values}) > 1 for values in (biases, weights))
+    if len(factors) < len(layers) or mixed:
         return [layer(x) for layer in layers]
     a, b, scaling = zip(*factors, strict=True)
-    weights = [layer.base_layer.weight for layer in layers]
     return lora_linear_group(x, weights, None if biases[0] is None else biases, a, b, scaling)
+
+
+def _weight(base: Any) -> Weight:
+    """The weight of a frozen layer for `lora_linear`."""
+    return partial(dequantize, base) if is_quantized(base) else base.weight
+
+
+def _bias(base: Any, x: Tensor) -> Tensor | None:
+    return base.bias.to(x.dtype) if base.bias is not None and is_quantized(base) else base.bias
+
+
+def _dtype(base: Any) -> torch.dtype:
+    """The dtype of a frozen layer's weight, or, where that is quantised, of its bias."""
+    if not is_quantized(base):
+        return base.weight.dtype
+    return torch.float32 if base.bias is None else base.bias.dtype
+
+
+def _is_fusible(module: Any) -> bool:
+    """Whether this is PEFT's LoRA on a linear layer; on quantised ones PEFT has classes of its own."""
+    return type(module) is PeftLinear or (
+        isinstance(module, LoraLayer) and type(module) is not LoRALinear and is_quantized(module.base_layer)
+    )
 
 
 def fuse_lora(model: nn.Module) -> list[str]:
@@ -149,19 +177,21 @@ def fuse_lora(model: nn.Module) -> list[str]:
     One layer of each shape and dtype is compared with PEFT's forward and backward. Raises InputError where they
     differ; the layers are then unchanged.
     """
-    layers = {name: module for name, module in model.named_modules() if type(module) is PeftLinear}
+    layers = {name: module for name, module in model.named_modules() if _is_fusible(module)}
+    before = {name: type(layer) for name, layer in layers.items()}
     proved: set[tuple[Any, ...]] = set()
     try:
         for name, layer in layers.items():
             layer.__class__ = LoRALinear  # keeps hooks and references; only the forward differs
             base = layer.base_layer
             ranks = tuple(layer.lora_A[adapter].weight.shape[0] for adapter in layer.lora_A)
-            kind = (tuple(base.weight.shape), base.weight.dtype, base.weight.device, base.bias is None, ranks)
-            if kind not in proved and base.weight.dtype in TOLERANCE and not base.weight.is_meta:
+            dtype, shape = _dtype(base), (base.out_features, base.in_features)
+            kind = (shape, dtype, type(base), base.weight.device, base.bias is None, ranks)
+            if kind not in proved and dtype in TOLERANCE and not base.weight.is_meta:
                 layer.prove(name)
                 proved.add(kind)
     except InputError:
-        for layer in layers.values():
-            layer.__class__ = PeftLinear
+        for name, layer in layers.items():
+            layer.__class__ = before[name]
         raise
     return list(layers)

@@ -7,8 +7,8 @@ S = x A^T, dS = s dy B, dA = dS^T x, dB = s dy^T S, dx = dy W + dS A.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from vlmteacher.errors import InputError
 from vlmteacher.ops.backends import backend, differentiable_once, plain
+
+Weight: TypeAlias = "Tensor | Callable[[torch.dtype], Tensor]"
 
 
 def lora_linear_reference(
@@ -134,12 +136,17 @@ def _(
 class _LoRALinear(torch.autograd.Function):
     """Each layer's y (..., N) from x (..., K), all weights, all biases (or none), all A and all B.
 
+    Weights that are functions are called in the forward and again in the backward, which saves none of their results.
+
     For a small layer every line of Python here is a per cent of the time.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layers: int, scaling: list[float], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, layers: int, scaling: list[float], *tensors: Any) -> tuple[Tensor, ...]:
         dtype, cut = x.dtype, len(tensors) - 2 * layers
+        makers = () if isinstance(tensors[0], Tensor) else tensors[:layers]
+        if makers:
+            tensors = (*(make(dtype) for make in makers), *tensors[layers:])
         frozen, factors = tensors[:cut], tensors[cut:]
         for t in frozen:
             if t.dtype != dtype:  # under autocast
@@ -153,16 +160,19 @@ class _LoRALinear(torch.autograd.Function):
         *ys, s = (_forward if plain(x) else _forward_operator)(rows, weights, frozen[layers:], a, b, scaling)
         needs = ctx.needs_input_grad
         need_a, need_b = True in needs[cut + 3 : -layers], True in needs[-layers:]
-        ctx.options = layers, scaling, x.shape, needs, need_a, need_b, [t.dtype for t in tensors[cut:]]
-        # a weight stands in for x or S if the backward does not need it
-        ctx.save_for_backward(rows if need_a else weights[0], s if need_b else weights[0], *weights, *factors)
+        ctx.options = layers, scaling, x.shape, needs, need_a, need_b, [t.dtype for t in tensors[cut:]], makers, dtype
+        # a factor stands in for x or S if the backward does not need it
+        kept = () if makers else weights
+        ctx.save_for_backward(rows if need_a else a[0], s if need_b else a[0], *kept, *factors)
         return tuple(ys) if rows is x else tuple([y.view(*x.shape[:-1], y.shape[-1]) for y in ys])
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        n, scaling, shape, needs, need_a, need_b, dtypes = ctx.options
+        n, scaling, shape, needs, need_a, need_b, dtypes, makers, dtype = ctx.options
         rows, s, *tensors = ctx.saved_tensors
+        if makers:
+            tensors = [*(make(dtype) for make in makers), *tensors]
         flat = [(g if g.dim() == 2 else g.reshape(-1, g.shape[-1])).contiguous() for g in grads]
         run = _backward if plain(flat[0]) else _backward_operator
         out = run(flat, rows, s, tensors[:n], tensors[n : 2 * n], tensors[2 * n :], scaling, needs[0], need_a, need_b)
@@ -183,13 +193,14 @@ _transforms = torch._C._are_functorch_transforms_active
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
+    x: Tensor, weight: Weight, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
 ) -> Tensor:
     """A frozen linear layer with a LoRA: x W^T + b + scaling (x A^T) B^T.
 
     Args:
         x: (..., K), any strides, floating point. Under autocast it is cast first, as a linear layer's input is.
-        weight, bias: (N, K) and (N,) or None. The weight is frozen: it may not require a gradient.
+        weight, bias: (N, K) and (N,) or None. The weight is frozen: it may not require a gradient. A function of a
+            dtype that makes the weight, as of a quantised one, is called in the forward and again in the backward.
         lora_a, lora_b: (r, K) and (N, r) with r at least 1, cast to x's dtype (PEFT keeps them in float32).
         scaling: the factor s.
 
@@ -204,7 +215,7 @@ def lora_linear(
 
 def lora_linear_group(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor] | None,
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
@@ -212,7 +223,8 @@ def lora_linear_group(
 ) -> list[Tensor]:
     """`lora_linear` of several layers that share x (q, k and v), which is read and saved once for all of them.
 
-    Each sequence has one entry per layer; `biases` is None if no layer has one. Raises InputError as `lora_linear`.
+    Each sequence has one entry per layer; `biases` is None if no layer has one. All weights are tensors, or all are
+    functions. Raises InputError as `lora_linear`.
     """
     _check(x, weights, biases, lora_a, lora_b, scaling)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
@@ -223,7 +235,7 @@ def lora_linear_group(
 
 def _check(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor] | None,
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
@@ -235,7 +247,7 @@ def _check(
     if not x.dim() or not x.is_floating_point():
         raise InputError(f"lora_linear takes a floating-point x (..., K), got {x.dtype} {tuple(x.shape)}")
     for weight, bias, a, b in zip(weights, biases or [None] * n, lora_a, lora_b, strict=True):
-        if not _fits(x, weight, bias, a, b):
+        if isinstance(weight, Tensor) and not _fits(x, weight, bias, a, b):
             _check_layer(x, {"weight": weight, "lora_a": a, "lora_b": b} | ({} if bias is None else {"bias": bias}))
 
 

@@ -34,6 +34,7 @@ def solve_flags(plan: dict[str, Any], dtype: str) -> dict[str, Any]:
     ours = plan["ours"]["settings"]
     flags = {name: plan[name] for name in ("num_frames", "height", "width", "teacher_frames")}
     flags |= {"rank": ours["rank"], "activations": ours["activations"], "dtype": dtype}
+    flags |= {name: ours[name] for name in ("quantize_reasoner",) if name in ours}
     for kind in ("reasoner", "teacher"):
         if plan[kind] != "packaged":  # a directory or a hub id is a name for `solve` too
             known = "/" not in plan[kind] and not os.path.isdir(plan[kind])

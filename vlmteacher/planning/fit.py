@@ -28,6 +28,7 @@ from vlmteacher.planning.plan import (
 from vlmteacher.planning.teacher import Video
 from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.checkpointing import Keep, format_levels, keep_activations, kept_levels
+from vlmteacher.reasoners.quantization import is_reduced
 from vlmteacher.settings import Settings, parse_memory
 from vlmteacher.teachers.base import Teacher
 from vlmteacher.teachers.vlm import VLMTeacher
@@ -108,6 +109,8 @@ def _check(reasoner: Reasoner, teacher: Teacher, settings: Settings) -> None:
     if not isinstance(teacher, VLMTeacher) or teacher.quantized:
         kind = "a quantised Teacher" if teacher.quantized else type(teacher).__name__
         raise InputError(f"memory cannot be planned for {kind}: leave it out, and set --activations")
+    if is_reduced(reasoner.transformer):
+        raise InputError("memory cannot be planned for a quantised Reasoner: leave it out, and set --activations")
     if reasoner.device != teacher.device:
         raise InputError(
             f"memory plans one device, Reasoner and Teacher are on {reasoner.device} and {teacher.device}: leave it out"

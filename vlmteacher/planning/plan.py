@@ -30,9 +30,11 @@ from vlmteacher.planning.teacher import (
     stock_teacher_cost,
     vision_costs,
 )
+from vlmteacher.reasoners import quantization
 from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.checkpointing import Keep as Activations
 from vlmteacher.reasoners.checkpointing import format_levels
+from vlmteacher.reasoners.few_step_lora import EXPERTS
 from vlmteacher.teachers.shared_prefix import Keep, kept_bytes
 from vlmteacher.teachers.vlm import CHUNK_PATCHES, VLMTeacher
 
@@ -187,6 +189,7 @@ def make_plan(
     memory: float = 48.0,
     text_encoder: str = "device",
     dtype: torch.dtype = torch.bfloat16,
+    quantize_reasoner: str | None = None,
 ) -> dict[str, Any]:
     """Plan one optimisation step: ours, with the settings of the fewest FLOPs that fit the memory, and stock.
 
@@ -201,10 +204,12 @@ def make_plan(
         text_encoder: where it is kept during the steps, "device" or "cpu", together with the other networks that a step
             does not need: an image encoder, the low-noise one of two experts.
         dtype: of the weights.
+        quantize_reasoner: the Reasoner's weights in fewer bits, as `solve --quantize-reasoner` keeps them.
 
     Returns:
         {"ours", "stock": {"flops", "peak_bytes", "stages": {name: {"flops", "peak_bytes"}}, "weights", "settings"},
-        "ratio": FLOPs of ours over stock, "fp8_saves_bytes": of weights by `solve --fp8`, "fits", "floor_bytes": the
+        "ratio": FLOPs of ours over stock, "fp8_saves_bytes": of weights by `solve --fp8`,
+        "quantization_saves_bytes": of plain ones by each choice of `--quantize-reasoner`, "fits", "floor_bytes": the
         least memory in which a step fits, "memory_bytes", "seconds": of a step by card (see `seconds_by_card`),
         "advice": changes that help where it does not fit} and the sizes of the instance.
 
@@ -214,12 +219,13 @@ def make_plan(
     _check(teacher, questions, rank, memory)
     models = _build(reasoner, teacher, decoder, (num_frames, height, width), teacher_frames, dtype)
     budget = int(memory * GB)
-    saved = saved_bytes(models.reasoner.transformer)
-    weights = add_lora_and_weigh(models, rank, text_encoder)
+    saved, quantised = saved_bytes(models.network), quantization.saved_bytes(models.network)
+    weights = add_lora_and_weigh(models, rank, text_encoder, quantize_reasoner=quantize_reasoner)
     choices = our_steps(models, weights, questions)
     fitting = [choice for choice in choices if choice.step.peak_bytes <= budget]
     best = fewest_flops(fitting) if fitting else min(choices, key=lambda c: (c.step.peak_bytes, c.step.flops))
     other = {"text_encoder": text_encoder, "decoder": "fused", "rank": rank}
+    other |= {} if quantize_reasoner is None else {"quantize_reasoner": quantize_reasoner}
     ours = replace(best.step, settings=best.settings(models, questions) | other)
     stock = _stock(models, weights, questions, rank)
     frames, height, width = models.shape
@@ -238,6 +244,7 @@ def make_plan(
         "stock": stock.to_dict(),
         "ratio": ours.flops / stock.flops,
         "fp8_saves_bytes": saved,
+        "quantization_saves_bytes": quantised,
         "memory_bytes": budget,
         "fits": bool(fitting),
         "floor_bytes": min(choice.step.peak_bytes for choice in choices),
@@ -282,17 +289,29 @@ def _build(
     )
 
 
-def add_lora_and_weigh(models: Instance, rank: int, text_encoder: str, fused: bool = True) -> dict[str, int]:
-    """Add the LoRA to the Reasoner; returns the bytes of all weights and of the optimiser's tensors."""
+def add_lora_and_weigh(
+    models: Instance, rank: int, text_encoder: str, fused: bool = True, quantize_reasoner: str | None = None
+) -> dict[str, int]:
+    """Add the LoRA to the Reasoner; returns the bytes of all weights and of the optimiser's tensors.
+
+    quantize_reasoner: count the transformers' weights as this choice of `QUANTIZATIONS` keeps them, and one that is
+    dequantised for its product.
+    """
+    networks, saved, made = models.reasoner.networks, dict[str, int](), {}
+    if quantize_reasoner is not None:
+        saved = {
+            name: quantization.saved_bytes(networks[name])[quantize_reasoner] for name in EXPERTS & networks.keys()
+        }
+        made = {"dequantised weight": quantization.made_bytes(models.network)}
     base = nbytes(models.network)
     add_lora(models.network, rank, fused=fused)
     lora = nbytes(models.network) - base
-    networks = models.reasoner.networks
     idle = {name: part for name, part in networks.items() if name not in ("transformer", "vae")}
     return {
-        "reasoner": base,
+        "reasoner": base - saved.get("transformer", 0),
+        **made,
         "vae": nbytes(models.reasoner.vae),
-        **{name: nbytes(part) if text_encoder == "device" else 0 for name, part in idle.items()},
+        **{name: nbytes(part) - saved.get(name, 0) if text_encoder == "device" else 0 for name, part in idle.items()},
         "decoder": nbytes(models.decoder),
         "teacher": nbytes(models.teacher.model),
         "lora": lora,

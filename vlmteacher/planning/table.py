@@ -35,6 +35,8 @@ def format_plan(plan: dict[str, Any]) -> str:
     weights = ", ".join(f"{name} {size / GB:.2f}" for name, size in ours["weights"].items())
     lines += [f"weights (GB, in every peak): {weights}", f"FLOPs of ours: {plan['ratio']:.1%} of stock"]
     lines.append(f"`solve --fp8` would save {plan['fp8_saves_bytes'] / GB:.2f} GB of the weights, with its errors")
+    others = ", ".join(f"{choice} {size / GB:.2f}" for choice, size in plan["quantization_saves_bytes"].items())
+    lines.append(f"`solve --quantize-reasoner` saves, of plain weights, in GB: {others}")
     seconds = ", ".join(f"{card} {s:.3g}" for card, s in plan["seconds"].items() if s is not None)
     if seconds:
         lines.append(f"seconds of a step, estimated at {SHARE:.0%} of each card's peak: {seconds}")

@@ -20,6 +20,7 @@ from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.family import Family
 from vlmteacher.reasoners.few_step_lora import EXPERTS, check_experts, merge_few_step_loras, read_few_step_loras
 from vlmteacher.reasoners.presets import PRESETS, check_distilled, check_preset, describe, find_preset, known_name
+from vlmteacher.reasoners.quantization import use_known_products
 from vlmteacher.reasoners.registry import family_of_pipeline
 from vlmteacher.reasoners.sampling import SamplerSettings
 from vlmteacher.torch_modes import plain_torch
@@ -40,6 +41,7 @@ def load_reasoner(
     few_step_lora: str | Sequence[str] | None = None,
     preset: str | None = None,
     lora_partial: bool = False,
+    keep_quantized: Sequence[str] = (),
 ) -> Reasoner:
     """Load the Reasoner of a diffusers pipeline: a local directory or a hub id.
 
@@ -57,6 +59,7 @@ def load_reasoner(
             ``reasoner.json``.
         preset: a name in ``presets.PRESETS``.
         lora_partial: leave out the layers of the few-step LoRA that the model does not have.
+        keep_quantized: methods by which a transformer that is quantised in its files stays so; others are dequantised.
 
     A Notice says what is assumed; the Reasoner's `notes` keep it.
 
@@ -78,7 +81,8 @@ def load_reasoner(
     settings, notes = _settings(family, name, index, transformers, loras, preset, local_files_only)
     few_step_loras = read_few_step_loras(loras, experts, name, lora_partial, len(transformers))
     where = pinned(name, index_file.parent, local_files_only)
-    parts = {"transformer": transformers} if transformers else {}
+    given = {"transformer": transformers, "keep_quantized": keep_quantized}
+    parts = {part: value for part, value in given.items() if value}
     with refusing(name):
         reasoner = family.load(where, index, settings, dtype, local_files_only, **parts)
         if preset is not None:
@@ -113,6 +117,8 @@ def adopt_reasoner(pipeline: Any, preset: str | None = None) -> Reasoner:
     settings, notes = _settings(family, name, {**config, "_class_name": kind}, (), (), preset, True, adopted=True)
     with refusing(name):
         reasoner = family.adopt(pipeline, settings)
+        for part in EXPERTS:
+            use_known_products(getattr(pipeline, part, None), f"{name} ({part})")
     if preset is not None:
         family.check_preset(preset, reasoner.transformer.config, name, False)
     if settings is None:

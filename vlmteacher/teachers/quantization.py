@@ -1,21 +1,15 @@
-"""Frozen Teachers in 4 or 8 bits: bitsandbytes keeps the weights, the product is ours.
-
-bitsandbytes' own layers do not give a Teacher's exact gradient to the pixels. On a CPU with AVX512-BF16 its 4-bit layer
-repacks the weights at the first product without a gradient, and passes none from then on. Its 8-bit layer rounds the
-activations too, and passes a straight-through gradient. Observed in bitsandbytes 0.50; never run on a GPU.
-"""
+"""Frozen Teachers in 4 or 8 bits: bitsandbytes keeps the weights, the product is ours (`checkpoints/quantized.py`)."""
 
 from __future__ import annotations
 
 import importlib.util
-from types import MethodType
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from vlmteacher.checkpoints.pretrained import entries, load_network, quantization, read_config
+from vlmteacher.checkpoints.quantized import NF4
 from vlmteacher.errors import InputError, MissingExtra
 
 Quantize = Literal["8bit", "4bit"]
@@ -52,21 +46,14 @@ def load_model(
             )
         from transformers import BitsAndBytesConfig
 
-        four = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": dtype,
-        }
-        bits = four if quantize == "4bit" else {"load_in_8bit": True}
+        bits = {**NF4, "bnb_4bit_compute_dtype": dtype} if quantize == "4bit" else {"load_in_8bit": True}
         config = BitsAndBytesConfig(**bits, llm_int8_skip_modules=UNTOUCHED)
         options = {"quantization_config": config, "device_map": {"": device or torch.device("cpu")}}
-    model = load_network(model_class, path_or_id, dtype=dtype, keep_quantized="bitsandbytes", **hub, **options)
+    model = load_network(model_class, path_or_id, dtype=dtype, keep_quantized=("bitsandbytes",), **hub, **options)
     if is_quantized(model):
         for parameter in model.parameters():  # what was saved in another dtype beside the quantised weights
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
-        use_exact_products(model)
     return model
 
 
@@ -92,39 +79,3 @@ def check_stays(model: Any, device: str | torch.device | None, dtype: torch.dtyp
         raise InputError(
             f"a loaded quantised Teacher cannot be sent to {target}: choose device (device_map) and dtype when loading"
         )
-
-
-def use_exact_products(model: nn.Module) -> None:
-    """Make every layer of bitsandbytes compute x W^T + b with its dequantised W, and pass the gradient to x only."""
-    import bitsandbytes
-
-    for layer in model.modules():
-        if isinstance(layer, bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt):
-            layer.forward = MethodType(_forward, layer)
-
-
-def dequantize(layer: Any, dtype: torch.dtype) -> Tensor:
-    """The dequantised W (out, in) of a layer of bitsandbytes."""
-    import bitsandbytes
-
-    weight = layer.weight
-    if isinstance(layer, bitsandbytes.nn.Linear4bit):
-        return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
-    return (weight.data * (weight.SCB / 127)[:, None]).to(dtype)
-
-
-def _forward(layer: Any, x: Tensor) -> Tensor:
-    return _Product.apply(x, layer)
-
-
-class _Product(torch.autograd.Function):
-    """x W^T + b. Saves neither x nor the dequantised W, which the backward computes again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
-        ctx.layer = layer
-        return F.linear(x, dequantize(layer, x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ dequantize(ctx.layer, grad.dtype), None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlmteacher import arguments
 from vlmteacher.checkpoints.pretrained import load_tokenizer
+from vlmteacher.checkpoints.quantized import use_exact_products
 from vlmteacher.errors import InputError, Notice
 from vlmteacher.media import ImageInput, read_image, shrink
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
@@ -75,6 +76,8 @@ class VLMTeacher(VideoPrompts, Teacher):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         self.quantized = is_quantized(model)
+        if self.quantized:
+            use_exact_products(model)
         self.tokenizer = tokenizer
         self.video, self.image = video, image or video
         self.style = QueryStyle()

@@ -147,7 +147,8 @@ class LoRA:
             if layer := self.layers.get(name):
                 module = modules.get(name)
                 if isinstance(module, nn.Linear if trainable else nn.Linear | nn.Conv2d | nn.Conv3d):
-                    shape = tuple(module.weight.shape)
+                    linear = isinstance(module, nn.Linear)  # whose weight may be packed
+                    shape = (module.out_features, module.in_features) if linear else tuple(module.weight.shape)
                     wanted = (shape[0], math.prod(shape[1:])) if layer.linear else shape
                 given = (layer.b.shape[0], *layer.a.shape[1:])
             else:

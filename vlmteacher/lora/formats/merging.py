@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from vlmteacher.checkpoints.quantized import is_quantized
 from vlmteacher.errors import InputError
 from vlmteacher.lora.formats.lora import LoRA
 
@@ -26,7 +27,9 @@ def merge_lora(transformer: nn.Module, lora: LoRA) -> float:
 
     names = (*lora.layers, *lora.differences)
     for name in names:
-        if not (dtype := weight(name).dtype).is_floating_point or dtype.itemsize < 2:
+        dtype = weight(name).dtype
+        packed = name in lora.layers and is_quantized(transformer.get_submodule(name))
+        if packed or not dtype.is_floating_point or dtype.itemsize < 2:
             raise InputError(
                 f"{lora.source} cannot be merged: {name} is quantised ({dtype}): give weights that are not"
             )

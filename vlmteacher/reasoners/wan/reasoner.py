@@ -297,12 +297,11 @@ def load_wan(
     settings: SamplerSettings | None,
     dtype: torch.dtype,
     local_files_only: bool,
-    *,
-    transformer: Sequence[str] = (),
+    **parts: Sequence[str],
 ) -> WanReasoner:
     """Load the Reasoner of a diffusers Wan pipeline, local or on the hub, whose ``model_index.json`` is `index`.
 
-    transformer: see `load_transformers`; the high-noise expert comes first. Raises InputError.
+    parts: see `load_transformers`; the high-noise expert comes first. Raises InputError.
     """
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
@@ -321,7 +320,7 @@ def load_wan(
         names,
         dtype,
         local_files_only,
-        transformer=transformer,
+        **parts,
     )
     # diffusers' Wan examples keep the VAE in float32; it runs once or twice an instance.
     vae = load(AutoencoderKLWan, subfolder="vae", dtype=torch.float32)
