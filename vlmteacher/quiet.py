@@ -26,7 +26,8 @@ def quiet(notices: bool = True) -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet_warnings(notices)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # torchao makes the last one warn
+        logging.getLogger(library).setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -527,7 +527,7 @@ FLAGS = (
     "--engine", "--lora-blocks", "--keep", "--target", "--frame-jitter", "--lora-decay", "--pull",
     "--frame-statistics", "--warm-start", "--warm-start-from", "--final-samples",
     "--activations", "--seed", "--num-inference-steps", "--guidance-scale", "--negative-prompt", "--preset", "--dtype",
-    "--device", "--device-map", "--quantize", "--image", "--queries", "--lora", "--decoder", "--teacher", "--prompt",
+    "--device", "--device-map", "--quantize", "--quantize-reasoner", "--image", "--queries", "--lora", "--decoder", "--teacher", "--prompt",
     "--few-step-lora", "--transformer",
 )  # fmt: skip
 OTHER_FLAGS = (
