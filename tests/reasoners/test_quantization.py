@@ -6,7 +6,7 @@ import copy
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from vlmteacher.lora.adapter import add_lora, lora_parameters, remove_lora
 from vlmteacher.lora.float8 import saved_bytes as fp8_saved_bytes
 from vlmteacher.lora.formats import merge_lora, read_lora
 from vlmteacher.lora.fused_layer import LoRALinear
+from vlmteacher.optimization.engines import check_engine
 from vlmteacher.planning import format_plan
 from vlmteacher.planning.models import build_reasoner
 from vlmteacher.planning.plan import _build, add_lora_and_weigh
@@ -235,6 +236,19 @@ def test_a_gguf_file_stays_as_it_is(t2v: Path, tmp_path: Path, kind: str) -> Non
     (latents, grads), (expected, expected_grads) = (gradients(kept, network) for network in (kept.transformer, twin))
     assert torch.equal(latents, expected) and all(map(torch.equal, grads, expected_grads))
     assert fingerprint(kept.networks) != fingerprint(plain.networks)
+    with pytest.raises(InputError, match='engine "compile" does not take GGUF weights: take "eager"'):
+        check_engine("compile", kept, cast(Any, None))
+
+
+@choices
+def test_compiled_blocks_compute_the_same(t2v: Path, choice: str) -> None:
+    reasoner = quantised(t2v, choice)
+    latents, grads = gradients(reasoner, reasoner.transformer)
+    for block in reasoner.transformer.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    again, compiled = gradients(reasoner, reasoner.transformer)
+    torch.testing.assert_close(again, latents, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(compiled, grads, rtol=1e-4, atol=1e-5)
 
 
 @torchao_only

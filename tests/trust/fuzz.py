@@ -527,8 +527,8 @@ FLAGS = (
     "--engine", "--lora-blocks", "--keep", "--target", "--frame-jitter", "--lora-decay", "--pull",
     "--frame-statistics", "--warm-start", "--warm-start-from", "--final-samples",
     "--activations", "--seed", "--num-inference-steps", "--guidance-scale", "--negative-prompt", "--preset", "--dtype",
-    "--device", "--device-map", "--quantize", "--quantize-reasoner", "--image", "--queries", "--lora", "--decoder", "--teacher", "--prompt",
-    "--few-step-lora", "--transformer",
+    "--device", "--device-map", "--quantize", "--image", "--queries", "--lora", "--decoder", "--teacher", "--prompt",
+    "--few-step-lora", "--transformer", "--quantize-reasoner",
 )  # fmt: skip
 OTHER_FLAGS = (
     "--limit", "--workers", "--seed", "--seeds", "--method", "--table", "--split", "--family", "--count", "--config",

@@ -27,6 +27,11 @@ def is_quantized(layer: Any) -> bool:
     return _dequantizer(layer) is not None
 
 
+def is_gguf(network: nn.Module) -> bool:
+    """Whether weights of a network are diffusers' `GGUFParameter`s."""
+    return any(type(weight).__name__ == "GGUFParameter" for weight in network.parameters())
+
+
 def dequantize(layer: Any, dtype: torch.dtype) -> Tensor:
     """The dequantised W (out, in) of a layer with a quantised weight."""
     make = _dequantizer(layer)

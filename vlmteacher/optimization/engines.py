@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
+from vlmteacher.checkpoints.quantized import is_gguf
 from vlmteacher.errors import InputError, first_line
 from vlmteacher.optimization.objective import Metrics, Objective
 from vlmteacher.optimization.out_of_memory import is_out_of_memory
@@ -41,6 +42,8 @@ def check_engine(engine: Engine, reasoner: Reasoner, teacher: Teacher) -> None:
     """Raise InputError when devices, ranks or activation levels of these models exclude `engine`."""
     if engine != "eager" and reasoner.ranks.size > 1:
         raise InputError(f'engine "{engine}" runs in one process, not with --context-parallel: take "eager"')
+    if engine != "eager" and is_gguf(reasoner.transformer):  # diffusers' tensors and tables of constants
+        raise InputError(f'engine "{engine}" does not take GGUF weights: take "eager", or quantise them otherwise')
     if engine == "cuda_graph":
         devices = {_numbered(reasoner.device), _numbered(teacher.device)}
         if len(devices) > 1 or next(iter(devices)).type != "cuda":
