@@ -240,6 +240,7 @@ def test_a_gguf_file_stays_as_it_is(t2v: Path, tmp_path: Path, kind: str) -> Non
         check_engine("compile", kept, cast(Any, None))
 
 
+@pytest.mark.slow
 @choices
 def test_compiled_blocks_compute_the_same(t2v: Path, choice: str) -> None:
     reasoner = quantised(t2v, choice)
