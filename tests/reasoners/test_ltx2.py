@@ -75,7 +75,14 @@ def instance(reasoner, image=None, seed=0):
     return condition, reasoner.noise(condition, torch.Generator().manual_seed(seed))
 
 
-def stock(kind, directory, image=None, lora=None, **given):
+class LastFramePipeline(LTX2ConditionPipeline):
+    """diffusers' pipeline with an image at the last frame, as the authors' takes it: diffusers places it 7 earlier."""
+
+    def _prepare_keyframe_coords(self, *args, **given):
+        return super()._prepare_keyframe_coords(*args, **given | {"pixel_frame_idx": given["pixel_frame_idx"] + 7})
+
+
+def stock(kind, directory, image=None, lora=None, last_image=None, **given):
     pipe = kind.from_pretrained(directory)
     if lora:
         pipe.load_lora_weights(lora, weight_name="lora.safetensors")
@@ -85,8 +92,13 @@ def stock(kind, directory, image=None, lora=None, **given):
     given |= {"max_sequence_length": 12, "output_type": "pt"}
     if kind is LTX2ImageToVideoPipeline:
         given |= {"image": image, "image_crf": 0}  # the image as it is, without compression by H.264
-    elif image is not None:
-        given["conditions"] = [LTX2VideoCondition(frames=image, index=0, strength=1.0, crf=0)]
+    elif issubclass(kind, LTX2ConditionPipeline):
+        images = {0: image, -1: last_image}
+        given["conditions"] = [
+            LTX2VideoCondition(frames=each, index=index, strength=1.0, crf=0)
+            for index, each in images.items()
+            if each is not None
+        ]
     seven = torch.Generator().manual_seed(7)  # draws what `noise` drew: the video's latents, then the audio's
     return pipe(prompt=PROMPT, sigmas=[1.0, 0.75, 0.5, 0.25], num_inference_steps=4, generator=seven, **PLAIN, **given)
 
@@ -121,6 +133,28 @@ def test_same_video_as_the_stock_pipeline(directories, loaded, image, kind, vers
     )
     assert ours.shape == (17, 3, 64, 96) and ours.std() > 0.01
     torch.testing.assert_close(ours, theirs.frames[0], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("with_first", [True, False])
+def test_a_last_frame_is_the_condition_pipelines(directories, loaded, image, with_first):
+    reasoner, last = fresh(loaded["2.3"]), image.rotate(180)
+    first = image if with_first else None
+    condition = reasoner.encode(PROMPT, first, *SIZE, last_image=last)
+    generator = torch.Generator().manual_seed(7)
+    video, audio = (torch.randn(1, tokens, 8, generator=generator) for tokens in (18 + 6, 18))  # and the last frame's
+    noise = Noise(reasoner._join(video[:, :18].transpose(1, 2).unflatten(2, (3, 2, 3)), audio), ())
+    ours = reasoner.sample(condition, noise)
+    theirs = stock(
+        LastFramePipeline,
+        directories["2.3"],
+        first,
+        last_image=last,
+        guidance_scale=1.0,
+        audio_guidance_scale=1.0,
+    )
+    torch.testing.assert_close(reasoner.decode(ours), theirs.frames[0], atol=2e-5, rtol=0)
+    without = reasoner.sample(reasoner.encode(PROMPT, first, *SIZE), noise)
+    assert (without - ours).abs().max() > 1e-3
 
 
 def test_one_step_prediction_is_one_euler_step_to_zero(reasoner, image):
@@ -452,3 +486,15 @@ def test_surrogate_decoders(loaded, tmp_path):
     for version, name in (("2", "taeltx_2"), ("2.3", "taeltx2_3")):
         decoder = load_decoder(ltx2_decoder(tmp_path / f"{name}.safetensors"), loaded[version])
         assert (decoder.temporal_stride, decoder.spatial_stride) == (8, 32)
+
+
+def test_a_decoder_can_be_distilled_from_its_vae(directories, loaded):
+    """`vlmteacher distill decoder` encodes and decodes as the Reasoner does."""
+    from vlmteacher.distillation.decoder import VideoVAE
+
+    vae, reasoner = VideoVAE(str(directories["2.3"]), torch.device("cpu")), loaded["2.3"]
+    frames = np.random.default_rng(0).integers(0, 256, (17, 64, 96, 3), dtype=np.uint8)
+    latents = vae.encode(frames)
+    torch.testing.assert_close(latents, reasoner.encode_video(frames))
+    theirs = torch.from_numpy(vae.decode(latents)).permute(0, 3, 1, 2) / 255
+    torch.testing.assert_close(theirs, reasoner.decode(latents), atol=0.003, rtol=0)

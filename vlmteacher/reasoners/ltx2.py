@@ -1,10 +1,10 @@
 """LTX-2 and LTX-2.3 of diffusers: one transformer denoises a video and its audio together.
 
-The parts are called as `LTX2Pipeline` and `LTX2ImageToVideoPipeline` call them: video latents as tokens, a first latent
-frame with timestep 0 where an image is given, audio latents as tokens of their own, and Gemma's hidden states of all
-layers through connectors for each of the two. Two things are left out: the compression of the image by H.264
-(``image_crf``), and the guidance of the base models beyond that by the prompt (by skipped attention, by isolated
-modalities, rescaled).
+The parts are called as `LTX2Pipeline`, `LTX2ImageToVideoPipeline` and `LTX2ConditionPipeline` call them: video latents
+as tokens, a first latent frame with timestep 0 where an image is given, further tokens with timestep 0 for a last
+frame, audio latents as tokens of their own, and Gemma's hidden states of all layers through connectors for each of the
+two. Two things are left out: the compression of the image by H.264 (``image_crf``), and the guidance of the base models
+beyond that by the prompt (by skipped attention, by isolated modalities, rescaled).
 
 The audio is neither adapted nor decoded, but video tokens attend to it, so it takes part in every prediction. The
 latents of a sampler are therefore those of the video and, after its latent frames, further frames that hold the audio's
@@ -75,7 +75,7 @@ class LTX2Reasoner(Reasoner):
     Raises InputError when the parts do not fit together.
     """
 
-    image_conditioning = True
+    image_conditioning = takes_last_image = True
 
     def __init__(
         self,
@@ -150,15 +150,20 @@ class LTX2Reasoner(Reasoner):
         """See `Reasoner.encode_inputs`."""
         first_frame = None if image is None else self.encode_image(image, height, width)
         rope, audio_rope = self.transformer.rope, self.transformer.audio_rope
-        size = self.latent_shape(num_frames, height, width)[2:]
-        coords = {
-            "video_coords": rope.prepare_video_coords(1, *size, self.device, fps=self.fps),
+        _, _, frames, *size = self.latent_shape(num_frames, height, width)
+        shared = {
+            "video_coords": rope.prepare_video_coords(1, frames, *size, self.device, fps=self.fps),
             "audio_coords": audio_rope.prepare_audio_coords(1, self.audio_length(num_frames), self.device),
         }
+        if last_image is not None:
+            shared["last_frame"] = self.encode_image(last_image, height, width)
+            coords = rope.prepare_video_coords(1, 1, *size, self.device, fps=self.fps)
+            coords[:, 0] += (num_frames - 1) / self.fps
+            shared["video_coords"] = torch.cat([shared["video_coords"], coords], 2)
 
         def condition(text: str, what: str) -> Condition:
             embeds, audio = self._encode_text(text)
-            inputs = {"audio_encoder_hidden_states": audio, **coords}
+            inputs = {"audio_encoder_hidden_states": audio, **shared}
             cut = check_cut(self.tokenizer, text.strip(), self.settings.max_sequence_length, what)
             return Condition(embeds, first_frame, num_frames, height, width, inputs, cut=cut)
 
@@ -213,14 +218,24 @@ class LTX2Reasoner(Reasoner):
     def velocity(
         self, condition: Condition, latents: Tensor, sigma: float | Tensor, *, transformer: nn.Module | None = None
     ) -> Tensor:
-        """See `Reasoner.velocity`, of video and audio; the tokens of a first frame are clean and have timestep 0."""
+        """See `Reasoner.velocity`, of video and audio; the tokens of a first frame are clean and have timestep 0.
+
+        A last frame is no part of the latents: its tokens, clean too, stand after theirs, at the video's last time.
+        """
         video, audio = self._split(latents, condition)
         batch, _, frames, height, width = video.shape
+        tokens, per_frame = frames * height * width, height * width
         timestep = by_token = self.timestep(sigma, batch)
+        inputs = dict(condition.inputs)
+        last = inputs.pop("last_frame", None)
+        if condition.first_frame is not None or last is not None:
+            by_token = timestep[:, None].repeat(1, tokens)
         if condition.first_frame is not None:
             video = with_first_frame(video, condition.first_frame)
-            by_token = timestep[:, None].repeat(1, frames * height * width)
-            by_token[:, : height * width] = 0
+            by_token[:, :per_frame] = 0
+        if last is not None:
+            video = torch.cat([video, last], 2)
+            by_token = torch.cat([by_token, by_token.new_zeros(batch, per_frame)], 1)
         network: Any = self.transformer if transformer is None else transformer
         video_velocity, audio_velocity = network(
             hidden_states=video.flatten(2).transpose(1, 2).to(self.dtype),
@@ -231,10 +246,10 @@ class LTX2Reasoner(Reasoner):
             sigma=timestep,
             use_cross_timestep=True,
             return_dict=False,
-            **condition.inputs,
+            **inputs,
         )
-        tokens = video_velocity.float().transpose(1, 2).unflatten(2, (frames, height, width))
-        return self._join(tokens, audio_velocity.float())
+        video_velocity = video_velocity[:, :tokens].float().transpose(1, 2).unflatten(2, (frames, height, width))
+        return self._join(video_velocity, audio_velocity.float())
 
 
 def check_parts(transformer: Any, vae: Any, text_encoder: Any, connectors: Any, audio_channels: int) -> None:
