@@ -8,7 +8,15 @@ import torch
 import transformers
 from PIL import Image
 
-from tests.tiny_teacher import tiny_glm4v, tiny_internvl, tiny_qwen3_vl, tiny_qwen25_vl, tiny_smolvlm
+from tests.tiny_teacher import (
+    tiny_glm4v,
+    tiny_internvl,
+    tiny_qwen3_5,
+    tiny_qwen3_vl,
+    tiny_qwen3_vl_moe,
+    tiny_qwen25_vl,
+    tiny_smolvlm,
+)
 from vlmteacher.errors import InputError
 from vlmteacher.pipeline import PACKAGED_PAIR
 from vlmteacher.prompts import CUT, whole_sentences
@@ -21,9 +29,12 @@ QWEN = "<|vision_start|>{}<|vision_end|>"
 SMOL = "<fake_token_around_image><global-img>" + "<image>" * 4 + "<fake_token_around_image>"
 CHAT = f"<|im_start|>user\n{{}}{TEXT}<|im_end|>\n<|im_start|>assistant\n"
 GLM = "".join("<|begin_of_image|>" + "<|image|>" * n + "<|end_of_image|>" for n in (4, 6))
+QWEN3 = CHAT.format("".join(QWEN.format("<|image_pad|>" * n) for n in (4, 6)))
 FAMILIES = {  # with the whole prompt by hand
-    "qwen3": (tiny_qwen3_vl, CHAT.format("".join(QWEN.format("<|image_pad|>" * n) for n in (4, 6)))),
-    "qwen25": (tiny_qwen25_vl, CHAT.format("".join(QWEN.format("<|image_pad|>" * n) for n in (4, 6)))),
+    "qwen3": (tiny_qwen3_vl, QWEN3),
+    "qwen3_moe": (tiny_qwen3_vl_moe, QWEN3),
+    "qwen35": (tiny_qwen3_5, f"{QWEN3}<think>\n\n</think>\n\n"),
+    "qwen25": (tiny_qwen25_vl, QWEN3),
     "internvl": (tiny_internvl, CHAT.format(("<img>" + "<IMG_CONTEXT>" * 4 + "</img>\n") * 2)),
     "glm4v": (tiny_glm4v, f"[gMASK]<sop><|user|>\n{GLM}{TEXT}<|assistant|>\n<think></think><answer>"),
     "smolvlm": (tiny_smolvlm, f"<|im_start|>User:{SMOL * 2}{TEXT}<end_of_utterance>\nAssistant:"),
