@@ -130,6 +130,45 @@ def test_weights_for_predicting_further_tokens_are_ignored(paths: dict[str, Path
     assert torch.equal(ours, plain)
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_5_moe"])
+def test_experts_as_published(paths: dict[str, Path], tmp_path: Path, family: str) -> None:
+    """Qwen3-VL's are stored as (experts, in, out), Qwen3.5's as transformers has them."""
+    path = shutil.copytree(paths[family], tmp_path / "copy")
+    teacher: Any = load_teacher(path)
+    state = {name: x for name, x in load_file(path / "model.safetensors").items() if ".experts." not in name}
+    for name, x in teacher.model.state_dict().items():
+        if ".experts." in name:
+            state[name] = x.mT.contiguous() if family == "qwen3_vl_moe" else x
+    save_file(state, path / "model.safetensors", {"format": "pt"})
+    again: Any = load_teacher(path)
+    assert all(torch.equal(x, again.model.state_dict()[name]) for name, x in teacher.model.state_dict().items())
+
+
+def test_float8_weights_are_dequantised_experts_too(paths: dict[str, Path], tmp_path: Path) -> None:
+    """In DeepSeek's blocks, an expert a matrix; the gradient to the pixels is that of the plain model."""
+    path = shutil.copytree(paths["qwen3_5_moe"], tmp_path / "float8")
+    plain = shutil.copytree(paths["qwen3_5_moe"], tmp_path / "plain")
+    state, expected = load_file(path / "model.safetensors"), {}
+    for name, x in list(state.items()):
+        expected[name] = x
+        if ".experts." in name or name.endswith("self_attn.q_proj.weight"):
+            scale = x.abs().amax().view(1, 1) / 448
+            state[name] = (x / scale).to(torch.float8_e4m3fn)
+            state[f"{name}_scale_inv"] = scale
+            expected[name] = state[name].float() * scale
+    save_file(state, path / "model.safetensors", {"format": "pt"})
+    save_file(expected, plain / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    method = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": method}))
+    results = []
+    for each in (path, plain):
+        frames = frames_of(3).requires_grad_()
+        losses = load_teacher(each).losses(frames, range(3), 8.0, QUERIES)
+        results.append((losses.detach(), torch.autograd.grad(losses.sum(), frames)[0]))
+    assert len(state) > len(expected) and all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 def test_text_models_are_refused(paths: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads((paths["qwen3_5"] / "config.json").read_text())
     text = shutil.copytree(paths["qwen3_5"], tmp_path / "text")
