@@ -41,7 +41,7 @@ def load_model(
             raise InputError(f"teacher {path_or_id} is quantised by {method} already: leave quantize ({quantize}) out")
         if any(value for key, value in entries(stored) if key in EXPERTS):
             raise InputError(
-                f"teacher {path_or_id} has experts, most of its weights, which bitsandbytes leaves in {dtype}: leave"
+                f"teacher {path_or_id} has experts, most of its weights, which bitsandbytes leaves as they are: leave"
                 f" quantize ({quantize}) out, or give a Teacher without experts"
             )
         from transformers import BitsAndBytesConfig
