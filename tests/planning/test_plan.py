@@ -162,9 +162,17 @@ def test_plan_at_the_papers_scale(run: Run) -> None:
     assert sum(stock.values()) == pytest.approx(1229, rel=0.01)
 
 
-@pytest.mark.parametrize("teacher", ["qwen2.5-vl-3b", "OpenGVLab/InternVL3-2B-hf"])
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        "qwen2.5-vl-3b",
+        "OpenGVLab/InternVL3-2B-hf",
+        pytest.param("qwen3-vl-30b-a3b", marks=pytest.mark.slow),
+        pytest.param("qwen3.5-0.8b", marks=pytest.mark.slow),
+    ],
+)
 def test_plans_of_other_teacher_families(teacher: str, run: Run) -> None:
-    status, out, err = run("plan", *PAPER[:2], "--teacher", teacher, "--memory", 48, "--json")
+    status, out, err = run("plan", *PAPER[:2], "--teacher", teacher, "--memory", 160, "--json")
     plan = json.loads(out)
     assert (status, err) == (0, "") and plan["fits"]
     ours, stock = (
@@ -172,7 +180,7 @@ def test_plans_of_other_teacher_families(teacher: str, run: Run) -> None:
         for part in ("ours", "stock")
     )
     assert stock["teacher.vision.forward"] == 4 * ours["teacher.vision.forward"]  # a pass for each question
-    assert 3 < stock["teacher.language.forward"] / ours["teacher.language.forward"] <= 4.2
+    assert 3 < stock["teacher.language.forward"] / ours["teacher.language.forward"] <= 4.3
 
 
 def test_a_base_model_is_planned_with_its_guidance_and_a_distilled_one_without() -> None:
