@@ -469,7 +469,7 @@ def test_what_partial_does_not_do(tmp_path):
     [
         "text_encoder.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight",
         "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
-        "diffusion_model.single_blocks.0.linear1.lora_A.weight",
+        "diffusion_model.joint_blocks.0.linear1.lora_A.weight",
         "lora_unet_double_x.lora_up.weight",
     ],
 )

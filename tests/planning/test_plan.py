@@ -218,5 +218,6 @@ def test_the_documented_models_are_those_that_are_known() -> None:
     for _, name, steps, guidance in presets:
         settings = PRESETS[name]
         assert steps == f"{len(settings.timesteps)}, {settings.sampler}, shift {settings.shift:g}"
-        assert guidance == (f"{settings.guidance_scale:g}" if settings.guided else "none")
+        embedded = "" if settings.embedded_guidance is None else f"; {settings.embedded_guidance:g} embedded"
+        assert guidance == (f"{settings.guidance_scale:g}" if settings.guided else "none") + embedded
     assert [row[0] for row in rows if row[0] in known_models("reasoner")] == known_models("reasoner")

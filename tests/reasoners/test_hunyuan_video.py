@@ -15,8 +15,10 @@ from diffusers import (
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from PIL import Image
 
+from tests.other_device import other_device
 from tests.reasoners.checks import check_kept_levels
 from tests.reasoners.tiny_hunyuan_video import SIZE, tiny_hunyuan_video_pipeline
 from tests.tiny_pair import QUERIES, tiny_decoder
@@ -27,6 +29,7 @@ from vlmteacher.decoders.taehv import SurrogateDecoder
 from vlmteacher.lora.adapter import add_lora, export_lora, lora_parameters
 from vlmteacher.lora.formats import read_lora
 from vlmteacher.optimization.loop import Optimization
+from vlmteacher.reasoners.attention import check_backward
 from vlmteacher.reasoners.checkpointing import block_list, block_names
 from vlmteacher.reasoners.loading import load_reasoner
 from vlmteacher.reasoners.presets import PRESETS
@@ -192,25 +195,39 @@ def test_both_lists_of_blocks(directories):
 
 
 def test_updates_of_the_whole_pipeline(directories, tmp_path, image):
-    """Of a model whose first frames are cut: the Teacher is shown the video's own. And with frozen first blocks."""
+    """On the CPU and, with offloading, on another device; of a model whose first frames are cut.
+
+    The Teacher is shown the video's own frames. Frozen first blocks of both lists change no bit.
+    """
     decoder = tiny_decoder(tmp_path / "decoder.safetensors", 4)
-    pipe = TeacherPipeline.from_pretrained(directories["latent_concat"], tiny_qwen3_vl(tmp_path / "teacher"), decoder)
-    pipe.reasoner.settings = STEPS
-    out = pipe(
-        PROMPT,
-        image,
-        **dict(zip(("num_frames", "height", "width"), SIZE, strict=True)),
-        generator=torch.Generator().manual_seed(0),
-        queries=QuerySet.from_dict(QUERIES),
-        max_steps=1,
-        rank=2,
-        teacher_frames=4,
-        learning_rate=0.03,
-        progress=False,
-        output_type="pt",
-    )
+    models = directories["latent_concat"], tiny_qwen3_vl(tmp_path / "teacher"), decoder
+
+    def update(pipe):
+        pipe.reasoner.settings = STEPS
+        return pipe(
+            PROMPT,
+            image,
+            **dict(zip(("num_frames", "height", "width"), SIZE, strict=True)),
+            generator=torch.Generator().manual_seed(0),
+            queries=QuerySet.from_dict(QUERIES),
+            max_steps=1,
+            rank=2,
+            teacher_frames=4,
+            learning_rate=0.03,
+            progress=False,
+            output_type="pt",
+        )
+
+    pipe = TeacherPipeline.from_pretrained(*models)
+    out = update(pipe)
+    change = (out.frames - out.frames_before).abs().max()
     assert out.updates == 1 and out.history[0]["grad_norm"] > 0
-    assert out.frames.shape == (5, 3, 64, 64) and (out.frames - out.frames_before).abs().max() > 1e-3
+    assert out.frames.shape == (5, 3, 64, 64) and change > 1e-3
+    moved = TeacherPipeline.from_pretrained(*models, offload=True)
+    with other_device():
+        moved.to("meta")
+        there = update(moved).frames.to("cpu")
+    assert (there - out.frames).abs().max() < 0.02 * change
 
     reasoner = pipe.reasoner
     condition, noise = instance(reasoner, image)
@@ -262,6 +279,17 @@ def test_a_few_step_lora_is_in_the_weights(directories, image, tmp_path, style):
     with torch.no_grad():
         ours, expected = (each.velocity(condition, noise.z1, 1.0) for each in (merged, reasoner))
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_the_backend_of_the_blocks_is_checked_for_a_backward(directories, monkeypatch):
+    """Not that of the text refiner, which comes first and takes no backend."""
+    transformer, name = load(directories[None]).transformer, AttentionBackendName.NATIVE
+    run = _AttentionBackendRegistry._backends[name]
+    check_backward(transformer)
+    transformer.set_attention_backend("native")
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, name, lambda query, **given: run(query, **given).detach())
+    with pytest.raises(InputError, match="the attention backend native has no backward"):
+        check_backward(transformer)
 
 
 def test_presets_and_settings(directories, tmp_path):

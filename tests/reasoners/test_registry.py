@@ -59,6 +59,7 @@ def test_a_family_stands_in_its_own_file(family) -> None:
 def test_what_a_family_declares(family) -> None:
     assert all(hasattr(diffusers, name) for name in (*family.pipelines, family.transformer))
     assert set(family.hub_ids.values()) <= set(family.presets)
+    assert all(hasattr(diffusers, name) and name not in family.pipelines for name in family.refused)
     for preset in family.presets.values():
         preset.check()
     for pipeline in family.pipelines:
@@ -81,6 +82,8 @@ def test_no_two_families_declare_the_same() -> None:
 def test_unknown_classes() -> None:
     with pytest.raises(InputError, match="x is a FluxPipeline: the known Reasoners are WanPipeline, "):
         family_of_pipeline("FluxPipeline", "x")
+    with pytest.raises(InputError, match="x is a HunyuanVideoFramepackPipeline, which samples a video in sections"):
+        family_of_pipeline("HunyuanVideoFramepackPipeline", "x")
     with pytest.raises(InputError, match="unknown transformer Linear: choose from WanTransformer3DModel, "):
         family_of(torch.nn.Linear(1, 1))
 

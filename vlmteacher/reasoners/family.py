@@ -81,6 +81,7 @@ class Family:
     Attributes:
         name: of the family, for messages.
         pipelines: diffusers' pipeline classes, as ``model_index.json`` names them.
+        refused: pipeline classes of the same models that cannot be taught -> the reason, and what to do.
         transformer: diffusers' class of the network that is taught.
         blocks: the attribute of `transformer` that holds the list of its blocks, or several, in the order in which they
             run; blocks of all lists are called alike.
@@ -123,6 +124,7 @@ class Family:
     hub_ids: Mapping[str, str]
     lora_targets: list[str] | str
     layers: LayerNames | tuple[LayerNames, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
     unread: str | None = None
     comfyui: LayerNames | tuple[LayerNames, ...] | None = None
     musubi: str | None = None

@@ -23,6 +23,8 @@ def family_of_pipeline(kind: str, name: str) -> Family:
     for family in FAMILIES:
         if kind in family.pipelines:
             return family
+        if kind in family.refused:
+            raise InputError(f"{name} is a {kind}, {family.refused[kind]}")
     known = ", ".join(pipeline for family in FAMILIES for pipeline in family.pipelines)
     raise InputError(f"{name} is a {kind}: the known Reasoners are {known}")
 

@@ -49,6 +49,10 @@ def _outer(embedder: tuple[str, str], qkv: str, out: str, mlp: tuple[str, str]) 
 HUNYUAN_VIDEO = Family(
     name="HunyuanVideo",
     pipelines=("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline"),
+    refused={
+        "HunyuanVideoFramepackPipeline": "which samples a video in sections, each on those before it: one prediction"
+        " shows one section and not the video, so that it cannot be taught here; give HunyuanVideo-I2V",
+    },
     transformer="HunyuanVideoTransformer3DModel",
     blocks=("transformer_blocks", "single_transformer_blocks"),
     load=load_hunyuan_video,
