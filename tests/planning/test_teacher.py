@@ -169,6 +169,7 @@ PUBLISHED = {
     "internvl3.5-4b": 4.73,
     "internvl3.5-8b": 8.53,
     "internvl3.5-14b": 15.12,
+    "internvl3.5-30b-a3b": 30.85,
     "smolvlm2-256m": 0.26,
     "smolvlm2-500m": 0.51,
     "smolvlm2-2.2b": 2.25,

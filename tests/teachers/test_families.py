@@ -247,13 +247,17 @@ def test_losses_and_pixel_gradients_equal_a_stock_pass_per_question(
     assert_equal(*both(load_teacher(path), path, family, count, QUESTIONS[: 1 + processes], size))
 
 
-def test_internvl35_is_internvl3_with_another_language_model(tmp_path):
+QWEN3 = {"model_type": "qwen3", "head_dim": 16, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize("text", [QWEN3, QWEN3 | EXPERTS | {"model_type": "qwen3_moe"}], ids=["dense", "experts"])
+def test_internvl35_is_internvl3_with_another_language_model(tmp_path, text):
     """The published configs differ in nothing else, and prompts, losses and gradients are made in the same way."""
     facts = {file.stem: json.loads(file.read_text())["config"] for file in KNOWN.glob("internvl3*.json")}
     rest = [{key: value for key, value in config.items() if key != "text_config"} for config in facts.values()]
-    assert len(facts) == 9 and all(config == rest[0] for config in rest)
+    assert len(facts) == 10 and all(config == rest[0] for config in rest)
     old = load_teacher(tiny_internvl(tmp_path / "old", seed=3))
-    path = tiny_internvl(tmp_path / "new", seed=3, text={"model_type": "qwen3", "head_dim": 16, "num_hidden_layers": 2})
+    path = tiny_internvl(tmp_path / "new", seed=3, text=text)
     new = load_teacher(path)
     clip = old.clip([0, 4, 8], FPS, 48, 32)
     assert clip == new.clip([0, 4, 8], FPS, 48, 32) and old.chats(clip, QUESTIONS) == new.chats(clip, QUESTIONS)

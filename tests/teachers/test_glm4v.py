@@ -16,6 +16,7 @@ from transformers.video_utils import VideoMetadata
 from tests.tiny_teacher import tiny_glm4v, tiny_glm4v_moe
 from vlmteacher.errors import InputError
 from vlmteacher.teachers import load_teacher
+from vlmteacher.teachers.base import adopt_teacher
 from vlmteacher.teachers.preprocessing import preprocess_video, video_size
 
 # by its full name: without torchvision transformers' lazy package hands out a placeholder instead
@@ -109,3 +110,13 @@ def test_another_activation_is_refused(tmp_path):
     path = tiny_glm4v(tmp_path, text={"hidden_act": "gelu"})
     with pytest.raises(InputError, match="hidden_act is 'gelu'; only silu"):
         load_teacher(path)
+
+
+@pytest.mark.parametrize("name", ["Glm4vProcessor", "Glm46VProcessor"])
+def test_a_loaded_model_takes_the_times_of_its_processor(checkpoint, name):
+    teacher = load_teacher(checkpoint)
+    videos = stock.Glm4vVideoProcessor(patch_size=8)
+    parts = {"tokenizer": teacher.tokenizer, "video_processor": videos, "image_processor": None}
+    adopted = adopt_teacher(teacher.model, type(name, (SimpleNamespace,), {})(**parts))
+    assert adopted.has_tenths == (name == "Glm46VProcessor")
+    assert adopted.video_text(adopted.clip([3], 8.0, 32, 32)).endswith("0.4 seconds" if adopted.has_tenths else ">0")

@@ -87,7 +87,7 @@ class GlmDecoder(Decoder):
         attn, mlp, hidden = layer.self_attn, layer.mlp, len(layer.input_layernorm.weight)
         q, k = (proj.out_features for proj in (attn.q_proj, attn.k_proj))
         behind = hidden if hasattr(layer, "post_mlp_layernorm") else 0
-        values = 2 * hidden + behind + 3 * q + 3 * k  # q and k before and after rotation, the output, v
+        values = 2 * hidden + behind + 2 * q + 2 * k  # x, x + attention, its norm's input; q, output; k, v
         if is_sparse(mlp):
             shared = mlp.shared_experts.intermediate_size
             more = sparse_values(mlp) + hidden + 3 * shared  # gate, up and their product
@@ -97,13 +97,13 @@ class GlmDecoder(Decoder):
 
     def run(self, x: Tensor, layer: Any, layout: Layout, last: bool, keep: Keep, backend: str | None) -> Tensor:
         attn, h = layer.self_attn, _normed(layer, "input_layernorm", x)
-        rows, sees, cos, sin = None, layout.sees, layout.cos, layout.sin
+        sees, cos, sin = layout.sees, layout.cos, layout.sin
         k, v = (proj(h).unflatten(-1, (-1, attn.head_dim)) for proj in (attn.k_proj, attn.v_proj))
-        k = repeated(self.rotated, k, cos, sin)
+        k = self.rotated(k, cos, sin)
         if last:  # the other outputs are not used
-            rows, sees = layout.answers, layout.answers_see
-            x, h, cos, sin = x[rows], h[rows], cos[rows], sin[rows]
-        q = repeated(self.rotated, attn.q_proj(h).unflatten(-1, (-1, attn.head_dim)), cos, sin)
+            sees = layout.answers_see
+            x, h, cos, sin = (t[layout.answers] for t in (x, h, cos, sin))
+        q = self.rotated(attn.q_proj(h).unflatten(-1, (-1, attn.head_dim)), cos, sin)
         heads = attn.o_proj(attention(q[None], k[None], v[None], sees, backend)[0].flatten(1))
         x = x + _normed(layer, "post_self_attn_layernorm", heads)
         return _mlp(x, layer) if keep == Keep.ALL else repeated(_mlp, x, layer)
@@ -112,7 +112,7 @@ class GlmDecoder(Decoder):
 class GlmMoeDecoder(GlmDecoder):
     """The same with experts in all layers but the first, and without the norms behind."""
 
-    parts: ClassVar = ("input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "mlp.down_proj")
+    parts: ClassVar = ("input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "mlp")
     rotated: ClassVar = staticmethod(_halves)
 
 
@@ -142,6 +142,7 @@ class GlmTeacher(QwenTokens):
         if "enable_thinking" not in str(tokenizer.chat_template) and ANSWER_START in known:
             self.opening = NO_THOUGHT + ANSWER_START
         self.before_answer = BOX if BOX in known else ""
+        self.closing_ids = [known[ANSWER_END]] if ANSWER_END in known else []
         super().__init__(model, tokenizer, video, image)
 
     @classmethod
@@ -189,8 +190,7 @@ class GlmTeacher(QwenTokens):
     def end_ids(self) -> list[int]:
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        closed = [self.tokenizer.get_vocab()[ANSWER_END]] if ANSWER_END in self.tokenizer.get_vocab() else []
-        return [*dict.fromkeys([*super().end_ids, *ends, *closed])]
+        return [*dict.fromkeys([*super().end_ids, *ends, *self.closing_ids])]
 
     def resized(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
         return video_size(num_frames, height, width, self.video)

@@ -17,6 +17,7 @@ from vlmteacher.teachers.preprocessing import (
     preprocess_frames,
 )
 from vlmteacher.teachers.prompt import Clip
+from vlmteacher.teachers.qwen_vl_moe import SparseDecoder
 from vlmteacher.teachers.visual_checkpoint import attend
 from vlmteacher.teachers.vlm import VLMTeacher
 
@@ -44,6 +45,7 @@ class InternVLTeacher(VLMTeacher):
     architecture = "InternVLForConditionalGeneration"
     token_ids: ClassVar = {"image_token_id": CONTEXT}
     frames_per_patch = 1
+    decoder = SparseDecoder()  # InternVL3.5 has experts from 30B on
 
     def __init__(self, model: Any, tokenizer: Any, video: VisionSettings, image: VisionSettings | None = None) -> None:
         config = model.config

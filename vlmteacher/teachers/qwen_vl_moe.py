@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher
-from vlmteacher.teachers.shared_prefix import Decoder, Keep, repeated
+from vlmteacher.teachers.shared_prefix import LLAMA, Decoder, Keep, repeated
 
 
 def is_sparse(mlp: Any) -> bool:
@@ -38,6 +38,11 @@ class SparseDecoder(Decoder):
     """Llama-like layers in which the MLP of some or all has experts."""
 
     parts: ClassVar = tuple(part for part in Decoder.parts if not part.startswith("mlp."))
+
+    def check(self, language: Any, name: str) -> None:
+        if not is_sparse(language.layers[0].mlp):
+            LLAMA.check(language, name)
+        super().check(language, name)
 
     def kept(self, layer: Any) -> dict[Keep, int]:
         if not is_sparse(layer.mlp):
