@@ -8,7 +8,10 @@ import torch
 
 from tests.reasoners.tiny_ltx2 import tiny_ltx2_transformer
 
-FAMILIES = ("wan", "wan_i2v", "ltx", "ltx2", "hunyuan_video15", "hunyuan_video", "cogvideox")
+FAMILIES = (
+    *("wan", "wan_i2v", "wan_vace", "wan_skyreels", "wan_chronoedit"),
+    *("ltx", "ltx2", "hunyuan_video15", "hunyuan_video", "cogvideox"),
+)
 
 
 def tiny_transformer(family: str) -> Any:
@@ -16,21 +19,24 @@ def tiny_transformer(family: str) -> Any:
 
     wan_i2v: Wan 2.1's, with keys and values of image features.
     """
+    import diffusers
     from diffusers import (
         CogVideoXTransformer3DModel,
         HunyuanVideo15Transformer3DModel,
         HunyuanVideoTransformer3DModel,
         LTXVideoTransformer3DModel,
-        WanTransformer3DModel,
     )
 
     heads = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if family.startswith("wan"):
-            image = {"image_dim": 12, "added_kv_proj_dim": 32} if family == "wan_i2v" else {}
+            image = {"image_dim": 12, "added_kv_proj_dim": 32} if family in ("wan_i2v", "wan_chronoedit") else {}
             sizes = {"in_channels": 8, "out_channels": 8, "text_dim": 32, "freq_dim": 32, "ffn_dim": 64}
-            model: Any = WanTransformer3DModel(**heads, **sizes, **image)
+            control = {"vace_layers": [0, 1], "vace_in_channels": 10} if family == "wan_vace" else {}
+            kinds = {"wan_vace": "WanVACE", "wan_skyreels": "SkyReelsV2", "wan_chronoedit": "ChronoEdit"}
+            kind = getattr(diffusers, f"{kinds.get(family, 'Wan')}Transformer3DModel")
+            model: Any = kind(**heads, **sizes, **image, **control)
         elif family == "ltx2":
             model = tiny_ltx2_transformer("2.3")
         elif family == "ltx":
@@ -70,10 +76,12 @@ def call(model: Any) -> torch.Tensor:
 
     name = type(model).__name__
     inputs: dict[str, Any] = {"timestep": torch.tensor([700.0])}
-    if name == "WanTransformer3DModel":
+    if hasattr(model, "blocks"):
         inputs |= {"hidden_states": draw(1, 8, 2, 4, 6), "encoder_hidden_states": draw(1, 12, 32)}
         if model.config.image_dim:
             inputs["encoder_hidden_states_image"] = draw(1, 5, 12)
+        if name == "WanVACETransformer3DModel":
+            inputs["control_hidden_states"] = draw(1, 10, 2, 4, 6)
     elif name == "LTXVideoTransformer3DModel":
         inputs |= {"hidden_states": draw(1, 12, 8), "encoder_hidden_states": draw(1, 6, 24)}
         inputs |= {"encoder_attention_mask": torch.ones(1, 6), "num_frames": 2, "height": 2, "width": 3}

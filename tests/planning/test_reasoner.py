@@ -55,6 +55,8 @@ def test_reasoner_flops_and_saved_bytes_are_those_counted_on_real_tensors(models
 FAMILIES = {
     "Wan 2.1 I2V": (tiny_checkpoints.wan21_i2v, tiny_checkpoints.SIZE),
     "Wan 2.2 A14B": (tiny_checkpoints.wan22_t2v_a14b, tiny_checkpoints.SIZE),
+    "Wan VACE": (tiny_checkpoints.wan_vace, tiny_checkpoints.SIZE),
+    "SkyReels-V2 DF": (tiny_checkpoints.skyreels_df, tiny_checkpoints.SIZE),
     "LTX-Video": (tiny_ltx.tiny_ltx_pipeline, tiny_ltx.SIZE),
     "LTX-2": (tiny_ltx2.tiny_ltx2_pipeline, tiny_ltx2.SIZE),
     "HunyuanVideo-1.5": (tiny_hunyuan.tiny_hunyuan_pipeline, tiny_hunyuan.SIZE),

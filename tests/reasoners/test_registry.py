@@ -18,6 +18,9 @@ from vlmteacher.reasoners.registry import FAMILIES, family_of, family_of_pipelin
 LIBRARY = Path(__file__).parents[2] / "vlmteacher"
 HOMES = {  # in reasoners/; HunyuanVideo shares an attention with 1.5
     "Wan": "wan/",
+    "Wan VACE": "wan/vace.py",
+    "SkyReels-V2": "wan/skyreels.py",
+    "ChronoEdit": "wan/chronoedit.py",
     "LTX-Video": "ltx.py",
     "LTX-2": "ltx2.py",
     "HunyuanVideo-1.5": "hunyuan_video",
@@ -26,6 +29,9 @@ HOMES = {  # in reasoners/; HunyuanVideo shares an attention with 1.5
 }
 WORDS = {
     "Wan": r"\bWan\b|Wan(?=[A-Z])|(?i:\bwan(?=[\d_.])|fastwan)",
+    "Wan VACE": "(?i:vace)",
+    "SkyReels-V2": "(?i:skyreels)",
+    "ChronoEdit": "(?i:chronoedit)",
     "LTX-Video": "(?i:ltx(?!v?2|[-_]2|_pipelines))",
     "LTX-2": "(?i:ltx-?v?2)",
     "HunyuanVideo-1.5": "(?i:hunyuan)",

@@ -27,6 +27,15 @@ CASES = {
         ("diffusers", "musubi"),
     ),
     "Wan 2.2 A14B": (tiny_checkpoints.wan22_t2v_a14b, "WanPipeline", tiny_checkpoints.SIZE, False, ("diffusers",)),
+    "Wan VACE": (tiny_checkpoints.wan_vace, "WanVACEPipeline", tiny_checkpoints.SIZE, False, ("diffusers",)),
+    "Wan-like SkyReels-V2": (
+        *(tiny_checkpoints.skyreels_t2v, "SkyReelsV2Pipeline", tiny_checkpoints.SIZE, False),
+        ("diffusers", "comfyui"),
+    ),
+    "Wan-like ChronoEdit": (
+        *(tiny_checkpoints.chronoedit, "ChronoEditPipeline", tiny_checkpoints.SIZE, True),
+        ("diffusers",),
+    ),
     "LTX-Video": (tiny_ltx.tiny_ltx_pipeline, "LTXConditionPipeline", tiny_ltx.SIZE, True, ("diffusers", "comfyui")),
     "HunyuanVideo-1.5": (
         *(tiny_hunyuan.tiny_hunyuan_pipeline, "HunyuanVideo15ImageToVideoPipeline", tiny_hunyuan.SIZE, True),

@@ -422,7 +422,8 @@ def fits_decoder(path: str | os.PathLike[str], reasoner: Any) -> bool:
 def check_decoder(decoder: SurrogateDecoder, reasoner: Any, name: str = "the decoder") -> None:
     """Raise InputError unless `decoder` takes the latents of `reasoner` and gives frames of the VAE's size."""
     if decoder.latent_channels != reasoner.latent_channels:
-        published = ", ".join(f"{Path(file).stem}: {channels} channels" for (_, (channels, *_)), file in KNOWN.items())
+        files = {f"{Path(file).stem}: {channels} channels": None for (_, (channels, *_)), file in KNOWN.items()}
+        published = ", ".join(files)  # each once
         raise InputError(
             f"{name} decodes latents of {decoder.latent_channels} channels, but the Reasoner's have"
             f" {reasoner.latent_channels}: give a decoder of the Reasoner's family ({published}), or train one with"

@@ -37,7 +37,7 @@ def known_models(kind: str) -> list[str]:
 def read_known(name: str, kind: str) -> dict[str, Any]:
     """Read the shipped entry of a known model, by its name here or on the hub. Raises InputError.
 
-    "distilled" in an entry lists hub ids of models with the same configs that are sampled in fewer steps.
+    "distilled" in an entry lists hub ids of models with the same configs that are sampled in fewer steps or smaller.
     """
     for file in KNOWN.glob("*.json"):
         entry = json.loads(file.read_text())

@@ -44,7 +44,7 @@ def verify_step(name: str, teacher: Any) -> dict[str, Any]:
     keep_activations(network, Keep.INPUT)
     decoder.layers()  # folded once, not at every step
     condition, noise = blank_instance(reasoner, size)
-    indices = teacher_frame_indices(settings.num_frames, TEACHER_FRAMES)
+    indices = teacher_frame_indices(settings.num_frames, min(TEACHER_FRAMES, settings.num_frames))
     clip = teacher.clip(indices, reasoner.fps, *size[1:])
     layout = teacher.layout(clip, query_set(QUESTIONS))
     loras = lora_parameters(network)

@@ -58,7 +58,7 @@ def _misfit(name: str, index: Mapping[str, Any]) -> str | None:
     family = next(each for each in FAMILIES if name in each.presets)
     if kind not in family.pipelines:
         return f"{family.name} models"
-    for word, image in (("t2v", False), ("i2v", True)):
+    for word, image in (("t2v", False), ("i2v", True), ("flf2v", True)):
         if word in words and ("ImageToVideo" in kind) != image:
             return f"models that are given {'an' if image else 'no'} image"
     return family.preset_misfit(words, index)

@@ -13,9 +13,15 @@ from vlmteacher.reasoners.hunyuan_video.family import HUNYUAN_VIDEO
 from vlmteacher.reasoners.hunyuan_video15.family import HUNYUAN_VIDEO_15
 from vlmteacher.reasoners.ltx import LTX
 from vlmteacher.reasoners.ltx2 import LTX2
+from vlmteacher.reasoners.wan.chronoedit import CHRONOEDIT
 from vlmteacher.reasoners.wan.family import WAN
+from vlmteacher.reasoners.wan.skyreels import SKYREELS_V2
+from vlmteacher.reasoners.wan.vace import VACE
 
-FAMILIES: tuple[Family, ...] = (WAN, LTX, LTX2, HUNYUAN_VIDEO_15, HUNYUAN_VIDEO, COGVIDEOX)
+FAMILIES: tuple[Family, ...] = (
+    *(WAN, VACE, SKYREELS_V2, CHRONOEDIT),
+    *(LTX, LTX2, HUNYUAN_VIDEO_15, HUNYUAN_VIDEO, COGVIDEOX),
+)
 
 
 def family_of_pipeline(kind: str, name: str) -> Family:

@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
 
-from tests.reasoners import tiny_checkpoints
-from tests.reasoners.tiny_checkpoints import FRAMES, HEIGHT, SIZE, WIDTH
+from tests.reasoners.tiny_checkpoints import FRAMES, HEIGHT, SIZE, WIDTH, changed
 from vlmteacher.errors import InputError
 from vlmteacher.lora.adapter import add_lora
 from vlmteacher.reasoners.loading import load_reasoner
@@ -23,26 +23,27 @@ from vlmteacher.reasoners.sampling import SamplerSettings
 from vlmteacher.reasoners.wan.reasoner import WanReasoner
 
 PROMPT, NEGATIVE = "move the red ball to the box", "green square"
-FAMILIES = ("wan21_t2v", "wan21_i2v", "wan22_ti2v", "wan22_t2v_a14b", "wan22_i2v_a14b")
-IMAGE_FAMILIES = ("wan21_i2v", "wan22_ti2v", "wan22_i2v_a14b")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Directories of checkpoints by family, each written once."""
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = getattr(tiny_checkpoints, family)(tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def image():
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
+FAMILIES = {  # and the images that they are given
+    "wan21_t2v": "",
+    "wan21_i2v": "image",
+    "wan21_flf2v": "image last_image",
+    "wan22_ti2v": "image",
+    "wan22_t2v_a14b": "",
+    "wan22_i2v_a14b": "image",
+    "wan_vace": "image last_image",
+    "skyreels_t2v": "",
+    "skyreels_i2v": "image",
+    "skyreels_df": "image last_image",
+    "chronoedit": "image",
+}
+VIDEOS = [  # family, images, sampler
+    *((family, given, sampler) for family, given in FAMILIES.items() for sampler in ("renoise", "euler")),
+    *(("wan22_ti2v", "", sampler) for sampler in ("renoise", "euler")),
+    ("wan22_i2v_a14b", "image last_image", "euler"),
+    *(("wan_vace", given, "euler") for given in ("", "image", "last_image")),
+    *(("skyreels_df", given, "euler") for given in ("", "image")),
+]
+VIDEOS.remove(("skyreels_df", "image last_image", "renoise"))  # diffusers draws for each latent frame by itself
 
 
 def load(directory: Path, **settings: Any) -> WanReasoner:
@@ -51,43 +52,70 @@ def load(directory: Path, **settings: Any) -> WanReasoner:
     return reasoner
 
 
-def instance(reasoner, image, seed=0):
-    condition = reasoner.encode(PROMPT, image, *SIZE)
+@pytest.fixture(scope="module")
+def images(image):
+    """The images of these names."""
+    pair = {"image": image, "last_image": image.rotate(180)}
+    return lambda names: {name: pair[name] for name in names.split()}
+
+
+def instance(reasoner, images=None, seed=0):
+    given = {"image": None, **(images or {})}
+    condition = reasoner.encode(PROMPT, given.pop("image"), *SIZE, **given)
     return condition, reasoner.noise(condition, torch.Generator().manual_seed(seed))
 
 
-def diffusers_video(directory: Path, scheduler: Any, image: Image.Image | None, shape: Any, seed: int, **call: Any):
-    """Frames (F, 3, H, W) of the checkpoint's own pipeline class; TI2V-5B with an image needs the other class.
+class WholeTimesteps(FlowMatchEulerDiscreteScheduler):
+    """Takes timesteps that are cut to whole numbers, as UniPC does and pipelines of diffusion forcing need."""
+
+    def set_timesteps(self, *args, **kwargs):
+        super().set_timesteps(*args, **kwargs)
+        self.set_begin_index(0)
+
+    def step(self, output, timestep, sample, **kwargs):
+        return super().step(output, timestep.float(), sample, **kwargs)
+
+
+def control(images: dict[str, Image.Image]) -> dict[str, np.ndarray]:
+    """A VACE pipeline's arguments for the first and the last frame: a video and the mask of what is to be made."""
+    video, mask = (np.full((1, FRAMES, HEIGHT, WIDTH, c), v, np.float32) for c, v in ((3, 0.5), (1, 1.0)))
+    for name, place in (("image", 0), ("last_image", -1)):
+        if name in images:
+            video[0, place], mask[0, place] = np.float32(images[name]) / 255, 0
+    return {"video": video, "mask": mask} if images else {}
+
+
+def diffusers_video(directory: Path, scheduler: Any, images: dict[str, Any], shape: Any, seed: int, **call: Any):
+    """Frames (F, 3, H, W) of the checkpoint's own pipeline class; an image needs another class where it is optional.
 
     The scheduler draws from the global generator, as z1 of `shape` is drawn here.
     """
-    kind = DiffusionPipeline
-    if image is not None:
-        from diffusers import WanImageToVideoPipeline as kind
-    pipe = kind.from_pretrained(directory, scheduler=scheduler)
+    own = json.loads((directory / "model_index.json").read_text())["_class_name"]
+    to_video = {"WanPipeline": "WanImageToVideoPipeline"}
+    to_video["SkyReelsV2DiffusionForcingPipeline"] = "SkyReelsV2DiffusionForcingImageToVideoPipeline"
+    pipe = getattr(diffusers, to_video.get(own, own) if images else own).from_pretrained(directory, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(seed)
-    z1 = torch.randn(shape)
-    given = {} if image is None else {"image": image}
+    start = {"latents": torch.randn(shape)}
+    if own == "SkyReelsV2DiffusionForcingPipeline" and not images:  # fails where latents are given
+        start = {"generator": torch.Generator().manual_seed(seed)}
     return pipe(
-        **given,
+        **start,
+        **(control(images) if own == "WanVACEPipeline" else images),
         prompt=PROMPT,
         num_frames=FRAMES,
         height=HEIGHT,
         width=WIDTH,
-        latents=z1,
         output_type="pt",
         **call,
     ).frames[0]
 
 
-@pytest.mark.parametrize("sampler", ["renoise", "euler"])
-@pytest.mark.parametrize("family", [*FAMILIES, "wan22_ti2v with image"])
-def test_same_video_as_the_diffusers_pipeline(checkpoint, image, family, sampler):
-    """Covers text, image channels, CLIP's features, experts and their guidance, sampler and VAE at once."""
-    family, _, with_image = family.partition(" ")
-    image = image if with_image or family in ("wan21_i2v", "wan22_i2v_a14b") else None
-    scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=sampler == "renoise", shift=3.0)
+@pytest.mark.parametrize("family, given, sampler", VIDEOS)
+def test_same_video_as_the_diffusers_pipeline(checkpoint, images, family, given, sampler):
+    """Covers text, images as channels and as frames, CLIP's features, experts and guidance, sampler and VAE at once."""
+    kind = WholeTimesteps if family == "skyreels_df" else FlowMatchEulerDiscreteScheduler
+    scheduler = kind(stochastic_sampling=sampler == "renoise", shift=3.0)
     scheduler.set_timesteps(4)
     guidance = {"guidance_scale": 3.0, "negative_prompt": NEGATIVE} if sampler == "euler" else {"guidance_scale": 1.0}
     if "a14b" in family and sampler == "euler":
@@ -96,22 +124,23 @@ def test_same_video_as_the_diffusers_pipeline(checkpoint, image, family, sampler
     if "a14b" in family:
         levels = [sigma >= reasoner.boundary_ratio for sigma in reasoner.settings.sigmas]
         assert any(levels) and not all(levels)  # both experts have something to do
-    condition, noise = instance(reasoner, image, seed=7)
+    condition, noise = instance(reasoner, images(given), seed=7)
     assert len(noise.steps) == (3 if sampler == "renoise" else 0)
     ours = reasoner.decode(reasoner.sample(condition, noise))
 
     shape = noise.z1.shape
-    theirs = diffusers_video(checkpoint(family), scheduler, image, shape, seed=7, num_inference_steps=4, **guidance)
+    call = {"num_inference_steps": 4, **guidance}
+    theirs = diffusers_video(checkpoint(family), scheduler, images(given), shape, seed=7, **call)
     assert ours.shape == (FRAMES, 3, HEIGHT, WIDTH) and ours.std() > 0.01
     torch.testing.assert_close(ours, theirs, atol=3e-5, rtol=0)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_step_prediction_is_a_step_of_its_own_scheduler_to_zero(checkpoint, image, family, guidance_scale):
+def test_one_step_prediction_is_a_step_of_its_own_scheduler_to_zero(checkpoint, images, family, guidance_scale):
     """The hub's UniPC begins at 1 - 1e-6, FlowMatchEuler exactly at 1."""
     reasoner = load(checkpoint(family), guidance_scale=guidance_scale, negative_prompt=NEGATIVE)
-    condition, noise = instance(reasoner, image if family in IMAGE_FAMILIES else None)
+    condition, noise = instance(reasoner, images(FAMILIES[family]))
     with torch.no_grad():
         z0 = reasoner.predict_clean(condition, noise)
         velocity = reasoner.guided_velocity(condition, noise.z1, 1.0)
@@ -129,10 +158,10 @@ def test_one_step_prediction_is_a_step_of_its_own_scheduler_to_zero(checkpoint, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradient_reaches_every_lora_b_of_the_taught_transformer(checkpoint, image, family):
+def test_gradient_reaches_every_lora_b_of_the_taught_transformer(checkpoint, images, family):
     reasoner = load(checkpoint(family), guidance_scale=2.0)
     add_lora(reasoner.transformer, rank=2, seed=0)
-    condition, noise = instance(reasoner, image if family in IMAGE_FAMILIES else None)
+    condition, noise = instance(reasoner, images(FAMILIES[family]))
     reasoner.predict_clean(condition, noise).square().sum().backward()
     found = 0
     for name, parameter in reasoner.transformer.named_parameters():
@@ -150,12 +179,12 @@ def test_gradient_reaches_every_lora_b_of_the_taught_transformer(checkpoint, ima
 def test_the_image_reaches_an_i2v_model(checkpoint, image):
     for family in ("wan21_i2v", "wan22_i2v_a14b"):
         reasoner = load(checkpoint(family))
-        condition, noise = instance(reasoner, image)
+        condition, noise = instance(reasoner, {"image": image})
         assert condition.first_frame is None
         latents = condition.inputs["image_latents"]
         assert latents.shape == (1, 4 + 8, 2, 4, 6)
         assert torch.equal(latents[:, :4, 0], torch.ones(1, 4, 4, 6)) and not latents[:, :4, 1:].any()
-        other, _ = instance(reasoner, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+        other, _ = instance(reasoner, {"image": image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)})
         with torch.no_grad():
             a, b = (reasoner.predict_clean(c, noise) for c in (condition, other))
         assert (a - b).abs().max() > 1e-3
@@ -179,7 +208,7 @@ def test_experts_work_on_their_side_of_the_boundary(checkpoint):
     """One expert predicts each level; a LoRA on the high-noise expert changes nothing below the boundary."""
     reasoner = load(checkpoint("wan22_t2v_a14b"))
     assert set(reasoner.networks) == {"transformer", "transformer_2", "vae", "text_encoder"}
-    condition, noise = instance(reasoner, None)
+    condition, noise = instance(reasoner)
     levels = (1.0, 0.875, 0.874, 0.1)
     with torch.no_grad():
         for sigma in levels:
@@ -202,7 +231,7 @@ def test_experts_work_on_their_side_of_the_boundary(checkpoint):
 
 def test_guidance_moves_away_from_the_negative_prompt(checkpoint):
     reasoner = load(checkpoint("wan21_t2v"), guidance_scale=3.0, negative_prompt=NEGATIVE)
-    condition, noise = instance(reasoner, None)
+    condition, noise = instance(reasoner)
     bare = replace(condition, negative=None)
     with torch.no_grad():
         with_, without = (
@@ -221,7 +250,7 @@ def test_settings_of_one_call(checkpoint):
     before = reasoner.settings
     other = reasoner.with_sampling(5, sampler="euler", guidance_scale=2.0, negative_prompt=None)
     assert other.settings == replace(before, timesteps=(1000, 800, 600, 400, 200), sampler="euler", guidance_scale=2.0)
-    condition, noise = instance(other, None)
+    condition, noise = instance(other)
     assert condition.negative is not None and noise.steps == ()
     assert reasoner.settings is before and other.transformer is reasoner.transformer
     for wrong, said in (
@@ -242,14 +271,6 @@ def test_a_text_of_another_length_would_be_taken_for_the_image(checkpoint, image
 
 
 # ---------------------------------------------------------------- parts that do not fit
-
-
-def changed(directory: Path, copy: Path, file: str, **entries: Any) -> Path:
-    """A copy of a checkpoint with other entries in one of its json files."""
-    shutil.copytree(directory, copy)
-    path = copy / file
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
-    return copy
 
 
 def test_a_vae_of_another_model(checkpoint, tmp_path):
@@ -278,7 +299,7 @@ def test_a_vae_of_another_model(checkpoint, tmp_path):
         ("vae/config.json", {"latents_std": [1.0] * 7}, "no latents_std of 8 values"),
         ("model_index.json", {"boundary_ratio": 0.9}, "two experts .* one of them is missing"),
         ("model_index.json", {"transformer": [None, None]}, "has no transformer for the high noise"),
-        ("model_index.json", {"_class_name": "WanVACEPipeline"}, "is a WanVACEPipeline: the known Reasoners are Wan"),
+        ("model_index.json", {"_class_name": "WanAnimatePipeline"}, "is a WanAnimatePipeline: the known Reasoners are"),
     ],
 )
 def test_configs_that_do_not_fit(checkpoint, tmp_path, file, entries, said):

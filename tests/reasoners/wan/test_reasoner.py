@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
-from PIL import Image
 
 from tests.tiny_models import TINY_SETTINGS, tiny_wan_pipeline
 from vlmteacher.errors import InputError
@@ -18,12 +17,6 @@ from vlmteacher.reasoners.wan.reasoner import clean_prompt
 
 PROMPT = "Move the red  ball to the green &amp; square."
 SIZE = (5, 32, 48)
-
-
-@pytest.fixture(scope="module")
-def image():
-    rng = np.random.default_rng(0)
-    return Image.fromarray(rng.integers(0, 256, (32, 48, 3), dtype=np.uint8))
 
 
 def instance(reasoner, image=None, seed=0):

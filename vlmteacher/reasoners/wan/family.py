@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from vlmteacher.errors import InputError
 from vlmteacher.reasoners.family import TABLE, DecoderFile, Family, LayerNames
 from vlmteacher.reasoners.sampling import SamplerSettings, even_timesteps
-from vlmteacher.reasoners.wan.reasoner import adopt_wan, build_wan, load_wan
+from vlmteacher.reasoners.wan.loading import adopt_wan, build_wan, load_wan
+from vlmteacher.reasoners.wan.reasoner import WanReasoner
 
 _FOUR_STEPS = (1000.0, 750.0, 500.0, 250.0)
 _FASTWAN = (1000.0, 757.0, 522.0)  # already shifted
@@ -28,6 +31,7 @@ PRESETS = {
     "wan2.1-t2v-720p": _720P,
     "wan2.1-i2v-480p": _480P,
     "wan2.1-i2v-720p": _720P,
+    "wan2.1-flf2v-720p": replace(_720P, shift=16.0),
     "wan2.1-lightx2v-4step": _LIGHTX2V,
     "fastwan2.1-t2v-480p": SamplerSettings(_FASTWAN, num_frames=61, height=448, width=832, fps=16.0),
     # Wan 2.2
@@ -42,7 +46,9 @@ PRESETS = {
     ),
     "wan2.2-i2v-a14b": replace(_720P, timesteps=even_timesteps(40), guidance_scale=3.5),
     "wan2.2-a14b-lightx2v-4step": _LIGHTX2V,
+    "wan2.2-a14b-flf2v-lightx2v-4step": replace(_LIGHTX2V, shift=16.0, height=720, width=1280),
 }
+WAN_21_DECODERS = {(16, 4, 8): "lightx2v/Autoencoders/taew2_1.pth"}
 _ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
 
 
@@ -52,6 +58,14 @@ def _preset_misfit(words: Sequence[str], index: Mapping[str, Any]) -> str | None
         if (wanted in words) != has:
             return what if wanted in words else "a single Wan model that is not TI2V-5B"
     return None
+
+
+def _check_preset(name: str, config: Mapping[str, Any], pipeline: str, changed: bool) -> None:
+    if name == "wan2.1-flf2v-720p" and config["pos_embed_seq_len"] is None:
+        raise InputError(
+            f"preset {name} is for models that need a last frame (FLF2V), which {pipeline} is not: name another"
+            " (--preset)"
+        )
 
 
 def _fuse_blocks(transformer: Any) -> None:
@@ -71,15 +85,16 @@ WAN = Family(
     pipelines=("WanPipeline", "WanImageToVideoPipeline"),
     transformer="WanTransformer3DModel",
     blocks="blocks",
-    load=load_wan,
-    build=build_wan,
-    adopt=adopt_wan,
+    load=partial(load_wan, WanReasoner),
+    build=partial(build_wan, WanReasoner),
+    adopt=partial(adopt_wan, WanReasoner),
     presets=PRESETS,
     hub_ids={
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan2.1-t2v-480p",
         "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan2.1-t2v-720p",
         "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": "wan2.1-i2v-480p",
         "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": "wan2.1-i2v-720p",
+        "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": "wan2.1-flf2v-720p",
         "Wan-AI/Wan2.2-TI2V-5B-Diffusers": "wan2.2-ti2v-5b",
         "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "wan2.2-t2v-a14b",
         "Wan-AI/Wan2.2-I2V-A14B-Diffusers": "wan2.2-i2v-a14b",
@@ -126,12 +141,10 @@ WAN = Family(
     ),
     musubi="networks.lora_wan",
     load_lora='pipe.load_lora_weights(".", weight_name="lora.safetensors")  # of two experts: the high-noise one',
-    decoders={
-        (16, 4, 8): "lightx2v/Autoencoders/taew2_1.pth",
-        (48, 4, 16): "lightx2v/Autoencoders/taew2_2.safetensors",
-    },
+    decoders={**WAN_21_DECODERS, (48, 4, 16): "lightx2v/Autoencoders/taew2_2.safetensors"},
     decoder_files=(DecoderFile(r"lighttae(?!_?hy)", denormalised=True),),  # LightX2V's decoders
     preset_misfit=_preset_misfit,
+    check_preset=_check_preset,
     shares_tokens=True,
     fuse_blocks=_fuse_blocks,
     unfuse_blocks=_unfuse_blocks,

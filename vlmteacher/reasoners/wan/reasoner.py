@@ -1,10 +1,11 @@
-"""The Wan family of diffusers: Wan 2.1 T2V and I2V, Wan 2.2 TI2V-5B and A14B, and their few-step distillations.
+"""The Wan family of diffusers: Wan 2.1 T2V, I2V, FLF2V, Wan 2.2 TI2V-5B, A14B, and their few-step distillations.
 
 diffusers' pipelines run under ``no_grad``; their parts are called here as `WanPipeline` and `WanImageToVideoPipeline`
 call them. The first frame enters by one of three ways, which depends on the transformer:
 
 - TI2V-5B (``expand_timesteps``): as a clean first latent frame with a timestep of its own, 0;
-- I2V: as further channels, a mask and the latents of a video that begins with the image; 2.1 also gets CLIP's features;
+- I2V: as further channels, a mask and the latents of a video that begins with the image; 2.1 also gets CLIP's features.
+  A last frame, which FLF2V needs and A14B takes, ends that video;
 - T2V: there is none.
 
 A14B has two experts: `transformer`, which is optimised, for the noise levels from the boundary upwards, and
@@ -15,16 +16,14 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlmteacher.checkpoints.pretrained import cast, load_network, load_processor, load_tokenizer
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput, fit_image, read_image
 from vlmteacher.prompts import check_cut, tokenize
@@ -32,7 +31,6 @@ from vlmteacher.ranks import summed
 from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.condition import Condition, with_first_frame
 from vlmteacher.reasoners.own_tokens import own_tokens
-from vlmteacher.reasoners.parts import load_transformers
 from vlmteacher.reasoners.sampling import SamplerSettings
 from vlmteacher.settings import Target
 
@@ -43,16 +41,23 @@ CLIP_TOKENS = 257  # ViT-H/14 at 224 pixels, with the class token
 class WanReasoner(Reasoner):
     """`WanTransformer3DModel` + `AutoencoderKLWan` + a UMT5-class text encoder.
 
+    Attributes:
+        architecture: diffusers' class of the transformer.
+        default_settings: of a model of which nothing is known.
+
     Args:
         transformer, vae, text_encoder, tokenizer: the parts of a diffusers Wan pipeline; they are frozen here.
-        image_conditioning: the pipeline's ``expand_timesteps``: the model takes a timestep per token, so the first
-            latent frame can be clean (t = 0) while the others are noisy.
+        image_conditioning: the model takes a timestep per token, so the first latent frame can be clean (t = 0) while
+            the others are noisy (see `keeps_first_frame`).
         settings: sampler and default sizes.
         transformer_2, boundary_ratio: the low-noise expert, and the noise level below which it predicts.
         image_encoder, image_processor: CLIP's, for a transformer with an ``image_dim``.
 
     Raises InputError when the parts do not fit together.
     """
+
+    architecture = "WanTransformer3DModel"
+    default_settings = SamplerSettings()
 
     def __init__(
         self,
@@ -98,7 +103,11 @@ class WanReasoner(Reasoner):
         self.boundary_ratio = boundary_ratio
         self.image_conditioning = image_conditioning
         self.image_channels: bool = transformer.config.in_channels != vae.config.z_dim
-        self.settings = settings or SamplerSettings()
+        # CLIP's features of both images have positions of their own in FLF2V models. Other I2V models have no place for
+        # the second image's, but those without CLIP do not need it.
+        self.needs_last_image: bool = transformer.config.pos_embed_seq_len is not None
+        self.takes_last_image = self.needs_last_image or (self.image_channels and image_encoder is None)
+        self.settings = settings or self.default_settings
         self.dtype = transformer.dtype
         self.latent_channels = vae.config.z_dim
         self.temporal_stride = vae.config.scale_factor_temporal
@@ -107,6 +116,14 @@ class WanReasoner(Reasoner):
         self.latents_mean = torch.tensor(vae.config.latents_mean, dtype=torch.float32).view(1, -1, 1, 1, 1)
         self.latents_std = torch.tensor(vae.config.latents_std, dtype=torch.float32).view(1, -1, 1, 1, 1)
         self.to(transformer.device)
+
+    @classmethod
+    def keeps_first_frame(cls, pipeline: str, entries: Mapping[str, Any]) -> bool:
+        """Whether a model keeps the image as its first latent frame: Wan's pipelines say it by ``expand_timesteps``.
+
+        pipeline: diffusers' class. entries: of its ``model_index.json``.
+        """
+        return bool(entries.get("expand_timesteps"))
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -138,20 +155,12 @@ class WanReasoner(Reasoner):
         width: int,
     ) -> Condition:
         """See `Reasoner.encode_inputs`."""
-        if image is not None and not (self.image_conditioning or self.image_channels):
-            raise InputError("this Reasoner takes no image (it is a text-to-video model): give only a prompt")
-        if image is None and self.image_channels:
-            raise InputError("this Reasoner needs an image (it is an image-to-video model): give the first frame")
         if self.image_encoder is not None and self.settings.max_sequence_length != TEXT_TOKENS:
             raise InputError(
                 f"max_sequence_length must be {TEXT_TOKENS} for a model with CLIP's image features (Wan 2.1 I2V), not"
                 f" {self.settings.max_sequence_length}"
             )
-        first_frame, inputs = None, {}
-        if image is not None and self.image_channels:
-            inputs = self._encode_image_channels(read_image(image), num_frames, height, width)
-        elif image is not None:
-            first_frame = self.encode_image(image, height, width)
+        first_frame, inputs = self.encode_images(image, last_image, num_frames, height, width)
 
         def condition(text: str, what: str) -> Condition:
             cut = check_cut(self.tokenizer, clean_prompt(text), self.settings.max_sequence_length, what)
@@ -162,6 +171,25 @@ class WanReasoner(Reasoner):
             return positive
         return replace(positive, negative=condition(self.settings.negative_prompt, "negative_prompt"))
 
+    def encode_images(
+        self, image: ImageInput | None, last_image: ImageInput | None, num_frames: int, height: int, width: int
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The first latent frame, where the model keeps one, and the transformer's further inputs of the images.
+
+        Raises InputError for a missing or an unwanted image.
+        """
+        if image is None and self.image_channels:
+            raise InputError("this Reasoner needs an image (it is an image-to-video model): give the first frame")
+        if last_image is None and self.needs_last_image:
+            raise InputError("this Reasoner needs a last frame (it is a first-and-last-frame model): give last_image")
+        if image is None:
+            return None, {}
+        if self.image_channels:
+            return None, self._encode_image_channels(image, last_image, num_frames, height, width)
+        if self.image_conditioning:
+            return self.encode_image(image, height, width), {}
+        raise InputError("this Reasoner takes no image (it is a text-to-video model): give only a prompt")
+
     def blank_condition(self, num_frames: int, height: int, width: int) -> Condition:
         config, length = self.transformer.config, self.settings.max_sequence_length
         _, channels, frames, *size = self.latent_shape(num_frames, height, width)
@@ -169,7 +197,8 @@ class WanReasoner(Reasoner):
         if self.image_channels:
             inputs["image_latents"] = torch.empty(1, config.in_channels - channels, frames, *size)
         if config.image_dim is not None:
-            inputs["encoder_hidden_states_image"] = torch.empty(1, CLIP_TOKENS, config.image_dim, dtype=self.dtype)
+            images = 1 + self.needs_last_image
+            inputs["encoder_hidden_states_image"] = torch.empty(images, CLIP_TOKENS, config.image_dim, dtype=self.dtype)
         first_frame = torch.empty(1, channels, 1, *size) if self.image_conditioning else None
         embeds = torch.empty(1, length, config.text_dim, dtype=self.dtype)
         return Condition(embeds, first_frame, num_frames, height, width, inputs)
@@ -187,23 +216,30 @@ class WanReasoner(Reasoner):
         # The transformer attends to all positions without a mask and was trained with zeros beyond the prompt.
         return (hidden * tokens.attention_mask[..., None]).to(self.device, self.dtype)
 
-    def _encode_image_channels(self, image: ImageInput, num_frames: int, height: int, width: int) -> dict[str, Tensor]:
+    def _encode_image_channels(
+        self, image: ImageInput, last_image: ImageInput | None, num_frames: int, height: int, width: int
+    ) -> dict[str, Tensor]:
         """The inputs of an I2V transformer beside the noisy latents: `image_latents` as channels, CLIP's features.
 
-        `image_latents` are a mask, which is 1 on the image and has one channel for each frame of a latent frame, and
-        the latents of a video that begins with the image and goes on in mid grey.
+        `image_latents` are a mask, which is 1 on the images and has one channel for each frame of a latent frame, and
+        the latents of a video of the images, in mid grey between them or after the only one.
         """
-        video = np.full((num_frames, height, width, 3), 127.5, dtype=np.float32)
-        video[0] = np.array(fit_image(image, height, width))
+        images = [read_image(each) for each in (image, last_image) if each is not None]
+        video = grey_video(num_frames, height, width)
+        known = torch.zeros(num_frames)
+        for place, each in zip((0, -1), images, strict=False):
+            video[place] = np.array(fit_image(each, height, width))
+            known[place] = 1
         latents = self.encode_video(video)
-        mask = latents.new_zeros(1, self.temporal_stride, *latents.shape[2:])
-        mask[:, :, 0] = 1
+        stride = self.temporal_stride  # the first latent frame is of one frame, which counts for all of its channels
+        by_channel = torch.cat([known[:1].expand(stride), known[1:]]).view(-1, stride).T
+        mask = by_channel[None, :, :, None, None].to(latents).expand(-1, -1, -1, *latents.shape[3:])
         inputs = {"image_latents": torch.cat([mask, latents], 1)}
         if self.image_encoder is not None:
-            pixels = self.image_processor(images=image, return_tensors="pt").pixel_values
+            pixels = self.image_processor(images=images, return_tensors="pt").pixel_values
             pixels = pixels.to(self.image_encoder.device, self.image_encoder.dtype)
             features = self.image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
-            inputs["encoder_hidden_states_image"] = features.to(self.device, self.dtype)
+            inputs["encoder_hidden_states_image"] = features.to(self.device, self.dtype)  # a row for each image
         return inputs
 
     def velocity(
@@ -256,6 +292,11 @@ class WanReasoner(Reasoner):
         return expert
 
 
+def grey_video(num_frames: int, height: int, width: int) -> np.ndarray:
+    """A video (F, H, W, 3) float32 of mid grey, which the VAE gets as 0."""
+    return np.full((num_frames, height, width, 3), 127.5, dtype=np.float32)
+
+
 def by_token(values: Tensor, first: int, tokens: int) -> Tensor:
     """Repeat values (B, 2, ...) to (B, tokens, ...): the first for `first` tokens, the second for the rest."""
     rest = values.shape[2:]
@@ -282,108 +323,8 @@ def check_channels(transformer: Any, vae: Any, name: str = "transformer") -> Non
             f"the {name} takes {taken} channels and gives {transformer.config.out_channels}, but the VAE has"
             f" {channels}: it must take {channels}, or {with_image} with the image as channels, and give {channels}"
         )
-    if transformer.config.pos_embed_seq_len is not None:
-        raise InputError(f"the {name} takes a first and a last frame (FLF2V): give a Wan model that takes one image")
     for statistic in ("latents_mean", "latents_std"):
         if len(getattr(vae.config, statistic, None) or ()) != channels:
             raise InputError(
                 f"the VAE's config has no {statistic} of {channels} values: take the config.json of the model's own VAE"
             )
-
-
-def load_wan(
-    path_or_id: str,
-    index: dict[str, Any],
-    settings: SamplerSettings | None,
-    dtype: torch.dtype,
-    local_files_only: bool,
-    **parts: Sequence[str],
-) -> WanReasoner:
-    """Load the Reasoner of a diffusers Wan pipeline, local or on the hub, whose ``model_index.json`` is `index`.
-
-    parts: see `load_transformers`; the high-noise expert comes first. Raises InputError.
-    """
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
-    from transformers import CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
-
-    load = partial(load_network, name=path_or_id, local_files_only=local_files_only)
-
-    def has(part: str) -> bool:
-        return bool((index.get(part) or [None])[0])
-
-    if not has("transformer"):
-        raise InputError(f"{path_or_id} has no transformer for the high noise levels, the one that gets the LoRA")
-    names = ["transformer", *(["transformer_2"] if has("transformer_2") else [])]
-    networks = load_transformers(
-        WanTransformer3DModel,
-        path_or_id,
-        names,
-        dtype,
-        local_files_only,
-        **parts,
-    )
-    # diffusers' Wan examples keep the VAE in float32; it runs once or twice an instance.
-    vae = load(AutoencoderKLWan, subfolder="vae", dtype=torch.float32)
-    text_encoder = load(UMT5EncoderModel, subfolder="text_encoder", dtype=dtype)
-    for name, network in networks.items():
-        if network.config.text_dim != text_encoder.config.d_model:
-            raise InputError(
-                f"the {name} takes text of width {network.config.text_dim} and the text encoder gives"
-                f" {text_encoder.config.d_model}: they belong to different models"
-            )
-    image_encoder = image_processor = None
-    if has("image_encoder") and networks["transformer"].config.image_dim is not None:
-        image_encoder = load(CLIPVisionModel, subfolder="image_encoder", dtype=dtype)
-        image_processor = load_processor(CLIPImageProcessor, path_or_id, "image_processor", local_files_only)
-    return WanReasoner(
-        networks["transformer"],
-        vae,
-        text_encoder,
-        load_tokenizer(path_or_id, "tokenizer", local_files_only),
-        bool(index.get("expand_timesteps")),
-        settings,
-        transformer_2=networks.get("transformer_2"),
-        boundary_ratio=index.get("boundary_ratio"),
-        image_encoder=image_encoder,
-        image_processor=image_processor,
-    )
-
-
-def adopt_wan(pipeline: Any, settings: SamplerSettings | None) -> WanReasoner:
-    """The Reasoner of a loaded Wan pipeline's own parts. Raises InputError where they do not fit together."""
-    takes_image = pipeline.transformer.config.image_dim is not None
-    return WanReasoner(
-        pipeline.transformer,
-        pipeline.vae,
-        pipeline.text_encoder,
-        pipeline.tokenizer,
-        bool(pipeline.config.expand_timesteps),
-        settings,
-        transformer_2=pipeline.transformer_2,
-        boundary_ratio=pipeline.config.boundary_ratio,
-        image_encoder=pipeline.image_encoder if takes_image else None,
-        image_processor=pipeline.image_processor if takes_image else None,
-    )
-
-
-def build_wan(configs: Mapping[str, Any], settings: SamplerSettings, dtype: torch.dtype) -> WanReasoner:
-    """Build the Reasoner without weights from the configs of its parts and the entries of its ``model_index.json``."""
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
-    from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
-
-    def transformer() -> Any:
-        return cast(WanTransformer3DModel.from_config(configs["transformer"]), dtype)
-
-    boundary = configs.get("boundary_ratio")
-    clip = configs.get("image_encoder")
-    return WanReasoner(
-        transformer(),
-        AutoencoderKLWan.from_config(configs["vae"]),
-        UMT5EncoderModel(UMT5Config(**configs["text_encoder"])).to(dtype),
-        None,
-        bool(configs.get("expand_timesteps")),
-        settings,
-        transformer_2=None if boundary is None else transformer(),
-        boundary_ratio=boundary,
-        image_encoder=None if clip is None else CLIPVisionModel(CLIPVisionConfig(**clip)).to(dtype),
-    )
