@@ -18,7 +18,7 @@ from vlmteacher.session import RecordedSession, Session, open_session
 def start(pipe: TeacherPipeline, run_dir: Path | None = None, resume: bool = False, **keywords: Any) -> Session:
     values: Any = {**{name: value for name, value in FAST.items() if name != "progress"}, **keywords}
     own = (None, None, None)
-    return open_session(pipe, PROMPT, (None, None), own, own, seed(), QUERIES, (), values, run_dir, resume)
+    return open_session(pipe, PROMPT, (None, None, None), own, own, seed(), QUERIES, (), values, run_dir, resume)
 
 
 def test_parts_of_the_algorithm_one_after_the_other(pipe: TeacherPipeline, tmp_path: Path) -> None:
@@ -59,6 +59,6 @@ def test_what_a_resumed_call_leaves_out_is_as_it_was(pipe: TeacherPipeline, tmp_
     pipe(PROMPT, generator=seed(5), queries=QUERIES, run_dir=tmp_path / "run", **FAST)
     own = (None, None, None)
     keywords: Any = {name: value for name, value in FAST.items() if name not in ("progress", "max_steps")}
-    session = open_session(pipe, PROMPT, (None, None), own, own, None, None, (), keywords, tmp_path / "run", True)
+    session = open_session(pipe, PROMPT, (None, None, None), own, own, None, None, (), keywords, tmp_path / "run", True)
     assert (session.instance.seed, session.settings.max_steps) == (5, 2)
     assert session.instance.queries is not None and session.instance.queries.goal == QUERIES["goal"]

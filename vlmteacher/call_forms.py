@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,17 @@ from vlmteacher.torch_modes import plain_torch
 from vlmteacher.trackers import LOGS, Trackers, tracking
 
 F = TypeVar("F", bound=Callable[..., Any])
-LISTS = ("image", "last_image", "generator", "negative_prompt", "queries", "num_frames", "height", "width")
+LISTS = (
+    "image",
+    "last_image",
+    "goal_image",
+    "generator",
+    "negative_prompt",
+    "queries",
+    "num_frames",
+    "height",
+    "width",
+)
 """Arguments that may be a list with an entry for each prompt."""
 
 
@@ -32,6 +42,7 @@ def any_form(call: F) -> F:
     @functools.wraps(call)
     def run(self: Any, prompt: object, image: object = None, **keywords: Any) -> Any:
         keywords = {"image": image, **keywords}
+        check_options(keywords)
         if (callback := keywords.get("callback_on_step_end")) is not None:
             keywords["callback_on_step_end"] = three_arguments(callback)
         tracker = keywords.pop("tracker", None)
@@ -95,6 +106,16 @@ def three_arguments(callback: object) -> Any:
                 callback(pipe, step, row)
 
     return run
+
+
+def check_options(keywords: Mapping[str, Any]) -> None:
+    """Raise InputError for an option of a call, by its keyword, that cannot be used."""
+    for name in ("return_dict", "resume"):
+        arguments.flag(name, keywords.get(name, False))
+    arguments.one_of("output_type", keywords.get("output_type", "pil"), ("pil", "np", "pt"))
+    callback = keywords.get("callback_on_step_end")
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback_on_step_end must be a function, not {arguments.show(callback)}")
 
 
 def takes(function: Callable[..., Any], count: int) -> bool:

@@ -183,11 +183,13 @@ class FrozenModels:
             warnings.warn(note, Notice, stacklevel=2)
 
     @alone(nested=True)
-    def write_queries(self, prompt: str, image: ImageInput | None = None) -> QuerySet:
-        """The Teacher's queries for a task (see `Teacher.write_queries`)."""
+    def write_queries(
+        self, prompt: str, image: ImageInput | None = None, goal_image: ImageInput | None = None
+    ) -> QuerySet:
+        """The Teacher's queries for a task (see `Teacher.write_queries`). goal_image: see `Teacher.with_goal`."""
         self.check_task(prompt)
         self.need("teacher")
-        return self.teacher.write_queries(prompt, image)
+        return self.teacher.with_goal(goal_image).write_queries(prompt, image)
 
     @alone(nested=True)
     def answer(self, text: str, images: Sequence[ImageInput] = (), max_tokens: int = ANSWER_TOKENS) -> str:
@@ -213,7 +215,12 @@ class FrozenModels:
 
     @alone(nested=True)
     @torch.no_grad()
-    def judge(self, video: Tensor, frame_indices: Sequence[int], queries: QuerySet) -> Tensor:
-        """-log P(Yes) (1+M,) of each query on a decoded video (F, 3, H, W)."""
+    def judge(
+        self, video: Tensor, frame_indices: Sequence[int], queries: QuerySet, teacher: Teacher | None = None
+    ) -> Tensor:
+        """-log P(Yes) (1+M,) of each query on a decoded video (F, 3, H, W).
+
+        teacher: the Teacher with a picture of the goal (`with_goal`).
+        """
         self.need("teacher")
-        return self.teacher.losses(video[list(frame_indices)], frame_indices, self.reasoner.fps, queries)
+        return (teacher or self.teacher).losses(video[list(frame_indices)], frame_indices, self.reasoner.fps, queries)

@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from vlmteacher.frozen_models import FrozenModels
     from vlmteacher.planning.fit import Fit
     from vlmteacher.reasoners.base import Reasoner
+    from vlmteacher.teachers.base import Teacher
 
 SIZE = ("num_frames", "height", "width")
+IMAGES = ("image", "last_image", "goal_image")
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,12 @@ class Instance:
     """The inputs of one call, checked.
 
     Attributes:
-        image, last_image: the first and the last frame in the size of the video, or None.
+        image, last_image: the first frame, and the last one for Reasoners that take it, in the size of the video.
+        goal_image: a picture of the goal in that size, for the Teacher; by default the last frame.
         size: number of frames, height and width of the video, by the names of `SIZE`.
         frame_indices: the frames that the Teacher sees.
         reasoner: the pipeline's Reasoner with the sampling of this call.
+        teacher: the pipeline's Teacher with `goal_image`.
         queries: None where the Teacher writes them.
         generator: draws the noise.
         lora: the LoRA that the optimisation starts from; None for a fresh one.
@@ -55,9 +59,11 @@ class Instance:
     prompt: str
     image: Image.Image | None
     last_image: Image.Image | None
+    goal_image: Image.Image | None
     size: dict[str, int]
     frame_indices: list[int]
     reasoner: Reasoner
+    teacher: Teacher
     settings: Settings
     queries: QuerySet | None
     generator: torch.Generator
@@ -83,8 +89,7 @@ class Instance:
             "sampling": self.reasoner.settings.sampling,
             "seed": self.seed,
             "generator": _digest(self.generator.get_state().numpy()),  # a used one has the same seed
-            "image": None if self.image is None else _digest(np.asarray(self.image)),
-            "last_image": None if self.last_image is None else _digest(np.asarray(self.last_image)),
+            **{name: None if (image := getattr(self, name)) is None else _digest(np.asarray(image)) for name in IMAGES},
             "dtype": str(self.reasoner.dtype).removeprefix("torch."),
             "lora": self.lora and lora_fingerprint(self.lora),
             **({"lora_scale": self.lora.scale_source} if self.lora else {}),
@@ -106,9 +111,9 @@ def check_inputs(
 ) -> Instance:
     """The inputs of a call, or InputError for the first that cannot be used.
 
-    images: the first and the last frame. size: num_frames, height, width. sampling: num_inference_steps,
-    guidance_scale, negative_prompt. None is the Reasoner's own in the last two. record: run.json of the run to resume,
-    which has what the call leaves out.
+    images: as of `IMAGES`; the goal is the last frame where none is given and the Teacher takes one. size: num_frames,
+    height, width. sampling: num_inference_steps, guidance_scale, negative_prompt. None is the Reasoner's own in the
+    last two. record: run.json of the run to resume, which has what the call leaves out.
     """
     prompt = arguments.text("prompt", arguments.single("prompt", prompt))
     source, asked, values = _generator(generator), QuerySet.of(queries), dict(keywords)
@@ -140,21 +145,26 @@ def check_inputs(
     if settings.memory is not None and reasoner.ranks.size > 1:  # ranks with other levels would wait for each other
         raise InputError(f"memory {settings.memory} plans for one GPU: with --context-parallel give --activations")
     frame_indices = teacher_frame_indices(shape["num_frames"], settings.teacher_frames)
-    first, last = (
+    first, last, goal = (
         None if given is None else fit_image(given, shape["height"], shape["width"], name, settings.fit)
-        for name, given in zip(("image", "last_image"), images, strict=True)
+        for name, given in zip(IMAGES, images, strict=True)
     )
     reasoner.check_last_image(last)
+    if goal is None and models.teacher.takes_goal_image:
+        goal = last
+    teacher = models.teacher.with_goal(goal)
     if source is None:
         source = torch.Generator()
         source.manual_seed(record["config"]["seed"] if record else source.seed())
-    fit = None if settings.memory is None else _fit(models, reasoner, settings, shape, frame_indices, asked)
-    return Instance(prompt, first, last, shape, frame_indices, reasoner, settings, asked, source, models.lora, own, fit)
+    fit = None if settings.memory is None else _fit(models, reasoner, teacher, settings, shape, frame_indices, asked)
+    inputs = prompt, first, last, goal, shape, frame_indices
+    return Instance(*inputs, reasoner, teacher, settings, asked, source, models.lora, own, fit)
 
 
 def _fit(
     models: FrozenModels,
     reasoner: Reasoner,
+    teacher: Teacher,
     settings: Settings,
     shape: dict[str, int],
     frame_indices: list[int],
@@ -164,7 +174,7 @@ def _fit(
 
     questions = settings.preserve + (len(queries.questions) if queries else 1 + MAX_PROCESS)
     size = shape["num_frames"], shape["height"], shape["width"]
-    parts = reasoner, models.decoder, models.teacher
+    parts = reasoner, models.decoder, teacher
     return fit_memory(*parts, size, frame_indices, questions, settings, models.offload)
 
 

@@ -187,6 +187,7 @@ class TeacherPipeline(FrozenModels):
         image: ImageInput | None = None,
         *,
         last_image: ImageInput | None = None,
+        goal_image: ImageInput | None = None,
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -208,7 +209,7 @@ class TeacherPipeline(FrozenModels):
         """Answer one instance, or each of a list, by test-time optimisation: Algorithm 1 of arXiv 2606.02564.
 
         Args:
-            prompt, image, last_image: the task, first frame and, where the Reasoner takes one, last frame, resized.
+            prompt, image, last_image, goal_image: task, first frame, last one, goal for the Teacher (see `Instance`).
             num_frames, height, width, num_inference_steps, guidance_scale, negative_prompt: None is the Reasoner's own.
             generator: draws the noise and the first weights of the LoRA; None draws a new seed.
             queries: a QuerySet, its dictionary, a list with the goal first, or a file; None: the Teacher writes them.
@@ -220,10 +221,10 @@ class TeacherPipeline(FrozenModels):
 
         Raises InputError, OutputError, OutOfMemory; NonFiniteError when the first step is not finite.
         """
-        check_options(output_type, callback_on_step_end, return_dict=return_dict, resume=resume)
-        size, sampling = (num_frames, height, width), (num_inference_steps, guidance_scale, negative_prompt)
+        images, size = (image, last_image, goal_image), (num_frames, height, width)
+        sampling = (num_inference_steps, guidance_scale, negative_prompt)
         with open_session(
-            self, prompt, (image, last_image), size, sampling, generator, queries, rewards, keywords, run_dir, resume
+            self, prompt, images, size, sampling, generator, queries, rewards, keywords, run_dir, resume
         ) as session:
             # 1. The Teacher writes one goal query and M process queries.
             session.encode()
@@ -232,8 +233,7 @@ class TeacherPipeline(FrozenModels):
             session.draw_noise()
             session.add_lora()
             session.begin()
-            # 3. At most N times: predict the video in one step, decode K of its frames, let the Teacher answer the
-            # queries; stop where the loss is not above the threshold, else update the LoRA by the gradient.
+            # 3. At most N times: predict in one step, decode K frames, ask the Teacher; stop, or train the LoRA.
             for row in session.steps():
                 if callback_on_step_end:
                     callback_on_step_end(self, row["step"], row)
@@ -342,12 +342,3 @@ def read_pair(path: str | os.PathLike[str] | None = None) -> tuple[Path, dict[st
             raise InputError(f"{file}: {name} must be a path, not {description[name]!r}")
     Settings.of(description.get("defaults", {}), f"{file}: defaults")
     return directory, description
-
-
-def check_options(output_type: object, callback: object, **flags: object) -> None:
-    """Raise InputError for an option of a call that cannot be used."""
-    for name, value in flags.items():
-        arguments.flag(name, value)
-    arguments.one_of("output_type", output_type, ("pil", "np", "pt"))
-    if callback is not None and not callable(callback):
-        raise InputError(f"callback_on_step_end must be a function, not {arguments.show(callback)}")

@@ -36,6 +36,7 @@ For the task "Drive the blue car through the maze to the flag" this is a good an
 {"goal": "Is the blue car at the flag at the end of the video?", "process": ["Does the blue car stay on the white path \
 all the way?", "Do the walls of the maze keep their places?", "Is exactly one blue car visible in every frame?"]}
 Answer for the task at the top, only with JSON of this form: {"goal": "...", "process": ["...", "..."]}"""
+GOAL_INSTRUCTION = "\nThe {which} image shows the goal: how the video should end."
 RETRY_INSTRUCTION = "This answer cannot be used: {reason}. Mend it, and answer only with the whole JSON again."
 ANSWER_INSTRUCTION = " Answer Yes or No."  # the packaged Teacher is trained on this text, character for character
 
@@ -157,6 +158,12 @@ class QueryStyle:
 def query_prompt(prompt: str, instruction: str = QUERY_INSTRUCTION) -> str:
     """The request to a Teacher for the queries of a task."""
     return instruction.replace("{prompt}", prompt)
+
+
+def goal_note(after_first_frame: bool) -> str:
+    """What follows the request where a picture of the goal is given, after the first frame or alone."""
+    which = "second" if after_first_frame else "given"
+    return GOAL_INSTRUCTION.replace("{which}", which) + ("" if after_first_frame else " There is no first frame.")
 
 
 def ask_for_queries(style: QueryStyle, answer: Callable[[Sequence[str], bool], str]) -> QuerySet:

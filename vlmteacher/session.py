@@ -89,7 +89,8 @@ class Session:
         if self.instance.queries:
             self.models.check_task(self.instance.prompt)
         with self._timed("queries", shown=not self.instance.queries):
-            queries = self.instance.queries or self.models.write_queries(self.instance.prompt, self.instance.image)
+            prompt, image, goal = self.instance.prompt, self.instance.image, self.instance.goal_image
+            queries = self.instance.queries or self.models.write_queries(prompt, image, goal)
             self.queries = self.ranks.first(self._preserving(queries))
 
     def _preserving(self, queries: QuerySet) -> QuerySet:
@@ -161,11 +162,11 @@ class Session:
         models.need(*self._at_work)
         if self.instance.fit:
             log.info("memory: %s", self.instance.fit)
-            self._undo.enter_context(self.instance.fit.on(self.reasoner, models.teacher))
+            self._undo.enter_context(self.instance.fit.on(self.reasoner, self.instance.teacher))
         self.loop = models.loop = Optimization(
             self.reasoner,
             models.decoder,
-            models.teacher,
+            self.instance.teacher,
             self.condition,
             self.noise,
             self.queries,

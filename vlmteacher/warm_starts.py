@@ -63,7 +63,7 @@ def embed(reasoner: Reasoner, prompt: str, queries: QuerySet) -> list[float]:
 def key_of(prompt: str, queries: QuerySet, config: dict[str, Any]) -> str:
     """The name of an instance's entry: one never starts from itself, so that it can be repeated."""
     same = {"prompt": prompt, "queries": queries.to_dict(), **{k: config[k] for k in ("image", "seed", "generator")}}
-    same |= {name: value for name in ("last_image",) if (value := config.get(name)) is not None}
+    same |= {name: value for name in ("last_image", "goal_image") if (value := config.get(name)) is not None}
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
 
 

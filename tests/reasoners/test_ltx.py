@@ -160,6 +160,7 @@ def test_a_last_frame_is_part_of_the_run(directory, tmp_path, image):
     assert with_last.history[0]["grad_norm"] > 0 and with_last.history[0]["loss"] != without.history[0]["loss"]
     recorded = json.loads((run / "run.json").read_text())["config"]
     assert recorded["last_image"] not in (None, recorded["image"]) and without.config["last_image"] is None
+    assert recorded["goal_image"] == recorded["last_image"]  # the Teacher sees it too
     for other in (image, None):
         with pytest.raises(InputError, match="holds a run with another last_image"):
             call(other, run_dir=run, resume=True)

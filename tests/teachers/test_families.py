@@ -120,6 +120,22 @@ CHATS = {
     "glm4v_moe": GLM + "<think></think>\n<|begin_of_box|>",
     "smolvlm": "<|im_start|>User: {video}{question} Answer Yes or No.<end_of_utterance>\nAssistant: ",
 }
+
+
+def qwen_picture(picture, settings, inputs):
+    """The text of a picture before the video, and the inputs with it."""
+    rows, grid = patch_rows(picture[None], settings.image_mean, settings.image_std, 8)
+    text = "<|vision_start|>" + "<|image_pad|>" * int(grid.prod() // 4) + "<|vision_end|>"
+    return text, inputs | {"pixel_values": rows, "image_grid_thw": grid}
+
+
+def internvl_picture(picture, settings, inputs):
+    _, own = internvl_inputs(settings, picture[None], [0])
+    pixels = torch.cat([own["pixel_values"], inputs["pixel_values"]])
+    return f"<img>{'<IMG_CONTEXT>' * 4}</img>\n", {"pixel_values": pixels}
+
+
+PICTURES = {"internvl": internvl_picture}  # of the families that are no Qwen-VL
 # another shape for each, so that no test passes by coincidence: (text config, vision config)
 OTHERS = {
     "qwen3_vl": (
@@ -191,12 +207,15 @@ def checkpoint(tmp_path_factory):
     return make
 
 
-def stock_losses(path, family, frames, indices, questions, settings, dtype=torch.float32):
+def stock_losses(path, family, frames, indices, questions, settings, dtype=torch.float32, picture=None):
     """The losses of the checkpoint as transformers loads it, one pass for each question, its prompt written by hand."""
     config = transformers.AutoConfig.from_pretrained(path)
     model = getattr(transformers, config.architectures[0]).from_pretrained(path, dtype=dtype).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     video, inputs = FAMILIES[family][1](settings, frames, indices)
+    if picture is not None:
+        before, inputs = PICTURES.get(family, qwen_picture)(picture, settings, inputs)
+        video = f"{before}{video}The picture before the video shows the goal: how the video should end. "
     losses = []
     for question in questions:
         text = CHATS.get(family, CHAT).format(video=video, question=question)
@@ -205,6 +224,8 @@ def stock_losses(path, family, frames, indices, questions, settings, dtype=torch
         input_ids = torch.tensor([ids])
         visual = config.image_token_id if "glm" in family else getattr(config, "video_token_id", None)
         more = {} if visual is None else {"mm_token_type_ids": (input_ids == visual).int() * 2}
+        if more and picture is not None:
+            more["mm_token_type_ids"] += (input_ids == config.image_token_id).int()
         logits = model(input_ids=input_ids, **inputs, **more).logits
         log_p = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
         losses.append(-log_p.gather(1, input_ids[0, len(prompt) :, None]).sum())
@@ -263,6 +284,54 @@ def test_internvl35_is_internvl3_with_another_language_model(tmp_path, text):
     assert clip == new.clip([0, 4, 8], FPS, 48, 32) and old.chats(clip, QUESTIONS) == new.chats(clip, QUESTIONS)
     assert hasattr(new.language.layers[0].self_attn, "q_norm") > hasattr(old.language.layers[0].self_attn, "q_norm")
     assert_equal(*both(new, path, "internvl", 3, QUESTIONS[:3]))
+
+
+WITH_GOAL = [name for name in FAMILIES if base.find_family(name, name).takes_goal_image]
+
+
+@pytest.mark.parametrize("family", WITH_GOAL)
+def test_a_picture_of_the_goal_equals_the_stock_chat_with_it(checkpoint, family):
+    path = checkpoint(family)
+    teacher = load_teacher(path)
+    pixels = torch.randint(0, 256, (32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    seeing = teacher.with_goal(pixels.numpy())
+    for seeing.chunk_patches in (None, 1):
+        ours, theirs = both(seeing, path, family, 5, QUESTIONS[:4], picture=pixels.permute(2, 0, 1) / 255)
+        assert_equal(ours, theirs)
+    plain = teacher.losses(frames_of(5), range(0, 10, 2), FPS, QuerySet(QUESTIONS[0], QUESTIONS[1:4]))
+    assert (plain.detach() - ours[0]).abs().max() > 1e-3
+    with_goal, plain = (
+        each.layout(each.clip(range(0, 10, 2), FPS, 32, 48), QuerySet(QUESTIONS[0], QUESTIONS[1:4]))
+        for each in (seeing, teacher)
+    )
+    assert len(with_goal.video) > len(plain.video)
+    # It is paid once, for all questions; a word's first letter may join what precedes it to another token.
+    assert (with_goal.tokens - plain.tokens) - (with_goal.prefix - plain.prefix) <= 4
+
+
+@pytest.mark.parametrize("family", WITH_GOAL)
+def test_queries_are_written_from_the_goal_too(checkpoint, family):
+    from PIL import Image
+
+    teacher = load_teacher(checkpoint(family))
+    image, goal = Image.new("RGB", (48, 32), "red"), Image.new("RGB", (48, 32), "blue")
+    ids = [
+        each._query_inputs("Move it.", first)["input_ids"]
+        for each in (teacher, teacher.with_goal(goal))
+        for first in (image, None)
+    ]
+    token = teacher.model.config.image_token_id
+    counts = [int((each == token).sum()) for each in ids]
+    assert counts == [counts[0], 0, 2 * counts[0], counts[0]]
+    assert "second image shows the goal" in teacher.tokenizer.decode(ids[2][0])
+    assert "There is no first frame" in teacher.tokenizer.decode(ids[3][0])
+    assert teacher.goal is None and teacher.with_goal(None) is teacher
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - WITH_GOAL))
+def test_a_family_without_pictures_of_the_goal_refuses_one(checkpoint, family):
+    with pytest.raises(InputError, match="takes no picture of the goal: leave out goal_image"):
+        load_teacher(checkpoint(family)).with_goal(torch.zeros(3, 32, 48))
 
 
 @pytest.mark.parametrize("processes", range(8))

@@ -33,7 +33,7 @@ def test_shared_length(rows, length):
 
 def test_a_layout_is_the_agreed_one():
     chats = [([9, 7, 7, 1, 2], [50]), ([9, 7, 7, 3], [50, 51])]
-    layout = lay_out(chats, 7, positions, rotary, CPU)
+    layout = lay_out(chats, [7], positions, rotary, CPU)
     assert layout.ids.tolist() == [9, 7, 7, 1, 2, 3, 50] and layout.prefix == 3 and layout.questions == 2
     assert layout.starts == (3, 5) and layout.tokens == 7
     assert layout.positions.tolist() == [[0, 1, 2, 3, 4, 3, 4]]  # they restart after the prefix
@@ -52,9 +52,9 @@ def test_a_layout_is_the_agreed_one():
 
 
 def test_one_question_is_all_prefix_and_equal_ones_keep_a_position_each():
-    one = lay_out([([9, 7, 1], [50])], 7, positions, rotary, CPU)
+    one = lay_out([([9, 7, 1], [50])], [7], positions, rotary, CPU)
     assert one.prefix == 3 and len(one.sees.rest) == 0 and one.answers.tolist() == [2]
-    same = lay_out([([9, 7, 1], [50])] * 2, 7, positions, rotary, CPU)
+    same = lay_out([([9, 7, 1], [50])] * 2, [7], positions, rotary, CPU)
     assert same.ids.tolist() == [9, 7, 1, 1] and same.answers.tolist() == [2, 3]
 
 

@@ -117,7 +117,9 @@ def recorded(record: dict[str, Any], path: str) -> dict[str, Any]:
         if foreign := [name for name in own if name not in READY_REWARDS]:
             raise InputError(f"{path}: the run had a reward of its own, {foreign[0]}: repeat it in Python")
         values["reward"] = [f"{name}={weight}" for name, weight in own.items()]
-    needed = [name for name in ("image", "last_image", "lora") if config.get(name) is not None]
+    needed = [name for name in ("image", "last_image", "goal_image", "lora") if config.get(name) is not None]
+    if "goal_image" in needed and config["goal_image"] == config.get("last_image"):
+        needed.remove("goal_image")  # it is by default the last frame
     return values | {"recorded_files": needed}
 
 

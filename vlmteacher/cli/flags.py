@@ -32,6 +32,11 @@ def add_instance(sub: Flags, models: Flags) -> None:
     """The flags of one task, and those of its Teacher in the group `models`."""
     sub.add_argument("--prompt", required=True, metavar="TEXT", help="the task")
     sub.add_argument("--image", metavar="FILE", help="the first frame")
+    sub.add_argument(
+        "--goal-image",
+        metavar="FILE",
+        help="a picture of the goal, for the Teacher alone (default: the last frame, where one is given)",
+    )
     add_teacher(models)
 
 

@@ -6,7 +6,7 @@ import argparse
 import warnings
 from pathlib import Path
 
-from vlmteacher.cli.flags import Commands, add_command, add_instance, read_instance
+from vlmteacher.cli.flags import Commands, add_command, add_instance, read_image_flag, read_instance
 from vlmteacher.errors import InputError, Notice
 
 
@@ -17,7 +17,7 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    image = read_instance(arguments)
+    image, goal = read_instance(arguments), read_image_flag(arguments, "goal_image")
     if arguments.output and not (parent := Path(arguments.output).absolute().parent).is_dir():
         raise InputError(f"queries file {arguments.output}: the directory {parent} does not exist")
     if arguments.output and Path(arguments.output).is_dir():
@@ -39,13 +39,15 @@ def run(arguments: argparse.Namespace) -> None:
             warnings.warn(note, Notice, stacklevel=1)
         directory, pair = read_pair()
         arguments.teacher = str(directory / pair["teacher"])
-        if image is not None:  # the first frame as the packaged Reasoner gets it
-            frame = SamplerSettings.load(directory / pair["reasoner"] / "reasoner.json")
-            image = fit_image(image, frame.height, frame.width)
+        frame = SamplerSettings.load(directory / pair["reasoner"] / "reasoner.json")
+        image, goal = (  # as the packaged Reasoner gets them
+            None if given is None else fit_image(given, frame.height, frame.width, name)
+            for name, given in (("image", image), ("goal_image", goal))
+        )
     devices = find_devices(arguments.device, "--device")
     device, dtype = devices["teacher"], getattr(torch, arguments.dtype) if arguments.dtype else find_dtype(devices)
     teacher = load_teacher(arguments.teacher, dtype=dtype, quantize=arguments.quantize, device=device).to(device)
-    written = teacher.write_queries(arguments.prompt, image)
+    written = teacher.with_goal(goal).write_queries(arguments.prompt, image)
     if arguments.output:
         written.save(arguments.output)
         for kind, question in zip(("goal", *["process"] * len(written.process)), written.questions, strict=True):

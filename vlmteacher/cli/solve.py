@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -27,6 +28,7 @@ from vlmteacher.errors import InputError
 from vlmteacher.placement import QUANTIZATIONS, parse_device_map
 
 SIZE = ("num_frames", "height", "width")
+IMAGES = ("image", "last_image", "goal_image")
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -110,12 +112,13 @@ def _solve(arguments: argparse.Namespace, ranks: Ranks) -> None:
     import torch
 
     with ranks.together():
-        (image, last_image), queries, rewards, pipe = _inputs(arguments, ranks)
+        (image, last_image, goal_image), queries, rewards, pipe = _inputs(arguments, ranks)
     with nullcontext() if ranks.rank else tracked(arguments, Path(arguments.out)):
         output = pipe(
             arguments.prompt,
             image,
             last_image=last_image,
+            goal_image=goal_image,
             num_frames=arguments.num_frames,
             height=arguments.height,
             width=arguments.width,
@@ -136,12 +139,12 @@ def _solve(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
 
 def _inputs(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Any, Any, list[Any], TeacherPipeline]:
-    """First and last frame, queries, rewards and models. Raises InputError."""
+    """First frame, last frame, picture of the goal, queries, rewards and models. Raises InputError."""
     for name in getattr(arguments, "recorded_files", ()):
         if getattr(arguments, name) is None:
             flag = name.replace("_", "-")
             raise InputError(f"the run in {arguments.config} had a file that it does not hold: give --{flag}")
-    images = read_instance(arguments), read_image_flag(arguments, "last_image")
+    images = read_instance(arguments), *(read_image_flag(arguments, name) for name in ("last_image", "goal_image"))
     from vlmteacher.lora.formats import read_lora
     from vlmteacher.queries import QuerySet
 
@@ -158,7 +161,7 @@ def _inputs(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Any, Any, list
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     keywords = settings.given(arguments)
     settings.Settings().updated(**keywords)  # raises for bad values before any model is loaded
-    _check_video(arguments, *images, refuse=keywords.get("fit", "refuse") == "refuse")
+    _check_video(arguments, images, refuse=keywords.get("fit", "refuse") == "refuse")
     from vlmteacher.rewards import parse_reward
 
     rewards = [parse_reward(text) for text in arguments.reward]
@@ -170,13 +173,13 @@ def _inputs(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Any, Any, list
     return images, query_set, rewards, pipe
 
 
-def _check_video(arguments: argparse.Namespace, image: Image | None, last_image: Image | None, refuse: bool) -> None:
+def _check_video(arguments: argparse.Namespace, images: Sequence[Image | None], refuse: bool) -> None:
     """Raise InputError for a size or a last frame that the Reasoner does not take.
 
     Its configs say so before it is loaded. refuse: whether images of another shape raise too.
     """
     size = {name: getattr(arguments, name) for name in SIZE}
-    if last_image is None and not (refuse and image is not None) and not any(size.values()):
+    if not any(images if refuse else images[1:2]) and not any(size.values()):
         return
     from vlmteacher.media import fit_image
     from vlmteacher.planning.models import build_reasoner
@@ -187,8 +190,8 @@ def _check_video(arguments: argparse.Namespace, image: Image | None, last_image:
         return
     size = {name: getattr(reasoner, name) if value is None else value for name, value in size.items()}
     reasoner.check(**size)
-    reasoner.check_last_image(last_image)
-    for name, given in (("image", image), ("last_image", last_image)):
+    reasoner.check_last_image(images[1])
+    for name, given in zip(IMAGES, images, strict=True):
         if refuse and given is not None:
             fit_image(given, size["height"], size["width"], name)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from vlmteacher.decoders.taehv import SurrogateDecoder, check_decoder
@@ -185,6 +186,7 @@ def make_plan(
     decoder: str | None = None,
     questions: int = 4,
     teacher_frames: int | None = None,
+    goal_image: bool = False,
     rank: int = 16,
     memory: float = 48.0,
     text_encoder: str = "device",
@@ -199,6 +201,7 @@ def make_plan(
         num_frames, height, width: of the video, by default the Reasoner's own.
         questions: 1 + M, the goal's and the process questions.
         teacher_frames: K, by default 24 or all.
+        goal_image: whether the Teacher sees a picture of the goal, of the video's size, before the video.
         rank: of the LoRA.
         memory: GB (10^9 bytes) of the device.
         text_encoder: where it is kept during the steps, "device" or "cpu", together with the other networks that a step
@@ -218,6 +221,9 @@ def make_plan(
     """
     _check(teacher, questions, rank, memory)
     models = _build(reasoner, teacher, decoder, (num_frames, height, width), teacher_frames, dtype)
+    if goal_image:
+        picture = Image.new("RGB", models.shape[:0:-1])
+        models = replace(models, teacher=models.teacher.with_goal(picture))
     budget = int(memory * GB)
     saved, quantised = saved_bytes(models.network), quantization.saved_bytes(models.network)
     weights = add_lora_and_weigh(models, rank, text_encoder, quantize_reasoner=quantize_reasoner)
@@ -238,6 +244,7 @@ def make_plan(
         "width": width,
         "teacher_frames": len(models.video.indices),
         "questions": questions,
+        "goal_image": goal_image,
         "reasoner_tokens": math.prod(models.latents[2:]) // math.prod(models.reasoner.patch),
         "teacher_tokens": models.teacher.layout(models.video.clip(models.teacher), query_set(questions)).tokens,
         "ours": ours.to_dict(),

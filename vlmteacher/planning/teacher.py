@@ -57,7 +57,7 @@ def vision_costs(teacher: VLMTeacher, video: Video, steps: Sequence[int]) -> dic
     """
     frames, size = video.frames(teacher.model.dtype), video.clip(teacher).size
     whole = measure(lambda: list(teacher.encode(frames, size)), [teacher.model], [frames])
-    features = sum(t.nbytes for t in visual_features(teacher, video))
+    features = sum(t.nbytes for t in visual_features(teacher, video, goal=False))
     costs = {}
     for step in steps:
         if step >= len(video.indices):
@@ -77,11 +77,13 @@ def vision_costs(teacher: VLMTeacher, video: Video, steps: Sequence[int]) -> dic
     return costs
 
 
-def visual_features(teacher: VLMTeacher, video: Video) -> list[Tensor]:
-    """Leaves in the shapes of the visual encoder's outputs."""
+def visual_features(teacher: VLMTeacher, video: Video, goal: bool = True) -> list[Tensor]:
+    """Leaves in the shapes of the visual encoder's outputs. goal: with those of a picture of the goal before them."""
     with torch.no_grad():
         outputs = teacher.encode(video.frames(teacher.model.dtype), video.clip(teacher).size)
-    return [torch.empty_like(output, requires_grad=True) for output in outputs]
+    place = teacher.goal_place if goal else None
+    more = sum(place.text.count(pad) for pad in teacher.visual_pads) if place else 0
+    return [output.new_empty(more + len(output), *output.shape[1:]).requires_grad_() for output in outputs]
 
 
 @contextmanager
@@ -142,8 +144,8 @@ def stock_reader(teacher: VLMTeacher, clip: Clip, question: str) -> Callable[[Se
     """
     ((prompt, answer),) = teacher.chats(clip, [question])
     ids = torch.tensor([prompt + answer])
-    visual = teacher.tokenizer.convert_tokens_to_ids(teacher.visual_pads[-1])
-    places = (ids[0] == visual).nonzero().flatten().to(teacher.device)
+    visual = torch.tensor(teacher.tokenizer.convert_tokens_to_ids(list(teacher.visual_pads)))
+    places = torch.isin(ids[0], visual).nonzero().flatten().to(teacher.device)
     positions = teacher.positions(ids, clip).to(teacher.device)
     # From position ids (1, n) transformers would make a mask by their values; without one attention is causal.
     mask: Any = None

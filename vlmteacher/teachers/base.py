@@ -7,7 +7,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -81,6 +81,7 @@ class Teacher(ABC):
     attention_backend: of `ops.attention`; None: our own on the CPU, torch's elsewhere.
     offload: whether tensors saved for the backward wait in pinned host memory (GPUs only).
     style: the instructions for writing queries.
+    takes_goal_image: whether a picture of the goal can be shown to it (`with_goal`).
     ranks: processes that share the visual encoder's work; each has the whole video.
     """
 
@@ -92,7 +93,18 @@ class Teacher(ABC):
     attention_backend: str | None = None
     offload: bool = False
     style: QueryStyle = QueryStyle()
+    takes_goal_image: bool = False
     ranks: Ranks = ALONE
+
+    def with_goal(self, image: ImageInput | None) -> Self:
+        """Return a Teacher that shares the networks and sees a picture of the goal, how the video should end.
+
+        It sees the picture beside the first frame when it writes queries, and before the video in every question.
+        None: no picture. Raises InputError where the Teacher takes none, and for an image that cannot be read.
+        """
+        if image is None:
+            return self
+        raise InputError(f"{type(self).__name__} takes no picture of the goal: leave out goal_image")
 
     @abstractmethod
     def write_queries(self, prompt: str, image: ImageInput | None = None) -> QuerySet:

@@ -44,6 +44,7 @@ class InternVLTeacher(VLMTeacher):
 
     architecture = "InternVLForConditionalGeneration"
     token_ids: ClassVar = {"image_token_id": CONTEXT}
+    takes_goal_image = True
     frames_per_patch = 1
     decoder = SparseDecoder()  # InternVL3.5 has experts from 30B on
 

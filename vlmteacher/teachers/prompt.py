@@ -25,6 +25,7 @@ from vlmteacher.torch_modes import keepable
 
 ANSWER = "Yes"
 LAYOUTS_KEPT = 4
+GOAL_NOTE = "The picture before the video shows the goal: how the video should end. "
 # Tags that open a thought, and those that close one: <think>, [THINK], <|thought|>, \u25c1think\u25b7 and the like.
 THOUGHT = re.compile(
     r"[<\[\u25c1]\|?(?P<closes>/|end_of_)?(?:begin_of_|start_of_|\w+:)?(?:think|thinking|thought|reasoning)\|?[>\]\u25b7]",
@@ -33,15 +34,29 @@ THOUGHT = re.compile(
 
 
 @dataclass(frozen=True)
+class Picture:
+    """The place of a picture in the prompt.
+
+    text: stands for it, one of `visual_pads` for every visual token. grid: its `image_grid_thw`, where the family has
+    positions in space.
+    """
+
+    text: str
+    grid: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Clip:
     """The properties of a video that its place in the prompt depends on.
 
-    indices: the places of the K frames in a video of `fps` frames per second. size: (H, W) after resizing.
+    indices: the places of the K frames in a video of `fps` frames per second. size: (H, W) after resizing. goal: the
+    picture of the goal that stands before the video, if there is one.
     """
 
     indices: tuple[int, ...]
     fps: float
     size: tuple[int, int]
+    goal: Picture | None = None
 
     @property
     def num_frames(self) -> int:
@@ -109,7 +124,7 @@ class Layout:
 
     ids (N,): token ids. prefix: the number of tokens that all chats share, the video among them. starts: the place of
     each question's first own token. positions (..., N): position ids of the language model, and cos, sin (N, 1, d / 2):
-    their rotary angles, float32. video: places of the visual tokens.
+    their rotary angles, float32. video: places of the visual tokens, those of a picture of the goal first.
     answers (A,): the places whose next token belongs to an answer; targets (A,): that token; owners (A,): its question.
     sees, answers_see: the attention spans of the N tokens, and of the A places.
     """
@@ -139,12 +154,12 @@ class Layout:
 
 def lay_out(
     chats: Sequence[tuple[Sequence[int], Sequence[int]]],
-    visual_token: int,
+    visual_tokens: Sequence[int],
     positions: Callable[[Tensor], Tensor],
     rotary: Callable[[Tensor], tuple[Tensor, Tensor]],
     device: torch.device,
 ) -> Layout:
-    """Pack the chats of 1+M questions; every prompt contains the video, whose tokens are `visual_token`.
+    """Pack the chats of 1+M questions; every prompt contains the video, whose tokens are among `visual_tokens`.
 
     positions: from a whole chat (1, n) to its position ids (..., n). rotary: from position ids on `device` to the
     rotary (cos, sin), each (n, d), float32.
@@ -174,7 +189,7 @@ def lay_out(
         at,
         cos[:, None, :half],
         sin[:, None, :half],
-        (ids == visual_token).nonzero().flatten().to(device),
+        torch.isin(ids, torch.tensor(visual_tokens)).nonzero().flatten().to(device),
         places,
         torch.tensor(targets).to(device),
         torch.tensor(owners).to(device),
@@ -183,9 +198,9 @@ def lay_out(
     )
 
 
-def question_text(question: str) -> str:
-    """The text that follows the video in the prompt of one question."""
-    return question.strip() + ANSWER_INSTRUCTION
+def question_text(question: str, goal: bool = False) -> str:
+    """The text behind the video in the prompt of one question. goal: whether a picture of the goal is before it."""
+    return GOAL_NOTE * goal + question.strip() + ANSWER_INSTRUCTION
 
 
 def open_thought(text: str) -> str | None:
@@ -205,6 +220,7 @@ class VideoPrompts(ABC):
         visual_pads: the tokens that visual features replace; the last one is that of videos.
         opening: what the model writes before every answer, where its template does not: an empty thought.
         before_answer: what it writes before Yes or No, beside that: a space, the mark of a short answer.
+        goal_place: the picture of the goal that stands before every video, if there is one.
     """
 
     tokenizer: Any
@@ -213,6 +229,7 @@ class VideoPrompts(ABC):
     visual_pads: tuple[str, ...]
     opening: str = ""
     before_answer: str = ""
+    goal_place: Picture | None = None
 
     def __init__(self) -> None:
         self._layouts: dict[tuple[Any, ...], Layout] = {}
@@ -241,15 +258,15 @@ class VideoPrompts(ABC):
     def clip(self, frame_indices: Sequence[int], fps: float, height: int, width: int) -> Clip:
         """The `Clip` of K frames of height x width pixels. Raises InputError where `resized` does."""
         indices = tuple(int(i) for i in frame_indices)
-        return Clip(indices, float(fps), self.resized(len(indices), height, width))
+        return Clip(indices, float(fps), self.resized(len(indices), height, width), self.goal_place)
 
     def chats(self, clip: Clip, questions: Sequence[str], answer: str = ANSWER) -> list[Chat]:
         """The chat of each question about a video, by itself.
 
         Raises InputError when a chat does not fit into the language model's context.
         """
-        placeholder = self.video_text(clip)
-        chats = [self._question_chat(question, placeholder, answer) for question in questions]
+        placeholder, goal = self.video_text(clip), clip.goal.text if clip.goal else None
+        chats = [self._question_chat(question, placeholder, answer, goal) for question in questions]
         context = self.language.config.max_position_embeddings
         for question, chat in zip(questions, chats, strict=True):
             if (tokens := len(chat.prompt) + len(chat.answer)) > context:
@@ -275,7 +292,7 @@ class VideoPrompts(ABC):
 
     def pack(self, clip: Clip, chats: Sequence[Chat]) -> Layout:
         """The layout of chats about a video."""
-        visual = self.tokenizer.convert_tokens_to_ids(self.visual_pads[-1])
+        visual = self.tokenizer.convert_tokens_to_ids(list(self.visual_pads))
         return lay_out(chats, visual, lambda ids: self.positions(ids, clip), self.rotary, self.device)
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,10 +313,23 @@ class VideoPrompts(ABC):
         placeholders = [placeholder] if isinstance(placeholder, str) else list(placeholder or ())
         return self._encode(self._chat(text, modality, placeholders, later), "".join(placeholders))
 
-    def _chat(self, text: str, modality: str, placeholder: str | Sequence[str], later: Sequence[str] = ()) -> str:
-        """The text of `chat_ids`, in which control tokens of the caller are marked (see `prompts.quote`)."""
+    def _chat(
+        self,
+        text: str,
+        modality: str,
+        placeholder: str | Sequence[str],
+        later: Sequence[str] = (),
+        goal: str | None = None,
+    ) -> str:
+        """The text of `chat_ids`, in which control tokens of the caller are marked (see `prompts.quote`).
+
+        goal: the text that stands for a picture before the other vision.
+        """
         placeholders = [placeholder] if isinstance(placeholder, str) else placeholder
-        content = [{"type": modality}] * len(placeholders) + [{"type": "text", "text": quote(self.tokenizer, text)}]
+        visions = [] if goal is None else [("image", self.image_mark, goal)]
+        mark = self.video_mark if modality == "video" else self.image_mark
+        visions += [(modality, mark, each) for each in placeholders]
+        content = [{"type": kind} for kind, *_ in visions] + [{"type": "text", "text": quote(self.tokenizer, text)}]
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         for turn, role in zip(later, cycle(("assistant", "user")), strict=False):
             messages.append({"role": role, "content": [{"type": "text", "text": quote(self.tokenizer, turn)}]})
@@ -315,13 +345,15 @@ class VideoPrompts(ABC):
                 f"the teacher's chat template opens a thought ({thought}) where its answer is read: take the instruct "
                 "checkpoint, as Qwen3-VL-4B-Instruct is of Qwen3-VL-4B-Thinking"
             )
-        mark = self.video_mark if modality == "video" else self.image_mark
-        start, *rest = chat.split(mark, len(placeholders))
-        if len(rest) < len(placeholders):
-            raise InputError(
-                f"the teacher's chat template has no place for a {modality} ({mark}): take one that sees videos"
-            )
-        return start + "".join(vision + part for vision, part in zip(placeholders, rest, strict=True)) + self.opening
+        whole, rest = "", chat
+        for kind, mark, vision in visions:
+            start, found, rest = rest.partition(mark)
+            if not found:
+                raise InputError(
+                    f"the teacher's chat template has no place for a {kind} ({mark}): take one that sees videos"
+                )
+            whole += start + vision
+        return whole + rest + self.opening
 
     def _encode(self, text: str, placeholder: str) -> list[int]:
         ids = encode(self.tokenizer, text)
@@ -330,9 +362,10 @@ class VideoPrompts(ABC):
                 raise InputError(f"the teacher's chat template writes {pad} elsewhere than in the place of the vision")
         return ids
 
-    def _question_chat(self, question: str, placeholder: str, answer: str = ANSWER) -> Chat:
+    def _question_chat(self, question: str, placeholder: str, answer: str = ANSWER, goal: str | None = None) -> Chat:
         """The chat of one question; the tokenizer decides which tokens the answer is made of."""
-        prompt = self._chat(question_text(question), "video", placeholder) + self.before_answer
-        before, ids = self._encode(prompt, placeholder), self._encode(prompt + answer, placeholder)
+        prompt = self._chat(question_text(question, goal is not None), "video", placeholder, goal=goal)
+        prompt, visions = prompt + self.before_answer, (goal or "") + placeholder
+        before, ids = self._encode(prompt, visions), self._encode(prompt + answer, visions)
         shared = next((i for i, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]), len(before))
         return Chat(ids[:shared], ids[shared:])

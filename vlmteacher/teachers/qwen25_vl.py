@@ -73,7 +73,7 @@ class Qwen25VLTeacher(QwenTokens):
         between = (clip.indices[-1] - clip.indices[0]) / max(1, clip.num_frames - 1) or 1
         seconds = torch.tensor([self.frames_per_patch * between / clip.fps])
         return self.model.model.get_rope_index(
-            ids, self._token_types(ids), video_grid_thw=self.grid(clip), second_per_grid_ts=seconds
+            ids, self._token_types(ids), second_per_grid_ts=seconds, **self.grids(clip)
         )[0]
 
     def encode_rows(self, rows: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:

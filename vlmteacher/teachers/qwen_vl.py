@@ -42,6 +42,7 @@ class QwenTokens(VLMTeacher):
         "vision_start_token_id": VISION_START,
         "vision_end_token_id": VISION_END,
     }
+    takes_goal_image = True
     video_mark = VISION_START + VIDEO_PAD + VISION_END
     image_mark = VISION_START + IMAGE_PAD + VISION_END
     visual_pads = (IMAGE_PAD, VIDEO_PAD)
@@ -61,6 +62,11 @@ class QwenTokens(VLMTeacher):
         """`video_grid_thw` (1, 3): temporal patches, and patches of a frame in height and width."""
         patches = [side // self.video.patch_size for side in clip.size]
         return torch.tensor([[-(-clip.num_frames // self.frames_per_patch), *patches]])
+
+    def grids(self, clip: Clip) -> dict[str, Tensor]:
+        """The grids of a clip and of a picture of the goal, by the names of the model's inputs."""
+        goal = {"image_grid_thw": torch.tensor([clip.goal.grid])} if clip.goal else {}
+        return {"video_grid_thw": self.grid(clip), **goal}
 
     def token_inputs(self, ids: Tensor) -> dict[str, Tensor]:
         return {"mm_token_type_ids": self._token_types(ids)}
@@ -122,7 +128,7 @@ class QwenVLTeacher(QwenTokens):
         return video_placeholder(clip.indices, clip.fps, tokens, self.frames_per_patch)
 
     def positions(self, ids: Tensor, clip: Clip) -> Tensor:
-        return self.model.model.get_rope_index(ids, self._token_types(ids), video_grid_thw=self.grid(clip))[0]
+        return self.model.model.get_rope_index(ids, self._token_types(ids), **self.grids(clip))[0]
 
     def encode_rows(self, rows: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
         """See `VLMTeacher.encode_rows`. All frame pairs go through every block as one batch."""

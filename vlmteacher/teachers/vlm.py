@@ -8,9 +8,11 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vlmteacher import arguments
@@ -21,7 +23,7 @@ from vlmteacher.media import ImageInput, read_image, shrink
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
 from vlmteacher.placement import allocator
 from vlmteacher.prompts import CUT, check_prompt, whole_sentences
-from vlmteacher.queries import QuerySet, QueryStyle, ask_for_queries, query_prompt
+from vlmteacher.queries import QuerySet, QueryStyle, ask_for_queries, goal_note, query_prompt
 from vlmteacher.ranks import split_rows
 from vlmteacher.teachers.base import (
     ANSWER_TOKENS,
@@ -32,11 +34,12 @@ from vlmteacher.teachers.base import (
     read_style,
 )
 from vlmteacher.teachers.preprocessing import VisionSettings, processor_settings, resized_rows, settings_by_configs
-from vlmteacher.teachers.prompt import Clip, Layout, VideoPrompts
+from vlmteacher.teachers.prompt import Clip, Layout, Picture, VideoPrompts
 from vlmteacher.teachers.quantization import Quantize, check_stays, is_quantized, load_model
 from vlmteacher.teachers.shared_prefix import LLAMA, Decoder, Keep, answer_losses, keep_level, kept_bytes
 from vlmteacher.teachers.visual_checkpoint import stream
 from vlmteacher.teachers.writer import Writer
+from vlmteacher.torch_modes import keepable
 
 MAX_NEW_TOKENS = 256
 IMAGE_PIXELS = 1280 * 720  # at most, of an image that queries are written from; frames of video models have fewer
@@ -44,6 +47,15 @@ ACTIVATION_BYTES = 4 * 2**30  # kept for the backward, where no allocator tells 
 STATIC_CACHE = {"cache_implementation": "static", "disable_compile": True}  # compiling takes longer than it saves
 CHUNK_PATCHES = {"cpu": 1024, "cuda": 16384}  # of the visual encoder: fits the caches of a CPU, fills a GPU
 LEAST_YES_OR_NO = 0.5  # probability of Yes and No together on a plain question
+
+
+@dataclass
+class GoalPicture:
+    """A picture of the goal. inputs: of the stock model. features: what they are encoded to, when they are needed."""
+
+    image: Image.Image
+    inputs: dict[str, Tensor]
+    features: tuple[Tensor, ...] | None = None
 
 
 class VLMTeacher(VideoPrompts, Teacher):
@@ -61,6 +73,7 @@ class VLMTeacher(VideoPrompts, Teacher):
         token_ids: the entries of the model's config that are ids of tokens, and the tokens.
         frames_per_patch: frames of one temporal patch.
         decoder: runs the layers of the language model.
+        goal: the picture of the goal, if there is one.
 
     Raises InputError when the tokenizer has no chat template, or the chat template no place for a video.
     """
@@ -69,6 +82,7 @@ class VLMTeacher(VideoPrompts, Teacher):
     token_ids: ClassVar[dict[str, str]]
     frames_per_patch: int
     decoder: ClassVar[Decoder] = LLAMA
+    goal: GoalPicture | None = None
 
     def __init__(self, model: Any, tokenizer: Any, video: VisionSettings, image: VisionSettings | None = None) -> None:
         if not getattr(tokenizer, "chat_template", None):
@@ -269,10 +283,40 @@ class VLMTeacher(VideoPrompts, Teacher):
             video, *deepstack = split_rows(
                 lambda own: stream(lambda chunk: encode(chunk, size), own, at_a_time * unit), rows, unit, self.ranks
             )
+            if self.goal:
+                pairs = zip(self.goal_features(self.goal), (video, *deepstack), strict=True)
+                video, *deepstack = (torch.cat([picture, ours]) for picture, ours in pairs)
             head = self.model.get_output_embeddings()
             keep = self._keep(len(layout.ids))
             backend, decoder = self.attention_backend, self.decoder
             return answer_losses(self.language, head, layout, video, deepstack, keep, backend, decoder)
+
+    def with_goal(self, image: ImageInput | None) -> Self:
+        """See `Teacher.with_goal`. The picture is encoded once, by the stock modules, when it is first needed."""
+        if image is not None and not self.takes_goal_image:
+            return super().with_goal(image)  # raises
+        if image is None and self.goal is None:
+            return self
+        other = copy.copy(self)
+        other.goal, other.goal_place = None, None
+        if image is not None:
+            rgb = shrink(read_image(image, "goal_image"), IMAGE_PIXELS)
+            text, inputs = self.image_inputs(pixels_of(rgb))
+            grid = inputs.get("image_grid_thw")
+            other.goal = GoalPicture(rgb, inputs)
+            other.goal_place = Picture(text, () if grid is None else tuple(grid[0].tolist()))
+        return other
+
+    @keepable()
+    @torch.no_grad()
+    def goal_features(self, goal: GoalPicture) -> tuple[Tensor, ...]:
+        """The embeddings (visual tokens, C) of a picture of the goal, then its DeepStack features, if there are any."""
+        if goal.features is None:
+            inputs = {name: value.to(self.device) for name, value in goal.inputs.items()}
+            output = self.model.model.get_image_features(**inputs, return_dict=True)
+            deepstack = getattr(output, "deepstack_features", None) or ()
+            goal.features = tuple(torch.cat(list(each)) for each in (output.pooler_output, *deepstack))
+        return tuple(each.to(self.device) for each in goal.features)
 
     def _keep(self, tokens: int) -> Keep:
         """What the language model keeps of so many tokens, by the room that there is now (`activation_bytes`)."""
@@ -317,7 +361,11 @@ class VLMTeacher(VideoPrompts, Teacher):
     def _query_inputs(self, prompt: str, image: ImageInput | None, later: Sequence[str] = ()) -> dict[str, Tensor]:
         """The inputs of `generate` for the queries of a task; later: see `_inputs`."""
         text = query_prompt(prompt, self.style.query_instruction)
-        return self._inputs(text, [] if image is None else [image], later)
+        images = [] if image is None else [image]
+        if self.goal and not self.style.own_wording:  # such a Teacher was trained to write from the first frame alone
+            text += goal_note(image is not None)
+            images.append(self.goal.image)
+        return self._inputs(text, images, later)
 
     def _inputs(self, text: str, images: Sequence[ImageInput], later: Sequence[str] = ()) -> dict[str, Tensor]:
         """The inputs of `generate` for a request.
@@ -327,9 +375,7 @@ class VLMTeacher(VideoPrompts, Teacher):
         placeholders: list[str] = []
         visions: list[dict[str, Tensor]] = []
         for image in images:
-            rgb = shrink(read_image(image), IMAGE_PIXELS)
-            pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3)
-            placeholder, vision = self.image_inputs(pixels.permute(2, 0, 1) / 255)
+            placeholder, vision = self.image_inputs(pixels_of(shrink(read_image(image), IMAGE_PIXELS)))
             placeholders.append(placeholder)
             visions.append(vision)
         vision = {name: torch.cat([each[name] for each in visions]) for name in (visions[0] if visions else ())}
@@ -380,6 +426,12 @@ class VLMTeacher(VideoPrompts, Teacher):
     def _pad_token_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """The pixels (3, H, W) of an RGB image, in [0, 1]."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+    return pixels.permute(2, 0, 1) / 255
 
 
 def _config(processor: Any) -> dict[str, Any]:
