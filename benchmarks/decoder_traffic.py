@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.traffic import WIDE, Count
 from vlmteacher.decoders import SurrogateDecoder
-from vlmteacher.optimization.objective import teacher_frame_indices
+from vlmteacher.optimization.frames import teacher_frame_indices
 
 
 @dataclass

@@ -21,7 +21,7 @@ from benchmarks.timing import arguments, compare, publish
 from vlmteacher.decoders import SurrogateDecoder
 from vlmteacher.ops.bits import pack_bits, unpack_bits
 from vlmteacher.ops.patchify import PatchLayout, Rows, shuffle_to_rows, shuffle_to_rows_backward
-from vlmteacher.optimization.objective import teacher_frame_indices
+from vlmteacher.optimization.frames import teacher_frame_indices
 
 SIZES = [(12, 64, 64, 8, 1), (12, 352, 640, 16, 2), (24, 704, 1280, 16, 2)]  # frames, height, width, patch, upscale
 

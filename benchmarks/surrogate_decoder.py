@@ -17,7 +17,7 @@ from benchmarks.memory import saved_bytes
 from benchmarks.patchify import peak_bytes
 from benchmarks.timing import argument_parser, compare, parsed, publish
 from vlmteacher.decoders import SurrogateDecoder
-from vlmteacher.optimization.objective import teacher_frame_indices
+from vlmteacher.optimization.frames import teacher_frame_indices
 from vlmteacher.pipeline import PACKAGED_PAIR
 
 PRESETS = {  # latent frames, h, w, frames that the Teacher sees

@@ -19,7 +19,7 @@ from vlmteacher.evaluation.microworld import first_frame, noise_seed, right_late
 from vlmteacher.lora.adapter import add_lora, lora_parameters, remove_lora
 from vlmteacher.microworld import world
 from vlmteacher.microworld.questions import right_queries
-from vlmteacher.optimization.objective import teacher_frame_indices
+from vlmteacher.optimization.frames import teacher_frame_indices
 from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.pipeline import PACKAGED_PAIR, TeacherPipeline
 from vlmteacher.teachers import load_teacher

@@ -83,7 +83,8 @@ class FirstVideo:
         """A few-step video of the LoRA as it is now."""
         instance, same = self.instance, self.instance.reasoner.ranks.same
         video = same(self.models.sample(self.condition, noise, instance.reasoner))
-        losses = same(self.models.judge(video, instance.frame_indices, self.queries, instance.teacher))
+        indices, settings = instance.frame_indices, instance.settings
+        losses = same(self.models.judge(video, indices, self.queries, instance.teacher, settings))
         teacher = vqa_objective(losses, instance.settings.goal_weight)
         if self.rewards is None:
             return Sample(video, losses, teacher, index=index)

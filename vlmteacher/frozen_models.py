@@ -16,6 +16,7 @@ from vlmteacher.errors import InputError, Notice, OutOfMemory, first_line
 from vlmteacher.exclusive import exclusive
 from vlmteacher.media import ImageInput
 from vlmteacher.microworld.known_tasks import unknown_task
+from vlmteacher.optimization.frames import window_losses
 from vlmteacher.optimization.out_of_memory import is_out_of_memory
 from vlmteacher.placement import DeviceMap, find_devices
 from vlmteacher.progress import bar, listeners, listening
@@ -216,11 +217,19 @@ class FrozenModels:
     @alone(nested=True)
     @torch.no_grad()
     def judge(
-        self, video: Tensor, frame_indices: Sequence[int], queries: QuerySet, teacher: Teacher | None = None
+        self,
+        video: Tensor,
+        frame_indices: Sequence[int],
+        queries: QuerySet,
+        teacher: Teacher | None = None,
+        settings: Settings | None = None,
     ) -> Tensor:
         """-log P(Yes) (1+M,) of each query on a decoded video (F, 3, H, W).
 
-        teacher: the Teacher with a picture of the goal (`with_goal`).
+        teacher: the Teacher with a picture of the goal (`with_goal`). settings: of the windows; None: one window.
         """
         self.need("teacher")
-        return (teacher or self.teacher).losses(video[list(frame_indices)], frame_indices, self.reasoner.fps, queries)
+        frames, fps = video[list(frame_indices)], self.reasoner.fps
+        return window_losses(
+            teacher or self.teacher, frames, frame_indices, fps, queries, settings or Settings(windows=1)
+        )

@@ -20,7 +20,7 @@ from vlmteacher.lora.formats import LoRA, safetensors_bytes
 from vlmteacher.media import ImageInput, fit_image
 from vlmteacher.ops import sdpa
 from vlmteacher.optimization.engines import check_engine
-from vlmteacher.optimization.objective import teacher_frame_indices
+from vlmteacher.optimization.frames import uniform_indices
 from vlmteacher.placement import check_memory
 from vlmteacher.prompts import check_prompt
 from vlmteacher.queries import MAX_PROCESS, QuerySet
@@ -46,7 +46,7 @@ class Instance:
         image, last_image: the first frame, and the last one for Reasoners that take it, in the size of the video.
         goal_image: a picture of the goal in that size, for the Teacher; by default the last frame.
         size: number of frames, height and width of the video, by the names of `SIZE`.
-        frame_indices: the frames that the Teacher sees.
+        frame_indices: the frames that the Teacher sees, of all windows; uniform until a session has chosen others.
         reasoner: the pipeline's Reasoner with the sampling of this call.
         teacher: the pipeline's Teacher with `goal_image`.
         queries: None where the Teacher writes them.
@@ -144,7 +144,7 @@ def check_inputs(
         raise InputError("warm_start works in one process, not with --context-parallel: leave it out")
     if settings.memory is not None and reasoner.ranks.size > 1:  # ranks with other levels would wait for each other
         raise InputError(f"memory {settings.memory} plans for one GPU: with --context-parallel give --activations")
-    frame_indices = teacher_frame_indices(shape["num_frames"], settings.teacher_frames)
+    frame_indices = uniform_indices(shape["num_frames"], settings)
     first, last, goal = (
         None if given is None else fit_image(given, shape["height"], shape["width"], name, settings.fit)
         for name, given in zip(IMAGES, images, strict=True)

@@ -37,7 +37,7 @@ MOVED_NAMES = {
     "vlmteacher.optimization.frame_guards": "vlmteacher.optimization.guards",
     "vlmteacher.optimization.Optimization": "vlmteacher.optimization.loop",
     "vlmteacher.optimization.NonFiniteError": "vlmteacher.errors",
-    "vlmteacher.optimization.teacher_frame_indices": "vlmteacher.optimization.objective",
+    "vlmteacher.optimization.teacher_frame_indices": "vlmteacher.optimization.frames",
     "vlmteacher.lora.add_lora": "vlmteacher.lora.adapter",
     "vlmteacher.lora.export_lora": "vlmteacher.lora.adapter",
     "vlmteacher.lora.lora_parameters": "vlmteacher.lora.adapter",

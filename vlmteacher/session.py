@@ -7,8 +7,11 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
 
 from vlmteacher import state
 from vlmteacher.errors import NonFiniteError, NonFiniteFrames, OutOfMemory
@@ -18,6 +21,7 @@ from vlmteacher.lora.adapter import export_lora, load_lora_state, lora_state_dic
 from vlmteacher.media import ImageInput
 from vlmteacher.ops import sdpa
 from vlmteacher.optimization.divergence import DIVERGED_RISE, SUSPICIOUS_RISE
+from vlmteacher.optimization.frames import indices_by_change
 from vlmteacher.optimization.guards import frame_contrast
 from vlmteacher.optimization.loop import Optimization
 from vlmteacher.optimization.reward import pick, vqa_objective
@@ -110,6 +114,24 @@ class Session:
         self.before.start = lora_state_dict(self.reasoner.transformer)
         check_backward(self.reasoner.transformer)
         self._undo.enter_context(shared_tokens(self.reasoner, self.ranks))
+        if self.settings.teacher_frames_by == "change":
+            self._choose_frames()
+
+    def _choose_frames(self) -> None:
+        """Let the Teacher see the frames where the one-step prediction changes, the same ones in all steps."""
+        indices = self.frames_known()
+        if indices is None:
+            self.models.need("transformer")
+            with torch.no_grad():
+                latents = self.reasoner.predict_clean(self.condition, self.noise)
+            reasoner, frames = self.reasoner, self.instance.size["num_frames"]
+            how = reasoner.temporal_stride, reasoner.lead_frames, frames, len(self.instance.frame_indices)
+            indices = self.ranks.first(indices_by_change(latents, *how))
+        self.instance = self.before.instance = replace(self.instance, frame_indices=indices)
+
+    def frames_known(self) -> list[int] | None:
+        """The frames that an earlier process has chosen for this run."""
+        return None
 
     def _remove_lora(self) -> None:
         remove_lora(self.reasoner.transformer)
@@ -173,6 +195,7 @@ class Session:
             self.settings,
             make_room,
             self.rewards,
+            self.instance.frame_indices,
         )
         self._undo.callback(end)
         if warm:
@@ -355,10 +378,15 @@ class RecordedSession(Session):
             self._record = self._identity(self.queries)
         super().add_lora()
 
+    def frames_known(self) -> list[int] | None:
+        return self.folder.frame_indices(self.instance.size["num_frames"], len(self.instance.frame_indices))
+
     def begin(self) -> None:
         super().begin()
         if not self.folder.record:
-            self.folder.begin({**self._record, "cut_tokens": self.condition.all_cut})
+            chosen = self.settings.teacher_frames_by == "change"
+            frames = {"teacher_frame_indices": self.instance.frame_indices} if chosen else {}
+            self.folder.begin({**self._record, "cut_tokens": self.condition.all_cut, **frames})
 
     def _begin_loop(self) -> None:
         super()._begin_loop()

@@ -84,6 +84,18 @@ class MethodSettings:
         1.0, "weight of the Teacher's loss beside rewards; 0 only records its answers", least=0
     )
     teacher_frames: int = setting(24, "frames of the video that the Teacher sees", old_flag="--frames", least=1)
+    teacher_frames_by: Literal["uniform", "change"] = setting(
+        "uniform", "spread these frames evenly, or more closely where the first one-step prediction changes more"
+    )
+    windows: int = setting(
+        1,
+        "parts of a long video, of teacher_frames each, that the Teacher judges one by one: the process queries on"
+        " each, the goal query on as many frames of the whole",
+        least=1,
+    )
+    window_loss: Literal["mean", "softmax"] = setting(
+        "mean", "a process query's loss over the windows: the mean, or the soft maximum, which the worst window decides"
+    )
     rank: int = setting(16, "rank of the LoRA", least=1)
     learning_rate: float = setting(5e-5, "learning rate of AdamW", flag="--lr", above=0)
     keep: Literal["last", "best"] = setting("last", "LoRA to use after the last step: the last, or the best by loss")
@@ -177,6 +189,9 @@ class Keywords(TypedDict, total=False):
     goal_weight: float | None
     teacher_weight: float | None
     teacher_frames: int | None
+    teacher_frames_by: Literal["uniform", "change"] | None
+    windows: int | None
+    window_loss: Literal["mean", "softmax"] | None
     rank: int | None
     learning_rate: float | None
     keep: Literal["last", "best"] | None

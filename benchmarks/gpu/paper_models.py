@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.presets import NEVER, Instance
-from vlmteacher.optimization.objective import teacher_frame_indices
+from vlmteacher.optimization.frames import teacher_frame_indices
 from vlmteacher.planning.models import build_decoder, build_reasoner, build_teacher
 from vlmteacher.planning.teacher import query_set
 from vlmteacher.settings import Settings

@@ -24,7 +24,7 @@ from vlmteacher.decoders import SurrogateDecoder
 from vlmteacher.ops import surrogate_decoder as operator
 from vlmteacher.ops.bits import unpack_bits
 from vlmteacher.ops.surrogate_decoder import pack_signs
-from vlmteacher.optimization.objective import teacher_frame_indices
+from vlmteacher.optimization.frames import teacher_frame_indices
 
 PRESETS = {"paper": ((23, 44, 80), 24), "mid": ((9, 24, 24), 24)}  # latents (T, h, w), frames that the Teacher sees
 CHECK = (3, 7, 5), 6  # float64 is slow on most GPUs

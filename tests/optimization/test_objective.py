@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from vlmteacher.errors import InputError
+from vlmteacher.optimization.frames import teacher_frame_indices
 from vlmteacher.optimization.guards import GUARDS, frame_contrast, frame_guards
-from vlmteacher.optimization.objective import Metrics, teacher_frame_indices
+from vlmteacher.optimization.objective import Metrics
 
 
 def test_packed_metrics_are_read_under_their_names() -> None:

@@ -10,9 +10,9 @@ import torch
 from tests.tiny_pair import PROMPT, QUERIES
 from vlmteacher.errors import InputError
 from vlmteacher.lora.adapter import lora_parameters, remove_lora
+from vlmteacher.optimization.frames import teacher_frame_indices
 from vlmteacher.optimization.guards import frame_statistics, statistics_change
 from vlmteacher.optimization.loop import Optimization
-from vlmteacher.optimization.objective import teacher_frame_indices
 from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import MAX_QUERIES, QuerySet, QueryStyle

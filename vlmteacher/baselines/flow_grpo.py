@@ -20,7 +20,7 @@ from torch import Tensor
 from vlmteacher.baselines.shared_lora import SharedSettings, SharedTraining, run_training
 from vlmteacher.distillation.flow_matching import counted
 from vlmteacher.errors import InputError
-from vlmteacher.optimization.objective import teacher_frame_indices
+from vlmteacher.optimization.frames import teacher_frame_indices
 from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.queries import QuerySet
 from vlmteacher.reasoners.base import Reasoner

@@ -17,7 +17,7 @@ from vlmteacher.baselines.best_of_n import best_of_n
 from vlmteacher.baselines.cost import Cost
 from vlmteacher.baselines.prompt_rewrite import Rewriter, ask_for_prompt
 from vlmteacher.media import read_image, shrink
-from vlmteacher.optimization.objective import teacher_frame_indices
+from vlmteacher.optimization.frames import teacher_frame_indices
 from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.queries import QuerySet
 from vlmteacher.teachers.base import check_free_text

@@ -27,6 +27,9 @@ def add(commands: Commands) -> None:
     sub.add_argument("--width", type=int, metavar="W", help="pixels")
     sub.add_argument("--questions", type=int, default=4, metavar="N", help="goal and process questions (default: 4)")
     sub.add_argument("--teacher-frames", type=int, metavar="K", help="frames that the Teacher sees (default: 24)")
+    sub.add_argument(
+        "--windows", type=int, default=1, metavar="W", help="parts of K frames that the Teacher judges one by one"
+    )
     sub.add_argument("--goal-image", action="store_true", help="the Teacher sees a picture of the goal too")
     sub.add_argument("--rank", type=int, default=16, metavar="R", help="rank of the LoRA (default: 16)")
     sub.add_argument(
@@ -83,6 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
         questions=arguments.questions,
         teacher_frames=arguments.teacher_frames,
         goal_image=arguments.goal_image,
+        windows=arguments.windows,
         rank=arguments.rank,
         memory=arguments.memory,
         text_encoder=arguments.text_encoder,

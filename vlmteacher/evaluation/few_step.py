@@ -23,7 +23,7 @@ from vlmteacher.evaluation.video_distance import video_distance
 from vlmteacher.files import write_json
 from vlmteacher.microworld import world
 from vlmteacher.microworld.questions import right_queries
-from vlmteacher.optimization.objective import teacher_frame_indices
+from vlmteacher.optimization.frames import teacher_frame_indices
 from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.progress import track
 from vlmteacher.queries import QuerySet

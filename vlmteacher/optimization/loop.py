@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -96,9 +96,12 @@ class Optimization:
         settings: Settings,
         make_room: Callable[[], object] = lambda: None,
         rewards: Rewards | None = None,
+        frame_indices: Sequence[int] | None = None,
     ) -> None:
         self.settings, self.transformer = settings, reasoner.transformer
-        self.objective = Objective(reasoner, decoder, teacher, condition, noise, queries, settings, rewards)
+        self.objective = Objective(
+            reasoner, decoder, teacher, condition, noise, queries, settings, rewards, frame_indices
+        )
         self.optimizer = torch.optim.AdamW(
             self.objective.parameters,
             lr=settings.learning_rate,

@@ -7,6 +7,7 @@ from the device: its `Metrics` stay one flat tensor there until an engine reads 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlmteacher.errors import InputError
 from vlmteacher.lora.adapter import check_gradients, frozen_blocks, lora_parameters
 from vlmteacher.ops.patchify import PatchRows
+from vlmteacher.optimization.frames import uniform_indices, window_losses
 from vlmteacher.optimization.guards import (
     GUARDS,
     frame_contrast,
@@ -38,16 +39,6 @@ if TYPE_CHECKING:
     from vlmteacher.teachers.base import Teacher
 
 GRADIENT_CLIP = 1.0
-
-
-def teacher_frame_indices(num_frames: int, count: int) -> list[int]:
-    """Spread `count` frame indices uniformly over 0..num_frames-1, both ends included, strictly rising.
-
-    Raises InputError: `count` is not in 1..num_frames.
-    """
-    if not 1 <= count <= num_frames:
-        raise InputError(f"the Teacher cannot see {count} frames of a video of {num_frames}: give 1 to {num_frames}")
-    return [round(k * (num_frames - 1) / max(count - 1, 1)) for k in range(count)]
 
 
 @dataclass(frozen=True)
@@ -100,12 +91,12 @@ class Metrics:
 class Objective:
     """L_VQA of one instance as a function of the LoRA on `reasoner.transformer` (method, Algorithm 1, step 3).
 
-    frame_indices: the frames that the Teacher sees. parameters: the LoRA's tensors. anchor: the latents before the
-    first update, where `settings.pull` draws to them; statistics: `frame_statistics` then, likewise. rewards: what is
-    added to the Teacher's loss, if anything. shown: the frames (K, 3, h, w) of the last evaluation, before any jitter
-    and at about 128x128 pixels, for the report. The `MemoryLadder` sets decoder_chunk, frames that the surrogate
-    decoder computes at a time (None: it chooses), and offload, whether the Reasoner's saved activations wait in pinned
-    host memory.
+    frame_indices: the frames that the Teacher sees, of all windows; None: uniform ones. parameters: the LoRA's tensors.
+    anchor: the latents before the first update, where `settings.pull` draws to them; statistics: `frame_statistics`
+    then, likewise. rewards: what is added to the Teacher's loss, if anything. shown: the frames (K, 3, h, w) of the
+    last evaluation, before any jitter and at about 128x128 pixels, for the report. The `MemoryLadder` sets
+    decoder_chunk, frames that the surrogate decoder computes at a time (None: it chooses), and offload, whether the
+    Reasoner's saved activations wait in pinned host memory.
     """
 
     def __init__(
@@ -118,10 +109,11 @@ class Objective:
         queries: QuerySet,
         settings: Settings,
         rewards: Rewards | None = None,
+        frame_indices: Sequence[int] | None = None,
     ) -> None:
         self.reasoner, self.decoder, self.teacher, self.rewards = reasoner, decoder, teacher, rewards
         self.condition, self.noise, self.queries, self.settings = condition, noise, queries, settings
-        self.frame_indices = teacher_frame_indices(condition.num_frames, settings.teacher_frames)
+        self.frame_indices = list(frame_indices or uniform_indices(condition.num_frames, settings))
         self.parameters = lora_parameters(reasoner.transformer)
         self.anchor: Tensor | None = None
         self.statistics: Tensor | None = None
@@ -146,7 +138,7 @@ class Objective:
         frames = self._decode(latents)
         shown = self._jittered(frames, step) if self.settings.frame_jitter else frames
         with torch.set_grad_enabled(self.settings.teacher_weight > 0):
-            losses = self.teacher.losses(shown, self.frame_indices, self.reasoner.fps, self.queries, check=False)
+            losses = self._judge(shown, check=False)
         loss, rewards = self.total(losses, frames)
         with torch.no_grad():
             metrics = Metrics.pack(loss, latents, frames, losses, rewards)
@@ -203,9 +195,8 @@ class Objective:
         """
         latents = [self.reasoner.sample(self.condition, noise) for noise in self.noise.samples()]
         videos = [self.reasoner.decode(sample) for sample in latents]
-        indices, fps = self.frame_indices, self.reasoner.fps
-        ranks = self.reasoner.ranks
-        losses = [ranks.same(self.teacher.losses(video[indices], indices, fps, self.queries)) for video in videos]
+        indices, ranks = self.frame_indices, self.reasoner.ranks
+        losses = [ranks.same(self._judge(video[indices])) for video in videos]
         best = pick([self.total(one, video[indices])[0] for one, video in zip(losses, videos, strict=True)])
         return videos[best], losses[best]
 
@@ -215,15 +206,21 @@ class Objective:
         video, losses = self.final_video()
         return self.total(losses, video[self.frame_indices])[0].item()
 
+    def _judge(self, frames: Tensor | PatchRows, check: bool = True) -> Tensor:
+        """The Teacher's losses (1+M,) on the frames that it sees."""
+        fps, settings = self.reasoner.fps, self.settings
+        return window_losses(self.teacher, frames, self.frame_indices, fps, self.queries, settings, check)
+
     def _decode(self, latents: Tensor) -> Tensor | PatchRows:
         """Decode the frames (K, 3, H, W) that the Teacher sees, or its patch rows where it would not resize frames.
 
-        Frames that are to be shifted, measured, or shown to rewards must stay frames.
+        Frames that are to be shifted, measured, shown to rewards, or judged by windows must stay frames.
         """
         height, width = (side * self.decoder.spatial_stride for side in latents.shape[-2:])
         layout = self.teacher.patch_layout(len(self.frame_indices), height, width)
-        indices = self.reasoner.decoded_indices(self.frame_indices)
-        if layout is None or self.settings.frame_jitter or self.settings.frame_statistics or self.rewards:
+        indices, settings = self.reasoner.decoded_indices(self.frame_indices), self.settings
+        as_frames = settings.frame_jitter or settings.frame_statistics or settings.windows > 1 or self.rewards
+        if layout is None or as_frames:
             return self.decoder.decode(latents, indices, self.decoder_chunk, check=False)
         return self.decoder.decode_rows(latents, layout, indices, self.decoder_chunk, check=False)
 

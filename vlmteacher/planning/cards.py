@@ -32,7 +32,7 @@ def seconds_by_card(flops: int, peak_bytes: int) -> dict[str, float | None]:
 def solve_flags(plan: dict[str, Any], dtype: str) -> dict[str, Any]:
     """The flags of `vlmteacher solve` that make the plan's step, by their names without dashes."""
     ours = plan["ours"]["settings"]
-    flags = {name: plan[name] for name in ("num_frames", "height", "width", "teacher_frames")}
+    flags = {name: plan[name] for name in ("num_frames", "height", "width", "teacher_frames", "windows")}
     flags |= {"rank": ours["rank"], "activations": ours["activations"], "dtype": dtype}
     flags |= {name: ours[name] for name in ("quantize_reasoner",) if name in ours}
     for kind in ("reasoner", "teacher"):

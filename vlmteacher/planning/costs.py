@@ -87,3 +87,30 @@ def stack(parts: Sequence[tuple[Cost, Cost]], free: Sequence[tuple[Cost, Cost]])
         kept + max(base.forward_bytes for base, _ in parts),
         kept + max(base.backward_bytes for base, _ in parts),
     )
+
+
+def passes_in_turn(vision: Cost, languages: Sequence[Cost]) -> tuple[Cost, Cost]:
+    """The costs of the visual encoder and the language model in passes one after the other, all before the backward.
+
+    vision: of one pass. languages: of each. The last pass has the graphs of all others beside its own.
+    """
+    if len(languages) == 1:
+        return vision, languages[0]
+    last, count = max(languages, key=lambda cost: cost.kept), len(languages)
+    kept = sum(cost.kept for cost in languages)
+    seen, read = (count - 1) * vision.kept, kept - last.kept
+    return Cost(
+        count * vision.forward,
+        count * vision.backward,
+        count * vision.repeated,
+        count * vision.kept,
+        seen + read + vision.forward_bytes,
+        seen + read + vision.backward_bytes,
+    ), Cost(
+        sum(cost.forward for cost in languages),
+        sum(cost.backward for cost in languages),
+        sum(cost.repeated for cost in languages),
+        kept,
+        read + last.forward_bytes,
+        read + last.backward_bytes,
+    )

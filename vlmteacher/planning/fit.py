@@ -86,7 +86,9 @@ def fit_memory(
     _check(reasoner, teacher, settings)
     assert isinstance(teacher, VLMTeacher)
     video = Video(tuple(indices), reasoner.fps, *shape[1:])
-    models = Instance(without_data(reasoner), without_data(decoder), without_data(teacher), shape, video, "")
+    models = Instance(
+        without_data(reasoner), without_data(decoder), without_data(teacher), shape, video, "", settings.windows
+    )
     weights = add_lora_and_weigh(models, settings.rank, "cpu" if offload else "device", settings.fused_lora)
     choices = our_steps(models, weights, questions, teacher.device)
     if settings.engine == "compile":  # such blocks keep all, or their input

@@ -17,9 +17,9 @@ from vlmteacher.decoders.taehv import SurrogateDecoder, check_decoder
 from vlmteacher.errors import InputError
 from vlmteacher.lora.adapter import add_lora
 from vlmteacher.lora.float8 import saved_bytes
-from vlmteacher.optimization.objective import teacher_frame_indices
+from vlmteacher.optimization.frames import uniform_indices
 from vlmteacher.planning.cards import seconds_by_card
-from vlmteacher.planning.costs import Cost
+from vlmteacher.planning.costs import Cost, passes_in_turn
 from vlmteacher.planning.decoder import decoder_cost, stock_decoder_cost
 from vlmteacher.planning.models import build_decoder, build_reasoner, build_teacher, known_models, read_known
 from vlmteacher.planning.reasoner import ReasonerCosts
@@ -36,6 +36,7 @@ from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.checkpointing import Keep as Activations
 from vlmteacher.reasoners.checkpointing import format_levels
 from vlmteacher.reasoners.few_step_lora import EXPERTS
+from vlmteacher.settings import Settings
 from vlmteacher.teachers.shared_prefix import Keep, kept_bytes
 from vlmteacher.teachers.vlm import CHUNK_PATCHES, VLMTeacher
 
@@ -111,7 +112,7 @@ class Step:
 class Instance:
     """The models of a step on the meta device, and the video that it works on.
 
-    shape: (frames, height, width). video: the frames of it that the Teacher reads.
+    shape: (frames, height, width). video: the frames of it that the Teacher reads, in this number of windows.
     """
 
     reasoner: Reasoner
@@ -120,6 +121,18 @@ class Instance:
     shape: tuple[int, int, int]
     video: Video
     decoder_name: str
+    windows: int = 1
+
+    @property
+    def window(self) -> Video:
+        """The frames that the Teacher reads in one pass."""
+        return replace(self.video, indices=self.video.indices[: len(self.video.indices) // self.windows])
+
+    def passes(self, questions: int) -> list[int]:
+        """The number of questions of each pass of the Teacher in a step (see `window_losses`)."""
+        if self.windows == 1:
+            return [questions]
+        return [1, *([questions - 1] * self.windows if questions > 1 else [])]
 
     @property
     def network(self) -> Any:
@@ -145,8 +158,8 @@ class Choice:
 
     def settings(self, models: Instance, questions: int) -> dict[str, Any]:
         """The settings that `Step.settings` and a loaded pipeline take, by the names of the Teacher's attributes."""
-        teacher, clip = models.teacher, models.video.clip(models.teacher)
-        tokens = teacher.layout(clip, query_set(questions)).tokens
+        teacher, clip = models.teacher, models.window.clip(models.teacher)
+        tokens = max(teacher_tokens(models, questions))
         return {
             "activations": format_levels(self.levels),
             "teacher_activation_bytes": kept_bytes(teacher.language.layers, tokens, teacher.decoder)[self.keep],
@@ -159,6 +172,12 @@ def nbytes(*modules: nn.Module) -> int:
     """Bytes of the modules' parameters and buffers; a shared one counts once."""
     tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}
     return sum(t.nbytes for t in tensors.values())
+
+
+def teacher_tokens(models: Instance, questions: int) -> list[int]:
+    """The tokens of each pass of the Teacher."""
+    clip = models.window.clip(models.teacher)
+    return [models.teacher.layout(clip, query_set(count)).tokens for count in models.passes(questions)]
 
 
 def gigabytes_up(size: int) -> str:
@@ -187,6 +206,7 @@ def make_plan(
     questions: int = 4,
     teacher_frames: int | None = None,
     goal_image: bool = False,
+    windows: int = 1,
     rank: int = 16,
     memory: float = 48.0,
     text_encoder: str = "device",
@@ -201,6 +221,7 @@ def make_plan(
         num_frames, height, width: of the video, by default the Reasoner's own.
         questions: 1 + M, the goal's and the process questions.
         teacher_frames: K, by default 24 or all.
+        windows: of K frames each, which the Teacher judges one by one.
         goal_image: whether the Teacher sees a picture of the goal, of the video's size, before the video.
         rank: of the LoRA.
         memory: GB (10^9 bytes) of the device.
@@ -219,8 +240,8 @@ def make_plan(
     Raises InputError: unknown models, sizes that the Reasoner cannot make, a memory, rank or number of questions that
     is not positive.
     """
-    _check(teacher, questions, rank, memory)
-    models = _build(reasoner, teacher, decoder, (num_frames, height, width), teacher_frames, dtype)
+    _check(teacher, questions, rank, windows, memory)
+    models = _build(reasoner, teacher, decoder, (num_frames, height, width), teacher_frames, windows, dtype)
     if goal_image:
         picture = Image.new("RGB", models.shape[:0:-1])
         models = replace(models, teacher=models.teacher.with_goal(picture))
@@ -234,19 +255,11 @@ def make_plan(
     other |= {} if quantize_reasoner is None else {"quantize_reasoner": quantize_reasoner}
     ours = replace(best.step, settings=best.settings(models, questions) | other)
     stock = _stock(models, weights, questions, rank)
-    frames, height, width = models.shape
     return {
         "reasoner": reasoner,
         "teacher": teacher,
         "decoder": models.decoder_name,
-        "num_frames": frames,
-        "height": height,
-        "width": width,
-        "teacher_frames": len(models.video.indices),
-        "questions": questions,
-        "goal_image": goal_image,
-        "reasoner_tokens": math.prod(models.latents[2:]) // math.prod(models.reasoner.patch),
-        "teacher_tokens": models.teacher.layout(models.video.clip(models.teacher), query_set(questions)).tokens,
+        **_sizes(models, questions),
         "ours": ours.to_dict(),
         "stock": stock.to_dict(),
         "ratio": ours.flops / stock.flops,
@@ -260,10 +273,26 @@ def make_plan(
     }
 
 
-def _check(teacher: str, questions: int, rank: int, memory: float) -> None:
+def _sizes(models: Instance, questions: int) -> dict[str, Any]:
+    """The sizes of the instance in a plan."""
+    frames, height, width = models.shape
+    return {
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "teacher_frames": len(models.window.indices),
+        "windows": models.windows,
+        "questions": questions,
+        "goal_image": models.teacher.goal is not None,
+        "reasoner_tokens": math.prod(models.latents[2:]) // math.prod(models.reasoner.patch),
+        "teacher_tokens": sum(teacher_tokens(models, questions)),
+    }
+
+
+def _check(teacher: str, questions: int, rank: int, windows: int, memory: float) -> None:
     if not (memory > 0 and math.isfinite(memory)):
         raise InputError(f"--memory must be a number of GB above 0, not {memory:g}")
-    for name, value in (("questions", questions), ("rank", rank)):
+    for name, value in (("questions", questions), ("rank", rank), ("windows", windows)):
         if value < 1:
             raise InputError(f"--{name} must be at least 1, not {value}")
     if not Path(teacher).is_dir() and teacher != "packaged":
@@ -276,6 +305,7 @@ def _build(
     decoder_name: str | None,
     size: tuple[int | None, int | None, int | None],
     teacher_frames: int | None,
+    windows: int,
     dtype: torch.dtype,
 ) -> Instance:
     """Build the models, and check them and the size against each other."""
@@ -283,7 +313,8 @@ def _build(
     defaults = reasoner.num_frames, reasoner.height, reasoner.width
     num_frames, height, width = (own if given is None else given for given, own in zip(size, defaults, strict=True))
     reasoner.check(num_frames, height, width)
-    indices = teacher_frame_indices(num_frames, min(24, num_frames) if teacher_frames is None else teacher_frames)
+    each = min(24, num_frames // windows) if teacher_frames is None else teacher_frames
+    indices = uniform_indices(num_frames, Settings(teacher_frames=each or 24, windows=windows))
     decoder_name = decoder_name or family_decoder or ("packaged" if reasoner_name == "packaged" else None)
     if decoder_name is None:
         known = ", ".join(known_models("decoder"))
@@ -292,7 +323,7 @@ def _build(
     check_decoder(decoder, reasoner, decoder_name)
     video = Video(tuple(indices), reasoner.fps, height, width)
     return Instance(
-        reasoner, decoder, build_teacher(teacher_name, dtype), (num_frames, height, width), video, decoder_name
+        reasoner, decoder, build_teacher(teacher_name, dtype), (num_frames, height, width), video, decoder_name, windows
     )
 
 
@@ -328,24 +359,29 @@ def add_lora_and_weigh(
 
 def our_steps(models: Instance, weights: dict[str, int], questions: int, device: torch.device = CUDA) -> list[Choice]:
     """Our step with every combination of the settings that decide between memory and FLOPs, on a kind of device."""
-    teacher, video = models.teacher, models.video
+    teacher, video = models.teacher, models.window
     pair, patches = teacher.frames_per_patch, teacher.patches_per_frame(video.clip(teacher).size)
     default = max(1, CHUNK_PATCHES.get(device.type, CHUNK_PATCHES["cuda"]) // patches) * pair
     costs = ReasonerCosts.of(models.reasoner, models.shape)
     visions = vision_costs(teacher, video, sorted({pair, default, len(video.indices)}))
-    languages = language_costs(teacher, video, questions)
+    counts = models.passes(questions)
+    languages = {count: language_costs(teacher, video, count) for count in {*counts}}
     step = functools.partial(
         Step,
-        decoder=decoder_cost(models.decoder, models.latents, video.indices),
-        preprocessing=preprocessing_cost(teacher, video),
+        decoder=decoder_cost(models.decoder, models.latents, models.video.indices),
+        preprocessing=preprocessing_cost(teacher, models.video),
         weights=weights,
     )
     reasoners = [(levels, costs.total(levels)) for levels in mixes(costs.blocks)]
+    teachers = [
+        (chunk, keep, *passes_in_turn(vision, [languages[count][keep] for count in counts]))
+        for chunk, vision in visions.items()
+        for keep in Keep
+    ]
     return [
         Choice(levels, chunk, keep, step(reasoner=cost, vision=vision, language=language))
         for levels, cost in reasoners
-        for chunk, vision in visions.items()
-        for keep, language in languages.items()
+        for chunk, keep, vision, language in teachers
     ]
 
 
@@ -358,7 +394,8 @@ def _stock(models: Instance, weights: dict[str, int], questions: int, rank: int)
     add_lora(models.network, rank, fused=False)
     costs = ReasonerCosts.of(models.reasoner, models.shape, (Activations.INPUT,))
     levels = [Activations.INPUT] * costs.blocks
-    vision, language = stock_teacher_cost(models.teacher, models.video)
+    vision, language = stock_teacher_cost(models.teacher, models.window)
+    passes = sum(models.passes(questions))
     return Step(
         costs.total(levels),
         stock_decoder_cost(models.decoder, models.latents, models.video.indices),
@@ -366,8 +403,8 @@ def _stock(models: Instance, weights: dict[str, int], questions: int, rank: int)
         vision,
         language,
         weights,
-        passes=questions,
-        settings={"activations": format_levels(levels), "teacher_passes": questions},
+        passes=passes,
+        settings={"activations": format_levels(levels), "teacher_passes": passes},
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from vlmteacher.decoders.taehv import check_decoder
 from vlmteacher.errors import InputError
 from vlmteacher.lora.adapter import add_lora, lora_parameters
-from vlmteacher.optimization.objective import teacher_frame_indices
+from vlmteacher.optimization.frames import teacher_frame_indices
 from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.planning.models import build_decoder, build_reasoner, build_teacher, known_models
 from vlmteacher.planning.plan import GB, nbytes

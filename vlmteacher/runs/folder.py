@@ -127,7 +127,21 @@ class RunFolder:
             )
             raise InputError(f"{self.path} holds a run with another {', another '.join(texts)}")
         if any(changed.values()):
-            self._changed = record
+            self._changed = record | {
+                name: old[name] for name in ("cut_tokens", "teacher_frame_indices") if name in old
+            }
+
+    def frame_indices(self, num_frames: int, count: int) -> list[int] | None:
+        """The frames that the run to resume has chosen for the Teacher, if it has. Raises InputError."""
+        indices = self.record.get("teacher_frame_indices") if self.record else None
+        if indices is None:
+            return None
+        whole = isinstance(indices, list) and all(type(index) is int for index in indices)
+        if not whole or len(indices) != count or sorted({*indices} & {*range(num_frames)}) != indices:
+            raise InputError(
+                f"{self.path / RECORD}: teacher_frame_indices are not {count} frames of {num_frames} in rising order"
+            )
+        return list(indices)
 
     def begin(self, record: dict[str, Any]) -> None:
         """Write run.json with `prompt`, `config`, `models`, `queries` and `fingerprints` of a new run.

@@ -28,7 +28,7 @@ from vlmteacher.microworld.questions import right_queries
 from vlmteacher.microworld.scene import Scene
 from vlmteacher.ops.attention import Spans
 from vlmteacher.ops.patchify import patchify
-from vlmteacher.optimization.objective import teacher_frame_indices
+from vlmteacher.optimization.frames import teacher_frame_indices
 from vlmteacher.optimization.reward import vqa_objective
 from vlmteacher.teachers.prompt import pack, shared_length
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher
