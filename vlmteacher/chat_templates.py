@@ -29,30 +29,30 @@ KEPT = 256
 _rendered: dict[str, str] = {}  # the last chats: many questions are asked again
 
 
-def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], label: str) -> str:
-    """The text of a chat that asks for the next answer, by the tokenizer's chat template.
+def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], label: str, *, asks: bool = True) -> str:
+    """The text of a chat by the tokenizer's chat template; `asks` for the next answer at its end.
 
     messages: roles and contents, as `apply_chat_template` takes them. A template that knows ``enable_thinking`` closes
     the thought at once. label: the template's name in messages.
 
     Raises InputError: the template is invalid, refuses the messages, or needs more than the limits above.
     """
-    key = json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map, messages], default=str)
+    key = json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map, messages, asks], default=str)
     if key not in _rendered:
         while len(_rendered) >= KEPT:
             _rendered.pop(next(iter(_rendered)), None)
-        _rendered[key] = _render(tokenizer, messages, label)
+        _rendered[key] = _render(tokenizer, messages, label, asks)
     return _rendered[key]
 
 
-def _render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], label: str) -> str:
+def _render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], label: str, asks: bool) -> str:
     with uninterrupted():
         read, write = os.pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: the child uses none
             child = os.fork()
         if child == 0:
-            _answer(write, tokenizer, messages)
+            _answer(write, tokenizer, messages, asks)
         os.close(write)
         try:
             answer = _read_line(read)
@@ -73,7 +73,7 @@ def _render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], label: str) -
     return reply["text"]
 
 
-def _answer(write: int, tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> NoReturn:
+def _answer(write: int, tokenizer: Any, messages: Sequence[Mapping[str, Any]], asks: bool) -> NoReturn:
     """Write the chat, or the error, as a line of JSON; ends the process."""
     try:
         _limit(resource.RLIMIT_CORE, 0)
@@ -83,7 +83,7 @@ def _answer(write: int, tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -
             _limit(resource.RLIMIT_AS, pages * resource.getpagesize() + MEMORY)
         reply = {
             "text": tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+                messages, tokenize=False, add_generation_prompt=asks, enable_thinking=False
             )
         }
     except MemoryError:

@@ -217,6 +217,8 @@ def test_every_known_model_takes_its_own_preset():
             kind = f"{family}ImageToVideoPipeline" if image else f"{family}Pipeline"
         elif "CogVideoX" in hub_id:
             kind = "CogVideoXImageToVideoPipeline" if image else "CogVideoXPipeline"
+        elif "Cosmos" in hub_id:
+            kind = "Cosmos2_5_PredictBasePipeline"
         elif "LTX" in hub_id:
             kind = "LTX2Pipeline" if "LTX-2" in hub_id else "LTXConditionPipeline"
         else:

@@ -26,6 +26,7 @@ HOMES = {  # in reasoners/; HunyuanVideo shares an attention with 1.5
     "HunyuanVideo-1.5": "hunyuan_video",
     "HunyuanVideo": "hunyuan_video",
     "CogVideoX": "cogvideox.py",
+    "Cosmos-Predict 2.5": "cosmos25.py",
 }
 WORDS = {
     "Wan": r"\bWan\b|Wan(?=[A-Z])|(?i:\bwan(?=[\d_.])|fastwan)",
@@ -37,6 +38,7 @@ WORDS = {
     "HunyuanVideo-1.5": "(?i:hunyuan)",
     "HunyuanVideo": "(?i:hunyuan)",
     "CogVideoX": "(?i:cogvideo)",
+    "Cosmos-Predict 2.5": "(?i:cosmos)",
 }
 MENTIONS = {  # of one family, where something that all share is named after it
     "moved.py",  # old import paths

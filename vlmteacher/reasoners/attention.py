@@ -41,7 +41,8 @@ def check_backward(transformer: Any) -> None:
     """
     if transformer.device.type == "meta":
         return
-    processors, dim = transformer.attn_processors.values(), transformer.config.attention_head_dim
+    processors = (module.processor for module in transformer.modules() if hasattr(module, "processor"))
+    dim = transformer.config.attention_head_dim
     processor = next(
         (each for each in processors if hasattr(each, "_attention_backend")), None
     )  # not of a text refiner

@@ -8,6 +8,7 @@ from torch import nn
 
 from vlmteacher.errors import InputError
 from vlmteacher.reasoners.cogvideox import COGVIDEOX
+from vlmteacher.reasoners.cosmos25 import COSMOS
 from vlmteacher.reasoners.family import DecoderFile, Family
 from vlmteacher.reasoners.hunyuan_video.family import HUNYUAN_VIDEO
 from vlmteacher.reasoners.hunyuan_video15.family import HUNYUAN_VIDEO_15
@@ -20,7 +21,7 @@ from vlmteacher.reasoners.wan.vace import VACE
 
 FAMILIES: tuple[Family, ...] = (
     *(WAN, VACE, SKYREELS_V2, CHRONOEDIT),
-    *(LTX, LTX2, HUNYUAN_VIDEO_15, HUNYUAN_VIDEO, COGVIDEOX),
+    *(LTX, LTX2, HUNYUAN_VIDEO_15, HUNYUAN_VIDEO, COGVIDEOX, COSMOS),
 )
 
 
