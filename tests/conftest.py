@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: one thread in eac
 
 # The tiny pairs' weights are random: VAE and surrogate decoder agree on nothing (but see decoders/test_agreement.py).
 os.environ["VLMTEACHER_CHECK_DECODER"] = "0"
+os.environ["VLMTEACHER_COSMOS_GUARDRAIL"] = "0"  # the models of that safety checker cannot be downloaded
 
 import pytest
 import torch

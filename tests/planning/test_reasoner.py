@@ -13,7 +13,15 @@ from torch import nn
 
 from tests.conftest import Run
 from tests.planning.counting import saved_bytes, stock_count
-from tests.reasoners import tiny_checkpoints, tiny_cogvideox, tiny_hunyuan, tiny_hunyuan_video, tiny_ltx, tiny_ltx2
+from tests.reasoners import (
+    tiny_checkpoints,
+    tiny_cogvideox,
+    tiny_cosmos,
+    tiny_hunyuan,
+    tiny_hunyuan_video,
+    tiny_ltx,
+    tiny_ltx2,
+)
 from tests.tiny_pair import PROMPT, QUERIES
 from vlmteacher.checkpoints.pretrained import cast
 from vlmteacher.errors import InputError
@@ -65,6 +73,7 @@ FAMILIES = {
         lambda path: tiny_hunyuan_video.tiny_hunyuan_video_pipeline(path, "token_replace"),
         tiny_hunyuan_video.SIZE,
     ),
+    "Cosmos-Predict 2.5": (tiny_cosmos.tiny_cosmos_pipeline, tiny_cosmos.SIZE),
     "CogVideoX": (lambda path: tiny_cogvideox.tiny_cogvideox_pipeline(path, "1.5-i2v"), tiny_cogvideox.SIZE),
 }
 

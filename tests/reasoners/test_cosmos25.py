@@ -19,6 +19,7 @@ from tests.tiny_pair import QUERIES, tiny_decoder
 from tests.tiny_teacher import tiny_qwen3_vl
 from vlmteacher import InputError, QuerySet, TeacherPipeline
 from vlmteacher.lora.adapter import add_lora, export_lora, lora_parameters, remove_lora
+from vlmteacher.lora.formats.names import ours
 from vlmteacher.reasoners.condition import collate
 from vlmteacher.reasoners.cosmos25 import BASE, CosmosReasoner, add_padding_mask, karras_timesteps
 from vlmteacher.reasoners.loading import adopt_reasoner, load_reasoner
@@ -31,16 +32,9 @@ def directory(tmp_path_factory):
     return tiny_cosmos_pipeline(tmp_path_factory.mktemp("cosmos"))
 
 
-@pytest.fixture(autouse=True)
-def without_guardrail(monkeypatch):
-    monkeypatch.setenv("VLMTEACHER_COSMOS_GUARDRAIL", "0")
-
-
 @pytest.fixture(scope="module")
 def loaded(directory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLMTEACHER_COSMOS_GUARDRAIL", "0")
-        return load_reasoner(directory)
+    return load_reasoner(directory)
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +177,16 @@ def test_a_lora_in_the_stock_pipeline(directory, reasoner, scheduler, tmp_path):
     reasoner.transformer.delete_adapters(list(reasoner.transformer.peft_config))
     assert (ours - base).std() > 1e-2
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_the_names_of_its_authors_are_read():
+    names = {
+        "self_attn.q_proj": "attn1.to_q",
+        "cross_attn.output_proj": "attn2.to_out.0",
+        "mlp.layer1": "ff.net.0.proj",
+    }
+    for theirs, own in names.items():
+        assert ours(f"blocks.1.{theirs}") == f"transformer_blocks.1.{own}"
 
 
 def test_one_update_of_the_whole_pipeline(directory, reasoner, tmp_path, image):

@@ -156,8 +156,10 @@ class CosmosReasoner(Reasoner):
         width: int,
     ) -> Condition:
         """See `Reasoner.encode_inputs`; raises InputError for a prompt that the safety checker refuses."""
-        if self.checker is not None and not self.checker.to(self.device).check_text_safety(prompt):
-            raise InputError("Cosmos' safety checker refuses the prompt: write another")
+        if self.checker is not None:
+            self.checker.to(self.device)
+            if not self.checker.check_text_safety(prompt):
+                raise InputError("Cosmos' safety checker refuses the prompt: write another")
         first_frame = None if image is None else self.encode_image(image, height, width)
 
         def condition(text: str, what: str) -> Condition:
@@ -215,8 +217,9 @@ class CosmosReasoner(Reasoner):
         frames = super().decode(latents)
         if self.checker is None:
             return frames
+        self.checker.to(self.device)
         pixels = (frames.permute(0, 2, 3, 1).cpu().numpy() * 255).astype(np.uint8)  # as in the pipeline
-        checked = torch.from_numpy(self.checker.to(self.device).check_video_safety(pixels).astype(np.float32) / 255)
+        checked = torch.from_numpy(self.checker.check_video_safety(pixels).astype(np.float32) / 255)
         return checked.permute(0, 3, 1, 2).to(frames.device)
 
 
@@ -310,5 +313,5 @@ COSMOS = Family(
         | {"ff.net.0.proj": "mlp.layer1", "ff.net.2": "mlp.layer2"},
         {"patch_embed.proj": "x_embedder.proj.1", "proj_out": "final_layer.linear"},
     ),
-    decoders={(16, 4, 8): "lightx2v/Autoencoders/taew2_1.pth"},  # of Wan 2.1's VAE
+    decoders={(16, 4, 8): "lightx2v/Autoencoders/taew2_1.pth"},
 )
