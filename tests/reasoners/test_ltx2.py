@@ -31,6 +31,7 @@ from vlmteacher.lora.formats import read_lora
 from vlmteacher.reasoners.condition import Noise, collate
 from vlmteacher.reasoners.frozen_front import FrozenFront
 from vlmteacher.reasoners.loading import load_reasoner
+from vlmteacher.reasoners.many_step import sample_many
 from vlmteacher.reasoners.presets import PRESETS
 from vlmteacher.reasoners.sampling import SamplerSettings
 
@@ -213,6 +214,9 @@ def test_the_audio_takes_part_and_is_fixed_for_the_instance(loaded, sampler):
     with torch.no_grad():
         for target in ("last_step", "full"):
             assert torch.equal(reasoner.predict_target(condition, noise, target), videos[0])
+    if sampler == "euler":
+        many = sample_many(reasoner, condition, None, noise, steps=4, guidance=1.0)
+        torch.testing.assert_close(many, videos[0])
 
 
 def test_values_of_the_audio_fill_whole_frames(loaded):

@@ -70,4 +70,5 @@ def sample_many(
     def velocity(latents: Tensor, sigma: float, until: float) -> Tensor:
         return guided_velocity(reasoner, condition, empty, latents, sigma, guidance)
 
-    return with_first_frame(euler(velocity, sigmas, noise.z1), condition.first_frame)
+    latents = with_first_frame(euler(velocity, sigmas, noise.z1), condition.first_frame)
+    return reasoner.video(latents, condition)
