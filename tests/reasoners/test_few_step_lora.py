@@ -211,7 +211,7 @@ def test_presets_of_other_models_are_refused(t2v, a14b, tmp_path):
 def test_every_known_model_takes_its_own_preset():
     """With the class, experts and expand_timesteps of its model_index.json on the hub."""
     for hub_id, preset in HUB_IDS.items():
-        image = "i2v" in hub_id.lower() and "ti2v" not in hub_id.lower()
+        image = ("i2v" in hub_id.lower() and "ti2v" not in hub_id.lower()) or "FLF2V" in hub_id
         if "hunyuan" in hub_id.lower():
             family = "HunyuanVideo15" if "1.5" in hub_id else "HunyuanVideo"
             kind = f"{family}ImageToVideoPipeline" if image else f"{family}Pipeline"
@@ -221,6 +221,10 @@ def test_every_known_model_takes_its_own_preset():
             kind = "Cosmos2_5_PredictBasePipeline"
         elif "LTX" in hub_id:
             kind = "LTX2Pipeline" if "LTX-2" in hub_id else "LTXConditionPipeline"
+        elif "SkyReels" in hub_id:
+            kind = "SkyReelsV2" + "DiffusionForcing" * ("-DF-" in hub_id) + "ImageToVideo" * image + "Pipeline"
+        elif "VACE" in hub_id or "ChronoEdit" in hub_id:
+            kind = "WanVACEPipeline" if "VACE" in hub_id else "ChronoEditPipeline"
         else:
             kind = "WanImageToVideoPipeline" if image else "WanPipeline"
         index = {"_class_name": kind, "expand_timesteps": "TI2V-5B" in hub_id}
