@@ -9,6 +9,7 @@ import torch
 
 from tests.conftest import Run
 from tests.tiny_models import tiny_wan_pipeline
+from tools import models_page
 from vlmteacher.lora.adapter import add_lora
 from vlmteacher.planning import GB, Step
 from vlmteacher.planning.costs import META
@@ -19,7 +20,7 @@ from vlmteacher.planning.teacher import Video, language_costs, preprocessing_cos
 from vlmteacher.planning.tracing import tracing
 from vlmteacher.reasoners.checkpointing import Keep, keep_activations
 from vlmteacher.reasoners.condition import Condition, Noise
-from vlmteacher.reasoners.presets import HUB_IDS, PRESETS
+from vlmteacher.reasoners.presets import PRESETS
 from vlmteacher.reasoners.sampling import SamplerSettings
 from vlmteacher.teachers import shared_prefix
 from vlmteacher.teachers.prompt import Clip
@@ -211,14 +212,9 @@ def test_verify_runs_a_whole_step_at_full_size(run: Run) -> None:
 
 
 def test_the_documented_models_are_those_that_are_known() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "results" / "models.md").read_text()
-    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
-    presets = [row for row in rows if row[1] in PRESETS]
-    assert {row[0]: row[1] for row in presets if "/" in row[0]} == HUB_IDS
-    assert {row[1] for row in presets} == set(PRESETS)
-    for _, name, steps, guidance in presets:
-        settings = PRESETS[name]
-        assert steps == f"{len(settings.timesteps)}, {settings.sampler}, shift {settings.shift:g}"
-        embedded = "" if settings.embedded_guidance is None else f"; {settings.embedded_guidance:g} embedded"
-        assert guidance == (f"{settings.guidance_scale:g}" if settings.guided else "none") + embedded
-    assert [row[0] for row in rows if row[0] in known_models("reasoner")] == known_models("reasoner")
+    """Where this fails: `python -m tools.models_page` (with --keep where no model was added)."""
+    text = models_page.PAGE.read_text()
+    assert models_page.page(text, keep=True) == text
+    for table, kind in (("steps", "reasoner"), ("teachers", "teacher")):
+        rows = text.split(models_page.marks(table)[0])[1].split("<!-- end -->")[0].splitlines()[2:]
+        assert [row.split("|")[1].strip() for row in rows] == known_models(kind)
