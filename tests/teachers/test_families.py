@@ -135,7 +135,13 @@ def internvl_picture(picture, settings, inputs):
     return f"<img>{'<IMG_CONTEXT>' * 4}</img>\n", {"pixel_values": pixels}
 
 
-PICTURES = {"internvl": internvl_picture}  # of the families that are no Qwen-VL
+def smolvlm_picture(picture, settings, inputs):
+    text, own = smolvlm_inputs(settings, picture[None], [0])
+    pixels = torch.cat([own["pixel_values"], inputs["pixel_values"]], 1)
+    return text.partition("00:00:")[2].strip(), {"pixel_values": pixels}
+
+
+PICTURES = {"internvl": internvl_picture, "smolvlm": smolvlm_picture}  # of the families that are no Qwen-VL
 # another shape for each, so that no test passes by coincidence: (text config, vision config)
 OTHERS = {
     "qwen3_vl": (
@@ -219,6 +225,7 @@ def stock_losses(path, family, frames, indices, questions, settings, dtype=torch
     losses = []
     for question in questions:
         text = CHATS.get(family, CHAT).format(video=video, question=question)
+        text = text.replace("User: <fake", "User:<fake")  # SmolVLM's template has no space before a picture
         prompt, ids = tokenizer(text)["input_ids"], tokenizer(text + "Yes")["input_ids"]
         prompt = prompt[: shared_length([prompt, ids])]  # a space may be part of the answer's first token
         input_ids = torch.tensor([ids])

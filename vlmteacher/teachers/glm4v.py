@@ -134,7 +134,7 @@ class GlmTeacher(QwenTokens):
         "video_end_token_id": VIDEO_END,
     }
     video_mark, image_mark = VIDEO, IMAGE
-    takes_goal_image = False  # its positions know one list of images, the video's
+    takes_goal_image = False  # transformers' own class takes images or a video, which have one token, and never both
     visual_pads = (VIDEO, IMAGE)
     has_tenths = False
 

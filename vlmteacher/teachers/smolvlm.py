@@ -131,6 +131,7 @@ class SmolVLMTeacher(VLMTeacher):
 
     architecture = "SmolVLMForConditionalGeneration"
     token_ids: ClassVar = {"image_token_id": IMAGE}
+    takes_goal_image = True
     frames_per_patch = 1
     video_mark, image_mark = VIDEO, IMAGE
     visual_pads = (IMAGE,)
