@@ -14,6 +14,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
 from benchmarks.memory import saved_bytes
 from tests.tiny_teacher import tiny_qwen3_5, tiny_qwen3_5_moe, tiny_qwen3_vl, tiny_qwen3_vl_moe
@@ -112,6 +114,12 @@ def test_the_routers_weights_have_a_gradient(paths: dict[str, Path], family: str
         slope = (value(frames + step * direction) - value(frames - step * direction)) / (2 * step)
     expected, blind = ((x * direction).sum().item() for x in (gradient, without))
     assert slope.item() == pytest.approx(expected, abs=0.1 * abs(expected - blind))
+
+
+def test_their_processors_are_those_of_qwen3_vl() -> None:
+    """So its prompts and pixels are compared for all of them (`test_preprocessing.py`, `test_families.py`)."""
+    for names in (PROCESSOR_MAPPING_NAMES, VIDEO_PROCESSOR_MAPPING_NAMES):
+        assert all(names[family] == names["qwen3_vl"] for family in MAKERS)
 
 
 def test_the_answer_follows_a_thought_of_nothing(paths: dict[str, Path]) -> None:

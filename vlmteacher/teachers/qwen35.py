@@ -81,7 +81,7 @@ def _delta_rule(qkv: Tensor, z: Tensor, b: Tensor, a: Tensor, net: Any, layout: 
         last = qkv[max(0, prefix - net.conv_kernel_size + 1) : prefix]
         tokens = pad_sequence([torch.cat([last, own]) for own in qkv[prefix:].split(lengths)], batch_first=True)
         beta, decay = (pad_sequence(x[prefix:].split(lengths), batch_first=True) for x in (beta, decay))
-        output, _ = run(tokens, len(last), beta, decay, state.expand(len(lengths), -1, -1, -1))
+        output, _ = run(tokens, len(last), beta, decay, state.repeat(len(lengths), 1, 1, 1))
         outputs += [own[:length] for own, length in zip(output, lengths, strict=True)]
     mixed, z = torch.cat(outputs), z.unflatten(-1, (-1, net.head_v_dim))
     if rows is not None:
