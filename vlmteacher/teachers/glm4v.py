@@ -16,10 +16,10 @@ from vlmteacher.ops.attention import attention
 from vlmteacher.ops.elementwise import rotate
 from vlmteacher.ops.rms_norm import rms_norm
 from vlmteacher.ops.swiglu import swiglu
+from vlmteacher.teachers.experts import is_sparse, sparse_mlp, sparse_values
 from vlmteacher.teachers.preprocessing import CLIP_MEAN, CLIP_STD, VisionSettings, preprocess_video, video_size
 from vlmteacher.teachers.prompt import Clip, Layout
 from vlmteacher.teachers.qwen_vl import IMAGE_TOKEN, TEXT_TOKEN, VIDEO_TOKEN, QwenTokens, half_angles
-from vlmteacher.teachers.qwen_vl_moe import is_sparse, sparse_mlp, sparse_values
 from vlmteacher.teachers.shared_prefix import Decoder, Keep, repeated
 from vlmteacher.teachers.visual_checkpoint import attend
 from vlmteacher.torch_modes import keepable

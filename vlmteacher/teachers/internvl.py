@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmteacher.errors import InputError
+from vlmteacher.teachers.experts import SparseDecoder
 from vlmteacher.teachers.preprocessing import (
     CLIP_MEAN,
     CLIP_STD,
@@ -17,7 +18,6 @@ from vlmteacher.teachers.preprocessing import (
     preprocess_frames,
 )
 from vlmteacher.teachers.prompt import Clip
-from vlmteacher.teachers.qwen_vl_moe import SparseDecoder
 from vlmteacher.teachers.visual_checkpoint import attend
 from vlmteacher.teachers.vlm import VLMTeacher
 

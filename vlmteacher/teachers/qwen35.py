@@ -17,9 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vlmteacher.ops.attention import attention
 from vlmteacher.ops.elementwise import rotate
+from vlmteacher.teachers.experts import is_sparse, sparse_mlp, sparse_values
 from vlmteacher.teachers.prompt import Layout
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher
-from vlmteacher.teachers.qwen_vl_moe import is_sparse, sparse_mlp, sparse_values
 from vlmteacher.teachers.shared_prefix import Decoder, Keep, gated, repeated
 
 
