@@ -67,8 +67,8 @@ def tiny_transformer(family: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def call(model: Any) -> torch.Tensor:
-    """The velocity for fixed random inputs."""
+def call(model: Any, grad: bool = False) -> torch.Tensor:
+    """The velocity for fixed random inputs; without `grad` it is not differentiable."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -100,5 +100,5 @@ def call(model: Any) -> torch.Tensor:
         inputs |= {"encoder_hidden_states_2": draw(1, 4, 20), "image_embeds": draw(1, 5, 12)}
         inputs |= {"encoder_attention_mask": torch.ones(1, 6), "encoder_attention_mask_2": torch.ones(1, 4)}
         inputs["timestep_r"] = torch.tensor([0.0])
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         return model(**inputs, return_dict=False)[0]

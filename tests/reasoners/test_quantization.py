@@ -18,10 +18,11 @@ from tests.conftest import QUERIES, Run, Solve
 from tests.reasoners.checks import check_kept_levels
 from tests.reasoners.test_parts import original_names, weights
 from tests.reasoners.tiny_checkpoints import SIZE
+from tests.tiny_transformers import FAMILIES, call, tiny_transformer
 from vlmteacher import TeacherPipeline
-from vlmteacher.checkpoints.quantized import METHODS, dequantize, is_quantized
+from vlmteacher.checkpoints.quantized import METHODS, dequantize, fill, is_quantized
 from vlmteacher.errors import InputError, MissingExtra
-from vlmteacher.lora.adapter import add_lora, lora_parameters, remove_lora
+from vlmteacher.lora.adapter import add_lora, lora_parameters, remove_lora, target_layers
 from vlmteacher.lora.float8 import saved_bytes as fp8_saved_bytes
 from vlmteacher.lora.formats import merge_lora, read_lora
 from vlmteacher.lora.fused_layer import LoRALinear
@@ -250,6 +251,44 @@ def test_compiled_blocks_compute_the_same(t2v: Path, choice: str) -> None:
     again, compiled = gradients(reasoner, reasoner.transformer)
     torch.testing.assert_close(again, latents, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(compiled, grads, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("choice", ["gguf", *(pytest.param(c, marks=needs(CHOICES[c])) for c in ("4bit", "int8"))])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str, choice: str) -> None:
+    """Every layer that gets a LoRA is quantised; results and gradients are those of the dequantised weights."""
+    plain, network = tiny_transformer(family), tiny_transformer(family)
+    if choice == "gguf":
+        keep_gguf(network)
+    else:
+        reduce_precision({"transformer": network}, False, choice, CPU)
+    targets = target_layers(network)
+    odd = {name for name, layer in targets.items() if not is_quantized(layer)}
+    assert all(choice == "gguf" and targets[name].in_features % 32 for name in odd) and len(odd) < len(targets) / 2
+    results = []
+    for transformer in (network, twin_of(network, plain)):
+        add_lora(transformer, 2, seed=0)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in lora_parameters(transformer):
+            parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        y = call(transformer, grad=True)
+        grads = torch.autograd.grad(y.square().sum(), lora_parameters(transformer), allow_unused=True)
+        results.append([y.detach(), *(grad for grad in grads if grad is not None)])
+    assert len(results[0]) == len(results[1]) > len(targets) and all(map(torch.equal, *results))
+
+
+def keep_gguf(network: Any) -> None:
+    """Keep the weights of the blocks' linear layers as a GGUF file in Q8_0 would, in groups of 32 columns."""
+    import gguf
+    from diffusers import GGUFQuantizationConfig
+    from diffusers.quantizers.gguf.utils import GGUFParameter
+
+    kind, state = gguf.GGMLQuantizationType.Q8_0, dict(network.state_dict())
+    for name, layer in network.named_modules():
+        if type(layer) is nn.Linear and "blocks" in name and layer.in_features % 32 == 0:
+            packed = torch.from_numpy(gguf.quantize(layer.weight.numpy(), kind))
+            state[f"{name}.weight"] = GGUFParameter(packed, quant_type=kind)
+    fill(network, state, GGUFQuantizationConfig(compute_dtype=torch.float32), CPU)
 
 
 @torchao_only

@@ -125,8 +125,14 @@ def _check_package(package: str, what: str) -> None:
 
 
 def _outside(transformer: nn.Module) -> list[str]:
-    """The parts of a transformer beside its lists of blocks, which stay as they are: a per cent of the weights."""
-    return [name for name, child in transformer.named_children() if not isinstance(child, nn.ModuleList)]
+    """The parts of a transformer beside its lists of blocks, which stay as they are: a per cent of the weights.
+
+    Without those of a name that a layer in the blocks has too, as HunyuanVideo's proj_out: diffusers skips both.
+    """
+    lists = {name for name, child in transformer.named_children() if isinstance(child, nn.ModuleList)}
+    names = [name.split(".") for name, _ in transformer.named_modules()]
+    inner = {part for parts in names if parts[0] in lists for part in parts[1:]}
+    return [name for name, _ in transformer.named_children() if name not in lists | inner]
 
 
 def _inside(transformer: nn.Module) -> list[nn.Linear]:
