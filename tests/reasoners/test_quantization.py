@@ -20,7 +20,7 @@ from tests.reasoners.test_parts import original_names, weights
 from tests.reasoners.tiny_checkpoints import SIZE
 from tests.tiny_transformers import FAMILIES, call, tiny_transformer
 from vlmteacher import TeacherPipeline
-from vlmteacher.checkpoints.quantized import METHODS, dequantize, fill, is_quantized
+from vlmteacher.checkpoints.quantized import METHODS, dequantize, fill, is_quantized, use_exact_products
 from vlmteacher.errors import InputError, MissingExtra
 from vlmteacher.lora.adapter import add_lora, lora_parameters, remove_lora, target_layers
 from vlmteacher.lora.float8 import saved_bytes as fp8_saved_bytes
@@ -239,6 +239,14 @@ def test_a_gguf_file_stays_as_it_is(t2v: Path, tmp_path: Path, kind: str) -> Non
     assert fingerprint(kept.networks) != fingerprint(plain.networks)
     with pytest.raises(InputError, match='engine "compile" does not take GGUF weights: take "eager"'):
         check_engine("compile", kept, cast(Any, None))
+
+
+@needs("bitsandbytes")
+def test_repacked_weights_are_refused(t2v: Path) -> None:
+    transformer = quantised(t2v, "4bit").transformer
+    transformer.blocks[1].ffn.net[2].weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(InputError, match="repacked its weights: load it again"):
+        use_exact_products(transformer)
 
 
 @pytest.mark.slow

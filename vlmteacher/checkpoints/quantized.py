@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlmteacher.errors import InputError
+
 METHODS = ("bitsandbytes", "torchao", "gguf")  # quant_method of those whose layers are known here
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # BitsAndBytesConfig
 
@@ -42,10 +44,12 @@ def dequantize(layer: Any, dtype: torch.dtype) -> Tensor:
 def use_exact_products(network: nn.Module) -> list[Any]:
     """Make every quantised layer compute x W^T + b with its dequantised W, and pass the gradient to x only.
 
-    Returns these layers.
+    Returns these layers. Raises InputError for weights that bitsandbytes has repacked for its own products.
     """
     layers = [layer for layer in network.modules() if is_quantized(layer)]
     for layer in layers:
+        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise InputError("bitsandbytes has run this network on the CPU, and repacked its weights: load it again")
         layer.forward = MethodType(_forward, layer)
     return layers
 
