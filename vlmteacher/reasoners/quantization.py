@@ -127,7 +127,7 @@ def _check_package(package: str, what: str) -> None:
 def _outside(transformer: nn.Module) -> list[str]:
     """The parts of a transformer beside its lists of blocks, which stay as they are: a per cent of the weights.
 
-    Without those of a name that a layer in the blocks has too, as HunyuanVideo's proj_out: diffusers skips both.
+    Without those of a name that a layer in the blocks has too, such as proj_out: diffusers would skip both.
     """
     lists = {name for name, child in transformer.named_children() if isinstance(child, nn.ModuleList)}
     names = [name.split(".") for name, _ in transformer.named_modules()]
