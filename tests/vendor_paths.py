@@ -70,10 +70,10 @@ ELSEWHERE = "not cuda and not triton and not compiles and not warps"  # what no 
 
 def run(path: str, arguments: list[str]) -> tuple[int, int, list[str], float]:
     """(passed, skipped, the names of what failed, seconds)."""
-    environment = {**os.environ, **PATHS[path]}
-    processes = max(1, len(os.sched_getaffinity(0)) // int(PATHS[path]["OMP_NUM_THREADS"]))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", str(processes), "-k", ELSEWHERE]
-    command += arguments
+    # A process a core, whatever its threads: those that wait must not hold the others' core.
+    environment = {**os.environ, **PATHS[path], "OMP_WAIT_POLICY": "passive"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "auto", "--dist", "worksteal"]
+    command += ["-k", ELSEWHERE, *arguments]
     start = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):
