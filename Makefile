@@ -1,5 +1,5 @@
-# make demo | test | test-all | test-paths | docs | sanitize | lint | package | fuzz | soak | clean. Everything is installed in
-# .venv; the tested torch is pinned in constraints.txt.
+# make demo | test | test-all | test-paths | test-quantized | docs | sanitize | lint | package | fuzz | soak | clean. Everything is
+# installed in .venv; the tested torch is pinned in constraints.txt.
 PYTHON ?= python3
 TORCH := $(shell grep '^torch==' constraints.txt)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard build_backend/*.py csrc/*.* csrc/*/*)
 
-.PHONY: demo chromium test test-all test-paths docs sanitize lint package fuzz fuzz-atheris soak clean
+.PHONY: demo chromium test test-all test-paths test-quantized docs sanitize lint package fuzz fuzz-atheris soak clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -33,6 +33,16 @@ test-all: chromium .venv/installed-dev
 # The numeric tests as on older processors: a table of path, passed and failed.
 test-paths: .venv/installed-dev
 	$(BIN)/python -m tests.vendor_paths --write docs/results/vendor_paths.md
+
+# The tests of quantised models with the packages of the extra [quantized], which diffusers and PEFT import wherever they
+# are found: so they stand in a folder of their own.
+test-quantized: build/quantized/installed
+	PYTHONPATH="build/quantized" $(PYTEST) tests/reasoners/test_quantization.py tests/teachers/test_quantization.py
+
+build/quantized/installed: .venv/installed-dev
+	rm -rf build/quantized
+	$(PIP) install -q --no-deps --target build/quantized 'bitsandbytes>=0.50' 'torchao>=0.18'
+	touch $@
 
 # The documentation's site in build/site: no broken link, and nothing that its pages would load from outside.
 docs: .venv/installed-dev

@@ -150,7 +150,8 @@ def test_a_quantised_teacher_stays_where_it_is(models: dict[str, str]) -> None:
 @pytest.mark.parametrize("quantize", ["8bit", "4bit"])
 def test_the_packaged_teacher_writes_the_same_queries(tmp_path: Path, quantize: str) -> None:
     command = [sys.executable, "-m", "vlmteacher", "queries", "--prompt", "Move the yellow ball into the purple box."]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     plain, ours = (
         subprocess.run([*command, *flags], capture_output=True, text=True, check=True, cwd=tmp_path, env=env)
         for flags in ([], ["--quantize", quantize])
