@@ -155,10 +155,11 @@ def test_the_documented_commands_for_placement() -> None:
     guides = Path(__file__).parents[2] / "docs/guides"
     docs = (guides / "several_gpus.md").read_text() + (guides / "low_memory.md").read_text()
     commands = [shlex.split(line)[1:] for line in docs.splitlines() if line.startswith("    vlmteacher solve")]
-    one, two, small = (parser().parse_args(command) for command in commands)
+    one, two, small, both = (parser().parse_args(command) for command in commands)
     assert (one.device, one.device_map, one.offload, one.quantize) == ("cuda", None, False, None)
     assert parse_device_map(two.device_map) == {"reasoner": "cuda:0", "teacher": "cuda:1"} and two.device is None
     assert (small.device, small.offload, small.quantize) == ("cuda", True, "4bit")
+    assert (both.quantize_reasoner, both.quantize, both.offload) == ("4bit", "4bit", True)
 
 
 def test_killed_and_resumed_gives_the_same_lora(run: Run, solve: Any, tmp_path: Path) -> None:
