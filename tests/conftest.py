@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core: one thread in each, and in what it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a shell that started the suite in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The tiny pairs' weights are random: VAE and surrogate decoder agree on nothing (but see decoders/test_agreement.py).
 os.environ["VLMTEACHER_CHECK_DECODER"] = "0"
