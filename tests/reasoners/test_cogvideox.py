@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.reasoners.checks import check_kept_levels
+from tests.reasoners.checks import check_kept_levels, one_update
 from tests.reasoners.tiny_cogvideox import KINDS, SIZE, TEXT_LENGTH, tiny_cogvideox_pipeline
-from tests.tiny_pair import QUERIES, tiny_decoder
+from tests.tiny_pair import tiny_decoder
 from tests.tiny_teacher import tiny_qwen3_vl
-from vlmteacher import InputError, QuerySet, TeacherPipeline
+from vlmteacher import InputError, TeacherPipeline
 from vlmteacher.lora.adapter import add_lora, export_lora, lora_parameters, remove_lora
 from vlmteacher.reasoners.cogvideox import ddim_timesteps, noise_levels
 from vlmteacher.reasoners.condition import collate
@@ -201,19 +201,7 @@ def test_one_update_of_the_whole_pipeline(load, directories, tmp_path, image):
     decoder = tiny_decoder(tmp_path / "decoder.safetensors")
     pipe = TeacherPipeline.from_pretrained(directories["1.5-i2v"], tiny_qwen3_vl(tmp_path / "teacher"), decoder)
     pipe.reasoner = load("1.5-i2v", steps=2)
-    out = pipe(
-        PROMPT,
-        image,
-        **dict(zip(("num_frames", "height", "width"), SIZE, strict=True)),
-        generator=torch.Generator().manual_seed(0),
-        queries=QuerySet.from_dict(QUERIES),
-        max_steps=1,
-        rank=2,
-        teacher_frames=4,
-        learning_rate=0.03,
-        progress=False,
-        output_type="pt",
-    )
+    out = one_update(pipe, PROMPT, image, SIZE)
     assert out.updates == 1 and out.history[0]["grad_norm"] > 0
     assert out.frames.shape == (9, 3, 32, 48) and (out.frames - out.frames_before).abs().max() > 1e-3
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.reasoners.checks import check_kept_levels
+from tests.reasoners.checks import check_kept_levels, one_update
 from tests.reasoners.tiny_cosmos import SIZE, TEXT_LENGTH, Checker, tiny_cosmos_pipeline
-from tests.tiny_pair import QUERIES, tiny_decoder
+from tests.tiny_pair import tiny_decoder
 from tests.tiny_teacher import tiny_qwen3_vl
-from vlmteacher import InputError, QuerySet, TeacherPipeline
+from vlmteacher import InputError, TeacherPipeline
 from vlmteacher.lora.adapter import add_lora, export_lora, lora_parameters, remove_lora
 from vlmteacher.lora.formats.names import ours
 from vlmteacher.reasoners.condition import collate
@@ -193,19 +193,7 @@ def test_one_update_of_the_whole_pipeline(directory, reasoner, tmp_path, image):
     decoder = tiny_decoder(tmp_path / "decoder.safetensors")
     pipe = TeacherPipeline.from_pretrained(directory, tiny_qwen3_vl(tmp_path / "teacher"), decoder)
     pipe.reasoner.settings = reasoner.settings
-    out = pipe(
-        PROMPT,
-        image,
-        **dict(zip(("num_frames", "height", "width"), SIZE, strict=True)),
-        generator=torch.Generator().manual_seed(0),
-        queries=QuerySet.from_dict(QUERIES),
-        max_steps=1,
-        rank=2,
-        teacher_frames=4,
-        learning_rate=0.03,
-        progress=False,
-        output_type="pt",
-    )
+    out = one_update(pipe, PROMPT, image, SIZE)
     assert out.updates == 1 and out.history[0]["grad_norm"] > 0
     assert out.frames.shape == (5, 3, 32, 48) and (out.frames - out.frames_before).abs().max() > 1e-3
 

@@ -19,7 +19,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from PIL import Image
 
 from tests.other_device import other_device
-from tests.reasoners.checks import check_kept_levels
+from tests.reasoners.checks import check_kept_levels, one_update
 from tests.reasoners.tiny_hunyuan_video import SIZE, tiny_hunyuan_video_pipeline
 from tests.tiny_pair import QUERIES, tiny_decoder
 from tests.tiny_teacher import tiny_qwen3_vl
@@ -204,19 +204,7 @@ def test_updates_of_the_whole_pipeline(directories, tmp_path, image):
 
     def update(pipe):
         pipe.reasoner.settings = STEPS
-        return pipe(
-            PROMPT,
-            image,
-            **dict(zip(("num_frames", "height", "width"), SIZE, strict=True)),
-            generator=torch.Generator().manual_seed(0),
-            queries=QuerySet.from_dict(QUERIES),
-            max_steps=1,
-            rank=2,
-            teacher_frames=4,
-            learning_rate=0.03,
-            progress=False,
-            output_type="pt",
-        )
+        return one_update(pipe, PROMPT, image, SIZE)
 
     pipe = TeacherPipeline.from_pretrained(*models)
     out = update(pipe)

@@ -18,11 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.other_device import other_device
-from tests.reasoners.checks import check_kept_levels
+from tests.reasoners.checks import check_kept_levels, one_update
 from tests.reasoners.tiny_ltx import SIZE, tiny_ltx_pipeline
 from tests.tiny_pair import QUERIES, tiny_decoder
 from tests.tiny_teacher import tiny_qwen3_vl
-from vlmteacher import InputError, QuerySet, TeacherPipeline
+from vlmteacher import InputError, TeacherPipeline
 from vlmteacher.decoders.taehv import load_decoder
 from vlmteacher.lora.adapter import add_lora
 from vlmteacher.reasoners.loading import load_reasoner
@@ -263,23 +263,10 @@ def test_bfloat16(directory, reasoner, image):
 def test_one_update_of_the_whole_pipeline(directory, tmp_path, image):
     """On the CPU, and on another device with offloading."""
     models = directory, tiny_qwen3_vl(tmp_path / "teacher"), ltx_decoder(tmp_path / "decoder.safetensors")
-    size = dict(zip(("num_frames", "height", "width"), SIZE, strict=True))
 
     def update(pipe):
         pipe.reasoner.settings = STEPS
-        return pipe(
-            PROMPT,
-            image,
-            **size,
-            generator=torch.Generator().manual_seed(0),
-            queries=QuerySet.from_dict(QUERIES),
-            max_steps=1,
-            rank=2,
-            teacher_frames=4,
-            learning_rate=0.03,
-            progress=False,
-            output_type="pt",
-        )
+        return one_update(pipe, PROMPT, image, SIZE)
 
     out = update(TeacherPipeline.from_pretrained(*models))
     change = (out.frames - out.frames_before).abs().max()

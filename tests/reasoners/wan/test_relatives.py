@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from tests.reasoners.checks import check_kept_levels
+from tests.reasoners.checks import check_kept_levels, one_update
 from tests.reasoners.tiny_checkpoints import HEIGHT, SIZE, WIDTH, changed
-from tests.tiny_pair import PROMPT, QUERIES, tiny_decoder
+from tests.tiny_pair import PROMPT, tiny_decoder
 from tests.tiny_teacher import tiny_qwen3_vl
-from vlmteacher import InputError, QuerySet, TeacherPipeline
+from vlmteacher import InputError, TeacherPipeline
 from vlmteacher.lora.adapter import add_lora, lora_state_dict
 from vlmteacher.planning.models import build_reasoner
 from vlmteacher.reasoners.few_step_lora import merge_few_step_loras
@@ -98,20 +98,7 @@ def test_a_vace_model_is_optimised_with_both_frames(checkpoint, image, tmp_path)
     models = checkpoint("wan_vace"), tiny_qwen3_vl(tmp_path / "teacher"), tiny_decoder(tmp_path / "decoder.safetensors")
     pipe = TeacherPipeline.from_pretrained(*models)
     pipe.reasoner.settings = SamplerSettings((1000, 500))
-    out = pipe(
-        PROMPT,
-        image,
-        last_image=image.rotate(180),
-        **dict(zip(("num_frames", "height", "width"), SIZE, strict=True)),
-        generator=torch.Generator().manual_seed(0),
-        queries=QuerySet.from_dict(QUERIES),
-        max_steps=1,
-        rank=2,
-        teacher_frames=4,
-        learning_rate=0.03,
-        progress=False,
-        output_type="pt",
-    )
+    out = one_update(pipe, PROMPT, image, SIZE, last_image=image.rotate(180))
     assert out.updates == 1 and out.history[0]["grad_norm"] > 0
     assert (out.frames - out.frames_before).abs().max() > 1e-3
 
