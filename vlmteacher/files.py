@@ -10,6 +10,7 @@ import numbers
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of file syst
 LARGEST_INTEGER = 2**64 - 1  # seeds are the largest integers in our files
 TEMPORARY = re.compile(r"\..*\.\d+\.partial(\.[^.]*)?")  # see `replacing`
 LOCK = ".lock"  # see `claimed`
+GRACE = 2.0  # seconds, see `_lock`
 
 
 @contextmanager
@@ -111,7 +113,11 @@ def claimed(folder: Path, label: str = "output directory") -> Iterator[None]:
 
 
 def _lock(path: Path) -> int:
-    """A locked handle of the file `path`. Raises BlockingIOError while another handle has the lock."""
+    """A locked handle of the file `path`. Raises BlockingIOError when another handle keeps the lock.
+
+    It may be that of a killed process, whose child has it until it runs another program: so this waits for `GRACE`.
+    """
+    deadline = time.monotonic() + GRACE
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -119,7 +125,10 @@ def _lock(path: Path) -> int:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 os.close(handle)
-                raise
+                if not isinstance(error, BlockingIOError) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+                continue
         try:
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 return handle

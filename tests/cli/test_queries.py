@@ -87,11 +87,14 @@ def test_the_documented_commands_for_queries(run: Run, tmp_path: Path, monkeypat
 
     docs = (Path(__file__).parents[2] / "docs" / "guides" / "queries.md").read_text()
     commands = [shlex.split(line)[1:] for line in docs.splitlines() if line.startswith("    vlmteacher ")]
-    assert [command[0] for command in commands] == ["queries", "solve"]
+    assert [command[0] for command in commands] == ["queries", "solve", "solve"]
     monkeypatch.chdir(tmp_path)
     example = json.loads((PACKAGED_PAIR / "pair.json").read_text())["example"]
     frame = (render(Scene.from_json(example["scene"]))[0] * 255).round().astype("uint8")
     Image.fromarray(frame).save("first.png")
     assert run(*commands[0])[0] == 0
     assert run(*commands[1], "--max-steps", 0)[0] == 0
+    Path("first.png").rename("solved.png")
+    Image.open("solved.png").save("first.png")
+    assert run(*commands[2], "--max-steps", 0)[0] == 0
     assert json.loads(Path("runs/edited/run.json").read_text())["queries"] == json.loads(Path("q.json").read_text())

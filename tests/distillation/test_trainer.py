@@ -162,6 +162,27 @@ def test_an_interruption_keeps_the_last_step(trainer, number, where):
     assert steps == [1, 2, 3, 4, 5, 6]  # the interrupted validation is made again
 
 
+def test_a_validation_that_was_written_but_not_noted_is_written_once(trainer, monkeypatch):
+    """Interrupted, taken up and killed: the state of the interruption has a step whose validation is in the file."""
+    first = trainer(save_every=100, validate_every=2)
+
+    def interrupted(step: int) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        first.run(stepping(first), 4, interrupted)
+    second = trainer(save_every=100, validate_every=2)
+    second.resume()
+    monkeypatch.setattr(second, "_make", interrupted)
+    with pytest.raises(KeyboardInterrupt):  # no state is written: as killed
+        second.run(stepping(second), 4, lambda step: {}, save_interrupted=False)
+    assert [row["step"] for row in rows(second, "validation.jsonl")] == [2]
+    third = trainer(save_every=100, validate_every=2)
+    third.resume()
+    third.run(stepping(third), 4, lambda step: {})
+    assert [row["step"] for row in rows(third, "validation.jsonl")] == [2, 4]
+
+
 @pytest.mark.parametrize("at", [2, 3])
 def test_the_log_of_a_resumed_training_has_the_same_means(trainer, at):
     def means(trainer: Trainer) -> list[dict[str, float]]:

@@ -236,7 +236,8 @@ def test_a_cuda_graph_needs_a_gpu(
     assert 'engine "cuda_graph" needs Reasoner and Teacher on one NVIDIA GPU, they are on cpu: take "eager"' in err
     with pytest.raises(InputError, match="engine must be eager or compile or cuda_graph, not 'fast'"):
         Settings(engine="fast")  # type: ignore[arg-type]
-    apart = [type("Part", (), {"device": torch.device("cuda", n), "ranks": Ranks()})() for n in (0, 1)]
+    part = {"ranks": Ranks(), "transformer": torch.nn.Identity()}
+    apart = [type("Part", (), part | {"device": torch.device("cuda", n)})() for n in (0, 1)]
     with pytest.raises(InputError, match="they are on cuda:0 and cuda:1"):
         engines.check_engine("cuda_graph", *apart)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)

@@ -212,7 +212,7 @@ def test_the_safety_checker(directory, reasoner, monkeypatch):
     """It is asked for, unless the user turns it off; it sees the prompt and the video."""
     monkeypatch.delenv("VLMTEACHER_COSMOS_GUARDRAIL")
     monkeypatch.setitem(sys.modules, "cosmos_guardrail", None)
-    with pytest.raises(InputError, match="pip install cosmos_guardrail, or set VLMTEACHER_COSMOS_GUARDRAIL=0"):
+    with pytest.raises(InputError, match=r"pip install .vlmteacher\[cosmos\]., or set VLMTEACHER_COSMOS_GUARDRAIL=0"):
         load_reasoner(directory)
     monkeypatch.setitem(sys.modules, "cosmos_guardrail", SimpleNamespace(CosmosSafetyChecker=Checker))
     checked = load_reasoner(directory)

@@ -178,8 +178,8 @@ class Trainer:
             reason = str(error).splitlines()[0] if isinstance(error, InputError) else "it is damaged"
             raise unusable(self.state_file, reason) from error
         if self.accelerator.is_main_process:
-            for name in ("log.jsonl", "validation.jsonl"):
-                _cut(self.out / name, self.step)
+            _cut(self.out / "log.jsonl", self.step)
+            _cut(self.out / "validation.jsonl", self.validated)  # which may be due again
 
     def _load(self, state: dict[str, Any], before: dict[str, Any]) -> None:
         names = [n for n in sorted(before | self.settings) if n != "steps" and before.get(n) != self.settings.get(n)]

@@ -42,8 +42,6 @@ def check_engine(engine: Engine, reasoner: Reasoner, teacher: Teacher) -> None:
     """Raise InputError when devices, ranks or activation levels of these models exclude `engine`."""
     if engine != "eager" and reasoner.ranks.size > 1:
         raise InputError(f'engine "{engine}" runs in one process, not with --context-parallel: take "eager"')
-    if engine != "eager" and is_gguf(reasoner.transformer):  # diffusers' tensors and tables of constants
-        raise InputError(f'engine "{engine}" does not take GGUF weights: take "eager", or quantise them otherwise')
     if engine == "cuda_graph":
         devices = {_numbered(reasoner.device), _numbered(teacher.device)}
         if len(devices) > 1 or next(iter(devices)).type != "cuda":
@@ -51,6 +49,8 @@ def check_engine(engine: Engine, reasoner: Reasoner, teacher: Teacher) -> None:
             raise InputError(
                 f'engine "cuda_graph" needs Reasoner and Teacher on one NVIDIA GPU, they are on {where}: take "eager"'
             )
+    if engine != "eager" and is_gguf(reasoner.transformer):  # diffusers' tensors and tables of constants
+        raise InputError(f'engine "{engine}" does not take GGUF weights: take "eager", or quantise them otherwise')
     if engine == "compile":
         between = {level for level in kept_levels(reasoner.transformer) if Keep.ALL < level < Keep.INPUT}
         if between:

@@ -65,7 +65,7 @@ def safety_checker() -> Any:
         from cosmos_guardrail import CosmosSafetyChecker
     except ImportError as error:
         raise InputError(
-            "Cosmos comes with a safety checker, which its licence asks for: pip install cosmos_guardrail, or set"
+            "Cosmos comes with a safety checker, which its licence asks for: pip install 'vlmteacher[cosmos]', or set"
             f" {SWITCH}=0 to run without, where you may"
         ) from error
     return CosmosSafetyChecker()
