@@ -21,6 +21,7 @@ from benchmarks.memory import saved_bytes
 from tests.tiny_teacher import tiny_qwen3_5, tiny_qwen3_5_moe, tiny_qwen3_vl, tiny_qwen3_vl_moe
 from vlmteacher.cli import main
 from vlmteacher.errors import InputError
+from vlmteacher.ops.attention import is_native
 from vlmteacher.queries import QuerySet
 from vlmteacher.teachers import load_teacher
 from vlmteacher.teachers.base import adopt_teacher
@@ -69,6 +70,8 @@ def test_a_question_continues_from_any_prefix(paths: dict[str, Path], prefix: in
 @pytest.mark.parametrize("family", MAKERS)
 def test_layers_keep_what_the_budget_counts(paths: dict[str, Path], family: str) -> None:
     teacher: Any = load_teacher(paths[family])
+    if not is_native(torch.empty(1, 1, 1, 2)):
+        pytest.skip("torch's own attention keeps more than output and softmax statistics")
     clip = teacher.clip(range(8), 8.0, 64, 96)
     layout, head = teacher.layout(clip, QUERIES), teacher.model.get_output_embeddings()
     with torch.no_grad():
