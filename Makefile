@@ -37,7 +37,7 @@ test-paths: .venv/installed-dev
 # The tests of quantised models with the packages of the extra [quantized], which diffusers and PEFT import wherever they
 # are found: so they stand in a folder of their own.
 test-quantized: build/quantized/installed
-	PYTHONPATH="build/quantized" $(PYTEST) tests/reasoners/test_quantization.py tests/teachers/test_quantization.py
+	PYTHONPATH="$(CURDIR)/build/quantized" $(PYTEST) tests/reasoners/test_quantization.py tests/teachers/test_quantization.py
 
 build/quantized/installed: .venv/installed-dev
 	rm -rf build/quantized
