@@ -262,7 +262,8 @@ def both(teacher, path, family, count, questions, size=(32, 48), seed=0, **setti
 def assert_equal(ours, theirs):
     torch.testing.assert_close(ours[0], theirs[0], atol=1e-5, rtol=1e-5)
     assert theirs[1].abs().max() > 1e-4
-    assert (ours[1] - theirs[1]).norm() < 1e-5 * theirs[1].norm()
+    # Two roundings of a whole model, up to 1e-5 apart on one processor or another; a wrong term is off by far more.
+    assert (ours[1] - theirs[1]).norm() < 1e-4 * theirs[1].norm()
 
 
 @pytest.mark.parametrize("variant", ["small", "other"])
