@@ -9,10 +9,12 @@ and no GPU; --keep leaves their two tables as they are and writes the others.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from tools import results_tables
 from tools.results_tables import lines
 from tools.settings import written
 from vlmteacher.planning.models import build_teacher, known_models, read_known
@@ -29,9 +31,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "results" / "models.md"
 VIDEO = Video(tuple(range(TEACHER_FRAMES)), 24.0, 704, 1280)
 
 
-def marks(table: str) -> tuple[str, str]:
-    """The lines around a table in the page."""
-    return f"<!-- `python -m tools.models_page` writes this table: {table} -->\n", "<!-- end -->"
+marks = functools.partial(results_tables.marks, tool="models_page")
 
 
 def sampling(settings: SamplerSettings) -> tuple[str, str]:

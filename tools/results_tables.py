@@ -23,9 +23,9 @@ CAUSES = ("perception", "query", "few_steps", "threshold", "updates")
 Entries = Mapping[str, Mapping[str, Any]]
 
 
-def marks(table: str) -> tuple[str, str]:
-    """The lines around a table in its page."""
-    return f"<!-- `python -m tools.results_tables` writes this table: {table} -->\n", "<!-- end -->"
+def marks(table: str, tool: str = "results_tables") -> tuple[str, str]:
+    """The lines around a table in its page, which `tool` writes."""
+    return f"<!-- `python -m tools.{tool}` writes this table: {table} -->\n", "<!-- end -->"
 
 
 def rate(value: float) -> str:

@@ -201,6 +201,16 @@ class Reasoner(ABC):
         Raises InputError for a missing or an unwanted image.
         """
 
+    def with_negative(self, condition: Callable[[str, str], Condition], prompt: str) -> Condition:
+        """The `Condition` of a prompt, with that of the negative prompt where the settings have guidance.
+
+        condition: makes one from a text and the text's name in messages.
+        """
+        positive = condition(prompt, "prompt")
+        if not self.settings.guided:
+            return positive
+        return replace(positive, negative=condition(self.settings.negative_prompt, "negative_prompt"))
+
     @abstractmethod
     def blank_condition(self, num_frames: int, height: int, width: int) -> Condition:
         """Return a `Condition` of uninitialised tensors in the shapes that `encode` gives, on torch's default device.

@@ -197,10 +197,7 @@ class CogVideoXReasoner(Reasoner):
             cut = check_cut(self.tokenizer, text, length, what)
             return Condition(self.encode_prompt(text), None, num_frames, height, width, inputs, cut=cut)
 
-        positive = condition(prompt, "prompt")
-        if not self.settings.guided:
-            return positive
-        return replace(positive, negative=condition(self.settings.negative_prompt, "negative_prompt"))
+        return self.with_negative(condition, prompt)
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str) -> Tensor:

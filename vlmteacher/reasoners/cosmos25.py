@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -166,10 +165,7 @@ class CosmosReasoner(Reasoner):
             embeds, cut = self._encode_text(text, what)
             return Condition(embeds, first_frame, num_frames, height, width, cut=cut)
 
-        positive = condition(prompt, "prompt")
-        if not self.settings.guided:
-            return positive
-        return replace(positive, negative=condition(self.settings.negative_prompt, "negative_prompt"))
+        return self.with_negative(condition, prompt)
 
     def _encode_text(self, prompt: str, what: str) -> tuple[Tensor, dict[str, int]]:
         """Encode a prompt to the normalised hidden states of all layers, side by side: (1, L, layers * width).

@@ -8,7 +8,6 @@ tokens, a first latent frame with timestep 0 where an image is given, positions 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -99,10 +98,7 @@ class LTXReasoner(Reasoner):
             inputs = {"encoder_attention_mask": mask, **last_frame}
             return Condition(embeds, first_frame, num_frames, height, width, inputs, cut=cut)
 
-        positive = condition(prompt, "prompt")
-        if not self.settings.guided:
-            return positive
-        return replace(positive, negative=condition(self.settings.negative_prompt, "negative_prompt"))
+        return self.with_negative(condition, prompt)
 
     def _encode_text(self, prompt: str) -> tuple[Tensor, Tensor]:
         """Embeddings (1, L, D) and mask (1, L) of the prompt's own tokens."""

@@ -167,10 +167,7 @@ class LTX2Reasoner(Reasoner):
             cut = check_cut(self.tokenizer, text.strip(), self.settings.max_sequence_length, what)
             return Condition(embeds, first_frame, num_frames, height, width, inputs, cut=cut)
 
-        positive = condition(prompt, "prompt")
-        if not self.settings.guided:
-            return positive
-        return replace(positive, negative=condition(self.settings.negative_prompt, "negative_prompt"))
+        return self.with_negative(condition, prompt)
 
     def _encode_text(self, prompt: str) -> tuple[Tensor, Tensor]:
         """The embeddings (1, L, D) of a prompt for the video and (1, L, E) for the audio, of which none are masked.

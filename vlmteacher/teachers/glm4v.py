@@ -20,7 +20,7 @@ from vlmteacher.teachers.experts import is_sparse, sparse_mlp, sparse_values
 from vlmteacher.teachers.preprocessing import CLIP_MEAN, CLIP_STD, VisionSettings, preprocess_video, video_size
 from vlmteacher.teachers.prompt import Clip, Layout
 from vlmteacher.teachers.qwen_vl import IMAGE_TOKEN, TEXT_TOKEN, VIDEO_TOKEN, QwenTokens, half_angles
-from vlmteacher.teachers.shared_prefix import Decoder, Keep, repeated
+from vlmteacher.teachers.shared_prefix import Decoder, Keep, partly_rotated, repeated
 from vlmteacher.teachers.visual_checkpoint import attend
 from vlmteacher.torch_modes import keepable
 
@@ -47,12 +47,6 @@ def _neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     turned = 2 * cos.shape[-1]
     halves = x[..., :turned].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
     return torch.cat([rotate(halves, cos, sin), x[..., turned:]], -1)
-
-
-def _halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same for channels that lie half of the rotated ones apart."""
-    turned = 2 * cos.shape[-1]
-    return torch.cat([rotate(x[..., :turned], cos, sin), x[..., turned:]], -1)
 
 
 def _normed(layer: Any, name: str, x: Tensor) -> Tensor:
@@ -113,7 +107,7 @@ class GlmMoeDecoder(GlmDecoder):
     """The same with experts in all layers but the first, and without the norms behind."""
 
     parts: ClassVar = ("input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "mlp")
-    rotated: ClassVar = staticmethod(_halves)
+    rotated: ClassVar = staticmethod(partly_rotated)
 
 
 class GlmTeacher(QwenTokens):

@@ -16,17 +16,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vlmteacher.ops.attention import attention
-from vlmteacher.ops.elementwise import rotate
 from vlmteacher.teachers.experts import is_sparse, sparse_mlp, sparse_values
 from vlmteacher.teachers.prompt import Layout
 from vlmteacher.teachers.qwen_vl import QwenVLTeacher
-from vlmteacher.teachers.shared_prefix import Decoder, Keep, gated, repeated
+from vlmteacher.teachers.shared_prefix import Decoder, Keep, gated, partly_rotated, repeated
 
 
 def _rotated(x: Tensor, norm: Any, cos: Tensor, sin: Tensor) -> Tensor:
     """Normalised heads (N, H, d), of which the angles rotate the first channels."""
-    x, turned = norm(x), 2 * cos.shape[-1]
-    return torch.cat([rotate(x[..., :turned], cos, sin), x[..., turned:]], -1)
+    return partly_rotated(norm(x), cos, sin)
 
 
 def _gated(heads: Tensor, gate: Tensor) -> Tensor:

@@ -139,6 +139,12 @@ class _Finish(torch.autograd.Function):
         return dx, _through(layer.self_attn.o_proj, dx), None, None
 
 
+def partly_rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads (N, H, d), of which the angles (N, 1, r / 2) rotate the first r channels."""
+    turned = 2 * cos.shape[-1]
+    return torch.cat([rotate(x[..., :turned], cos, sin), x[..., turned:]], -1)
+
+
 def repeated(function: Callable[..., Any], *arguments: Any) -> Any:
     """The value of a function that keeps its arguments alone for the backward, which computes it again."""
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -7,7 +7,6 @@ are not padded: the transformer gets the tokens that count and no others, so its
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -127,10 +126,7 @@ class HunyuanVideo15Reasoner(Reasoner):
             embeds, inputs, cut = self._encode_text(text, what)
             return Condition(embeds, None, num_frames, height, width, inputs | shared, cut=cut)
 
-        positive = condition(prompt, "prompt")
-        if not self.settings.guided:
-            return positive
-        return replace(positive, negative=condition(self.settings.negative_prompt, "negative_prompt"))
+        return self.with_negative(condition, prompt)
 
     def _encode_text(self, prompt: str, what: str) -> tuple[Tensor, dict[str, Tensor], dict[str, int]]:
         """Encode a prompt without padding to Qwen's embeddings (1, L, D), further inputs, and the tokens cut off.

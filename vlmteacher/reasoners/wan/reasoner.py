@@ -17,7 +17,6 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -166,10 +165,7 @@ class WanReasoner(Reasoner):
             cut = check_cut(self.tokenizer, clean_prompt(text), self.settings.max_sequence_length, what)
             return Condition(self.encode_prompt(text), first_frame, num_frames, height, width, inputs, cut=cut)
 
-        positive = condition(prompt, "prompt")
-        if not self.settings.guided:
-            return positive
-        return replace(positive, negative=condition(self.settings.negative_prompt, "negative_prompt"))
+        return self.with_negative(condition, prompt)
 
     def encode_images(
         self, image: ImageInput | None, last_image: ImageInput | None, num_frames: int, height: int, width: int
