@@ -63,14 +63,15 @@ def run(function, given: tuple[Tensor, ...], spans: Spans | None, dtype: torch.d
     return [x.double() for x in found]
 
 
-native = pytest.mark.skipif(not is_native(torch.zeros(1, 1, 1, 2)), reason="no AVX-512 BF16, or no C++ operators")
+native = pytest.mark.skipif(not is_native(torch.zeros(1, 1, 1, 2)), reason="no AVX-512, or no C++ operators")
 
 
-@native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("case", CASES)
 def test_error(case, mask, dtype):
+    if not is_native(torch.zeros(1, 1, 1, 2, dtype=dtype)):
+        pytest.skip(f"no kernel of ours for {dtype} here")
     given, spans = draw(case, dtype), spans_of(mask, *CASES[case][1:3])
     torch.full((2, *given[0].shape), torch.nan, dtype=dtype)  # where the next allocations of this size will likely be
     ours = run(attention, given, spans, dtype, "native")

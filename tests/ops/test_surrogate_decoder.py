@@ -131,4 +131,6 @@ def test_bits():
         x = torch.randn(3, 5, n)
         signs = pack_signs(x)
         assert signs.shape == (3, 5, -(-n // 8)) and torch.equal(unpack_bits(signs, n), x > 0)
+        turned = signs.transpose(0, 2).contiguous().transpose(0, 2)  # its last dimension is not the dense one
+        assert torch.equal(unpack_bits(turned, n), x > 0)
     assert pack_signs(torch.tensor([1.0, -1, 0, 2, *[-1] * 4, 3])).tolist() == [0b1001, 1]

@@ -16,5 +16,6 @@ def pack_bits(bits: Tensor) -> Tensor:
 
 def unpack_bits(packed: Tensor, n: int) -> Tensor:
     """The inverse of `pack_bits`: (..., n) bool."""
-    spread = (packed.to(torch.int64) * 0x0101010101010101) & (0x8040201008040201 - 2**64)
+    bytes_ = packed.to(torch.int64, memory_format=torch.contiguous_format)
+    spread = (bytes_ * 0x0101010101010101) & (0x8040201008040201 - 2**64)
     return spread.view(torch.uint8)[..., :n] != 0
