@@ -24,11 +24,12 @@ chromium:
 	|| echo "chromium is not installed here: the tests of pages are skipped"
 
 test: chromium .venv/installed-dev
-	$(PYTEST) --cov=vlmteacher --cov-report=term --cov-fail-under=85
+	$(PYTEST)
 
-# All slow tests too, of which `make test` runs a seventh, another one every day of the week.
+# All slow tests too, of which `make test` runs a seventh or less, others every day; and the coverage, which takes half
+# of a test's time again.
 test-all: chromium .venv/installed-dev
-	$(PYTEST) --slow=all
+	$(PYTEST) --slow=all --cov=vlmteacher --cov-report=term --cov-fail-under=85
 
 # The numeric tests as on older processors: a table of path, passed and failed.
 test-paths: .venv/installed-dev

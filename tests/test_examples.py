@@ -51,6 +51,7 @@ def test_the_guide_s_family_makes_the_pair_s_video() -> None:
     assert abs(video - own).max() <= 2
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -49,8 +49,15 @@ def test_the_second_device_is_one() -> None:
     assert x.grad is not None and x.grad.tolist() == [0, 2, 4] and not isinstance(x.grad, There)
 
 
-@pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("device_map", MAPS)
+@pytest.mark.parametrize(
+    ("device_map", "offload"),
+    [
+        (MAPS[0], True),
+        (MAPS[1], False),
+        *(pytest.param(MAPS[number], number > 0, marks=pytest.mark.slow) for number in range(3)),
+        pytest.param(MAPS[2], False, marks=pytest.mark.slow),
+    ],
+)
 def test_frames_and_gradients_cross_devices(
     models: dict[str, str], expected: Any, device_map: dict[str, str], offload: bool
 ) -> None:

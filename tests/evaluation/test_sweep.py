@@ -28,6 +28,7 @@ def without_seconds(results: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in results.items() if not k.endswith("seconds_mean")} | {"instances": rows}
 
 
+@pytest.mark.slow
 def test_a_killed_worker_changes_nothing(pair: Path, tmp_path: Path) -> None:  # noqa: F811
     alone = run_benchmark("base", 4, 1, tmp_path / "alone", pair=str(pair))
     log = tmp_path / "together/instances.jsonl"

@@ -2,12 +2,13 @@
 
 In a process of its own, because Triton decides at import whether it interprets:
 
-    TRITON_INTERPRET=1 python -m tests.kernels.surrogate_decoder_process
+    TRITON_INTERPRET=1 python -m tests.kernels.surrogate_decoder_process bfloat16|float16|float32
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 from unittest import mock
 
@@ -26,25 +27,24 @@ def poisoned(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return _empty(shape, dtype=dtype, device=device).fill_(255 if dtype == torch.uint8 else float("nan"))
 
 
-def main() -> None:
+def main(dtype: torch.dtype) -> None:
     rows: list[dict[str, Any]] = []
-    for dtype, cases in INTERPRETED.items():
-        for case in cases:
-            drawn = draw(case, dtype)
-            how, added = (case.slope, case.upscale), (drawn["bias"], drawn["residual"], drawn["rows"])
-            through = (drawn["through"], drawn["through_signs"])
-            with (
-                mock.patch.object(torch, "empty", poisoned),
-                mock.patch.object(InterpreterBuilder, "create_dot", create_dot),
-            ):
-                y, signs = kernels.conv3x3(drawn["x"], drawn["taps"], drawn["weight"], *added, *how)
-                dx = kernels.conv3x3_backward(
-                    drawn["grad"], drawn["signs"], drawn["taps"], FRAMES, drawn["weight"], *through, *how
-                )
-            units = 2 if dtype == torch.bfloat16 else 1  # the interpreter cuts off, where a GPU rounds to nearest
-            rows.append({"case": f"{dtype} {identity(case)}", "found": errors(case, drawn, y, signs, dx, units)})
+    for case in INTERPRETED[dtype]:
+        drawn = draw(case, dtype)
+        how, added = (case.slope, case.upscale), (drawn["bias"], drawn["residual"], drawn["rows"])
+        through = (drawn["through"], drawn["through_signs"])
+        with (
+            mock.patch.object(torch, "empty", poisoned),
+            mock.patch.object(InterpreterBuilder, "create_dot", create_dot),
+        ):
+            y, signs = kernels.conv3x3(drawn["x"], drawn["taps"], drawn["weight"], *added, *how)
+            dx = kernels.conv3x3_backward(
+                drawn["grad"], drawn["signs"], drawn["taps"], FRAMES, drawn["weight"], *through, *how
+            )
+        units = 2 if dtype == torch.bfloat16 else 1  # the interpreter cuts off, where a GPU rounds to nearest
+        rows.append({"case": f"{dtype} {identity(case)}", "found": errors(case, drawn, y, signs, dx, units)})
     print(json.dumps(rows))
 
 
 if __name__ == "__main__":
-    main()
+    main(getattr(torch, sys.argv[1]))

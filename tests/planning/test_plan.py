@@ -166,8 +166,8 @@ def test_plan_at_the_papers_scale(run: Run) -> None:
 @pytest.mark.parametrize(
     "teacher",
     [
-        "qwen2.5-vl-3b",
         "OpenGVLab/InternVL3-2B-hf",
+        pytest.param("qwen2.5-vl-3b", marks=pytest.mark.slow),
         pytest.param("qwen3-vl-30b-a3b", marks=pytest.mark.slow),
         pytest.param("qwen3.5-0.8b", marks=pytest.mark.slow),
     ],
@@ -188,6 +188,10 @@ def test_a_base_model_is_planned_with_its_guidance_and_a_distilled_one_without()
     assert build_reasoner("wan2.2-ti2v-5b")[0].settings == PRESETS["wan2.2-ti2v-5b"]
     turbo = build_reasoner("quanhaol/Wan2.2-TI2V-5B-Turbo")[0]
     assert turbo.settings == PRESETS["wan2.2-ti2v-5b-turbo"] and not turbo.settings.guided
+
+
+@pytest.mark.slow
+def test_every_known_model_is_planned_by_its_preset() -> None:
     for name in known_models("reasoner"):
         assert build_reasoner(name)[0].settings != SamplerSettings(), name
 

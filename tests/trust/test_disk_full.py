@@ -56,8 +56,14 @@ def go_on(forks: Forks, solve: Solve, folder: Path, whole: Path) -> None:
 FULL, READ_ONLY = errno.ENOSPC, errno.EROFS
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS))])
-@pytest.mark.parametrize(("error", "lasting"), [(FULL, True), (FULL, False), (READ_ONLY, True)])
+@pytest.mark.parametrize(
+    ("error", "lasting", "part"),
+    [
+        pytest.param(error, lasting, part, marks=[] if number == part == 0 else pytest.mark.slow)
+        for number, (error, lasting) in enumerate([(FULL, True), (FULL, False), (READ_ONLY, True)])
+        for part in range(PARTS)
+    ],
+)
 def test_every_change_of_the_folder_fails(
     forks: Forks, solve: Solve, whole: tuple[Path, Result], tmp_path: Path, error: int, lasting: bool, part: int
 ) -> None:

@@ -117,7 +117,7 @@ def take_up(forks: Forks, arguments: list[str], out: Path, **how: Any) -> Result
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.slow
+@pytest.mark.slow(days=28)
 def test_killed_at_random(
     forks: Forks, command: Make, whole: Callable[[str], tuple[Path, Result]], tmp_path: Path, name: str, seed: int
 ) -> None:

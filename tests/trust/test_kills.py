@@ -86,7 +86,7 @@ def test_a_kill_at_every_rename(forks: Forks, solve: Solve, whole: tuple[Path, R
     count("SIGKILL of solve before the n-th rename, for every n", whole[1].changes, "resumed, equal to the bit")
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 130))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow(days=28)) for seed in range(1, 130))])
 def test_kills_at_random(forks: Forks, solve: Solve, whole: tuple[Path, Result], tmp_path: Path, seed: int) -> None:
     signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
     kills = kill_and_resume(forks, solve, whole, tmp_path / "run", signals, seed)
