@@ -15,6 +15,7 @@ from PIL import Image
 
 from vlmteacher.evaluation.microworld import first_frame, judge, noise_seed
 from vlmteacher.microworld import corruptions, scorer, world
+from vlmteacher.microworld.families import FAMILIES
 from vlmteacher.pipeline import TeacherPipeline
 
 PICTURES = Path(__file__).parents[1] / "docs/internals/microworld"
@@ -29,15 +30,21 @@ def strip(frames: np.ndarray) -> np.ndarray:
 
 
 def sheet(family: str) -> Image.Image:
-    """Draw two instances in domain and one out of it, a row each: the right video, then the flawed one."""
+    """Draw two instances in domain and one out of it, a row each: the right video, then both flawed ones."""
     rows = []
     for index, split in enumerate(("id", "id", "ood")):
         rng = np.random.default_rng([7, index])
         scene = world.sample_scene(rng, family, split)
-        while world.flawed(scene) == scene:
+        while not world.flaw(scene, "single"):
             scene = world.sample_scene(rng, family, split)
-        right, wrong = (strip(world.render(s)) for s in (scene, world.flawed(scene)))
-        rows.append(np.concatenate([right, np.ones((len(right), 8, 3)), wrong], axis=1))
+        tracks = (
+            world.perform(scene),
+            world.perform(FAMILIES[family].mistaken(scene)),
+            FAMILIES[family].forbidden(scene),
+        )
+        right, mistaken, forbidden = (strip(world.draw(track)) for track in tracks)
+        gap = np.ones((len(right), 8, 3))
+        rows.append(np.concatenate([right, gap, mistaken, gap, forbidden], axis=1))
     return picture(rows)
 
 

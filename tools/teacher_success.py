@@ -98,7 +98,8 @@ def measure(
         for start in range(0, count, batch):
             indices = range(start, min(start + batch, count))
             drawn = [world.instance(index, seed, split) for index in indices]
-            scenes = Scenes.of(pipe.reasoner, [scene for scene, _ in drawn], [prompt for _, prompt in drawn])
+            tasks, prompts = ([pair[part] for pair in drawn] for part in (0, 1))
+            scenes = Scenes.of(pipe.reasoner, tasks, prompts, "single")
             one = scenes.condition(slice(1))
             seeds = [torch.Generator().manual_seed(noise_seed(index, seed)) for index in indices]
             noise = joined([pipe.reasoner.noise(one, each, settings.final_samples) for each in seeds])

@@ -10,10 +10,13 @@ import torch
 from vlmteacher.microworld import world
 
 
-def random_clip(rng: np.random.Generator, num_frames: int) -> np.ndarray:
-    """Draw a clip (T, H, W, 3) in [0, 1] of a right or flawed video, at times with faded or added things."""
+def random_clip(rng: np.random.Generator, num_frames: int, flaws: str) -> np.ndarray:
+    """Draw a clip (T, H, W, 3) in [0, 1] of a right or flawed video, at times with faded or added things.
+
+    flaws: the scheme of the flawed videos, one of `world.FLAWS`.
+    """
     scene = world.sample_scene(rng, str(rng.choice(world.FAMILIES)))
-    track = world.perform(world.flawed(scene) if rng.random() < 0.3 else scene)
+    track = world.training_track(scene, flaws) if rng.random() < 0.3 else world.perform(scene)
     first = int(rng.integers(0, world.NUM_FRAMES - num_frames + 1))
     if rng.random() < 0.4:
         fade = np.interp(np.arange(world.NUM_FRAMES), np.sort(rng.uniform(0, 13, 3)), rng.uniform(0, 1, 3))

@@ -72,16 +72,17 @@ def optimised(
     decoder: Any,
     teacher: Any,
     settings: Settings,
-    outside: float = 0.0,
+    outside: float,
+    flaws: str,
 ) -> None:
     """Add the videos of ``count // 8`` optimisations by a Teacher: every third one-step prediction and the final video.
 
-    outside: share of the scenes out of domain.
+    outside: share of the scenes out of domain. flaws: the scheme of the Reasoner's training videos.
     """
     for index in range(count // 8):
         family = world.FAMILIES[index % len(world.FAMILIES)]
         scene = splits.training_scene(rng, family, outside)
-        while world.flawed(scene) == scene and rng.random() < 0.7:  # others need little optimisation
+        while not world.flaw(scene, flaws) and rng.random() < 0.7:  # others need little optimisation
             scene = splits.training_scene(rng, family, outside)
         condition, noise = start(reasoner, scene, rng)
         add_lora(reasoner.transformer, settings.rank, seed=int(rng.integers(2**31)))
@@ -123,7 +124,8 @@ def optimise(run: Run) -> None:
     """Stage ``optimise``: shards of predictions in the course of optimisations by the Teacher in ``run.start``."""
     reasoner, decoder = parts(run)
     teacher = load_teacher(str(run.start), torch.float32)
-    given = {"teacher": teacher, "settings": Settings(**run.config["settings"]), "outside": run.config["outside"]}
+    given: dict[str, Any] = {"teacher": teacher, "settings": Settings(**run.config["settings"])}
+    given |= {name: run.config[name] for name in ("outside", "flaws")}
     _write(run, "optimised", partial(optimised, reasoner=reasoner, decoder=decoder, **given))
 
 

@@ -31,7 +31,8 @@ def train_decoder(run: Run) -> None:
         adopt(decoder, SurrogateDecoder.from_checkpoint(run.start).float())
 
     def step(index: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        x = to_video(np.stack([random_clip(rng, world.NUM_FRAMES) for _ in range(config["batch"])]))
+        clips = [random_clip(rng, world.NUM_FRAMES, config["flaws"]) for _ in range(config["batch"])]
+        x = to_video(np.stack(clips))
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 latents = (vae.encode(x).latent_dist.mode().float() - mean) / std

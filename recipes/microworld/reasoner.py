@@ -3,9 +3,10 @@
 Half of the noise levels in training are those of the four sampling steps, the others are uniform: the result is a
 many-step model to distil that is already a fair few-step one.
 
-The training videos have a deliberate, documented flaw (`world.flawed`): for half of the colours the task goes wrong, in
-every family in one way (``move``: to another box; ``maze``: straight through the blocks). The Reasoner therefore has
-systematic errors, which resampling does not mend, besides the sampling noise of a small model.
+The training videos have deliberate, documented flaws (`world.training_track`; their scheme is the setting `flaws`):
+where the task has some colours it goes wrong, in every family in the same way (``move``: to another box; ``maze``:
+straight through the blocks). The Reasoner therefore has systematic errors, which resampling does not mend, besides the
+sampling noise of a small model.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def encode_latents(run: Run) -> None:
             for _ in range(config["videos"] // 8):
                 scenes = [world.sample_scene(rng, str(rng.choice(world.FAMILIES))) for _ in range(8)]
                 texts += [world.write_prompt(s, rng) for s in scenes]
-                x = to_video(np.stack([world.render(world.flawed(s)) for s in scenes]))
+                x = to_video(np.stack([world.draw(world.training_track(s, config["flaws"])) for s in scenes]))
                 with torch.autocast("cpu", torch.bfloat16):
                     z = vae.encode(x).latent_dist.mode()
                 latents.append(((z.float() - mean) / std).half())
@@ -164,10 +165,10 @@ def train_reasoner(run: Run) -> None:
 
 
 def distil(run: Run) -> None:
-    """Stage ``distil``: the four-step student of the many-step Reasoner, by DMD2 on instances with the flaw."""
+    """Stage ``distil``: the four-step student of the many-step Reasoner, by DMD2 on instances with the flaws."""
     config = dict(run.config)
-    videos, out = config.pop("videos"), run.path("videos")
-    export(out, videos["count"], videos["seed"], flawed=True, chosen=world.FAMILIES)
+    videos, flaws, out = config.pop("videos"), config.pop("flaws"), run.path("videos")
+    export(out, videos["count"], videos["seed"], flaws=flaws, chosen=world.FAMILIES)
     paths = {"reasoner": str(run.path("reasoner/reasoner")), "data": str(out), "out": str(run.out)}
     with fast_attention():
         distill.run(distill.DistillSettings.from_dict(config | paths), resume=(run.out / STATE).exists())

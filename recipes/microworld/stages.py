@@ -48,14 +48,14 @@ class Stage:
 VAE, DECODER, REASONER, STUDENT = "vae/vae", "decoder/decoder.safetensors", "reasoner/reasoner", "distil/pipeline"
 VOCABULARY = "teacher/tokenizer"
 TABLE = (
-    Stage("vae", "vae:train_vae", (VAE,), config=("vae",), part="reasoner/vae"),
-    Stage("vae-decoder", "vae:refine_decoder", ("vae_decoder/vae",), (VAE,), ("vae_decoder",)),
-    Stage("decoder", "decoder:train_decoder", (DECODER,), (VAE,), ("decoder",), part="decoder.safetensors"),
-    Stage("latents", "reasoner:encode_latents", ("latents",), (VAE,), ("latents",)),
+    Stage("vae", "vae:train_vae", (VAE,), config=("world", "vae"), part="reasoner/vae"),
+    Stage("vae-decoder", "vae:refine_decoder", ("vae_decoder/vae",), (VAE,), ("world", "vae_decoder")),
+    Stage("decoder", "decoder:train_decoder", (DECODER,), (VAE,), ("world", "decoder"), part="decoder.safetensors"),
+    Stage("latents", "reasoner:encode_latents", ("latents",), (VAE,), ("world", "latents")),
     Stage("reasoner", "reasoner:train_reasoner", (REASONER,), (VAE, "latents"), ("reasoner",), part="reasoner"),
-    Stage("distil", "reasoner:distil", (STUDENT,), (REASONER,), ("distil",)),
+    Stage("distil", "reasoner:distil", (STUDENT,), (REASONER,), ("world", "distil")),
     Stage("teacher", "teacher.train:pretrain", ("teacher", VOCABULARY), config=("teacher",), part="teacher"),
-    Stage("collect", "collect:collect", ("collect",), (STUDENT, DECODER), ("collect",)),
+    Stage("collect", "collect:collect", ("collect",), (STUDENT, DECODER), ("world", "collect")),
     Stage(
         "teacher-finetune",
         "teacher.train:finetune",
@@ -64,13 +64,15 @@ TABLE = (
         config=("teacher", "teacher_finetune"),
         start="teacher",
     ),
-    Stage("optimise", "collect:optimise", ("collect",), (STUDENT, DECODER), ("collect",), start="finetune/teacher"),
+    Stage(
+        "optimise", "collect:optimise", ("collect",), (STUDENT, DECODER), ("world", "collect"), start="finetune/teacher"
+    ),
     Stage(
         "teacher-point",
         "teacher.point:train_pointing",
         makes=("point/teacher",),
         needs=(VOCABULARY, STUDENT, DECODER),
-        config=("teacher", "teacher_point"),
+        config=("world", "teacher", "teacher_point"),
         start="finetune/teacher",
         gpu=True,
     ),

@@ -71,7 +71,7 @@ def refine_decoder(run: Run) -> None:
     vae.post_quant_conv.requires_grad_(True)
 
     def step(index: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        x = to_video(np.stack([random_clip(rng, world.NUM_FRAMES) for _ in range(config["batch"])]))
+        x = to_video(np.stack([random_clip(rng, world.NUM_FRAMES, config["flaws"]) for _ in range(config["batch"])]))
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 latents = vae.encode(x).latent_dist.mode()
@@ -95,7 +95,7 @@ def train_vae(run: Run) -> None:
         full = index >= config["steps"] * config["crop_share"]
         num_frames = (5, 5, 9, 13)[index % 4]
         batch = config["batch"] * (4 if not full else 1) * 5 // num_frames
-        clips = [random_clip(rng, num_frames) for _ in range(batch)]
+        clips = [random_clip(rng, num_frames, config["flaws"]) for _ in range(batch)]
         if not full:
             clips = [crop(c, rng, 32) for c in clips]
         x = to_video(np.stack(clips))

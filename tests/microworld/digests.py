@@ -21,6 +21,7 @@ import numpy as np
 from vlmteacher.checkpoints.pretrained import load_tokenizer
 from vlmteacher.microworld import corruptions, labeller, scorer, world
 from vlmteacher.microworld.facts import Facts, facts_of
+from vlmteacher.microworld.families import FAMILIES
 from vlmteacher.microworld.questions import ask, own_questions, recognise, right_queries, truths
 from vlmteacher.microworld.scene import Scene
 from vlmteacher.pipeline import PACKAGED_PAIR
@@ -68,10 +69,11 @@ def add_facts(digest: Digest, facts: Facts) -> None:
 
 
 def add_scene(digest: Digest, scene: Scene, rng: np.random.Generator) -> None:
-    """The scene, its prompt, its right and its flawed video."""
+    """The scene, its prompt, its right video and its mistake."""
     prompt, video = world.write_prompt(scene, rng), world.render(scene)
     digest.text([scene.to_json(), prompt, tokenizer()(prompt).input_ids, world.digest(scene), world.split_of(scene)])
-    digest.text(world.flawed(scene).to_json())
+    plan = FAMILIES[scene.family].mistaken(scene) if world.flaw(scene, "single") else scene
+    digest.text(plan.to_json())
     digest.array(video)
     digest.text(right_queries(scene).to_dict())
     add_questions(digest, scene, facts_of(scene, world.perform(scene)), rng)
@@ -90,7 +92,7 @@ def digest_of(family: str, scenes: int, exact: bool) -> str:
             digest.text([scene.to_json(), prompt])
             scene = world.sample_scene(rng, family, split)
             add_scene(digest, scene, rng)
-            for kind in sorted(corruptions.kinds(family)):
+            for kind in sorted({*corruptions.kinds(family)} - {"forbidden"}):  # which the packaged models never saw
                 track = corruptions.corrupt(kind, scene, rng)
                 digest.text([kind, [len(things) for things in track]])
                 digest.array(world.draw(track))

@@ -5,10 +5,11 @@ import pytest
 from tests.microworld.digests import digest_of
 from vlmteacher.microworld import world
 
-# Of the world before its families had files of their own. They change only with a retraining of the packaged models.
+# Of the world before its families had files of their own. They change only with a retraining of the packaged models;
+# that of maze changed with its mistake, which now misses the goal (the earlier one is its forbidden way).
 DIGESTS = {
     "move": "2812401afd021b3faf9bce41e2ae77b4",
-    "maze": "2d06589fe3ee2db53a45e806be35ccbe",
+    "maze": "55fbe6fe95f95c5cf36d70915cf00894",
     "deliver": "afe1cf829f78a2a442669957ddc19617",
     "recolor": "b96859a3273fe6b64c1672fc3f156151",
     "resize": "56c64b8b8a9d9b24d50a13a39e756716",

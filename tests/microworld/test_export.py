@@ -11,7 +11,6 @@ from vlmteacher.cli import main
 from vlmteacher.distillation.dataset import find_instances
 from vlmteacher.media import read_clip
 from vlmteacher.microworld import scorer, world
-from vlmteacher.microworld.families import FAMILIES
 from vlmteacher.microworld.world import Scene
 
 
@@ -36,13 +35,17 @@ def test_right_videos_succeed_after_compression(tmp_path):
     assert {world.split_of(scene) for _, scene, _ in instances} == {"ood"}
 
 
-def test_the_flaw_is_in_metadata_and_video(tmp_path):
-    assert export(tmp_path, "--count", 20, "--flawed", "--family", "all") == 0
-    instances = list(read(tmp_path))
+@pytest.mark.parametrize("flags", [[], ["single"], ["both"]])
+def test_the_flaw_is_in_metadata_and_video(tmp_path, flags):
+    assert export(tmp_path, "--count", 20, "--family", "all", "--flawed", *flags) == 0
+    (scheme,), instances = flags or ["single"], list(read(tmp_path))
     assert {world.split_of(scene) for _, scene, _ in instances} == {"train"}
-    assert all(metadata["right"] != FAMILIES[scene.family].is_careless(scene) for metadata, scene, _ in instances)
-    assert all(verdict.success == metadata["right"] for metadata, _, verdict in instances)
-    assert 3 < sum(metadata["right"] for metadata, _, _ in instances) < 17
+    for metadata, scene, verdict in instances:
+        assert metadata["flaws"] == scheme and metadata["flaw"] == world.flaw(scene, scheme)
+        assert verdict.success == metadata["right"] == (metadata["flaw"] is None)
+        assert verdict.subscores["goal"] == 1 or metadata["flaw"] == "mistaken"
+    kinds = {metadata["flaw"] for metadata, _, _ in instances}
+    assert kinds == {None, "mistaken", "forbidden"}
 
 
 def test_one_family_by_itself(tmp_path):
@@ -66,6 +69,7 @@ def test_an_export_continues_and_overwrites_nothing(tmp_path, capfd):
         (("--count", 0), "--limit must be at least 1"),
         (("--split", "exam"), "unknown split 'exam'"),
         (("--family", "chess"), "unknown family 'chess'"),
+        (("--flawed", "most"), "unknown scheme of flaws 'most': choose from single, both"),
     ],
 )
 def test_bad_flags_exit_with_2(tmp_path, capfd, flags, message):

@@ -19,7 +19,7 @@ from vlmteacher.microworld import corruptions, labeller, scorer, world
 from vlmteacher.microworld.export import export
 from vlmteacher.microworld.facts import facts_of
 from vlmteacher.microworld.families import FAMILIES
-from vlmteacher.microworld.families.base import Family, draw_colors, halfway, straight
+from vlmteacher.microworld.families.base import Family, draw_colors, halfway, leap, straight
 from vlmteacher.microworld.kinds import ONE, SCENERY, SMOOTH, Kind, is_single
 from vlmteacher.microworld.questions import ask, own_questions, recognise, right_queries
 from vlmteacher.microworld.scene import Scene, ball, block, edited, perform, scene_of
@@ -49,6 +49,7 @@ class Balloon(Family):
     kept = "blocks"
     goal = Kind("ceiling", ("Is the {a} balloon at the ceiling at the end?",), at_ceiling, at_end=True)
     process = (ONE, SMOOTH, SCENERY)
+    breaks = SMOOTH
     corruptions: ClassVar = {"sideways": sideways}
     query_weight = 2.0
 
@@ -71,6 +72,10 @@ class Balloon(Family):
     def mistaken(self, scene):
         """Stops half-way."""
         return halfway(scene)
+
+    def forbidden(self, scene):
+        """In one leap."""
+        return leap(scene)
 
     def wrong(self, scene, rng):
         """Sinks to the floor."""
@@ -130,7 +135,7 @@ def test_its_corruptions_fail_and_its_right_videos_pass(scenes):
         verdict = scorer.score(video, scene)
         assert verdict.success and verdict.subscores["straight"] == 1.0
         assert labeller.succeeds(labeller.label(video, scene), scene)
-        for kind in ("static", "mistaken", "wrong_target", "vanish", "eroded_scenery", "sideways"):
+        for kind in ("static", "mistaken", "wrong_target", "vanish", "eroded_scenery", "forbidden", "sideways"):
             track = corruptions.corrupt(kind, scene, rng)
             assert not scorer.score(world.draw(track), scene).success, kind
             if kind != "sideways":  # which no question asks about
@@ -138,12 +143,12 @@ def test_its_corruptions_fail_and_its_right_videos_pass(scenes):
 
 
 def test_it_is_exported(tmp_path):
-    export(tmp_path, 4, 0, flawed=True, chosen=["balloon", "move"])
+    export(tmp_path, 4, 0, flaws="both", chosen=["balloon", "move"])
     folders = sorted(tmp_path.glob("balloon_task/*"))
     assert len(folders) == 2
     for folder in folders:
         description = json.loads((folder / "metadata.json").read_text())
-        assert description["right"] != FAMILIES["balloon"].is_careless(Scene.from_json(description["scene"]))
+        assert description["flaw"] == world.flaw(Scene.from_json(description["scene"]), "both")
         assert imageio_ffmpeg.count_frames_and_secs(folder / "ground_truth.mp4")[0] == world.NUM_FRAMES
 
 

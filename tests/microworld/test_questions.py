@@ -19,7 +19,7 @@ BREAKS = {
     "half_finished": {"inside", "at", "turns", "fills", "lies", "sorted"},
     "static": {"inside", "at", "turns", "fills", "lies", "sorted"},
     "wrong_target": {"inside", "at", "turns", "fills", "lies", "sorted", "order"},
-    "mistaken": {"inside", "at", "turns", "fills", "lies", "sorted", "avoid"},
+    "mistaken": {"inside", "at", "turns", "fills", "lies", "sorted"},
     "eroded_scenery": {"scenery"},
 }
 

@@ -84,13 +84,10 @@ def test_balls_and_discs_never_touch_each_other(drawn):
 
 
 def test_the_mistake_is_another_plan_for_the_same_picture(drawn):
-    careless = [FAMILIES[scene.family].is_careless(scene) for scene in drawn]
-    assert 0.2 < np.mean(careless) < 0.8
-    for scene, wrong in zip(drawn, careless, strict=True):
+    for scene in drawn:
         mistake = FAMILIES[scene.family].mistaken(scene)
         assert mistake.things == scene.things
         assert (mistake.goals, mistake.ways) != (scene.goals, scene.ways)
-        assert world.flawed(scene) == (mistake if wrong else scene)
 
 
 def test_prompts_name_what_they_must(drawn):

@@ -23,6 +23,7 @@ from vlmteacher.queries import QuerySet
 from vlmteacher.teachers.vlm import VLMTeacher
 
 SMALL = {
+    "world": {},
     "encoder": {"batch": 2, "steps": 2},
     "vae": {"base_dim": 8, "batch": 3, "steps": 4},
     "vae_decoder": {"batch": 1, "steps": 1},
@@ -88,7 +89,7 @@ def test_pointing_resumes_to_the_same_weights(pair, tmp_path, monkeypatch):
     write_configs(tmp_path)
     monkeypatch.setattr(training, "CONFIGS", tmp_path)
     monkeypatch.setattr(point, "SAVE_EVERY", 3)
-    config = training.load_config("teacher") | training.load_config("teacher_point")
+    config = stages.settings_of(stages.STAGES["teacher-point"])
     whole, parts = (
         training.Run(pair.parent, tmp_path / name, config, pair.parent / "finetune/teacher")
         for name in ("whole", "parts")

@@ -11,7 +11,7 @@ from vlmteacher.microworld import world
 
 def test_autoencoder_and_surrogate_fit_together():
     vae = vae_stage.build(8).eval()
-    x = to_video(random_clip(np.random.default_rng(5), world.NUM_FRAMES)[None])
+    x = to_video(random_clip(np.random.default_rng(5), world.NUM_FRAMES, "both")[None])
     with torch.no_grad():
         latents = vae.encode(x).latent_dist.mode()
         assert latents.shape == (1, 24, 4, 8, 8)

@@ -28,7 +28,13 @@ def add(commands: Commands) -> None:
     sub.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of the instances (default: 0)")
     sub.add_argument("--split", metavar="NAME", help="train (default), id, ood or validation")
     add_families(sub)
-    sub.add_argument("--flawed", action="store_true", help="videos with the Reasoner's documented flaw")
+    sub.add_argument(
+        "--flawed",
+        nargs="?",
+        const="single",
+        metavar="SCHEME",
+        help="videos with documented flaws: single (default), as the packaged Reasoner was trained on, or both",
+    )
     add_output(sub)
 
     sub = kinds.add_parser("measure", help="rule score, distance and one-step agreement on held-out instances")
@@ -54,7 +60,7 @@ def export(arguments: argparse.Namespace) -> None:
 
     out, chosen = Path(arguments.out), families(arguments)
     if arguments.layout == "bench":
-        if arguments.split is not None or arguments.flawed:
+        if arguments.split is not None or arguments.flawed is not None:
             raise InputError("--layout bench has both test splits and right videos: it goes without --split, --flawed")
         export_bench(out, arguments.limit, arguments.seed, chosen)
         text = f"{arguments.limit} instances of each test split in VBVR-Bench's layout: {out}"

@@ -59,6 +59,11 @@ def mistaken(scene: Scene, rng: np.random.Generator) -> Track:
     return perform(FAMILIES[scene.family].mistaken(scene))
 
 
+def forbidden(scene: Scene, rng: np.random.Generator) -> Track:
+    """Reach the goal in the family's forbidden way."""
+    return FAMILIES[scene.family].forbidden(scene)
+
+
 def wrong_target(scene: Scene, rng: np.random.Generator) -> Track:
     """End in another box, order, colour, size or angle than the task's."""
     return perform(FAMILIES[scene.family].wrong(scene, rng))
@@ -199,6 +204,7 @@ CORRUPTIONS: dict[str, Corruption | None] = {
     "eroded_scenery": eroded_scenery,
     "disguise": None,
     "another_instance": another_instance,
+    "forbidden": forbidden,
 }
 """The general corruptions, in the order in which training draws from them; None: only in families that define it."""
 

@@ -23,7 +23,7 @@ def export(
     count: int,
     seed: int,
     split: str = "train",
-    flawed: bool = False,
+    flaws: str | None = None,
     chosen: Sequence[str] = world.FAMILIES,
 ) -> None:
     """Write `count` instances to ``out/<family>_task/<index>``; complete ones from an earlier call are kept.
@@ -33,25 +33,28 @@ def export(
 
     Args:
         split: ``train``, ``id``, ``ood`` or ``validation``.
-        flawed: for half of the colours the video shows the family's mistake; metadata.json says in which.
+        flaws: a scheme of `world.FLAWS` for flawed videos; metadata.json says which flaw an instance has.
         chosen: the families, which alternate.
 
     Raises:
-        InputError: a count below 1, an unknown split or family, a folder that is not writable or in use.
+        InputError: a count below 1, an unknown split, scheme or family, a folder that is not writable or in use.
         OutputError: the disk is full; complete instances stay.
     """
     if count < 1:
         raise InputError(f"--limit must be at least 1, not {count}")
     world.check(split, chosen)
+    if flaws is not None and flaws not in world.FLAWS:
+        raise InputError(f"unknown scheme of flaws {flaws!r}: choose from {', '.join(world.FLAWS)}")
     with claimed(out):
         for folder in out.glob("*_task"):
             remove_leftovers(folder)
         for index in track(range(count), "export", "instance"):
             scene, prompt = world.instance(index, seed, split, chosen)
             instance = out / f"{scene.family}_task" / f"{index:06d}"
-            description = {"index": index, "seed": seed, "split": split, "flawed": flawed, "scene": scene.to_json()}
-            shown = world.flawed(scene) if flawed else scene
-            _write(instance, prompt, shown, description, {"right": shown == scene})
+            description = {"index": index, "seed": seed, "split": split, "flaws": flaws, "scene": scene.to_json()}
+            shown = world.training_track(scene, flaws) if flaws else world.perform(scene)
+            flaw = world.flaw(scene, flaws) if flaws else None
+            _write(instance, prompt, shown, description, {"right": flaw is None, "flaw": flaw})
 
 
 def export_bench(out: Path, count: int, seed: int, chosen: Sequence[str] = world.FAMILIES) -> None:
@@ -72,17 +75,17 @@ def export_bench(out: Path, count: int, seed: int, chosen: Sequence[str] = world
                 scene, prompt = world.instance(index, seed, split, chosen)
                 instance = out / name / f"{scene.family}_data-generator" / f"{index // len(chosen):05d}"
                 description = {"index": index, "seed": seed, "split": split, "scene": scene.to_json()}
-                _write(instance, prompt, scene, description, {}, final_frame=True)
+                _write(instance, prompt, world.perform(scene), description, {}, final_frame=True)
 
 
 def _write(
-    instance: Path, prompt: str, shown: world.Scene, description: dict, more: dict, final_frame: bool = False
+    instance: Path, prompt: str, shown: world.Track, description: dict, more: dict, final_frame: bool = False
 ) -> None:
-    """Write an instance that shows a scene, or check that it is there; `more`: of metadata.json."""
+    """Write an instance that shows a track, or check that it is there; `more`: of metadata.json."""
     if instance.exists():
         _check_same(instance, description)
         return
-    pixels = (world.render(shown) * 255).round().astype(np.uint8)
+    pixels = (world.draw(shown) * 255).round().astype(np.uint8)
     make_folder(instance.parent)
     with replacing(instance) as temporary:
         temporary.mkdir()

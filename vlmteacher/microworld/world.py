@@ -48,6 +48,7 @@ __all__ = [
     "CELL",
     "COLORS",
     "FAMILIES",
+    "FLAWS",
     "FPS",
     "NUM_FRAMES",
     "PAINTS",
@@ -64,18 +65,20 @@ __all__ = [
     "draw",
     "draw_still",
     "first_frame",
-    "flawed",
+    "flaw",
     "instance",
     "mask",
     "perform",
     "render",
     "sample_scene",
     "split_of",
+    "training_track",
     "trajectory",
     "write_prompt",
 ]
 
 FAMILIES = tuple(families.FAMILIES)
+FLAWS = tuple(families.FLAWS)
 SPLITS = ("train", "id", "ood", "validation")
 
 
@@ -97,10 +100,17 @@ def first_frame(scene: Scene) -> Image.Image:
     return Image.fromarray((render(scene)[0] * 255).round().astype("uint8"))
 
 
-def flawed(scene: Scene) -> Scene:
-    """Return the scene with the plan of its flawed training video: the right one, or a mistake if the flaw applies."""
-    family = families.FAMILIES[scene.family]
-    return family.mistaken(scene) if family.is_careless(scene) else scene
+def flaw(scene: Scene, flaws: str) -> str | None:
+    """Return the flaw of a scene's training video in a scheme of `FLAWS`: ``mistaken``, ``forbidden`` or None."""
+    return families.FAMILIES[scene.family].flaw(scene, flaws)
+
+
+def training_track(scene: Scene, flaws: str) -> Track:
+    """Return what the training video of a scene shows in a scheme of `FLAWS`: the right track, or a flawed one."""
+    family, kind = families.FAMILIES[scene.family], flaw(scene, flaws)
+    if kind == "forbidden":
+        return family.forbidden(scene)
+    return perform(family.mistaken(scene) if kind else scene)
 
 
 def digest(scene: Scene) -> str:

@@ -37,6 +37,7 @@ MIX = {
     "eroded_scenery": 7.0,
     "disguise": 4.0,
     "another_instance": 0.0,
+    "forbidden": 2.0,
 }
 
 

@@ -122,8 +122,11 @@ class Scenes:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, reasoner: Any, scenes: list[Scene], prompts: list[str], batch: int = 64) -> Scenes:
-        """Encode scenes on the Reasoner's device, `batch` videos at a time."""
+    def of(cls, reasoner: Any, scenes: list[Scene], prompts: list[str], flaws: str, batch: int = 64) -> Scenes:
+        """Encode scenes on the Reasoner's device, `batch` videos at a time.
+
+        flaws: the scheme of the Reasoner's training videos.
+        """
         first, right = [], []
         for start in range(0, len(scenes), batch):
             clips = np.stack([world.render(scene) for scene in scenes[start : start + batch]])
@@ -137,7 +140,7 @@ class Scenes:
             torch.cat([reasoner.encode_prompt(prompt) for prompt in prompts]),
             torch.cat(first),
             torch.cat(right),
-            torch.tensor([world.flawed(scene) != scene for scene in scenes], device=reasoner.device),
+            torch.tensor([world.flaw(scene, flaws) is not None for scene in scenes], device=reasoner.device),
             torch.tensor([world.split_of(scene) == "ood" for scene in scenes], device=reasoner.device),
         )
 
@@ -145,17 +148,18 @@ class Scenes:
     def draw(cls, reasoner: Any, config: dict[str, Any], rng: np.random.Generator) -> Scenes:
         """Draw and encode `scenes` training scenes.
 
-        config: `often` has the weights of families, `outside` the share of scenes out of domain; where a scene is not
-        flawed, another is drawn with probability `flawed`.
+        config: `often` has the weights of families, `outside` the share of scenes out of domain, `flaws` the scheme of
+        the Reasoner's training videos; where a scene is not flawed, another is drawn with probability `flawed`.
         """
         weights = np.asarray([config["often"].get(family, 1.0) for family in world.FAMILIES])
         scenes = []
         for family in rng.choice(world.FAMILIES, config["scenes"], p=weights / weights.sum()):
             scene = splits.training_scene(rng, str(family), config["outside"])
-            while world.flawed(scene) == scene and rng.random() < config["flawed"]:
+            while not world.flaw(scene, config["flaws"]) and rng.random() < config["flawed"]:
                 scene = splits.training_scene(rng, str(family), config["outside"])
             scenes.append(scene)
-        return cls.of(reasoner, scenes, [world.write_prompt(scene, rng) for scene in scenes])
+        prompts = [world.write_prompt(scene, rng) for scene in scenes]
+        return cls.of(reasoner, scenes, prompts, config["flaws"])
 
     def condition(self, rows: Tensor | slice = slice(None)) -> Condition:
         """The Reasoner's condition for some scenes."""

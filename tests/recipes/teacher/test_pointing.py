@@ -18,7 +18,7 @@ from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.settings import Settings
 
 TEACHER = {"width": 32, "layers": 3, "mlp": 48, "vision_layers": 2, "vision_mlp": 48, "bf16": False}
-SCENES = {"scenes": 4, "outside": 0.5, "flawed": 1.0, "often": {"connect": 0.0}}
+SCENES = {"scenes": 4, "outside": 0.5, "flawed": 1.0, "flaws": "both", "often": {"connect": 0.0}}
 OPTIMISATIONS = {
     "runs": 2,
     "longest": 3,

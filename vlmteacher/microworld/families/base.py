@@ -20,10 +20,17 @@ from vlmteacher.microworld.scene import (
     Track,
     between,
     distance_to_segment,
+    edited,
+    perform,
     rerouted,
 )
 
-CARELESS = ("purple", "cyan", "yellow")
+FLAWS = {
+    "single": dict.fromkeys(("purple", "cyan", "yellow"), "single"),
+    "both": {"purple": "mistaken", "yellow": "mistaken", "blue": "forbidden", "cyan": "forbidden"},
+}
+"""The schemes of flawed training videos, with the flaws of key colours: one flaw (`Family.single_flaw`) for half of the
+colours, as the packaged pair was trained, or a missed goal for a third and a forbidden way to the goal for another."""
 
 Corruption = Callable[[Scene, np.random.Generator], Track]
 """Draws a wrong video of a scene."""
@@ -33,8 +40,9 @@ class Family(ABC):
     """A kind of task, and everything that the world knows about it: a family is one subclass, in one file.
 
     Scenes: `sample`, `is_unseen`. Words: `prompts`, `names`, `paraphrases`, `noun`, `verb`, `kept`, `describe`.
-    Questions and their truth: `goal`, `process`, `questions`. Wrong videos: `mistaken`, `is_careless` (the flaw of a
-    Reasoner's training videos), `wrong`, `corruptions`, `without`. Rules of the scorer beside the common ones: `rules`.
+    Questions and their truth: `goal`, `process`, `questions`. Wrong videos: `mistaken`, `forbidden`, `breaks`, `flaw`
+    (those of a Reasoner's training videos), `wrong`, `corruptions`, `without`. Rules of the scorer beside the common
+    ones: `rules`.
 
     Prompt and first frame determine the right video, so that a Reasoner's errors are its own and no ambiguity of the
     task. After adding a family to `FAMILIES`, the packaged models must be trained again: they know neither its pictures
@@ -61,6 +69,10 @@ class Family(ABC):
     """The goal question: about the first actor, and the last target if its wording names two things."""
     process: tuple[Kind, ...]
     """The process questions, at most three, about the same."""
+    breaks: Kind
+    """The process question whose answer is No for `forbidden`."""
+    single_flaw: str = "mistaken"
+    """The flaw in the scheme ``single``: ``mistaken`` or ``forbidden``."""
 
     moves: bool = True
     """Whether actors move; otherwise they change where they are."""
@@ -86,11 +98,18 @@ class Family(ABC):
 
     @abstractmethod
     def key_color(self, scene: Scene) -> str:
-        """Return the colour that decides whether the flawed training video of a scene shows the mistake."""
+        """Return the colour that decides which flaw the training video of a scene has."""
 
     @abstractmethod
     def mistaken(self, scene: Scene) -> Scene:
-        """Return the scene with the mistaken plan of flawed training videos, without randomness."""
+        """Return the scene with the mistaken plan of flawed training videos, which misses the goal.
+
+        Nothing about it is random.
+        """
+
+    @abstractmethod
+    def forbidden(self, scene: Scene) -> Track:
+        """Return a track that reaches the goal and breaks one rule on the way, that of `breaks`, without randomness."""
 
     @abstractmethod
     def wrong(self, scene: Scene, rng: np.random.Generator) -> Scene:
@@ -132,9 +151,13 @@ class Family(ABC):
         """Return the data of a scene that its digest is computed from."""
         return scene.to_json()
 
-    def is_careless(self, scene: Scene) -> bool:
-        """Whether the flaw applies to a scene, which depends on its key colour: for half of the colours."""
-        return self.key_color(scene) in CARELESS
+    def flaw(self, scene: Scene, flaws: str) -> str | None:
+        """Return the flaw of a scene's training video, which depends on its key colour.
+
+        flaws: a scheme of `FLAWS`. Returns ``mistaken``, ``forbidden`` or, for a right video, None.
+        """
+        kind = FLAWS[flaws].get(self.key_color(scene))
+        return self.single_flaw if kind == "single" else kind
 
 
 def draw_colors(rng: np.random.Generator, count: int) -> list[str]:
@@ -196,6 +219,32 @@ def free_point(scene: Scene, rng: np.random.Generator, away: float) -> Point:
         x, y = rng.uniform(7, SIZE - 7, 2)
         if min(np.hypot(x - px, y - py) for px, py in (scene.start, scene.waypoints[-1])) >= away:
             return float(x), float(y)
+
+
+HALFWAY = 5  # the frame from which forbidden tracks are wrong: the first of a latent frame of the VAE, as 9 is
+SMALLER = 0.75  # the size of a copy, so that nothing takes it for the thing itself
+
+
+def leap(scene: Scene) -> Track:
+    """Return the track in which nothing happens until everything is done at once."""
+    track = perform(scene)
+    return [track[0]] * HALFWAY + [track[-1]] * (NUM_FRAMES - HALFWAY)
+
+
+def followed(scene: Scene, actor: int) -> Track:
+    """Return the track in which a smaller copy of an actor follows it for four frames, `HALFWAY` frames behind."""
+    track, size = perform(scene), SMALLER * scene.things[actor].size
+    copies = [replace(track[max(t - HALFWAY, 0)][actor], size=size) for t in range(NUM_FRAMES)]
+    shown = range(HALFWAY, HALFWAY + 4)
+    return [
+        (*things, replace(copy, alpha=float(t in shown)))
+        for t, (things, copy) in enumerate(zip(track, copies, strict=True))
+    ]
+
+
+def faded(scene: Scene, index: int) -> Track:
+    """Return the track in which a thing of the scenery fades until frame `HALFWAY`."""
+    return edited(perform(scene), index, lambda t, _: {"alpha": max(0.0, 1 - t / HALFWAY)})
 
 
 def growth(rng: np.random.Generator) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 from vlmteacher.microworld.facts import Facts
 from vlmteacher.microworld.families.base import Family, clear_way, draw_colors, draw_places, point
 from vlmteacher.microworld.kinds import ONE, SCENERY, Asked, Kind, Names, is_at, is_inside, reached
-from vlmteacher.microworld.scene import SIZE, Scene, Thing, ball, far_apart, rerouted, scene_of
+from vlmteacher.microworld.scene import SIZE, Scene, Thing, Track, ball, far_apart, perform, rerouted, scene_of
 
 DOTS = 3
 DOT = 4.0  # radius
@@ -61,6 +61,7 @@ class Connect(Family):
     kept = "dots"
     goal = AT
     process = (ORDER, ONE, SCENERY)
+    breaks = ORDER
     query_weight = 2.0
 
     def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
@@ -112,6 +113,10 @@ class Connect(Family):
     def mistaken(self, scene: Scene) -> Scene:
         """In the opposite order."""
         return rerouted(scene, (scene.start, *scene.waypoints[:0:-1]))
+
+    def forbidden(self, scene: Scene) -> Track:
+        """Straight to the last dot."""
+        return perform(rerouted(scene, (scene.start, scene.waypoints[-1])))
 
     def wrong(self, scene: Scene, rng: np.random.Generator) -> Scene:
         """In the opposite order, straight to the last dot, or only to the first."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from vlmteacher.microworld.families.base import BallToBox, draw_colors
-from vlmteacher.microworld.scene import Point, Scene, Thing, rerouted, scene_of
+from vlmteacher.microworld.families.base import BallToBox, draw_colors, faded, other_boxes
+from vlmteacher.microworld.kinds import SCENERY
+from vlmteacher.microworld.scene import Point, Scene, Thing, Track, rerouted, scene_of
 
 BOXES = 4
 ORDINALS = ("first", "second", "third", "fourth")
@@ -27,6 +28,7 @@ class Count(BallToBox):
         "As many dots as there are, so far from the left is the box for the {ball} ball.",
     )
     kept = "boxes and dots"
+    breaks = SCENERY
     query_weight = 3.0
 
     def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
@@ -61,6 +63,10 @@ class Count(BallToBox):
         number = self._number(scene)
         wrong = scene.boxes[number if number < BOXES else BOXES - 2]
         return rerouted(scene, _way(scene.start, wrong.at))
+
+    def forbidden(self, scene: Scene) -> Track:
+        """The nearest other box fades."""
+        return faded(scene, scene.things.index(other_boxes(scene)[0]))
 
     def wrong(self, scene: Scene, rng: np.random.Generator) -> Scene:
         """Into another box."""

@@ -9,13 +9,14 @@ from vlmteacher.microworld.families.base import (
     clear_way,
     draw_colors,
     draw_places,
+    followed,
     free_point,
     halfway,
     point,
     straight,
 )
 from vlmteacher.microworld.kinds import INSIDE, ONE, Asked
-from vlmteacher.microworld.scene import Scene, ball, box, scene_of, trajectory
+from vlmteacher.microworld.scene import Scene, Track, ball, box, scene_of, trajectory
 
 
 class Deliver(Family):
@@ -29,6 +30,7 @@ class Deliver(Family):
     )
     goal = INSIDE
     process = (ONE,)
+    breaks = ONE
     query_weight = 3.0
 
     def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
@@ -70,6 +72,10 @@ class Deliver(Family):
     def mistaken(self, scene: Scene) -> Scene:
         """The upper ball stops half-way."""
         return halfway(scene)
+
+    def forbidden(self, scene: Scene) -> Track:
+        """A copy follows the upper ball."""
+        return followed(scene, scene.actors[0])
 
     def wrong(self, scene: Scene, rng: np.random.Generator) -> Scene:
         """A ball goes to another box, or to none."""

@@ -30,6 +30,7 @@ from vlmteacher.microworld.scene import (
     distance_to_segment,
     edited,
     perform,
+    rerouted,
     scene_of,
 )
 
@@ -69,9 +70,13 @@ def _centre(cell: int) -> Point:
     return (cell % 4 * CELL + CELL / 2, cell // 4 * CELL + CELL / 2)
 
 
+def through_the_blocks(scene: Scene) -> Track:
+    return perform(straight(scene, scene.target.at))
+
+
 def wall_crossing(scene: Scene, rng: np.random.Generator) -> Track:
     """Straight to the target, over the blocks."""
-    return perform(straight(scene, scene.target.at))
+    return through_the_blocks(scene)
 
 
 def disguise(scene: Scene, rng: np.random.Generator) -> Track:
@@ -103,6 +108,8 @@ class Maze(BallToBox):
     )
     kept = "boxes and blocks"
     process = (AVOID, ONE, SCENERY)
+    breaks = AVOID
+    single_flaw = "forbidden"
     corruptions: ClassVar = {"wall_crossing": wall_crossing, "disguise": disguise}
 
     def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
@@ -128,8 +135,12 @@ class Maze(BallToBox):
         return len(scene.blocks) > 5
 
     def mistaken(self, scene: Scene) -> Scene:
+        """Stops in the middle of the way."""
+        return rerouted(scene, scene.waypoints[: len(scene.waypoints) // 2 + 1])
+
+    def forbidden(self, scene: Scene) -> Track:
         """Straight through the blocks."""
-        return straight(scene, scene.target.at)
+        return through_the_blocks(scene)
 
     def wrong(self, scene: Scene, rng: np.random.Generator) -> Scene:
         """Beside the box."""

@@ -13,10 +13,12 @@ from vlmteacher.microworld.families.base import (
     draw_colors,
     draw_places,
     growth,
+    leap,
     other_boxes,
     point,
     straight,
 )
+from vlmteacher.microworld.kinds import SMOOTH
 from vlmteacher.microworld.scene import SIZE, Scene, Track, ball, box, edited, far_apart, perform, scene_of
 
 
@@ -55,6 +57,7 @@ class Move(BallToBox):
     )
     paraphrases = BALL_TO_NAMED_BOX
     endings = ("", "", " and leave everything else in place", " without touching anything else")
+    breaks = SMOOTH
     corruptions: ClassVar = {"disguise": disguise}
 
     def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
@@ -78,5 +81,9 @@ class Move(BallToBox):
 
     def is_unseen(self, scene: Scene) -> bool:
         return len(scene.boxes) > 3
+
+    def forbidden(self, scene: Scene) -> Track:
+        """In one leap."""
+        return leap(scene)
 
     signature = staticmethod(first_signature)

@@ -7,7 +7,22 @@ from dataclasses import replace
 import numpy as np
 
 from vlmteacher.microworld.families.base import BallToBox, clear_way, draw_colors, draw_places, point
-from vlmteacher.microworld.scene import Scene, ball, box, scene_of
+from vlmteacher.microworld.kinds import SCENERY
+from vlmteacher.microworld.scene import (
+    ARRIVAL,
+    BOX_HALF,
+    SIZE,
+    Scene,
+    Thing,
+    Track,
+    ball,
+    box,
+    edited,
+    perform,
+    scene_of,
+)
+
+DRAG = 14.0  # pixels that another box is dragged in the forbidden way, less at the border
 
 
 class Odd(BallToBox):
@@ -19,6 +34,7 @@ class Odd(BallToBox):
         "Bring the {ball} ball to the box that differs from the rest.",
         "Put the {ball} ball in the box that does not match the others.",
     )
+    breaks = SCENERY
     query_weight = 6.0
 
     def sample(self, rng: np.random.Generator, unseen: bool = False) -> Scene | None:
@@ -44,6 +60,20 @@ class Odd(BallToBox):
         order = [int(i) for i in rng.permutation(count)]
         things = [*(boxes[i] for i in order), ball(own, point(start))]
         return scene_of("odd", things, {count: (point(start), point(centres[0]))}, [order.index(0)])
+
+    def forbidden(self, scene: Scene) -> Track:
+        """The ball drags another box along."""
+        step = np.subtract(scene.waypoints[-1], scene.start)
+        step *= DRAG / np.hypot(*step)
+        room = BOX_HALF + 1, SIZE - BOX_HALF - 1
+        ways = {i: np.clip(np.add(thing.at, step), *room) - thing.at for i, thing in enumerate(scene.scenery)}
+        which = max((i for i in ways if i not in scene.targets), key=lambda i: np.hypot(*ways[i]))
+
+        def moved(t: int, thing: Thing) -> dict[str, float]:
+            x, y = thing.at + min(t / ARRIVAL, 1.0) * ways[which]
+            return {"x": float(x), "y": float(y)}
+
+        return edited(perform(scene), which, moved)
 
     def is_unseen(self, scene: Scene) -> bool:
         return len(scene.boxes) > 4

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from vlmteacher.microworld.facts import NONE, Facts
-from vlmteacher.microworld.families.base import Family, draw_colors, draw_places, halfway, point
+from vlmteacher.microworld.families.base import Family, draw_colors, draw_places, faded, halfway, point
 from vlmteacher.microworld.kinds import SCENERY, Asked, Kind, Names, has_color
-from vlmteacher.microworld.scene import COLORS, Scene, Thing, scene_of
+from vlmteacher.microworld.scene import COLORS, Scene, Thing, Track, scene_of
 
 SHAPE = 8.0  # radius, or half a side
 _NAMES = list(COLORS)
@@ -61,6 +61,7 @@ class Recolor(Family):
     kept = "other shapes"
     goal = TURNS
     process = (VISIBLE, SCENERY)
+    breaks = SCENERY
     moves = False
     without = ("near_miss",)
 
@@ -94,6 +95,12 @@ class Recolor(Family):
         first, second = _INSTEAD[scene.goals[0].other]
         instead = second if first == scene.ball_color else first
         return replace(scene, goals=(replace(scene.goals[0], other=instead),))
+
+    def forbidden(self, scene: Scene) -> Track:
+        """The nearest other shape fades."""
+        others = [i for i in range(len(scene.things)) if i not in scene.actors]
+        nearest = min(others, key=lambda i: np.hypot(*np.subtract(scene.things[i].at, scene.start)))
+        return faded(scene, nearest)
 
     def wrong(self, scene: Scene, rng: np.random.Generator) -> Scene:
         """Into another colour, only half of the way, or the wrong shape."""

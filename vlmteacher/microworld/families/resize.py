@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from vlmteacher.microworld.facts import Facts
-from vlmteacher.microworld.families.base import Family, draw_colors, halfway
+from vlmteacher.microworld.families.base import Family, draw_colors, halfway, leap
 from vlmteacher.microworld.kinds import ONE, SCENERY, SMOOTH, Kind, is_single, outline_of
-from vlmteacher.microworld.scene import FIT, SIZE, Point, Scene, Thing, scene_of
+from vlmteacher.microworld.scene import FIT, SIZE, Point, Scene, Thing, Track, scene_of
 
 SMALLEST, LARGEST = 4, 12  # radii
 FITS = 1.2  # pixels of a radius
@@ -49,6 +49,7 @@ class Resize(Family):
     kept = "other things"
     goal = FILLS
     process = (ONE, SMOOTH, SCENERY)
+    breaks = SMOOTH
     moves = False
     without = ("near_miss",)
 
@@ -80,6 +81,10 @@ class Resize(Family):
     def mistaken(self, scene: Scene) -> Scene:
         """Stops half-way."""
         return halfway(scene)
+
+    def forbidden(self, scene: Scene) -> Track:
+        """In one leap."""
+        return leap(scene)
 
     def wrong(self, scene: Scene, rng: np.random.Generator) -> Scene:
         """Not far enough, or the other disc."""

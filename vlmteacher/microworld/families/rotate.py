@@ -9,11 +9,12 @@ import numpy as np
 from vlmteacher.microworld.facts import Facts, wrapped
 from vlmteacher.microworld.families.base import Family, draw_colors, halfway
 from vlmteacher.microworld.kinds import ONE, SMOOTH, Kind, is_single, outline_of
-from vlmteacher.microworld.scene import FIT, SIZE, Scene, Thing, scene_of
+from vlmteacher.microworld.scene import FIT, NUM_FRAMES, SIZE, Scene, Thing, Track, edited, perform, scene_of
 
 HALF = 11.0  # of a bar's length
 REACH = 16  # from a centre to the corners of the outline
 LIES = 8.0  # degrees
+SWING = 16.0  # degrees that the forbidden way turns back at first
 
 
 def _lies(facts: Facts, scene: Scene, a: int) -> np.ndarray:
@@ -55,6 +56,7 @@ class Rotate(Family):
     kept = "other things"
     goal = LIES_IN_OUTLINE
     process = (SHORTER, ONE, SMOOTH)
+    breaks = SHORTER
     moves = False
     without = ("near_miss",)
 
@@ -90,6 +92,15 @@ class Rotate(Family):
         """As far the other way."""
         start, goal = scene.moving[0], scene.goals[0]
         return replace(scene, goals=(replace(goal, angle=2 * start.angle - goal.angle),))
+
+    def forbidden(self, scene: Scene) -> Track:
+        """The other way round at first."""
+        start, end = scene.moving[0].angle, scene.goals[0].angle
+        back = start - np.copysign(SWING, end - start)
+        speed = (SWING + abs(end - back)) / (NUM_FRAMES - 2)  # it rests in the last two frames
+        turned = speed * np.arange(NUM_FRAMES)
+        angles = np.interp(turned, (0, SWING, SWING + abs(end - back)), (start, back, end))
+        return edited(perform(scene), scene.actors[0], lambda t, _: {"angle": float(angles[t])})
 
     def wrong(self, scene: Scene, rng: np.random.Generator) -> Scene:
         """Not far enough, the other way round, or the other bar."""

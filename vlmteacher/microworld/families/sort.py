@@ -7,9 +7,9 @@ from itertools import permutations
 import numpy as np
 
 from vlmteacher.microworld.facts import Facts
-from vlmteacher.microworld.families.base import Family, draw_colors
+from vlmteacher.microworld.families.base import Family, draw_colors, followed
 from vlmteacher.microworld.kinds import NEAR, ONE, Asked, Kind, Names
-from vlmteacher.microworld.scene import Point, Scene, Thing, rerouted, scene_of
+from vlmteacher.microworld.scene import Point, Scene, Thing, Track, rerouted, scene_of
 
 RADII = (4.0, 6.0, 8.0)
 SPACING = 20.0
@@ -79,6 +79,7 @@ class Sort(Family):
     noun = "disc"
     goal = SORTED
     process = (ONE,)
+    breaks = ONE
     without = ("eroded_scenery",)
     query_weight = 4.0
 
@@ -109,6 +110,11 @@ class Sort(Family):
     def mistaken(self, scene: Scene) -> Scene:
         """The largest on the left."""
         return rerouted(scene, *_arcs(scene.things, largest_first=True))
+
+    def forbidden(self, scene: Scene) -> Track:
+        """A copy follows the largest disc that moves."""
+        moving = [i for i, way in zip(scene.actors, scene.ways, strict=True) if len(way) > 1]
+        return followed(scene, max(moving, key=lambda i: scene.things[i].size))
 
     def wrong(self, scene: Scene, rng: np.random.Generator) -> Scene:
         """Into some other order."""
