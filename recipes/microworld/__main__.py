@@ -11,6 +11,7 @@ from vlmteacher.cli import run as run_command
 from vlmteacher.cli.flags import add_command
 
 OUT = "folder of all runs; each reads earlier ones from it"
+MANIFEST = "packaged (default), or both: the next pair's, with both kinds of flaws, from the pair in --init"
 INIT = "a pair whose weights the stages start from that can (default: from scratch)"
 DEVICE = "of the stage teacher-point: cpu (default), cuda, ..."
 
@@ -21,12 +22,17 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m recipes.microworld", description="How the packaged microworld models were trained."
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    add_command(commands, "list", list_runs, "the runs that made the packaged models")
+    listed = add_command(commands, "list", list_runs, "the runs that made the packaged models")
     stage = add_command(commands, "stage", run_stage, "train one stage with its packaged settings")
     stage.add_argument("stage", metavar="NAME", help="vae, vae-decoder, ...; another name lists them")
     replay = add_command(commands, "replay", replay_runs, "repeat the runs that made the packaged models")
     replay.add_argument("--from", dest="first", metavar="RUN", help="the first run (default: the first of the list)")
     replay.add_argument("--to", dest="last", metavar="RUN", help="the last run (default: the last of the list)")
+    kept = add_command(commands, "keep", keep_runs, "keep what a replay needs to go on elsewhere, in few megabytes")
+    kept.add_argument("--out", required=True, metavar="DIR", help="--out of the replay")
+    kept.add_argument("--to", required=True, metavar="DIR", help="folder to write; a copy of it is another --out")
+    for command in (listed, replay, kept):
+        command.add_argument("--manifest", default="packaged", metavar="NAME", help=MANIFEST)
     replay.add_argument(
         "--shorten", type=int, default=1, metavar="N", help="divide steps and numbers of videos by N, to try it out"
     )
@@ -40,9 +46,9 @@ def parser() -> argparse.ArgumentParser:
 
 def list_runs(arguments: argparse.Namespace) -> None:
     """Print the manifest."""
-    from recipes.microworld.replay import listing
+    from recipes.microworld.replay import find_manifest, listing
 
-    print(listing())
+    print(listing(find_manifest(arguments.manifest)))
 
 
 def run_stage(arguments: argparse.Namespace) -> None:
@@ -56,12 +62,20 @@ def run_stage(arguments: argparse.Namespace) -> None:
 
 def replay_runs(arguments: argparse.Namespace) -> None:
     """Replay a part of the manifest."""
-    from recipes.microworld.replay import replay
+    from recipes.microworld.replay import find_manifest, replay
     from vlmteacher.quiet import quiet
 
     quiet()
-    out, init = Path(arguments.out), _pair(arguments)
-    replay(out, arguments.first, arguments.last, arguments.shorten, init, arguments.device)
+    manifest, out, init = find_manifest(arguments.manifest), Path(arguments.out), _pair(arguments)
+    replay(out, arguments.first, arguments.last, arguments.shorten, init, arguments.device, manifest)
+
+
+def keep_runs(arguments: argparse.Namespace) -> None:
+    """Keep what the unfinished runs of a manifest need."""
+    from recipes.microworld.keep import keep
+    from recipes.microworld.replay import find_manifest
+
+    keep(Path(arguments.out), Path(arguments.to), find_manifest(arguments.manifest))
 
 
 def _pair(arguments: argparse.Namespace) -> Path | None:

@@ -48,6 +48,43 @@ class Entry:
         return STAGES[self.name].folder if self.name in STAGES else self.name
 
 
+@dataclass(frozen=True)
+class Manifest:
+    """The runs that make a pair.
+
+    Attributes:
+        entries: the runs, in their order.
+        settings: for every stage that has them, in place of the packaged ones.
+        of_pair: results that no run makes but the pair before has, and where it has them.
+    """
+
+    entries: tuple[Entry, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    of_pair: Mapping[str, str] = field(default_factory=dict)
+
+    def find(self, name: str) -> Entry:
+        """The entry of a name. Raises InputError for an unknown one."""
+        for entry in self.entries:
+            if entry.name == name:
+                return entry
+        raise InputError(f"unknown run {name!r}: choose from {', '.join(entry.name for entry in self.entries)}")
+
+    def folder(self, name: str) -> str:
+        """The folder of the run of a name."""
+        return self.find(name).folder
+
+    def selected(self, first: str | None, last: str | None) -> tuple[Entry, ...]:
+        """The entries from `first` to `last`, by default all. Raises InputError: unknown; `last` before `first`."""
+        names = [entry.name for entry in self.entries]
+        for name in (first, last):
+            if name is not None:
+                self.find(name)
+        begin, end = names.index(first or names[0]), names.index(last or names[-1])
+        if end < begin:
+            raise InputError(f"--to {last} comes before --from {first}: exchange them")
+        return self.entries[begin : end + 1]
+
+
 EARLIER_PAIR = "started from the weights of the pair before this one, of two families: --init PAIR, where you have it"
 MIXTURE = "the mixture of collected videos, the learning rate and the seed are not recorded, but assumed here"
 OPTION = "pointing was an option of teacher-finetune then, one optimisation after the other, beside its own losses"
@@ -276,22 +313,4 @@ ENTRIES = (
     ),
 )
 
-
-def find_entry(name: str) -> Entry:
-    """The entry of a name. Raises InputError for an unknown one."""
-    for entry in ENTRIES:
-        if entry.name == name:
-            return entry
-    raise InputError(f"unknown run {name!r}: choose from {', '.join(entry.name for entry in ENTRIES)}")
-
-
-def selected(first: str | None, last: str | None) -> tuple[Entry, ...]:
-    """The entries from `first` to `last`, by default all. Raises InputError: an unknown name; `last` before `first`."""
-    names = [entry.name for entry in ENTRIES]
-    for name in (first, last):
-        if name is not None:
-            find_entry(name)
-    begin, end = names.index(first or names[0]), names.index(last or names[-1])
-    if end < begin:
-        raise InputError(f"--to {last} comes before --from {first}: exchange them")
-    return ENTRIES[begin : end + 1]
+PACKAGED = Manifest(ENTRIES)

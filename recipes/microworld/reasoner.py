@@ -98,13 +98,18 @@ def encode_latents(run: Run) -> None:
 
 
 def train_reasoner(run: Run) -> None:
-    """Stage ``reasoner``, from scratch or from the weights of the diffusers directory ``run.start``."""
+    """Stage ``reasoner``, from scratch or from the weights of the diffusers directory ``run.start``.
+
+    The transformer is that of ``many_step/`` beside it, where a pair has one: the few-step one is distilled from it.
+    """
     config, latents = run.config, run.path("latents")
     torch.manual_seed(config["seed"])
     tokenizer = kept_tokenizer((run.continues or run.out) / "tokenizer", prompts, 600)
     transformer, encoder = build(len(tokenizer), config)
     if run.start:
-        adopt(transformer, load_network(WanTransformer3DModel, run.start / "transformer", dtype=torch.float32))
+        many_step = run.start.with_name("many_step")
+        source = many_step if many_step.exists() else run.start / "transformer"
+        adopt(transformer, load_network(WanTransformer3DModel, source, dtype=torch.float32))
         known = load_network(UMT5EncoderModel, run.start / "text_encoder", dtype=torch.float32)
         adopt(encoder, known, tokenizer, load_tokenizer(run.start / "tokenizer"))
     table: dict[str, torch.Tensor] = {}

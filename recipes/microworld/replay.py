@@ -1,4 +1,4 @@
-"""Replay the manifest: its runs one after the other in a folder, each in a folder of its own."""
+"""Replay a manifest: its runs one after the other in a folder, each in a folder of its own."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-from recipes.microworld.manifest import AVERAGE, ENTRIES, Entry, find_entry, selected
-from recipes.microworld.stages import STAGES, Stage, execute, part_of_pair, settings_of
+from recipes.microworld.both import BOTH
+from recipes.microworld.manifest import AVERAGE, PACKAGED, Entry, Manifest
+from recipes.microworld.stages import STAGES, Stage, check_pair, execute, part_of_pair, settings_of
 from recipes.microworld.training import Run
 from vlmteacher.errors import InputError
 from vlmteacher.files import claimed, read_json, write_json
 
+MANIFESTS = {"packaged": PACKAGED, "both": BOTH}
 JOURNAL = "replay.json"  # the finished runs and their settings
 SHORTENED = {"steps": 1, "until": 1, "shards": 1, "videos": 8, "count": 8, "scenes": 8}  # and the least of each
+SHORTENED |= {"runs": 2, "labels": 2, "right": 2}  # videos of a step of teacher-point
+
+
+def find_manifest(name: str) -> Manifest:
+    """The manifest of a name. Raises InputError for an unknown one."""
+    if name not in MANIFESTS:
+        raise InputError(f"unknown manifest {name!r}: choose from {', '.join(MANIFESTS)}")
+    return MANIFESTS[name]
 
 
 def replay(
@@ -23,45 +33,58 @@ def replay(
     shorten: int = 1,
     init: Path | None = None,
     device: str = "cpu",
+    manifest: Manifest = PACKAGED,
 ) -> None:
-    """Run the entries of the manifest from `first` to `last` in the folder `out`; those that are finished are kept.
+    """Run the entries of a manifest from `first` to `last` in the folder `out`; those that are finished are kept.
 
     shorten: steps and numbers of videos are divided by it. init: the pair whose weights those stages start from that
     can. device: of the stages that can train on a GPU.
 
-    Raises InputError: an unknown name; `out` lacks what an entry needs, or holds a run with other settings.
+    Raises InputError: an unknown name; `out` lacks what an entry needs, or holds a run with other settings; a manifest
+    that takes results from a pair, without one.
     """
     if shorten < 1:
         raise InputError(f"--shorten must be at least 1, not {shorten}")
-    entries = selected(first, last)
+    entries = manifest.selected(first, last)
+    if manifest.of_pair and not init:
+        raise InputError(f"this manifest takes {', '.join(manifest.of_pair)} from a pair: give its folder as --init")
+    if init:
+        check_pair(init)
     with claimed(out):
-        journal = out / JOURNAL
-        finished: dict[str, Any] = read_json(journal, "replay journal") if journal.exists() else {}
+        finished = journal(out)
         for number, entry in enumerate(entries, 1):
             title = f"[{number}/{len(entries)}] {entry.name}"
-            settings = describe(entry, shorten)
+            settings = describe(manifest, entry, shorten)
             if entry.name in finished:
                 if finished[entry.name] != settings:
                     raise InputError(f"{out} holds {entry.name} with other settings: give another --out")
                 print(f"{title}: finished", flush=True)
                 continue
             print(f"{title}: {summary(entry, settings)}", flush=True)
-            execute(stage_of(entry), run_of(entry, out, settings, init, device))
+            execute(stage_of(manifest, entry), run_of(manifest, entry, out, settings, init, device))
             finished[entry.name] = settings
-            write_json(journal, finished)
+            write_json(out / JOURNAL, finished)
 
 
-def stage_of(entry: Entry) -> Stage:
+def journal(out: Path) -> dict[str, Any]:
+    """The settings of the finished runs in a folder, by their names."""
+    path = out / JOURNAL
+    return read_json(path, "replay journal") if path.exists() else {}
+
+
+def stage_of(manifest: Manifest, entry: Entry) -> Stage:
     """The stage that an entry runs."""
     if entry.stage != AVERAGE:
         return STAGES[entry.stage]
-    needs = tuple(folder(name) for name in entry.settings["shares"])
+    needs = tuple(manifest.folder(name) for name in entry.settings["shares"])
     return Stage(AVERAGE, "teacher.average:average", (f"{entry.folder}/teacher",), needs)
 
 
-def describe(entry: Entry, shorten: int = 1) -> dict[str, Any]:
+def describe(manifest: Manifest, entry: Entry, shorten: int = 1) -> dict[str, Any]:
     """The settings that an entry is run with, `until` among them, as JSON values."""
-    settings = settings_of(stage_of(entry)) | dict(entry.settings) | {"until": entry.until}
+    packaged = settings_of(stage_of(manifest, entry))
+    shared = {name: value for name, value in manifest.settings.items() if name in packaged}
+    settings = packaged | shared | dict(entry.settings) | {"until": entry.until}
     return json.loads(json.dumps(_shortened(settings, shorten)))
 
 
@@ -73,12 +96,14 @@ def _shortened(value: Any, shorten: int, name: str = "") -> Any:
     return value
 
 
-def run_of(entry: Entry, out: Path, settings: dict[str, Any], init: Path | None, device: str) -> Run:
+def run_of(
+    manifest: Manifest, entry: Entry, out: Path, settings: dict[str, Any], init: Path | None, device: str
+) -> Run:
     """The run of an entry in the folder `out`."""
-    stage, config = stage_of(entry), dict(settings)
+    stage, config = stage_of(manifest, entry), dict(settings)
     start = None
     if stage.start and entry.start:
-        start = out.joinpath(folder(entry.start), *stage.start.split("/")[1:])
+        start = out.joinpath(manifest.folder(entry.start), *stage.start.split("/")[1:])
     elif stage.part and init:
         start = part_of_pair(stage, init)
     return Run(
@@ -88,14 +113,10 @@ def run_of(entry: Entry, out: Path, settings: dict[str, Any], init: Path | None,
         start,
         device if stage.gpu else "cpu",
         until=config.pop("until"),
-        continues=out / folder(entry.continues) if entry.continues else None,
-        instead={place: folder(name) for place, name in entry.instead.items()},
+        continues=out / manifest.folder(entry.continues) if entry.continues else None,
+        instead={place: manifest.folder(name) for place, name in entry.instead.items()},
+        given={result: init / place for result, place in manifest.of_pair.items()} if init else {},
     )
-
-
-def folder(name: str) -> str:
-    """The folder of the entry of a name."""
-    return find_entry(name).folder
 
 
 def summary(entry: Entry, settings: dict[str, Any]) -> str:
@@ -110,11 +131,11 @@ def summary(entry: Entry, settings: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def listing() -> str:
-    """The manifest as text: every run with its result, and what a replay does in another way."""
+def listing(manifest: Manifest = PACKAGED) -> str:
+    """A manifest as text: every run with its result, and what a replay does in another way."""
     lines = []
-    for entry in ENTRIES:
-        lines.append(f"{entry.name}: {summary(entry, describe(entry))}")
+    for entry in manifest.entries:
+        lines.append(f"{entry.name}: {summary(entry, describe(manifest, entry))}")
         if entry.result:
             lines.append(f"    gave: {entry.result}")
         if entry.unlike:

@@ -120,10 +120,15 @@ def settings_of(stage: Stage) -> dict[str, Any]:
     return {key: value for source in stage.config for key, value in load_config(source).items()}
 
 
-def part_of_pair(stage: Stage, pair: Path) -> Path:
-    """The part of a pair whose weights the stage can start from. Raises InputError."""
+def check_pair(pair: Path) -> None:
+    """Raise InputError where a folder holds no pair."""
     if not (pair / "pair.json").exists():
         raise InputError(f"{pair} holds no pair.json: --init takes the folder of a pair")
+
+
+def part_of_pair(stage: Stage, pair: Path) -> Path:
+    """The part of a pair whose weights the stage can start from. Raises InputError."""
+    check_pair(pair)
     if not stage.part:
         starting = ", ".join(other.name for other in TABLE if other.part)
         raise InputError(f"stage {stage.name} starts from no other weights: leave out --init ({starting} take it)")

@@ -43,6 +43,7 @@ class Run:
         until: the step to stop at, before the schedule has reached its end.
         continues: folder of a run from whose last state, optimizer included, this one continues.
         instead: folders of `trained` by the name of the stage's folder that they take the place of.
+        given: results that are elsewhere.
     """
 
     trained: Path
@@ -53,9 +54,12 @@ class Run:
     until: int | None = None
     continues: Path | None = None
     instead: Mapping[str, str] = field(default_factory=dict)
+    given: Mapping[str, Path] = field(default_factory=dict)
 
     def path(self, result: str) -> Path:
         """Where the result of another run is, such as ``vae/vae``."""
+        if result in self.given:
+            return self.given[result]
         folder, *rest = result.split("/")
         return self.trained.joinpath(self.instead.get(folder, folder), *rest)
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from recipes.microworld import stages, training
 from recipes.microworld.__main__ import parser
-from recipes.microworld.manifest import AVERAGE, ENTRIES
-from recipes.microworld.replay import JOURNAL, describe, listing, replay, stage_of
+from recipes.microworld.manifest import AVERAGE
+from recipes.microworld.replay import JOURNAL, MANIFESTS, PACKAGED, describe, listing, replay, stage_of
 from vlmteacher.cli import run
 from vlmteacher.errors import InputError
 
@@ -34,18 +34,23 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "CONFIGS", folder)
 
 
-def test_entries_refer_to_earlier_ones_and_to_known_settings():
-    seen: set[str] = set()
-    for entry in ENTRIES:
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_entries_refer_to_earlier_ones_and_to_known_settings(name):
+    manifest, seen = MANIFESTS[name], set()
+    for entry in manifest.entries:
         used = [name for name in (entry.start, entry.continues, *entry.instead.values()) if name]
         assert seen.issuperset([*used, *entry.settings.get("shares", ())]), entry.name
         assert entry.stage == AVERAGE or entry.stage in stages.STAGES
-        assert entry.settings.keys() - OWN_SETTINGS <= stages.settings_of(stage_of(entry)).keys(), entry.name
+        assert entry.settings.keys() - OWN_SETTINGS <= stages.settings_of(stage_of(manifest, entry)).keys(), entry.name
         assert entry.stage != AVERAGE or sum(entry.settings["shares"].values()) == 1
         assert entry.name not in seen
         seen.add(entry.name)
-    assert sum(name.startswith("teacher-finetune-") and "begun" not in name for name in seen) == 15
-    assert all(entry.name in listing() for entry in ENTRIES)
+    assert all(entry.name in listing(manifest) for entry in manifest.entries)
+
+
+def test_the_packaged_teacher_was_fine_tuned_fifteen_times():
+    names = [entry.name for entry in PACKAGED.entries]
+    assert sum(name.startswith("teacher-finetune-") and "begun" not in name for name in names) == 15
 
 
 def test_a_shortened_replay_resumes_and_keeps_what_is_finished(tiny, tmp_path, monkeypatch, capsys):
@@ -90,6 +95,10 @@ def test_a_shortened_replay_resumes_and_keeps_what_is_finished(tiny, tmp_path, m
         (["replay", "--from", "decoder"], "stage decoder needs"),
         (["replay", "--from", "before-pointing"], "stage average needs"),
         (["stage", "vea"], "unknown stage 'vea': choose from vae, vae-decoder"),
+        (["replay", "--manifest", "none"], "unknown manifest 'none': choose from packaged, both"),
+        (["replay", "--manifest", "both"], "from a pair: give its folder as --init"),
+        (["replay", "--manifest", "both", "--init", "."], "holds no pair.json: --init takes the folder of a pair"),
+        (["keep", "--to", "kept"], "holds no finished run of a replay: give the --out of one"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
@@ -107,7 +116,7 @@ def test_list_says_what_cannot_be_repeated(capsys):
 
 
 def test_shortening_divides_steps_and_videos_alone():
-    entry = next(entry for entry in ENTRIES if entry.name == "reasoner-begun")
-    whole, short = describe(entry), describe(entry, 1000)
+    entry = PACKAGED.find("reasoner-begun")
+    whole, short = describe(PACKAGED, entry), describe(PACKAGED, entry, 1000)
     assert (short["steps"], short["until"]) == (8, 3)
     assert {name for name, value in whole.items() if short[name] != value} == {"steps", "until"}

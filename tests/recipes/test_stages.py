@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from recipes.microworld import stages, training
+from recipes.microworld.both import BOTH
+from recipes.microworld.keep import keep
 from recipes.microworld.package import DEFAULTS
-from recipes.microworld.replay import replay
+from recipes.microworld.replay import JOURNAL, replay
 from recipes.microworld.teacher import point
 from recipes.microworld.teacher.average import average
 from recipes.microworld.teacher.pointing import Pointing
@@ -141,6 +143,23 @@ def test_runs_of_the_manifest_train_earlier_ones_further(pair, tmp_path, monkeyp
     assert all(torch.equal(second[name], value) for name, value in first.items())
 
 
+def test_the_next_pair_is_made_from_this_one_and_from_what_was_kept(pair, tmp_path, monkeypatch, capsys):
+    """Its runs go on elsewhere from the results that are kept; what is drawn from seeds is drawn again."""
+    write_configs(tmp_path)
+    monkeypatch.setattr(training, "CONFIGS", tmp_path)
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    replay(out, last="relearnt-1", shorten=1000, init=pair, manifest=BOTH)
+    keep(out, kept, BOTH)
+    finished = {"reasoner", "distil", "teacher", "relearnt-1"}
+    assert json.loads((kept / JOURNAL).read_text()).keys() == {"latents", *finished}
+    assert not list(kept.rglob("*.mp4")) and [path.parent.parent.name for path in kept.rglob("*.pt")] == ["relearnt-1"]
+    assert {path.parent.name for path in kept.rglob("log.jsonl")} == finished
+    replay(kept, shorten=1000, init=pair, manifest=BOTH)
+    printed = capsys.readouterr().out
+    assert "[2/11] reasoner: finished" in printed and printed.count("collect: stage collect") == 2
+    assert TeacherPipeline.from_pretrained(pair=kept / "pair").teacher.writer
+
+
 def test_bench_resumes_and_refuses_other_results(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "vlmteacher.teachers.qwen_vl.QwenVLTeacher.write_queries",
@@ -177,7 +196,7 @@ def test_a_stage_starts_from_the_weights_of_a_pair(pair, tmp_path, monkeypatch):
         "decoder": ("decoder/decoder.safetensors", "decoder.safetensors"),
         "reasoner": (
             "reasoner/reasoner/transformer/diffusion_pytorch_model.safetensors",
-            "reasoner/transformer/diffusion_pytorch_model.safetensors",
+            "many_step/diffusion_pytorch_model.safetensors",
         ),
         "teacher": ("teacher/teacher/model.safetensors", "teacher/model.safetensors"),
     }
