@@ -1,6 +1,6 @@
-// Vectors of 16 float32 numbers, loaded from bfloat16 or float32. Only for files compiled with AVX-512 flags (bfloat16:
-// AVX-512 BF16 flags): it has internal linkage, so that the linker cannot share it with code that runs on any
-// processor.
+// Vectors of 16 float32 numbers, loaded from bfloat16 or float32. Only for files compiled with AVX-512 flags: it has
+// internal linkage, so that the linker cannot share it with code that runs on any processor, nor what is compiled with
+// AVX-512 BF16 flags with what is not.
 #pragma once
 #include <immintrin.h>
 
@@ -21,19 +21,41 @@ inline __mmask16 lanes(int64_t count) {
 }
 
 // A word is a lane of an operand: two bfloat16 that are adjacent along the sum, or one float32.
-#if defined(__AVX512BF16__)
+// Without AVX-512 BF16 a product of words is two of float32.
 struct BFloat16 {
   static constexpr int64_t kDepth = 2, kBytes = 2;
+#if defined(__AVX512BF16__)
   static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
   }
+  static __m256i rounded(__m512 value) { return (__m256i)_mm512_cvtneps_pbh(value); }
+  static __m512i rounded(__m512 first, __m512 second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
+#else
+  static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
+    return _mm512_fmadd_ps(second(a), second(b), _mm512_fmadd_ps(first(a), first(b), sum));
+  }
+  static __m256i rounded(__m512 value) {
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i nearest = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);  // ties to even
+    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(nearest, nan, _mm512_set1_epi32(-1)), 16));
+  }
+  static __m512i rounded(__m512 first, __m512 second) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(rounded(first)), rounded(second), 1);
+  }
+  static __m512 first(__m512i words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
+  static __m512 second(__m512i words) {
+    return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xffff0000))));
+  }
+#endif
   // Full vectors are a separate case: masked accesses of 16-bit elements are slow on some processors.
   static __m512 load(const char* from, __mmask16 mask) {
     const __m256i half = mask == kAll ? _mm256_loadu_si256((const __m256i*)from) : _mm256_maskz_loadu_epi16(mask, from);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
   }
   static void store(char* to, __mmask16 mask, __m512 value) {
-    const __m256i half = (__m256i)_mm512_cvtneps_pbh(value);
+    const __m256i half = rounded(value);
     mask == kAll ? _mm256_storeu_si256((__m256i*)to, half) : _mm256_mask_storeu_epi16(to, mask, half);
   }
   // The words of 16 columns from rows `first` and `second` (null: zeros) of a matrix.
@@ -43,7 +65,6 @@ struct BFloat16 {
     return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, second)), 16));
   }
 };
-#endif
 
 struct Float32 {
   static constexpr int64_t kDepth = 1, kBytes = 4;

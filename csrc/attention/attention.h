@@ -40,6 +40,7 @@ struct Kernels {
 
 FOR_SOME_PROCESSORS Kernels float32_avx512();
 FOR_SOME_PROCESSORS Kernels bfloat16_avx512();
+FOR_SOME_PROCESSORS Kernels bfloat16_avx512bf16();
 FOR_SOME_PROCESSORS Kernels bfloat16_amx();
 
 }  // namespace vlmteacher::attention

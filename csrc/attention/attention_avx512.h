@@ -23,7 +23,7 @@ int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 template <class T>
 void store_pair(char* to, __m512 first, __m512 second) {
   if constexpr (T::kDepth == 2) {
-    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+    _mm512_storeu_si512(to, T::rounded(first, second));
   } else {
     _mm512_storeu_ps(to, first);
     _mm512_storeu_ps(to + 64, second);
@@ -358,7 +358,7 @@ struct BackwardBlock {
         store_pair<T>(to + i * kBlock * T::kBytes, s[i][0], s[i][1]);
       }
       if constexpr (T::kDepth == 2) UNROLL for (int v = 0; v < 2; ++v) {
-          const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(s[1][v], s[0][v]);
+          const __m512i both = T::rounded(s[0][v], s[1][v]);
           _mm512_store_si512(words + v * 64, _mm512_permutexvar_epi16(interleave, both));
         }
     }

@@ -4,7 +4,7 @@
 
 namespace vlmteacher::attention {
 
-Kernels bfloat16_avx512() { return kernels<BFloat16>(); }
+Kernels bfloat16_avx512bf16() { return kernels<BFloat16>(); }
 
 }  // namespace vlmteacher::attention
 #endif

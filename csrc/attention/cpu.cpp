@@ -21,8 +21,7 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& spans
   const ScalarType dtype = q.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || (dtype == ScalarType::BFloat16 && q.size(3) % 2 == 0),
                   "attention takes float32, and bfloat16 with an even number of channels");
-  STD_TORCH_CHECK(uses(dtype == ScalarType::Float ? Processor::kAvx512 : Processor::kAvx512Bf16),
-                  "attention needs a processor, and a build, with AVX-512 (bfloat16: AVX-512 BF16)");
+  STD_TORCH_CHECK(uses(Processor::kAvx512), "attention needs a processor, and a build, with AVX-512");
   expect("k", k, {q.size(0), kAny, kAny, q.size(3)}, dtype, q);
   expect_like("v", v, k);
   STD_TORCH_CHECK(k.size(1) > 0 && k.size(2) > 0 && q.size(2) % k.size(2) == 0, k.size(1), " keys, or ", k.size(2),
@@ -59,7 +58,8 @@ attention::Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, co
 
 attention::Kernels kernels_for(const Tensor& q) {
   if (q.scalar_type() == ScalarType::Float) return attention::float32_avx512();
-  return uses(Processor::kAmxTiles) ? attention::bfloat16_amx() : attention::bfloat16_avx512();
+  if (uses(Processor::kAmxTiles)) return attention::bfloat16_amx();
+  return uses(Processor::kAvx512Bf16) ? attention::bfloat16_avx512bf16() : attention::bfloat16_avx512();
 }
 
 void read(attention::Problem& p, const Tensor& softmax) {

@@ -14,8 +14,7 @@ char* bytes(const Tensor& t) { return static_cast<char*>(t.mutable_data_ptr()); 
 
 void check(const Tensor& x) {
   STD_TORCH_CHECK(half(x) || x.scalar_type() == ScalarType::Float, "this operator takes float32 and bfloat16");
-  STD_TORCH_CHECK(uses(half(x) ? Processor::kAvx512Bf16 : Processor::kAvx512),
-                  "this operator needs a processor, and a build, with AVX-512 (bfloat16: AVX-512 BF16)");
+  STD_TORCH_CHECK(uses(Processor::kAvx512), "this operator needs a processor, and a build, with AVX-512");
 }
 
 // x (B, N, H, d), rows of any strides but contiguous elements; cos, sin (N, 1, d / 2).
@@ -33,7 +32,9 @@ Tensor rotate(const Tensor& any_x, const Tensor& any_cos, const Tensor& any_sin,
   const char* from = bytes(x);
   char* to = bytes(out);
   const int64_t row = heads * 2 * width;
-  const auto rotated = half(x) ? elementwise::rotate_bfloat16 : elementwise::rotate_float32;
+  const auto rotated = !half(x)                       ? elementwise::rotate_float32
+                       : uses(Processor::kAvx512Bf16) ? elementwise::rotate_bfloat16_avx512bf16
+                                                      : elementwise::rotate_bfloat16_avx512;
   torch::stable::parallel_for(0, x.size(0) * tokens, kGrain / (row + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t token = i % tokens;
@@ -53,7 +54,9 @@ Tensor gelu(const Tensor& any_x, const Maybe& any_grad) {
   const char *from = bytes(x), *slope = grad ? bytes(*grad) : nullptr;
   char* to = bytes(out);
   const int64_t size = x.element_size();
-  const auto computed = half(x) ? elementwise::gelu_bfloat16 : elementwise::gelu_float32;
+  const auto computed = !half(x)                       ? elementwise::gelu_float32
+                        : uses(Processor::kAvx512Bf16) ? elementwise::gelu_bfloat16_avx512bf16
+                                                       : elementwise::gelu_bfloat16_avx512;
   torch::stable::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
     const int64_t at = begin * size;
     computed(end - begin, from + at, slope ? slope + at : nullptr, to + at);

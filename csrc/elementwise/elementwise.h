@@ -1,5 +1,5 @@
-// Element-wise work of transformers, float32 for processors with AVX-512, bfloat16 with AVX-512 BF16; arithmetic in
-// float32. The definitions are in vlmteacher/ops/elementwise.py.
+// Element-wise work of transformers for processors with AVX-512, arithmetic in float32. The definitions are in
+// vlmteacher/ops/elementwise.py.
 #pragma once
 #include <cstdint>
 
@@ -11,10 +11,10 @@ namespace vlmteacher::elementwise {
 // rotates the other way.
 using Rotate = void(bool back, int64_t heads, int64_t width, const char* x, int64_t stride, const float* cos,
                     const float* sin, char* out);
-FOR_SOME_PROCESSORS Rotate rotate_float32, rotate_bfloat16;
+FOR_SOME_PROCESSORS Rotate rotate_float32, rotate_bfloat16_avx512, rotate_bfloat16_avx512bf16;
 
 // out = gelu(x), the approximation by tanh; where `grad` is not null, out = grad * gelu'(x).
 using Gelu = void(int64_t count, const char* x, const char* grad, char* out);
-FOR_SOME_PROCESSORS Gelu gelu_float32, gelu_bfloat16;
+FOR_SOME_PROCESSORS Gelu gelu_float32, gelu_bfloat16_avx512, gelu_bfloat16_avx512bf16;
 
 }  // namespace vlmteacher::elementwise

@@ -1,5 +1,5 @@
 // The fused LoRA linear on the CPU. The definition is vlmteacher/ops/lora_linear.py. The products are our own where the
-// processor has AVX-512 BF16: those with the rank always, the big ones in bfloat16 where it has no AMX. Else they are
+// processor has AVX-512: those with the rank always, the big ones in bfloat16 where it has no AMX. Else they are
 // the vendor's.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
@@ -81,7 +81,7 @@ class WithRank {
     l_ = {left.data(), left.of.stride(0), left.turned}, r_ = {right.data(), right.of.stride(0), right.turned};
     to_ = out.data(), stride_ = out.of.stride(0);
     // A handful of float32 sums (one row of x) is no work to save: theirs then round as the plain expression's do.
-    own_ = half_ ? uses(Processor::kAvx512Bf16) && skinny::takes_bfloat16(l_, r_, k_)
+    own_ = half_ ? uses(Processor::kAvx512) && skinny::takes_bfloat16(l_, r_, k_)
                  : uses(Processor::kAvx512) && dtype == ScalarType::Float && m_ * n_ >= 256;
   }
 
@@ -95,7 +95,9 @@ class WithRank {
     skinny::Matrix& some = by_rows ? l : r;
     const bool strided = by_rows != some.transposed;  // elements of that side stand a row apart
     some.data = static_cast<const char*>(some.data) + begin * (half_ ? 2 : 4) * (strided ? some.stride : 1);
-    const auto product = half_ ? skinny::product_bfloat16 : skinny::product_float32;
+    const auto product = !half_                         ? skinny::product_float32
+                         : uses(Processor::kAvx512Bf16) ? skinny::product_bfloat16_avx512bf16
+                                                        : skinny::product_bfloat16_avx512;
     product(by_rows ? end - begin : m_, by_rows ? n_ : end - begin, k_, static_cast<float>(alpha_), l, r, accumulate_,
             to_ + begin * (wide_ ? 4 : 2) * (by_rows ? stride_ : 1), stride_, wide_);
   }
@@ -158,7 +160,7 @@ void in_turn(int64_t rows, const std::vector<WithRank>& products) {
 // packing of the weight.
 bool takes(ScalarType dtype, int64_t rows, const std::vector<int64_t>& columns) {
   const bool even = std::all_of(columns.begin(), columns.end(), [](int64_t count) { return count % 2 == 0; });
-  const bool own = uses(Processor::kAvx512Bf16) && processor() != Processor::kAmx;
+  const bool own = uses(Processor::kAvx512) && processor() != Processor::kAmx;
   return own && even && dtype == ScalarType::BFloat16 && rows >= 4;
 }
 
@@ -199,7 +201,9 @@ void in_panels(std::vector<Wide>& products) {
     for (int64_t row = 0; row < m; row += rows)
       for (int64_t panel = 0; panel < each.panels(); panel += group)
         tasks.push_back({&each.product, row, std::min(rows, m - row), panel});
-  const auto part = uses(Processor::kAmxTiles) ? wide::part_amx : wide::part_avx512;
+  const auto part = uses(Processor::kAmxTiles)     ? wide::part_amx
+                    : uses(Processor::kAvx512Bf16) ? wide::part_avx512bf16
+                                                   : wide::part_avx512;
   std::atomic<size_t> next = 0;
   torch::stable::parallel_for(0, std::min<int64_t>(threads, tasks.size()), 1, [&](int64_t, int64_t) {
     for (size_t i = next++; i < tasks.size(); i = next++)
@@ -216,11 +220,12 @@ Tensor stack(const Tensor& x, const Tensors& tensors, double factor = 1) {
   for (const Tensor& t : tensors) rows += t.size(0);
   Tensor all = empty(x, rows, tensors[0].size(1));
   char* to = static_cast<char*>(all.mutable_data_ptr());
+  const auto round = uses(Processor::kAvx512Bf16) ? skinny::round_avx512bf16 : skinny::round_avx512;
   for (const Tensor& t : tensors) {
     const int64_t count = t.numel();
-    if (uses(Processor::kAvx512Bf16) && dtype == ScalarType::BFloat16 &&
+    if (uses(Processor::kAvx512) && dtype == ScalarType::BFloat16 &&
         (factor != 1 || t.scalar_type() == ScalarType::Float))
-      skinny::round(static_cast<const float*>(as(ScalarType::Float, t).const_data_ptr()), count, float(factor), to);
+      round(static_cast<const float*>(as(ScalarType::Float, t).const_data_ptr()), count, float(factor), to);
     else
       std::memcpy(to, as(dtype, t).const_data_ptr(), count * all.element_size());
     to += count * all.element_size();

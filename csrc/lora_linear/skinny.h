@@ -1,4 +1,4 @@
-// Matrix products with a short side (the LoRA's rank): float32 for processors with AVX-512, bfloat16 with AVX-512 BF16.
+// Matrix products with a short side (the LoRA's rank), for processors with AVX-512.
 // Vendor libraries run these at a third of the speed of the big product, and their calls cost more than the work at
 // small sizes.
 #pragma once
@@ -25,9 +25,10 @@ inline bool takes_bfloat16(const Matrix& left, const Matrix& right, int64_t k) {
 // the size of the shorter operand.
 using Multiply = void(int64_t m, int64_t n, int64_t k, float alpha, const Matrix& left, const Matrix& right,
                       bool accumulate, void* out, int64_t out_stride, bool wide);
-FOR_SOME_PROCESSORS Multiply product_float32, product_bfloat16;
+FOR_SOME_PROCESSORS Multiply product_float32, product_bfloat16_avx512, product_bfloat16_avx512bf16;
 
 // to (bfloat16) = factor from (float32), rounded to nearest.
-FOR_SOME_PROCESSORS void round(const float* from, int64_t count, float factor, void* to);
+using Round = void(const float* from, int64_t count, float factor, void* to);
+FOR_SOME_PROCESSORS Round round_avx512, round_avx512bf16;
 
 }  // namespace vlmteacher::skinny

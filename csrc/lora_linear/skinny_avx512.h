@@ -173,5 +173,12 @@ void product_of(int64_t m, int64_t n, int64_t k, float alpha, const Matrix& left
   }
 }
 
+inline void round_of(const float* from, int64_t count, float factor, void* to) {
+  const __m512 factors = _mm512_set1_ps(factor);
+  for (; count > 0; count -= kLanes, from += kLanes, to = static_cast<char*>(to) + 2 * kLanes)
+    BFloat16::store(static_cast<char*>(to), lanes(count),
+                    _mm512_mul_ps(factors, Float32::load(reinterpret_cast<const char*>(from), lanes(count))));
+}
+
 }  // namespace
 }  // namespace vlmteacher::skinny

@@ -1,4 +1,4 @@
-// Panels of the right operand of a wide product, for the files that multiply them by AVX-512 BF16 and by AMX.
+// Panels of the right operand of a wide product, for the files that multiply them by AVX-512 and by AMX.
 #pragma once
 #include "../avx512.h"
 #include "wide.h"

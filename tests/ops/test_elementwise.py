@@ -9,16 +9,16 @@ from torch import Tensor
 
 from tests.rounding import check, expected
 from vlmteacher.ops import elementwise
-from vlmteacher.ops.backends import has_avx512_bf16
 from vlmteacher.ops.elementwise import gelu, rotate, rotate_reference
+from vlmteacher.ops.processors import is_own
 
 
 @pytest.fixture(params=["fast", "torch"], autouse=True)
 def backend(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(elementwise, "_is_fast", lambda x: False)
-    elif not has_avx512_bf16():
-        pytest.skip("no AVX-512 with bfloat16 here")
+    elif not is_own("elementwise", torch.bfloat16):
+        pytest.skip("no AVX-512 here")
 
 
 def run(function, x: Tensor, grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -50,6 +50,16 @@ def test_rotate(shape, dtype):
     x, grad, cos, sin = drawn_rotation(shape, dtype)
     ours = run(lambda t: rotate(t, cos, sin), x, grad, dtype)
     check(ours, expected(rotation, cos, sin, x, grad, dtype))
+
+
+def test_bfloat16_is_rounded_to_the_nearest():
+    """Ties to even, as torch rounds, whichever instructions do it."""
+    values = torch.randn(4, 33, generator=torch.Generator().manual_seed(0)).bfloat16()
+    values[0, :4] = torch.tensor([torch.inf, -torch.inf, torch.nan, 3.3e38])
+    factors = torch.tensor([1 + 1 / 256, 1 + 3 / 256, 1.1, 3.0])[:, None].expand(4, 33)  # the first two make ties
+    x = torch.cat([values, torch.zeros(4, 33)], 1).bfloat16()[None, :, None]
+    rotated = rotate(x, factors[:, None].contiguous(), torch.zeros(4, 1, 33))[0, :, 0, :33]
+    torch.testing.assert_close(rotated, (values.float() * factors).bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -299,9 +299,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans | None = None, backe
         q: (B, N, H, d) and k, v: (B, M, G, d), where each of the G key heads serves H / G consecutive query heads.
             Floating point, of one dtype; copied if the last dimension is not contiguous.
         spans: which keys each query attends to, the same for all batch entries and heads; None: all keys.
-        backend: "native" (CPUs with AVX-512 for float32, AVX-512 BF16 for bfloat16), "sdpa" (torch's), "flex" (torch's
-            FlexAttention), "xformers" and "flash" (the package flash-attn), both for GPUs, with "sdpa" for the masks
-            that they do not support. None: "native" where it runs, else "sdpa".
+        backend: "native" (CPUs with AVX-512, float32 and bfloat16), "sdpa" (torch's), "flex" (torch's FlexAttention),
+            "xformers" and "flash" (the package flash-attn), both for GPUs, with "sdpa" for the masks that they do not
+            support. None: "native" where it runs, else "sdpa".
 
     Returns:
         (B, N, H, d). Differentiable with respect to q, k and v; once by the native operator.
@@ -319,7 +319,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans | None = None, backe
         if not is_native(q):
             raise InputError(
                 f"native attention cannot run on {q.dtype} with {q.shape[-1]} channels on {q.device} here: "
-                "it needs a CPU with AVX-512 for float32, AVX-512 BF16 for bfloat16 (see `vlmteacher env`)"
+                "it needs a CPU with AVX-512, and float32 or bfloat16 of even channels (see `vlmteacher env`)"
             )
         return _native(q, k, v, spans)
     return _flex(q, k, v, spans) if backend == "flex" else _library(backend, q, k, v, spans)

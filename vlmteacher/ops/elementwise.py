@@ -1,6 +1,6 @@
 """Element-wise operators of a transformer, each one pass forward and backward, computed in float32.
 
-C++ on CPUs with AVX-512 (bfloat16: AVX-512 BF16), Triton for the rotation on GPUs, torch's own operators elsewhere.
+C++ on CPUs with AVX-512, Triton for the rotation on GPUs, torch's own operators elsewhere.
 """
 
 from __future__ import annotations

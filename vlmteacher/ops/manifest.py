@@ -15,7 +15,7 @@ class Operator:
         schemas: names under which torch.library knows it, in the namespaces vlmteacher, vlmteacher_cpp and
             vlmteacher_cuda; a schema's backward is called `SCHEMA_backward`.
         backends: of "cpp" (C++ on the CPU), "cuda" (CUDA C++) and "triton", those that it has.
-        avx512: its C++ backend needs a processor with AVX-512 BF16.
+        avx512: its C++ backend needs a processor with AVX-512, or a part of it one with AVX-512 BF16.
         cpp_helpers: schemas that only the C++ backend registers.
         benchmark: module in benchmarks/, and in benchmarks/gpu/ for an operator that runs on GPUs; default: its name.
         compiled: the least number of kernels in the compile table, by backend and architecture.
