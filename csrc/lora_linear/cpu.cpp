@@ -59,14 +59,23 @@ struct Operand {
   }
 };
 
-// out (m, n) = alpha left right + beta out; a 1-d `base` (the bias) takes the place of out on the right.
-void vendor(Tensor out, const Tensor& base, const Tensor& left, const Tensor& right, double alpha, double beta) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), base.get(), left.get(), right.get(), beta, alpha));
-}
-
 // `t`, contiguous, in `dtype`.
 Tensor as(ScalarType dtype, const Tensor& t) {
   return t.scalar_type() == dtype ? dense(t) : dense(torch::stable::to(t, dtype));
+}
+
+// out (m, n) = alpha left right + beta out; a 1-d `base` (the bias) takes the place of out on the right. On processors
+// without instructions for it the vendor's products of bfloat16 take several times those of float32: there it is
+// widened before them.
+void vendor(Tensor out, const Tensor& base, const Tensor& left, const Tensor& right, double alpha, double beta) {
+  if (out.scalar_type() == ScalarType::BFloat16 && !uses(Processor::kAvx512Bf16)) {
+    const auto widened = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Float); };
+    const Tensor sum = torch::stable::new_empty(out, {out.size(0), out.size(1)}, ScalarType::Float);
+    vendor(sum, beta == 0 ? sum : widened(base), widened(left), widened(right), alpha, beta);
+    torch::stable::copy_(out, sum);
+    return;
+  }
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), base.get(), left.get(), right.get(), beta, alpha));
 }
 
 // out = alpha left right + (accumulate ? out : 0) where one of the sides is the rank; all have contiguous rows. The

@@ -162,6 +162,7 @@ def test_the_documented_commands_for_placement() -> None:
     assert (both.quantize_reasoner, both.quantize, both.offload) == ("4bit", "4bit", True)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_lora(run: Run, solve: Any, tmp_path: Path) -> None:
     steps = 150  # long enough for the interrupt to arrive in time on a busy machine
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -55,8 +55,8 @@ def main(part: int) -> None:
             wanted = expected(by_matrices, frames, grad, args, size, out_dtype)
             for what, ours, each in zip(("output", "gradient"), (out, out_grad), wanted, strict=True):
                 units = 1 if ours.dtype == torch.float32 else 2  # the interpreter cuts off, where a GPU rounds
-                part = excess(ours, each, units)
-                rows.append({"case": f"{what} {dtype} {out_dtype} {case}", "error": part, "allowed": 1})
+                off = excess(ours, each, units)
+                rows.append({"case": f"{what} {dtype} {out_dtype} {case}", "error": off, "allowed": 1})
     for number, case in list(enumerate(SHUFFLES))[part::PARTS]:
         for dtype, out_dtype in (DTYPES[0], DTYPES[1 + number % (len(DTYPES) - 1)]):
             drawn = draw_shuffle(case, dtype, out_dtype)

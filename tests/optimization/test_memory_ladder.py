@@ -93,6 +93,7 @@ def peak(loop: Optimization, rungs: list[str]) -> int:
     return allocator.peak[""]
 
 
+@pytest.mark.slow
 def test_a_full_memory_costs_rungs_and_no_loss(make: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     peaks = [peak(make(), RUNGS[:count]) for count in range(len(RUNGS) + 1)]

@@ -87,6 +87,7 @@ def test_the_packaged_pair_loads_and_optimises(pair):
     assert isinstance(pipe.teacher, VLMTeacher) and pipe.teacher.writer
 
 
+@pytest.mark.slow
 def test_pointing_resumes_to_the_same_weights(pair, tmp_path, monkeypatch):
     write_configs(tmp_path)
     monkeypatch.setattr(training, "CONFIGS", tmp_path)
@@ -143,6 +144,7 @@ def test_runs_of_the_manifest_train_earlier_ones_further(pair, tmp_path, monkeyp
     assert all(torch.equal(second[name], value) for name, value in first.items())
 
 
+@pytest.mark.slow
 def test_the_next_pair_is_made_from_this_one_and_from_what_was_kept(pair, tmp_path, monkeypatch, capsys):
     """Its runs go on elsewhere from the results that are kept; what is drawn from seeds is drawn again."""
     write_configs(tmp_path)
