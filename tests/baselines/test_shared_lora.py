@@ -141,7 +141,7 @@ def move(parameters: list[torch.nn.Parameter], by: torch.Tensor) -> None:
         parameter += part.view_as(parameter)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(days=28)
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_make_one_lora(kind: str, config: Callable[..., Path], run: Run, tmp_path: Path) -> None:
     """Each process draws its own prompts, and both make the same update."""

@@ -95,7 +95,7 @@ def test_a_signal_is_named(cluster: Any) -> None:
     assert stop.value.status == 143
 
 
-@pytest.mark.slow
+@pytest.mark.slow(days=28)
 def test_an_actor_killed_in_the_middle_changes_nothing(pair: Path, tmp_path: Path) -> None:  # noqa: F811
     bench, log = Bench(pair=str(pair)), tmp_path / "together/instances.jsonl"
     alone = run_method("base", bench, ["id"], 4, 1, tmp_path / "alone")

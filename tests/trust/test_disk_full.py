@@ -59,7 +59,7 @@ FULL, READ_ONLY = errno.ENOSPC, errno.EROFS
 @pytest.mark.parametrize(
     ("error", "lasting", "part"),
     [
-        pytest.param(error, lasting, part, marks=[] if number == part == 0 else pytest.mark.slow)
+        pytest.param(error, lasting, part, marks=[] if number == part == 0 else pytest.mark.slow(days=28))
         for number, (error, lasting) in enumerate([(FULL, True), (FULL, False), (READ_ONLY, True)])
         for part in range(PARTS)
     ],

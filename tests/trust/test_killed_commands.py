@@ -35,7 +35,7 @@ CONFIGS: dict[str, tuple[list[str], dict[str, Any]]] = {
 BENCH = ["bench", "microworld", "--limit", "3", "--method"]
 SWEEPS = {"base": [*BENCH, "base"], "steps@1": [*BENCH, "steps@1"]}
 NAMES = [*CONFIGS, *SWEEPS, "demo"]
-SLOW = pytest.mark.slow
+SLOW = pytest.mark.slow(days=28)
 
 Make = Callable[[str, Path], list[str]]
 

@@ -50,7 +50,7 @@ def results(folder: Path) -> dict[str, Any]:
     return without_seconds(json.loads((folder / "results.json").read_text()))
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 14))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow(days=28)) for seed in range(1, 14))])
 def test_signals_at_random(
     forks: Forks, bench: Bench, whole: tuple[dict[str, Any], Result], tmp_path: Path, seed: int
 ) -> None:
