@@ -76,6 +76,21 @@ struct Float32 {
   static __m512i words(const char* first, const char*, __mmask16 mask) { return _mm512_maskz_loadu_epi32(mask, first); }
 };
 
+// One word of a product: sums (ROWS, VECTORS) += a left operand's word in each of its rows, `step` bytes apart, times a
+// panel's vectors of words. Inlined, so that the sums stay in registers.
+template <class T, int ROWS, int VECTORS>
+__attribute__((always_inline)) inline void add_word(__m512 (&sums)[ROWS][VECTORS], const char* left, int64_t step,
+                                                    const char* panel) {
+  __m512i right[VECTORS];
+  UNROLL for (int v = 0; v < VECTORS; ++v) right[v] = _mm512_loadu_si512(panel + 64 * v);
+  UNROLL for (int i = 0; i < ROWS; ++i) {
+    int32_t word;
+    std::memcpy(&word, left + i * step, 4);
+    const __m512i broadcast = _mm512_set1_epi32(word);
+    UNROLL for (int v = 0; v < VECTORS; ++v) sums[i][v] = T::multiply_add(sums[i][v], broadcast, right[v]);
+  }
+}
+
 // Rows of 16 words become columns.
 inline void transpose(__m512i (&r)[16]) {
   __m512i t[16];

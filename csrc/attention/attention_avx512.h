@@ -51,16 +51,8 @@ struct Unit {
       __m512 sums[kRows][V];
       UNROLL for (auto& row : sums) UNROLL for (auto& vector : row) vector = _mm512_setzero_ps();
       stop = least(words, kRun);
-      for (int64_t word = 0; word < stop; ++word, left += word_step, panel += 64 * V) {
-        __m512i right[V];
-        UNROLL for (int v = 0; v < V; ++v) right[v] = _mm512_load_si512(panel + 64 * v);
-        UNROLL for (int i = 0; i < kRows; ++i) {
-          int32_t bits;
-          memcpy(&bits, left + i * row_step, 4);
-          const __m512i broadcast = _mm512_set1_epi32(bits);
-          UNROLL for (int v = 0; v < V; ++v) sums[i][v] = T::multiply_add(sums[i][v], broadcast, right[v]);
-        }
-      }
+      for (int64_t word = 0; word < stop; ++word, left += word_step, panel += 64 * V)
+        add_word<T>(sums, left, row_step, panel);
       if (add)
         UNROLL for (int i = 0; i < kRows; ++i) UNROLL for (int v = 0; v < V; ++v) sums[i][v] =
             _mm512_add_ps(sums[i][v], _mm512_load_ps(out + i * stride + v * kLanes));

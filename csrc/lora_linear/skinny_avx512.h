@@ -55,16 +55,7 @@ struct Sums {
   // The sums over the next `words`, from zero.
   void of(const Tile& t, int64_t words, const char*& left, const char*& panel) {
     UNROLL for (auto& row : value) UNROLL for (auto& vector : row) vector = _mm512_setzero_ps();
-    for (; words > 0; --words, left += t.word_step, panel += 64 * VECTORS) {
-      __m512i right[VECTORS];
-      UNROLL for (int v = 0; v < VECTORS; ++v) right[v] = _mm512_loadu_si512(panel + 64 * v);
-      UNROLL for (int i = 0; i < ROWS; ++i) {
-        int32_t word;
-        std::memcpy(&word, left + i * t.row_step, 4);
-        const __m512i broadcast = _mm512_set1_epi32(word);
-        UNROLL for (int v = 0; v < VECTORS; ++v) value[i][v] = T::multiply_add(value[i][v], broadcast, right[v]);
-      }
-    }
+    for (; words > 0; --words, left += t.word_step, panel += 64 * VECTORS) add_word<T>(value, left, t.row_step, panel);
   }
 
   // To `out`, whose elements an Out loads and stores.

@@ -43,16 +43,8 @@ void run(const Tile& t) {
   for (int64_t s = 0; s < t.count; ++s) {
     const int64_t step = t.stretches[s].step;
     const char* left = t.stretches[s].left + t.row * step;
-    for (int64_t words = t.stretches[s].words; words > 0; --words, left += 4, panel += 64 * kVectors) {
-      __m512i right[kVectors];
-      UNROLL for (int v = 0; v < kVectors; ++v) right[v] = _mm512_loadu_si512(panel + 64 * v);
-      UNROLL for (int i = 0; i < ROWS; ++i) {
-        int32_t word;
-        std::memcpy(&word, left + i * step, 4);
-        const __m512i broadcast = _mm512_set1_epi32(word);
-        UNROLL for (int v = 0; v < kVectors; ++v) sum[i][v] = BFloat16::multiply_add(sum[i][v], broadcast, right[v]);
-      }
-    }
+    for (int64_t words = t.stretches[s].words; words > 0; --words, left += 4, panel += 64 * kVectors)
+      add_word<BFloat16>(sum, left, step, panel);
   }
   UNROLL for (int v = 0; v < kVectors; ++v) {
     const __mmask16 mask = lanes(t.columns - v * kLanes);

@@ -23,16 +23,7 @@ struct Sums {
   void clear() { UNROLL for (auto& pixel : value) UNROLL for (auto& vector : pixel) vector = _mm512_setzero_ps(); }
 
   void add(const char* left, int64_t step, const char*& panel, int64_t words) {
-    for (; words > 0; --words, left += 4, panel += 64 * VECTORS) {
-      __m512i right[VECTORS];
-      UNROLL for (int v = 0; v < VECTORS; ++v) right[v] = _mm512_loadu_si512(panel + 64 * v);
-      UNROLL for (int i = 0; i < PIXELS; ++i) {
-        int32_t word;
-        std::memcpy(&word, left + i * step, 4);
-        const __m512i broadcast = _mm512_set1_epi32(word);
-        UNROLL for (int v = 0; v < VECTORS; ++v) value[i][v] = BFloat16::multiply_add(value[i][v], broadcast, right[v]);
-      }
-    }
+    for (; words > 0; --words, left += 4, panel += 64 * VECTORS) add_word<BFloat16>(value, left, step, panel);
   }
 };
 
