@@ -20,9 +20,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.processors import SETS, variables
-from vlmteacher.errors import InputError
-from vlmteacher.ops.backends import cpp_status
-from vlmteacher.ops.processors import VARIABLE, limit, processor_name
+from tests.processors import reachable
+from vlmteacher.ops.processors import VARIABLE, processor_name
 
 ROOT = Path(__file__).parents[1]
 PATHS = {
@@ -88,16 +87,6 @@ def run(path: str, arguments: list[str]) -> tuple[int, int, list[str], float]:
     return passed, skipped, failed, time.perf_counter() - start
 
 
-def not_reached(path: str) -> str:
-    """Why this processor cannot compute as that path's; empty if it can."""
-    wanted = PATHS[path].get(VARIABLE, "")
-    try:
-        limit(wanted)
-    except InputError:
-        return f"not run: this processor does not reach {wanted}"
-    return ""
-
-
 def processor() -> str:
     """Its name and number of cores, and whether it has AMX."""
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -110,10 +99,10 @@ def main() -> None:
     parser.add_argument("--path", action="append", choices=PATHS, help="of these alone; may be given several times")
     parser.add_argument("--write", type=Path, help="a Markdown file for the table")
     settings, arguments = parser.parse_known_args()
-    cpp_status()  # loads the operators, which know what this processor reaches
     rows, wrong = [], False
     for path in settings.path or PATHS:
-        if reason := not_reached(path):
+        if PATHS[path][VARIABLE] not in reachable():
+            reason = f"not run: this processor does not reach {PATHS[path][VARIABLE]}"
             rows.append(f"| {path} | | | {reason} |")
             print(f"{path:<20} {reason}", flush=True)
             continue

@@ -37,12 +37,12 @@ def keep(out: Path, to: Path, manifest: Manifest) -> None:
     for entry in reversed(manifest.entries):
         if entry.name in finished and entry.stage in DRAWN and entry.folder in _read(manifest, left):
             left.append(entry)
-    drawn = {entry.name for entry in left}
+    again, read = {entry.name for entry in left}, _read(manifest, left)
     with claimed(to):
         for entry in manifest.entries:
             if entry.name in finished and (out / entry.folder / LOG).exists():
                 _copy(out / entry.folder / LOG, out, to)
-            if entry.name in drawn or entry.folder not in _read(manifest, left):
+            if entry.name in again or entry.folder not in read:
                 continue
             readers = [other for other in left if entry.name in _origins(other)]
             if any(other.continues for other in readers):
@@ -54,7 +54,7 @@ def keep(out: Path, to: Path, manifest: Manifest) -> None:
                 make_folder((to / entry.folder / STATE).parent)
                 halves = {name: _halved(tensors) for name, tensors in modules.items()}
                 write_state(to / entry.folder / STATE, FORM, {"modules": halves})
-        write_json(to / JOURNAL, {name: settings for name, settings in finished.items() if name not in drawn})
+        write_json(to / JOURNAL, {name: settings for name, settings in finished.items() if name not in again})
 
 
 def _origins(entry: Entry) -> set[str]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from recipes.microworld import clips
+from tests.microworld.blur import soften
 from vlmteacher.microworld import labeller, scorer, world
 from vlmteacher.microworld.facts import Facts, facts_of
 from vlmteacher.microworld.families import FAMILIES
@@ -23,12 +24,6 @@ COUNT = 12  # scenes of each family, half of them out of domain
 def drawn(request) -> list[world.Scene]:
     rng = np.random.default_rng(31)
     return [world.sample_scene(rng, request.param, ("train", "ood")[k % 2]) for k in range(COUNT)]
-
-
-def soften(frames: np.ndarray) -> np.ndarray:
-    for axis in (1, 2):
-        frames = 0.2 * np.roll(frames, 1, axis) + 0.6 * frames + 0.2 * np.roll(frames, -1, axis)
-    return frames
 
 
 def broken(frames: np.ndarray, scene: world.Scene) -> set[str]:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tests.microworld.blur import soften
 from vlmteacher.microworld import corruptions, labeller, world
 from vlmteacher.microworld.facts import facts_of
 from vlmteacher.microworld.families import FAMILIES
@@ -22,12 +23,6 @@ BREAKS = {
     "mistaken": {"inside", "at", "turns", "fills", "lies", "sorted"},
     "eroded_scenery": {"scenery"},
 }
-
-
-def soften(frames: np.ndarray) -> np.ndarray:
-    for axis in (1, 2):
-        frames = 0.2 * np.roll(frames, 1, axis) + 0.6 * frames + 0.2 * np.roll(frames, -1, axis)
-    return frames
 
 
 @pytest.mark.parametrize("family", world.FAMILIES)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.microworld.blur import soften
 from vlmteacher.evaluation.microworld import right_latents
 from vlmteacher.microworld import corruptions, scorer, world
 from vlmteacher.pipeline import PACKAGED_PAIR
@@ -22,13 +23,6 @@ def scenes() -> dict[str, list[world.Scene]]:
         family: [world.sample_scene(rng, family, ("id", "ood")[k % 2]) for k in range(COUNT)]
         for family in world.FAMILIES
     }
-
-
-def soften(frames: np.ndarray) -> np.ndarray:
-    """Blur edges as a small decoder does."""
-    for axis in (1, 2):
-        frames = 0.2 * np.roll(frames, 1, axis) + 0.6 * frames + 0.2 * np.roll(frames, -1, axis)
-    return frames
 
 
 @pytest.mark.parametrize("family", world.FAMILIES)
