@@ -71,6 +71,7 @@ def out_of_html(html: str) -> list[str]:
     return re.findall(r"(?:src|href)=[\"']?(?!data:)([^\s\"'>]+)", html)
 
 
+@pytest.mark.slow
 def test_the_custom_reward_runs(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "examples/custom_reward.py"), "--steps", "2", "--out", str(tmp_path / "run")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -63,6 +63,7 @@ def product(x: Tensor, weight: Tensor, order: str, accumulator: torch.dtype, fma
     return ORDERS[order](terms if fma else terms.to(accumulator).double(), accumulator).to(x.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, *LOW], ids=str)
 @pytest.mark.parametrize("length", [1, 7, 300, 3072])
 @pytest.mark.parametrize("kind", KINDS)

@@ -76,7 +76,7 @@ def run(path: str, arguments: list[str]) -> tuple[int, int, list[str], float]:
     # A process a core, whatever its threads: those that wait must not hold the others' core.
     environment = {**os.environ, **PATHS[path], "OMP_WAIT_POLICY": "passive"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "auto", "--dist", "worksteal"]
-    command += ["-k", ELSEWHERE, *arguments]
+    command += ["--slow=all", "-k", ELSEWHERE, *arguments]
     start = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):

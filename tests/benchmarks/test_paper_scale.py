@@ -25,6 +25,7 @@ def main(monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
     return paper_scale.main()
 
 
+@pytest.mark.slow
 def test_all_stages_at_tiny_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,6 +69,7 @@ def test_a_run_is_repeated_by_its_record(run: Run, solve: Any, tmp_path: Path) -
     assert [row["loss"] for row in one["steps"]] == [row["loss"] for row in two["steps"]]
 
 
+@pytest.mark.slow
 def test_a_plan_s_settings_are_solved_with(run: Run, tmp_path: Path) -> None:
     pair = ["--reasoner", "packaged", "--teacher", "packaged"]
     flags = ["--teacher-frames", 6, "--rank", 4, "--dtype", "float32"]

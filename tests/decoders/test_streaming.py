@@ -49,6 +49,7 @@ INDICES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [None, 1, 2, 5])
 @pytest.mark.parametrize("indices", INDICES)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -97,6 +98,7 @@ def test_bfloat16_errs_no_more_than_the_plain_class(family):
     assert (ours <= 2 * plain).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [None, 1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("indices", INDICES)

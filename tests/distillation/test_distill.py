@@ -75,6 +75,7 @@ def test_each_method_writes_a_reasoner_of_few_steps(config, teacher, tmp_path, m
     assert list((tmp_path / "run" / "samples").iterdir())
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_an_uninterrupted_one(config, tmp_path):
     assert distil(config("whole", steps=6)) == 0
     path = config("cut", steps=6)

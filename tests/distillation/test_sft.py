@@ -154,6 +154,7 @@ def test_a_pipeline_of_another_family_is_refused(config, tmp_path, capfd):
     assert "StableDiffusionPipeline" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_make_one_result(config, teacher, tmp_path):
     """Each process draws its own batches, and both make the same update.
 

@@ -11,7 +11,8 @@ from tests.kernels.interpreter import with_triton
 from vlmteacher.ops.manifest import OPERATORS
 
 with_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")
-COMPILERS = {"triton": [with_triton, pytest.mark.slow], "cuda": [with_nvcc]}  # Triton's takes minutes for an operator
+# Triton's takes minutes for an operator
+COMPILERS = {"triton": [with_triton, pytest.mark.slow(days=28)], "cuda": [with_nvcc, pytest.mark.slow]}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -35,6 +35,7 @@ SHAPES = [  # m, k, n, r: every size that a kernel may have trouble with, in som
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("m", "k", "n", "r"), SHAPES)
@@ -96,6 +97,7 @@ def expected(drawn: dict[str, list[Tensor]], scaling: list[float]) -> dict[str, 
     return rounding.expected(definition, drawn, scaling)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 7])  # of a narrow result each takes some rows
 @pytest.mark.parametrize(
     ("m", "k", "layers"),
@@ -202,10 +204,8 @@ def test_any_of_the_gradients_alone(library, needs):
 
 
 @with_triton
-@pytest.mark.parametrize(
-    "dtype",
-    ["bfloat16", pytest.param("float16", marks=pytest.mark.slow), pytest.param("float32", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_triton_in_its_interpreter(dtype, tmp_path):
     rows = interpreted("lora_linear_process", tmp_path, dtype)
     assert len(rows) == 49

@@ -183,7 +183,8 @@ def test_the_plan_allots_what_a_tile_reads(library):
 
 
 @with_triton
-@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS))])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
 def test_triton_in_its_interpreter(part, tmp_path):
     rows = interpreted("patchify_process", tmp_path, str(part))
     assert len(rows) == 4 * len(CASES[part::PARTS]) + 6 * len(SHUFFLES[part::PARTS]) > 0

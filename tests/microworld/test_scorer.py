@@ -34,6 +34,7 @@ def test_the_right_video_passes(scenes, family):
             assert verdict.success and verdict.score == 1.0
 
 
+@pytest.mark.slow
 def test_right_videos_pass_after_the_packaged_vae(scenes):
     """All but some of `connect`: the VAE may lose a dot that the ball has passed over."""
     reasoner = load_reasoner(str(PACKAGED_PAIR / "reasoner"))

@@ -100,6 +100,7 @@ def test_the_definition_token_by_token(case):
     torch.testing.assert_close(ada_norm_reference(*tensors, first, 1e-6), list(by_token(*tensors, first)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CASES, ids=str)

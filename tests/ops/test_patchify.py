@@ -166,6 +166,7 @@ def test_both_derivatives(temporal_patch, merge, resize):
     assert torch.autograd.gradgradcheck(run, frames)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "out"), TO, ids=str)
 @pytest.mark.parametrize("size", [*SIZES, *RESIZES])
 def test_error_against_float64(size, dtype, out):

@@ -81,6 +81,7 @@ def each_backend(request, monkeypatch):
         pytest.skip(cpp_status()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_against_float64(case, dtype, each_backend):

@@ -32,6 +32,7 @@ def call(library: ctypes.CDLL, name: str, dtype: torch.dtype, *arguments: Tensor
     function(*(ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [5, 16, 37, 130])
 def test_ada_norm_rows(library, width, dtype):
@@ -46,6 +47,7 @@ def test_ada_norm_rows(library, width, dtype):
     check(found, test_ada_norm.expected(drawn, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads, channels", [(1, 2), (3, 10), (2, 16), (5, 38)])
 def test_qk_norm_rope_rows(library, heads, channels, dtype):

@@ -89,6 +89,7 @@ def test_forward(case, dtype):
             assert torch.equal(pack_bits(unpack_bits(signs, n)), signs)  # no stray bit behind the last channel
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("through", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("case", CASES)

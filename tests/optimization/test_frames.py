@@ -99,6 +99,7 @@ def test_a_run_by_change_in_windows_is_resumed_to_the_bit(pipe: TeacherPipeline,
             pipe(PROMPT, generator=seed(), run_dir=tmp_path / "cut", resume=True, **keywords)
 
 
+@pytest.mark.slow
 def test_a_plan_counts_windows(run: Run) -> None:
     plan = ["plan", "--reasoner", "packaged", "--teacher", "packaged", "--json", "--teacher-frames", 4]
     one, three = (json.loads(run(*plan, "--windows", windows)[1]) for windows in (1, 3))

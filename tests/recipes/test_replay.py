@@ -53,6 +53,7 @@ def test_the_packaged_teacher_was_fine_tuned_fifteen_times():
     assert sum(name.startswith("teacher-finetune-") and "begun" not in name for name in names) == 15
 
 
+@pytest.mark.slow
 def test_a_shortened_replay_resumes_and_keeps_what_is_finished(tiny, tmp_path, monkeypatch, capsys):
     arguments = ["replay", "--to", "reasoner", "--shorten", "1000", "--out"]
     assert run(parser, [*arguments, str(tmp_path / "whole")]) == 0

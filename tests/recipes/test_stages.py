@@ -69,6 +69,7 @@ def pair(tmp_path_factory):
     return out / "pair"
 
 
+@pytest.mark.slow
 def test_the_packaged_pair_loads_and_optimises(pair):
     pipe = TeacherPipeline.from_pretrained(pair=pair)
     scene, prompt = world.instance(0, seed=0)

@@ -266,6 +266,7 @@ def assert_equal(ours, theirs):
     assert (ours[1] - theirs[1]).norm() < 1e-4 * theirs[1].norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["small", "other"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("processes", "count", "size"), [(0, 5, (32, 48)), (3, 1, (48, 32)), (7, 4, (48, 80))])
@@ -348,6 +349,7 @@ def test_any_number_of_questions(checkpoint, processes):
     assert_equal(*both(load_teacher(path), path, "qwen3_vl", 3, QUESTIONS[: 1 + processes]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streaming_and_recomputation_change_nothing(checkpoint, family):
     path = checkpoint(family)
@@ -367,6 +369,7 @@ def test_an_answer_of_several_tokens(checkpoint, family):
     assert_equal(*both(teacher, path, family, 3, QUESTIONS[:3]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_is_no_worse_than_stock(checkpoint, family):
     path = checkpoint(family, "no choice")  # of experts: a rounding that changes it is an error of any size
@@ -424,6 +427,7 @@ def test_a_chat_template_that_changes_the_question_is_refused(checkpoint, family
         load_teacher(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("with_image", [True, False])
 def test_queries_are_generated_from_the_image_too(checkpoint, family, with_image, monkeypatch):
@@ -436,6 +440,7 @@ def test_queries_are_generated_from_the_image_too(checkpoint, family, with_image
         teacher.write_queries("Move it.", image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("count", [1, 4, 5])
 @pytest.mark.parametrize("family", FAMILIES)

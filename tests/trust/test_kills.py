@@ -76,6 +76,7 @@ def kill_and_resume(
     return kills
 
 
+@pytest.mark.slow
 def test_a_kill_at_every_rename(forks: Forks, solve: Solve, whole: tuple[Path, Result], tmp_path: Path) -> None:
     assert whole[1].changes > STEPS
     for nth in range(1, whole[1].changes + 1):

@@ -111,6 +111,7 @@ def diffusers_video(directory: Path, scheduler: Any, images: dict[str, Any], sha
     ).frames[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, given, sampler", VIDEOS)
 def test_same_video_as_the_diffusers_pipeline(checkpoint, images, family, given, sampler):
     """Covers text, images as channels and as frames, CLIP's features, experts and guidance, sampler and VAE at once."""
@@ -135,6 +136,7 @@ def test_same_video_as_the_diffusers_pipeline(checkpoint, images, family, given,
     torch.testing.assert_close(ours, theirs, atol=3e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_step_prediction_is_a_step_of_its_own_scheduler_to_zero(checkpoint, images, family, guidance_scale):

@@ -46,6 +46,7 @@ def begin(pointing):
     pointing.clear()
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_cosine(pointing, monkeypatch):
     """Its gradient at the Teacher's weights against differences of the cosine, two steps into the optimisations."""
     monkeypatch.setitem(pointing.config, "straight", 1.0)  # so that all see the same LoRAs whatever the Teacher is
@@ -165,6 +166,7 @@ def test_a_change_of_latents_is_carried_into_frames(pointing):
     assert (pointing.pushed_forward(latents, direction) - exact).norm() < 1e-3 * exact.norm()
 
 
+@pytest.mark.slow
 def test_optimisations_end_and_others_begin(pointing):
     rng = np.random.default_rng(0)
     pointing.step(rng)
