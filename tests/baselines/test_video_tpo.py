@@ -80,6 +80,7 @@ def test_empty_texts_leave_the_prompt(pipe: TeacherPipeline, image: Image.Image)
     assert [one.prompt for one in result.rounds] == [PROMPT] * 3 and result.cost.generator_calls == 6
 
 
+@pytest.mark.slow
 def test_a_real_class_with_random_weights_goes_all_the_way(pipe: TeacherPipeline, image: Image.Image) -> None:
     asked = QuerySet.from_dict(QUERIES)
     first, again = (video_tpo(pipe, PROMPT, image, SEEDS, 2, asked) for _ in range(2))

@@ -180,6 +180,7 @@ def test_cuda(library, m, k, layers, biased, dtype):
     compare(library, m, k, layers, biased, dtype)
 
 
+@pytest.mark.slow
 def test_many_block_rows_and_columns_and_steps(library):
     compare(library, 1100, 80, [(150, 8)], True, torch.bfloat16)
 

@@ -151,6 +151,7 @@ def test_a_resize_by_its_matrices(size, each_backend):
     torch.testing.assert_close(found, exact, atol=1e-11, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temporal_patch, merge", [(1, 1), (2, 2), (4, 1)])
 @pytest.mark.parametrize("resize", [None, (0.5, 2), (1, 1.5)], ids=str)
 def test_both_derivatives(temporal_patch, merge, resize):

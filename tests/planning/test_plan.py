@@ -143,6 +143,7 @@ def test_broken_directories(tmp_path: Path, run: Run) -> None:
     assert "--decoder is needed" in run("plan", "--reasoner", tiny, "--teacher", "packaged")[2]
 
 
+@pytest.mark.slow
 def test_plan_at_the_papers_scale(run: Run) -> None:
     """One plan takes at most 60% of stock's FLOPs and at most 48 GB, weights included."""
     status, out, _ = run("plan", *PAPER, "--questions", 4, "--memory", 48, "--json")

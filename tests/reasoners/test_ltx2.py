@@ -318,6 +318,7 @@ def ltx2_decoder(path, **changes):
     return tiny_decoder(path, time_upscale=(True,) * 3, space_upscale=(True,) * 3, patch=4, **changes)
 
 
+@pytest.mark.slow
 def test_updates_of_the_whole_pipeline_resumed_to_the_bit(directories, tmp_path, image):
     """On the CPU, and on another device with offloading."""
     models = directories["2.3"], tiny_qwen3_vl(tmp_path / "teacher"), ltx2_decoder(tmp_path / "decoder.safetensors")

@@ -190,6 +190,7 @@ def test_bench_resumes_and_refuses_other_results(pair, tmp_path, monkeypatch):
         run_benchmark("pass@0", 2, 1, tmp_path / "new", pair=str(pair))
 
 
+@pytest.mark.slow
 def test_a_stage_starts_from_the_weights_of_a_pair(pair, tmp_path, monkeypatch):
     write_configs(tmp_path, steps=0)
     monkeypatch.setattr(training, "CONFIGS", tmp_path)

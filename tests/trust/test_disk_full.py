@@ -85,6 +85,7 @@ def test_every_change_of_the_folder_fails(
     count(f"{errno.errorcode[error]} at the n-th change of a run folder, for every n", len(tried), "resumed, equal")
 
 
+@pytest.mark.slow
 def test_a_small_disk(forks: Forks, solve: Solve, whole: tuple[Path, Result], tmp_path: Path) -> None:
     """A real file system, ffmpeg's writes among those that find it full."""
     used = sum(file.stat().st_size for file in whole[0].iterdir())
