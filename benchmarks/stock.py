@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from benchmarks.presets import PRESETS, Instance, build
 from benchmarks.timing import argument_parser, parsed
 from vlmteacher.lora.adapter import remove_lora, target_modules
+from vlmteacher.ops.linear import FrozenLinear
 from vlmteacher.optimization.objective import GRADIENT_CLIP
 from vlmteacher.teachers.prompt import Clip
 from vlmteacher.teachers.visual_checkpoint import LinearPatchEmbed
@@ -97,6 +98,9 @@ class StockLoop:
         if not isinstance(visual.patch_embed, LinearPatchEmbed):
             visual.patch_embed = LinearPatchEmbed(visual.patch_embed)
         self.modules: tuple[nn.Module, ...] = (self.transformer, self.decoder, self.vlm)
+        self._linears = [layer for model in self.modules for layer in model.modules() if type(layer) is FrozenLinear]
+        for layer in self._linears:
+            layer.__class__ = nn.Linear
         for model in self.modules:
             model.requires_grad_(False)
 
@@ -126,6 +130,8 @@ class StockLoop:
     def close(self) -> None:
         """Take the LoRA and the checkpoints off the models."""
         remove_lora(self.transformer)
+        for layer in self._linears:
+            layer.__class__ = FrozenLinear
         self.transformer.disable_gradient_checkpointing()
         self.vlm.model.visual.patch_embed = self._patch_embed
         self.vlm.gradient_checkpointing_disable()

@@ -177,6 +177,8 @@ def timing(name: str, dtype: torch.dtype, pairs: int) -> dict[str, Any]:
     preset = PRESETS[name]
     model, tokenizer = build(preset, dtype, "cpu")
     teacher = teacher_of(model, tokenizer, preset["patch"])
+    model, _ = build(preset, dtype, "cpu")  # the same weights, in torch's own layers
+    model.requires_grad_(False)
     count, height, width = preset["frames"]
     frames = torch.rand(count, 3, height, width).requires_grad_()
     size = teacher.resized(count, height, width)

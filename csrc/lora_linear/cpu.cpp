@@ -1,6 +1,6 @@
 // The fused LoRA linear on the CPU. The definition is vlmteacher/ops/lora_linear.py. The products are our own where the
-// processor has AVX-512: those with the rank always, the big ones in bfloat16 where it has no AMX. Else they are
-// the vendor's.
+// processor has AVX-512: those with the rank always, the big ones in bfloat16 where it has BF16 too and no AMX. Else they
+// are the vendor's.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
@@ -169,7 +169,7 @@ void in_turn(int64_t rows, const std::vector<WithRank>& products) {
 // packing of the weight.
 bool takes(ScalarType dtype, int64_t rows, const std::vector<int64_t>& columns) {
   const bool even = std::all_of(columns.begin(), columns.end(), [](int64_t count) { return count % 2 == 0; });
-  const bool own = uses(Processor::kAvx512) && processor() != Processor::kAmx;
+  const bool own = uses(Processor::kAvx512Bf16) && processor() != Processor::kAmx;
   return own && even && dtype == ScalarType::BFloat16 && rows >= 4;
 }
 
@@ -210,9 +210,7 @@ void in_panels(std::vector<Wide>& products) {
     for (int64_t row = 0; row < m; row += rows)
       for (int64_t panel = 0; panel < each.panels(); panel += group)
         tasks.push_back({&each.product, row, std::min(rows, m - row), panel});
-  const auto part = uses(Processor::kAmxTiles)     ? wide::part_amx
-                    : uses(Processor::kAvx512Bf16) ? wide::part_avx512bf16
-                                                   : wide::part_avx512;
+  const auto part = uses(Processor::kAmxTiles) ? wide::part_amx : wide::part_avx512bf16;
   std::atomic<size_t> next = 0;
   torch::stable::parallel_for(0, std::min<int64_t>(threads, tasks.size()), 1, [&](int64_t, int64_t) {
     for (size_t i = next++; i < tasks.size(); i = next++)

@@ -1,4 +1,4 @@
-// Matrix products of bfloat16 with no short side, for processors with AVX-512 or AMX. A sum goes over
+// Matrix products of bfloat16 with no short side, for processors with AVX-512 BF16 or AMX. A sum goes over
 // several pairs of operands, so that the low-rank part and the layers that share x cost what their arithmetic does; the
 // vendor's library takes one pair a call, and is slower here, at small sizes most.
 #pragma once
@@ -33,6 +33,6 @@ constexpr int64_t kColumns = 32;  // of a panel of packed words
 // Rows [row, row + rows) and panels [panel, panel + panels) of the result: sums in float32, rounded once. One thread;
 // the scratch memory stays in its second-level cache.
 using Part = void(const Product& product, int64_t row, int64_t rows, int64_t panel, int64_t panels);
-FOR_SOME_PROCESSORS Part part_avx512, part_avx512bf16, part_amx;
+FOR_SOME_PROCESSORS Part part_avx512bf16, part_amx;
 
 }  // namespace vlmteacher::wide

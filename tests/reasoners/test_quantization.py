@@ -26,6 +26,7 @@ from vlmteacher.lora.adapter import add_lora, lora_parameters, remove_lora, targ
 from vlmteacher.lora.float8 import saved_bytes as fp8_saved_bytes
 from vlmteacher.lora.formats import merge_lora, read_lora
 from vlmteacher.lora.fused_layer import LoRALinear
+from vlmteacher.ops.linear import is_plain
 from vlmteacher.optimization.engines import check_engine
 from vlmteacher.planning import format_plan
 from vlmteacher.planning.models import build_reasoner
@@ -89,7 +90,7 @@ def test_gradients_are_those_of_the_dequantised_weights(t2v: Path, choice: str, 
     """To the bit, by the LoRA operator; to rounding, by PEFT's layers."""
     reasoner, plain = quantised(t2v, choice, dtype), load_reasoner(t2v, dtype).transformer
     layers = {name for name, layer in reasoner.transformer.named_modules() if is_quantized(layer)}
-    linear = {name for name, layer in plain.named_modules() if type(layer) is nn.Linear}
+    linear = {name for name, layer in plain.named_modules() if is_plain(layer)}
     assert layers == {name for name in linear if name.startswith("blocks.")} and len(layers) == 2 * 10
     twin, low, high = twin_of(reasoner.transformer, plain), *ROUNDING[choice]
     one, other = (network.get_parameter("blocks.0.attn1.to_q.weight").float() for network in (twin, plain))
@@ -293,7 +294,7 @@ def keep_gguf(network: Any) -> None:
 
     kind, state = gguf.GGMLQuantizationType.Q8_0, dict(network.state_dict())
     for name, layer in network.named_modules():
-        if type(layer) is nn.Linear and "blocks" in name and layer.in_features % 32 == 0:
+        if is_plain(layer) and "blocks" in name and layer.in_features % 32 == 0:
             packed = torch.from_numpy(gguf.quantize(layer.weight.numpy(), kind))
             state[f"{name}.weight"] = GGUFParameter(packed, quant_type=kind)
     fill(network, state, GGUFQuantizationConfig(compute_dtype=torch.float32), CPU)

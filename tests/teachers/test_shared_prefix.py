@@ -7,6 +7,7 @@ from torch import nn
 from benchmarks.memory import saved_bytes
 from tests.tiny_teacher import tiny_qwen3_vl
 from vlmteacher.errors import InputError
+from vlmteacher.ops.linear import is_plain
 from vlmteacher.queries import QuerySet
 from vlmteacher.teachers import load_teacher
 from vlmteacher.teachers.shared_prefix import LLAMA, Keep, keep_level, kept_bytes
@@ -48,8 +49,9 @@ def test_other_linear_layers_give_the_same_gradient(teacher, tmp_path):
     other = load_teacher(tiny_qwen3_vl(tmp_path))
     for module in other.model.model.language_model.modules():
         for child in list(module.children()):
-            if type(child) is nn.Linear:
+            if is_plain(child):
                 child.__class__ = Quantised
+    assert type(other.model.model.language_model.layers[0].mlp.up_proj) is Quantised
     frames = torch.rand(3, 3, 32, 48, requires_grad=True)
     queries = QuerySet("Is it red?", ("Is it?",))
     a, b = (torch.autograd.grad(t.losses(frames, range(3), 8.0, queries).sum(), frames)[0] for t in (teacher, other))

@@ -15,10 +15,10 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
+from vlmteacher.ops.linear import linear_backward, linear_forward
 
 METHODS = ("bitsandbytes", "torchao", "gguf")  # quant_method of those whose layers are known here
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # BitsAndBytesConfig
@@ -132,8 +132,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, dequantize(layer, x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+        return linear_forward(x, dequantize(layer, x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ dequantize(ctx.layer, grad.dtype), None
+        return linear_backward(grad, dequantize(ctx.layer, grad.dtype)), None

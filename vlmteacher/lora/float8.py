@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from vlmteacher.errors import InputError
+from vlmteacher.ops.linear import is_plain
 from vlmteacher.reasoners.checkpointing import block_list
 
 FLOAT8, LARGEST = torch.float8_e4m3fn, 448.0
@@ -87,7 +88,7 @@ class Float8Linear(nn.Linear):
 
 def _layers(transformer: Any) -> list[nn.Linear]:
     """The linear layers of a diffusers transformer's blocks, but for those with a side that is no multiple of 16."""
-    layers = [layer for layer in block_list(transformer).modules() if type(layer) is nn.Linear]
+    layers = [layer for layer in block_list(transformer).modules() if is_plain(layer)]
     return [layer for layer in layers if not any(side % MULTIPLE for side in layer.weight.shape)]
 
 

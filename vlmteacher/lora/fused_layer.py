@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vlmteacher.checkpoints.quantized import dequantize, is_quantized
 from vlmteacher.errors import InputError
+from vlmteacher.ops.linear import is_plain
 from vlmteacher.ops.lora_linear import Weight, lora_linear, lora_linear_group
 
 # The largest allowed RMS of the difference from PEFT's layer, which rounds elsewhere, relative to PEFT's result.
@@ -73,7 +74,7 @@ class LoRALinear(PeftLinear):
     def _applies(self, x: Tensor, adapters: list[str]) -> bool:
         base = self.base_layer
         return (
-            (type(base) is nn.Linear or is_quantized(base))
+            (is_plain(base) or is_quantized(base))
             and not base._forward_hooks
             and not base._forward_pre_hooks
             and not base.weight.requires_grad

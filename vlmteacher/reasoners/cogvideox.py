@@ -30,6 +30,7 @@ from vlmteacher.checkpoints.pretrained import cast, load_network, load_tokenizer
 from vlmteacher.errors import InputError
 from vlmteacher.files import check_number
 from vlmteacher.media import ImageInput
+from vlmteacher.ops.linear import frozen
 from vlmteacher.prompts import check_cut, tokenize
 from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.condition import Condition
@@ -112,9 +113,7 @@ class CogVideoXReasoner(Reasoner):
         ):
             if takes != makes:
                 raise InputError(f"the transformer takes {takes} {what} {makes}: they belong to different models")
-        self.transformer, self.vae, self.text_encoder = (
-            part.eval().requires_grad_(False) for part in (transformer, vae, text_encoder)
-        )
+        self.transformer, self.vae, self.text_encoder = (frozen(part) for part in (transformer, vae, text_encoder))
         self.tokenizer = tokenizer
         self.needs_image: bool = config.in_channels == 2 * channels
         self.levels = noise_levels(snr_shift)

@@ -23,6 +23,7 @@ from vlmteacher.chat_templates import render
 from vlmteacher.checkpoints.pretrained import cast, load_network, load_tokenizer
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput
+from vlmteacher.ops.linear import frozen
 from vlmteacher.prompts import check_cut, encode, quote
 from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.condition import Condition, with_first_frame
@@ -105,9 +106,7 @@ class CosmosReasoner(Reasoner):
                 raise InputError(f"the transformer takes {takes} {what} {makes}: they belong to different models")
         if not config.use_crossattn_projection or config.img_context_dim_in or config.controlnet_block_every_n:
             raise InputError("the transformer is none of Cosmos-Predict 2.5 but of another Cosmos: give one of that")
-        self.transformer, self.vae, self.text_encoder = (
-            part.eval().requires_grad_(False) for part in (transformer, vae, text_encoder)
-        )
+        self.transformer, self.vae, self.text_encoder = (frozen(part) for part in (transformer, vae, text_encoder))
         if config.concat_padding_mask and not is_torchvision_available():
             transformer.register_to_config(concat_padding_mask=False)
             transformer.register_forward_pre_hook(add_padding_mask, with_kwargs=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vlmteacher.checkpoints.pretrained import cast, load_network, load_tokenizer
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput
+from vlmteacher.ops.linear import frozen
 from vlmteacher.prompts import check_cut, tokenize
 from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.condition import Condition, with_first_frame
@@ -57,9 +58,7 @@ class LTXReasoner(Reasoner):
         condition_pipeline: bool,
         settings: SamplerSettings | None = None,
     ) -> None:
-        self.transformer, self.vae, self.text_encoder = (
-            part.eval().requires_grad_(False) for part in (transformer, vae, text_encoder)
-        )
+        self.transformer, self.vae, self.text_encoder = (frozen(part) for part in (transformer, vae, text_encoder))
         self.tokenizer = tokenizer
         self.condition_pipeline = self.takes_last_image = condition_pipeline
         self.settings = settings or SamplerSettings()

@@ -26,6 +26,7 @@ from vlmteacher.checkpoints.pretrained import cast, load_network, load_tokenizer
 from vlmteacher.errors import InputError
 from vlmteacher.files import check_number
 from vlmteacher.media import ImageInput
+from vlmteacher.ops.linear import frozen
 from vlmteacher.prompts import check_cut, tokenize
 from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.condition import Condition, with_first_frame
@@ -89,7 +90,7 @@ class LTX2Reasoner(Reasoner):
     ) -> None:
         check_parts(transformer, vae, text_encoder, connectors, audio_channels)
         self.transformer, self.vae, self.text_encoder = (
-            part.eval().requires_grad_(False) for part in (transformer, vae, nn.ModuleList([text_encoder, connectors]))
+            frozen(part) for part in (transformer, vae, nn.ModuleList([text_encoder, connectors]))
         )
         self.gemma, self.connectors, self.tokenizer = text_encoder, connectors, tokenizer
         if tokenizer is not None:  # a Reasoner that is built for a plan has none

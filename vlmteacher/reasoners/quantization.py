@@ -18,6 +18,7 @@ from vlmteacher.arguments import show
 from vlmteacher.checkpoints.quantized import METHODS, NF4, fill, is_quantized, use_exact_products
 from vlmteacher.errors import InputError, MissingExtra, first_line
 from vlmteacher.lora.float8 import check_float8, quantize_reasoner
+from vlmteacher.ops.linear import is_plain
 from vlmteacher.placement import QUANTIZATIONS
 from vlmteacher.reasoners.few_step_lora import EXPERTS
 
@@ -138,7 +139,7 @@ def _outside(transformer: nn.Module) -> list[str]:
 def _inside(transformer: nn.Module) -> list[nn.Linear]:
     outside = _outside(transformer)
     modules = transformer.named_modules()
-    return [layer for name, layer in modules if type(layer) is nn.Linear and name.split(".")[0] not in outside]
+    return [layer for name, layer in modules if is_plain(layer) and name.split(".")[0] not in outside]
 
 
 def _our_config(choice: str, transformer: Any) -> Any:

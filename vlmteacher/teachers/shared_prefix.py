@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from vlmteacher.errors import InputError
 from vlmteacher.ops.attention import attention
 from vlmteacher.ops.elementwise import rotate
+from vlmteacher.ops.linear import is_plain, linear_backward
 from vlmteacher.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from vlmteacher.ops.swiglu import swiglu, swiglu_backward
 from vlmteacher.teachers.prompt import Layout
@@ -60,8 +61,8 @@ def _gated_backward(mlp: Any, gate: Tensor, up: Tensor, grad: Tensor) -> Sequenc
 
 def _through(linear: nn.Module, grad: Tensor) -> Tensor:
     """The gradient at the input of a frozen linear layer; other classes, as quantised layers, compute their own."""
-    if type(linear) is nn.Linear:
-        return grad @ linear.weight
+    if is_plain(linear):
+        return linear_backward(grad, linear.weight)
     with torch.enable_grad():
         x = grad.new_zeros(*grad.shape[:-1], linear.in_features, requires_grad=True)
         return torch.autograd.grad(linear(x), x, grad)[0]

@@ -20,6 +20,7 @@ from vlmteacher.checkpoints.pretrained import load_tokenizer
 from vlmteacher.checkpoints.quantized import use_exact_products
 from vlmteacher.errors import InputError, Notice
 from vlmteacher.media import ImageInput, read_image, shrink
+from vlmteacher.ops.linear import frozen
 from vlmteacher.ops.patchify import PatchLayout, PatchRows
 from vlmteacher.placement import allocator
 from vlmteacher.prompts import CUT, check_prompt, whole_sentences
@@ -88,7 +89,7 @@ class VLMTeacher(VideoPrompts, Teacher):
         if not getattr(tokenizer, "chat_template", None):
             raise InputError("the teacher's tokenizer has no chat template: take an instruction-tuned checkpoint")
         super().__init__()
-        self.model = model.requires_grad_(False).eval()
+        self.model = frozen(model)
         self.quantized = is_quantized(model)
         if self.quantized:
             use_exact_products(model)

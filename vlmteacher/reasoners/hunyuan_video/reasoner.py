@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vlmteacher.checkpoints.pretrained import cast, load_network, load_processor, load_tokenizer, read_config
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput, fit_image
+from vlmteacher.ops.linear import frozen
 from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.condition import Condition, Noise, with_first_frame
 from vlmteacher.reasoners.hunyuan_video.attention import drop_masks
@@ -48,9 +49,7 @@ class HunyuanVideoReasoner(Reasoner):
         self, transformer: Any, vae: Any, prompts: PromptEncoder, settings: SamplerSettings | None = None
     ) -> None:
         encoders = nn.ModuleList([prompts.text_encoder, prompts.text_encoder_2])
-        self.transformer, self.vae, self.text_encoder = (
-            part.eval().requires_grad_(False) for part in (transformer, vae, encoders)
-        )
+        self.transformer, self.vae, self.text_encoder = (frozen(part) for part in (transformer, vae, encoders))
         self.prompts = prompts
         self.condition_type: str | None = transformer.config.image_condition_type
         self.image_conditioning = self.condition_type == "token_replace"

@@ -17,6 +17,7 @@ from vlmteacher.chat_templates import render
 from vlmteacher.checkpoints.pretrained import cast, load_network, load_processor, load_tokenizer
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput, fit_image
+from vlmteacher.ops.linear import frozen
 from vlmteacher.prompts import check_cut, encode, quote
 from vlmteacher.reasoners.base import Reasoner
 from vlmteacher.reasoners.condition import Condition
@@ -58,7 +59,7 @@ class HunyuanVideo15Reasoner(Reasoner):
 
         encoders = [part for part in (text_encoder, text_encoder_2, image_encoder) if part is not None]
         self.transformer, self.vae, self.text_encoder = (
-            part.eval().requires_grad_(False) for part in (transformer, vae, nn.ModuleList(encoders))
+            frozen(part) for part in (transformer, vae, nn.ModuleList(encoders))
         )
         self._prompts: Any = HunyuanVideo15Pipeline(
             text_encoder, tokenizer, transformer, vae, None, text_encoder_2, tokenizer_2, None

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from vlmteacher.errors import InputError
 from vlmteacher.media import ImageInput, fit_image, read_image
+from vlmteacher.ops.linear import frozen
 from vlmteacher.prompts import check_cut, tokenize
 from vlmteacher.ranks import summed
 from vlmteacher.reasoners.base import Reasoner
@@ -95,7 +96,7 @@ class WanReasoner(Reasoner):
             "text_encoder": text_encoder,
             "image_encoder": image_encoder,
         }
-        self._networks = {name: part.eval().requires_grad_(False) for name, part in parts.items() if part is not None}
+        self._networks = {name: frozen(part) for name, part in parts.items() if part is not None}
         self.transformer, self.transformer_2, self.vae = transformer, transformer_2, vae
         self.text_encoder, self.image_encoder = text_encoder, image_encoder
         self.tokenizer, self.image_processor = tokenizer, image_processor
