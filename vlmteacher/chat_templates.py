@@ -26,33 +26,42 @@ MOST_SECONDS = 60.0  # of wall time, on a machine that is busy
 MEMORY = 2**29  # bytes beyond those of the process
 LONGEST = 2**23  # bytes of the answer
 KEPT = 256
+Chat = Sequence[Mapping[str, Any]]  # messages with roles and contents, as `apply_chat_template` takes them
 _rendered: dict[str, str] = {}  # the last chats: many questions are asked again
 
 
-def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], label: str, *, asks: bool = True) -> str:
-    """The text of a chat by the tokenizer's chat template; `asks` for the next answer at its end.
+def render(tokenizer: Any, chat: Chat, label: str, *, asks: bool = True) -> str:
+    """`render_all` of one chat."""
+    return render_all(tokenizer, [chat], label, asks=asks)[0]
 
-    messages: roles and contents, as `apply_chat_template` takes them. A template that knows ``enable_thinking`` closes
-    the thought at once. label: the template's name in messages.
 
-    Raises InputError: the template is invalid, refuses the messages, or needs more than the limits above.
+def render_all(tokenizer: Any, chats: Sequence[Chat], label: str, *, asks: bool = True) -> list[str]:
+    """The texts of chats by the tokenizer's chat template, in one process; `asks` for the next answer at their ends.
+
+    A template that knows ``enable_thinking`` closes the thought at once. label: the template's name in messages.
+
+    Raises InputError: the template is invalid, refuses a chat, or needs more than the limits above.
     """
-    key = json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map, messages, asks], default=str)
-    if key not in _rendered:
-        while len(_rendered) >= KEPT:
+    known = [tokenizer.chat_template, tokenizer.special_tokens_map, asks]
+    keys = [json.dumps([*known, chat], default=str) for chat in chats]
+    texts = {key: _rendered[key] for key in keys if key in _rendered}
+    if new := {key: chat for key, chat in zip(keys, chats, strict=True) if key not in texts}:
+        made = dict(zip(new, _render(tokenizer, list(new.values()), label, asks), strict=True))
+        texts |= made
+        _rendered.update(made)
+        while len(_rendered) > KEPT:
             _rendered.pop(next(iter(_rendered)), None)
-        _rendered[key] = _render(tokenizer, messages, label, asks)
-    return _rendered[key]
+    return [texts[key] for key in keys]
 
 
-def _render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], label: str, asks: bool) -> str:
+def _render(tokenizer: Any, chats: Sequence[Chat], label: str, asks: bool) -> list[str]:
     with uninterrupted():
         read, write = os.pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: the child uses none
             child = os.fork()
         if child == 0:
-            _answer(write, tokenizer, messages, asks)
+            _answer(write, tokenizer, chats, asks)
         os.close(write)
         try:
             answer = _read_line(read)
@@ -70,21 +79,23 @@ def _render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], label: str, a
     reply = json.loads(answer)
     if "error" in reply:
         raise InputError(f"{label} cannot be used ({reply['error']:.200}): is the copy complete?")
-    return reply["text"]
+    texts: list[str] = reply["texts"]
+    return texts
 
 
-def _answer(write: int, tokenizer: Any, messages: Sequence[Mapping[str, Any]], asks: bool) -> NoReturn:
-    """Write the chat, or the error, as a line of JSON; ends the process."""
+def _answer(write: int, tokenizer: Any, chats: Sequence[Chat], asks: bool) -> NoReturn:
+    """Write the texts, or the error, as a line of JSON; ends the process."""
     try:
         _limit(resource.RLIMIT_CORE, 0)
         _limit(resource.RLIMIT_CPU, SECONDS)
         with suppress(OSError):  # where the size is not known, the time alone is limited
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             _limit(resource.RLIMIT_AS, pages * resource.getpagesize() + MEMORY)
-        reply = {
-            "text": tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=asks, enable_thinking=False
-            )
+        reply: dict[str, Any] = {
+            "texts": [
+                tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=asks, enable_thinking=False)
+                for chat in chats
+            ]
         }
     except MemoryError:
         os._exit(1)
