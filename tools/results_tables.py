@@ -3,7 +3,7 @@
     vlmteacher bench microworld --table paper --limit 100 --seeds 1 --workers 2 --out runs/paper
     python -m tools.results_tables runs/paper
 
-README has the main methods by split, docs/results/evaluation.md all methods and the causes of their failures.
+README has the main methods, docs/results/evaluation.md all methods and the causes of their failures.
 """
 
 from __future__ import annotations
@@ -44,21 +44,22 @@ def lines(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "".join([head, "|---" * len(names), "|\n", *body])
 
 
+def successes(entry: Mapping[str, Any]) -> list[str]:
+    """The success rate with its interval, and that of each split."""
+    whole = f"{rate(entry['success_rate'])} [{rate(entry['low'])}, {rate(entry['high'])}]"
+    return [whole, *(rate(entry[split]["success_rate"]) for split in SPLITS)]
+
+
 def short(entries: Entries) -> str:
-    """The main methods, split by split."""
-    columns = ["method"]
-    columns += [f"success: {name}" if split == "id" else name for split, name in SPLITS.items()]
-    columns += [f"mean score: {name}" if split == "id" else name for split, name in SPLITS.items()]
+    """The main methods."""
     rows = []
     for method in (name for name in MAIN if name in entries):
-        entry = entries[method]
-        cells = [rate(entry[split]["success_rate"]) for split in SPLITS]
-        cells += [f"{entry[split]['score']:.3f}".removeprefix("0") for split in SPLITS]
-        oracle = (
-            f", picked by the Teacher (oracle: {rate(entry['oracle']['success_rate'])})" if "oracle" in entry else ""
-        )
-        rows.append([method + oracle, *cells, f"{entry['updates_mean']:.1f}", f"{entry['seconds_mean']:.1f}"])
-    return lines([*columns, "updates", "seconds"], rows)
+        entry, name = entries[method], method
+        if "oracle" in entry:
+            name += f", picked by the Teacher (the scorer's choice: {rate(entry['oracle']['success_rate'])})"
+        costs = [f"{entry['updates_mean']:.1f}", f"{entry['seconds_mean']:.1f}"]
+        rows.append([name, *successes(entry), f"{entry['score']:.3f}", *costs])
+    return lines(["method", "success [95%]", *SPLITS.values(), "score", "updates", "seconds"], rows)
 
 
 def full(entries: Entries) -> str:
@@ -70,8 +71,7 @@ def full(entries: Entries) -> str:
         rows.append(
             [
                 f"`{method}`",
-                f"{rate(entry['success_rate'])} [{rate(entry['low'])}, {rate(entry['high'])}]",
-                *(rate(entry[split]["success_rate"]) for split in SPLITS),
+                *successes(entry),
                 f"{entry['score']:.3f}",
                 f"{base['wins']}, {base['losses']}, {p_value(base['sign_p'])}" if base else "",
                 p_value(best["sign_p"]) if best else "",

@@ -43,8 +43,10 @@ def test_the_tables_of_the_pages_are_replaced(table: Path, tmp_path: Path) -> No
         shutil.copy(ROOT / page, tmp_path / page)
     written = pages(table, tmp_path)
     readme, results = written[tmp_path / "README.md"], written[tmp_path / "docs/results/evaluation.md"]
-    assert "| teacher | 1.00 | 1.00 | 1.000 | 1.000 | 2.0 | 1.2 |\n<!-- end -->" in readme
-    assert "| pass@5, picked by the Teacher (oracle: .75) | .50 |" in readme and "goal-only |" not in readme
+    assert "| teacher | 1.00 [.00, 1.00] | 1.00 | 1.00 | 1.000 | 2.0 | 1.2 |\n<!-- end -->" in readme
+    assert (
+        "| pass@5, picked by the Teacher (the scorer's choice: .75) | .50 [" in readme and "goal-only |" not in readme
+    )
     assert "| `teacher` | 1.00 [.00, 1.00] | 1.00 | 1.00 | 1.000 | 3, 1, <.001 | <.001 | 2.0 | 1.2 |" in results
     assert (
         "| `goal-only` | 5 | 1 | 1 | 1 | 1 | 1 | .10 | .20 |\n<!-- end -->" in results
