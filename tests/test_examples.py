@@ -82,6 +82,7 @@ def test_the_custom_reward_runs(tmp_path: Path) -> None:
     assert record["config"]["rewards"] == {"still_corners": 2.0, "temporal_smoothness": 0.1}
 
 
+@pytest.mark.slow
 def test_the_real_model_s_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """All that runs without its weights: the arguments, and the plan of a step."""
     flags = ["--prompt", "x", "--num-frames", "5", "--height", "64", "--width", "64", "--plan-only"]

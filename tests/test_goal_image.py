@@ -56,6 +56,7 @@ def test_on_the_command_line(run: Run, solve: Any, tmp_path: Path) -> None:
     assert status == 2 and "none.png does not exist" in err
 
 
+@pytest.mark.slow
 def test_a_plan_counts_its_tokens(run: Run) -> None:
     plan = ["plan", "--reasoner", "packaged", "--teacher", "packaged", "--json"]
     with_goal, without = (json.loads(run(*plan, *more)[1]) for more in (["--goal-image"], []))

@@ -42,6 +42,7 @@ def test_a_step_within_the_floor_and_none_below(
     assert status == 0 and json.loads((out / "run.json").read_text())["config"]["memory"] is None, err
 
 
+@pytest.mark.slow
 def test_what_the_device_has_and_what_is_not_planned(pipe: TeacherPipeline) -> None:
     parts, shape = (pipe.reasoner, pipe.decoder, pipe.teacher), (5, 32, 48)
     fit = fit_memory(*parts, shape, range(4), 4, Settings(memory="auto", rank=2, teacher_frames=4))

@@ -36,6 +36,7 @@ def bench(run: Run, pair: Path, out: Path, method: str, *flags: object) -> dict[
     return results
 
 
+@pytest.mark.slow
 def test_all_three_are_the_base_with_the_lora(run: Run, pair: Path, lora: Path, tmp_path: Path) -> None:  # noqa: F811
     def losses(method: str, name: str, *flags: object) -> tuple[float, str | None]:
         results = bench(run, pair, tmp_path / name, method, *flags)

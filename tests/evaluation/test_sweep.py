@@ -47,6 +47,7 @@ def test_a_killed_worker_changes_nothing(pair: Path, tmp_path: Path) -> None:  #
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_a_failing_instance_is_set_aside(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     work, tried = sweep._work, []
 

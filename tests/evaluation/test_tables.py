@@ -50,6 +50,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlmteacher.teachers.qwen_vl.QwenVLTeacher.write_queries", lambda *_: asked)
 
 
+@pytest.mark.slow
 def test_a_table_is_taken_up_and_says_what_is_missing(
     pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +122,7 @@ def test_many_steps_need_their_reasoner(pair: Path, tmp_path: Path) -> None:
     assert many["instances"][0]["updates"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "videos", "calls"), [("pe", 1, 1), ("videotpo@2", 4, 8)])
 def test_methods_that_rewrite_prompts_are_kept_and_taken_up(
     pair: Path, tmp_path: Path, run: Run, name: str, videos: int, calls: int

@@ -68,6 +68,7 @@ def test_a_wider_row_than_a_block_holds_is_refused(library):
         execute(library, draw(case, "norm", torch.float32), "norm", case)
 
 
+@pytest.mark.slow
 @with_triton
 def test_triton_in_its_interpreter(tmp_path):
     rows = interpreted("ada_norm_process", tmp_path)

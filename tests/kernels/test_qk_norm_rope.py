@@ -56,6 +56,7 @@ def test_every_order_of_the_warps_gives_the_same_bits(library):
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.slow
 @with_triton
 def test_triton_in_its_interpreter(tmp_path):
     rows = interpreted("qk_norm_rope_process", tmp_path)

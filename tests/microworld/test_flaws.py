@@ -57,6 +57,7 @@ def test_the_labeller_sees_the_forbidden_way(drawn):
     assert sum(kinds == {rule} for kinds in seen) >= 0.75 * COUNT
 
 
+@pytest.mark.slow
 def test_the_forbidden_way_is_seen_through_the_packaged_vae():
     reasoner = load_reasoner(str(PACKAGED_PAIR / "reasoner"), torch.float32)
     rng = np.random.default_rng(32)

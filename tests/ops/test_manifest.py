@@ -21,6 +21,7 @@ SHARED = {  # what operators share
         "decoder_cpu",
         "decoder_plan",
         "gpus",
+        "linear",
         "manifest",
         "processors",
         "resize",

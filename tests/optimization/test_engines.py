@@ -88,6 +88,7 @@ def loop_without_data(image: bool, **settings: Any) -> Optimization:
     return Optimization(reasoner, decoder, teacher, Condition(text, first, *shape), noise, queries, chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("image", "level", "settings"),
     [

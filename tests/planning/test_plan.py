@@ -203,6 +203,7 @@ def test_what_a_plan_needs(run: Run) -> None:
         assert (status, out) == (2, "") and "--reasoner and --teacher are needed" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_verify_runs_a_whole_step_at_full_size(run: Run) -> None:
     status, out, err = run("plan", "--verify", "--reasoner", "ltx-0.9.8-2b-distilled", "--json")
     row = json.loads(out)

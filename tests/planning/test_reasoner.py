@@ -235,6 +235,7 @@ MID = {
 }
 
 
+@pytest.mark.slow
 def test_saved_bytes_at_the_benchmarks_mid_size(tmp_path: Path) -> None:
     """The Reasoner of `benchmarks.step --preset mid`, 33 frames of 384x384, bfloat16, our LoRA."""
     from diffusers import WanTransformer3DModel

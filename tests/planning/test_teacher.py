@@ -62,6 +62,7 @@ def on_meta(real: Any) -> Any:
     return type(real)(copy.deepcopy(real.model).to("meta"), real.tokenizer, real.video)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["packaged", *FAMILIES])
 def test_teacher_costs_are_those_of_the_real_teacher(family: str, tmp_path: Path) -> None:
     real = load(family, tmp_path)

@@ -194,6 +194,7 @@ def test_both_lists_of_blocks(directories):
     assert adapted == set(names[1:])
 
 
+@pytest.mark.slow
 def test_updates_of_the_whole_pipeline(directories, tmp_path, image):
     """On the CPU and, with offloading, on another device; of a model whose first frames are cut.
 

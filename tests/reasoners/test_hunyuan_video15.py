@@ -219,6 +219,7 @@ def test_bfloat16(directory, reasoner, image):
     assert all(p.grad is None or p.grad.isfinite().all() for p in low.transformer.parameters())
 
 
+@pytest.mark.slow
 def test_one_update_of_the_whole_pipeline(directory, tmp_path, image):
     """On the CPU, and on another device with offloading."""
     models = (

@@ -129,6 +129,7 @@ registry.FAMILIES += (dataclasses.replace(
 """
 
 
+@pytest.mark.slow
 def test_one_declaration_is_all_of_a_family(tmp_path: Path) -> None:
     """Loading, presets, LoRAs, checkpointing, plans and decoders work for a family that is only declared."""
     code = f"""{NEW_FAMILY}

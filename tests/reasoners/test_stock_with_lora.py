@@ -48,6 +48,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CASES)
 def test_stock_pipeline_makes_the_same_video(family, tmp_path):
     write, kind, (frames, height, width), with_image, styles = CASES[family]

@@ -101,11 +101,12 @@ class Lesson:
         self.packed.to(device)
         return self
 
-    def question_ids(self, question: str) -> list[int]:
-        """The token ids of a video and a question about it."""
-        if question not in self.known:
-            self.known[question] = self.teacher.chats(self.clip, [question])[0].prompt
-        return self.known[question]
+    def question_ids(self, questions: Sequence[str]) -> list[list[int]]:
+        """The token ids of a video and each of the questions about it."""
+        if new := list(dict.fromkeys(question for question in questions if question not in self.known)):
+            chats = self.teacher.chats(self.clip, new)
+            self.known.update((question, chat.prompt) for question, chat in zip(new, chats, strict=True))
+        return [self.known[question] for question in questions]
 
     def read(self, frames: Tensor, texts: list[list[str]], backend: str | None = None) -> Reading:
         """Run the model on frames (B, K, 3, H, W) in [0, 1] and the same number of questions about each video.
@@ -116,8 +117,8 @@ class Lesson:
         patches = torch.stack([patchify(f, PATCH, 2, 2, (0.5,) * 3, (0.5,) * 3) for f in frames])
         merged, deep = self.packed.encode(patches.view(batch * pairs, -1, patches.shape[-1]))
 
-        rows = [[self.question_ids(text) for text in questions] for questions in texts]
-        prompts = [ids for row in rows for ids in row]
+        prompts = self.question_ids([text for questions in texts for text in questions])
+        rows = [prompts[i : i + len(texts[0])] for i in range(0, len(prompts), len(texts[0]))]
         prefix = shared_length(prompts)
         longest = max(map(len, prompts)) - prefix
         packs = [pack(row, prefix, longest) for row in rows]
