@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import pytest
@@ -54,3 +55,23 @@ def test_one_bad_chat_of_several_is_an_error_and_nothing_is_kept(pipe: TeacherPi
     with pytest.raises(InputError, match="the template cannot be used"):
         render_all(pipe.teacher.tokenizer, [chat("Is it?"), [{"role": "user", "content": 3}]], "the template")
     assert not chat_templates._rendered
+
+
+def test_a_process_that_hangs_is_tried_again(
+    pipe: TeacherPipeline, forks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one may that is forked while another thread holds a lock."""
+    render_one = pipe.teacher.tokenizer.apply_chat_template
+
+    def hang(*arguments: Any, **keywords: Any) -> Any:
+        if len(forks) < chat_templates.TRIES:  # the forks up to this one
+            time.sleep(600)
+        return render_one(*arguments, **keywords)
+
+    monkeypatch.setattr(chat_templates, "MOST_SECONDS", 2)
+    monkeypatch.setattr(pipe.teacher.tokenizer, "apply_chat_template", hang)
+    text = render(pipe.teacher.tokenizer, chat("Is it?"), "it")
+    assert "Is it?" in text and len(forks) == chat_templates.TRIES
+    for child in forks:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(child, os.WNOHANG)

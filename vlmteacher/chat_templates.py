@@ -22,7 +22,8 @@ from vlmteacher.errors import InputError, first_line
 from vlmteacher.interruption import uninterrupted
 
 SECONDS = 5  # of processor time; templates take milliseconds
-MOST_SECONDS = 60.0  # of wall time, on a machine that is busy
+MOST_SECONDS = 20.0  # of wall time, on a machine that is busy
+TRIES = 3  # a process that is forked beside threads may wait for ever for a lock that one of them held
 MEMORY = 2**29  # bytes beyond those of the process
 LONGEST = 2**23  # bytes of the answer
 KEPT = 256
@@ -55,23 +56,8 @@ def render_all(tokenizer: Any, chats: Sequence[Chat], label: str, *, asks: bool 
 
 
 def _render(tokenizer: Any, chats: Sequence[Chat], label: str, asks: bool) -> list[str]:
-    with uninterrupted():
-        read, write = os.pipe()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: the child uses none
-            child = os.fork()
-        if child == 0:
-            _answer(write, tokenizer, chats, asks)
-        os.close(write)
-        try:
-            answer = _read_line(read)
-        finally:
-            os.close(read)
-            with suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-            with suppress(ChildProcessError):
-                os.waitpid(child, 0)
-    if not answer:
+    answers = (_ask(tokenizer, chats, asks) for _ in range(TRIES))
+    if not (answer := next((answer for answer in answers if answer is not None), b"")):
         raise InputError(
             f"{label} needs more than {SECONDS} s, {MEMORY >> 20} MiB or {LONGEST >> 20} MiB of text: its loops have no"
             " end; take the template of a checkpoint that you trust"
@@ -81,6 +67,26 @@ def _render(tokenizer: Any, chats: Sequence[Chat], label: str, asks: bool) -> li
         raise InputError(f"{label} cannot be used ({reply['error']:.200}): is the copy complete?")
     texts: list[str] = reply["texts"]
     return texts
+
+
+def _ask(tokenizer: Any, chats: Sequence[Chat], asks: bool) -> bytes | None:
+    """The answer of a process of its own; nothing where it ended at a limit, None where it did not end in time."""
+    with uninterrupted():
+        read, write = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: the child uses none
+            child = os.fork()
+        if child == 0:
+            _answer(write, tokenizer, chats, asks)
+        os.close(write)
+        try:
+            return _read_line(read)
+        finally:
+            os.close(read)
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            with suppress(ChildProcessError):
+                os.waitpid(child, 0)
 
 
 def _answer(write: int, tokenizer: Any, chats: Sequence[Chat], asks: bool) -> NoReturn:
@@ -114,12 +120,12 @@ def _limit(what: int, value: int) -> None:
     resource.setrlimit(what, (value, value))
 
 
-def _read_line(handle: int) -> bytes:
-    """The line, or nothing where it does not come whole within `MOST_SECONDS` and `LONGEST`."""
+def _read_line(handle: int) -> bytes | None:
+    """The line; nothing where it ends before or exceeds `LONGEST`, None where it takes more than `MOST_SECONDS`."""
     data, end = b"", time.monotonic() + MOST_SECONDS
     while not data.endswith(b"\n"):
         if not select.select([handle], [], [], max(0.0, end - time.monotonic()))[0]:
-            return b""
+            return None
         part = os.read(handle, 2**16)
         data += part
         if not part or len(data) > LONGEST:
