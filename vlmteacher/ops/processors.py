@@ -91,8 +91,9 @@ RULES = (
         f"{_ZEN5}: as in float32; {_XEON}: the vendor's 102 to 248 GFLOP/s a core; {_WITHOUT}: as for the wide ones",
     ),
     _rule(
-        "linear", "bfloat16", "of frozen layers", "vendor vendor vendor torch torch torch",
-        f"{_WITHOUT}, one core: torch's 30 GFLOP/s, in float32 with both sides widened 121 to 140",
+        "linear", "bfloat16", "of frozen layers", "torch vendor vendor torch torch torch",
+        f"{_WITHOUT}, one core: torch's 30 GFLOP/s, in float32 with both sides widened 121 to 140; baseline, which"
+        " may be another architecture, was not measured",
     ),
     _rule(
         "attention", "float32", "all", "torch torch own own own own",
