@@ -27,16 +27,16 @@ TRIES = 3  # a process that is forked beside threads may wait for ever for a loc
 MEMORY = 2**29  # bytes beyond those of the process
 LONGEST = 2**23  # bytes of the answer
 KEPT = 256
-Chat = Sequence[Mapping[str, Any]]  # messages with roles and contents, as `apply_chat_template` takes them
+Messages = Sequence[Mapping[str, Any]]  # of a chat: roles and contents, as `apply_chat_template` takes them
 _rendered: dict[str, str] = {}  # the last chats: many questions are asked again
 
 
-def render(tokenizer: Any, chat: Chat, label: str, *, asks: bool = True) -> str:
+def render(tokenizer: Any, chat: Messages, label: str, *, asks: bool = True) -> str:
     """`render_all` of one chat."""
     return render_all(tokenizer, [chat], label, asks=asks)[0]
 
 
-def render_all(tokenizer: Any, chats: Sequence[Chat], label: str, *, asks: bool = True) -> list[str]:
+def render_all(tokenizer: Any, chats: Sequence[Messages], label: str, *, asks: bool = True) -> list[str]:
     """The texts of chats by the tokenizer's chat template, in one process; `asks` for the next answer at their ends.
 
     A template that knows ``enable_thinking`` closes the thought at once. label: the template's name in messages.
@@ -55,7 +55,7 @@ def render_all(tokenizer: Any, chats: Sequence[Chat], label: str, *, asks: bool 
     return [texts[key] for key in keys]
 
 
-def _render(tokenizer: Any, chats: Sequence[Chat], label: str, asks: bool) -> list[str]:
+def _render(tokenizer: Any, chats: Sequence[Messages], label: str, asks: bool) -> list[str]:
     answers = (_ask(tokenizer, chats, asks) for _ in range(TRIES))
     if not (answer := next((answer for answer in answers if answer is not None), b"")):
         raise InputError(
@@ -69,7 +69,7 @@ def _render(tokenizer: Any, chats: Sequence[Chat], label: str, asks: bool) -> li
     return texts
 
 
-def _ask(tokenizer: Any, chats: Sequence[Chat], asks: bool) -> bytes | None:
+def _ask(tokenizer: Any, chats: Sequence[Messages], asks: bool) -> bytes | None:
     """The answer of a process of its own; nothing where it ended at a limit, None where it did not end in time."""
     with uninterrupted():
         read, write = os.pipe()
@@ -89,7 +89,7 @@ def _ask(tokenizer: Any, chats: Sequence[Chat], asks: bool) -> bytes | None:
                 os.waitpid(child, 0)
 
 
-def _answer(write: int, tokenizer: Any, chats: Sequence[Chat], asks: bool) -> NoReturn:
+def _answer(write: int, tokenizer: Any, chats: Sequence[Messages], asks: bool) -> NoReturn:
     """Write the texts, or the error, as a line of JSON; ends the process."""
     try:
         _limit(resource.RLIMIT_CORE, 0)

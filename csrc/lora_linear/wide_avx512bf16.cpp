@@ -112,6 +112,5 @@ void part_avx512bf16(const Product& p, int64_t row, int64_t rows, int64_t panel,
   }
 }
 
-
 }  // namespace vlmteacher::wide
 #endif

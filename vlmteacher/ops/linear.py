@@ -57,9 +57,11 @@ class FrozenLinear(nn.Linear):
     """An `nn.Linear` that is not trained. Differentiable in its input, once; as `nn.Linear` where it is trained."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if not _widens(input):  # asked first, for it is the answer on every GPU
+            return super().forward(input)
         weight, bias = self.weight, self.bias
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if trained or input.dtype != weight.dtype or not _widens(input):
+        if trained or input.dtype != weight.dtype:
             return super().forward(input)
         return _Widened.apply(input, weight, bias)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlmteacher.chat_templates import render_all
+from vlmteacher.chat_templates import Messages, render_all
 from vlmteacher.errors import InputError
 from vlmteacher.ops.attention import Spans
 from vlmteacher.prompts import CUT, encode, quote
@@ -266,8 +266,8 @@ class VideoPrompts(ABC):
         Raises InputError when a chat does not fit into the language model's context.
         """
         placeholder, goal = self.video_text(clip), clip.goal.text if clip.goal else None
+        visions = self._visions("video", [placeholder], goal)
         asked = [question_text(question, goal is not None) for question in questions]
-        visions = [*(["image"] if goal is not None else []), "video"]
         self._render([self._messages(text, visions) for text in asked])  # in one process, for `_question_chat`
         chats = [self._question_chat(question, placeholder, answer, goal) for question in questions]
         context = self.language.config.max_position_embeddings
@@ -329,10 +329,8 @@ class VideoPrompts(ABC):
         goal: the text that stands for a picture before the other vision.
         """
         placeholders = [placeholder] if isinstance(placeholder, str) else placeholder
-        visions = [] if goal is None else [("image", self.image_mark, goal)]
-        mark = self.video_mark if modality == "video" else self.image_mark
-        visions += [(modality, mark, each) for each in placeholders]
-        messages = self._messages(text, [kind for kind, *_ in visions], later)
+        visions = self._visions(modality, placeholders, goal)
+        messages = self._messages(text, visions, later)
         (chat,) = self._render([messages])
         for said in (text, *later):
             if said.strip() not in chat.replace(CUT, ""):
@@ -355,15 +353,25 @@ class VideoPrompts(ABC):
             whole += start + vision
         return whole + rest + self.opening
 
-    def _messages(self, text: str, visions: Sequence[str], later: Sequence[str] = ()) -> list[dict[str, Any]]:
-        """The messages of `_chat`, whose first one has these kinds of vision before the text."""
-        content = [{"type": kind} for kind in visions] + [{"type": "text", "text": quote(self.tokenizer, text)}]
+    def _visions(
+        self, modality: str, placeholders: Sequence[str], goal: str | None = None
+    ) -> list[tuple[str, str, str]]:
+        """(kind, the template's mark, the text that stands for it) of each vision before a text."""
+        mark = self.video_mark if modality == "video" else self.image_mark
+        visions = [(modality, mark, each) for each in placeholders]
+        return visions if goal is None else [("image", self.image_mark, goal), *visions]
+
+    def _messages(
+        self, text: str, visions: Sequence[tuple[str, str, str]], later: Sequence[str] = ()
+    ) -> list[dict[str, Any]]:
+        """The messages of `_chat`, with `_visions` before the text."""
+        content = [{"type": kind} for kind, *_ in visions] + [{"type": "text", "text": quote(self.tokenizer, text)}]
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         for turn, role in zip(later, cycle(("assistant", "user")), strict=False):
             messages.append({"role": role, "content": [{"type": "text", "text": quote(self.tokenizer, turn)}]})
         return messages
 
-    def _render(self, chats: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+    def _render(self, chats: Sequence[Messages]) -> list[str]:
         return render_all(self.tokenizer, chats, "the teacher's chat template")
 
     def _encode(self, text: str, placeholder: str) -> list[int]:
