@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from recipes.microworld.clips import random_clip, to_video, with_noise
-from recipes.microworld.training import Run, adopt, train
+from recipes.microworld.training import Run, adopt, in_bfloat16, train
 from vlmteacher.checkpoints.pretrained import load_network
 from vlmteacher.decoders.taehv import SurrogateDecoder
 from vlmteacher.distillation.reconstruction import reconstruction_loss
@@ -33,7 +33,7 @@ def train_decoder(run: Run) -> None:
     def step(index: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         clips = [random_clip(rng, world.NUM_FRAMES, config["flaws"]) for _ in range(config["batch"])]
         x = to_video(np.stack(clips))
-        with torch.autocast("cpu", torch.bfloat16):
+        with in_bfloat16():
             with torch.no_grad():
                 latents = (vae.encode(x).latent_dist.mode().float() - mean) / std
             y = decoder.decode_batch(with_noise(latents, config["latent_noise"], rng), clamp=False)

@@ -49,7 +49,7 @@ def keep(out: Path, to: Path, manifest: Manifest) -> None:
                 raise InputError(f"{entry.name} is continued, optimizer included: finish the run that does it first")
             for result in stage_of(manifest, entry).makes:
                 _copy(out.joinpath(entry.folder, *result.split("/")[1:]), out, to)
-            if any(other.stage in READ_STATE or "adapter" in other.settings for other in readers):
+            if any(other.stage in READ_STATE or other.settings.get("adapter") == entry.name for other in readers):
                 modules = torch.load(out / entry.folder / STATE, weights_only=True)["modules"]
                 make_folder((to / entry.folder / STATE).parent)
                 halves = {name: _halved(tensors) for name, tensors in modules.items()}
@@ -69,7 +69,9 @@ def _read(manifest: Manifest, entries: list[Entry]) -> set[str]:
     for entry in entries:
         needs = {need.split("/")[0] for need in stage_of(manifest, entry).needs if need not in manifest.of_pair}
         folders |= {manifest.folder(name) for name in entry.instead.values()}
-        folders |= {manifest.folder(name) for name in _origins(entry)} | (needs - set(entry.instead))
+        folders |= {manifest.folder(name) for name in _origins(entry) - set(manifest.of_pair)} | (
+            needs - set(entry.instead)
+        )
     return folders
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from recipes.microworld.attention import fast_attention
 from recipes.microworld.clips import to_video
-from recipes.microworld.training import Run, adopt, train
+from recipes.microworld.training import Run, adopt, in_bfloat16, train
 from vlmteacher.checkpoints.pretrained import load_network, load_tokenizer
 from vlmteacher.distillation import distill
 from vlmteacher.distillation.trainer import STATE
@@ -29,6 +29,7 @@ from vlmteacher.files import make_folder, replacing
 from vlmteacher.microworld import world
 from vlmteacher.microworld.export import export
 from vlmteacher.microworld.tokenizer import kept_tokenizer
+from vlmteacher.ops.backends import has_avx512_bf16
 
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
 TEXT_TOKENS = 24
@@ -89,7 +90,7 @@ def encode_latents(run: Run) -> None:
                 scenes = [world.sample_scene(rng, str(rng.choice(world.FAMILIES))) for _ in range(8)]
                 texts += [world.write_prompt(s, rng) for s in scenes]
                 x = to_video(np.stack([world.draw(world.training_track(s, config["flaws"])) for s in scenes]))
-                with torch.autocast("cpu", torch.bfloat16):
+                with in_bfloat16():
                     z = vae.encode(x).latent_dist.mode()
                 latents.append(((z.float() - mean) / std).half())
         with replacing(path) as temporary, temporary.open("wb") as file:
@@ -148,7 +149,7 @@ def train_reasoner(run: Run) -> None:
         per_frame = (x.shape[3] // 2) * (x.shape[4] // 2)
         timestep = (sigma * 1000)[:, None].repeat(1, x.shape[2] * per_frame)
         timestep[:, :per_frame] = 0
-        with torch.autocast("cpu", torch.bfloat16, enabled=config["bf16"]), fast_attention():
+        with in_bfloat16(config["bf16"]), fast_attention():
             embeds = encoder(ids, attention_mask=mask).last_hidden_state * mask[..., None]
             v = transformer(x, timestep, embeds, return_dict=False)[0]
         error = (v.float() - (noise - x0))[:, :, 1:] ** 2
@@ -173,6 +174,8 @@ def distil(run: Run) -> None:
     """Stage ``distil``: the four-step student of the many-step Reasoner, by DMD2 on instances with the flaws."""
     config = dict(run.config)
     videos, flaws, out = config.pop("videos"), config.pop("flaws"), run.path("videos")
+    if config["dtype"] == "bfloat16" and not has_avx512_bf16():
+        config["dtype"] = "float32"
     export(out, videos["count"], videos["seed"], flaws=flaws, chosen=world.FAMILIES)
     paths = {"reasoner": str(run.path("reasoner/reasoner")), "data": str(out), "out": str(run.out)}
     with fast_attention():

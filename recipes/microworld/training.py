@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vlmteacher.distillation.trainer import FORM, STATE, Trainer, training_folder
 from vlmteacher.errors import InputError
 from vlmteacher.files import make_folder
+from vlmteacher.ops.backends import has_avx512_bf16
 from vlmteacher.state import read_state, write_state
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -23,6 +24,11 @@ EARLIER_FORM, EARLIER_STATE = "vlmteacher stage 1", "state.pt"  # form and place
 STATE_BYTES = 2**30  # the most that the state of a stage may take
 
 Step = Callable[[int, np.random.Generator], tuple[Tensor, dict[str, float]]]
+
+
+def in_bfloat16(wanted: bool = True, device: str = "cpu") -> torch.autocast:
+    """Autocast to bfloat16 where that is wanted and the processor has instructions for it; else it would be slower."""
+    return torch.autocast(device, torch.bfloat16, enabled=wanted and (device != "cpu" or has_avx512_bf16()))
 
 
 def load_config(stage: str) -> dict[str, Any]:

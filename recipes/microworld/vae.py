@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
 from recipes.microworld.clips import random_clip, to_video, with_noise
-from recipes.microworld.training import Run, adopt, train
+from recipes.microworld.training import Run, adopt, in_bfloat16, train
 from vlmteacher.checkpoints.pretrained import load_network
 from vlmteacher.distillation.reconstruction import reconstruction_loss
 from vlmteacher.microworld import world
@@ -72,7 +72,7 @@ def refine_decoder(run: Run) -> None:
 
     def step(index: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         x = to_video(np.stack([random_clip(rng, world.NUM_FRAMES, config["flaws"]) for _ in range(config["batch"])]))
-        with torch.autocast("cpu", torch.bfloat16):
+        with in_bfloat16():
             with torch.no_grad():
                 latents = vae.encode(x).latent_dist.mode()
             y = decode_unclamped(vae, with_noise(latents, config["latent_noise"], rng))
@@ -100,7 +100,7 @@ def train_vae(run: Run) -> None:
             clips = [crop(c, rng, 32) for c in clips]
         x = to_video(np.stack(clips))
         torch.manual_seed(int(rng.integers(2**31)))
-        with torch.autocast("cpu", torch.bfloat16):
+        with in_bfloat16():
             posterior = vae.encode(x).latent_dist
             y = decode_unclamped(vae, posterior.sample())
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()

@@ -316,6 +316,11 @@ class VideoPrompts(ABC):
         placeholders = [placeholder] if isinstance(placeholder, str) else list(placeholder or ())
         return self._encode(self._chat(text, modality, placeholders, later), "".join(placeholders))
 
+    def prepare(self, texts: Sequence[str], modality: str, placeholder: str) -> None:
+        """Render the chats of several texts at once, in one process, for `chat_ids` of each."""
+        visions = self._visions(modality, [placeholder])
+        self._render([self._messages(text, visions) for text in texts])
+
     def _chat(
         self,
         text: str,

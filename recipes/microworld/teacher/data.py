@@ -24,7 +24,7 @@ MIX = {
     "backwards": 0.5,
     "final_only": 0.5,
     "half_finished": 1.5,
-    "mistaken": 2.0,
+    "mistaken": 4.0,
     "wrong_target": 4.0,
     "near_miss": 1.5,
     "wall_crossing": 2.0,
@@ -37,7 +37,7 @@ MIX = {
     "eroded_scenery": 7.0,
     "disguise": 4.0,
     "another_instance": 0.0,
-    "forbidden": 2.0,
+    "forbidden": 5.0,
 }
 
 

@@ -23,6 +23,7 @@ from recipes.microworld.teacher.data import Batch, ask_text, task_text
 from recipes.microworld.teacher.grounding import LAYER, AttentionProbe, Grounding, find_words, in_pairs
 from recipes.microworld.teacher.losses import Readout, accuracies, cell_truth, pair_truth, perturbed
 from recipes.microworld.teacher.model import PATCH, TOKENS, PackedForward
+from recipes.microworld.training import in_bfloat16
 from vlmteacher.microworld import world
 from vlmteacher.microworld.questions import right_queries
 from vlmteacher.microworld.scene import Scene
@@ -141,7 +142,7 @@ class Lesson:
         """The objective (B,) that the method minimises, on frames (B, K, 3, H, W); twice differentiable at them."""
         most = max(len(row) for row in questions)
         texts = [(row * most)[:most] for row in questions]  # fewer questions are repeated, and the repetitions ignored
-        bf16 = torch.autocast(frames.device.type, torch.bfloat16, enabled=self.config["bf16"])
+        bf16 = in_bfloat16(self.config["bf16"], frames.device.type)
         with bf16, sdpa_kernel(SDPBackend.MATH):  # the only one that is twice differentiable
             losses = -self.read(frames, texts, backend="sdpa").yes
         rows = zip(losses, questions, strict=True)
@@ -231,8 +232,10 @@ class Lesson:
         tokenizer = self.teacher.tokenizer
         image = "<|vision_start|>" + "<|image_pad|>" * TOKENS + "<|vision_end|>"
         ids, targets, patches = [], [], []
-        for scene in scenes:
-            head = self.teacher.chat_ids(ask_text(task_text(scene, rng)), "image", image)
+        asked = [ask_text(task_text(scene, rng)) for scene in scenes]
+        self.teacher.prepare(asked, "image", image)
+        for scene, text in zip(scenes, asked, strict=True):
+            head = self.teacher.chat_ids(text, "image", image)
             tail = tokenizer(json.dumps(right_queries(scene).to_dict()), add_special_tokens=False).input_ids
             tail = [*tail, tokenizer.eos_token_id]
             ids.append(torch.tensor(head + tail))

@@ -15,7 +15,7 @@ from recipes.microworld.shards import load
 from recipes.microworld.teacher.data import Batch, Row, Source, blend, rendered, scenes_to_write
 from recipes.microworld.teacher.lesson import Lesson
 from recipes.microworld.teacher.model import build, save
-from recipes.microworld.training import Run, adopt, train
+from recipes.microworld.training import Run, adopt, in_bfloat16, train
 from vlmteacher.checkpoints.pretrained import load_network, load_tokenizer
 from vlmteacher.distillation.trainer import STATE
 from vlmteacher.microworld import world
@@ -82,12 +82,18 @@ def fit(
 ) -> None:
     """Train on the rows that `draw` returns, and on writing queries; save the Teacher to ``run.out / "teacher"``.
 
+    config: in the first `heads_first` steps the training-only heads learn alone, which untrained would spoil a Teacher.
     hold: the loss of the steps with an odd index. With an even `blend_every` no step then blends, for those are odd.
     """
     config, teacher = lessons.config, lessons.teacher
 
     def step(index: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=config["bf16"]):
+        teacher.model.requires_grad_(index >= config["heads_first"])
+        if index < config["heads_first"]:
+            rows = draw(rng)
+            with in_bfloat16(config["bf16"]):
+                return lessons.judge(Batch.of(rows, [ask(s, f, rng, config["questions"]) for _, s, f in rows]))
+        with in_bfloat16(config["bf16"]):
             if config["write_every"] and index % config["write_every"] == config["write_every"] - 1:
                 loss = lessons.write(scenes_to_write(rng, config["batch"], config["outside"]), rng)
                 return loss, {"write": float(loss.detach())}

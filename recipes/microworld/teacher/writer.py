@@ -13,14 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
 from recipes.microworld.teacher.data import scenes_to_write
 from recipes.microworld.teacher.lesson import Lesson
 from recipes.microworld.teacher.model import build
-from recipes.microworld.training import Run, adopt, train
+from recipes.microworld.training import Run, adopt, in_bfloat16, train
 from vlmteacher.checkpoints.pretrained import load_network
 from vlmteacher.distillation.trainer import STATE
 from vlmteacher.microworld.questions import STYLE
@@ -38,13 +39,17 @@ def train_writer(run: Run) -> None:
     adopt(lessons.teacher.model, known)
     lora = LoraConfig(r=config["rank"], lora_alpha=config["rank"], target_modules="all-linear")
     adapted = get_peft_model(lessons.teacher.model, lora)
-    if earlier := config.get("adapter"):  # the run whose LoRA is trained further
-        weights = torch.load(run.path(earlier) / STATE, weights_only=True)["modules"]["writer"]
-        adapted.load_state_dict({name: x for name, x in weights.items() if "lora_" in name}, strict=False)
+    if earlier := config.get("adapter"):  # the run or the pair's folder whose LoRA is trained further
+        if (state := run.path(earlier) / STATE).exists():
+            weights = torch.load(state, weights_only=True)["modules"]["writer"]
+            adapted.load_state_dict({name: x for name, x in weights.items() if "lora_" in name}, strict=False)
+        else:
+            weights = load_file(run.path(earlier) / "adapter_model.safetensors")
+            set_peft_model_state_dict(adapted, {name: x.float() for name, x in weights.items()})
 
     def step(index: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         scenes = scenes_to_write(rng, config["batch"], config["outside"])
-        with torch.autocast("cpu", torch.bfloat16, enabled=config["bf16"]):
+        with in_bfloat16(config["bf16"]):
             return lessons.write(scenes, rng), {}
 
     train({"writer": adapted}, step, run, log_every=50)
