@@ -33,7 +33,7 @@ BOTH = Manifest(
             "teacher-finetune",
             start="teacher",
             settings={"steps": 1500, "learning_rate": 5e-4, "outside": 0.35},
-            unlike="it learnt from 1,800 lessons, 1,600 predictions and 320 optimised videos of the many-step model",
+            unlike="it learnt from 1,800 lessons, 1,600 predictions and 296 optimised videos of the many-step model",
         ),
         Entry("optimise", "optimise", start="relearnt-1"),
         Entry(
