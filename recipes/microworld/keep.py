@@ -15,6 +15,7 @@ from torch import Tensor
 
 from recipes.microworld.manifest import AVERAGE, Entry, Manifest
 from recipes.microworld.replay import JOURNAL, journal, stage_of
+from recipes.microworld.training import forget_origins
 from vlmteacher.distillation.trainer import FORM, STATE
 from vlmteacher.errors import InputError
 from vlmteacher.files import claimed, make_folder, write_json
@@ -54,6 +55,7 @@ def keep(out: Path, to: Path, manifest: Manifest) -> None:
                 make_folder((to / entry.folder / STATE).parent)
                 halves = {name: _halved(tensors) for name, tensors in modules.items()}
                 write_state(to / entry.folder / STATE, FORM, {"modules": halves})
+        forget_origins(to)
         write_json(to / JOURNAL, {name: settings for name, settings in finished.items() if name not in again})
 
 
@@ -69,9 +71,8 @@ def _read(manifest: Manifest, entries: list[Entry]) -> set[str]:
     for entry in entries:
         needs = {need.split("/")[0] for need in stage_of(manifest, entry).needs if need not in manifest.of_pair}
         folders |= {manifest.folder(name) for name in entry.instead.values()}
-        folders |= {manifest.folder(name) for name in _origins(entry) - set(manifest.of_pair)} | (
-            needs - set(entry.instead)
-        )
+        folders |= {manifest.folder(name) for name in _origins(entry) - set(manifest.of_pair)}
+        folders |= needs - set(entry.instead)
     return folders
 
 

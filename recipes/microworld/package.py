@@ -13,7 +13,7 @@ from transformers import Qwen3VLForConditionalGeneration, UMT5EncoderModel
 
 from recipes.microworld.reasoner import save_pipeline
 from recipes.microworld.teacher.writer import attach
-from recipes.microworld.training import Run
+from recipes.microworld.training import Run, forget_origins
 from vlmteacher.checkpoints.pretrained import load_network, load_tokenizer
 from vlmteacher.decoders.taehv import SurrogateDecoder
 from vlmteacher.microworld import world
@@ -52,10 +52,7 @@ def package(run: Run) -> None:
     shutil.copytree(teacher, pair / "teacher", dirs_exist_ok=True)
     load_network(Qwen3VLForConditionalGeneration, teacher, dtype=half).save_pretrained(pair / "teacher")
     attach(run.path("writer/writer"), pair / "teacher")
-    for config in pair.rglob("config.json"):  # diffusers records where a part was loaded from
-        content = json.loads(config.read_text())
-        if content.pop("_name_or_path", None):
-            config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    forget_origins(pair)
     scene, prompt = world.instance(EXAMPLE, seed=0)
     description = {
         "reasoner": "reasoner",

@@ -26,6 +26,14 @@ STATE_BYTES = 2**30  # the most that the state of a stage may take
 Step = Callable[[int, np.random.Generator], tuple[Tensor, dict[str, float]]]
 
 
+def forget_origins(folder: Path) -> None:
+    """Remove from the configurations in a folder where diffusers loaded each part from: a path of one machine."""
+    for config in folder.rglob("config.json"):
+        content = json.loads(config.read_text())
+        if content.pop("_name_or_path", None):
+            config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
 def in_bfloat16(wanted: bool = True, device: str = "cpu") -> torch.autocast:
     """Autocast to bfloat16 where that is wanted and the processor has instructions for it; else it would be slower."""
     return torch.autocast(device, torch.bfloat16, enabled=wanted and (device != "cpu" or has_avx512_bf16()))

@@ -66,10 +66,14 @@ def finetune(run: Run) -> None:
         known.teacher.model.requires_grad_(False)
 
         def hold(rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-            rows = draw(held, rng)
-            return lessons.keep(Batch.of(rows, [ask(s, f, rng, 4) for _, s, f in rows]), known)
+            return lessons.keep(questioned(draw(held, rng), rng, 4), known)
 
     fit(lessons, partial(draw, learned), run, warmup=50, hold=hold)
+
+
+def questioned(rows: list[Row], rng: np.random.Generator, count: int) -> Batch:
+    """The rows with `count` questions about each."""
+    return Batch.of(rows, [ask(scene, facts, rng, count) for _, scene, facts in rows])
 
 
 def fit(
@@ -89,11 +93,9 @@ def fit(
 
     def step(index: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         teacher.model.requires_grad_(index >= config["heads_first"])
-        if index < config["heads_first"]:
-            rows = draw(rng)
-            with in_bfloat16(config["bf16"]):
-                return lessons.judge(Batch.of(rows, [ask(s, f, rng, config["questions"]) for _, s, f in rows]))
         with in_bfloat16(config["bf16"]):
+            if index < config["heads_first"]:
+                return lessons.judge(questioned(draw(rng), rng, config["questions"]))
             if config["write_every"] and index % config["write_every"] == config["write_every"] - 1:
                 loss = lessons.write(scenes_to_write(rng, config["batch"], config["outside"]), rng)
                 return loss, {"write": float(loss.detach())}
@@ -101,10 +103,7 @@ def fit(
                 return hold(rng)
             rows = draw(rng)
             blended = config["blend_every"] and index % config["blend_every"] == 1
-            if blended:
-                shown = blend(rows, rng)
-            else:
-                shown = Batch.of(rows, [ask(s, f, rng, config["questions"]) for _, s, f in rows])
+            shown = blend(rows, rng) if blended else questioned(rows, rng, config["questions"])
             if config["adversary"]:
                 shown = lessons.perturb(shown, rng)
             loss, report = lessons.judge(shown)
