@@ -50,10 +50,15 @@ def lessons(shard: Shard, count: int, rng: np.random.Generator, reasoner: WanRea
 
 
 @torch.no_grad()
-def predictions(shard: Shard, count: int, rng: np.random.Generator, reasoner: WanReasoner, decoder: Any) -> None:
-    """Add `count` of the Reasoner's one-step predictions (surrogate decoder) and few-step videos (either decoder)."""
+def predictions(
+    shard: Shard, count: int, rng: np.random.Generator, reasoner: WanReasoner, decoder: Any, outside: float
+) -> None:
+    """Add `count` of the Reasoner's one-step predictions (surrogate decoder) and few-step videos (either decoder).
+
+    outside: share of the scenes out of domain.
+    """
     for index in range(count):
-        scene = world.sample_scene(rng, world.FAMILIES[index % len(world.FAMILIES)])
+        scene = splits.training_scene(rng, world.FAMILIES[index % len(world.FAMILIES)], outside)
         condition, noise = start(reasoner, scene, rng)
         if index % 3 == 0:
             frames = decoder.decode_batch(reasoner.predict_clean(condition, noise))
@@ -117,7 +122,8 @@ def collect(run: Run) -> None:
     """Stage ``collect``: shards of lessons and of predictions."""
     reasoner, decoder = parts(run)
     _write(run, "lessons", partial(lessons, reasoner=reasoner, decoder=decoder))
-    _write(run, "predictions", partial(predictions, reasoner=reasoner, decoder=decoder))
+    outside = run.config["outside"]
+    _write(run, "predictions", partial(predictions, reasoner=reasoner, decoder=decoder, outside=outside))
 
 
 def optimise(run: Run) -> None:

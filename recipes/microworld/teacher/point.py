@@ -30,7 +30,7 @@ from recipes.microworld.teacher.data import fade, rendered
 from recipes.microworld.teacher.lesson import Lesson
 from recipes.microworld.teacher.losses import perturbed
 from recipes.microworld.teacher.model import build, save
-from recipes.microworld.teacher.pointing import Pointing, Scenes
+from recipes.microworld.teacher.pointing import Pointing, Scenes, decode
 from recipes.microworld.training import Run, adopt, load_config, train
 from vlmteacher.checkpoints.pretrained import load_network
 from vlmteacher.evaluation.processes import Processes
@@ -206,7 +206,7 @@ class Course:
         """`cost` after an adversarial step; half of the rendered videos are added as the decoder shows them."""
         frames, again = shown.frames(self.device), np.arange(self.config["batch"])[::2]
         with torch.no_grad():
-            decoded = self.decoder.decode_batch(self.reasoner.encode_video(shown.videos[again]))
+            decoded = decode(self.decoder, self.reasoner.encode_video(shown.videos[again]))
         shown = Shown.joined([shown, shown.rows(again)])
         frames = torch.cat([frames, decoded])[:, self.lessons.indices].requires_grad_()
         (gradient,) = torch.autograd.grad(self.cost(frames, shown), frames)
@@ -219,7 +219,7 @@ class Course:
         size = 0.25 * rng.random((len(picks), 1, 1, 1, 1)) * (rng.random((len(picks), 1, 1, 1, 1)) < 0.5)
         noise = torch.from_numpy((size * rng.standard_normal(latents.shape)).astype(np.float32))
         with torch.no_grad():
-            frames = self.decoder.decode_batch(latents + noise.to(self.device))[:, self.lessons.indices]
+            frames = decode(self.decoder, latents + noise.to(self.device))[:, self.lessons.indices]
         asked = [self.scenes.questions[k] for k in picks]
         return F.relu(self.lessons.objective(frames, asked, self.settings.goal_weight) - CONTENT).mean()
 
