@@ -159,7 +159,7 @@ def test_the_next_pair_is_made_from_this_one_and_from_what_was_kept(pair, tmp_pa
     assert {path.parent.name for path in kept.rglob("log.jsonl")} == finished
     replay(kept, shorten=1000, init=pair, manifest=BOTH)
     printed = capsys.readouterr().out
-    assert "[2/15] reasoner: finished" in printed and printed.count("collect: stage collect") == 2
+    assert "[2/18] reasoner: finished" in printed and printed.count("collect: stage collect") == 2
     assert TeacherPipeline.from_pretrained(pair=kept / "pair").teacher.writer
 
 
