@@ -24,6 +24,8 @@ POINTING = {
     "right": 4,
     "scenes": 1200,
 }
+FURTHER = POINTING | {"batch": 4, "collected": {"optimised": 8}}
+OPTIMISED = {"collect": "optimise-2"}
 
 BOTH = Manifest(
     (
@@ -75,8 +77,14 @@ BOTH = Manifest(
             settings={"shares": {"relearnt": 0.5, "point-1": 0.25, "point-2": 0.25}},
             result="15 of 40 validation scenes; without relearnt's half 14",
         ),
-        Entry("point-3", "teacher-point", start="pointed", settings=POINTING | {"seed": 2}),
-        Entry("point-4", "teacher-point", start="pointed", settings=POINTING | {"seed": 3}),
+        Entry(
+            "optimise-2",
+            "optimise",
+            start="pointed",
+            settings={"outside": 0.35, "optimised": {"shards": 24, "videos": 80}, "finals": 4, "seed": 41},
+        ),
+        Entry("point-3", "teacher-point", start="pointed", settings=FURTHER | {"seed": 2}, instead=OPTIMISED),
+        Entry("point-4", "teacher-point", start="pointed", settings=FURTHER | {"seed": 3}, instead=OPTIMISED),
         Entry("pointed-2", AVERAGE, settings={"shares": {"point-3": 0.5, "point-4": 0.5}}),
         Entry(
             "writer",

@@ -79,10 +79,12 @@ def optimised(
     settings: Settings,
     outside: float,
     flaws: str,
+    finals: int,
 ) -> None:
-    """Add the videos of ``count // 8`` optimisations by a Teacher: every third one-step prediction and the final video.
+    """Add the videos of ``count // 8`` optimisations by a Teacher: every third one-step prediction, and final videos.
 
-    outside: share of the scenes out of domain. flaws: the scheme of the Reasoner's training videos.
+    outside: share of the scenes out of domain. flaws: the scheme of the Reasoner's training videos. finals: number of
+    few-step videos of each optimisation, from several noises.
     """
     for index in range(count // 8):
         family = world.FAMILIES[index % len(world.FAMILIES)]
@@ -98,7 +100,10 @@ def optimised(
                     shard.add(_pixels(decoder.decode_batch(reasoner.predict_clean(condition, noise)))[0], scene)
         with torch.no_grad():
             shard.add(_pixels(decoder.decode_batch(reasoner.predict_clean(condition, noise)))[0], scene)
-            shard.add(_pixels(reasoner.decode(reasoner.sample(condition, noise))[None])[0], scene)
+            for number in range(finals):
+                if number:
+                    noise = reasoner.noise(condition, torch.Generator().manual_seed(int(rng.integers(2**31))))
+                shard.add(_pixels(reasoner.decode(reasoner.sample(condition, noise))[None])[0], scene)
         remove_lora(reasoner.transformer)
 
 
@@ -131,7 +136,7 @@ def optimise(run: Run) -> None:
     reasoner, decoder = parts(run)
     teacher = load_teacher(str(run.start), torch.float32)
     given: dict[str, Any] = {"teacher": teacher, "settings": Settings(**run.config["settings"])}
-    given |= {name: run.config[name] for name in ("outside", "flaws")}
+    given |= {name: run.config[name] for name in ("outside", "flaws", "finals")}
     _write(run, "optimised", partial(optimised, reasoner=reasoner, decoder=decoder, **given))
 
 

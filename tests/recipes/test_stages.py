@@ -35,7 +35,16 @@ SMALL = {
     "reasoner": {"layers": 1, "heads": 1, "ffn_dim": 64, "batch": 2, "steps": 2},
     "teacher": {"width": 32, "layers": 3, "mlp": 48, "vision_layers": 2, "vision_mlp": 48, "batch": 1, "steps": 2},
     "teacher_finetune": {"steps": 2, "collected": {"lessons": 1, "optimised": 1}, "keep": 1.0, "learn": ["move"]},
-    "teacher_point": {"steps": 6, "batch": 2, "labels": 1, "right": 1, "runs": 2, "scenes": 3, "workers": 1},
+    "teacher_point": {
+        "steps": 6,
+        "batch": 2,
+        "labels": 1,
+        "right": 1,
+        "runs": 2,
+        "scenes": 3,
+        "workers": 1,
+        "collected": {"lessons": 1},
+    },
     "writer": {"steps": 2, "batch": 1, "rank": 2},
     "collect": {
         "lessons": {"shards": 1, "videos": 8},
@@ -159,7 +168,7 @@ def test_the_next_pair_is_made_from_this_one_and_from_what_was_kept(pair, tmp_pa
     assert {path.parent.name for path in kept.rglob("log.jsonl")} == finished
     replay(kept, shorten=1000, init=pair, manifest=BOTH)
     printed = capsys.readouterr().out
-    assert "[2/18] reasoner: finished" in printed and printed.count("collect: stage collect") == 2
+    assert "[2/19] reasoner: finished" in printed and printed.count("collect: stage collect") == 2
     assert TeacherPipeline.from_pretrained(pair=kept / "pair").teacher.writer
 
 

@@ -4,8 +4,9 @@ The loss of a step is the sum of
 
 - the loss on the gradient's direction, over a step of all optimisations (`pointing.py`);
 - the loss of answers, after an adversarial step, about rendered videos with the simulator's truth (a share of them
-  faded into the right video; half of them a second time through VAE and surrogate decoder) and about predictions of
-  the optimisations some steps ago with the labeller's truth, mostly with the task's own questions;
+  faded into the right video; half of them a second time through VAE and surrogate decoder), about predictions of the
+  optimisations some steps ago with the labeller's truth, and about collected videos, both mostly with the task's own
+  questions;
 - the loss of right videos whose objective is not low.
 
 Videos are drawn and labelled by other processes.
@@ -26,7 +27,8 @@ from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
 from recipes.microworld.collect import parts
-from recipes.microworld.teacher.data import fade, rendered
+from recipes.microworld.shards import load
+from recipes.microworld.teacher.data import Row, Source, fade, rendered
 from recipes.microworld.teacher.lesson import Lesson
 from recipes.microworld.teacher.losses import perturbed
 from recipes.microworld.teacher.model import build, save
@@ -35,7 +37,7 @@ from recipes.microworld.training import Run, adopt, load_config, train
 from vlmteacher.checkpoints.pretrained import load_network
 from vlmteacher.evaluation.processes import Processes
 from vlmteacher.evaluation.workers import Task, Workers
-from vlmteacher.microworld import labeller
+from vlmteacher.microworld import labeller, world
 from vlmteacher.microworld.questions import Question, ask, own_questions
 from vlmteacher.microworld.scene import Scene
 from vlmteacher.placement import find_device
@@ -45,7 +47,10 @@ SAVE_EVERY = 250
 AHEAD = 4  # steps by which rows are drawn in advance
 LATER = 4  # steps until the labels of a prediction are used
 KEPT = 4000  # labelled predictions that are kept for later steps
-OWN, FADED = 0.6, 0.2  # shares of labelled predictions with the task's own questions, and faded into the right video
+OWN, FADED = (
+    0.6,
+    0.2,
+)  # shares of labelled and collected videos with the task's own questions, and faded into the right video
 CONTENT = 0.05  # an objective that is low enough for a right video
 
 
@@ -101,18 +106,22 @@ def draw_rows(config: dict[str, Any], index: int) -> Shown:
 def label_rows(config: dict[str, Any], index: int, videos: np.ndarray, scenes: list[Scene]) -> tuple[Shown, float]:
     """Label predictions (N, T, H, W, 3) uint8; returns them with questions, and the share of right ones."""
     rng = np.random.default_rng([config["seed"], index, 2])
-    rows: list[tuple[np.ndarray, list[Question], list[float]]] = []
-    right = []
-    for video, scene in zip(videos.astype(np.float32) / 255, scenes, strict=True):
-        facts = labeller.label(video, scene)
-        right.append(labeller.succeeds(facts, scene))
+    rows = [(v, s, labeller.label(v, s)) for v, s in zip(videos.astype(np.float32) / 255, scenes, strict=True)]
+    right = [labeller.succeeds(facts, scene) for _, scene, facts in rows]
+    return question_rows(config, rows, rng), float(np.mean(right))
+
+
+def question_rows(config: dict[str, Any], rows: list[Row], rng: np.random.Generator) -> Shown:
+    """The rows with questions, a share `OWN` with the task's own; a share `FADED` is faded into the right video."""
+    shown = []
+    for video, scene, facts in rows:
         kind, count = rng.random(), config["questions"]
         if kind < FADED:
-            rows.append(fade((video, scene, facts), float(rng.uniform()), rng))
+            shown.append(fade((video, scene, facts), float(rng.uniform()), rng))
         else:
-            own = kind < FADED + OWN
-            rows.append((video, *answers(own_questions(scene, facts) if own else ask(scene, facts, rng, count), count)))
-    return Shown.of(rows), float(np.mean(right))
+            asked = own_questions(scene, facts) if kind < FADED + OWN else ask(scene, facts, rng, count)
+            shown.append((video, *answers(asked, count)))
+    return Shown.of(shown)
 
 
 class Queue:
@@ -135,11 +144,21 @@ class Course:
     """The training steps: the optimisations, the videos, and the tasks of other processes.
 
     config: settings of `Pointing`, and: `batch` rendered videos per step, a share `faded` of them; `labels` predictions
-    that are labelled per step, and as many labelled ones that are used; `questions` about each video; `right` videos;
+    that are labelled per step, and as many labelled ones that are used; the number of `collected` videos of each kind
+    per step; `questions` about each video; `right` videos;
     the largest adversarial step `adversary`; the weights `answer_weight` and `content` of the losses.
     """
 
-    def __init__(self, lessons: Lesson, reasoner: Any, decoder: Any, workers: Workers, config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        lessons: Lesson,
+        reasoner: Any,
+        decoder: Any,
+        workers: Workers,
+        collected: Source,
+        config: dict[str, Any],
+    ) -> None:
+        self.collected = collected
         self.lessons, self.reasoner, self.decoder, self.config = lessons, reasoner, decoder, config
         self.device: torch.device = reasoner.device
         self.scenes = Scenes.draw(reasoner, config, np.random.default_rng([config["seed"], 0, 3]))
@@ -185,7 +204,7 @@ class Course:
         return right
 
     def draw(self, index: int, rng: np.random.Generator) -> Shown:
-        """The rendered videos of the step, and labelled predictions where there are any."""
+        """The rendered and collected videos of the step, and labelled predictions where there are any."""
         if not self.drawn.waiting:  # the first step
             for later in range(AHEAD):
                 self.drawn.submit(draw_rows, self.config, index + later)
@@ -194,6 +213,9 @@ class Course:
         for place in rng.integers(len(self.known) * count, size=count) if self.known else ():
             part, row = divmod(int(place), count)
             shown.append(self.known[part].rows(np.asarray([row])))
+        if counts := self.config["collected"]:
+            rows = self.collected.draw(rng, counts, sum(counts.values()))
+            shown.append(question_rows(self.config, rows, rng))
         return Shown.joined(shown)
 
     def cost(self, frames: Tensor, shown: Shown) -> Tensor:
@@ -243,11 +265,13 @@ def train_pointing(run: Run) -> None:
     reasoner.to(device)
     reasoner.vae.to(device)  # `parts` replaced the VAE that the Reasoner was loaded with
     decoder.to(device)
+    groups = {kind: load(sorted(run.path("collect").glob(f"{kind}-*.pt"))) for kind in config["collected"]}
+    collected = Source(groups, world.FAMILIES, config["outside"])
     with Processes(config["workers"] or os.cpu_count() or 1) as executor:
         workers = Workers(executor)
         train(
             {"teacher": teacher},
-            Course(lessons, reasoner, decoder, workers, config).step,
+            Course(lessons, reasoner, decoder, workers, collected, config).step,
             run,
             warmup=50,
             save_every=SAVE_EVERY,
