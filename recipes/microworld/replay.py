@@ -77,7 +77,8 @@ def stage_of(manifest: Manifest, entry: Entry) -> Stage:
     """The stage that an entry runs."""
     if entry.stage != AVERAGE:
         return STAGES[entry.stage]
-    needs = tuple(manifest.folder(name) for name in entry.settings["shares"])
+    shares = entry.settings["shares"]
+    needs = tuple(name if name in manifest.of_pair else manifest.folder(name) for name in shares)
     return Stage(AVERAGE, "teacher.average:average", (f"{entry.folder}/teacher",), needs)
 
 

@@ -39,7 +39,7 @@ def test_entries_refer_to_earlier_ones_and_to_known_settings(name):
     manifest, seen = MANIFESTS[name], set()
     for entry in manifest.entries:
         used = [name for name in (entry.start, entry.continues, *entry.instead.values()) if name]
-        assert seen.issuperset([*used, *entry.settings.get("shares", ())]), entry.name
+        assert seen.union(manifest.of_pair).issuperset([*used, *entry.settings.get("shares", ())]), entry.name
         assert entry.stage == AVERAGE or entry.stage in stages.STAGES
         assert entry.settings.keys() - OWN_SETTINGS <= stages.settings_of(stage_of(manifest, entry)).keys(), entry.name
         assert entry.stage != AVERAGE or sum(entry.settings["shares"].values()) == 1
