@@ -36,7 +36,7 @@ def average(run: Run) -> None:
         for key in states[0]
     }
     modules = {"teacher": mean}
-    for name in (name for name in shares if name not in run.given):
+    for name in [name for name in shares if name not in run.given]:
         trained = torch.load(run.path(name) / STATE, weights_only=True)["modules"]
         if "heads" in trained:
             modules["heads"] = trained["heads"]

@@ -47,10 +47,8 @@ SAVE_EVERY = 250
 AHEAD = 4  # steps by which rows are drawn in advance
 LATER = 4  # steps until the labels of a prediction are used
 KEPT = 4000  # labelled predictions that are kept for later steps
-OWN, FADED = (
-    0.6,
-    0.2,
-)  # shares of labelled and collected videos with the task's own questions, and faded into the right video
+# Shares of labelled and collected videos with the task's own questions, and faded into the right video.
+OWN, FADED = 0.6, 0.2
 CONTENT = 0.05  # an objective that is low enough for a right video
 
 
