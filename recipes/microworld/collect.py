@@ -84,14 +84,14 @@ def optimised(
     """Add the videos of ``count // 8`` optimisations by a Teacher: every third one-step prediction, and final videos.
 
     outside: share of the scenes out of domain. flaws: the scheme of the Reasoner's training videos. finals: number of
-    few-step videos of each optimisation, from several noises.
+    few-step videos of each optimisation, which start from one z1.
     """
     for index in range(count // 8):
         family = world.FAMILIES[index % len(world.FAMILIES)]
         scene = splits.training_scene(rng, family, outside)
         while not world.flaw(scene, flaws) and rng.random() < 0.7:  # others need little optimisation
             scene = splits.training_scene(rng, family, outside)
-        condition, noise = start(reasoner, scene, rng)
+        condition, noise = start(reasoner, scene, rng, finals)
         add_lora(reasoner.transformer, settings.rank, seed=int(rng.integers(2**31)))
         loop = Optimization(reasoner, decoder, teacher, condition, noise, right_queries(scene), settings)
         for row in loop:
@@ -100,18 +100,16 @@ def optimised(
                     shard.add(_pixels(decoder.decode_batch(reasoner.predict_clean(condition, noise)))[0], scene)
         with torch.no_grad():
             shard.add(_pixels(decoder.decode_batch(reasoner.predict_clean(condition, noise)))[0], scene)
-            for number in range(finals):
-                if number:
-                    noise = reasoner.noise(condition, torch.Generator().manual_seed(int(rng.integers(2**31))))
-                shard.add(_pixels(reasoner.decode(reasoner.sample(condition, noise))[None])[0], scene)
+            for each in noise.samples():
+                shard.add(_pixels(reasoner.decode(reasoner.sample(condition, each))[None])[0], scene)
         remove_lora(reasoner.transformer)
 
 
-def start(reasoner: WanReasoner, scene: Scene, rng: np.random.Generator) -> tuple[Any, Any]:
-    """The condition and the noise of a training scene, as in the pipeline."""
+def start(reasoner: WanReasoner, scene: Scene, rng: np.random.Generator, samples: int = 1) -> tuple[Any, Any]:
+    """The condition and the noise of a training scene, as in the pipeline; the noise is for `samples` videos."""
     size = {"num_frames": world.NUM_FRAMES, "height": world.SIZE, "width": world.SIZE}
     condition = reasoner.encode(world.write_prompt(scene, rng), first_frame(scene), **size)
-    return condition, reasoner.noise(condition, torch.Generator().manual_seed(int(rng.integers(2**31))))
+    return condition, reasoner.noise(condition, torch.Generator().manual_seed(int(rng.integers(2**31))), samples)
 
 
 def parts(run: Run) -> tuple[WanReasoner, Any]:

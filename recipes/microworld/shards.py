@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
@@ -50,3 +51,8 @@ def load(paths: list[Path]) -> list[tuple[np.ndarray, Scene, Facts]]:
             truth = Facts(**{name: value.numpy() for name, value in facts.items()})
             rows.append((video.numpy(), Scene.from_json(scene), truth))
     return rows
+
+
+def load_kinds(folder: Path, kinds: Iterable[str]) -> dict[str, list[tuple[np.ndarray, Scene, Facts]]]:
+    """Read the shards of some kinds of videos, those that the stages ``collect`` and ``optimise`` write to a folder."""
+    return {kind: load(sorted(folder.glob(f"{kind}-*.pt"))) for kind in kinds}

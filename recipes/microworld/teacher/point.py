@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
 from recipes.microworld.collect import parts
-from recipes.microworld.shards import load
+from recipes.microworld.shards import load_kinds
 from recipes.microworld.teacher.data import Row, Source, fade, rendered
 from recipes.microworld.teacher.lesson import Lesson
 from recipes.microworld.teacher.losses import perturbed
@@ -263,8 +263,7 @@ def train_pointing(run: Run) -> None:
     reasoner.to(device)
     reasoner.vae.to(device)  # `parts` replaced the VAE that the Reasoner was loaded with
     decoder.to(device)
-    groups = {kind: load(sorted(run.path("collect").glob(f"{kind}-*.pt"))) for kind in config["collected"]}
-    collected = Source(groups, world.FAMILIES, config["outside"])
+    collected = Source(load_kinds(run.path("collect"), config["collected"]), world.FAMILIES, config["outside"])
     with Processes(config["workers"] or os.cpu_count() or 1) as executor:
         workers = Workers(executor)
         train(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
-from recipes.microworld.shards import load
+from recipes.microworld.shards import load_kinds
 from recipes.microworld.teacher.data import Batch, Row, Source, blend, rendered, scenes_to_write
 from recipes.microworld.teacher.lesson import Lesson
 from recipes.microworld.teacher.model import build, save
@@ -48,8 +48,7 @@ def finetune(run: Run) -> None:
     modules = torch.load(run.start / STATE, weights_only=True)["modules"]
     lessons.teacher.model.load_state_dict(modules["teacher"])
     lessons.heads.load_state_dict(modules["heads"], strict=False)  # a head that was added since is untrained
-    collected = run.path("collect")
-    groups = {kind: load(sorted(collected.glob(f"{kind}-*.pt"))) for kind in config["collected"]}
+    groups = load_kinds(run.path("collect"), config["collected"])
     if config["learn"] == "outside":
         learned, held = Source(groups, world.FAMILIES, 1.0), Source(groups, world.FAMILIES, 0.0)
     else:
