@@ -42,7 +42,7 @@ def main() -> None:
     cosines: dict[str, list[list[float]]] = {name: [[] for _ in UPDATES] for name in teachers}
     for index in range(SCENES):
         scene, prompt = world.instance(index, 1, "validation")
-        if not world.flaw(scene, "single"):
+        if not world.flaw(scene, world.PACKAGED_FLAWS):
             continue
         condition = reasoner.encode(prompt, first_frame(scene), world.NUM_FRAMES, world.SIZE, world.SIZE)
         noise = reasoner.noise(condition, torch.Generator().manual_seed(noise_seed(index, 1)))

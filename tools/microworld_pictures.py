@@ -35,7 +35,7 @@ def sheet(family: str) -> Image.Image:
     for index, split in enumerate(("id", "id", "ood")):
         rng = np.random.default_rng([7, index])
         scene = world.sample_scene(rng, family, split)
-        while not world.flaw(scene, "single"):
+        while not world.flaw(scene, world.PACKAGED_FLAWS):
             scene = world.sample_scene(rng, family, split)
         tracks = (
             world.perform(scene),

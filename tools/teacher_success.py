@@ -99,7 +99,7 @@ def measure(
             indices = range(start, min(start + batch, count))
             drawn = [world.instance(index, seed, split) for index in indices]
             tasks, prompts = ([pair[part] for pair in drawn] for part in (0, 1))
-            scenes = Scenes.of(pipe.reasoner, tasks, prompts, "single")
+            scenes = Scenes.of(pipe.reasoner, tasks, prompts, world.PACKAGED_FLAWS)
             one = scenes.condition(slice(1))
             seeds = [torch.Generator().manual_seed(noise_seed(index, seed)) for index in indices]
             noise = joined([pipe.reasoner.noise(one, each, settings.final_samples) for each in seeds])

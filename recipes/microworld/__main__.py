@@ -11,7 +11,7 @@ from vlmteacher.cli import run as run_command
 from vlmteacher.cli.flags import add_command
 
 OUT = "folder of all runs; each reads earlier ones from it"
-MANIFEST = "packaged (default), or both: the next pair's, with both kinds of flaws, from the pair in --init"
+MANIFEST = "both (default), the packaged pair's, from the pair in --init; or single, that of the pair before"
 INIT = "a pair whose weights the stages start from that can (default: from scratch)"
 DEVICE = "of the stage teacher-point: cpu (default), cuda, ..."
 
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     kept.add_argument("--out", required=True, metavar="DIR", help="--out of the replay")
     kept.add_argument("--to", required=True, metavar="DIR", help="folder to write; a copy of it is another --out")
     for command in (listed, replay, kept):
-        command.add_argument("--manifest", default="packaged", metavar="NAME", help=MANIFEST)
+        command.add_argument("--manifest", default="both", metavar="NAME", help=MANIFEST)
     replay.add_argument(
         "--shorten", type=int, default=1, metavar="N", help="divide steps and numbers of videos by N, to try it out"
     )

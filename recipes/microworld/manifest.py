@@ -313,4 +313,4 @@ ENTRIES = (
     ),
 )
 
-PACKAGED = Manifest(ENTRIES)
+SINGLE = Manifest(ENTRIES, settings={"flaws": "single"})

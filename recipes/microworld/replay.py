@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from recipes.microworld.both import BOTH
-from recipes.microworld.manifest import AVERAGE, PACKAGED, Entry, Manifest
+from recipes.microworld.manifest import AVERAGE, SINGLE, Entry, Manifest
 from recipes.microworld.stages import STAGES, Stage, check_pair, execute, part_of_pair, settings_of
 from recipes.microworld.training import Run
 from vlmteacher.errors import InputError
 from vlmteacher.files import claimed, read_json, write_json
 
-MANIFESTS = {"packaged": PACKAGED, "both": BOTH}
+MANIFESTS = {"both": BOTH, "single": SINGLE}  # the packaged pair's, and that of the pair before it
 JOURNAL = "replay.json"  # the finished runs and their settings
 SHORTENED = {"steps": 1, "until": 1, "shards": 1, "videos": 8, "count": 8, "scenes": 8}  # and the least of each
 SHORTENED |= {"heads_first": 0}  # so that all weights are trained
@@ -34,7 +34,7 @@ def replay(
     shorten: int = 1,
     init: Path | None = None,
     device: str = "cpu",
-    manifest: Manifest = PACKAGED,
+    manifest: Manifest = BOTH,
 ) -> None:
     """Run the entries of a manifest from `first` to `last` in the folder `out`; those that are finished are kept.
 
@@ -133,7 +133,7 @@ def summary(entry: Entry, settings: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def listing(manifest: Manifest = PACKAGED) -> str:
+def listing(manifest: Manifest = BOTH) -> str:
     """A manifest as text: every run with its result, and what a replay does in another way."""
     lines = []
     for entry in manifest.entries:

@@ -38,7 +38,7 @@ def test_right_videos_succeed_after_compression(tmp_path):
 @pytest.mark.parametrize("flags", [[], ["single"], ["both"]])
 def test_the_flaw_is_in_metadata_and_video(tmp_path, flags):
     assert export(tmp_path, "--count", 20, "--family", "all", "--flawed", *flags) == 0
-    (scheme,), instances = flags or ["single"], list(read(tmp_path))
+    (scheme,), instances = flags or ["both"], list(read(tmp_path))
     assert {world.split_of(scene) for _, scene, _ in instances} == {"train"}
     for metadata, scene, verdict in instances:
         assert metadata["flaws"] == scheme and metadata["flaw"] == world.flaw(scene, scheme)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from recipes.microworld import stages, training
 from recipes.microworld.__main__ import parser
 from recipes.microworld.manifest import AVERAGE
-from recipes.microworld.replay import JOURNAL, MANIFESTS, PACKAGED, describe, listing, replay, stage_of
+from recipes.microworld.replay import JOURNAL, MANIFESTS, SINGLE, describe, listing, replay, stage_of
 from vlmteacher.cli import run
 from vlmteacher.errors import InputError
 
@@ -48,14 +48,14 @@ def test_entries_refer_to_earlier_ones_and_to_known_settings(name):
     assert all(entry.name in listing(manifest) for entry in manifest.entries)
 
 
-def test_the_packaged_teacher_was_fine_tuned_fifteen_times():
-    names = [entry.name for entry in PACKAGED.entries]
+def test_the_teacher_before_was_fine_tuned_fifteen_times():
+    names = [entry.name for entry in SINGLE.entries]
     assert sum(name.startswith("teacher-finetune-") and "begun" not in name for name in names) == 15
 
 
 @pytest.mark.slow
 def test_a_shortened_replay_resumes_and_keeps_what_is_finished(tiny, tmp_path, monkeypatch, capsys):
-    arguments = ["replay", "--to", "reasoner", "--shorten", "1000", "--out"]
+    arguments = ["replay", "--manifest", "single", "--to", "reasoner", "--shorten", "1000", "--out"]
     assert run(parser, [*arguments, str(tmp_path / "whole")]) == 0
     printed = capsys.readouterr().out
     assert "[5/6] reasoner-begun: stage reasoner; 3 steps" in printed
@@ -83,22 +83,22 @@ def test_a_shortened_replay_resumes_and_keeps_what_is_finished(tiny, tmp_path, m
     assert all(torch.equal(cut[name], value) for name, value in whole.items())
     assert json.loads((tmp_path / "cut" / JOURNAL).read_text())["reasoner-begun"]["until"] == 3
     with pytest.raises(InputError, match="holds vae with other settings"):
-        replay(tmp_path / "cut", "vae", "vae", shorten=500)
+        replay(tmp_path / "cut", "vae", "vae", shorten=500, manifest=SINGLE)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["replay", "--from", "vea"], "unknown run 'vea': choose from vae, vae-decoder"),
-        (["replay", "--to", "vea"], "unknown run 'vea': choose from vae, vae-decoder"),
-        (["replay", "--from", "decoder", "--to", "vae"], "--to vae comes before --from decoder"),
+        (["replay", "--from", "vea"], "unknown run 'vea': choose from latents, reasoner"),
+        (["replay", "--to", "vea"], "unknown run 'vea': choose from latents, reasoner"),
+        (["replay", "--from", "distil", "--to", "latents"], "--to latents comes before --from distil"),
         (["replay", "--shorten", "0"], "--shorten must be at least 1, not 0"),
-        (["replay", "--from", "decoder"], "stage decoder needs"),
-        (["replay", "--from", "before-pointing"], "stage average needs"),
+        (["replay", "--manifest", "single", "--from", "decoder"], "stage decoder needs"),
+        (["replay", "--manifest", "single", "--from", "before-pointing"], "stage average needs"),
         (["stage", "vea"], "unknown stage 'vea': choose from vae, vae-decoder"),
-        (["replay", "--manifest", "none"], "unknown manifest 'none': choose from packaged, both"),
-        (["replay", "--manifest", "both"], "from a pair: give its folder as --init"),
-        (["replay", "--manifest", "both", "--init", "."], "holds no pair.json: --init takes the folder of a pair"),
+        (["replay", "--manifest", "none"], "unknown manifest 'none': choose from both, single"),
+        (["replay"], "from a pair: give its folder as --init"),
+        (["replay", "--init", "."], "holds no pair.json: --init takes the folder of a pair"),
         (["keep", "--to", "kept"], "holds no finished run of a replay: give the --out of one"),
     ],
 )
@@ -110,14 +110,14 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
 
 
 def test_list_says_what_cannot_be_repeated(capsys):
-    assert run(parser, ["list"]) == 0
+    assert run(parser, ["list", "--manifest", "single"]) == 0
     printed = capsys.readouterr().out
     assert "teacher-finetune-13: stage teacher-point; from pointing-begun; 640 steps" in printed
     assert "not exactly repeatable: pointing was an option" in printed
 
 
 def test_shortening_divides_steps_and_videos_alone():
-    entry = PACKAGED.find("reasoner-begun")
-    whole, short = describe(PACKAGED, entry), describe(PACKAGED, entry, 1000)
+    entry = SINGLE.find("reasoner-begun")
+    whole, short = describe(SINGLE, entry), describe(SINGLE, entry, 1000)
     assert (short["steps"], short["until"]) == (8, 3)
     assert {name for name, value in whole.items() if short[name] != value} == {"steps", "until"}

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from recipes.microworld import stages, training
 from recipes.microworld.both import BOTH
 from recipes.microworld.keep import keep
+from recipes.microworld.manifest import SINGLE
 from recipes.microworld.package import DEFAULTS
 from recipes.microworld.replay import JOURNAL, replay
 from recipes.microworld.teacher import point
@@ -133,7 +134,7 @@ def test_pointing_resumes_to_the_same_weights(pair, tmp_path, monkeypatch):
 def test_runs_of_the_manifest_train_earlier_ones_further(pair, tmp_path, monkeypatch):
     write_configs(tmp_path)
     monkeypatch.setattr(training, "CONFIGS", tmp_path)
-    replay(pair.parent, "teacher-finetune-1", "teacher-finetune-1", shorten=1000)
+    replay(pair.parent, "teacher-finetune-1", "teacher-finetune-1", shorten=1000, manifest=SINGLE)
     start, end = (
         torch.load(pair.parent / name / STATE, weights_only=True)["modules"]
         for name in ("teacher", "teacher-finetune-1")
@@ -147,7 +148,7 @@ def test_runs_of_the_manifest_train_earlier_ones_further(pair, tmp_path, monkeyp
     assert torch.equal(mean["heads"]["cells.weight"], start["heads"]["cells.weight"])
     assert load_file(pair.parent / "mean/teacher/model.safetensors").keys() <= mean["teacher"].keys()
     monkeypatch.setattr("recipes.microworld.teacher.writer.train", lambda modules, *_, **__: None)
-    replay(pair.parent, "writer-2", "writer-2")
+    replay(pair.parent, "writer-2", "writer-2", manifest=SINGLE)
     first, second = (
         load_file(pair.parent / name / "adapter_model.safetensors") for name in ("writer/writer", "writer-2/writer")
     )

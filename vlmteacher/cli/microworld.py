@@ -31,9 +31,9 @@ def add(commands: Commands) -> None:
     sub.add_argument(
         "--flawed",
         nargs="?",
-        const="single",
+        const="both",
         metavar="SCHEME",
-        help="videos with documented flaws: single (default), as the packaged Reasoner was trained on, or both",
+        help="videos with documented flaws: both (default), as the packaged Reasoner was trained on, or single",
     )
     add_output(sub)
 

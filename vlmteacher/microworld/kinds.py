@@ -10,7 +10,7 @@ import numpy as np
 from vlmteacher.microworld.facts import COLOR_NAMES, Facts
 from vlmteacher.microworld.scene import Scene, Thing
 
-NEAR = 4.5  # pixels per axis between the centres of a ball and of the box or dot that it is in
+NEAR = 4.5  # pixels per axis between the centres of a ball and of the box that it is in
 
 Name = int | str
 """What a question names: the index of a thing, or a colour."""

@@ -10,8 +10,8 @@ from vlmteacher.microworld.families import FAMILIES
 from vlmteacher.microworld.scene import COLORS
 
 _COLOR = f"(?:{'|'.join(COLORS)})"
-_DOT = f"the {_COLOR} dot"
-_NAMES = {"order": f"{_DOT}(?:, then {_DOT})*"}  # what fills the braces of a wording, where it is not a colour
+_BOX = f"the {_COLOR} box"
+_NAMES = {"order": f"{_BOX}(?:, then {_BOX})*"}  # what fills the braces of a wording, where it is not a colour
 
 
 def family_of(prompt: str) -> str | None:

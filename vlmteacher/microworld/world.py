@@ -51,6 +51,7 @@ __all__ = [
     "FLAWS",
     "FPS",
     "NUM_FRAMES",
+    "PACKAGED_FLAWS",
     "PAINTS",
     "RADIUS",
     "SIZE",
@@ -79,6 +80,7 @@ __all__ = [
 
 FAMILIES = tuple(families.FAMILIES)
 FLAWS = tuple(families.FLAWS)
+PACKAGED_FLAWS = families.PACKAGED_FLAWS
 SPLITS = ("train", "id", "ood", "validation")
 
 

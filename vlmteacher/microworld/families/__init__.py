@@ -1,6 +1,6 @@
 """The registry of the microworld's task families: to add one, write its file and list it here."""
 
-from vlmteacher.microworld.families.base import FLAWS, Family
+from vlmteacher.microworld.families.base import FLAWS, PACKAGED_FLAWS, Family
 from vlmteacher.microworld.families.connect import Connect
 from vlmteacher.microworld.families.count import Count
 from vlmteacher.microworld.families.deliver import Deliver
@@ -28,4 +28,4 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
-__all__ = ["FAMILIES", "FLAWS", "Family"]
+__all__ = ["FAMILIES", "FLAWS", "PACKAGED_FLAWS", "Family"]

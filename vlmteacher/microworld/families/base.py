@@ -30,7 +30,9 @@ FLAWS = {
     "both": {"purple": "mistaken", "yellow": "mistaken", "blue": "forbidden", "cyan": "forbidden"},
 }
 """The schemes of flawed training videos, with the flaws of key colours: one flaw (`Family.single_flaw`) for half of the
-colours, as the packaged pair was trained, or a missed goal for a third and a forbidden way to the goal for another."""
+colours, or a missed goal for a third and a forbidden way to the goal for another."""
+
+PACKAGED_FLAWS = "both"  # the scheme of the packaged Reasoner's training videos
 
 Corruption = Callable[[Scene, np.random.Generator], Track]
 """Draws a wrong video of a scene."""
