@@ -145,7 +145,7 @@ def test_methods_that_rewrite_prompts_are_kept_and_taken_up(
 
 def test_the_command_line_says_what_is_wrong(run: Run, tmp_path: Path) -> None:
     for arguments, message in (
-        (["--table", "chess"], "choose from I, II, III, IV, paper, remedies"),
+        (["--table", "chess"], "choose from I, II, III, IV, paper, rewards, remedies"),
         (["--table", "I", "--other-teacher", "a/b"], "--table IV"),
         (["--table", "paper", "--split", "ood"], "--split"),
         (["--table", "paper", "--lora-blocks", "last:1"], "--lora-blocks"),

@@ -1,4 +1,4 @@
-"""Tables of methods: the paper's Tables I to IV, on any benchmark, and one of the remedies against reward hacking.
+"""Tables of methods: the paper's Tables I to IV, on any benchmark, and those of each reward and of the remedies.
 
 Every method solves the same scenes from the same noises.
 """
@@ -93,6 +93,12 @@ TABLES = {
             ),
             against=("base", "pass@5"),
             noises=3,
+        ),
+        Table(
+            name="rewards",
+            main=("base", "pass@5", "teacher"),
+            others=("goal-only", "process-only"),
+            against=("base", "pass@5", "teacher"),
         ),
         Table(
             name="remedies",
