@@ -24,7 +24,7 @@ from vlmteacher import InputError, TeacherPipeline, packaged_example
 from vlmteacher.pipeline import PACKAGED_PAIR
 from vlmteacher.reasoners.loading import adopt_reasoner, load_reasoner
 
-QUERIES = {"goal": "Does the cyan disc fill its ring at the end?", "process": ["Is there one cyan disc?"]}
+QUERIES = {"goal": "Is the blue ball inside the blue box at the end?", "process": ["Is there one blue ball?"]}
 
 
 @pytest.fixture(scope="module")

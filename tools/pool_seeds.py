@@ -1,9 +1,9 @@
 """Pool the microworld's tables of several seeds: ``python -m tools.pool_seeds DIR DIR ... --out DIR [--note TEXT]``.
 
     for seed in 401 402 403; do
-        vlmteacher bench microworld --table paper --seed $seed --limit 100 --seeds 1 --workers 2 --out runs/paper-$seed
+        vlmteacher bench microworld --table rewards --seed $seed --limit 100 --workers 2 --out runs/rewards-$seed
     done
-    python -m tools.pool_seeds runs/paper-401 runs/paper-402 runs/paper-403 --out runs/pooled
+    python -m tools.pool_seeds runs/rewards-401 runs/rewards-402 runs/rewards-403 --out runs/pooled
 
 The pooled table.json has the same entries as those of the runs, over all their scenes: intervals and tests resample the
 scenes of all seeds. Beside them it has each method against `teacher`, and under "tasks" the scenes that `teacher` wins
@@ -54,7 +54,7 @@ def pooled(folders: Sequence[Path]) -> dict[str, Any]:
     contents = [read_json(folder / "table.json", "table") for folder in folders]
     for folder, content in zip(folders, contents, strict=True):
         if content.get("benchmark") != "microworld":
-            raise InputError(f"{folder} is no table of the microworld: run bench microworld --table paper")
+            raise InputError(f"{folder} is no table of the microworld: run bench microworld --table rewards")
         for name in {*contents[0], *content} - {"caption", "seed", "methods", "left_out", "paper"}:
             if content.get(name) != contents[0].get(name):
                 raise InputError(f"{folder} differs from {folders[0]} in {name}: pool runs of one command")

@@ -1,7 +1,7 @@
 """Write the microworld's tables of README and docs from a table.json.
 
-    vlmteacher bench microworld --table paper --limit 100 --seeds 1 --workers 2 --out runs/paper
-    python -m tools.results_tables runs/paper
+    vlmteacher bench microworld --table rewards --seed 401 --limit 100 --workers 2 --out runs/rewards
+    python -m tools.results_tables runs/rewards
 
 README has the main methods, docs/results/evaluation.md all methods and the causes of their failures.
 """
@@ -18,7 +18,7 @@ from tools.settings import written
 
 ROOT = Path(__file__).parents[1]
 SPLITS = {"id": "in domain", "ood": "out of it"}
-MAIN = ("base", "pass@5", "teacher")
+MAIN = ("base", "pass@5", "teacher", "goal-only", "process-only")
 CAUSES = ("perception", "query", "few_steps", "threshold", "updates")
 Entries = Mapping[str, Mapping[str, Any]]
 
@@ -102,7 +102,7 @@ def pages(table: Path, root: Path = ROOT) -> dict[Path, str]:
     """The pages under `root` with the tables of a table.json. Raises ValueError for that of another benchmark."""
     content = json.loads(table.read_text())
     if content.get("benchmark") != "microworld" or content["splits"] != list(SPLITS):
-        raise ValueError(f"{table} is no table of the microworld's test splits: run bench microworld --table paper")
+        raise ValueError(f"{table} is no table of the microworld's test splits: run bench microworld --table rewards")
     texts = {}
     for page, tables in PAGES.items():
         text = (root / page).read_text()
@@ -114,7 +114,7 @@ def pages(table: Path, root: Path = ROOT) -> dict[Path, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="--out of bench microworld --table paper")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="--out of bench microworld --table")
     for page, text in pages(parser.parse_args().folder / "table.json").items():
         page.write_text(text)
 

@@ -76,7 +76,7 @@ def test_a_packaged_example_from_end_to_end(served: Served, open_app: Open) -> N
     page.locator("#question-1 textarea").wait_for()
     assert page.locator("#question-0 textarea").input_value().endswith("?")
     assert "50% of the loss" in page.locator("#question-0").inner_text()
-    edited = f"Is there one cyan disc? {EVIL}"
+    edited = f"Is there one blue ball? {EVIL}"
     page.locator("#question-1 textarea").fill(edited)
     page.locator("#run").click()
     page.get_by_alt_text("the one-step prediction").wait_for()

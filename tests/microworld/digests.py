@@ -69,10 +69,10 @@ def add_facts(digest: Digest, facts: Facts) -> None:
 
 
 def add_scene(digest: Digest, scene: Scene, rng: np.random.Generator) -> None:
-    """The scene, its prompt, its right video and its mistake."""
+    """The scene, its prompt, its right video, and its mistake where its training video shows that."""
     prompt, video = world.write_prompt(scene, rng), world.render(scene)
     digest.text([scene.to_json(), prompt, tokenizer()(prompt).input_ids, world.digest(scene), world.split_of(scene)])
-    plan = FAMILIES[scene.family].mistaken(scene) if world.flaw(scene, "single") else scene
+    plan = FAMILIES[scene.family].mistaken(scene) if world.flaw(scene, world.PACKAGED_FLAWS) == "mistaken" else scene
     digest.text(plan.to_json())
     digest.array(video)
     digest.text(right_queries(scene).to_dict())
@@ -92,7 +92,7 @@ def digest_of(family: str, scenes: int, exact: bool) -> str:
             digest.text([scene.to_json(), prompt])
             scene = world.sample_scene(rng, family, split)
             add_scene(digest, scene, rng)
-            for kind in sorted({*corruptions.kinds(family)} - {"forbidden"}):  # which the packaged models never saw
+            for kind in sorted(corruptions.kinds(family)):
                 track = corruptions.corrupt(kind, scene, rng)
                 digest.text([kind, [len(things) for things in track]])
                 digest.array(world.draw(track))

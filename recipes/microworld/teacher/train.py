@@ -47,7 +47,7 @@ def finetune(run: Run) -> None:
     assert run.start
     modules = torch.load(run.start / STATE, weights_only=True)["modules"]
     lessons.teacher.model.load_state_dict(modules["teacher"])
-    lessons.heads.load_state_dict(modules["heads"], strict=False)  # a head that was added since is untrained
+    lessons.heads.load_state_dict(modules.get("heads", {}), strict=False)  # one that was added since is untrained
     groups = load_kinds(run.path("collect"), config["collected"])
     if config["learn"] == "outside":
         learned, held = Source(groups, world.FAMILIES, 1.0), Source(groups, world.FAMILIES, 0.0)
