@@ -17,10 +17,10 @@ from vlmteacher.microworld.questions import (
 
 # Kinds of questions of which one at least must be answered No for a corruption, whatever the family.
 BREAKS = {
-    "half_finished": {"inside", "at", "turns", "fills", "lies", "sorted"},
-    "static": {"inside", "at", "turns", "fills", "lies", "sorted"},
-    "wrong_target": {"inside", "at", "turns", "fills", "lies", "sorted", "order"},
-    "mistaken": {"inside", "at", "turns", "fills", "lies", "sorted"},
+    "half_finished": {"inside", "turns", "fills", "lies", "sorted"},
+    "static": {"inside", "turns", "fills", "lies", "sorted"},
+    "wrong_target": {"inside", "turns", "fills", "lies", "sorted", "order"},
+    "mistaken": {"inside", "turns", "fills", "lies", "sorted"},
     "eroded_scenery": {"scenery"},
 }
 
