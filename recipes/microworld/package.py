@@ -20,8 +20,8 @@ from vlmteacher.microworld import world
 
 DEFAULTS = {
     "max_steps": 60,
-    "threshold": 0.05,
-    "learning_rate": 6e-4,
+    "threshold": 0.03,
+    "learning_rate": 1.3e-3,
     "rank": 16,
     "teacher_frames": 12,
     "final_samples": 5,
