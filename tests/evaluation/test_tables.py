@@ -122,6 +122,32 @@ def test_many_steps_need_their_reasoner(pair: Path, tmp_path: Path) -> None:
     assert many["instances"][0]["updates"] == 2
 
 
+def test_warm_methods_start_from_the_instances_before(pair: Path, tmp_path: Path) -> None:
+    """In this process (only here are the queries written), with any number of workers."""
+    plain = microworld.run_benchmark("teacher", 2, 1, tmp_path / "plain", pair=str(pair))
+    before, after = (step["loss"] for step in plain["instances"][0]["steps"][:2])
+    assert after < before
+    own = tmp_path / "pair"
+    shutil.copytree(pair, own)
+    description = json.loads((own / "pair.json").read_text())
+    description["defaults"] |= {"threshold": (before + after) / 2}  # the first instance reaches it by one update
+    (own / "pair.json").write_text(json.dumps(description))
+    alone = microworld.run_benchmark("warm", 2, 1, tmp_path / "alone", workers=2, pair=str(own))
+    first, second = alone["instances"]
+    assert first["updates"] == 1 and "warm_start" not in first and first["queries"] == QUERIES
+    (entry, *_) = sorted((tmp_path / "alone" / "warm_starts").glob("*.json"))
+    assert json.loads(entry.read_text())["updates"] == 1 and second["warm_start"]["from"] == entry.stem
+
+    table = Table(main=("base", "teacher", "warm", "warm-mean"), against=("base", "teacher"))
+    run_table(table, Bench(pair=str(own)), 1, 1, tmp_path / "table")
+    rows = {
+        name: json.loads((tmp_path / "table" / name / "results.json").read_text())["instances"] for name in table.main
+    }
+    assert {name for name in table.main if "warm_start" in rows[name][1]} == {"warm", "warm-mean"}
+    assert rows["warm"][0]["steps"] == rows["teacher"][0]["steps"]
+    assert rows["warm-mean"][1]["warm_start"]["from"] == "mean"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "videos", "calls"), [("pe", 1, 1), ("videotpo@2", 4, 8)])
 def test_methods_that_rewrite_prompts_are_kept_and_taken_up(
@@ -145,7 +171,7 @@ def test_methods_that_rewrite_prompts_are_kept_and_taken_up(
 
 def test_the_command_line_says_what_is_wrong(run: Run, tmp_path: Path) -> None:
     for arguments, message in (
-        (["--table", "chess"], "choose from I, II, III, IV, paper, rewards, remedies"),
+        (["--table", "chess"], "choose from I, II, III, IV, paper, rewards, warm, remedies"),
         (["--table", "I", "--other-teacher", "a/b"], "--table IV"),
         (["--table", "paper", "--split", "ood"], "--split"),
         (["--table", "paper", "--lora-blocks", "last:1"], "--lora-blocks"),

@@ -41,7 +41,7 @@ def add(commands: Commands) -> None:
     what.add_argument(
         "--table",
         metavar="NAME",
-        help="all methods of the paper's table I, II, III or IV, of paper (I and III in one), rewards or remedies",
+        help="all methods of the paper's tables I to IV, of paper (I and III in one), rewards, warm or remedies",
     )
     sub.add_argument("--limit", type=int, metavar="N", help="scenes of each split (default: 100, or all of the data)")
     sub.add_argument(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -70,6 +71,9 @@ class Folder:
         rescore: bool = False,
         keep_videos: bool = False,
     ) -> None:
+        if method.warm:
+            store = {"warm_start": str(path.absolute() / "warm_starts"), "warm_start_from": method.warm}
+            method = replace(method, settings=method.settings | store)
         self.path, self.benchmark, self.method = path, benchmark, method
         self.videos = path.absolute() if keep_videos or isinstance(benchmark, FileBenchmark) else None
         self.failed: dict[Instance, str] = {}

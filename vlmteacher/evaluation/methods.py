@@ -47,6 +47,8 @@ class Method:
         frames: number of Teacher frames as a multiple of the pair's default.
         queries: replace the Teacher's.
         many_step: run the Reasoner from before its few-step distillation.
+        warm: the `warm_start_from` of a start from the instances before, whose LoRAs the folder of the sweep keeps;
+            one instance after the other. "" for other methods.
         lora: the field of `Models` with the LoRA that the Reasoner runs with; "" for other methods.
         control: "static" or "final-frame", a video of one picture that no model makes; "" for other methods.
     """
@@ -60,6 +62,7 @@ class Method:
     frames: float = 1.0
     queries: QuerySet | None = None
     many_step: bool = False
+    warm: Literal["", "nearest", "mean"] = ""
     lora: Literal["", "lora", "post_lora", "grpo_lora"] = ""
     control: Literal["", "static", "final-frame"] = ""
 
@@ -89,6 +92,8 @@ METHODS = {
         Method("keep-best", {"keep": "best"}),
         Method("check-final", {"check_final": True}),
         Method("preserve", {"preserve": True}),
+        Method("warm", warm="nearest"),
+        Method("warm-mean", warm="mean"),
         Method("pe", rewrite=True),
         Method("videotpo", rounds=3),
         Method("static", control="static"),

@@ -51,7 +51,7 @@ def run_method(
     """Run `method` on the first `limit` scenes of each split, each with `noises` noises; write and return results.json.
 
     Finished instances are kept in ``instances.jsonl``; with `resume` they are not run again. rescore, keep_videos: see
-    `Folder`; workers, ray: see `start_executor`.
+    `Folder`; workers, ray: see `start_executor`; a method with warm starts runs in this process.
 
     Raises:
         InputError: an unknown method or split; `out` not writable, or holding other results (or any, without `resume`).
@@ -61,6 +61,8 @@ def run_method(
     wanted = benchmark.instances(splits, limit, noises)
     chosen = find_method(method)
     benchmark.check(chosen)
+    if chosen.warm:  # the order of its instances decides
+        workers = ray = None
     started: AbstractContextManager[Work | None] = nullcontext() if rescore else start_workers(workers, benchmark, ray)
     with started as work, Folder(out, benchmark, chosen, splits, resume, rescore, keep_videos) as folder:
         rows = folder.judged(wanted) if work is None else folder.complete(wanted, work, {})

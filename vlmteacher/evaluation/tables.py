@@ -1,4 +1,4 @@
-"""Tables of methods: the paper's Tables I to IV, on any benchmark, and those of each reward and of the remedies.
+"""Tables of methods: the paper's Tables I to IV, on any benchmark, and those of rewards, warm starts and remedies.
 
 Every method solves the same scenes from the same noises.
 """
@@ -6,6 +6,7 @@ Every method solves the same scenes from the same noises.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -100,11 +101,12 @@ TABLES = {
             others=("goal-only", "process-only"),
             against=("base", "pass@5", "teacher"),
         ),
+        Table(name="warm", main=("base", "teacher", "warm", "warm-mean"), against=("base", "teacher")),
         Table(
             name="remedies",
             main=("base", "teacher"),
             others=(
-                *("keep-best", "threshold@0.1", "threshold@0.05", "check-final", "preserve"),
+                *("keep-best", "threshold@0.1", "threshold@0.01", "check-final", "preserve"),
                 *("jitter@2", "decay@1", "decay@10", "pull@0.1", "pull@1", "statistics@1", "statistics@10"),
                 "final@1",
             ),
@@ -247,8 +249,11 @@ class _Run:
                 except InputError as error:
                     self.missing[label] = str(error)
                     continue
-                with Folder(self.out / (method.name + suffix), benchmark, method, self.splits, self.resume) as folder:
-                    rows = folder.complete(wanted, work, queries)
+                # the order of instances with warm starts decides: they run in this process
+                alone = start_workers(None, benchmark) if method.warm else nullcontext(work)
+                where = self.out / (method.name + suffix)
+                with alone as own, Folder(where, benchmark, method, self.splits, self.resume) as folder:
+                    rows = folder.complete(wanted, own, queries)
                 self.results |= {each + suffix: rows[each] for each in rows}
                 failed |= folder.failed
                 asked = [row for row in self.results[label] if "queries" in row]  # controls ask none
