@@ -54,10 +54,8 @@ def row_of(method: str, entry: Mapping[str, Any], distance: float) -> tuple[str,
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="DIR")
-    folder = parser.parse_args().folder
+def table_of(folder: Path) -> str:
+    """The table of a `bench --table` with kept videos, in Markdown. Raises InputError."""
     table = read_json(folder / "table.json", "table")
     rows = []
     for method, entry in table["methods"].items():
@@ -65,8 +63,15 @@ def main() -> None:
         distance = video_distance(made(folder / method, instances), right(instances, table["seed"]))
         rows.append(row_of(method, entry, distance))
     causes = ", ".join(CAUSES)
-    columns = ("method", "success [95%]", "score", "wins, losses against `teacher`", "updates", "Frechet", causes)
-    print(lines(columns, rows), end="")
+    return lines(
+        ("method", "success [95%]", "score", "wins, losses against `teacher`", "updates", "Frechet", causes), rows
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    print(table_of(parser.parse_args().folder), end="")
 
 
 if __name__ == "__main__":

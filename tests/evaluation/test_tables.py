@@ -139,13 +139,14 @@ def test_warm_methods_start_from_the_instances_before(pair: Path, tmp_path: Path
     assert json.loads(entry.read_text())["updates"] == 1 and second["warm_start"]["from"] == entry.stem
 
     table = Table(main=("base", "teacher", "warm", "warm-mean"), against=("base", "teacher"))
-    run_table(table, Bench(pair=str(own)), 1, 1, tmp_path / "table")
+    run_table(table, Bench(pair=str(own)), 1, 1, tmp_path / "table", keep_videos=True)
     rows = {
         name: json.loads((tmp_path / "table" / name / "results.json").read_text())["instances"] for name in table.main
     }
     assert {name for name in table.main if "warm_start" in rows[name][1]} == {"warm", "warm-mean"}
     assert rows["warm"][0]["steps"] == rows["teacher"][0]["steps"]
     assert rows["warm-mean"][1]["warm_start"]["from"] == "mean"
+    assert all((tmp_path / "table" / name / row["video"]).is_file() for name in table.main for row in rows[name])
 
 
 @pytest.mark.slow

@@ -171,7 +171,7 @@ def _run_table(arguments: argparse.Namespace) -> None:
     from vlmteacher.evaluation.tables import find_table, run_table
 
     table = find_table(arguments.table)
-    for name in ("split", "lora", "lora_blocks", "rescore", "keep_videos"):
+    for name in ("split", "lora", "lora_blocks", "rescore"):
         if getattr(arguments, name) not in (None, False):
             raise InputError(f"--{name.replace('_', '-')} goes with --method: a table has its own splits and methods")
     benchmark, out = _benchmark(arguments), Path(arguments.out)
@@ -186,6 +186,7 @@ def _run_table(arguments: argparse.Namespace) -> None:
         arguments.other_teacher,
         arguments.other_reasoner,
         arguments.ray,
+        arguments.keep_videos,
     )
     print(format_table(content))
     arguments.console.last(f"Results: {out / 'table.json'}, .md, .csv and .tex, and a folder for each method")

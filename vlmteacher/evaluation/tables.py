@@ -106,9 +106,8 @@ TABLES = {
             name="remedies",
             main=("base", "teacher"),
             others=(
-                *("keep-best", "threshold@0.1", "threshold@0.01", "check-final", "preserve"),
-                *("jitter@2", "decay@1", "decay@10", "pull@0.1", "pull@1", "statistics@1", "statistics@10"),
-                "final@1",
+                *("pull@0.1", "pull@1", "statistics@1", "statistics@10", "jitter@2", "decay@1", "decay@10"),
+                *("keep-best", "threshold@0.1", "threshold@0.01", "check-final", "preserve", "final@1"),
             ),
             against=("base", "teacher"),
             tuning=True,
@@ -147,6 +146,7 @@ def run_table(
     teachers: Sequence[str] = (),
     reasoners: Sequence[str] = (),
     ray: str | None = None,
+    keep_videos: bool = False,
 ) -> Row:
     """Run every method of `table` on the first `limit` scenes of each of its splits; write and return table.json.
 
@@ -154,6 +154,7 @@ def run_table(
     table is written as Markdown, CSV and LaTeX too (see `formats`).
     noises: the number of noises per scene for the table's main methods. teachers, reasoners: ids of other models, with
     each of which the table's methods for it are run too, under the method's name, "+" and the last part of the id.
+    keep_videos: see `Folder`.
 
     Raises as `run_method` does, TaskFailed after the table is written: scenes of which an instance failed are left out
     of all methods with the same models, so that they are compared on the same scenes.
@@ -161,7 +162,7 @@ def run_table(
     if out.exists() and not resume and any(out.iterdir()):
         raise InputError(f"{out} is not empty: give another --out, or --resume to go on with its table")
     splits = splits_of(table, benchmark)
-    run = _Run(table, splits, limit, noises, out, resume)
+    run = _Run(table, splits, limit, noises, out, resume, keep_videos)
     with claimed(out):
         with start_workers(workers, benchmark, ray) as work:
             run.methods(benchmark, table.main + table.others + (benchmark.controls if table.controls else ()), work)
@@ -223,9 +224,18 @@ class _Run:
         left_out: numbers of scenes that are left out, by the suffix of the methods.
     """
 
-    def __init__(self, table: Table, splits: Sequence[str], limit: int, noises: int, out: Path, resume: bool) -> None:
+    def __init__(
+        self,
+        table: Table,
+        splits: Sequence[str],
+        limit: int,
+        noises: int,
+        out: Path,
+        resume: bool,
+        keep_videos: bool,
+    ) -> None:
         self.table, self.splits, self.limit, self.noises = table, splits, limit, noises
-        self.out, self.resume = out, resume
+        self.out, self.resume, self.keep_videos = out, resume, keep_videos
         self.results: dict[str, list[Row]] = {}
         self.missing: dict[str, str] = {}
         self.failed: dict[Instance, str] = {}
@@ -252,7 +262,8 @@ class _Run:
                 # the order of instances with warm starts decides: they run in this process
                 alone = start_workers(None, benchmark) if method.warm else nullcontext(work)
                 where = self.out / (method.name + suffix)
-                with alone as own, Folder(where, benchmark, method, self.splits, self.resume) as folder:
+                folder = Folder(where, benchmark, method, self.splits, self.resume, keep_videos=self.keep_videos)
+                with alone as own, folder:
                     rows = folder.complete(wanted, own, queries)
                 self.results |= {each + suffix: rows[each] for each in rows}
                 failed |= folder.failed
