@@ -122,6 +122,7 @@ def test_many_steps_need_their_reasoner(pair: Path, tmp_path: Path) -> None:
     assert many["instances"][0]["updates"] == 2
 
 
+@pytest.mark.slow
 def test_warm_methods_start_from_the_instances_before(pair: Path, tmp_path: Path) -> None:
     """In this process (only here are the queries written), with any number of workers."""
     plain = microworld.run_benchmark("teacher", 2, 1, tmp_path / "plain", pair=str(pair))
