@@ -19,7 +19,7 @@ from vlmteacher.pipeline import TeacherPipeline
 from vlmteacher.quiet import quiet
 
 OUT = Path(__file__).parents[1] / "docs/guides/reports/ui.webp"
-STEPS = 12  # after which the picture is taken
+STEPS = 6  # after which the picture is taken
 
 
 def main() -> None:
