@@ -1,9 +1,9 @@
 """Pool the microworld's tables of several seeds: ``python -m tools.pool_seeds DIR DIR ... --out DIR [--note TEXT]``.
 
-    for seed in 401 402 403; do
+    for seed in 402 403 405; do
         vlmteacher bench microworld --table rewards --seed $seed --limit 100 --workers 2 --out runs/rewards-$seed
     done
-    python -m tools.pool_seeds runs/rewards-401 runs/rewards-402 runs/rewards-403 --out runs/pooled
+    python -m tools.pool_seeds runs/rewards-402 runs/rewards-403 runs/rewards-405 --out runs/pooled
 
 The pooled table.json has the same entries as those of the runs, over all their scenes: intervals and tests resample the
 scenes of all seeds. Beside them it has each method against `teacher`, and under "tasks" the scenes that `teacher` wins

@@ -1,6 +1,6 @@
 """Write the microworld's tables of README and docs from a table.json.
 
-    vlmteacher bench microworld --table rewards --seed 401 --limit 100 --workers 2 --out runs/rewards
+    vlmteacher bench microworld --table rewards --seed 402 --limit 100 --workers 2 --out runs/rewards
     python -m tools.results_tables runs/rewards
 
 README has the main methods, docs/results/evaluation.md all methods and the causes of their failures.
