@@ -232,7 +232,7 @@ class _Run:
         noises: int,
         out: Path,
         resume: bool,
-        keep_videos: bool,
+        keep_videos: bool = False,
     ) -> None:
         self.table, self.splits, self.limit, self.noises = table, splits, limit, noises
         self.out, self.resume, self.keep_videos = out, resume, keep_videos
