@@ -35,10 +35,10 @@ inline void zero_sums() {
   _tile_zero(3);
 }
 
-// sums (32 rows, 32 columns) in tiles 0 to 3 += left (rows `step` bytes apart, TILES of 16 words) right, packed as
-// [word][vector][lane] of two vectors.
-inline void add_32_by_32(const char* left, int64_t step, const char* right, int64_t tiles) {
-  for (; tiles > 0; --tiles, left += 64, right += 2 * 64 * kTileWords) {
+// sums (32 rows, 32 columns) in tiles 0 to 3 += left (rows `step` bytes apart, TILES of 16 words, `next` bytes apart)
+// right, packed as [word][vector][lane] of two vectors.
+inline void add_32_by_32(const char* left, int64_t step, const char* right, int64_t tiles, int64_t next = 64) {
+  for (; tiles > 0; --tiles, left += next, right += 2 * 64 * kTileWords) {
     _tile_loadd(4, left, step);
     _tile_loadd(6, right, 128);
     _tile_loadd(7, right + 64, 128);
@@ -59,6 +59,16 @@ inline void add_32_by_16(const char* left, int64_t step, const char* right, int6
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(2, 5, 6);
   }
+}
+
+// (32, 32) float32 of `step` bytes a row, to tiles 0 to 3.
+inline void load_32_by_32(const float* from, int64_t step) {
+  const char* const at = reinterpret_cast<const char*>(from);
+  written();
+  _tile_loadd(0, at, step);
+  _tile_loadd(1, at + 64, step);
+  _tile_loadd(2, at + kTileRows * step, step);
+  _tile_loadd(3, at + kTileRows * step + 64, step);
 }
 
 // Tiles 0 to 3, to (32, 32) float32 of `step` bytes a row.

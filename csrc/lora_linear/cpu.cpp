@@ -5,8 +5,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 
+#include "../scratch.h"
 #include "check.h"
 #include "skinny.h"
 #include "wide.h"
@@ -190,6 +193,40 @@ struct Wide {
   int64_t panels() const { return (product.n + wide::kColumns - 1) / wide::kColumns; }
 };
 
+using Memory = std::unique_ptr<void, decltype(&std::free)>;
+
+// The left operands become copies as AMX reads them: one of each, whatever the number of its products.
+Memory copy_left(std::vector<Wide>& products) {
+  std::vector<wide::Segment*> segments;
+  for (Wide& each : products)
+    for (wide::Segment& segment : each.segments) segments.push_back(&segment);
+  struct Copy {
+    wide::Segment from;
+    int64_t at;
+  };
+  std::vector<Copy> copies;
+  const int64_t m = products[0].product.m;
+  int64_t bytes = 0;
+  const auto copy_of = [&](const wide::Segment& s) {
+    return std::find_if(copies.begin(), copies.end(),
+                        [&](const Copy& copy) { return copy.from.left == s.left && copy.from.k == s.k; });
+  };
+  for (const wide::Segment* segment : segments)
+    if (copy_of(*segment) == copies.end()) {
+      copies.push_back({*segment, bytes});
+      bytes += wide::copied_bytes(m, segment->k);
+    }
+  Memory memory(allocate(bytes), std::free);
+  char* const data = static_cast<char*>(memory.get());
+  torch::stable::parallel_for(0, (m + wide::kCopiedRows - 1) / wide::kCopiedRows, 1, [&](int64_t begin, int64_t end) {
+    const int64_t row = begin * wide::kCopiedRows, rows = std::min(end * wide::kCopiedRows, m) - row;
+    for (const Copy& copy : copies)
+      wide::copy_rows_amx(copy.from.left, copy.from.left_stride, copy.from.k, row, rows, data + copy.at);
+  });
+  for (wide::Segment* segment : segments) segment->left = data + copy_of(*segment)->at;
+  return memory;
+}
+
 // Products that do not read one another's results. A thread takes some panels when it is done with the ones before.
 void in_panels(std::vector<Wide>& products) {
   int64_t panels = 0;
@@ -200,7 +237,7 @@ void in_panels(std::vector<Wide>& products) {
   const int64_t threads = torch::stable::get_num_threads(), m = products[0].product.m;
   const int64_t group = std::clamp<int64_t>(panels / (8 * threads), 1, 8);
   const int64_t blocks = std::clamp<int64_t>((2 * threads + panels - 1) / panels, 1, std::max<int64_t>(m / 96, 1));
-  const int64_t rows = (m + blocks - 1) / blocks;
+  const int64_t rows = ((m + blocks - 1) / blocks + wide::kCopiedRows - 1) / wide::kCopiedRows * wide::kCopiedRows;
   struct Task {
     const wide::Product* product;
     int64_t row, rows, panel;
@@ -211,6 +248,7 @@ void in_panels(std::vector<Wide>& products) {
       for (int64_t panel = 0; panel < each.panels(); panel += group)
         tasks.push_back({&each.product, row, std::min(rows, m - row), panel});
   const auto part = uses(Processor::kAmxTiles) ? wide::part_amx : wide::part_avx512bf16;
+  const Memory copies = uses(Processor::kAmxTiles) ? copy_left(products) : Memory(nullptr, std::free);
   std::atomic<size_t> next = 0;
   torch::stable::parallel_for(0, std::min<int64_t>(threads, tasks.size()), 1, [&](int64_t, int64_t) {
     for (size_t i = next++; i < tasks.size(); i = next++)

@@ -31,8 +31,19 @@ struct Product {
 constexpr int64_t kColumns = 32;  // of a panel of packed words
 
 // Rows [row, row + rows) and panels [panel, panel + panels) of the result: sums in float32, rounded once. One thread;
-// the scratch memory stays in its second-level cache.
+// the scratch memory stays in its second-level cache. That for AMX reads copies of the left operands, begins at a whole
+// block of their rows, and has no use for `left_stride`.
 using Part = void(const Product& product, int64_t row, int64_t rows, int64_t panel, int64_t panels);
 FOR_SOME_PROCESSORS Part part_avx512bf16, part_amx;
+
+constexpr int64_t kCopiedRows = 32, kCopiedDepth = 32;  // [row block][depth block][row][element], zeros behind the last
+constexpr int64_t copied_bytes(int64_t rows, int64_t k) {
+  const int64_t blocks = (rows + kCopiedRows - 1) / kCopiedRows * ((k + kCopiedDepth - 1) / kCopiedDepth);
+  return 2 * blocks * kCopiedRows * kCopiedDepth;
+}
+
+// Rows [row, row + rows) of a left operand (m, k) to their place in its copy; `row` begins a block of rows.
+FOR_SOME_PROCESSORS void copy_rows_amx(const void* left, int64_t stride, int64_t k, int64_t row, int64_t rows,
+                                       void* copy);
 
 }  // namespace vlmteacher::wide

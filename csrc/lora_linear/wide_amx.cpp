@@ -8,87 +8,98 @@
 namespace vlmteacher::wide {
 namespace {
 
-constexpr int64_t kRows = 2 * kTileRows;
+// A block of rows and as many columns are summed over some tiles at a time, about so many that those of all panels stay
+// in the second cache.
+constexpr int64_t kRows = 2 * kTileRows, kTilesAtOnce = 32, kTileBytes = kRows * 64;
+static_assert(kRows == kColumns && kRows == kCopiedRows && kCopiedDepth == 2 * kTileWords);
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-struct Left {  // a segment's rows
-  const char* whole;
-  int64_t step, tiles;  // bytes from row to row; whole tiles
-  const char* rest;     // (rows, 64 bytes), or null
+int64_t tiles_of(int64_t k) { return (k / 2 + kTileWords - 1) / kTileWords; }
+
+struct Stretch {  // of a segment
+  const Segment* segment;
+  int64_t first, tiles;
+  int64_t words() const { return least(tiles * kTileWords, segment->k / 2 - first * kTileWords); }
 };
+
+// Sums and bias, rounded, to `rows` rows of the result.
+void finish(const Product& p, const float (*sums)[kColumns], int64_t row, int64_t rows, int64_t column) {
+  const __mmask16 first = lanes(p.n - column), second = lanes(p.n - column - kLanes);
+  const char* bias = static_cast<const char*>(p.bias) + 2 * column;
+  const __m512 b = p.bias ? BFloat16::load(bias, first) : _mm512_setzero_ps();
+  const __m512 c = p.bias && second ? BFloat16::load(bias + 32, second) : _mm512_setzero_ps();
+  char* out = static_cast<char*>(p.out) + (row * p.out_stride + column) * 2;
+  for (int64_t i = 0; i < rows; ++i, out += p.out_stride * 2) {
+    const __m512 low = _mm512_add_ps(_mm512_load_ps(sums[i]), b);
+    const __m512 high = _mm512_add_ps(_mm512_load_ps(sums[i] + kLanes), c);
+    if (second == kAll) {
+      _mm512_storeu_si512(out, BFloat16::rounded(low, high));
+    } else {
+      BFloat16::store(out, first, low);
+      BFloat16::store(out + 32, second, high);
+    }
+  }
+}
 
 }  // namespace
 
+void copy_rows_amx(const void* left, int64_t stride, int64_t k, int64_t row, int64_t rows, void* copy) {
+  const int64_t tiles = tiles_of(k);
+  const char* from = static_cast<const char*>(left) + row * stride * 2;
+  char* to = static_cast<char*>(copy) + row / kRows * tiles * kTileBytes;
+  for (int64_t block = 0; block < rows; block += kRows, to += tiles * kTileBytes)
+    for (int64_t i = 0; i < kRows; ++i, from += stride * 2)
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const __mmask16 some = block + i < rows ? lanes(k / 2 - tile * kTileWords) : __mmask16(0);
+        _mm512_storeu_si512(to + tile * kTileBytes + i * 64, _mm512_maskz_loadu_epi32(some, from + tile * 64));
+      }
+}
+
 void part_amx(const Product& p, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
   const Tiles tiles;
-  const int64_t padded = rows < kRows ? kRows : rows;  // fewer rows are copied, and zeros follow them
-  int64_t packed_tiles = 0, copied = 0;
-  for (int64_t s = 0; s < p.count; ++s) {
-    const int64_t words = p.segments[s].k / 2, all = (words + kTileWords - 1) / kTileWords;
-    packed_tiles += all;
-    copied += padded > rows ? all : words % kTileWords != 0;
-  }
-  const Scratch packed(packed_tiles * kTileWords * kVectors * 64), copies(copied * padded * 64 + 64);
-  const Scratch<Left> lefts(p.count);
-  char* to = copies.data;
-  for (int64_t s = 0; s < p.count; ++s) {
-    const int64_t step = p.segments[s].left_stride * 2, words = p.segments[s].k / 2, whole = words / kTileWords;
-    const char* from = static_cast<const char*>(p.segments[s].left) + row * step;
-    Left& left = lefts.data[s];
-    left = {from, step, whole, nullptr};
-    const auto copy = [&](int64_t tile) {  // one tile of all rows
-      const int64_t bytes = 4 * least(words - tile * kTileWords, kTileWords);
-      std::memset(to, 0, padded * 64);
-      for (int64_t i = 0; i < rows; ++i) std::memcpy(to + i * 64, from + i * step + tile * 64, bytes);
-      to += padded * 64;
-      return to - padded * 64;
-    };
-    if (padded > rows) {
-      left = {to, 64, 0, to};
-      for (int64_t tile = 0; tile * kTileWords < words; ++tile) copy(tile);
-    } else if (words % kTileWords) {
-      left.rest = copy(whole);
+  int64_t all = 0;
+  for (int64_t s = 0; s < p.count; ++s) all += tiles_of(p.segments[s].k);
+  const int64_t passes = all < kTilesAtOnce ? 1 : (all + kTilesAtOnce / 2) / kTilesAtOnce, most = (all + passes - 1) / passes;
+  panels = least(panels, (p.n + kColumns - 1) / kColumns - panel);
+  const Scratch right(panels * most * kTileBytes);
+  const Scratch<Stretch> stretches(p.count);
+  struct alignas(64) Sums {
+    float of[kRows][kColumns];
+  } here;
+  const Scratch<Sums> between(passes == 1 ? 0 : (rows + kRows - 1) / kRows * panels);  // one pass and the next
+  Stretch next{p.segments, 0, 0};
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    int64_t count = 0, taken = 0;
+    while (taken < most && next.segment < p.segments + p.count) {
+      next.tiles = least(tiles_of(next.segment->k) - next.first, most - taken);
+      stretches.data[count++] = next;
+      taken += next.tiles, next.first += next.tiles;
+      if (next.first == tiles_of(next.segment->k)) ++next.segment, next.first = 0;
     }
-  }
-  alignas(64) float sums[kRows][kColumns];
-  for (int64_t column = panel * kColumns; column < p.n && panels > 0; column += kColumns, --panels) {
-    const int64_t columns = least(p.n - column, kColumns);
-    char* at = packed.data;
-    for (int64_t s = 0; s < p.count; ++s) {
-      const int64_t words = p.segments[s].k / 2, bytes = words * kVectors * 64;
-      const int64_t all = (words + kTileWords - 1) / kTileWords * kTileWords * kVectors * 64;
-      pack(p.segments[s], 0, words, column, columns, at);
-      std::memset(at + bytes, 0, all - bytes);
-      at += all;
+    for (int64_t c = 0; c < panels; ++c) {
+      char* to = right.data + c * taken * kTileBytes;
+      for (const Stretch* s = stretches.data; s < stretches.data + count; to += s->tiles * kTileBytes, ++s) {
+        const int64_t column = (panel + c) * kColumns, bytes = s->words() * kVectors * 64;
+        pack(*s->segment, s->first * kTileWords, s->words(), column, least(p.n - column, kColumns), to);
+        std::memset(to + bytes, 0, s->tiles * kTileBytes - bytes);
+      }
     }
     written();
-    for (int64_t done = 0; done < rows; done += kRows) {
-      const int64_t first = padded > rows ? 0 : least(done, rows - kRows);  // the last rows are computed twice
-      const char* right = packed.data;
-      zero_sums();
-      for (int64_t s = 0; s < p.count; ++s) {
-        const Left& left = lefts.data[s];
-        const int64_t words = p.segments[s].k / 2, all = (words + kTileWords - 1) / kTileWords;
-        if (padded > rows) {
-          for (int64_t tile = 0; tile < all; ++tile)
-            add_32_by_32(left.rest + tile * padded * 64, 64, right + tile * kTileWords * kVectors * 64, 1);
-        } else {
-          add_32_by_32(left.whole + first * left.step, left.step, right, left.tiles);
-          if (left.rest) add_32_by_32(left.rest + first * 64, 64, right + left.tiles * kTileWords * kVectors * 64, 1);
+    Sums* sums = between.data;
+    for (int64_t done = 0; done < rows; done += kRows)
+      for (int64_t c = 0; c < panels; ++c) {
+        Sums& at = passes == 1 ? here : *sums++;
+        pass == 0 ? zero_sums() : load_32_by_32(at.of[0], sizeof at.of[0]);
+        const char* from = right.data + c * taken * kTileBytes;
+        for (const Stretch* s = stretches.data; s < stretches.data + count; from += s->tiles * kTileBytes, ++s) {
+          const int64_t tile = (row + done) / kRows * tiles_of(s->segment->k) + s->first;
+          const char* left = static_cast<const char*>(s->segment->left) + tile * kTileBytes;
+          add_32_by_32(left, 64, from, s->tiles, kTileBytes);
         }
-        right += all * kTileWords * kVectors * 64;
+        store_32_by_32(at.of[0], sizeof at.of[0]);
+        if (pass + 1 == passes) finish(p, at.of, row + done, least(rows - done, kRows), (panel + c) * kColumns);
       }
-      store_32_by_32(sums[0], sizeof sums[0]);
-      for (int64_t v = 0; v < kVectors; ++v) {
-        const __mmask16 mask = lanes(columns - v * kLanes);
-        const char* from = static_cast<const char*>(p.bias) + 2 * (column + v * kLanes);
-        const __m512 bias = p.bias && mask ? BFloat16::load(from, mask) : _mm512_setzero_ps();
-        char* out = static_cast<char*>(p.out) + ((row + first) * p.out_stride + column + v * kLanes) * 2;
-        for (int64_t i = 0; i < least(rows, kRows); ++i, out += p.out_stride * 2)
-          BFloat16::store(out, mask, _mm512_add_ps(_mm512_load_ps(sums[i] + v * kLanes), bias));
-      }
-    }
   }
 }
 
