@@ -35,10 +35,10 @@ inline void zero_sums() {
   _tile_zero(3);
 }
 
-// sums (32 rows, 32 columns) in tiles 0 to 3 += left (rows `step` bytes apart, TILES of 16 words, `next` bytes apart)
-// right, packed as [word][vector][lane] of two vectors.
-inline void add_32_by_32(const char* left, int64_t step, const char* right, int64_t tiles, int64_t next = 64) {
-  for (; tiles > 0; --tiles, left += next, right += 2 * 64 * kTileWords) {
+// sums (32 rows, 32 columns) in tiles 0 to 3 += left (rows `step` bytes apart, TILES of 16 words) right, packed as
+// [word][vector][lane] of two vectors.
+inline void add_32_by_32(const char* left, int64_t step, const char* right, int64_t tiles) {
+  for (; tiles > 0; --tiles, left += 64, right += 2 * 64 * kTileWords) {
     _tile_loadd(4, left, step);
     _tile_loadd(6, right, 128);
     _tile_loadd(7, right + 64, 128);

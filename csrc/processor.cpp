@@ -1,6 +1,5 @@
 #include "processor.h"
 
-#include <algorithm>
 #include <atomic>
 
 #if defined(__x86_64__)
@@ -68,15 +67,8 @@ Processor detect() { return Processor::kBaseline; }
 
 #endif
 
-// Our kernels on the matrix unit have never run on one: they wait to be asked for.
-#if defined(EMULATED_TILES)
-constexpr Processor kUnasked = Processor::kAmxTiles;
-#else
-constexpr Processor kUnasked = Processor::kAmx;
-#endif
-
 std::atomic<Processor>& current() {
-  static std::atomic<Processor> used = std::min(widest(), kUnasked);
+  static std::atomic<Processor> used = widest();
   return used;
 }
 

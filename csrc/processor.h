@@ -12,9 +12,8 @@ enum class Processor : int {
   kAvx2,        // and FMA
   kAvx512,      // F, BW, VL
   kAvx512Bf16,  // products of bfloat16
-  kAmx,         // the vendor's libraries have matrix products several times as fast as AVX-512's; our kernels are those
-                // of the class before
-  kAmxTiles,    // and ours on the matrix unit
+  kAmx,         // the vendor's libraries run on the matrix unit; our kernels are those of the class before
+  kAmxTiles,    // ours do too
 };
 
 Processor widest();     // of this processor and this build; kAmxTiles is among them where the kernel grants the tiles

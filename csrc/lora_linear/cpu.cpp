@@ -1,6 +1,6 @@
 // The fused LoRA linear on the CPU. The definition is vlmteacher/ops/lora_linear.py. The products are our own where the
-// processor has AVX-512: those with the rank always, the big ones in bfloat16 where it has BF16 too and no AMX. Else they
-// are the vendor's.
+// processor has AVX-512: those with the rank always, the big ones in bfloat16 where it has BF16 too. Else they are the
+// vendor's. On AMX's tiles S and dS are small products of the wide kind, for its left operand is there already.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
@@ -158,6 +158,7 @@ void at_once(const std::vector<WithRank>& products) {
 
 // Products that read, row by row, what those before them wrote: in one region too, divided along the rows they share.
 void in_turn(int64_t rows, const std::vector<WithRank>& products) {
+  if (products.empty()) return;
   for (const WithRank& product : products)
     if (!product.own()) {
       for (const WithRank& each : products) at_once({each});
@@ -182,8 +183,8 @@ struct Wide {
   std::vector<wide::Segment> segments;
   wide::Product product;
 
-  Wide(const Tensor& out, const Tensor* bias)
-      : product{nullptr, 0, out.size(0), out.size(1), nullptr, out.mutable_data_ptr(), out.stride(0)} {
+  Wide(const Operand& out, const Tensor* bias)
+      : product{nullptr, 0, out.rows(), out.columns(), nullptr, out.data(), out.of.stride(0)} {
     if (bias) product.bias = alive.emplace_back(dense(*bias)).const_data_ptr();
   }
   void add(const Operand& left, const Operand& right) {
@@ -193,49 +194,54 @@ struct Wide {
   int64_t panels() const { return (product.n + wide::kColumns - 1) / wide::kColumns; }
 };
 
-using Memory = std::unique_ptr<void, decltype(&std::free)>;
+// The left operands of wide products as AMX reads them: one copy of each, whatever the number of its products.
+class Copies {
+ public:
+  // The products read copies from here on; theirs are made where there are none.
+  void serve(std::vector<Wide>& products) {
+    const int64_t m = products[0].product.m;
+    const size_t before = copies_.size();
+    for (Wide& each : products)
+      for (const wide::Segment& s : each.segments)
+        if (!find(s)) copies_.push_back({s, {allocate(wide::copied_bytes(m, s.k)), std::free}});
+    if (before < copies_.size())
+      torch::stable::parallel_for(0, (m + wide::kCopiedRows - 1) / wide::kCopiedRows, 1, [&](int64_t begin, int64_t end) {
+        const int64_t row = begin * wide::kCopiedRows, rows = std::min(end * wide::kCopiedRows, m) - row;
+        for (size_t i = before; i < copies_.size(); ++i) {
+          const wide::Segment& from = copies_[i].from;
+          wide::copy_rows_amx(from.left, from.left_stride, from.k, row, rows, copies_[i].data.get());
+        }
+      });
+    for (Wide& each : products)
+      for (wide::Segment& s : each.segments) s.left = find(s);
+  }
 
-// The left operands become copies as AMX reads them: one of each, whatever the number of its products.
-Memory copy_left(std::vector<Wide>& products) {
-  std::vector<wide::Segment*> segments;
-  for (Wide& each : products)
-    for (wide::Segment& segment : each.segments) segments.push_back(&segment);
+ private:
   struct Copy {
     wide::Segment from;
-    int64_t at;
+    std::unique_ptr<void, decltype(&std::free)> data;
   };
-  std::vector<Copy> copies;
-  const int64_t m = products[0].product.m;
-  int64_t bytes = 0;
-  const auto copy_of = [&](const wide::Segment& s) {
-    return std::find_if(copies.begin(), copies.end(),
-                        [&](const Copy& copy) { return copy.from.left == s.left && copy.from.k == s.k; });
-  };
-  for (const wide::Segment* segment : segments)
-    if (copy_of(*segment) == copies.end()) {
-      copies.push_back({*segment, bytes});
-      bytes += wide::copied_bytes(m, segment->k);
-    }
-  Memory memory(allocate(bytes), std::free);
-  char* const data = static_cast<char*>(memory.get());
-  torch::stable::parallel_for(0, (m + wide::kCopiedRows - 1) / wide::kCopiedRows, 1, [&](int64_t begin, int64_t end) {
-    const int64_t row = begin * wide::kCopiedRows, rows = std::min(end * wide::kCopiedRows, m) - row;
-    for (const Copy& copy : copies)
-      wide::copy_rows_amx(copy.from.left, copy.from.left_stride, copy.from.k, row, rows, data + copy.at);
-  });
-  for (wide::Segment* segment : segments) segment->left = data + copy_of(*segment)->at;
-  return memory;
-}
+  std::vector<Copy> copies_;
+
+  const void* find(const wide::Segment& s) const {
+    for (const Copy& copy : copies_)
+      if (copy.from.left == s.left && copy.from.k == s.k) return copy.data.get();
+    return nullptr;
+  }
+};
 
 // Products that do not read one another's results. A thread takes some panels when it is done with the ones before.
-void in_panels(std::vector<Wide>& products) {
+void in_panels(std::vector<Wide>& products, Copies& copies) {
+  const bool tiles = uses(Processor::kAmxTiles);
+  if (tiles) copies.serve(products);
   int64_t panels = 0;
   for (Wide& each : products) {
     panels += each.panels();
     each.product.segments = each.segments.data(), each.product.count = int64_t(each.segments.size());
   }
   const int64_t threads = torch::stable::get_num_threads(), m = products[0].product.m;
-  const int64_t group = std::clamp<int64_t>(panels / (8 * threads), 1, 8);
+  // On tiles the left operands come from afar for every group.
+  const int64_t group = std::clamp<int64_t>(panels / ((tiles ? 2 : 8) * threads), 1, 8);
   const int64_t blocks = std::clamp<int64_t>((2 * threads + panels - 1) / panels, 1, std::max<int64_t>(m / 96, 1));
   const int64_t rows = ((m + blocks - 1) / blocks + wide::kCopiedRows - 1) / wide::kCopiedRows * wide::kCopiedRows;
   struct Task {
@@ -247,8 +253,7 @@ void in_panels(std::vector<Wide>& products) {
     for (int64_t row = 0; row < m; row += rows)
       for (int64_t panel = 0; panel < each.panels(); panel += group)
         tasks.push_back({&each.product, row, std::min(rows, m - row), panel});
-  const auto part = uses(Processor::kAmxTiles) ? wide::part_amx : wide::part_avx512bf16;
-  const Memory copies = uses(Processor::kAmxTiles) ? copy_left(products) : Memory(nullptr, std::free);
+  const auto part = tiles ? wide::part_amx : wide::part_avx512bf16;
   std::atomic<size_t> next = 0;
   torch::stable::parallel_for(0, std::min<int64_t>(threads, tasks.size()), 1, [&](int64_t, int64_t) {
     for (size_t i = next++; i < tasks.size(); i = next++)
@@ -287,8 +292,15 @@ Tensors forward(const Tensor& any_x, Tensors weights, Tensors biases, Tensors lo
   std::vector<int64_t> columns{x.size(1)};
   for (const Tensor& b : lora_b) columns.push_back(b.size(1));
   const bool own = takes(x.scalar_type(), m, columns);
-  std::vector<WithRank> products{{s, x, Operand(a).transpose(), 1, false}};
-  std::vector<Wide> big;
+  const bool tiles = own && uses(Processor::kAmxTiles);  // which take the product with the rank too
+  std::vector<WithRank> products;
+  std::vector<Wide> small, big;
+  if (tiles) {
+    small.emplace_back(s, nullptr);
+    small.back().add(x, Operand(a).transpose());
+  } else {
+    products.push_back({s, x, Operand(a).transpose(), 1, false});
+  }
   Tensors found;
   int64_t column = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -305,8 +317,10 @@ Tensors forward(const Tensor& any_x, Tensors weights, Tensors biases, Tensors lo
     found.push_back(y);
     column += rank;
   }
+  Copies copies;
+  if (tiles) in_panels(small, copies);
   in_turn(m, products);
-  if (own) in_panels(big);
+  if (own) in_panels(big, copies);
   found.push_back(s);
   return found;
 }
@@ -322,19 +336,26 @@ Tensors backward(Tensors grads, const Tensor& any_x, const Tensor& any_s, Tensor
   if (need_x || need_a) {
     const Tensor a = stack(grads[0], lora_a);
     const Tensor ds = empty(grads[0], m, a.size(0));
+    std::vector<int64_t> columns{a.size(0)};
+    for (const Tensor& grad : grads) columns.push_back(grad.size(1));
+    const bool own = need_x && takes(ds.scalar_type(), m, columns), tiles = own && uses(Processor::kAmxTiles);
     std::vector<WithRank> products;
+    std::vector<Wide> small, big;
     int64_t column = 0;
     for (size_t i = 0; i < layers; ++i) {
-      const Tensor b = stack(grads[0], {lora_b[i]});
-      products.push_back({{ds, column, b.size(1)}, grads[i], b, scaling[i], false});
+      const Tensor b = stack(grads[0], {lora_b[i]}, tiles ? scaling[i] : 1);
+      const Operand some(ds, column, b.size(1));
+      if (tiles) {
+        small.emplace_back(some, nullptr);
+        small.back().add(grads[i], b);
+      } else {
+        products.push_back({some, grads[i], b, scaling[i], false});
+      }
       column += b.size(1);
     }
-    std::vector<Wide> big;
     if (need_x) {
       const Tensor dx = empty(grads[0], m, a.size(1));
-      std::vector<int64_t> columns{a.size(0)};
-      for (const Tensor& grad : grads) columns.push_back(grad.size(1));
-      if (takes(dx.scalar_type(), m, columns)) {
+      if (own) {
         big.emplace_back(dx, nullptr);
         for (size_t i = 0; i < layers; ++i) big.back().add(grads[i], dense(weights[i]));
         big.back().add(ds, a);
@@ -344,8 +365,10 @@ Tensors backward(Tensors grads, const Tensor& any_x, const Tensor& any_s, Tensor
       }
       found.push_back(dx);
     }
+    Copies copies;
+    if (tiles) in_panels(small, copies);
     in_turn(m, products);
-    if (!big.empty()) in_panels(big);
+    if (own) in_panels(big, copies);
     if (need_a) {
       const Tensor x = dense(any_x);
       column = 0;

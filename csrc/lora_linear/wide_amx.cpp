@@ -10,7 +10,7 @@ namespace {
 
 // A block of rows and as many columns are summed over some tiles at a time, about so many that those of all panels stay
 // in the second cache.
-constexpr int64_t kRows = 2 * kTileRows, kTilesAtOnce = 32, kTileBytes = kRows * 64;
+constexpr int64_t kRows = 2 * kTileRows, kTilesAtOnce = 64, kTileBytes = kRows * 64;
 static_assert(kRows == kColumns && kRows == kCopiedRows && kCopiedDepth == 2 * kTileWords);
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -22,6 +22,20 @@ struct Stretch {  // of a segment
   int64_t first, tiles;
   int64_t words() const { return least(tiles * kTileWords, segment->k / 2 - first * kTileWords); }
 };
+
+// The sums in tiles 0 to 3 += left right, both of whole tiles that stand together.
+void add(const char* left, const char* right, int64_t tiles) {
+  for (; tiles > 0; --tiles, left += kTileBytes, right += kTileBytes) {
+    _tile_loadd(4, left, 64);
+    _tile_loadd(6, right, 64);
+    _tile_loadd(7, right + kTileBytes / 2, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, left + kTileBytes / 2, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
 
 // Sums and bias, rounded, to `rows` rows of the result.
 void finish(const Product& p, const float (*sums)[kColumns], int64_t row, int64_t rows, int64_t column) {
@@ -80,9 +94,11 @@ void part_amx(const Product& p, int64_t row, int64_t rows, int64_t panel, int64_
     for (int64_t c = 0; c < panels; ++c) {
       char* to = right.data + c * taken * kTileBytes;
       for (const Stretch* s = stretches.data; s < stretches.data + count; to += s->tiles * kTileBytes, ++s) {
-        const int64_t column = (panel + c) * kColumns, bytes = s->words() * kVectors * 64;
-        pack(*s->segment, s->first * kTileWords, s->words(), column, least(p.n - column, kColumns), to);
-        std::memset(to + bytes, 0, s->tiles * kTileBytes - bytes);
+        const int64_t column = (panel + c) * kColumns, words = s->words();
+        pack<kTileWords>(*s->segment, s->first * kTileWords, words, column, least(p.n - column, kColumns), to);
+        for (int64_t word = words; word < s->tiles * kTileWords; ++word)
+          for (int64_t v = 0; v < kVectors; ++v)
+            _mm512_store_si512(to + place<kTileWords>(word, v), _mm512_setzero_si512());
       }
     }
     written();
@@ -94,8 +110,7 @@ void part_amx(const Product& p, int64_t row, int64_t rows, int64_t panel, int64_
         const char* from = right.data + c * taken * kTileBytes;
         for (const Stretch* s = stretches.data; s < stretches.data + count; from += s->tiles * kTileBytes, ++s) {
           const int64_t tile = (row + done) / kRows * tiles_of(s->segment->k) + s->first;
-          const char* left = static_cast<const char*>(s->segment->left) + tile * kTileBytes;
-          add_32_by_32(left, 64, from, s->tiles, kTileBytes);
+          add(static_cast<const char*>(s->segment->left) + tile * kTileBytes, from, s->tiles);
         }
         store_32_by_32(at.of[0], sizeof at.of[0]);
         if (pass + 1 == passes) finish(p, at.of, row + done, least(rows - done, kRows), (panel + c) * kColumns);

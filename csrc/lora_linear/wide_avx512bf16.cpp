@@ -97,7 +97,7 @@ void part_avx512bf16(const Product& p, int64_t row, int64_t rows, int64_t panel,
       while (room > 0 && segment < p.count) {
         const Segment& s = p.segments[segment];
         const int64_t left = s.k / 2 - done, words = left < room ? left : room;
-        pack(s, done, words, column, columns, to);
+        pack<1>(s, done, words, column, columns, to);
         stretches[t.count++] = {static_cast<const char*>(s.left) + 4 * done, s.left_stride * 2, words};
         to += words * kVectors * 64, room -= words, done += words;
         if (done == s.k / 2) ++segment, done = 0;

@@ -8,7 +8,14 @@ namespace {
 
 constexpr int64_t kVectors = kColumns / kLanes;
 
-// Words [first, first + words) of `columns` columns from an operand that is stored (n, k): to[word][vector][lane].
+// Where a panel has a word of a vector: [word / GROUP][vector][word % GROUP][lane].
+template <int64_t GROUP>
+int64_t place(int64_t word, int64_t vector) {
+  return ((word / GROUP * kVectors + vector) * GROUP + word % GROUP) * 64;
+}
+
+// Words [first, first + words) of `columns` columns from an operand that is stored (n, k).
+template <int64_t GROUP>
 void pack_columns(const char* from, int64_t stride, int64_t words, int64_t columns, char* to) {
   for (int64_t v = 0; v < kVectors; ++v)
     for (int64_t word = 0; word < words; word += kLanes) {
@@ -21,25 +28,28 @@ void pack_columns(const char* from, int64_t stride, int64_t words, int64_t colum
       }
       transpose(rows);
       UNROLL for (int i = 0; i < 16; ++i) {
-        if (word + i < words) _mm512_storeu_si512(to + ((word + i) * kVectors + v) * 64, rows[i]);
+        if (word + i < words) _mm512_storeu_si512(to + place<GROUP>(word + i, v), rows[i]);
       }
     }
 }
 
 // The same from an operand that is stored (k, n).
+template <int64_t GROUP>
 void pack_rows(const char* from, int64_t stride, int64_t words, int64_t columns, char* to) {
-  for (; words > 0; --words, from += 2 * stride)
-    for (int64_t v = 0; v < kVectors; ++v, to += 64)
-      _mm512_storeu_si512(to, BFloat16::words(from + 32 * v, from + stride + 32 * v, lanes(columns - v * kLanes)));
+  for (int64_t word = 0; word < words; ++word, from += 2 * stride)
+    for (int64_t v = 0; v < kVectors; ++v)
+      _mm512_storeu_si512(to + place<GROUP>(word, v),
+                          BFloat16::words(from + 32 * v, from + stride + 32 * v, lanes(columns - v * kLanes)));
 }
 
 // Words [first, first + words) of a segment's `columns` columns from `column` on.
-inline void pack(const Segment& s, int64_t first, int64_t words, int64_t column, int64_t columns, char* to) {
+template <int64_t GROUP>
+void pack(const Segment& s, int64_t first, int64_t words, int64_t column, int64_t columns, char* to) {
   const char* right = static_cast<const char*>(s.right);
   if (s.transposed)
-    pack_columns(right + 2 * (column * s.right_stride + 2 * first), s.right_stride * 2, words, columns, to);
+    pack_columns<GROUP>(right + 2 * (column * s.right_stride + 2 * first), s.right_stride * 2, words, columns, to);
   else
-    pack_rows(right + 2 * (2 * first * s.right_stride + column), s.right_stride * 2, words, columns, to);
+    pack_rows<GROUP>(right + 2 * (2 * first * s.right_stride + column), s.right_stride * 2, words, columns, to);
 }
 
 }  // namespace
