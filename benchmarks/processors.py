@@ -3,9 +3,8 @@
 python -m benchmarks.processors [--json] [--write FILE] [--path NAME]... [--case NAME]... [--pairs N]
 
 Each path sets the variables of the libraries that have one (`ISA_VARIABLES`) for both sides, and VLMTEACHER_CPU for
-ours; each case is a benchmark in a process of its own, ours and stock in alternation there. On a processor with AMX the
-path "AMX, our tiles" times the kernels that are not yet chosen by themselves: `vlmteacher/ops/processors.py` should
-take them where they win.
+ours; each case is a benchmark in a process of its own, ours and stock in alternation there. On a processor with AMX
+ours are by "AMX, our tiles" if nothing else is asked for; "AMX" is what there is of ours without them.
 """
 
 from __future__ import annotations

@@ -205,13 +205,14 @@ class Copies {
       for (const wide::Segment& s : each.segments)
         if (!find(s)) copies_.push_back({s, {allocate(wide::copied_bytes(m, s.k)), std::free}});
     if (before < copies_.size())
-      torch::stable::parallel_for(0, (m + wide::kCopiedRows - 1) / wide::kCopiedRows, 1, [&](int64_t begin, int64_t end) {
-        const int64_t row = begin * wide::kCopiedRows, rows = std::min(end * wide::kCopiedRows, m) - row;
-        for (size_t i = before; i < copies_.size(); ++i) {
-          const wide::Segment& from = copies_[i].from;
-          wide::copy_rows_amx(from.left, from.left_stride, from.k, row, rows, copies_[i].data.get());
-        }
-      });
+      torch::stable::parallel_for(
+          0, (m + wide::kCopiedRows - 1) / wide::kCopiedRows, 1, [&](int64_t begin, int64_t end) {
+            const int64_t row = begin * wide::kCopiedRows, rows = std::min(end * wide::kCopiedRows, m) - row;
+            for (size_t i = before; i < copies_.size(); ++i) {
+              const wide::Segment& from = copies_[i].from;
+              wide::copy_rows_amx(from.left, from.left_stride, from.k, row, rows, copies_[i].data.get());
+            }
+          });
     for (Wide& each : products)
       for (wide::Segment& s : each.segments) s.left = find(s);
   }

@@ -40,9 +40,12 @@ void add(const char* left, const char* right, int64_t tiles) {
 // Sums and bias, rounded, to `rows` rows of the result.
 void finish(const Product& p, const float (*sums)[kColumns], int64_t row, int64_t rows, int64_t column) {
   const __mmask16 first = lanes(p.n - column), second = lanes(p.n - column - kLanes);
-  const char* bias = static_cast<const char*>(p.bias) + 2 * column;
-  const __m512 b = p.bias ? BFloat16::load(bias, first) : _mm512_setzero_ps();
-  const __m512 c = p.bias && second ? BFloat16::load(bias + 32, second) : _mm512_setzero_ps();
+  __m512 b = _mm512_setzero_ps(), c = b;
+  if (p.bias) {
+    const char* bias = static_cast<const char*>(p.bias) + 2 * column;
+    b = BFloat16::load(bias, first);
+    if (second) c = BFloat16::load(bias + 32, second);
+  }
   char* out = static_cast<char*>(p.out) + (row * p.out_stride + column) * 2;
   for (int64_t i = 0; i < rows; ++i, out += p.out_stride * 2) {
     const __m512 low = _mm512_add_ps(_mm512_load_ps(sums[i]), b);
@@ -74,7 +77,8 @@ void part_amx(const Product& p, int64_t row, int64_t rows, int64_t panel, int64_
   const Tiles tiles;
   int64_t all = 0;
   for (int64_t s = 0; s < p.count; ++s) all += tiles_of(p.segments[s].k);
-  const int64_t passes = all < kTilesAtOnce ? 1 : (all + kTilesAtOnce / 2) / kTilesAtOnce, most = (all + passes - 1) / passes;
+  const int64_t passes = all < kTilesAtOnce ? 1 : (all + kTilesAtOnce / 2) / kTilesAtOnce,
+                most = (all + passes - 1) / passes;
   panels = least(panels, (p.n + kColumns - 1) / kColumns - panel);
   const Scratch right(panels * most * kTileBytes);
   const Scratch<Stretch> stretches(p.count);

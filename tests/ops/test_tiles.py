@@ -1,7 +1,7 @@
 """The kernels for AMX, their tile instructions emulated (tiles.h): as operators, against the definitions in float64.
 
-They have not run on a real matrix unit. The emulation has its shapes, layouts and roundings, not its speed, nor its
-faults of access.
+For machines without a matrix unit; on one with AMX the operators' own tests run them on it. The emulation has its
+shapes, layouts and roundings, not its faults of access.
 """
 
 from __future__ import annotations

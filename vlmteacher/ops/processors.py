@@ -89,8 +89,8 @@ RULES = (
     ),
     _rule(
         "lora_linear (products with the rank)", "bfloat16", "all", "vendor vendor own own own own",
-        f"{_ZEN5}: as in float32; {_XEON}: the vendor's 102 to 248 GFLOP/s a core, those that read x or dy row by row by"
-        f" our tiles; {_WITHOUT}: as for the wide ones",
+        f"{_ZEN5}: as in float32; {_XEON}: S and dS by our tiles, the vendor's 102 to 248 GFLOP/s a core; {_WITHOUT}:"
+        " as for the wide ones",
     ),
     _rule(
         "linear", "bfloat16", "of frozen layers", "torch vendor vendor torch torch torch",
