@@ -68,8 +68,8 @@ RULES = (
     _rule(
         "surrogate_decoder", "bfloat16", "all", "vendor own own own vendor own",
         f"{_ZEN5}: AVX-512 BF16 x1.57 to x1.66 of stock at tiny, 400 to 460 GFLOP/s a core for the vendor's 210;"
-        f" {_XEON}, two threads: our tiles x2.5 of stock at tiny and x6.1 at mid, the vendor's convolutions, channels"
-        " last, between two passes of ours x1.6 and x5.3",
+        f" {_XEON}, two threads: our tiles x2.5 to x2.7 of stock at tiny and x4.6 to x6.1 at mid, the vendor's"
+        " convolutions, channels last, between two passes of ours x1.6 and x5.3",
     ),
     _rule(
         "lora_linear (wide products)", "float32", "all", "vendor vendor vendor vendor vendor vendor",
@@ -78,8 +78,8 @@ RULES = (
     _rule(
         "lora_linear (wide products)", "bfloat16", "4 rows up, even depths", "vendor vendor vendor own vendor own",
         f"{_ZEN5}: ours takes 1.05 of the frozen layers' time, the vendor's 1.17;"
-        f" {_XEON}, two threads: our tiles .9 to 1.2 at mid's sizes and .9 to 1.1 at Wan2.2-5B's, the vendor's 1.2 to"
-        " 1.3 and 1.1;"
+        f" {_XEON}, two threads: our tiles .9 to 1.4 at mid's sizes, .9 to 1.1 at those of a Reasoner of 5 billion, the"
+        " vendor's 1.2 to 1.3 and 1.1;"
         f" {_WITHOUT}: the vendor's in bfloat16 31 GFLOP/s a core, so in float32: .25 of the frozen layers' time at mid"
         " (ours, with two multiply-adds for each pair, .32), by AVX2 .08",
     ),
@@ -103,8 +103,8 @@ RULES = (
     ),
     _rule(
         "attention", "bfloat16", "even channels", "torch torch own own own own",
-        f"{_ZEN5}: four times torch's; {_XEON}: the Teacher with our tiles x7.0 of stock at mid, with our AVX-512 BF16"
-        f" x4.3; {_WITHOUT}: x2.1 to x3.3",
+        f"{_ZEN5}: four times torch's; {_XEON}: the Teacher with our tiles x7.0 to x8.5 of stock at mid, with our"
+        f" AVX-512 BF16 x4.3; {_WITHOUT}: x2.1 to x3.3",
     ),
     _rule(
         "elementwise", "float32", "all", "torch torch own own own own",
