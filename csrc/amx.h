@@ -71,6 +71,14 @@ inline void load_32_by_32(const float* from, int64_t step) {
   _tile_loadd(3, at + kTileRows * step + 64, step);
 }
 
+// The same of one vector of columns, to tiles 0 and 2.
+inline void load_32_by_16(const float* from, int64_t step) {
+  const char* const at = reinterpret_cast<const char*>(from);
+  written();
+  _tile_loadd(0, at, step);
+  _tile_loadd(2, at + kTileRows * step, step);
+}
+
 // Tiles 0 to 3, to (32, 32) float32 of `step` bytes a row.
 inline void store_32_by_32(float* to, int64_t step) {
   char* const at = reinterpret_cast<char*>(to);
@@ -78,6 +86,13 @@ inline void store_32_by_32(float* to, int64_t step) {
   _tile_stored(1, at + 64, step);
   _tile_stored(2, at + kTileRows * step, step);
   _tile_stored(3, at + kTileRows * step + 64, step);
+}
+
+// The same of one vector of columns, from tiles 0 and 2.
+inline void store_32_by_16(float* to, int64_t step) {
+  char* const at = reinterpret_cast<char*>(to);
+  _tile_stored(0, at, step);
+  _tile_stored(2, at + kTileRows * step, step);
 }
 
 }  // namespace

@@ -20,24 +20,17 @@ struct Unit<TiledBFloat16> {
   template <int V>
   static void multiply(bool add, float* out, int64_t stride, const char* left, int64_t row_step, int64_t,
                        const char* panel, int64_t words) {
-    const int64_t below = kTileRows * stride;
     written();
-    if (add) {
-      _tile_loadd(0, out, stride * 4);
-      if constexpr (V == 2) _tile_loadd(1, out + kLanes, stride * 4);
-      _tile_loadd(2, out + below, stride * 4);
-      if constexpr (V == 2) _tile_loadd(3, out + below + kLanes, stride * 4);
-    } else {
-      zero_sums();
-    }
-    if constexpr (V == 2)
+    if (!add) zero_sums();
+    if constexpr (V == 2) {
+      if (add) load_32_by_32(out, stride * 4);
       add_32_by_32(left, row_step, panel, words / kTileWords);
-    else
+      store_32_by_32(out, stride * 4);
+    } else {
+      if (add) load_32_by_16(out, stride * 4);
       add_32_by_16(left, row_step, panel, words / kTileWords);
-    _tile_stored(0, out, stride * 4);
-    if constexpr (V == 2) _tile_stored(1, out + kLanes, stride * 4);
-    _tile_stored(2, out + below, stride * 4);
-    if constexpr (V == 2) _tile_stored(3, out + below + kLanes, stride * 4);
+      store_32_by_16(out, stride * 4);
+    }
   }
 
   // Words (rows, columns), `step` bytes from row to row, to (columns, rows).

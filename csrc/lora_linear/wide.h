@@ -37,9 +37,9 @@ using Part = void(const Product& product, int64_t row, int64_t rows, int64_t pan
 FOR_SOME_PROCESSORS Part part_avx512bf16, part_amx;
 
 constexpr int64_t kCopiedRows = 32, kCopiedDepth = 32;  // [row block][depth block][row][element], zeros behind the last
-constexpr int64_t copied_bytes(int64_t rows, int64_t k) {
-  const int64_t blocks = (rows + kCopiedRows - 1) / kCopiedRows * ((k + kCopiedDepth - 1) / kCopiedDepth);
-  return 2 * blocks * kCopiedRows * kCopiedDepth;
+static constexpr int64_t copied_depths(int64_t k) { return (k + kCopiedDepth - 1) / kCopiedDepth; }
+static constexpr int64_t copied_bytes(int64_t rows, int64_t k) {
+  return (rows + kCopiedRows - 1) / kCopiedRows * copied_depths(k) * kCopiedRows * kCopiedDepth * 2;
 }
 
 // Rows [row, row + rows) of a left operand (m, k) to their place in its copy; `row` begins a block of rows.

@@ -10,12 +10,10 @@ namespace {
 
 // A block of rows and as many columns are summed over some tiles at a time, about so many that those of all panels stay
 // in the second cache.
-constexpr int64_t kRows = 2 * kTileRows, kTilesAtOnce = 64, kTileBytes = kRows * 64;
+constexpr int64_t kRows = 2 * kTileRows, kTilesAtOnce = 64, kPairBytes = kRows * 64;  // of two tiles
 static_assert(kRows == kColumns && kRows == kCopiedRows && kCopiedDepth == 2 * kTileWords);
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-int64_t tiles_of(int64_t k) { return (k / 2 + kTileWords - 1) / kTileWords; }
 
 struct Stretch {  // of a segment
   const Segment* segment;
@@ -25,12 +23,12 @@ struct Stretch {  // of a segment
 
 // The sums in tiles 0 to 3 += left right, both of whole tiles that stand together.
 void add(const char* left, const char* right, int64_t tiles) {
-  for (; tiles > 0; --tiles, left += kTileBytes, right += kTileBytes) {
+  for (; tiles > 0; --tiles, left += kPairBytes, right += kPairBytes) {
     _tile_loadd(4, left, 64);
     _tile_loadd(6, right, 64);
-    _tile_loadd(7, right + kTileBytes / 2, 64);
+    _tile_loadd(7, right + kPairBytes / 2, 64);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, left + kTileBytes / 2, 64);
+    _tile_loadd(5, left + kPairBytes / 2, 64);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
@@ -62,25 +60,25 @@ void finish(const Product& p, const float (*sums)[kColumns], int64_t row, int64_
 }  // namespace
 
 void copy_rows_amx(const void* left, int64_t stride, int64_t k, int64_t row, int64_t rows, void* copy) {
-  const int64_t tiles = tiles_of(k);
+  const int64_t tiles = copied_depths(k);
   const char* from = static_cast<const char*>(left) + row * stride * 2;
-  char* to = static_cast<char*>(copy) + row / kRows * tiles * kTileBytes;
-  for (int64_t block = 0; block < rows; block += kRows, to += tiles * kTileBytes)
+  char* to = static_cast<char*>(copy) + row / kRows * tiles * kPairBytes;
+  for (int64_t block = 0; block < rows; block += kRows, to += tiles * kPairBytes)
     for (int64_t i = 0; i < kRows; ++i, from += stride * 2)
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const __mmask16 some = block + i < rows ? lanes(k / 2 - tile * kTileWords) : __mmask16(0);
-        _mm512_storeu_si512(to + tile * kTileBytes + i * 64, _mm512_maskz_loadu_epi32(some, from + tile * 64));
+        _mm512_storeu_si512(to + tile * kPairBytes + i * 64, _mm512_maskz_loadu_epi32(some, from + tile * 64));
       }
 }
 
 void part_amx(const Product& p, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
   const Tiles tiles;
   int64_t all = 0;
-  for (int64_t s = 0; s < p.count; ++s) all += tiles_of(p.segments[s].k);
+  for (int64_t s = 0; s < p.count; ++s) all += copied_depths(p.segments[s].k);
   const int64_t passes = all < kTilesAtOnce ? 1 : (all + kTilesAtOnce / 2) / kTilesAtOnce,
                 most = (all + passes - 1) / passes;
   panels = least(panels, (p.n + kColumns - 1) / kColumns - panel);
-  const Scratch right(panels * most * kTileBytes);
+  const Scratch right(panels * most * kPairBytes);
   const Scratch<Stretch> stretches(p.count);
   struct alignas(64) Sums {
     float of[kRows][kColumns];
@@ -90,14 +88,14 @@ void part_amx(const Product& p, int64_t row, int64_t rows, int64_t panel, int64_
   for (int64_t pass = 0; pass < passes; ++pass) {
     int64_t count = 0, taken = 0;
     while (taken < most && next.segment < p.segments + p.count) {
-      next.tiles = least(tiles_of(next.segment->k) - next.first, most - taken);
+      next.tiles = least(copied_depths(next.segment->k) - next.first, most - taken);
       stretches.data[count++] = next;
       taken += next.tiles, next.first += next.tiles;
-      if (next.first == tiles_of(next.segment->k)) ++next.segment, next.first = 0;
+      if (next.first == copied_depths(next.segment->k)) ++next.segment, next.first = 0;
     }
     for (int64_t c = 0; c < panels; ++c) {
-      char* to = right.data + c * taken * kTileBytes;
-      for (const Stretch* s = stretches.data; s < stretches.data + count; to += s->tiles * kTileBytes, ++s) {
+      char* to = right.data + c * taken * kPairBytes;
+      for (const Stretch* s = stretches.data; s < stretches.data + count; to += s->tiles * kPairBytes, ++s) {
         const int64_t column = (panel + c) * kColumns, words = s->words();
         pack<kTileWords>(*s->segment, s->first * kTileWords, words, column, least(p.n - column, kColumns), to);
         for (int64_t word = words; word < s->tiles * kTileWords; ++word)
@@ -111,10 +109,10 @@ void part_amx(const Product& p, int64_t row, int64_t rows, int64_t panel, int64_
       for (int64_t c = 0; c < panels; ++c) {
         Sums& at = passes == 1 ? here : *sums++;
         pass == 0 ? zero_sums() : load_32_by_32(at.of[0], sizeof at.of[0]);
-        const char* from = right.data + c * taken * kTileBytes;
-        for (const Stretch* s = stretches.data; s < stretches.data + count; from += s->tiles * kTileBytes, ++s) {
-          const int64_t tile = (row + done) / kRows * tiles_of(s->segment->k) + s->first;
-          add(static_cast<const char*>(s->segment->left) + tile * kTileBytes, from, s->tiles);
+        const char* from = right.data + c * taken * kPairBytes;
+        for (const Stretch* s = stretches.data; s < stretches.data + count; from += s->tiles * kPairBytes, ++s) {
+          const int64_t tile = (row + done) / kRows * copied_depths(s->segment->k) + s->first;
+          add(static_cast<const char*>(s->segment->left) + tile * kPairBytes, from, s->tiles);
         }
         store_32_by_32(at.of[0], sizeof at.of[0]);
         if (pass + 1 == passes) finish(p, at.of, row + done, least(rows - done, kRows), (panel + c) * kColumns);

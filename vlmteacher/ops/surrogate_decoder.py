@@ -116,8 +116,8 @@ def conv3x3_backward_reference(
 def _fast(x: Tensor, weight: Tensor, rows: float) -> Any:
     """The backend for x: a namespace with `conv3x3` and `conv3x3_backward`, or None for torch's convolutions.
 
-    On CPUs `ops/processors.py` says whose kernels: ours for float32 and bfloat16 from AVX2 on, but not where AMX makes
-    the vendor's faster.
+    On CPUs `ops/processors.py` says whose kernels: ours for float32 and bfloat16 from AVX2 on, the vendor's where there
+    is AMX but no tiles for us.
     """
     if x.device.type == "cpu":
         if not cpp_status()[0]:
